@@ -1,0 +1,45 @@
+# Everything below sets up what it needs in a local .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN ?= runs/demo
+
+.PHONY: demo test test-slow bench lint format clean help
+.DEFAULT_GOAL := help
+
+help:  ## show what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch goes first and pinned: asked for through another package, pip may take a build with CUDA for gigabytes.
+$(READY): pyproject.toml constraints-cpu.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
+	@$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## a federated run on handwritten digits, start to finish
+	$(BIN)/python -m fed run digits --out $(RUN) --overwrite
+
+test: $(READY)  ## the default tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/latest.json
+	$(BIN)/python -m bench.report bench/results/latest.json
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,220 @@
+"""One launch for a matmul with a low-rank side branch: out = in · main + bias + s·((in · down) ⊙ m) · up.
+
+The forward and dX are the same computation with other matrices:
+
+    forward   y  = x Wᵀ + bias + s((x Aᵀ) ⊙ m) Bᵀ     in = x,  main = Wᵀ, down = Aᵀ, up = Bᵀ
+    dX        dx = dY W        + s((dY B) ⊙ m) A      in = dY, main = W,  down = B,  up = A
+
+so one kernel serves both, told apart by strides. Each output tile recomputes its rows of the side product
+in · down while it streams `in` for the main product: R/BLOCK_N more arithmetic, no second pass over `in` or `out`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..configs import matmul_blocks
+
+
+@triton.jit
+def _load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """Return the module numbers of places r0 … r0+BLOCK_R−1 (int64) and which of them stand for a module."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    present = places < R
+    if HAS_INDEX:
+        modules = tl.load(index_ptr + places, mask=present, other=-1)
+        present = modules >= 0
+        modules = tl.where(present, modules, 0).to(tl.int64)
+    else:
+        modules = places.to(tl.int64)
+    return modules, present
+
+
+@triton.jit
+def _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo):
+    """Return the modules' rows of `up` for these columns: (BLOCK_R, BLOCK_N)."""
+    up_tile = up_ptr + modules[:, None] * stride_ur + columns[None, :] * stride_uo
+    return tl.load(up_tile, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+
+
+@triton.jit
+def _store_side(side_ptr, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+    """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    side_tile = side_ptr + rows[:, None] * stride_sm + places[None, :]
+    tl.store(side_tile, side, mask=row_ok[:, None] & (places < R)[None, :])
+
+
+@triton.jit
+def adapted_matmul_kernel(
+    in_ptr,
+    main_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    index_ptr,
+    out_ptr,
+    side_ptr,
+    M,
+    D_IN,
+    D_OUT,
+    R,
+    scale,
+    stride_im,
+    stride_id,
+    stride_wd,
+    stride_wo,
+    stride_dr,
+    stride_dd,
+    stride_ur,
+    stride_uo,
+    stride_om,
+    stride_oo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one (BLOCK_M, BLOCK_N) tile of out; the programs of the first column also store in · down.
+
+    in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
+    out (M, D_OUT), side (M, R) unscaled in the dtype of `in`. R counts places: modules, or entries of the index.
+    Sums run in fp32; the side product is rounded to the inputs' dtype before it meets `up`.
+    """
+    # Neighbouring programs share columns of main while it is in the cache: GROUP_M row tiles at a time.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
+    pid = tl.program_id(0)
+    group_width = GROUP_M * tiles_n
+    first_m = (pid // group_width) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    pid_m = first_m + (pid % group_width) % group_m
+    pid_n = (pid % group_width) // group_m
+
+    # Rows become int64 before they meet a stride: M·D_IN may pass 2³¹.
+    rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
+    columns = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
+    row_ok, column_ok = rows < M, columns < D_OUT
+    depth = tl.arange(0, BLOCK_K).to(tl.int64)  # (BLOCK_K,)
+    modules, module_ok = _load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX)
+
+    in_tile = in_ptr + rows[:, None] * stride_im + depth[None, :] * stride_id
+    main_tile = main_ptr + depth[:, None] * stride_wd + columns[None, :] * stride_wo
+    down_tile = down_ptr + depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, D_IN, BLOCK_K):
+        depth_ok = depth < D_IN - k
+        a = tl.load(in_tile, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(main_tile, mask=depth_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_N)
+        d = tl.load(down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        in_tile += BLOCK_K * stride_id
+        main_tile += BLOCK_K * stride_wd
+        down_tile += BLOCK_K * stride_dd
+
+    dtype = in_ptr.dtype.element_ty
+    u = _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo)
+    acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+    if STORE_SIDE:
+        if pid_n == 0:
+            _store_side(side_ptr, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+
+    # Ranks beyond one block read `in` again for their part of the side product: registers hold BLOCK_R of it.
+    for r0 in range(BLOCK_R, R, BLOCK_R):
+        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX)
+        in_tile = in_ptr + rows[:, None] * stride_im + depth[None, :] * stride_id
+        down_tile = down_ptr + depth[:, None] * stride_dd + modules[None, :] * stride_dr
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k in range(0, D_IN, BLOCK_K):
+            depth_ok = depth < D_IN - k
+            a = tl.load(in_tile, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            d = tl.load(down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+            side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            in_tile += BLOCK_K * stride_id
+            down_tile += BLOCK_K * stride_dd
+        u = _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo)
+        acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if STORE_SIDE:
+            if pid_n == 0:
+                _store_side(side_ptr, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    out_tile = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oo
+    tl.store(out_tile, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return tl.dot's input precision: tf32 for fp32 only where torch's own matmuls may use it, else IEEE."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def adapted_matmul(
+    inputs: Tensor,
+    main: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    bias: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    keep_side: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·((in · down) ⊙ m) · up, side (M, R) = in · down.
+
+    Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
+    `side` is unscaled, one column per place of the index, and has no elements unless `keep_side`.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    width = down.shape[1] if index is None else index.shape[0]
+    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
+    side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
+    if out.numel() == 0:
+        return out, side
+    blocks = matmul_blocks(inputs.dtype, rows, d_in, d_out, width)
+    grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
+    with torch.cuda.device_of(inputs):
+        adapted_matmul_kernel[grid](
+            inputs,
+            main,
+            down,
+            up,
+            bias if bias is not None else inputs,
+            index if index is not None else inputs,
+            out,
+            side,
+            rows,
+            d_in,
+            d_out,
+            width,
+            scale,
+            *inputs.stride(),
+            *main.stride(),
+            down.stride(1),
+            down.stride(0),
+            *up.stride(),
+            *out.stride(),
+            width,
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            HAS_BIAS=bias is not None,
+            HAS_INDEX=index is not None,
+            STORE_SIDE=keep_side,
+            PRECISION=dot_precision(inputs.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return out, side

@@ -1,0 +1,167 @@
+"""dA and dB of the selected modules, deterministically: no atomics on floats.
+
+Both are G = s·Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
+
+    dA = s · dSᵀ x    (R, K)      L = dS = dY B, X = x
+    dBᵀ = s · Sᵀ dY   (R, N)      L = S = x Aᵀ,  X = dY
+
+The rows are cut into a fixed number of splits whose partial sums (fp32) a second launch adds in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..configs import gradient_blocks
+from .adapted_matmul import dot_precision
+
+
+@triton.jit
+def partial_gradient_kernel(
+    thin_ptr,
+    wide_ptr,
+    index_ptr,
+    partial_ptr,
+    M,
+    D,
+    R,
+    split_rows,
+    stride_tm,
+    stride_tr,
+    stride_wm,
+    stride_wd,
+    stride_ps,
+    stride_pr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum one split's rows: partial[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32.
+
+    thin (M, ·), wide (M, D), partial (splits, R, D); column(r) is index[r] when there is one (−1 gives zero), else r.
+    """
+    split = tl.program_id(2)
+    columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
+    places = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
+    column_ok, place_ok = columns < D, places < R
+    thin_ok, thin_columns = place_ok, places
+    if HAS_INDEX:
+        modules = tl.load(index_ptr + places, mask=place_ok, other=-1)
+        thin_ok = modules >= 0
+        thin_columns = tl.where(thin_ok, modules, 0).to(tl.int64)
+
+    first = split.to(tl.int64) * split_rows
+    last = tl.minimum(first + split_rows, M)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for m in range(0, split_rows, BLOCK_M):
+        rows = first + m + tl.arange(0, BLOCK_M).to(tl.int64)  # (BLOCK_M,)
+        row_ok = rows < last
+        thin_tile = thin_ptr + thin_columns[:, None] * stride_tr + rows[None, :] * stride_tm
+        t = tl.load(thin_tile, mask=thin_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_M)
+        wide_tile = wide_ptr + rows[:, None] * stride_wm + columns[None, :] * stride_wd
+        w = tl.load(wide_tile, mask=row_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_D)
+        acc = tl.dot(t, w, acc, input_precision=PRECISION)  # (BLOCK_R, BLOCK_D) fp32
+    tile = partial_ptr + split.to(tl.int64) * stride_ps + places[:, None] * stride_pr + columns[None, :]
+    tl.store(tile, acc, mask=place_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def reduce_gradient_kernel(
+    partial_ptr,
+    index_ptr,
+    out_ptr,
+    D,
+    R,
+    splits,
+    scale,
+    stride_ps,
+    stride_pr,
+    stride_or,
+    stride_od,
+    BLOCK_D: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+):
+    """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
+
+    partial (splits, R, D) fp32, out addressed by (module, d); a place whose index is −1 stores nothing.
+    """
+    place = tl.program_id(1).to(tl.int64)
+    columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
+    ok = columns < D
+    module = place
+    if HAS_INDEX:
+        module = tl.load(index_ptr + place).to(tl.int64)
+    if module >= 0:
+        acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        tile = partial_ptr + place * stride_pr + columns
+        for _ in range(splits):
+            acc += tl.load(tile, mask=ok, other=0.0)  # (BLOCK_D,) fp32
+            tile += stride_ps
+        out_tile = out_ptr + module * stride_or + columns * stride_od
+        tl.store(out_tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def factor_gradient_(
+    out: Tensor, thin: Tensor, wide: Tensor, *, thin_index: Tensor | None, out_index: Tensor | None, scale: float
+) -> Tensor:
+    """Write s·thinᵀ·wide into the rows of `out` (R, D) and return it.
+
+    Args:
+        out: (R, D), any strides; rows that `out_index` does not name are left as they are.
+        thin: (M, ·), the side product; `thin_index` names the columns to use, None takes all in order.
+        wide: (M, D).
+        out_index: int32, the row of `out` for every place; −1 stores nothing; None stores in order.
+    """
+    (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
+    width = thin.shape[1] if index is None else index.shape[0]
+    if width == 0 or d == 0:
+        return out
+    blocks = gradient_blocks(wide.dtype, rows, d, width)
+    splits = max(1, min(blocks.splits, triton.cdiv(rows, blocks.block_m)))
+    # Whole blocks a split, so that no row block straddles two of them.
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), blocks.block_m) * blocks.block_m
+    partial = torch.empty((splits, width, d), dtype=torch.float32, device=wide.device)
+    grid = (triton.cdiv(d, blocks.block_d), triton.cdiv(width, blocks.block_r), splits)
+    with torch.cuda.device_of(wide):
+        partial_gradient_kernel[grid](
+            thin,
+            wide,
+            thin_index if thin_index is not None else wide,
+            partial,
+            rows,
+            d,
+            width,
+            split_rows,
+            *thin.stride(),
+            *wide.stride(),
+            partial.stride(0),
+            partial.stride(1),
+            BLOCK_M=blocks.block_m,
+            BLOCK_D=blocks.block_d,
+            BLOCK_R=blocks.block_r,
+            HAS_INDEX=thin_index is not None,
+            PRECISION=dot_precision(wide.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+        reduce_gradient_kernel[(triton.cdiv(d, 1024), width)](
+            partial,
+            out_index if out_index is not None else wide,
+            out,
+            d,
+            width,
+            splits,
+            scale,
+            partial.stride(0),
+            partial.stride(1),
+            *out.stride(),
+            BLOCK_D=1024,
+            HAS_INDEX=out_index is not None,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,127 @@
+"""The mathematics in plain torch, one function per equation: the oracle of every test.
+
+Every function works in the dtype it is given, float64 included, and never changes its inputs.
+Source: Zhang, Hu, Xu, "Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation",
+ICLR 2026, arXiv 2602.16936.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    unselected: str = "folded",
+) -> Tensor:
+    """Return `y: (…, N)` = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ.
+
+    Shapes: x (…, K), weight (N, K), lora_A (R, K), lora_B (N, R), mask bool (R,) or None for all, bias (N,).
+    With `unselected="frozen"` every module is summed, so the mask has no effect on y.
+    """
+    s = x @ lora_A.T  # (…, R)
+    if mask is not None and unselected == "folded":
+        s = torch.where(mask, s, torch.zeros_like(s))
+    y = x @ weight.T + scale * (s @ lora_B.T)
+    return y if bias is None else y + bias
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    unselected: str = "folded",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `(dx, dA, dB, dbias)` of `forward` for the output gradient dy (…, N).
+
+    dx = dY W + s((dY B) ⊙ m) A when folded, all modules when frozen: (…, K);
+    dA = s((dY B) ⊙ m)ᵀ x: (R, K);  dB = s dYᵀ((x Aᵀ) ⊙ m): (N, R);  dbias = Σ_rows dY: (N,).
+    The rows of dA and columns of dB of unselected modules are zero in both forms.
+    """
+    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    ds = dy_rows @ lora_B  # (M, R)
+    s = x_rows @ lora_A.T  # (M, R)
+    zero = torch.zeros((), dtype=dy.dtype, device=dy.device)
+    ds_selected = ds if mask is None else torch.where(mask, ds, zero)
+    s_selected = s if mask is None else torch.where(mask, s, zero)
+    dx = dy_rows @ weight + scale * ((ds if unselected == "frozen" else ds_selected) @ lora_A)
+    d_lora_A = scale * (ds_selected.T @ x_rows)
+    d_lora_B = scale * (dy_rows.T @ s_selected)
+    return dx.reshape(x.shape), d_lora_A, d_lora_B, dy_rows.sum(0)
+
+
+def fold(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask: Tensor,
+    *,
+    scale: float = 1.0,
+    sign: int = 1,
+) -> Tensor:
+    """Return `W_i: (N, K)` = W + sign·s·Σ_{j: m_j = 0} b_j a_jᵀ, the unselected modules added to the weight."""
+    rest = ~mask
+    return weight + sign * scale * (lora_B[:, rest] @ lora_A[rest])
+
+
+def module_average(
+    previous: tuple[Tensor, Tensor],
+    updates: Sequence[tuple[Tensor, Tensor, Sequence[int] | Tensor]],
+    weights: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Average one matrix's modules over the clients that trained them.
+
+    a_j ← Σ_{i∈Q_j} w_i a_ij / Σ_{i∈Q_j} w_i and the same for b_j, where Q_j are the updates that hold module j;
+    a module that nobody trained keeps its previous value, bit for bit.
+
+    Args:
+        previous: the server's (A (R, K), B (N, R)).
+        updates: per client (A_i (r_i, K), B_i (N, r_i), indices (r_i,)): row t of A_i is module indices[t].
+        weights: one positive number per update; None weighs them equally. They need not sum to one.
+
+    Returns:
+        (A, B) in the dtype of `previous`; sums run in float64 in the order of `updates`.
+
+    Raises:
+        ShapeError: an update's shapes do not fit `previous` or its indices.
+    """
+    lora_A, lora_B = previous
+    share = [1.0] * len(updates) if weights is None else [float(w) for w in weights]
+    if len(share) != len(updates):
+        raise ShapeError(f"{len(share)} weights for {len(updates)} updates; one per update is needed")
+    sum_A = torch.zeros(lora_A.shape, dtype=torch.float64, device=lora_A.device)
+    sum_B = torch.zeros(lora_B.shape, dtype=torch.float64, device=lora_B.device)
+    total = torch.zeros(lora_A.shape[0], dtype=torch.float64, device=lora_A.device)
+    for position, ((A_i, B_i, indices), w) in enumerate(zip(updates, share, strict=True)):
+        index = torch.as_tensor(indices, dtype=torch.long, device=lora_A.device)
+        wanted_A, wanted_B = (len(index), lora_A.shape[1]), (lora_B.shape[0], len(index))
+        if tuple(A_i.shape) != wanted_A or tuple(B_i.shape) != wanted_B:
+            raise ShapeError(
+                f"update {position} holds A {tuple(A_i.shape)} and B {tuple(B_i.shape)}; its {len(index)} indices "
+                f"need {wanted_A} and {wanted_B}"
+            )
+        sum_A.index_add_(0, index, A_i.to(lora_A.device, torch.float64) * w)
+        sum_B.index_add_(1, index, B_i.to(lora_A.device, torch.float64) * w)
+        total.index_add_(0, index, torch.full((len(index),), w, dtype=torch.float64, device=lora_A.device))
+    seen = total > 0
+    divisor = torch.where(seen, total, torch.ones_like(total))
+    mean_A = torch.where(seen[:, None], (sum_A / divisor[:, None]).to(lora_A.dtype), lora_A)
+    mean_B = torch.where(seen, (sum_B / divisor).to(lora_B.dtype), lora_B)
+    return mean_A, mean_B

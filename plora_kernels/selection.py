@@ -1,0 +1,88 @@
+"""Which of the R one-rank modules take part: host selections, and the index buffer kernels read.
+
+An index buffer is an int32 vector whose length is a multiple of 16. Entries −1 stand for nothing; the others are
+distinct module numbers. A kernel that is handed one touches only the modules it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import RankError, SelectionError, ShapeError
+
+MAX_RANK = 256
+INDEX_MULTIPLE = 16  # the narrowest tile of tl.dot
+
+Selection = Sequence[int] | Tensor
+
+
+def check_rank(rank: int) -> int:
+    """Return `rank` if it is an integer in 1–256; raise RankError otherwise."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise RankError(f"rank is {rank!r}; an integer from 1 to {MAX_RANK} is needed")
+    return rank
+
+
+def host_indices(selected: Selection, rank: int) -> tuple[int, ...]:
+    """Return the sorted module numbers of a host selection.
+
+    Args:
+        selected: a bool tensor (R,) is a mask, integers are indices, an empty sequence selects none.
+        rank: R, the number of modules.
+
+    Raises:
+        SelectionError: an index is out of range or repeated, or the values are neither integers nor a bool tensor.
+        ShapeError: a mask that is not (R,).
+    """
+    if isinstance(selected, Tensor) and selected.dtype is torch.bool:
+        check_mask(selected, rank)
+        return tuple(selected.nonzero().flatten().tolist())
+    values = selected.tolist() if hasattr(selected, "tolist") else list(selected)
+    if not isinstance(values, list):
+        raise SelectionError(f"selected is {selected!r}; a list of module indices or a bool mask is needed")
+    for value in values:
+        if isinstance(value, bool):
+            raise SelectionError(f"selected holds the bool {value}; pass a mask as torch.tensor([...], dtype=torch.bool)")
+        if not isinstance(value, int):
+            raise SelectionError(f"selected holds {value!r}; module indices are integers")
+        if not 0 <= value < rank:
+            raise SelectionError(f"selected holds module {value}; rank {rank} has modules 0 to {rank - 1}")
+    if len(set(values)) < len(values):
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        raise SelectionError(f"selected names module {repeated[0]} more than once; each index may stand once")
+    return tuple(sorted(values))
+
+
+def complement(indices: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return the modules of 0 … R−1 that `indices` does not name."""
+    chosen = set(indices)
+    return tuple(j for j in range(rank) if j not in chosen)
+
+
+def check_mask(mask: Tensor, rank: int) -> None:
+    """Raise ShapeError unless `mask` is (R,)."""
+    if tuple(mask.shape) != (rank,):
+        raise ShapeError(f"the selection mask is {tuple(mask.shape)}; rank {rank} needs ({rank},)")
+
+
+def index_buffer(indices: Sequence[int], device: torch.device) -> Tensor:
+    """Return host indices as an index buffer on `device`, padded with −1 to a multiple of 16."""
+    width = -len(indices) % INDEX_MULTIPLE + len(indices)
+    return torch.tensor([*indices, *[-1] * (width - len(indices))], dtype=torch.int32, device=device)
+
+
+def index_from_mask(mask: Tensor) -> Tensor:
+    """Return a mask (R,) as an index buffer on its device without reading it on the host: module j or −1 at place j."""
+    rank = mask.shape[0]
+    numbers = torch.arange(rank, dtype=torch.int32, device=mask.device)
+    index = torch.where(mask, numbers, -1)
+    return torch.nn.functional.pad(index, (0, -rank % INDEX_MULTIPLE), value=-1)
+
+
+def mask_from_indices(indices: Tensor, rank: int) -> Tensor:
+    """Return integer indices as a mask (R,) on their device without reading them on the host."""
+    mask = torch.zeros(rank, dtype=torch.bool, device=indices.device)
+    return mask.index_fill(0, indices.long(), True)

@@ -13,13 +13,19 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
+from .inject import Injected, PLoRAConfig, inject
+from .linear import FusedPLoRALinear
 from .ops import fold_, plora_linear
+from .peft import load_peft, save_peft
 from .reference import module_average
 
 __all__ = [
     "ConfigError",
     "DTypeError",
     "DeviceError",
+    "FusedPLoRALinear",
+    "Injected",
+    "PLoRAConfig",
     "PLoRAError",
     "RankError",
     "SelectionError",
@@ -29,6 +35,9 @@ __all__ = [
     "UnsupportedError",
     "backend",
     "fold_",
+    "inject",
+    "load_peft",
     "module_average",
     "plora_linear",
+    "save_peft",
 ]

@@ -45,7 +45,9 @@ def host_indices(selected: Selection, rank: int) -> tuple[int, ...]:
         raise SelectionError(f"selected is {selected!r}; a list of module indices or a bool mask is needed")
     for value in values:
         if isinstance(value, bool):
-            raise SelectionError(f"selected holds the bool {value}; pass a mask as torch.tensor([...], dtype=torch.bool)")
+            raise SelectionError(
+                f"selected holds the bool {value}; pass a mask as torch.tensor([...], dtype=torch.bool)"
+            )
         if not isinstance(value, int):
             raise SelectionError(f"selected holds {value!r}; module indices are integers")
         if not 0 <= value < rank:

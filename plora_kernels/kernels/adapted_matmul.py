@@ -138,7 +138,9 @@ def adapted_matmul_kernel(
         for k in range(0, D_IN, BLOCK_K):
             depth_ok = depth < D_IN - k
             a = tl.load(in_tile, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-            d = tl.load(down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+            d = tl.load(
+                down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+            )  # (BLOCK_K, BLOCK_R)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             in_tile += BLOCK_K * stride_id
             down_tile += BLOCK_K * stride_dd

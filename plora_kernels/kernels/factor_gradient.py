@@ -107,7 +107,13 @@ def reduce_gradient_kernel(
 
 
 def factor_gradient_(
-    out: Tensor, thin: Tensor, wide: Tensor, *, thin_index: Tensor | None, out_index: Tensor | None, scale: float
+    out: Tensor,
+    thin: Tensor,
+    wide: Tensor,
+    *,
+    thin_index: Tensor | None,
+    out_index: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """Write s·thinᵀ·wide into the rows of `out` (R, D) and return it.
 

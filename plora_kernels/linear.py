@@ -1,0 +1,320 @@
+"""`FusedPLoRALinear`: a linear layer with R parallel one-rank modules, in place of `nn.Linear`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import ConfigError, ShapeError, StateError, TargetError, UnsupportedError
+from .ops import check_unselected, fold_, linear_with_index, plora_linear
+from .selection import Selection, check_rank, complement, host_indices, index_buffer
+
+ORIGINALS = ("device", "host")
+
+
+def adapter_scale(rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """Return s: α/R, or α/√R when rank-stabilised (Kalajdzievski, 2023, arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+
+
+class FusedPLoRALinear(nn.Module):
+    """Compute y = x Wᵀ + bias + s·Σ_j b_j a_jᵀ x over R one-rank modules, of which a client may train a few.
+
+    Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A` (R, K) and `lora_B` (N, R), trainable, all in one
+    dtype. After `select` the trainable parameters are the compact (r, K) and (N, r) of the selected modules alone, so
+    an optimiser built then cannot move the others; the others sit in the weight ("folded") or are summed without a
+    gradient ("frozen"). `state_dict` always holds weight, bias, lora_A and lora_B in full, the weight unfolded.
+
+    Folding keeps one copy of the original weight, on its device or in host memory (`original`), and always starts
+    from it: `unfold` returns the base bit for bit, however often modules were selected.
+
+    Source: arXiv 2602.16936.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    full_A: Tensor | None
+    full_B: Tensor | None
+    selected_index: Tensor | None
+    original_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        rank_stabilized: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        original: str = "device",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a layer whose base weight and bias are drawn as `nn.Linear` draws them."""
+        base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        super().__init__()
+        self._adapt(base, rank, alpha, rank_stabilized, dropout, original)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 16,
+        alpha: float = 32.0,
+        rank_stabilized: bool = False,
+        dropout: float = 0.0,
+        original: str = "device",
+    ) -> FusedPLoRALinear:
+        """Return a layer that shares the linear's weight and bias (and freezes them) and adds R modules.
+
+        The layer starts as the linear itself: A is Kaiming-uniform, B zero, as in PEFT.
+
+        Args:
+            linear: an `nn.Linear`, not a subclass with a forward of its own.
+            rank: R, 1–256. alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
+            dropout: only 0.0 works yet.
+            original: where the copy of a folded weight is kept, "device" or "host".
+
+        Raises:
+            TargetError: not a plain nn.Linear. RankError, ConfigError, UnsupportedError: an argument cannot be used.
+        """
+        if type(linear) is not nn.Linear:
+            raise TargetError(f"from_linear got a {type(linear).__name__}; a plain nn.Linear is needed")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adapt(linear, rank, alpha, rank_stabilized, dropout, original)
+        layer.train(linear.training)
+        return layer
+
+    def _adapt(
+        self, base: nn.Linear, rank: int, alpha: float, rank_stabilized: bool, dropout: float, original: str
+    ) -> None:
+        if dropout != 0.0:
+            raise UnsupportedError(f"dropout is {dropout!r}; only 0.0 works yet")
+        if not alpha > 0:
+            raise ConfigError(f"alpha is {alpha!r}; a positive number is needed")
+        if original not in ORIGINALS:
+            raise ConfigError(f"original is {original!r}; it may be 'device' or 'host'")
+        self.rank, self.alpha, self.rank_stabilized = check_rank(rank), float(alpha), bool(rank_stabilized)
+        self.scale = adapter_scale(rank, alpha, rank_stabilized)
+        self.original = original
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = base.weight.requires_grad_(False)
+        self.bias = base.bias if base.bias is None else base.bias.requires_grad_(False)
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+        self.weight_is_tied = False
+        self._selected: tuple[int, ...] | None = None
+        self._unselected = "folded"
+        self._folded_version: int | None = None
+        # Set while a selection stands; never saved.
+        for name in ("full_A", "full_B", "selected_index", "original_weight"):
+            self.register_buffer(name, None, persistent=False)
+        self._host_original: Tensor | None = None
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Draw A Kaiming-uniform (a = √5) and set B to zero, as PEFT starts an adapter."""
+        self._refuse_selection("reset the adapter")
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    # ------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, N) for x (…, K)."""
+        if self.full_A is None:
+            return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
+        if self._unselected == "frozen":
+            return self._forward_frozen(x)
+        if self.lora_A.shape[0] == 0:  # everything is folded
+            return functional.linear(x, self.weight, self.bias)
+        return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
+
+    def _forward_frozen(self, x: Tensor) -> Tensor:
+        lora_A, lora_B = self._merged_factors()
+        return linear_with_index(
+            x, self.weight, lora_A, lora_B, self.bias, self.selected_index, self.scale, frozen=True
+        )
+
+    def _merged_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (R, K) and B (N, R) with the compact parameters at their places, differentiable in those."""
+        if self.full_A is None or self.full_B is None or self.selected_index is None:
+            return self.lora_A, self.lora_B
+        places = self.selected_index[: self.lora_A.shape[0]].long()
+        return self.full_A.index_copy(0, places, self.lora_A), self.full_B.index_copy(1, places, self.lora_B)
+
+    # ----------------------------------------------------------------------------------------------- selection
+
+    @property
+    def selected(self) -> tuple[int, ...] | None:
+        """The modules being trained, sorted, or None while no selection stands (all R are trained)."""
+        return self._selected
+
+    @torch.no_grad()
+    def select(self, indices_or_mask: Selection, unselected: str = "folded") -> None:
+        """Train these modules alone: Select-N-Fold. A selection that stands is undone first.
+
+        `lora_A` and `lora_B` become new parameters, (r, K) and (N, r), in the order of the module numbers: build the
+        optimiser after selecting.
+
+        Args:
+            indices_or_mask: host indices, or a bool mask (R,); `[]` selects none.
+            unselected: "folded" adds the other modules to the weight (the original is kept); "frozen" leaves the
+                weight alone and sums them without a gradient.
+
+        Raises:
+            SelectionError, ShapeError, ConfigError: the selection or the form is not valid.
+            StateError: the weight cannot be folded: it is trainable, shared with another module, or was changed.
+        """
+        indices = host_indices(indices_or_mask, self.rank)
+        self.check_selectable(unselected)
+        self.unfold()
+        full_A, full_B = self.lora_A.data, self.lora_B.data
+        if unselected == "folded":
+            self._fold(indices, full_A, full_B)
+        places = torch.tensor(indices, dtype=torch.long, device=full_A.device)
+        self.full_A, self.full_B = full_A, full_B
+        self.selected_index = index_buffer(indices, full_A.device)
+        self.lora_A = nn.Parameter(full_A.index_select(0, places))
+        self.lora_B = nn.Parameter(full_B.index_select(1, places))
+        self._selected, self._unselected = indices, unselected
+
+    def check_selectable(self, unselected: str) -> None:
+        """Raise ConfigError or StateError if `select` with this form would be refused; change nothing."""
+        if check_unselected(unselected) == "frozen":
+            return
+        if self.weight.requires_grad:
+            raise StateError(
+                "weight requires a gradient and cannot be folded: use unselected='frozen' or freeze it"
+            )
+        if self.weight_is_tied:
+            raise StateError(
+                "weight is shared with another module and cannot be folded: use unselected='frozen'"
+            )
+
+    def _fold(self, indices: tuple[int, ...], full_A: Tensor, full_B: Tensor) -> None:
+        if not complement(indices, self.rank):
+            return
+        if self.original == "host":
+            self._host_original = self.weight.detach().to("cpu", copy=True)
+        else:
+            self.original_weight = self.weight.detach().clone()
+        fold_(self.weight, full_A, full_B, indices, scale=self.scale)
+        self._folded_version = self.weight._version
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Put the trained modules back among the R and the weight back to its original, bit for bit.
+
+        Without a selection it does nothing.
+
+        Raises:
+            StateError: the weight was changed by somebody else while it was folded.
+        """
+        if self._selected is None:
+            return
+        if self._folded_version is not None and self.weight._version != self._folded_version:
+            raise StateError(
+                "weight was changed while modules were folded into it; load or edit weights after unfold(), or use "
+                "load_state_dict, which does so"
+            )
+        lora_A, lora_B = self.factors()
+        original = self._original()
+        if original is not None:
+            self.weight.copy_(original)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.full_A = self.full_B = self.selected_index = self.original_weight = self._host_original = None
+        self._selected, self._unselected, self._folded_version = None, "folded", None
+
+    def _original(self) -> Tensor | None:
+        """Return the original of a folded weight, or None if nothing is folded."""
+        return self._host_original if self.original == "host" else self.original_weight
+
+    def _refuse_selection(self, action: str) -> None:
+        if self._selected is not None:
+            raise StateError(
+                f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first"
+            )
+
+    # ------------------------------------------------------------------------------------------ factors, merging
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return copies of A (R, K) and B (N, R), trained modules included."""
+        lora_A, lora_B = self._merged_factors()
+        return lora_A.detach().clone(), lora_B.detach().clone()
+
+    @torch.no_grad()
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy A (R, K) and B (N, R) into the layer.
+
+        Raises:
+            StateError: a selection stands. ShapeError: the shapes differ from the layer's.
+        """
+        self._refuse_selection("set the factors")
+        for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
+            _check_same_shape(name, parameter, value)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """Return a new `nn.Linear` with weight W + s·B A, all modules in it; the layer stays as it is."""
+        original = self._original()
+        weight = (self.weight if original is None else original).detach().to(self.weight.device, copy=True)
+        fold_(weight, *self.factors(), selected=[], scale=self.scale)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    # ---------------------------------------------------------------------------------------------- state dicts
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._selected is None:
+            return
+        original = self._original()
+        if original is not None:
+            destination[prefix + "weight"] = original.to(self.weight.device)
+        destination[prefix + "lora_A"], destination[prefix + "lora_B"] = self.factors()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Load full tensors even while a selection stands: undo it, load, redo it with the same parameters."""
+        selected, unselected, trained = self._selected, self._unselected, (self.lora_A, self.lora_B)
+        self.unfold()
+        super()._load_from_state_dict(*arguments)
+        if selected is None:
+            return
+        self.select(selected, unselected)
+        with torch.no_grad():
+            for parameter, value in zip(trained, (self.lora_A, self.lora_B), strict=True):
+                parameter.copy_(value)
+        self.lora_A, self.lora_B = trained  # an optimiser holds these
+
+    def extra_repr(self) -> str:
+        """Say the sizes, the rank and what is selected."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, scale={self.scale:g}"
+        )
+        if self._selected is not None:
+            text += f", selected={list(self._selected)}, unselected={self._unselected!r}"
+        return text
+
+
+def _check_same_shape(name: str, parameter: Tensor, value: Tensor) -> None:
+    if parameter.shape != value.shape:
+        raise ShapeError(f"{name} is {tuple(value.shape)}; the layer needs {tuple(parameter.shape)}")

@@ -1,0 +1,219 @@
+"""Adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+
+The only file that imports PEFT, and only when one of its functions is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import ConfigError, PLoRAError, ShapeError, TargetError
+from .inject import Injected, PLoRAConfig, inject
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(rf"^{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+# What an adapter may ask for and this package does not compute; PEFT's field and the value that means "no".
+_UNSUPPORTED: dict[str, Any] = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "use_qalora": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "velora_config": None,
+    "use_bdlora": None,
+    "layer_replication": None,
+    "monteclora_config": None,
+}
+
+
+def save_peft(
+    handle: Injected,
+    directory: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> Path:
+    """Write the adapter as PEFT writes it, so that `PeftModel.from_pretrained` loads it, and return the directory.
+
+    Every layer's full A (R, K) and B (N, R) are written, whatever is selected at the moment, and the parameters and
+    buffers of the modules to save. An existing adapter in the directory is replaced once both files are complete;
+    other files in it are left alone.
+
+    Args:
+        handle: what `inject` returned. directory: made if it is not there.
+        base_model_name_or_path: noted in the configuration, for `AutoPeftModel`.
+        task_type: PEFT's task type; None takes the configuration's.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    target = Path(directory)
+    config = handle.config
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=_whole(config.alpha),
+        use_rslora=config.rank_stabilized,
+        target_modules=list(handle.layers),
+        modules_to_save=list(handle.saved_modules) or None,
+        rank_pattern={name: layer.rank for name, layer in handle.layers.items() if layer.rank != config.rank},
+        alpha_pattern={
+            name: _whole(layer.alpha) for name, layer in handle.layers.items() if layer.alpha != config.alpha
+        },
+        task_type=task_type or config.task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_A, lora_B) in handle.factors().items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+    for name in handle.saved_modules:
+        for key, value in handle.model.get_submodule(name).state_dict().items():
+            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().clone()
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target))
+    try:
+        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        lora.save_pretrained(staging)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            (staging / name).replace(target / name)
+    finally:
+        shutil.rmtree(staging)
+    return target
+
+
+def _whole(alpha: float) -> float | int:
+    """Return α as an int where it is one: PEFT's files hold an int."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
+    """Inject a saved PEFT LoRA adapter into a plain base model, in place, and return its handle.
+
+    Ranks and α may differ between modules (`rank_pattern`, `alpha_pattern`); modules that were saved whole replace the
+    model's own. The factors take the dtype of the weight they belong to.
+
+    Raises:
+        ConfigError: the directory holds no PEFT LoRA adapter, or one of a kind this package does not compute.
+        TargetError, ShapeError: the adapter does not fit the model. The model is unchanged then.
+    """
+    from safetensors.torch import load_file
+
+    source = Path(directory)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (source / name).is_file():
+            raise ConfigError(
+                f"{source / name} does not exist; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed"
+            )
+    lora = _read_config(source)
+    factors, saved = _split(load_file(source / WEIGHTS_NAME), source)
+    _check_fits(model, factors)
+    config = _to_config(lora, factors, _saved_names(lora, saved))
+    handle = inject(model, config)
+    try:
+        handle.set_factors(factors)
+        for name in handle.saved_modules:
+            state = {
+                key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")
+            }
+            handle.model.get_submodule(name).load_state_dict(state)
+    except (PLoRAError, RuntimeError) as error:
+        handle.restore()
+        raise ShapeError(
+            f"the adapter in {source} does not fit the model: {error}".splitlines()[0]
+        ) from error
+    return handle
+
+
+def _read_config(source: Path) -> Any:
+    from peft import LoraConfig, PeftConfig
+
+    lora = PeftConfig.from_pretrained(str(source))
+    if not isinstance(lora, LoraConfig):
+        raise ConfigError(f"{source / CONFIG_NAME} is a {lora.peft_type} adapter; LoRA is needed")
+    for name, neutral in _UNSUPPORTED.items():
+        value = getattr(lora, name, neutral)
+        if value != neutral and value:
+            raise ConfigError(f"{source / CONFIG_NAME} has {name} = {value!r}; only {neutral!r} is supported")
+    if lora.lora_dropout:
+        warnings.warn(
+            f"{source / CONFIG_NAME} has lora_dropout = {lora.lora_dropout}; training goes on without dropout",
+            stacklevel=3,
+        )
+    return lora
+
+
+def _split(
+    tensors: dict[str, Tensor], source: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return the factors by module name and the tensors of modules saved whole, PEFT's prefix taken off."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        match = _FACTOR.match(key)
+        if match:
+            sides.setdefault(match["module"], {})[match["side"]] = value
+        else:
+            saved[key.removeprefix(_PREFIX)] = value
+    for name, pair in sides.items():
+        if set(pair) != {"A", "B"}:
+            raise ConfigError(
+                f"{source / WEIGHTS_NAME} holds lora_{'/'.join(pair)} of {name!r} alone; both are needed"
+            )
+    if not sides:
+        raise ConfigError(f"{source / WEIGHTS_NAME} holds no LoRA factors")
+    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, saved
+
+
+def _check_fits(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (lora_A, lora_B) in factors.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise TargetError(f"the adapter has factors for {name!r}, which is not in the model") from None
+        if type(module) is not nn.Linear:
+            raise TargetError(
+                f"the adapter targets {name!r}, a {type(module).__name__}; only plain nn.Linear works"
+            )
+        n, k = module.weight.shape
+        if lora_A.dim() != 2 or tuple(lora_B.shape) != (n, lora_A.shape[0]) or lora_A.shape[1] != k:
+            raise ShapeError(
+                f"the adapter has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)} for {name!r}; its weight "
+                f"(N={n}, K={k}) needs (R, {k}) and ({n}, R)"
+            )
+
+
+def _saved_names(lora: Any, saved: dict[str, Tensor]) -> list[str]:
+    """Return those of the configuration's modules to save that the file holds (PEFT lists names it may not use)."""
+    named = dict.fromkeys(lora.modules_to_save or ())
+    return [n for n in named if any(re.match(rf"(^|.*\.){re.escape(n)}\.", key) for key in saved)]
+
+
+def _to_config(lora: Any, factors: dict[str, tuple[Tensor, Tensor]], saved: list[str]) -> PLoRAConfig:
+    ranks = {name: int(lora_A.shape[0]) for name, (lora_A, _) in factors.items()}
+    task = lora.task_type
+    return PLoRAConfig(
+        rank=int(lora.r),
+        alpha=float(lora.lora_alpha),
+        rank_stabilized=bool(lora.use_rslora),
+        target_modules=list(factors),
+        modules_to_save=saved,
+        task_type=None if task is None else str(getattr(task, "value", task)),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != lora.r},
+        alpha_pattern=dict(lora.alpha_pattern),
+    )

@@ -1,0 +1,47 @@
+"""Weighted means that methods build their aggregation from; all sums run in fp64 and are cast once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import plora_kernels as pk
+from fed.types import ClientUpdate, Factors, ServerState
+
+
+def module_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Factors]:
+    """Return, for every matrix, A (R, K) and B (N, R) averaged module by module.
+
+    a_j = Σ_{i∈Q_j} p_i a_ij / Σ_{i∈Q_j} p_i, and b_j likewise, with Q_j the clients that trained module j; a
+    module nobody trained keeps the server's value bit for bit.
+    """
+    weights = [update.weight for update in updates]
+    means = {}
+    for matrix, previous in server.adapter.factors.items():
+        sent = []
+        for update in updates:
+            A, B = update.factors[matrix]  # (r_i, K), (N, r_i)
+            sent.append((A, B, torch.tensor(update.selected[matrix], dtype=torch.int64)))
+        means[matrix] = pk.module_average(previous, sent, weights)
+    return means
+
+
+def head_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """Return Σ p_i h_i / Σ p_i of every head parameter, in its dtype; empty where the head is frozen."""
+    total = sum(update.weight for update in updates)
+    means = {}
+    for name, previous in server.head.items():
+        mean = torch.zeros_like(previous, dtype=torch.float64)
+        for update in updates:
+            mean += update.head[name].double() * (update.weight / total)
+        means[name] = mean.to(previous.dtype)
+    return means
+
+
+def next_state(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+    """Return the server a round later: modules and head averaged over the clients that trained them."""
+    adapter = replace(server.adapter, factors=module_means(server, updates))
+    return ServerState(adapter, head_means(server, updates), server.round + 1)

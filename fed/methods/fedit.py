@@ -1,0 +1,31 @@
+"""FedIT: every client trains the whole adapter, and the factors are averaged: Ā = Σ p_i A_i, B̄ = Σ p_i B_i.
+
+Source: Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fed.errors import FedError
+from fed.methods.average import next_state
+from fed.streams import Source
+from fed.types import Client, ClientStart, ClientUpdate, ServerState
+
+
+def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+    """Return all R modules, all to be trained; raises `FedError` for a client of another rank."""
+    adapter = server.adapter
+    for matrix, (A, _) in adapter.factors.items():
+        if A.shape[0] != client.rank:
+            raise FedError(
+                f"client {client.id} has rank {client.rank}, {matrix} has {A.shape[0]} modules; "
+                "fedit needs every client's rank to equal the adapter's"
+            )
+    selected = {matrix: tuple(range(A.shape[0])) for matrix, (A, _) in adapter.factors.items()}
+    return ClientStart(adapter.factors, selected, adapter.scale, adapter.unselected)
+
+
+def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+    """Return Ā = Σ p_i A_i and B̄ = Σ p_i B_i: module-wise means where all train all."""
+    return next_state(server, updates)

@@ -1,0 +1,48 @@
+"""Random numbers keyed by what they are for: independent of call order, machine and library version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+def seed_of(*key: int | str) -> int:
+    """Return a 128-bit seed: the BLAKE2b hash of the key as JSON, so that 1, "1" and ("1", "") differ."""
+    return int.from_bytes(blake2b(json.dumps(key).encode(), digest_size=16).digest(), "big")
+
+
+def permutation(size: int, *key: int | str) -> NDArray[np.int64]:
+    """Return a uniform permutation of 0 … size-1, (size,) int64: what sorts `size` raw 64-bit draws.
+
+    Raw PCG64 output is what NumPy promises to keep for good; its sampling methods are not.
+    """
+    draws = np.random.PCG64(seed_of(*key)).random_raw(size)  # (size,) uint64
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The randomness of one client in one round; each purpose has a stream of its own."""
+
+    seed: int
+    round: int
+    client: int
+
+    def permutation(self, size: int, *purpose: int | str) -> NDArray[np.int64]:
+        """Return a uniform permutation of 0 … size-1, (size,) int64, always the same for one purpose."""
+        return permutation(size, self.seed, self.round, self.client, *purpose)
+
+
+@contextmanager
+def torch_seed(device: torch.device, *key: int | str) -> Iterator[None]:
+    """Run the body with torch's generators seeded by the key, CPU's and `device`'s, and put them back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(*key) % 2**63)
+        yield

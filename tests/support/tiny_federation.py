@@ -1,0 +1,109 @@
+"""A federation small enough to run in milliseconds: three linear layers, four clients, three labels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fed.data import FederatedData, Split
+from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
+
+FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
+HEAD = ("head",)
+MATRICES = ("body.first", "body.second")
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clients": {"count": 4, "per_round": 3, "ranks": [1, 2, 3, 6]},
+    "adapter": {
+        "rank": 6,
+        "alpha": 12.0,
+        "rank_stabilized": False,
+        "target_modules": ["first", "second"],
+        "unselected": "folded",
+    },
+    "train": {
+        "optimizer": "adamw",
+        "learning_rate": 2e-2,
+        "weight_decay": 0.01,
+        "momentum": 0.0,
+        "batch_size": 4,
+        "local_steps": 3,
+        "head": "train",
+        "weighting": "uniform",
+        "max_grad_norm": 0.0,
+    },
+}
+
+
+def make_config(**changes: Any) -> SimpleNamespace:
+    """A run's configuration; `changes` set plain keys, or keys of a table by a mapping: `train={"head": "freeze"}`."""
+    tables = {name: SimpleNamespace(**{**keys, **changes.pop(name, {})}) for name, keys in _DEFAULTS.items()}
+    plain = {"seed": 5, "rounds": 3, "method": "fed-plora", "device": "cpu"}
+    return SimpleNamespace(**{**plain, **changes}, **tables)
+
+
+class TinyClassifier(nn.Module):
+    """Two linear layers to adapt, and a head; called as transformers' classifiers are."""
+
+    def __init__(self, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.body = nn.ModuleDict(
+                {"first": nn.Linear(FEATURES, HIDDEN), "second": nn.Linear(HIDDEN, WIDTH, bias=False)}
+            )
+            self.head = nn.Linear(WIDTH, LABELS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        hidden = self.dropout(torch.tanh(self.body["first"](inputs)))
+        logits = self.head(torch.tanh(self.body["second"](hidden)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def make_data(seed: int = 0, sizes: tuple[int, ...] = (9, 2, 14, 5), test_size: int = 23) -> FederatedData:
+    """Gaussian features, each with the label whose fixed direction it points along most."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(FEATURES, LABELS, generator=generator)
+
+    def split(size: int) -> Split:
+        inputs = torch.randn(size, FEATURES, generator=generator)
+        return Split({"inputs": inputs}, (inputs @ directions).argmax(-1))
+
+    names = tuple(f"label {number}" for number in range(LABELS))
+    clients = tuple(split(size) for size in sizes)
+    return FederatedData(clients, split(test_size), pretrain=None, undisturbed=None, label_names=names)
+
+
+def make_factors(rank: int, seed: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Factors]:
+    """Random A (rank, K) and B (N, rank) fp32 for matrices of shape (N, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(rank, K, generator=generator), torch.randn(N, rank, generator=generator))
+        for name, (N, K) in shapes.items()
+    }
+
+
+def make_server(rank: int = 6, seed: int = 0, unselected: str = "folded") -> ServerState:
+    """A server with two matrices of odd shapes and a head."""
+    factors = make_factors(rank, seed, {"left": (5, 3), "right": (2, 7)})
+    return ServerState(Adapter(factors, 0.5, unselected), {"head.weight": torch.ones(3, 2)})
+
+
+def make_update(start: ClientStart, client: Client, seed: int, weight: float = 1.0) -> ClientUpdate:
+    """What a client might send back after `start`: its selected modules and head moved at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(values: Tensor) -> Tensor:
+        return values + torch.randn(values.shape, generator=generator)
+
+    factors = {}
+    for matrix, (A, B) in start.factors.items():
+        chosen = list(start.selected[matrix])
+        factors[matrix] = (moved(A[chosen]), moved(B[:, chosen]))
+    head = {"head.weight": moved(torch.ones(3, 2))}
+    return ClientUpdate(client, factors, start.selected, head, weight, steps=1, loss=0.5)

@@ -52,14 +52,25 @@ def tile(size: int, most: int) -> int:
     return min(most, max(16, 1 << max(0, size - 1).bit_length()))
 
 
-def matmul_blocks(dtype: torch.dtype, rows: int, d_in: int, d_out: int, width: int) -> MatmulBlocks:
-    """Return the tiles for out (rows, d_out) from in (rows, d_in) with `width` module places."""
+def matmul_blocks(
+    capability: int, dtype: torch.dtype, rows: int, d_in: int, d_out: int, width: int, aligned: bool
+) -> MatmulBlocks:
+    """Return the tiles for out (rows, d_out) from in (rows, d_in) with `width` module places.
+
+    Args:
+        capability: 10·major + minor of a CUDA device (90 for sm_90); 0 for any other.
+        aligned: every row of every matrix starts on 16 bytes, so that loads are wide and asynchronous. Where one does
+            not, elements are addressed one by one, which takes registers: tiles are smaller.
+    """
     if dtype.itemsize >= 4:  # fp32 through FMA or tf32: twice the shared memory an element, smaller tiles
-        block_m, block_n = tile(rows, 64), tile(d_out, 64)
-        return MatmulBlocks(block_m, block_n, 32, tile(width, 32), 8, 4, 2)
+        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, tile(width, 32), 8, 8, 2)
+    if not aligned:
+        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, tile(width, 32), 8, 8, 3)
     block_m, block_n = tile(rows, 128), tile(d_out, 128)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return MatmulBlocks(block_m, block_n, 64, tile(width, 64), 8, warps, 3)
+    if 90 <= capability < 120:  # sm_90 and sm_100 multiply from shared memory; sm_120 has less than half of it
+        return MatmulBlocks(block_m, block_n, 64, tile(width, 64), 8, warps, 3)
+    return MatmulBlocks(block_m, block_n, 32, tile(width, 32), 8, warps, 3)
 
 
 def gradient_blocks(dtype: torch.dtype, rows: int, d: int, width: int) -> GradientBlocks:

@@ -83,7 +83,7 @@ def _by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _matches(pattern: Sequence[str] | str, name: str) -> bool:
-    """Match a module name as PEFT does: an expression against the whole name, list entries as whole names or suffixes."""
+    """Match a module name as PEFT does: an expression against all of it, list entries as whole names or suffixes."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
@@ -119,9 +119,7 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
         modules = {name: model.get_submodule(name) for name in kept}
         names = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
         if not names:
-            raise TargetError(
-                "target_modules is 'all-linear', but the model has no nn.Linear besides its output layer"
-            )
+            raise TargetError("target_modules is 'all-linear', but the model has no nn.Linear besides its output layer")
         return names
     if not isinstance(config.target_modules, str):
         for entry in config.target_modules:
@@ -141,9 +139,7 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
 
 def _nearest(wanted: str, names: Iterable[str]) -> str:
     """Return a phrase with the module names most like `wanted` (their last parts, each once)."""
-    tails = list(
-        dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
-    )
+    tails = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()))
     near = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], tails, n=3, cutoff=0.4) or tails[:8]
     return f"the nearest names that exist are {', '.join(map(repr, near))}"
 
@@ -231,9 +227,7 @@ class Injected:
                 raise TargetError(f"{what} names layer {name!r}; the nearest adapted layers are {near}")
         missing = [name for name in self.layers if name not in mapping]
         if missing:
-            raise TargetError(
-                f"{what} misses layer {missing[0]!r}; all {len(self.layers)} adapted layers are needed"
-            )
+            raise TargetError(f"{what} misses layer {missing[0]!r}; all {len(self.layers)} adapted layers are needed")
 
 
 def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
@@ -247,13 +241,9 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
         StateError: the model holds adapted layers already.
     """
     if any(isinstance(module, FusedPLoRALinear) for module in model.modules()):
-        raise StateError(
-            "the model holds FusedPLoRALinear layers already; call restore() on their handle first"
-        )
+        raise StateError("the model holds FusedPLoRALinear layers already; call restore() on their handle first")
     names = find_targets(model, config)
-    saved = tuple(
-        name for name, _ in model.named_modules() if name and _matches(list(config.modules_to_save), name)
-    )
+    saved = tuple(name for name, _ in model.named_modules() if name and _matches(list(config.modules_to_save), name))
     for entry in config.modules_to_save:
         if not any(_matches([entry], name) for name in saved):
             known = [name for name, _ in model.named_modules() if name]

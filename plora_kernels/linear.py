@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +107,10 @@ class FusedPLoRALinear(nn.Module):
         self.scale = adapter_scale(rank, alpha, rank_stabilized)
         self.original = original
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = base.bias if base.bias is None else base.bias.requires_grad_(False)
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+        self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
+        self.requires_grad_(False)  # the base is frozen; the factors below are not
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, rank))
         self.weight_is_tied = False
         self._selected: tuple[int, ...] | None = None
         self._unselected = "folded"
@@ -195,13 +194,9 @@ class FusedPLoRALinear(nn.Module):
         if check_unselected(unselected) == "frozen":
             return
         if self.weight.requires_grad:
-            raise StateError(
-                "weight requires a gradient and cannot be folded: use unselected='frozen' or freeze it"
-            )
+            raise StateError("weight requires a gradient and cannot be folded: use unselected='frozen' or freeze it")
         if self.weight_is_tied:
-            raise StateError(
-                "weight is shared with another module and cannot be folded: use unselected='frozen'"
-            )
+            raise StateError("weight is shared with another module and cannot be folded: use unselected='frozen'")
 
     def _fold(self, indices: tuple[int, ...], full_A: Tensor, full_B: Tensor) -> None:
         if not complement(indices, self.rank):
@@ -243,9 +238,7 @@ class FusedPLoRALinear(nn.Module):
 
     def _refuse_selection(self, action: str) -> None:
         if self._selected is not None:
-            raise StateError(
-                f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first"
-            )
+            raise StateError(f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first")
 
     # ------------------------------------------------------------------------------------------ factors, merging
 

@@ -195,9 +195,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     raise UnsupportedError("plora_linear does not run under vmap; give x a leading batch axis instead")
 
 
-torch.library.register_autograd(
-    "plora::linear", _differentiate_linear, setup_context=_save_for_backward, lib=_library
-)
+torch.library.register_autograd("plora::linear", _differentiate_linear, setup_context=_save_for_backward, lib=_library)
 torch.library.register_autograd("plora::linear_backward", _refuse_double_backward, lib=_library)
 torch.library.register_vmap("plora::linear", _refuse_vmap, lib=_library)
 torch.library.register_vmap("plora::linear_backward", _refuse_vmap, lib=_library)
@@ -245,18 +243,12 @@ def _check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
         if tensor is None:
             continue
         if tensor.device != leader.device:
-            raise DeviceError(
-                f"{name} is on {tensor.device}, {first} on {leader.device}; put them on one device"
-            )
+            raise DeviceError(f"{name} is on {tensor.device}, {first} on {leader.device}; put them on one device")
         if tensor.dtype != leader.dtype:
-            raise DTypeError(
-                f"{name} is {tensor.dtype}, {first} is {leader.dtype}; cast one or use torch.autocast"
-            )
+            raise DTypeError(f"{name} is {tensor.dtype}, {first} is {leader.dtype}; cast one or use torch.autocast")
 
 
-def _index_for(
-    selected: Selection | None, rank: int, device: torch.device, *, invert: bool = False
-) -> Tensor | None:
+def _index_for(selected: Selection | None, rank: int, device: torch.device, *, invert: bool = False) -> Tensor | None:
     """Return a selection (or its complement) as an index buffer on `device`; None for every module.
 
     Host sequences and host tensors are validated on the host. A tensor on the operator's own device that is not the
@@ -266,16 +258,12 @@ def _index_for(
         return None
     if isinstance(selected, Tensor) and (selected.device.type != "cpu" or torch.compiler.is_compiling()):
         if selected.device != device:
-            raise DeviceError(
-                f"selected is on {selected.device}, the tensors on {device}; use that device or the host"
-            )
+            raise DeviceError(f"selected is on {selected.device}, the tensors on {device}; use that device or the host")
         if selected.dtype is torch.bool:
             check_mask(selected, rank)
             mask = selected
         elif selected.is_floating_point() or selected.is_complex():
-            raise SelectionError(
-                f"selected is {selected.dtype}; integers are indices, a bool tensor is a mask"
-            )
+            raise SelectionError(f"selected is {selected.dtype}; integers are indices, a bool tensor is a mask")
         else:
             mask = mask_from_indices(selected, rank)
         return index_from_mask(~mask if invert else mask)
@@ -344,9 +332,7 @@ def plora_linear(
     Source: arXiv 2602.16936.
     """
     if dropout_p != 0.0 or dropout_seed is not None:
-        raise UnsupportedError(
-            f"dropout_p is {dropout_p} and dropout_seed {dropout_seed}; only 0.0 and None work yet"
-        )
+        raise UnsupportedError(f"dropout_p is {dropout_p} and dropout_seed {dropout_seed}; only 0.0 and None work yet")
     if groups is not None:
         raise UnsupportedError("groups is set; one adapter a call works, several groups in a call do not yet")
     check_unselected(unselected)
@@ -357,9 +343,7 @@ def plora_linear(
     if bias is not None and tuple(bias.shape) != (n,):
         raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise StateError(
-            "weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)"
-        )
+        raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
     index = _index_for(selected, lora_A.shape[0], x.device)
     return linear_with_index(x, weight, lora_A, lora_B, bias, index, float(scale), unselected == "frozen")
 
@@ -414,9 +398,7 @@ def fold_(
     _check_factors(weight, lora_A, lora_B)
     _check_alike("weight", {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
     if weight.requires_grad and torch.is_grad_enabled():
-        raise StateError(
-            "weight requires a gradient: fold inside torch.no_grad() or call weight.requires_grad_(False)"
-        )
+        raise StateError("weight requires a gradient: fold inside torch.no_grad() or call weight.requires_grad_(False)")
     if selected is None:
         return weight
     index = _index_for(selected, lora_A.shape[0], weight.device, invert=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ConfigError, PLoRAError, ShapeError, TargetError
+from .errors import ConfigError, ShapeError, TargetError
 from .inject import Injected, PLoRAConfig, inject
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -122,21 +122,15 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
             )
     lora = _read_config(source)
     factors, saved = _split(load_file(source / WEIGHTS_NAME), source)
+    names = _saved_names(lora, saved)
     _check_fits(model, factors)
-    config = _to_config(lora, factors, _saved_names(lora, saved))
+    config = _to_config(lora, factors, names)
+    _check_saved_modules(model, saved)
     handle = inject(model, config)
-    try:
-        handle.set_factors(factors)
-        for name in handle.saved_modules:
-            state = {
-                key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")
-            }
-            handle.model.get_submodule(name).load_state_dict(state)
-    except (PLoRAError, RuntimeError) as error:
-        handle.restore()
-        raise ShapeError(
-            f"the adapter in {source} does not fit the model: {error}".splitlines()[0]
-        ) from error
+    handle.set_factors(factors)
+    for name in handle.saved_modules:
+        state = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        handle.model.get_submodule(name).load_state_dict(state)
     return handle
 
 
@@ -158,9 +152,7 @@ def _read_config(source: Path) -> Any:
     return lora
 
 
-def _split(
-    tensors: dict[str, Tensor], source: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return the factors by module name and the tensors of modules saved whole, PEFT's prefix taken off."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
@@ -172,9 +164,7 @@ def _split(
             saved[key.removeprefix(_PREFIX)] = value
     for name, pair in sides.items():
         if set(pair) != {"A", "B"}:
-            raise ConfigError(
-                f"{source / WEIGHTS_NAME} holds lora_{'/'.join(pair)} of {name!r} alone; both are needed"
-            )
+            raise ConfigError(f"{source / WEIGHTS_NAME} holds lora_{'/'.join(pair)} of {name!r} alone; both are needed")
     if not sides:
         raise ConfigError(f"{source / WEIGHTS_NAME} holds no LoRA factors")
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, saved
@@ -187,15 +177,22 @@ def _check_fits(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> 
         except AttributeError:
             raise TargetError(f"the adapter has factors for {name!r}, which is not in the model") from None
         if type(module) is not nn.Linear:
-            raise TargetError(
-                f"the adapter targets {name!r}, a {type(module).__name__}; only plain nn.Linear works"
-            )
+            raise TargetError(f"the adapter targets {name!r}, a {type(module).__name__}; only plain nn.Linear works")
         n, k = module.weight.shape
         if lora_A.dim() != 2 or tuple(lora_B.shape) != (n, lora_A.shape[0]) or lora_A.shape[1] != k:
             raise ShapeError(
                 f"the adapter has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)} for {name!r}; its weight "
                 f"(N={n}, K={k}) needs (R, {k}) and ({n}, R)"
             )
+
+
+def _check_saved_modules(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    for key, value in saved.items():
+        if key not in state:
+            raise TargetError(f"the adapter holds {key!r}, which is not in the model")
+        if state[key].shape != value.shape:
+            raise ShapeError(f"the adapter's {key!r} is {tuple(value.shape)}; the model's is {tuple(state[key].shape)}")
 
 
 def _saved_names(lora: Any, saved: dict[str, Tensor]) -> list[str]:

@@ -11,6 +11,8 @@ in · down while it streams `in` for the main product: R/BLOCK_N more arithmetic
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,32 +22,25 @@ from ..configs import matmul_blocks
 
 
 @triton.jit
-def _load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr):
-    """Return the module numbers of places r0 … r0+BLOCK_R−1 (int64) and which of them stand for a module."""
+def _load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr, offset_type: tl.constexpr):
+    """Return the module numbers of places r0 … r0+BLOCK_R−1 and which of them stand for a module: (BLOCK_R,)."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     present = places < R
     if HAS_INDEX:
         modules = tl.load(index_ptr + places, mask=present, other=-1)
         present = modules >= 0
-        modules = tl.where(present, modules, 0).to(tl.int64)
+        modules = tl.where(present, modules, 0).to(offset_type)
     else:
-        modules = places.to(tl.int64)
+        modules = places.to(offset_type)
     return modules, present
 
 
 @triton.jit
-def _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo):
-    """Return the modules' rows of `up` for these columns: (BLOCK_R, BLOCK_N)."""
-    up_tile = up_ptr + modules[:, None] * stride_ur + columns[None, :] * stride_uo
-    return tl.load(up_tile, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-
-
-@triton.jit
-def _store_side(side_ptr, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+def _store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
     """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
-    side_tile = side_ptr + rows[:, None] * stride_sm + places[None, :]
-    tl.store(side_tile, side, mask=row_ok[:, None] & (places < R)[None, :])
+    side_offsets = rows[:, None] * stride_sm + places[None, :]
+    tl.store(side_base + side_offsets, side, mask=row_ok[:, None] & (places < R)[None, :])
 
 
 @triton.jit
@@ -82,6 +77,7 @@ def adapted_matmul_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     STORE_SIDE: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one (BLOCK_M, BLOCK_N) tile of out; the programs of the first column also store in · down.
@@ -99,61 +95,96 @@ def adapted_matmul_kernel(
     pid_m = first_m + (pid % group_width) % group_m
     pid_n = (pid % group_width) // group_m
 
-    # Rows become int64 before they meet a stride: M·D_IN may pass 2³¹.
-    rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
-    columns = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
-    row_ok, column_ok = rows < M, columns < D_OUT
-    depth = tl.arange(0, BLOCK_K).to(tl.int64)  # (BLOCK_K,)
-    modules, module_ok = _load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX)
+    # A tile's base is a 64-bit scalar, since M·D_IN may pass 2³¹; offsets inside a tile take 32 bits, half the
+    # registers, unless the launcher saw strides so large that even those would not fit.
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
+    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
+    modules, module_ok = _load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
 
-    in_tile = in_ptr + rows[:, None] * stride_im + depth[None, :] * stride_id
-    main_tile = main_ptr + depth[:, None] * stride_wd + columns[None, :] * stride_wo
-    down_tile = down_ptr + depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    in_base = in_ptr + first_row * stride_im
+    in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+    main_base = main_ptr + first_column * stride_wo
+    main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
+    down_base = down_ptr
+    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k
-        a = tl.load(in_tile, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        w = tl.load(main_tile, mask=depth_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_N)
-        d = tl.load(down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(
+            main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        d = tl.load(
+            down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_R)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-        in_tile += BLOCK_K * stride_id
-        main_tile += BLOCK_K * stride_wd
-        down_tile += BLOCK_K * stride_dd
+        in_base += BLOCK_K * stride_id
+        main_base += BLOCK_K * stride_wd
+        down_base += BLOCK_K * stride_dd
 
     dtype = in_ptr.dtype.element_ty
-    u = _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo)
+    up_base = up_ptr + first_column * stride_uo
+    side_base = side_ptr + first_row * stride_sm
+    up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+    u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
     acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-    if STORE_SIDE:
+    if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
         if pid_n == 0:
-            _store_side(side_ptr, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+            _store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
     # Ranks beyond one block read `in` again for their part of the side product: registers hold BLOCK_R of it.
     for r0 in range(BLOCK_R, R, BLOCK_R):
-        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX)
-        in_tile = in_ptr + rows[:, None] * stride_im + depth[None, :] * stride_id
-        down_tile = down_ptr + depth[:, None] * stride_dd + modules[None, :] * stride_dr
+        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+        in_base = in_ptr + first_row * stride_im
+        down_base = down_ptr
+        down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
         side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             depth_ok = depth < D_IN - k
-            a = tl.load(in_tile, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-            d = tl.load(
-                down_tile, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
-            )  # (BLOCK_K, BLOCK_R)
+            a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            in_tile += BLOCK_K * stride_id
-            down_tile += BLOCK_K * stride_dd
-        u = _load_up(up_ptr, modules, module_ok, columns, column_ok, stride_ur, stride_uo)
+            in_base += BLOCK_K * stride_id
+            down_base += BLOCK_K * stride_dd
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
         acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:
             if pid_n == 0:
-                _store_side(side_ptr, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                _store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + columns, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    out_tile = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_oo
-    tl.store(out_tile, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+        bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
+        acc += bias.to(tl.float32)[None, :]
+    out_base = out_ptr + first_row * stride_om + first_column * stride_oo
+    out_offsets = rows[:, None] * stride_om + columns[None, :] * stride_oo
+    tl.store(out_base + out_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Return 10·major + minor of a CUDA device, and 0 for a ROCm device or the interpreter's CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Say whether a matrix is contiguous along one axis and every line along it starts on 16 bytes."""
+    short, long = sorted(matrix.stride())
+    return short == 1 and long * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
+    """Say whether an offset inside a tile of at most block × block elements may pass 2³¹."""
+    return any(2 * block * max(tensor.stride()) >= 2**31 for tensor in tensors)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -183,7 +214,8 @@ def adapted_matmul(
     side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
     if out.numel() == 0:
         return out, side
-    blocks = matmul_blocks(inputs.dtype, rows, d_in, d_out, width)
+    aligned = all(is_aligned(tensor) for tensor in (inputs, main, down, up, out))
+    blocks = matmul_blocks(capability_of(inputs.device), inputs.dtype, rows, d_in, d_out, width, aligned)
     grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         adapted_matmul_kernel[grid](
@@ -215,6 +247,7 @@ def adapted_matmul(
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             STORE_SIDE=keep_side,
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down, up, out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

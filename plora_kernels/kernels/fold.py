@@ -45,7 +45,7 @@ def fold_kernel(
     w = tl.load(tile, mask=tile_ok, other=0.0)  # (BLOCK_N, BLOCK_K)
     delta = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for r0 in range(0, R, BLOCK_R):
-        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX)
+        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
         b_tile = b_ptr + rows[:, None] * stride_bn + modules[None, :] * stride_br
         b = tl.load(b_tile, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
         a_tile = a_ptr + modules[:, None] * stride_ar + columns[None, :] * stride_ak

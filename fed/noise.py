@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,11 +25,11 @@ def start_noise(server: Adapter, held: Iterable[tuple[str, Tensor]]) -> float:
     `held` gives the client's ΔW_i(start) (N, K) for every matrix, one at a time. `init_noise` is the mean
     over the round's clients.
     """
-    squares = 0.0
+    norms = []
     for matrix, delta in held:
         A, B = server.factors[matrix]
-        squares += (delta - server.scale * (B.double() @ A.double())).square().sum().item()
-    return math.sqrt(squares)
+        norms.append(torch.linalg.matrix_norm(delta - server.scale * (B.double() @ A.double())))
+    return torch.stack(norms).norm().item()
 
 
 def agg_noise(server: Adapter, starts: Sequence[ClientStart], updates: Sequence[ClientUpdate]) -> float:
@@ -41,15 +40,15 @@ def agg_noise(server: Adapter, starts: Sequence[ClientStart], updates: Sequence[
     formed.
     """
     total = sum(update.weight for update in updates)
-    squares = 0.0
+    norms = []
     for matrix, (A, B) in server.factors.items():
         left, right = [server.scale * B.double()], [A.double()]
         for start, update in zip(starts, updates, strict=True):
             end_A, end_B = end_factors(start, update, matrix)
             left.append(-update.weight / total * start.scale * end_B.double())
             right.append(end_A.double())
-        squares += product_norm(torch.cat(left, dim=1), torch.cat(right)) ** 2
-    return math.sqrt(squares)
+        norms.append(product_norm(torch.cat(left, dim=1), torch.cat(right)))
+    return torch.stack(norms).norm().item()
 
 
 def end_factors(start: ClientStart, update: ClientUpdate, matrix: str) -> Factors:
@@ -61,12 +60,13 @@ def end_factors(start: ClientStart, update: ClientUpdate, matrix: str) -> Factor
     return A, B
 
 
-def product_norm(left: Tensor, right: Tensor) -> float:
-    """Return ‖left · right‖_F of left (N, m) and right (m, K) in their dtype, without the (N, K) product.
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Return ‖left · right‖_F, a scalar, of left (N, m) and right (m, K) without forming the (N, K) product.
 
     With left = Q₁T₁ and rightᵀ = Q₂T₂ it is ‖T₁T₂ᵀ‖_F: orthogonal factors do not change the norm, and
     nothing is squared before it is subtracted.
     """
     T1 = torch.linalg.qr(left, mode="r").R  # (min(N, m), m)
     T2 = torch.linalg.qr(right.mT, mode="r").R  # (min(K, m), m)
-    return torch.linalg.matrix_norm(T1 @ T2.mT).item()
+    norm: Tensor = torch.linalg.matrix_norm(T1 @ T2.mT)
+    return norm

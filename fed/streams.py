@@ -43,6 +43,10 @@ class Source:
 @contextmanager
 def torch_seed(device: torch.device, *key: int | str) -> Iterator[None]:
     """Run the body with torch's generators seeded by the key, CPU's and `device`'s, and put them back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(*key) % 2**63)
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed_of(*key) % 2**63)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed_of(*key) % 2**63)
         yield

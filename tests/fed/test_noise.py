@@ -141,7 +141,7 @@ def test_product_norm_does_not_cancel() -> None:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(37, 5, generator=generator, dtype=torch.float64)
     right = torch.randn(5, 29, generator=generator, dtype=torch.float64)
-    stacked = product_norm(torch.cat([left, left * (1 + 1e-9)], dim=1), torch.cat([right, -right]))
+    stacked = product_norm(torch.cat([left, left * (1 + 1e-9)], dim=1), torch.cat([right, -right])).item()
     expected = 1e-9 * torch.linalg.matrix_norm(left @ right).item()
     assert stacked == pytest.approx(expected, rel=1e-5)
 
@@ -152,4 +152,4 @@ def test_product_norm_is_the_norm_of_the_product(N: int, m: int, K: int) -> None
     left = torch.randn(N, m, generator=generator, dtype=torch.float64)
     right = torch.randn(m, K, generator=generator, dtype=torch.float64)
     expected = torch.linalg.matrix_norm(left @ right).item()
-    assert product_norm(left, right) == pytest.approx(expected, rel=1e-12)
+    assert product_norm(left, right).item() == pytest.approx(expected, rel=1e-12)

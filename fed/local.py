@@ -122,13 +122,14 @@ def train(
     work.model.train()
     with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):
         for rows in order:
+            optimizer.zero_grad()
             loss = work.model(**split.batch(rows)).loss
             loss.backward()
             if settings.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad()
             total += loss.detach()
+    optimizer.zero_grad()
     return ClientUpdate(
         client=client,
         factors={matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()},

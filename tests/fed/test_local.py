@@ -13,7 +13,7 @@ from torch import nn
 import plora_kernels as pk
 from fed.data import Split
 from fed.errors import FedError
-from fed.local import Workplace, adapted, batch_rows, fault, find_device, held_updates, started, train
+from fed.local import Workplace, adapted, batch_rows, fault, find_device, held_updates, make_optimizer, started, train
 from fed.noise import start_noise
 from fed.streams import Source
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors
@@ -97,6 +97,33 @@ def test_a_step_is_the_gradient_step_of_plain_lora(work: Workplace, data: Split,
     for name, parameter in model.head.named_parameters():
         moved = parameter.detach() - rate * parameter.grad
         torch.testing.assert_close(update.head[f"head.{name}"].double(), moved, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_left_in_the_model_are_not_trained_on(data: Split) -> None:
+    losses = []
+    for stale in (False, True):
+        model = TinyClassifier()
+        if stale:
+            model(data.inputs["inputs"], data.labels).loss.backward()
+        with adapted(make_config(), model, HEAD) as work:
+            losses.append(visit(work, make_start(), data)[0].loss)
+            assert all(parameter.grad is None for parameter in work.head.values())
+    assert losses[0] == losses[1]
+
+
+def test_optimisers_are_set_as_the_run_says() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    settings = {"learning_rate": 0.3, "weight_decay": 0.2, "momentum": 0.7}
+    sgd = make_optimizer(parameters, make_config(train={"optimizer": "sgd", **settings}).train)
+    adamw = make_optimizer(parameters, make_config(train={"optimizer": "adamw", **settings}).train)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {name: sgd.defaults[name] for name in ("lr", "weight_decay", "momentum")} == {
+        "lr": 0.3,
+        "weight_decay": 0.2,
+        "momentum": 0.7,
+    }
+    assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (0.3, 0.2)
 
 
 def test_clipping_bounds_the_step(work: Workplace, data: Split) -> None:

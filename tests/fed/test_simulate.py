@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import plora_kernels as pk
+from fed import methods
 from fed.data import FederatedData, Split
 from fed.evaluate import evaluate
 from fed.simulate import centralised, pooled, simulate
+from fed.streams import Source
+from fed.types import Client, ClientStart, ServerState
 from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, make_config, make_data
 
 FIELDS = [
@@ -170,6 +173,26 @@ def test_initialisation_noise_is_zero_when_frozen_and_rounding_when_folded(tmp_p
     assert [row["init_noise"] for row in frozen[1:]] == [0.0] * 3
     assert folded[1]["init_noise"] == 0.0  # B = 0: there is nothing to round
     assert all(0.0 < row["init_noise"] < 1e-6 for row in folded[2:])
+
+
+def test_a_method_joins_by_a_line_in_the_table_and_gets_its_own_randomness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plora, keys, selections = methods.find("fed-plora"), [], []
+
+    def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+        made = plora.start(server, client, rng)
+        keys.append((rng.seed, rng.round, rng.client, client.rank))
+        selections.append(made.selected)
+        return made
+
+    monkeypatch.setitem(methods.METHODS, "recorded", methods.Method(start, plora.aggregate))
+    config = make_config(method="recorded", clients={"per_round": 4, "ranks": [1, 2, 3]})
+    rows = run(config, tmp_path / "recorded")
+    assert keys == [(5, number, client, (1, 2, 3, 1)[client]) for number in (1, 2, 3) for client in range(4)]
+    assert len({tuple(selected["body.second"]) for selected in selections[2::4]}) > 1
+    config = make_config(clients={"per_round": 4, "ranks": [1, 2, 3]})
+    assert timeless(rows) == timeless(run(config, tmp_path / "plain"))
 
 
 def test_bytes_of_a_round_by_hand(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def launches_of(
     x, weight, dy = empty(rows, k), empty(n, k), empty(rows, n)
     lora_A, lora_B, bias = empty(rank, k), empty(n, rank), empty(n)
     with (
-        mock.patch.object(adapted_matmul, "capability_of", lambda device: capability),
+        mock.patch.object(adapted_matmul, "capability_of", return_value=capability),
         recording(adapted_matmul, factor_gradient, fold) as launches,
     ):
         _, s = forward.forward(x, weight, lora_A, lora_B, bias, index, 2.0, True)

@@ -56,10 +56,10 @@ def backward(
     need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` as the kernel of the same name; a gradient that is not needed has no elements."""
-    nothing = dy.new_empty(0)
-    d_x, d_lora_A, d_lora_B = nothing, nothing, nothing
+    d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     A, B = _gather(lora_A, lora_B, None if frozen else index)
-    ds = dy @ B if need_x or need_A else nothing  # (M, places)
+    if need_x or need_A:
+        ds = dy @ B  # (M, places)
     if need_x:
         d_x = dy @ weight
         if d_x.numel() and ds.numel():

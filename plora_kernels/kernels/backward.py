@@ -29,8 +29,7 @@ def backward(
     dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) as the forward kept it, index int32 or None.
     Rows of dA and columns of dB of unselected modules are zero.
     """
-    nothing = torch.empty(0, dtype=dy.dtype, device=dy.device)
-    d_x, d_lora_A, d_lora_B, ds = nothing, nothing, nothing, nothing
+    d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     applied = None if frozen else index  # the modules that entered y, and so enter dX
     if need_x:
         d_x, ds = adapted_matmul(dy, weight, lora_B, lora_A, bias=None, index=applied, scale=scale, keep_side=need_A)

@@ -1,0 +1,50 @@
+"""Settings every test runs under. They must stand before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same global random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on the torch path and on the kernels (interpreted where there is no GPU)."""
+    monkeypatch.setenv("PLORA_BACKEND", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test on the Triton kernels (interpreted where there is no GPU)."""
+    monkeypatch.setenv("PLORA_BACKEND", "triton")
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` and `empty_like` return with NaN, so that an element nobody writes shows."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def poisoned(*arguments: object, make: object = make, **named: object) -> torch.Tensor:
+            tensor = make(*arguments, **named)  # type: ignore[operator]
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)

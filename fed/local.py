@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
         alpha=config.adapter.alpha,
         rank_stabilized=config.adapter.rank_stabilized,
         target_modules=config.adapter.target_modules,
-        exclude_modules=None if trains_head else tuple(head_names),
+        exclude_modules=None if trains_head else _within(head_names),
         modules_to_save=tuple(head_names) if trains_head else (),
     )
     with torch_seed(device, config.seed, "adapter"):
@@ -69,6 +70,8 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     work = Workplace(model, handle, head, device)
     original = {name: parameter.detach().clone() for name, parameter in head.items()}
     try:
+        for layer in handle.layers.values():
+            layer.check_selectable(config.adapter.unselected)
         yield work
     finally:
         work.load(handle.factors(), original)
@@ -177,6 +180,11 @@ def batch_rows(n_samples: int, batch_size: int, steps: int, rng: Source) -> Tens
     epochs = math.ceil(steps * width / n_samples)
     order = np.concatenate([rng.permutation(n_samples, "order", epoch) for epoch in range(epochs)])
     return torch.from_numpy(order[: steps * width]).view(steps, width)
+
+
+def _within(modules: Sequence[str]) -> str:
+    """Return an expression that matches the full names of these modules and of all they hold."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?"
 
 
 def find_device(name: str) -> torch.device:

@@ -197,14 +197,18 @@ def test_the_model_comes_back_as_it_was(data: Split) -> None:
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, True, True]
 
 
-def test_a_frozen_head_is_neither_trained_nor_adapted(data: Split) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_frozen_head_is_neither_trained_nor_adapted(data: Split, nested: bool) -> None:
     config = make_config(train={"head": "freeze"}, adapter={"target_modules": "all-linear"})
-    with adapted(config, model := TinyClassifier(), HEAD) as work:
+    model = TinyClassifier()
+    if nested:
+        model.head = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    with adapted(config, model, HEAD) as work:
         assert tuple(work.handle.layers) == MATRICES
-        before = model.head.weight.clone()
+        before = [parameter.clone() for parameter in model.head.parameters()]
         update, _ = visit(work, make_start(), data)
         assert update.head == {}
-        assert torch.equal(model.head.weight, before)
+        assert all(map(torch.equal, model.head.parameters(), before))
 
 
 def test_the_adapter_is_drawn_from_the_seed_and_leaves_the_global_stream_alone() -> None:

@@ -247,6 +247,18 @@ def test_a_model_that_does_not_fit_leaves_no_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_weight_that_cannot_be_folded_is_found_before_the_run_begins(tmp_path: Path) -> None:
+    model = TinyClassifier()
+    model.body["tied"] = torch.nn.Linear(7, 11)
+    model.body["tied"].weight = model.body["first"].weight
+    with pytest.raises(pk.StateError, match="use unselected='frozen'"):
+        simulate(make_config(), make_data(), model, HEAD, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    assert type(model.body["first"]) is torch.nn.Linear
+    rows = simulate(make_config(adapter={"unselected": "frozen"}), make_data(), model, HEAD, tmp_path / "run")
+    assert len(rows) == 4
+
+
 def test_a_frozen_head_stays_and_is_not_sent(tmp_path: Path) -> None:
     rows = run(make_config(train={"head": "freeze"}), tmp_path)
     assert all(row["download_bytes"] == 3 * 6 * 34 * 4 for row in rows[1:])

@@ -1,0 +1,1 @@
+"""Benchmarks: the fused layer and fold against PEFT, compiled PEFT and the bare base matmul, in one run."""

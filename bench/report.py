@@ -1,0 +1,172 @@
+"""Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
+
+`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md]`
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.picture import draw
+from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, load_run, write_text
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+OP_TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "fold": "Fold"}
+OP_NOTES = {
+    "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
+    "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
+    "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
+}
+MIB = 2**20
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return (Π v)^(1/n) of positive values; nan for none."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def mean_ratios(run: BenchmarkRun, op: str, rank: int) -> dict[str, tuple[float, float]]:
+    """Return each provider's geometric means over one op's shapes of one rank: time ÷ base, time ÷ PEFT."""
+    means = {}
+    for provider in PROVIDERS:
+        entries = [
+            run.entries[shape][provider]
+            for shape in run.shapes(op)
+            if shape.r == rank and provider in run.entries.get(shape, {})
+        ]
+        if entries:
+            means[provider] = (
+                geometric_mean(entry.ratio_to_base for entry in entries),
+                geometric_mean(entry.ratio_to_peft for entry in entries),
+            )
+    return means
+
+
+def common_rank(run: BenchmarkRun, op: str) -> int:
+    """Return the rank most of an op's shapes were measured at, the one its geometric mean is taken over."""
+    return Counter(shape.r for shape in run.shapes(op)).most_common(1)[0][0]
+
+
+def markdown(run: BenchmarkRun) -> str:
+    """Return the run as Markdown: what it ran on, then one table per op with geometric means."""
+    parts = [conditions(run)]
+    parts += [_op_section(run, op) for op in run.ops]
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(run: BenchmarkRun) -> str:
+    """Return one paragraph on device, versions, commit and how to read the figures."""
+    machine, commit = run.machine, run.commit
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    rows = sorted({shape.m for shape in run.shapes() if shape.m})
+    dtypes = sorted({shape.dtype for shape in run.shapes()})
+    state = " with uncommitted changes" if commit.get("dirty") else ""
+    return (
+        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; {versions}; "
+        f"commit {str(commit['id'])[:12]}{state}, {run.date[:10]}. M = {', '.join(map(str, rows)) or '–'} rows, "
+        f"{', '.join(dtypes)}. Medians of interleaved rounds in ms, in brackets time ÷ *base*; peak is what one "
+        "call allocates at most, in MiB."
+    )
+
+
+def _op_section(run: BenchmarkRun, op: str) -> str:
+    shapes = run.shapes(op)
+    providers = [name for name in PROVIDERS if any(name in _measured_or_not(run, shape) for shape in shapes)]
+    header = ["shape", *providers, "fused ÷ peft", "peak peft", "peak fused"]
+    rows = [_row(run, shape, providers) for shape in shapes]
+    rows.append(_mean_row(run, op, providers))
+    return f"**{OP_TITLES.get(op, op)}.** {OP_NOTES.get(op, '')}\n\n{_table(header, rows)}"
+
+
+def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str]) -> list[str]:
+    entries = run.entries.get(shape, {})
+    causes = run.not_available.get(shape, {})
+    times = [_time(entries.get(name), causes.get(name)) for name in providers]
+    fused = entries.get("fused")
+    ratio = f"{fused.ratio_to_peft:.2f}" if fused else "–"
+    return [shape.label, *times, ratio, _peak(entries.get("peft")), _peak(fused)]
+
+
+def _mean_row(run: BenchmarkRun, op: str, providers: Sequence[str]) -> list[str]:
+    rank = common_rank(run, op)
+    means = mean_ratios(run, op, rank)
+    cells = [f"({means[name][0]:.2f})" if name in means else "–" for name in providers]
+    against_peft = f"{means['fused'][1]:.2f}" if "fused" in means else "–"
+    return [f"geometric mean, R {rank}", *cells, against_peft, "", ""]
+
+
+def _time(entry: Entry | None, cause: str | None) -> str:
+    if entry is not None:
+        digits = f"{entry.time_ms:.3g}" if entry.time_ms < 100 else f"{entry.time_ms:.0f}"
+        return f"{digits} ({entry.ratio_to_base:.2f})"
+    return f"not available: {cause}".replace("|", "\\|") if cause else "not measured"
+
+
+def _peak(entry: Entry | None) -> str:
+    return f"{entry.peak_bytes / MIB:.1f}" if entry else "–"
+
+
+def _measured_or_not(run: BenchmarkRun, shape: Shape) -> set[str]:
+    return {*run.entries.get(shape, {}), *run.not_available.get(shape, {})}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rewrite_section(text: str, section: str) -> str:
+    """Return `text` with what stands between the two markers replaced by `section`.
+
+    Raises ResultsError if the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(f"the README needs the lines {BEGIN} and {END}, once each and in this order")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{after}"
+
+
+def update_readme(readme: Path, section: str, png: Path | None) -> None:
+    """Rewrite a README's benchmark section, with a link to the picture where there is one."""
+    if not readme.is_file():
+        raise ResultsError(f"{readme} does not exist; --readme needs a file with {BEGIN} and {END}")
+    if png is not None:
+        link = Path(os.path.relpath(png, readme.parent)).as_posix()
+        section = f"![Time of each provider divided by the base matmul's]({link})\n\n{section}"
+    write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status, 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and picture of saved results.")
+    parser.add_argument("results", type=Path, help="what `pytest --benchmark --benchmark-json=PATH` wrote")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table here")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw time ÷ base here")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help=f"rewrite what stands between {BEGIN} and {END}")
+    given = parser.parse_args(arguments)
+    try:
+        run = load_run(given.results)
+        text = markdown(run)
+        if given.png:
+            draw(run, given.png)
+        if given.markdown:
+            write_text(given.markdown, text)
+        if given.readme:
+            update_readme(given.readme, text, given.png)
+    except (ResultsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not given.markdown and not given.readme:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""Saved benchmark results: read from pytest-benchmark's JSON, checked once, typed from then on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PROVIDERS = ("base", "peft", "peft-compiled", "fused")
+
+
+class ResultsError(ValueError):
+    """A results file that is missing or does not hold what a benchmark run saves."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What was measured: one pass over one projection. `m` is 0 for fold."""
+
+    op: str
+    model: str
+    projection: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """Return the shape in words: model, projection, K×N, and the rank."""
+        return f"{self.model} {self.projection} {self.k}×{self.n}, R {self.r}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One provider's figures: median and interquartile range in ms, ratios of medians, peak bytes of a call."""
+
+    time_ms: float
+    iqr_ms: float
+    rounds: int
+    ratio_to_base: float
+    ratio_to_peft: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """A run: `entries` and `not_available` (the cause) by shape and provider, `machine` and `commit` as saved."""
+
+    entries: Mapping[Shape, Mapping[str, Entry]]
+    not_available: Mapping[Shape, Mapping[str, str]]
+    machine: Mapping[str, Any]
+    commit: Mapping[str, Any]
+    date: str
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Return the measured ops, in the order they were measured."""
+        return tuple(dict.fromkeys(shape.op for shape in self.shapes()))
+
+    def shapes(self, op: str | None = None) -> list[Shape]:
+        """Return the measured shapes, of one op or of all, in the order they were measured."""
+        every = dict.fromkeys([*self.entries, *self.not_available])
+        return [shape for shape in every if op is None or shape.op == op]
+
+
+def load_run(path: Path) -> BenchmarkRun:
+    """Read what `pytest --benchmark --benchmark-json=PATH` saved.
+
+    Raises ResultsError naming the file and what is missing: the file, JSON, the benchmark list, or a field.
+    """
+    if not path.is_file():
+        raise ResultsError(f"{path} does not exist; `pytest --benchmark --benchmark-json={path}` writes it")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(saved, dict) or not saved.get("benchmarks"):
+        raise ResultsError(f"{path} holds no benchmarks; `pytest --benchmark --benchmark-json={path}` writes some")
+    entries: dict[Shape, dict[str, Entry]] = {}
+    not_available: dict[Shape, dict[str, str]] = {}
+    try:
+        for item in saved["benchmarks"]:
+            facts = item["extra_info"]
+            entries.setdefault(_shape(facts), {})[facts["provider"]] = _entry(facts)
+        for facts in saved["not_available"]:
+            not_available.setdefault(_shape(facts), {})[facts["provider"]] = facts["cause"]
+        return BenchmarkRun(entries, not_available, saved["machine_info"], saved["commit_info"], saved["datetime"])
+    except KeyError as error:
+        raise ResultsError(f"{path} has no {error.args[0]!r}; `pytest --benchmark` of this version saves it") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: under a temporary name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _shape(facts: Mapping[str, Any]) -> Shape:
+    return Shape(**{field.name: facts[field.name] for field in fields(Shape)})
+
+
+def _entry(facts: Mapping[str, Any]) -> Entry:
+    return Entry(**{field.name: facts[field.name] for field in fields(Entry)})

@@ -1,0 +1,157 @@
+"""Interleaved timing: every provider in every round, so that a disturbance meets all of them."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+# More than any last-level cache of the devices in use.
+CPU_FLUSH_BYTES = 96 * 2**20
+CUDA_FLUSH_BYTES = 1024 * 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One provider's call: `reset()` prepares it and is not timed, `run()` is."""
+
+    run: Callable[[], object]
+    reset: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure: rounds fill `seconds_per_provider`, within `min_rounds` and `max_rounds`."""
+
+    seconds_per_provider: float = 1.0
+    min_rounds: int = 8
+    max_rounds: int = 48
+    warmup_rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.min_rounds < 2 or self.warmup_rounds < 1:
+            given = f"min_rounds={self.min_rounds}, warmup_rounds={self.warmup_rounds}"
+            raise ValueError(f"Plan({given}): at least 2 rounds and 1 warm-up round are needed")
+
+    def rounds(self, pass_s: float, providers: int) -> int:
+        """Return the rounds to time when one pass over all providers takes `pass_s` seconds."""
+        wanted = int(self.seconds_per_provider * providers / max(pass_s, 1e-9))
+        return max(self.min_rounds, min(self.max_rounds, wanted))
+
+
+class Timer(Protocol):
+    """Times calls; `read` returns the seconds of all calls since it was last read, in order."""
+
+    def call(self, run: Callable[[], object]) -> None: ...
+
+    def read(self) -> list[float]: ...
+
+
+class WallTimer:
+    """Times by the host's monotonic clock; for devices whose calls return when the work is done."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def call(self, run: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        run()
+        self._seconds.append(time.perf_counter() - start)
+
+    def read(self) -> list[float]:
+        seconds, self._seconds = self._seconds, []
+        return seconds
+
+
+class CudaTimer:
+    """Times by events on the current stream; calls queue up and `read` waits for them."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def call(self, run: Callable[[], object]) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        self._events.append((start, end))
+
+    def read(self) -> list[float]:
+        torch.cuda.synchronize()
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in self._events]
+        self._events = []
+        return seconds
+
+
+def timer_for(device: torch.device) -> Timer:
+    """Return a timer that measures the device's own work."""
+    return CudaTimer() if device.type == "cuda" else WallTimer()
+
+
+def cache_flush(device: torch.device, *, cold: bool) -> Callable[[], None]:
+    """Return what runs, untimed, before each timed call.
+
+    On CUDA a buffer larger than the L2 cache is overwritten before every call; while it is, the host gets
+    ahead, so that launch latency is not timed unless it is longer. On the CPU that happens where the case is
+    `cold` only (a weight that is folded once in a while is not in the cache); elsewhere the caches hold what
+    the other providers' calls leave there.
+    """
+    if device.type == "cuda":
+        buffer = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device)
+    elif cold:
+        buffer = torch.empty(CPU_FLUSH_BYTES, dtype=torch.int8)
+    else:
+        return lambda: None
+
+    def flush() -> None:
+        buffer.zero_()
+
+    return flush
+
+
+def round_order(names: list[str], number: int) -> list[str]:
+    """Return the providers' order in a round: each rotation once forwards and once backwards.
+
+    Over 2·len(names) rounds every provider takes every place equally often and follows either neighbour.
+    """
+    shift = (number // 2) % len(names)
+    order = names[shift:] + names[:shift]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def interleave(
+    steps: Mapping[str, Step], timer: Timer, flush: Callable[[], None], plan: Plan
+) -> dict[str, list[float]]:
+    """Time every step in every round and return each provider's seconds, one per round.
+
+    All steps are warmed up first; the garbage collector is off while the clock runs.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def one_round(number: int) -> None:
+        order = round_order(list(steps), number)
+        for name in order:
+            steps[name].reset()
+            flush()
+            timer.call(steps[name].run)
+        for name, duration in zip(order, timer.read(), strict=True):
+            seconds[name].append(duration)
+
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(plan.warmup_rounds):
+            start = time.perf_counter()
+            one_round(number)
+            pass_s = time.perf_counter() - start
+        for durations in seconds.values():
+            durations.clear()
+        for number in range(plan.rounds(pass_s, len(steps))):
+            one_round(number)
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds

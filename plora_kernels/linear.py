@@ -219,7 +219,7 @@ class FusedPLoRALinear(nn.Module):
         """
         if self._selected is None:
             return
-        if self._folded_version is not None and self.weight._version != self._folded_version:
+        if not self._weight_is_as_folded():
             raise StateError(
                 "weight was changed while modules were folded into it; load or edit weights after unfold(), or use "
                 "load_state_dict, which does so"
@@ -231,6 +231,24 @@ class FusedPLoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.full_A = self.full_B = self.selected_index = self.original_weight = self._host_original = None
         self._selected, self._unselected, self._folded_version = None, "folded", None
+
+    def _weight_is_as_folded(self) -> bool:
+        """Say whether nobody wrote to the weight since modules were folded into it; true if none are."""
+        return self._folded_version is None or self._folded_version == self.weight._version
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedPLoRALinear:
+        """Move or cast the layer, a standing selection included."""
+        as_folded = self._weight_is_as_folded()
+        super()._apply(fn, recurse)
+        if self._folded_version is not None and as_folded:
+            self._folded_version = self.weight._version  # a cast may give the weight a new count
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, whose weight counts its changes anew."""
+        super().__setstate__(state)
+        if self._folded_version is not None:
+            self._folded_version = self.weight._version
 
     def _original(self) -> Tensor | None:
         """Return the original of a folded weight, or None if nothing is folded."""
@@ -281,7 +299,7 @@ class FusedPLoRALinear(nn.Module):
             return
         original = self._original()
         if original is not None:
-            destination[prefix + "weight"] = original.to(self.weight.device)
+            destination[prefix + "weight"] = original.to(self.weight)
         destination[prefix + "lora_A"], destination[prefix + "lora_B"] = self.factors()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

@@ -1,0 +1,159 @@
+"""Targets as PEFT matches them; models put back as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import plora_kernels as pk
+from tests.support.models import tiny_bert, tiny_llama
+
+
+def peft_targets(model: nn.Module, **options: object) -> set[str]:
+    """Return the module names PEFT adapts for the same arguments."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, **options))
+    names = {name.removesuffix(".lora_A") for name, _ in wrapped.named_modules() if name.endswith(".lora_A")}
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+        {"target_modules": r".*\.(query|q_proj)"},
+        {"target_modules": ["dense", "down_proj", "query"]},
+        {"target_modules": ["dense", "down_proj", "query"], "exclude_modules": r".*\.layer\.0\..*|.*layers\.1\..*"},
+        {"target_modules": "all-linear", "modules_to_save": ["dense", "up_proj"]},
+    ],
+    ids=str,
+)
+def test_targets_are_those_of_peft(build: type, options: dict) -> None:
+    present = {name.rsplit(".", 1)[-1] for name, _ in build().named_modules()}
+    options = {  # PEFT ignores names a model lacks where others match; here each must exist
+        key: [entry for entry in value if entry in present] if isinstance(value, list) else value
+        for key, value in options.items()
+    }
+    expected = peft_targets(build(), **options)
+    handle = pk.inject(build(), pk.PLoRAConfig(rank=2, **options))
+    assert set(handle.layers) == expected
+    assert expected
+
+
+def test_rank_and_alpha_patterns() -> None:
+    config = pk.PLoRAConfig(
+        rank=4,
+        alpha=8.0,
+        target_modules=["query", "value"],
+        rank_pattern={"value": 2},
+        alpha_pattern={r"layer.0.*": 6.0},
+    )
+    layers = pk.inject(tiny_bert(), config).layers
+    prefix = "bert.encoder.layer"
+    assert layers[f"{prefix}.0.attention.self.query"].scale == 6.0 / 4
+    assert layers[f"{prefix}.0.attention.self.value"].scale == 6.0 / 2
+    assert layers[f"{prefix}.1.attention.self.query"].scale == 8.0 / 4
+
+
+def test_inject_trains_the_adapter_and_the_saved_modules_alone() -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    trainable = {name.rsplit(".", 1)[0] for name, p in handle.model.named_parameters() if p.requires_grad}
+    assert trainable == {"classifier", *handle.layers}
+    assert handle.saved_modules == ("classifier",)
+
+
+def test_restore_gives_back_the_model_it_was() -> None:
+    model = tiny_bert()
+    model.bert.pooler.dense.weight.requires_grad_(False)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    handle = pk.inject(model, pk.PLoRAConfig(target_modules="all-linear"))
+    for layer in handle.layers.values():
+        nn.init.normal_(layer.lora_B)
+    handle.select([0, 5])
+    assert handle.restore() is model
+    assert {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)} == linears
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert list(model.state_dict()) == list(state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with pytest.raises(pk.StateError, match="taken out by restore"):
+        handle.select([0])
+
+
+def test_select_takes_one_selection_or_one_for_each_layer() -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query"]))
+    first, second = handle.layers
+    handle.select([1, 2], "frozen")
+    assert {layer.selected for layer in handle.layers.values()} == {(1, 2)}
+    handle.select({first: [0], second: torch.tensor([True, True, False, True])})
+    assert handle.layers[first].selected == (0,)
+    assert handle.layers[second].selected == (0, 1, 3)
+    handle.unfold()
+    assert all(layer.selected is None for layer in handle.layers.values())
+
+
+def test_a_selection_that_fails_anywhere_changes_nothing() -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query"]))
+    first, second = handle.layers
+    with pytest.raises(pk.SelectionError, match="module 4"):
+        handle.select({first: [0], second: [4]})
+    with pytest.raises(pk.TargetError, match=f"selection misses layer '{second}'"):
+        handle.select({first: [0]})
+    with pytest.raises(pk.TargetError, match=r"selection names layer 'bert\.query'; the nearest adapted layers are"):
+        handle.select({first: [0], second: [1], "bert.query": [0]})
+    assert all(layer.selected is None for layer in handle.layers.values())
+
+
+def test_tied_weights_are_never_folded() -> None:
+    model = tiny_llama(tied=True)
+    handle = pk.inject(model, pk.PLoRAConfig(rank=4, target_modules=["lm_head", "q_proj"]))
+    nn.init.normal_(handle.layers["lm_head"].lora_B)
+    with pytest.raises(pk.StateError, match="shared with another module"):
+        handle.select([0])
+    assert all(layer.selected is None for layer in handle.layers.values())
+    handle.select([0], "frozen")
+
+
+def test_unknown_targets_name_the_nearest() -> None:
+    with pytest.raises(pk.TargetError, match="'qeury' is not in the model; the nearest names that exist are 'query'"):
+        pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["qeury"]))
+    with pytest.raises(pk.TargetError, match="matches no module"):
+        pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=r"nothing\d+"))
+    with pytest.raises(pk.TargetError, match=r"module to save 'clasifier' is not in the model.*'classifier'"):
+        pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["query"], modules_to_save=["clasifier"]))
+    with pytest.raises(pk.TargetError, match=r"is a LayerNorm; only plain nn\.Linear"):
+        pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["LayerNorm"]))
+
+
+def test_a_refused_injection_leaves_the_model_alone() -> None:
+    model = tiny_bert()
+    with pytest.raises(pk.TargetError):
+        pk.inject(model, pk.PLoRAConfig(target_modules=["query", "LayerNorm"]))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, pk.FusedPLoRALinear) for m in model.modules())
+    pk.inject(model, pk.PLoRAConfig(target_modules=["query"]))
+    with pytest.raises(pk.StateError, match="holds FusedPLoRALinear layers already"):
+        pk.inject(model, pk.PLoRAConfig(target_modules=["value"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rank": 300}, pk.RankError, "rank is 300"),
+        ({"rank_pattern": {"q": 0}}, pk.RankError, "rank is 0"),
+        ({"alpha": -1.0}, pk.ConfigError, r"alpha is -1\.0"),
+        ({"dropout": 0.5}, pk.UnsupportedError, r"dropout is 0\.5"),
+        ({"target_modules": []}, pk.ConfigError, "target_modules is empty"),
+        ({"modules_to_save": "classifier"}, pk.ConfigError, "a list of names is needed"),
+        ({"original": "nowhere"}, pk.ConfigError, "original is 'nowhere'"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pk.PLoRAConfig(**options)

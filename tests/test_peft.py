@@ -1,0 +1,137 @@
+"""Adapters in PEFT's format, both ways, and the same training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+import plora_kernels as pk
+from tests.support.models import tiny_bert, tiny_llama
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def stir(model: nn.Module) -> None:
+    """Give every trainable parameter a value of its own."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_what_is_saved_here_loads_in_peft_and_computes_the_same(tmp_path: Path, rank_stabilized: bool) -> None:
+    base = tiny_bert()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    config = pk.PLoRAConfig(
+        rank=6,
+        alpha=9.0,
+        rank_stabilized=rank_stabilized,
+        target_modules=["query", "dense"],
+        modules_to_save=["classifier"],
+        rank_pattern={"query": 3},
+        task_type="SEQ_CLS",
+    )
+    handle = pk.inject(base, config)
+    stir(base)
+    expected = logits(base)
+    handle.select([1])  # a standing selection is saved in full all the same
+    pk.save_peft(handle, tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    fresh = tiny_bert()
+    fresh.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 7}, "alpha_pattern": {"q_proj": 40}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_loads_here_and_computes_the_same(tmp_path: Path, options: dict) -> None:
+    base = tiny_llama()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
+    stir(wrapped)
+    wrapped.eval()
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    fresh = tiny_llama()
+    fresh.load_state_dict(state)
+    handle = pk.load_peft(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh), expected)
+    pk.save_peft(handle, tmp_path / "again")
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert set(first) == set(second)
+    for key, value in first.items():
+        assert torch.equal(second[key], value), key
+
+
+def test_saving_again_replaces_the_adapter_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=2, target_modules=["query"]))
+    for _ in range(2):
+        stir(handle.model)
+        pk.save_peft(handle, tmp_path, base_model_name_or_path="some/base", task_type="SEQ_CLS")
+    name = next(iter(handle.layers))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(saved[f"base_model.model.{name}.lora_A.weight"], handle.layers[name].lora_A)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "notes.txt",
+    ]
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "some/base"
+    assert written["task_type"] == "SEQ_CLS"
+    assert written["lora_alpha"] == 32
+
+
+def save_peft_adapter(directory: Path, **options: object) -> None:
+    get_peft_model(tiny_bert(), LoraConfig(r=4, target_modules=["query"], **options)).save_pretrained(directory)
+
+
+def test_adapters_that_cannot_be_used_are_refused_and_the_model_stays(tmp_path: Path) -> None:
+    model = tiny_bert()
+    with pytest.raises(pk.ConfigError, match=r"adapter_config\.json does not exist"):
+        pk.load_peft(model, tmp_path / "missing")
+    save_peft_adapter(tmp_path / "dora", use_dora=True)
+    with pytest.raises(pk.ConfigError, match="use_dora = True; only False is supported"):
+        pk.load_peft(model, tmp_path / "dora")
+    save_peft_adapter(tmp_path / "bias", bias="all")
+    with pytest.raises(pk.ConfigError, match="bias = 'all'; only 'none' is supported"):
+        pk.load_peft(model, tmp_path / "bias")
+    save_peft_adapter(tmp_path / "plain")
+    with pytest.raises(pk.TargetError, match=r"factors for 'bert\..*query', which is not in the model"):
+        pk.load_peft(tiny_llama(), tmp_path / "plain")
+    save_peft_adapter(tmp_path / "head", modules_to_save=["classifier"])
+    with pytest.raises(pk.ShapeError, match=r"'classifier\.bias' is \(3,\); the model's is \(2,\)"):
+        pk.load_peft(tiny_bert(labels=2), tmp_path / "head")
+    assert not any(isinstance(m, pk.FusedPLoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_dropout_of_a_loaded_adapter_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    save_peft_adapter(tmp_path, lora_dropout=0.25)
+    with pytest.warns(UserWarning, match=r"lora_dropout = 0\.25; training goes on without dropout"):
+        pk.load_peft(tiny_bert(), tmp_path)

@@ -13,8 +13,8 @@ from fed.types import Adapter, ClientStart, ClientUpdate, Factors
 def held_update(weight: Tensor, original: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return ΔW: (N, K) fp64, what a layer really adds to its original weight: weight − original + s · B A.
 
-    `weight` and `original` are (N, K) in the working dtype and differ by what was folded; A (r, K) and B (N,
-    r) are the modules the layer sums besides.
+    `weight` and `original` are (N, K) in the working dtype and differ by what was folded; A (r, K) and
+    B (N, r) are the modules the layer sums besides.
     """
     return weight.double() - original.double() + scale * (B.double() @ A.double())
 
@@ -36,8 +36,7 @@ def agg_noise(server: Adapter, starts: Sequence[ClientStart], updates: Sequence[
     """Return √(Σ_matrices ‖ΔW_server − Σ_i p_i ΔW_i(end)‖_F²), `server` being the adapter after aggregation.
 
     ΔW_i(end) = s_i B_i A_i over all modules: the trained ones of `updates[i]`, the others as in `starts[i]`.
-    The difference is one product of stacked factors, [s B̄ | −p_1 s_1 B_1 | …] [Ā; A_1; …], and is never
-    formed.
+    The difference is one product of stacked factors, [s B̄ | −p_1 s_1 B_1 | …] [Ā; A_1; …], never formed.
     """
     total = sum(update.weight for update in updates)
     norms = []

@@ -13,9 +13,9 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
+from .functional import fold_, plora_linear
 from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
-from .ops import fold_, plora_linear
 from .peft import load_peft, save_peft
 from .reference import module_average
 

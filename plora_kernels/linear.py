@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
+from .checks import check_unselected
 from .errors import ConfigError, ShapeError, StateError, TargetError, UnsupportedError
-from .ops import check_unselected, fold_, linear_with_index, plora_linear
+from .functional import fold_, linear_with_index, plora_linear
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
 
 ORIGINALS = ("device", "host")
@@ -137,7 +138,7 @@ class FusedPLoRALinear(nn.Module):
         if self._unselected == "frozen":
             return self._forward_frozen(x)
         if self.lora_A.shape[0] == 0:  # everything is folded
-            return functional.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias)
         return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
 
     def _forward_frozen(self, x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("errors",),
     ("reference", "selection", "configs"),
-    ("backend", "torch_path"),
+    ("backend", "checks", "torch_path"),
     ("kernels",),
     ("ops",),
+    ("functional",),
     ("linear",),
     ("inject",),
     ("peft",),

@@ -153,6 +153,13 @@ def test_copies_and_moves_keep_a_selection() -> None:
     assert torch.equal(double.weight, layer.weight.double())
 
 
+def test_runs_without_storage() -> None:
+    layer = pk.FusedPLoRALinear(7, 5, device="meta")
+    y = layer(torch.empty(2, 3, 7, device="meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 3, 5)
+
+
 def test_merge_holds_every_module_and_leaves_the_layer_alone() -> None:
     layer, x = make(), torch.randn(3, 7)
     expected = layer(x)

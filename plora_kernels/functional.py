@@ -1,0 +1,139 @@
+"""The public functions `plora_linear` and `fold_`: arguments checked and cast, then one operator each.
+
+Nothing here reads a device tensor on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  registers the operators
+from .checks import check_alike, check_factors, check_unselected, index_for
+from .errors import ConfigError, ShapeError, StateError, UnsupportedError
+from .selection import Selection
+
+
+def plora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    selected: Selection | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    unselected: str = "folded",
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Return `y: (…, N)` = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
+
+    Args:
+        x: (…, K), any leading shape, contiguous or not, possibly empty.
+        weight: (N, K), the frozen base. With `unselected="folded"` it holds the unselected modules already (`fold_`).
+        lora_A: (R, K) down-projection; lora_B: (N, R) up-projection; 1 ≤ R ≤ 256.
+        selected: which modules the caller trains. A bool tensor (R,) is a mask, integers are indices, `[]` selects
+            none, None all. Host values are validated; a tensor on another device is never read by the host.
+        bias: (N,) or None.
+        scale: s, one number for all modules.
+        unselected: "folded": unselected modules do not enter y (they sit in the weight). "frozen": they enter y and
+            dx, and get no gradient.
+        dropout_p, dropout_seed, groups: reserved; only their defaults are supported.
+
+    All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
+    cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.
+
+    Raises:
+        ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
+        StateError: weight requires a gradient; the base is frozen.
+        UnsupportedError: a reserved argument; double backward; vmap.
+
+    Source: arXiv 2602.16936.
+    """
+    if dropout_p != 0.0 or dropout_seed is not None:
+        raise UnsupportedError(f"dropout_p is {dropout_p} and dropout_seed {dropout_seed}; only 0.0 and None work yet")
+    if groups is not None:
+        raise UnsupportedError("groups is set; one adapter a call works, several groups in a call do not yet")
+    check_unselected(unselected)
+    check_factors(weight, lora_A, lora_B)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
+    index = index_for(selected, lora_A.shape[0], x.device)
+    return linear_with_index(x, weight, lora_A, lora_B, bias, index, float(scale), unselected == "frozen")
+
+
+def linear_with_index(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    frozen: bool,
+) -> Tensor:
+    """Apply autocast, check dtypes and devices and run the operator on an index buffer (None: all modules)."""
+    x_, weight_, A_, B_, bias_ = _autocast(x, weight, lora_A, lora_B, bias)
+    check_alike("x", {"x": x_, "weight": weight_, "lora_A": A_, "lora_B": B_, "bias": bias_})
+    keep_s = torch.is_grad_enabled() and lora_B.requires_grad
+    y, _ = torch.ops.plora.linear(x_, weight_, A_, B_, bias_, index, scale, frozen, keep_s)
+    return y
+
+
+def fold_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    selected: Selection | None,
+    *,
+    scale: float = 1.0,
+    sign: int = 1,
+) -> Tensor:
+    """Add the unselected modules to the weight in place, W += sign·s·Σ_{j∉selected} b_j a_jᵀ, and return it.
+
+    Args:
+        weight: (N, K), changed in place; lora_A (R, K), lora_B (N, R) of the same dtype and device.
+        selected: the modules to leave out: a bool mask (R,), indices, `[]` to fold all, None (all selected) to fold
+            none.
+        scale: s. sign: +1 folds, −1 takes out again (to rounding: keep the original where it must be exact).
+
+    The sum runs in fp32 (float64 for float64) and is rounded once into the weight. It has no autograd: the factors
+    enter as constants.
+
+    Raises:
+        ShapeError, RankError, DTypeError, DeviceError, SelectionError: an argument does not fit.
+        ConfigError: sign is neither 1 nor −1.
+        StateError: weight requires a gradient and gradients are enabled.
+
+    Source: Select-N-Fold, arXiv 2602.16936.
+    """
+    if sign not in (1, -1):
+        raise ConfigError(f"sign is {sign!r}; 1 folds and -1 takes out again")
+    check_factors(weight, lora_A, lora_B)
+    check_alike("weight", {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise StateError("weight requires a gradient: fold inside torch.no_grad() or call weight.requires_grad_(False)")
+    if selected is None:
+        return weight
+    index = index_for(selected, lora_A.shape[0], weight.device, invert=True)
+    torch.ops.plora.fold_(weight.detach(), lora_A.detach(), lora_B.detach(), index, float(scale) * sign)
+    return weight
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast does for `nn.Linear`: to the active dtype of x's device, float64 left as it is."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x, *tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in (x, *tensors)
+    )

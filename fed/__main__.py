@@ -1,0 +1,6 @@
+"""`python -m fed`."""
+
+from fed.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a run shows at the terminal: a bar where there is one, plain lines where there is none, and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fed.report import Run, task_name
+
+# Called with the steps done and a note on how it goes.
+Advance = Callable[[int, str], None]
+
+_LINES_PER_STAGE = 10
+
+
+class Screen:
+    """The terminal of one run. `terminal` says whether there is one to draw bars on."""
+
+    def __init__(self) -> None:
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self._out.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Print one line on standard error."""
+        self._err.print(f"warning: {line}", markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
+        """Show a stage of `total` steps: a bar, or without a terminal a line for every `every`-th step."""
+        if self._out.is_terminal:
+            counts = (MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            with self._bar(*counts, TextColumn("left"), TimeRemainingColumn()) as bar:
+                task = bar.add_task(name, total=total, note="")
+                yield lambda done, note: bar.update(task, completed=done, note=note)
+            return
+
+        def advance(done: int, note: str) -> None:
+            if done % every == 0 or done == total:
+                self.say(f"{name} {done:>{len(str(total))}}/{total}  {note}")
+
+        yield advance
+
+    @contextmanager
+    def wait(self, name: str) -> Iterator[None]:
+        """Show a stage whose end cannot be foretold."""
+        if self._out.is_terminal:
+            with self._bar() as bar:
+                task = bar.add_task(name, total=None)
+                yield
+                bar.update(task, total=1, completed=1)
+        else:
+            self.say(name)
+            yield
+
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        name, bar = TextColumn("{task.description:<26}"), BarColumn(bar_width=24)
+        return Progress(name, bar, TimeElapsedColumn(), *columns, console=self._out)
+
+    def summarise(self, run: Run) -> None:
+        """Print accuracy before and after with the gain, and beside it what centralised LoRA gains."""
+        rank = run.config.adapter.rank
+        table = Table(box=None, pad_edge=False, title=f"held-out test data, {task_name(run.config)}")
+        table.title_justify, table.title_style = "left", "bold"
+        table.add_column("")
+        for heading in ("accuracy", "gain", "federated gain / this gain"):
+            table.add_column(heading, justify="right")
+        table.add_row("unadapted model", _percent(run.rows[0]), "", "")
+        table.add_row(
+            f"federated, {run.rows[-1]['round']} rounds", _percent(run.rows[-1]), _points(run.gain_points), ""
+        )
+        for row in run.centralised:
+            gain = run.gain_of(row)
+            ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
+            name = f"centralised rank-{rank} LoRA, {row['steps']} steps ({row['counted']})"
+            table.add_row(name, _percent(row), _points(gain), ratio)
+        self._out.print()
+        self._out.print(table)
+
+
+def round_note(row: dict[str, Any]) -> str:
+    """Say in a few words how a round went: accuracy, loss and the clients' training time."""
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+    return f"accuracy {_percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f} %"
+
+
+def _points(gain: float) -> str:
+    return f"{gain:+.1f} points"

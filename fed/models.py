@@ -1,0 +1,189 @@
+"""The base model of a run: a small ViT trained here on undisturbed digits, or a local checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fed.errors import FedError
+from fed.streams import permutation, torch_seed
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+    from fed.data import FederatedData, Split
+
+# Called with the steps done and the last step's loss while the embedded base is trained.
+Progress = Callable[[int, float], object]
+
+_WARMUP_FRACTION = 0.1
+_CPU = torch.device("cpu")
+
+
+def pretrained(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
+    """Return the base model (CPU, fp32, evaluation mode), saved to `directory` in transformers' format.
+
+    Without `model.path` it is the embedded ViT, trained on `data.pretrain`; otherwise the checkpoint there
+    with a classification head for `data.label_names`, and its tokenizer is saved beside it.
+    Raises FedError where there is no usable checkpoint.
+    """
+    with _quiet():
+        if data.pretrain is not None:
+            model = _embedded_vit(config, data)
+            _train_centrally(model, data.pretrain, config, progress)
+        else:
+            model = _from_checkpoint(config, data)
+            load_tokenizer(config).save_pretrained(directory)
+        model.eval()
+        model.save_pretrained(directory)
+    return model
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Name the modules of the classification head: the children with parameters beside the backbone."""
+    backbone = getattr(model, "base_model_prefix", "")
+    children = ((name, child) for name, child in model.named_children() if name != backbone)
+    return tuple(name for name, child in children if any(True for _ in child.parameters()))
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """Load the checkpoint's own tokenizer; one without a padding token pads with its end token."""
+    from transformers import AutoTokenizer
+
+    path = _checkpoint(config)
+    with _quiet(), _failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise FedError(f"model.path is {str(path)!r}: its tokenizer needs a padding or an end token")
+    return tokenizer
+
+
+def saved_label_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the label names of the checkpoint's own head, in its order."""
+    names = _architecture(config).id2label or {}
+    return tuple(str(names[number]) for number in sorted(names))
+
+
+def _architecture(config: RunConfig) -> Any:
+    """The checkpoint's transformers configuration, which must have positions for `data.max_length` tokens."""
+    from transformers import AutoConfig
+
+    path = _checkpoint(config)
+    with _quiet(), _failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
+        architecture = AutoConfig.from_pretrained(path, local_files_only=True)
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise FedError(f"data.max_length is {config.data.max_length}: the checkpoint takes at most {positions} tokens")
+    return architecture
+
+
+def _checkpoint(config: RunConfig) -> Path:
+    path = Path(config.model.path or "")
+    if not path.is_dir():
+        raise FedError(f"model.path is {str(path)!r}: no such directory; it should hold a checkpoint")
+    if not (path / "config.json").is_file():
+        raise FedError(f"model.path is {str(path)!r}: no config.json there, so it is not a checkpoint")
+    return path
+
+
+def _embedded_vit(config: RunConfig, data: FederatedData) -> nn.Module:
+    """A ViT for 8×8 grey images: 16 patches of 2×2, 4 layers of width 64, drawn from the run's seed."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    architecture = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+        **_labels(data),
+    )
+    with torch_seed(_CPU, config.seed, "weights"):
+        model: nn.Module = ViTForImageClassification(architecture)
+    return model
+
+
+def _train_centrally(model: nn.Module, rows: Split, config: RunConfig, progress: Progress | None) -> None:
+    """AdamW over every weight; the learning rate rises over a tenth of the steps, then falls as a cosine."""
+    steps, peak = config.model.pretrain_steps, config.model.pretrain_learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=max(steps, 2), pct_start=_WARMUP_FRACTION
+    )
+    batches = _batches(len(rows), config)
+    model.train()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(**rows.batch(next(batches))).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.item())
+
+
+def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
+    """Yield row indices without end: every epoch a fresh order, without its incomplete last batch."""
+    size, epoch = min(rows, config.model.pretrain_batch_size), 0
+    while True:
+        order = torch.from_numpy(permutation(rows, config.seed, "pretrain", epoch))
+        yield from order[: rows - rows % size].split(size)
+        epoch += 1
+
+
+def _from_checkpoint(config: RunConfig, data: FederatedData) -> nn.Module:
+    """The checkpoint as a sequence classifier; where its head is for other labels, a new one is drawn."""
+    from transformers import AutoModelForSequenceClassification
+
+    path, tokenizer = _checkpoint(config), load_tokenizer(config)
+    loads = _failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
+    with loads, torch_seed(_CPU, config.seed, "weights"):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True, **_labels(data)
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    classifier: nn.Module = model
+    return classifier
+
+
+def _labels(data: FederatedData) -> dict[str, Any]:
+    names = dict(enumerate(data.label_names))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a user's files into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise FedError(f"{what}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' notices and progress bars off the terminal inside."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

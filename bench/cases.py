@@ -96,13 +96,13 @@ def cases(device_type: str) -> tuple[Case, ...]:
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw a case's tensors on the CPU, from `seed`, and move them to `device`."""
-    generator = torch.Generator().manual_seed(seed)
+    """Draw a case's tensors on `device`, from `seed`; other devices draw other values."""
+    generator = torch.Generator(device).manual_seed(seed)
     k, n, r = case.projection.k, case.projection.n, case.r
 
     def normal(rows: int, columns: int, variance: float = 1.0) -> Tensor:
-        drawn = torch.randn(rows, columns, generator=generator).mul_(variance**0.5)
-        return drawn.to(device=device, dtype=case.torch_dtype)
+        drawn = torch.randn(rows, columns, generator=generator, device=device).mul_(variance**0.5)
+        return drawn.to(case.torch_dtype)
 
     return Problem(
         x=normal(case.m, k),

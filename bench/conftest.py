@@ -82,8 +82,9 @@ def record(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
-    """Add device, threads and versions to the saved machine; leave the host's name out."""
-    machine_info.pop("node", None)
+    """Add device, threads and versions to the saved machine; leave the host's name and kernel build out."""
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
     machine_info |= environment(bench_device(), threads=usable_cores())
 
 

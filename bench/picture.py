@@ -1,12 +1,13 @@
 """The picture of a benchmark run: time ÷ base, one panel per op, one row per shape."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.results import BenchmarkRun, Shape
+from bench.results import BenchmarkRun, Entry
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each for print.
 STYLES = {
@@ -15,19 +16,21 @@ STYLES = {
     "fused": ("#0072B2", "o"),
 }
 TITLES = {"forward": "forward", "forward_backward": "forward + backward", "fold": "fold"}
-BASES = {"fold": "a copy of W"}
+BASES = {"forward": "base matmul", "forward_backward": "base matmuls", "fold": "a copy of W"}
 
 
 def draw(run: BenchmarkRun, path: Path) -> None:
     """Draw each provider's time ÷ base (dots, interquartile range as bars) and write it as PNG."""
-    rows = max(len(run.shapes(op)) for op in run.ops)
-    figure = Figure(figsize=(1.6 + 4.2 * len(run.ops), 1.6 + 0.34 * rows), layout="constrained")
+    labels = list(dict.fromkeys(shape.label for shape in run.shapes()))
+    figure = Figure(figsize=(1.8 + 3.4 * len(run.ops), 1.6 + 0.3 * len(labels)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(run.ops), squeeze=False)[0]
+    panels = figure.subplots(1, len(run.ops), squeeze=False, sharey=True)[0]
     for axes, op in zip(panels, run.ops, strict=True):
-        _draw_op(axes, run, op)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        _draw_op(axes, run, op, labels)
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    keys = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
     figure.suptitle(_subject(run), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -41,13 +44,12 @@ def _subject(run: BenchmarkRun) -> str:
     return f"{run.machine['device_name']}, {', '.join(dtypes)}, M = {', '.join(map(str, rows))}"
 
 
-def _draw_op(axes: Axes, run: BenchmarkRun, op: str) -> None:
-    shapes = run.shapes(op)
-    positions = range(len(shapes))
+def _draw_op(axes: Axes, run: BenchmarkRun, op: str, labels: Sequence[str]) -> None:
     for number, (provider, (colour, marker)) in enumerate(STYLES.items()):
+        offset = 0.2 * (number - 1)
         points = [
-            (position + 0.18 * (number - 1), entries[provider].ratio_to_base, _spread(run, shape, provider))
-            for position, shape in zip(positions, shapes, strict=True)
+            (labels.index(shape.label) + offset, entries[provider].ratio_to_base, _spread(entries, provider))
+            for shape in run.shapes(op)
             if provider in (entries := run.entries.get(shape, {})) and "base" in entries
         ]
         if not points:
@@ -57,14 +59,11 @@ def _draw_op(axes: Axes, run: BenchmarkRun, op: str) -> None:
             ratios, heights, xerr=spreads, fmt=marker, color=colour, label=provider, markersize=5, linewidth=1
         )
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(list(positions), [shape.label for shape in shapes], fontsize=8)
-    axes.invert_yaxis()
     axes.grid(axis="x", linewidth=0.4)
-    axes.set_xlabel(f"time ÷ {BASES.get(op, 'base matmul')}")
-    axes.set_title(TITLES.get(op, op), fontsize=10)
+    axes.set_xlabel(f"time ÷ {BASES[op]}")
+    axes.set_title(TITLES[op], fontsize=10)
 
 
-def _spread(run: BenchmarkRun, shape: Shape, provider: str) -> float:
+def _spread(entries: Mapping[str, Entry], provider: str) -> float:
     """Return half the interquartile range in units of the base's time."""
-    entries = run.entries[shape]
     return entries[provider].iqr_ms / 2 / entries["base"].time_ms

@@ -81,7 +81,7 @@ def _op_section(run: BenchmarkRun, op: str) -> str:
     header = ["shape", *providers, "fused ÷ peft", "peak peft", "peak fused"]
     rows = [_row(run, shape, providers) for shape in shapes]
     rows.append(_mean_row(run, op, providers))
-    return f"**{OP_TITLES.get(op, op)}.** {OP_NOTES.get(op, '')}\n\n{_table(header, rows)}"
+    return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{_table(header, rows)}"
 
 
 def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+OPS = ("forward", "forward_backward", "fold")
 PROVIDERS = ("base", "peft", "peft-compiled", "fused")
 
 
@@ -56,8 +57,8 @@ class BenchmarkRun:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Return the measured ops, in the order they were measured."""
-        return tuple(dict.fromkeys(shape.op for shape in self.shapes()))
+        """Return the measured ops: forward, forward and backward, fold."""
+        return tuple(op for op in OPS if self.shapes(op))
 
     def shapes(self, op: str | None = None) -> list[Shape]:
         """Return the measured shapes, of one op or of all, in the order they were measured."""

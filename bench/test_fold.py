@@ -6,7 +6,7 @@ import pytest
 
 from bench.recorded import recorded_time
 
-pytestmark = pytest.mark.benchmark(timer=recorded_time)
+pytestmark = pytest.mark.benchmark(timer=recorded_time, disable_gc=True)
 
 
 def test_fold(record: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  registers the operators
+from . import ops
 from .checks import check_alike, check_factors, check_unselected, index_for
 from .errors import ConfigError, ShapeError, StateError, UnsupportedError
 from .selection import Selection
@@ -80,11 +80,13 @@ def linear_with_index(
     frozen: bool,
 ) -> Tensor:
     """Apply autocast, check dtypes and devices and run the operator on an index buffer (None: all modules)."""
-    x_, weight_, A_, B_, bias_ = _autocast(x, weight, lora_A, lora_B, bias)
-    check_alike("x", {"x": x_, "weight": weight_, "lora_A": A_, "lora_B": B_, "bias": bias_})
-    keep_s = torch.is_grad_enabled() and lora_B.requires_grad
-    y, _ = torch.ops.plora.linear(x_, weight_, A_, B_, bias_, index, scale, frozen, keep_s)
-    return y
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, lora_A, lora_B = (_autocast(t, dtype) for t in (x, weight, lora_A, lora_B))
+        bias = bias if bias is None else _autocast(bias, dtype)
+    check_alike("x", {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
+    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen)
 
 
 def fold_(
@@ -127,13 +129,6 @@ def fold_(
     return weight
 
 
-def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast does for `nn.Linear`: to the active dtype of x's device, float64 left as it is."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x, *tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
-        for t in (x, *tensors)
-    )
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast does for `nn.Linear`: float64 and integers stay as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor

@@ -5,11 +5,14 @@ They take tensors that were checked and a selection as an index buffer; `functio
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import torch_path
 from .backend import runs_kernels
@@ -30,6 +33,11 @@ _library.define(
 def _places(lora_A: Tensor, index: Tensor | None, frozen: bool) -> int:
     """Return the number of columns of S: every module, or one per entry of the index."""
     return lora_A.shape[0] if frozen or index is None else index.shape[0]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return (…, D) as (M, D)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _forward_module(tensor: Tensor) -> ModuleType:
@@ -60,9 +68,8 @@ def _linear(
     frozen: bool,
     keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
     applied = None if frozen else index  # frozen modules all enter y
-    y, s = _forward_module(x).forward(rows, weight, lora_A, lora_B, bias, applied, scale, keep_s)
+    y, s = _forward_module(x).forward(_rows(x), weight, lora_A, lora_B, bias, applied, scale, keep_s)
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -78,8 +85,7 @@ def _linear_fake(
     frozen: bool,
     keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1] if x.dim() != 2 else x.shape[0]
-    s = x.new_empty((rows, _places(lora_A, index, frozen)) if keep_s else (0,))
+    s = x.new_empty((math.prod(x.shape[:-1]), _places(lora_A, index, frozen)) if keep_s else (0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), s
 
 
@@ -99,7 +105,7 @@ def _linear_backward(
     need_B: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dy_rows, x_rows = _rows(dy), _rows(x)
     d_x, d_lora_A, d_lora_B = _backward_module(x).backward(
         dy_rows, x_rows, weight, lora_A, lora_B, s, index, scale, frozen, need_x, need_A, need_B
     )
@@ -146,7 +152,9 @@ def _differentiate_linear(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tupl
         return (None,) * 9
     x, weight, lora_A, lora_B, s, index = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-    d_x, d_lora_A, d_lora_B, d_bias = torch.ops.plora.linear_backward(
+    # Called with create_graph=True, the operator records itself, so as to refuse a double backward by name.
+    backward = torch.ops.plora.linear_backward if _watched(dy) or torch.is_grad_enabled() else _linear_backward
+    d_x, d_lora_A, d_lora_B, d_bias = backward(
         dy, x, weight, lora_A, lora_B, s, index, ctx.scale, ctx.frozen, need_x, need_A, need_B, need_bias
     )
     return (
@@ -174,6 +182,51 @@ torch.library.register_autograd("plora::linear", _differentiate_linear, setup_co
 torch.library.register_autograd("plora::linear_backward", _refuse_double_backward, lib=_library)
 torch.library.register_vmap("plora::linear", _refuse_vmap, lib=_library)
 torch.library.register_vmap("plora::linear_backward", _refuse_vmap, lib=_library)
+
+
+class _EagerLinear(torch.autograd.Function):
+    """`plora::linear` without the operator's dispatch, which costs more host time than a small layer computes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        # Not split into forward and setup_context: torch would inspect the signature anew at every call.
+        output = _linear(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate_linear)
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Say whether somebody watches operators: a compiler, a transform, a dispatch mode or a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode()
+        or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    frozen: bool,
+) -> Tensor:
+    """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
+    grad = torch.is_grad_enabled()
+    arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, grad and lora_B.requires_grad)
+    if _watched(x, weight, lora_A, lora_B):
+        y, _ = torch.ops.plora.linear(*arguments)
+    elif grad:
+        y, _ = _EagerLinear.apply(*arguments)
+    else:
+        y, _ = _linear(*arguments)
+    return y
 
 
 @torch.library.custom_op("plora::fold_", mutates_args=("weight",))

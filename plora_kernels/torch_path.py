@@ -1,7 +1,7 @@
 """The operators in plain torch, fused in algebra: what runs on CPU and wherever Triton does not.
 
-One base matmul, then one in-place rank-R update of its result; the selected modules are gathered compact first and
-S = x Aᵀ is kept for the backward. Against the textbook form this saves three passes over (M, N) and one over (M, K).
+The rank-R product goes first and the base matmul adds itself to it, so the large product reads and writes y once and
+no (M, N) temporary is made; the selected modules are gathered compact, and S = s·x Aᵀ is kept for the backward.
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ def forward(
     keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` as the kernel of the same name: y (M, N), s (M, places) or empty."""
-    y = functional.linear(x, weight, bias)
     A, B = _gather(lora_A, lora_B, index)
-    s = x @ A.t()  # (M, places)
-    if y.numel() and s.numel():
-        y.addmm_(s, B.t(), alpha=scale)
+    s = (x @ A.t()).mul_(scale)  # (M, places)
+    if A.shape[0] == 0:
+        y = functional.linear(x, weight, bias)
+    elif x.dtype.itemsize < 4:
+        # Half precision is rounded between the two products: the larger part goes first.
+        y = functional.linear(x, weight, bias).addmm_(s, B.t())
+    else:
+        y = s @ B.t() if bias is None else torch.addmm(bias, s, B.t())
+        y.addmm_(x, weight.t())
     return y, s if keep_s else x.new_empty(0)
 
 
@@ -59,20 +64,21 @@ def backward(
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     A, B = _gather(lora_A, lora_B, None if frozen else index)
     if need_x or need_A:
-        ds = dy @ B  # (M, places)
+        ds = (dy @ B).mul_(scale)  # (M, places)
     if need_x:
-        d_x = dy @ weight
-        if d_x.numel() and ds.numel():
-            d_x.addmm_(ds, A, alpha=scale)
+        if B.shape[1] == 0:
+            d_x = dy @ weight
+        else:
+            d_x = (dy @ weight).addmm_(ds, A) if dy.dtype.itemsize < 4 else (ds @ A).addmm_(dy, weight)
     # Frozen: every module entered y, the selected ones alone get a gradient.
     picked = index.clamp_min(0) if frozen and index is not None else None
     if need_A:
         ds = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = _scatter((ds.t() @ x).mul_(scale), index, lora_A.shape[0])
+        d_lora_A = _scatter(ds.t() @ x, index, lora_A.shape[0])
     if need_B:
         s = s if picked is None else s.index_select(1, picked)
         # (Sᵀ dY)ᵀ runs about twice as fast as dYᵀ S in the CPU's matmul: the long axis stays contiguous.
-        d_lora_B = _scatter((s.t() @ dy).mul_(scale), index, lora_B.shape[1]).t().contiguous()
+        d_lora_B = _scatter(s.t() @ dy, index, lora_B.shape[1]).t().contiguous()
     return d_x, d_lora_A, d_lora_B
 
 

@@ -83,7 +83,7 @@ def adapted_matmul_kernel(
     """Compute one (BLOCK_M, BLOCK_N) tile of out; the programs of the first column also store in · down.
 
     in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
-    out (M, D_OUT), side (M, R) unscaled in the dtype of `in`. R counts places: modules, or entries of the index.
+    out (M, D_OUT), side (M, R) = s · in · down in the dtype of `in`. R counts places: modules, or entries of the index.
     Sums run in fp32; the side product is rounded to the inputs' dtype before it meets `up`.
     """
     # Neighbouring programs share columns of main while it is in the cache: GROUP_M row tiles at a time.
@@ -133,10 +133,11 @@ def adapted_matmul_kernel(
     side_base = side_ptr + first_row * stride_sm
     up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
     u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-    acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+    scaled = (side * scale).to(dtype)  # (BLOCK_M, BLOCK_R)
+    acc = tl.dot(scaled, u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
     if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
         if pid_n == 0:
-            _store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+            _store_side(side_base, scaled, rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
     # Ranks beyond one block read `in` again for their part of the side product: registers hold BLOCK_R of it.
     for r0 in range(BLOCK_R, R, BLOCK_R):
@@ -154,10 +155,11 @@ def adapted_matmul_kernel(
             down_base += BLOCK_K * stride_dd
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-        acc = tl.dot((side * scale).to(dtype), u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        scaled = (side * scale).to(dtype)  # (BLOCK_M, BLOCK_R)
+        acc = tl.dot(scaled, u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:
             if pid_n == 0:
-                _store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                _store_side(side_base, scaled, rows, row_ok, r0, R, stride_sm, BLOCK_R)
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
@@ -203,10 +205,10 @@ def adapted_matmul(
     scale: float,
     keep_side: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·((in · down) ⊙ m) · up, side (M, R) = in · down.
+    """Return `(out, side)`: out (M, D_OUT) = in · main + bias + side · up, side (M, R) = s·((in · down) ⊙ m).
 
     Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
-    `side` is unscaled, one column per place of the index, and has no elements unless `keep_side`.
+    `side` has one column per place of the index, rounded to the inputs' dtype, and no elements unless `keep_side`.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]

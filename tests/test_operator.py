@@ -112,8 +112,9 @@ def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
     strided = [torch.randn(t.shape[1], t.shape[0]).T.copy_(t) for t in (weight, lora_A, lora_B)]
     assert not any(t.is_contiguous() for t in (x, *strided))
     leaves = [strided[1].requires_grad_(), strided[2].requires_grad_()]
-    y = pk.plora_linear(x, strided[0], *leaves)
-    torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B))
+    bias = torch.randn(6, 2)[:, 0]
+    y = pk.plora_linear(x, strided[0], *leaves, bias=bias)
+    torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B, bias=bias))
     y.sum().backward()  # an expanded dy: strides of zero
     dy = torch.ones(15, 6)
     _, d_A, d_B, _ = reference.gradients(dy, x.reshape(15, 7), weight, lora_A, lora_B)

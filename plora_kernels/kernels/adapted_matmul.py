@@ -225,7 +225,7 @@ def adapted_matmul(
             main,
             down,
             up,
-            bias if bias is not None else inputs,
+            bias.contiguous() if bias is not None else inputs,
             index if index is not None else inputs,
             out,
             side,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -38,9 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     except FedError as error:
         _fail(str(error))
     except _UsageError as error:
-        _fail(f"{error.format_message()} See: python -m fed --help")
+        _fail(f"{error.format_message().rstrip('.')}; see python -m fed --help")
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: nothing is left of this run", file=sys.stderr)
         status = _INTERRUPTED
     sys.exit(status)
 
@@ -84,9 +85,9 @@ def _run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> in
     from plora_kernels import PLoRAError
 
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite)
-    data = datasets.load(config)
     try:
-        with directory:
+        data = datasets.load(config)
+        with _threads(config.threads), directory:
             model = _base(config, data, directory, screen)
             directory.place()
             _federate(config, data, model, directory, screen)
@@ -95,9 +96,8 @@ def _run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> in
     except PLoRAError as error:
         raise FedError(str(error)) from error
     except KeyboardInterrupt:
-        if not directory.kept:
-            raise
-        screen.warn(f"interrupted: the rounds so far are in {out}; show them with python -m fed report {out}")
+        kept = f"the rounds so far are in {out}; show them with python -m fed report {out}"
+        screen.warn(f"interrupted: {kept if directory.kept else 'nothing is left of this run'}")
         return _INTERRUPTED
     picture = draw(out)
     screen.summarise(read(out))
@@ -107,23 +107,24 @@ def _run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> in
 
 
 def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, screen: Screen) -> nn.Module:
-    """Train or load the base model; it and the configuration are saved in the run's directory."""
+    """Load or train the base model; it and the configuration are saved in the run's directory."""
+    from fed import models
     from fed.evaluate import evaluate
-    from fed.models import pretrained
+    from fed.local import adapted
     from fed.rundir import BASE, CONFIG
 
-    if data.pretrain is None:
-        model = pretrained(config, data, directory.path / BASE)
-        screen.say(f"base: {config.model.path}")
-    else:
+    model = models.build(config, data)
+    with adapted(config, model, models.head_names(model)):
+        pass  # an adapter that does not fit, or a device that is not there, shows before any training
+    model.cpu()
+    if data.pretrain is not None:
         steps = config.model.pretrain_steps
         with screen.stage("base: central step", steps, every=max(1, steps // 5)) as advance:
-            model = pretrained(
-                config, data, directory.path / BASE, lambda step, loss: advance(step, f"training loss {loss:.3f}")
-            )
+            models.pretrain(model, data.pretrain, config, lambda step, loss: advance(step, f"training loss {loss:.3f}"))
     if data.undisturbed is not None:
         accuracy, _ = evaluate(model, data.undisturbed)
         screen.say(f"base: {100 * accuracy:.1f} % of {len(data.undisturbed)} undisturbed test images right")
+    models.save(model, config, directory.path / BASE)
     configuration.write(config, directory.path / CONFIG)
     return model
 
@@ -148,19 +149,30 @@ def _federate(
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
-    """Train rank-R LoRA on all clients' rows together, for two ways to count "as many steps"."""
+    """Train rank-R LoRA on all clients' rows together, for as many steps as one client, and as all, took."""
     from fed.models import head_names
     from fed.report import write_centralised
     from fed.simulate import centralised
 
     of_one = config.rounds * config.train.local_steps
-    counts = {of_one * config.clients.per_round: "all clients' steps", of_one: "rounds × local steps"}
     reached = []
-    for steps, counted in sorted(counts.items()):
+    for steps in sorted({of_one, of_one * config.clients.per_round}):
         with screen.wait(f"centralised: {steps} steps"):
-            row = centralised(config, data, model, head_names(model), steps)
-        reached.append({"counted": counted, **row})
+            reached.append(centralised(config, data, model, head_names(model), steps))
     write_centralised(out, reached)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch use `number` threads inside, or as many as it likes if 0."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """A run's configuration: typed, validated once, read from TOML and written back to it.
 
-Every default is the `digits` preset. Keys are named with dots on the command line and in error messages:
-`train.learning_rate` is `learning_rate` in the TOML table `[train]`.
+The defaults are those of the `digits` preset, `threads` apart. Keys are named with dots on the command line and in
+error messages: `train.learning_rate` is `learning_rate` in the TOML table `[train]`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fed.errors import FedError
 
 PRESETS = Path(__file__).parent / "presets"
+_EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
 Rank = Annotated[int, Field(ge=1, le=256)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -110,12 +111,16 @@ class TrainConfig(_Table):
 
 
 class RunConfig(_Table):
-    """Everything a run depends on: the same configuration gives the same files, time fields apart."""
+    """Everything a run depends on: the same configuration gives the same files, time fields apart.
+
+    `threads` is how many torch computes with on the CPU; 0 leaves it to torch.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     method: Literal["fed-plora", "fedit"] = "fed-plora"
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
     device: Literal["cpu", "cuda", "auto"] = "cpu"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
@@ -212,10 +217,12 @@ def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, A
 
 
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    """Yield the dotted name of every value, and of every empty table."""
     for name, value in table.items():
-        yield prefix + name
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _require_known(key: str, where: str) -> None:
@@ -237,20 +244,29 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 def _one_line(error: ValidationError) -> str:
     """The first of pydantic's findings as `key is value: what would be right`."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
+    findings = error.errors()
+    first = findings[0]
     if first["type"] == "value_error" or not first["loc"]:
-        return message
-    known = _fields()
-    key = ""
-    for part in first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    key = _key(first["loc"])
+    if first["type"] == "model_type":
+        return f"{key} is {first['input']!r}: a table belongs there"
+    messages = [finding["msg"] for finding in findings if _key(finding["loc"]) == key]
+    if not all(message.startswith(_EXPECTED) for message in messages):
+        return f"{key} is {first['input']!r}: {messages[0]}"
+    # A key that takes two types has a finding for each.
+    return f"{key} is {first['input']!r}: it should be {' or '.join(text.removeprefix(_EXPECTED) for text in messages)}"
+
+
+def _key(location: Iterable[int | str]) -> str:
+    """A finding's location as a dotted key, without the names pydantic gives to the types of a union."""
+    known, key = _fields(), ""
+    for part in location:
         if isinstance(part, int):
             key += f"[{part}]"
         elif (candidate := f"{key}.{part}" if key else part) in known:
             key = candidate
-    if first["type"] == "model_type" or first["type"] == "dict_type":
-        message = "a table belongs here"
-    return f"{key} is {first['input']!r}: {message.replace('Input should', 'it should')}"
+    return key
 
 
 def _check_clients(config: RunConfig) -> None:

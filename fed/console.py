@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fed.report import Run, task_name
+from fed.report import METHOD_NAMES, Run, task_name
 
 # Called with the steps done and a note on how it goes.
 Advance = Callable[[int, str], None]
@@ -75,23 +75,26 @@ class Screen:
 
     def summarise(self, run: Run) -> None:
         """Print accuracy before and after with the gain, and beside it what centralised LoRA gains."""
-        rank = run.config.adapter.rank
-        table = Table(box=None, pad_edge=False, title=f"held-out test data, {task_name(run.config)}")
-        table.title_justify, table.title_style = "left", "bold"
-        table.add_column("")
-        for heading in ("accuracy", "gain", "federated gain / this gain"):
+        config, rounds = run.config, run.rows[-1]["round"]
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"test data: {task_name(config)}", no_wrap=True)
+        for heading in ("accuracy", "gain", "ratio"):
             table.add_column(heading, justify="right")
-        table.add_row("unadapted model", _percent(run.rows[0]), "", "")
-        table.add_row(
-            f"federated, {run.rows[-1]['round']} rounds", _percent(run.rows[-1]), _points(run.gain_points), ""
-        )
+        table.add_row("unadapted model", _percent(run.rows[0]))
+        federated = f"{METHOD_NAMES[config.method]}, {rounds} rounds × {config.train.local_steps} local steps"
+        table.add_row(federated, _percent(run.rows[-1]), _points(run.gain_points))
         for row in run.centralised:
             gain = run.gain_of(row)
             ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
-            name = f"centralised rank-{rank} LoRA, {row['steps']} steps ({row['counted']})"
-            table.add_row(name, _percent(row), _points(gain), ratio)
+            table.add_row(f"centralised LoRA, {row['steps']} steps", _percent(row), _points(gain), ratio)
         self._out.print()
         self._out.print(table)
+        if run.centralised:
+            self.say(
+                f"ratio: the federated gain over that of rank-{config.adapter.rank} LoRA trained on all clients'\n"
+                "rows together, same optimiser, learning rate and batch size: in as many steps as\n"
+                f"one client a round takes, and as the {config.clients.per_round} of every round take together"
+            )
 
 
 def round_note(row: dict[str, Any]) -> str:

@@ -24,23 +24,46 @@ _WARMUP_FRACTION = 0.1
 _CPU = torch.device("cpu")
 
 
-def pretrained(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
-    """Return the base model (CPU, fp32, evaluation mode), saved to `directory` in transformers' format.
+def build(config: RunConfig, data: FederatedData) -> nn.Module:
+    """Return the base model before any training here: CPU, fp32.
 
-    Without `model.path` it is the embedded ViT, trained on `data.pretrain`; otherwise the checkpoint there
-    with a classification head for `data.label_names`, and its tokenizer is saved beside it.
-    Raises FedError where there is no usable checkpoint.
+    Without `model.path` it is the embedded ViT with freshly drawn weights; otherwise the checkpoint there with a
+    classification head for `data.label_names`. Raises FedError where there is no usable checkpoint.
     """
     with _quiet():
-        if data.pretrain is not None:
-            model = _embedded_vit(config, data)
-            _train_centrally(model, data.pretrain, config, progress)
-        else:
-            model = _from_checkpoint(config, data)
-            load_tokenizer(config).save_pretrained(directory)
-        model.eval()
-        model.save_pretrained(directory)
+        model: nn.Module = _from_checkpoint(config, data) if data.pretrain is None else _embedded_vit(config, data)
     return model
+
+
+def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progress | None = None) -> None:
+    """Train every weight centrally with AdamW, in place.
+
+    The learning rate rises to `model.pretrain_learning_rate` over a tenth of the steps, then falls as a cosine.
+    """
+    steps, peak = config.model.pretrain_steps, config.model.pretrain_learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=max(steps, 2), pct_start=_WARMUP_FRACTION
+    )
+    batches = _batches(len(rows), config)
+    model.train()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(**rows.batch(next(batches))).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.item())
+    model.eval()
+
+
+def save(model: Any, config: RunConfig, directory: Path) -> None:
+    """Save a base model in transformers' format, with the tokenizer of the checkpoint it came from."""
+    with _quiet():
+        if config.model.path is not None:
+            load_tokenizer(config).save_pretrained(directory)
+        model.save_pretrained(directory)
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -57,6 +80,8 @@ def load_tokenizer(config: RunConfig) -> Any:
     path = _checkpoint(config)
     with _quiet(), _failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one of nothing
+        raise FedError(f"model.path is {str(path)!r}: its tokenizer knows no words; its files should lie there")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -92,7 +117,7 @@ def _checkpoint(config: RunConfig) -> Path:
     return path
 
 
-def _embedded_vit(config: RunConfig, data: FederatedData) -> nn.Module:
+def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
     """A ViT for 8×8 grey images: 16 patches of 2×2, 4 layers of width 64, drawn from the run's seed."""
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -110,27 +135,7 @@ def _embedded_vit(config: RunConfig, data: FederatedData) -> nn.Module:
         **_labels(data),
     )
     with torch_seed(_CPU, config.seed, "weights"):
-        model: nn.Module = ViTForImageClassification(architecture)
-    return model
-
-
-def _train_centrally(model: nn.Module, rows: Split, config: RunConfig, progress: Progress | None) -> None:
-    """AdamW over every weight; the learning rate rises over a tenth of the steps, then falls as a cosine."""
-    steps, peak = config.model.pretrain_steps, config.model.pretrain_learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak, total_steps=max(steps, 2), pct_start=_WARMUP_FRACTION
-    )
-    batches = _batches(len(rows), config)
-    model.train()
-    for step in range(1, steps + 1):
-        optimizer.zero_grad(set_to_none=True)
-        loss = model(**rows.batch(next(batches))).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, loss.item())
+        return ViTForImageClassification(architecture)
 
 
 def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
@@ -142,7 +147,7 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
         epoch += 1
 
 
-def _from_checkpoint(config: RunConfig, data: FederatedData) -> nn.Module:
+def _from_checkpoint(config: RunConfig, data: FederatedData) -> Any:
     """The checkpoint as a sequence classifier; where its head is for other labels, a new one is drawn."""
     from transformers import AutoModelForSequenceClassification
 
@@ -154,8 +159,7 @@ def _from_checkpoint(config: RunConfig, data: FederatedData) -> nn.Module:
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    classifier: nn.Module = model
-    return classifier
+    return model
 
 
 def _labels(data: FederatedData) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 PICTURE, CENTRALISED = "report.png", "centralised.json"
+METHOD_NAMES = {"fed-plora": "Fed-PLoRA", "fedit": "FedIT"}
 
 # Okabe and Ito's colours, told apart by people of every colour vision; line styles tell them apart without colour.
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#595959"
@@ -72,17 +73,19 @@ def draw(directory: Path) -> Path:
     """Draw a run's accuracy, noise and bytes over its rounds to `report.png` in its directory; return that path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     run = read(directory)
-    figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     accuracy, noise, traffic = figure.subplots(1, 3)
-    figure.suptitle(_headline(run.config), x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(_headline(run.config), fontsize=12, color=_INK)
     _draw_accuracy(accuracy, run)
     _draw_noise(noise, run.rows[1:])
     _draw_traffic(traffic, run.rows[1:])
     for axes in (accuracy, noise, traffic):
-        _finish(axes, run)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(axes, last_round=run.rows[-1]["round"])
     path, temporary = directory / PICTURE, directory / f"{PICTURE}.tmp"
     with temporary.open("wb") as file:
         canvas.print_png(file)
@@ -92,12 +95,11 @@ def draw(directory: Path) -> Path:
 
 def _headline(config: RunConfig) -> str:
     clients = config.clients
-    method = {"fed-plora": "Fed-PLoRA", "fedit": "FedIT"}[config.method]
     skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
     ranks = ", ".join(str(rank) for rank in sorted(set(clients.ranks[: clients.count])))
     return (
-        f"{method} on {task_name(config)}: {clients.count} clients, {clients.per_round} a round, {skew}, "
-        f"ranks {ranks} of R = {config.adapter.rank}"
+        f"{METHOD_NAMES[config.method]} on {task_name(config)}: {clients.count} clients, {clients.per_round} a round, "
+        f"{skew}, ranks {ranks} of R = {config.adapter.rank}"
     )
 
 
@@ -112,18 +114,14 @@ def task_name(config: RunConfig) -> str:
 def _draw_accuracy(axes: Axes, run: Run) -> None:
     percent = [100 * row["accuracy"] for row in run.rows]
     rounds = [row["round"] for row in run.rows]
-    axes.plot(rounds, percent, color=_BLUE, marker="o", markersize=3, label="federated")
+    axes.plot(rounds, percent, color=_BLUE, marker="o", markersize=3, label=f"federated: {percent[-1]:.1f} %")
     axes.axhline(percent[0], color=_GREY, linestyle=":", label=f"unadapted: {percent[0]:.1f} %")
     for row, style in zip(run.centralised, ("--", "-."), strict=False):
         reached = 100 * row["accuracy"]
         axes.axhline(
-            reached, color=_VERMILION, linestyle=style, label=f"centralised, {row['steps']} steps: {reached:.1f} %"
+            reached, color=_VERMILION, linestyle=style, label=f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
         )
-    axes.annotate(
-        f"{percent[-1]:.1f} %", (rounds[-1], percent[-1]), xytext=(0, 7), textcoords="offset points",
-        ha="right", color=_BLUE, fontsize=9, weight="bold",
-    )  # fmt: skip
-    axes.set_ylim(0, 105)
+    axes.set_ylim(0, 100)
     axes.set_title("Accuracy on held-out test data")
     axes.set_ylabel("accuracy (%)")
 
@@ -131,8 +129,8 @@ def _draw_accuracy(axes: Axes, run: Run) -> None:
 def _draw_noise(axes: Axes, rows: Sequence[Row]) -> None:
     """Both noises on a logarithmic axis; a noise that is zero throughout has no place there and says so."""
     for field, name, color, style in (
-        ("agg_noise", "aggregation", _VERMILION, "-"),
-        ("init_noise", "initialisation", _BLUE, "--"),
+        ("agg_noise", "aggregation: new global update from clients' mean", _VERMILION, "-"),
+        ("init_noise", "initialisation: client's start from global update", _BLUE, "--"),
     ):
         points = [(row["round"], row[field]) for row in rows if row[field]]
         label = name if points else f"{name}: 0 in every round"
@@ -140,7 +138,7 @@ def _draw_noise(axes: Axes, rows: Sequence[Row]) -> None:
     if any(row["agg_noise"] or row["init_noise"] for row in rows):
         axes.set_yscale("log")
     axes.set_title("Noise on effective weights")
-    axes.set_ylabel("Frobenius norm of the deviation")
+    axes.set_ylabel("Frobenius norm of the difference")
 
 
 def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
@@ -152,15 +150,14 @@ def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
         megabytes = [row[field] / 1e6 for row in rows]
         axes.plot(rounds, megabytes, color=color, linestyle=style, label=f"{name}, {sum(megabytes):.3g} MB in all")
     axes.set_ylim(bottom=0)
-    axes.set_title("Bytes sent in a round, all its clients")
-    axes.set_ylabel("MB")
+    axes.set_title("Sent in a round, by all its clients together")
+    axes.set_ylabel("megabytes")
 
 
-def _finish(axes: Axes, run: Run) -> None:
+def _finish(axes: Axes, last_round: int) -> None:
     axes.set_xlabel("round")
-    axes.set_xlim(0, max(1, run.rows[-1]["round"]) * 1.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(0, 1.03 * max(1, last_round))
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, loc="best")
+    axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below: hides nothing

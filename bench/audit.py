@@ -173,12 +173,15 @@ def audit_launch(launch: Launch, case: str, capability: int) -> Row:
     )
 
 
-# Rows, K, N, R, selection given as an index: the shapes users have, one odd one, one decode step.
+# Rows, K, N, R, selection given as an index: the shapes users have, odd ones, a decode step.
 CASES = (
     (8192, 4096, 4096, 16, False),
     (8192, 4096, 4096, 64, True),
     (8192, 2048, 8192, 32, False),
     (8192, 768, 768, 256, True),
+    (8192, 1000, 1000, 16, True),
+    (8192, 1001, 1001, 5, False),
+    (8192, 4096, 4096, 5, False),
     (37, 50, 29, 5, False),
     (1, 4096, 4096, 16, False),
 )

@@ -58,8 +58,9 @@ def backend(device: str | torch.device | None = None) -> str:
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Say whether the Triton kernels take this tensor: its device's backend is Triton and its dtype fits.
 
-    Interpreted bfloat16 takes the torch path: the interpreter multiplies bfloat16 wrongly and says nothing.
+    Interpreted bfloat16 takes the torch path: the interpreter multiplies bfloat16 wrongly and says nothing. So do
+    tensors without storage.
     """
-    if tensor.dtype not in KERNEL_DTYPES or backend(tensor.device) != "triton":
+    if tensor.is_meta or tensor.dtype not in KERNEL_DTYPES or backend(tensor.device) != "triton":
         return False
     return not (tensor.dtype is torch.bfloat16 and interpreted())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -47,7 +50,7 @@ def check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
         if tensor.device != leader.device:
             raise DeviceError(f"{name} is on {tensor.device}, {first} on {leader.device}; put them on one device")
         if tensor.dtype != leader.dtype:
-            raise DTypeError(f"{name} is {tensor.dtype}, {first} is {leader.dtype}; cast one or use torch.autocast")
+            raise DTypeError(f"{name} is {tensor.dtype}, {first} is {leader.dtype}; cast one of them")
 
 
 def index_for(selected: Selection | None, rank: int, device: torch.device, *, invert: bool = False) -> Tensor | None:
@@ -60,7 +63,9 @@ def index_for(selected: Selection | None, rank: int, device: torch.device, *, in
         return None
     if isinstance(selected, Tensor) and (selected.device.type != "cpu" or torch.compiler.is_compiling()):
         if selected.device != device:
-            raise DeviceError(f"selected is on {selected.device}, the tensors on {device}; use that device or the host")
+            if selected.device.type != "cpu":
+                raise DeviceError(f"selected is on {selected.device}, the tensors on {device}; use that or the host")
+            selected = selected.to(device, non_blocking=True)
         if selected.dtype is torch.bool:
             check_mask(selected, rank)
             mask = selected
@@ -71,6 +76,21 @@ def index_for(selected: Selection | None, rank: int, device: torch.device, *, in
         return index_from_mask(~mask if invert else mask)
     indices = host_indices(selected, rank)
     return index_buffer(complement(indices, rank) if invert else indices, device)
+
+
+def check_number(name: str, value: object) -> float:
+    """Return a plain finite number as a float; raise ConfigError for anything else, a tensor included."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}; a finite number is needed")
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return a positive finite number as a float; raise ConfigError for anything else."""
+    number = check_number(name, value)
+    if number <= 0:
+        raise ConfigError(f"{name} is {value!r}; a positive number is needed")
+    return number
 
 
 def check_unselected(unselected: str) -> str:

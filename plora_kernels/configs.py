@@ -53,14 +53,14 @@ def tile(size: int, most: int) -> int:
 
 
 def matmul_blocks(
-    capability: int, dtype: torch.dtype, rows: int, d_in: int, d_out: int, width: int, aligned: bool
+    capability: int, dtype: torch.dtype, rows: int, d_out: int, width: int, aligned: bool
 ) -> MatmulBlocks:
-    """Return the tiles for out (rows, d_out) from in (rows, d_in) with `width` module places.
+    """Return the tiles for out (rows, d_out) with `width` module places.
 
     Args:
         capability: 10·major + minor of a CUDA device (90 for sm_90); 0 for any other.
-        aligned: every row of every matrix starts on 16 bytes, so that loads are wide and asynchronous. Where one does
-            not, elements are addressed one by one, which takes registers: tiles are smaller.
+        aligned: the large matrices load in wide, asynchronous pieces. Where one does not, its elements are addressed
+            one by one, which takes registers: tiles are smaller.
     """
     if dtype.itemsize >= 4:  # fp32 through FMA or tf32: twice the shared memory an element, smaller tiles
         return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, 16, 8, 8, 2)
@@ -83,8 +83,8 @@ def gradient_blocks(dtype: torch.dtype, rows: int, d: int, width: int) -> Gradie
     return GradientBlocks(block_m, block_d, tile(width, 64), splits, 4, 3)
 
 
-def fold_blocks(dtype: torch.dtype, n: int, k: int, width: int) -> FoldBlocks:
-    """Return the tiles for folding `width` modules into a weight (n, k)."""
+def fold_blocks(dtype: torch.dtype, n: int, k: int, width: int, aligned: bool) -> FoldBlocks:
+    """Return the tiles for folding `width` modules into a weight (n, k); `aligned` as for `matmul_blocks`."""
     if dtype.itemsize >= 4:
         return FoldBlocks(tile(n, 32), tile(k, 128), 16, 4, 2)
     return FoldBlocks(tile(n, 64), tile(k, 128), tile(width, 32), 4, 2)

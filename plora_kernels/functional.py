@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_alike, check_factors, check_unselected, index_for
+from .checks import check_alike, check_factors, check_number, check_unselected, index_for
 from .errors import ConfigError, ShapeError, StateError, UnsupportedError
 from .selection import Selection
 
@@ -35,7 +35,8 @@ def plora_linear(
         weight: (N, K), the frozen base. With `unselected="folded"` it holds the unselected modules already (`fold_`).
         lora_A: (R, K) down-projection; lora_B: (N, R) up-projection; 1 ≤ R ≤ 256.
         selected: which modules the caller trains. A bool tensor (R,) is a mask, integers are indices, `[]` selects
-            none, None all. Host values are validated; a tensor on another device is never read by the host.
+            none, None all. Host values are validated; a tensor on another device, or inside torch.compile, is never
+            read by the host.
         bias: (N,) or None.
         scale: s, one number for all modules.
         unselected: "folded": unselected modules do not enter y (they sit in the weight). "frozen": they enter y and
@@ -48,7 +49,7 @@ def plora_linear(
     Raises:
         ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
         StateError: weight requires a gradient; the base is frozen.
-        UnsupportedError: a reserved argument; double backward; vmap.
+        UnsupportedError: a reserved argument; double backward; torch.func transforms.
 
     Source: arXiv 2602.16936.
     """
@@ -63,10 +64,9 @@ def plora_linear(
         raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
+    scale = check_number("scale", scale)
     index = index_for(selected, lora_A.shape[0], x.device)
-    return linear_with_index(x, weight, lora_A, lora_B, bias, index, float(scale), unselected == "frozen")
+    return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, unselected == "frozen")
 
 
 def linear_with_index(
@@ -80,6 +80,8 @@ def linear_with_index(
     frozen: bool,
 ) -> Tensor:
     """Apply autocast, check dtypes and devices and run the operator on an index buffer (None: all modules)."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -122,10 +124,11 @@ def fold_(
     check_alike("weight", {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
     if weight.requires_grad and torch.is_grad_enabled():
         raise StateError("weight requires a gradient: fold inside torch.no_grad() or call weight.requires_grad_(False)")
+    scale = check_number("scale", scale)
     if selected is None:
         return weight
     index = index_for(selected, lora_A.shape[0], weight.device, invert=True)
-    torch.ops.plora.fold_(weight.detach(), lora_A.detach(), lora_B.detach(), index, float(scale) * sign)
+    torch.ops.plora.fold_(weight.detach(), lora_A.detach(), lora_B.detach(), index, scale * sign)
     return weight
 
 

@@ -70,7 +70,8 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     applied = None if frozen else index  # frozen modules all enter y
     y, s = _forward_module(x).forward(_rows(x), weight, lora_A, lora_B, bias, applied, scale, keep_s)
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    # Not a view: autograd lets no one write in place to a view that a custom function returns.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), s
 
 
 @torch.library.register_fake("plora::linear", lib=_library)
@@ -198,10 +199,9 @@ class _EagerLinear(torch.autograd.Function):
 
 
 def _watched(*tensors: Tensor) -> bool:
-    """Say whether somebody watches operators: a compiler, a transform, a dispatch mode or a tensor subclass."""
+    """Say whether somebody watches operators: a compiler, a dispatch mode or a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
         or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
     )
@@ -218,6 +218,8 @@ def linear(
     frozen: bool,
 ) -> Tensor:
     """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
     grad = torch.is_grad_enabled()
     arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, grad and lora_B.requires_grad)
     if _watched(x, weight, lora_A, lora_B):

@@ -6,7 +6,8 @@ distinct module numbers. A kernel that is handed one touches only the modules it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +22,13 @@ Selection = Sequence[int] | Tensor
 
 def check_rank(rank: int) -> int:
     """Return `rank` if it is an integer in 1–256; raise RankError otherwise."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+    try:
+        number = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MAX_RANK:
         raise RankError(f"rank is {rank!r}; an integer from 1 to {MAX_RANK} is needed")
-    return rank
+    return number
 
 
 def host_indices(selected: Selection, rank: int) -> tuple[int, ...]:
@@ -40,22 +45,26 @@ def host_indices(selected: Selection, rank: int) -> tuple[int, ...]:
     if isinstance(selected, Tensor) and selected.dtype is torch.bool:
         check_mask(selected, rank)
         return tuple(selected.nonzero().flatten().tolist())
-    values = selected.tolist() if hasattr(selected, "tolist") else list(selected)
-    if not isinstance(values, list):
+    values = selected.tolist() if hasattr(selected, "tolist") else selected
+    if not isinstance(values, Iterable) or isinstance(values, str):
         raise SelectionError(f"selected is {selected!r}; a list of module indices or a bool mask is needed")
-    for value in values:
-        if isinstance(value, bool):
-            raise SelectionError(
-                f"selected holds the bool {value}; pass a mask as torch.tensor([...], dtype=torch.bool)"
-            )
-        if not isinstance(value, int):
-            raise SelectionError(f"selected holds {value!r}; module indices are integers")
-        if not 0 <= value < rank:
-            raise SelectionError(f"selected holds module {value}; rank {rank} has modules 0 to {rank - 1}")
+    values = [_module_number(value, rank) for value in values]
     if len(set(values)) < len(values):
         repeated = sorted({value for value in values if values.count(value) > 1})
         raise SelectionError(f"selected names module {repeated[0]} more than once; each index may stand once")
     return tuple(sorted(values))
+
+
+def _module_number(value: object, rank: int) -> int:
+    if isinstance(value, bool):
+        raise SelectionError(f"selected holds the bool {value}; pass a mask as torch.tensor([...], dtype=torch.bool)")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # NumPy's integers are integers too
+    except TypeError:
+        raise SelectionError(f"selected holds {value!r}; module indices are integers") from None
+    if not 0 <= number < rank:
+        raise SelectionError(f"selected holds module {number}; rank {rank} has modules 0 to {rank - 1}")
+    return number
 
 
 def complement(indices: Sequence[int], rank: int) -> tuple[int, ...]:
@@ -85,6 +94,11 @@ def index_from_mask(mask: Tensor) -> Tensor:
 
 
 def mask_from_indices(indices: Tensor, rank: int) -> Tensor:
-    """Return integer indices as a mask (R,) on their device without reading them on the host."""
-    mask = torch.zeros(rank, dtype=torch.bool, device=indices.device)
-    return mask.index_fill(0, indices.long(), True)
+    """Return integer indices as a mask (R,) on their device without reading them on the host.
+
+    Indices out of range or repeated raise a RuntimeError once the device gets there.
+    """
+    hits = indices[:, None] == torch.arange(rank, device=indices.device)  # (r, R)
+    valid = hits.any(1).all() & (hits.sum(0) <= 1).all()
+    torch._assert_async(valid, f"selected must hold distinct modules from 0 to {rank - 1}")
+    return hits.any(0)

@@ -1,7 +1,7 @@
 """The operators in plain torch, fused in algebra: what runs on CPU and wherever Triton does not.
 
 The rank-R product goes first and the base matmul adds itself to it, so the large product reads and writes y once and
-no (M, N) temporary is made; the selected modules are gathered compact, and S = s·x Aᵀ is kept for the backward.
+no (M, N) temporary is made; the selected modules are gathered compact, and S = x Aᵀ is kept for the backward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tenso
     )
 
 
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return s · left · right, the scale applied inside the product: no pass of its own, no overflow before it."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -34,14 +39,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` as the kernel of the same name: y (M, N), s (M, places) or empty."""
     A, B = _gather(lora_A, lora_B, index)
-    s = (x @ A.t()).mul_(scale)  # (M, places)
+    s = x @ A.t()  # (M, places)
     if A.shape[0] == 0:
         y = functional.linear(x, weight, bias)
     elif x.dtype.itemsize < 4:
         # Half precision is rounded between the two products: the larger part goes first.
-        y = functional.linear(x, weight, bias).addmm_(s, B.t())
+        y = functional.linear(x, weight, bias).addmm_(s, B.t(), alpha=scale)
     else:
-        y = s @ B.t() if bias is None else torch.addmm(bias, s, B.t())
+        y = _scaled_product(s, B.t(), scale) if bias is None else torch.addmm(bias, s, B.t(), alpha=scale)
         y.addmm_(x, weight.t())
     return y, s if keep_s else x.new_empty(0)
 
@@ -64,21 +69,22 @@ def backward(
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     A, B = _gather(lora_A, lora_B, None if frozen else index)
     if need_x or need_A:
-        ds = (dy @ B).mul_(scale)  # (M, places)
+        ds = dy @ B  # (M, places)
     if need_x:
         if B.shape[1] == 0:
             d_x = dy @ weight
         else:
-            d_x = (dy @ weight).addmm_(ds, A) if dy.dtype.itemsize < 4 else (ds @ A).addmm_(dy, weight)
+            half = dy.dtype.itemsize < 4  # as in the forward
+            d_x = (dy @ weight).addmm_(ds, A, alpha=scale) if half else _scaled_product(ds, A, scale).addmm_(dy, weight)
     # Frozen: every module entered y, the selected ones alone get a gradient.
     picked = index.clamp_min(0) if frozen and index is not None else None
     if need_A:
         ds = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = _scatter(ds.t() @ x, index, lora_A.shape[0])
+        d_lora_A = _scatter(_scaled_product(ds.t(), x, scale), index, lora_A.shape[0])
     if need_B:
         s = s if picked is None else s.index_select(1, picked)
         # (Sᵀ dY)ᵀ runs about twice as fast as dYᵀ S in the CPU's matmul: the long axis stays contiguous.
-        d_lora_B = _scatter(s.t() @ dy, index, lora_B.shape[1]).t().contiguous()
+        d_lora_B = _scatter(_scaled_product(s.t(), dy, scale), index, lora_B.shape[1]).t().contiguous()
     return d_x, d_lora_A, d_lora_B
 
 

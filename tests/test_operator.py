@@ -76,6 +76,7 @@ def test_every_way_to_name_a_selection_gives_the_same(form: str, each_backend: s
     x, weight, lora_A, lora_B, _ = inputs()
     mask = torch.tensor([True, False, False, True])
     ways = (mask, [0, 3], (3, 0), torch.tensor([3, 0]), torch.tensor([0, 3], dtype=torch.int32).numpy())
+    ways = (*ways, list(ways[-1]))
     results = [pk.plora_linear(x, weight, lora_A, lora_B, way, unselected=form) for way in ways]
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -133,6 +134,42 @@ def test_strides_beyond_what_32_bits_hold() -> None:
     weight, lora_A, lora_B = (torch.randn(s).half() for s in ((6, 7), (4, 7), (6, 4)))
     y = pk.plora_linear(x, weight, lora_A, lora_B)
     assert torch.equal(y, pk.plora_linear(x.contiguous(), weight, lora_A, lora_B))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_steps_along_a_stride_beyond_what_32_bits_hold() -> None:
+    # Column-major x: the second block of K starts 32 strides of 2²⁷ elements away, past 2³¹.
+    stride, k = 2**27, 40
+    storage = torch.empty(stride * (k - 1) + 3, dtype=torch.float16)
+    x = storage.as_strided((3, k), (1, stride))
+    x.copy_(torch.randn(3, k))
+    weight, lora_A, lora_B = (torch.randn(s).half() for s in ((6, k), (4, k), (6, 4)))
+    y = pk.plora_linear(x, weight, lora_A, lora_B)
+    assert torch.equal(y, pk.plora_linear(x.contiguous(), weight, lora_A, lora_B))
+
+
+def test_a_large_side_product_does_not_overflow_half_precision(each_backend: str) -> None:
+    # x Aᵀ is 6400; times the scale it would pass 65504, while its product with B does not.
+    x, weight = torch.ones(2, 64, dtype=torch.float16), torch.zeros(3, 64, dtype=torch.float16)
+    lora_A = torch.full((2, 64), 100.0, dtype=torch.float16, requires_grad=True)
+    lora_B = torch.full((3, 2), 2.0**-12, dtype=torch.float16, requires_grad=True)
+    y = pk.plora_linear(x, weight, lora_A, lora_B, scale=16.0)
+    torch.testing.assert_close(y, torch.full_like(y, 2 * 6400 * 16 / 2**12))
+    y.backward(torch.full_like(y, 2.0**-10))
+    assert lora_B.grad is not None
+    torch.testing.assert_close(lora_B.grad, torch.full_like(lora_B.grad, 2 * 6400 * 16 / 2**10))
+
+
+def test_the_output_may_be_written_in_place(each_backend: str) -> None:
+    _, weight, lora_A, lora_B, bias = inputs()
+    for shape in ((5, 7), (3, 5, 7)):
+        x = torch.randn(shape)
+        expected = torch.relu(pk.plora_linear(x, weight, lora_A, lora_B, bias=bias) + 1.0)
+        y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
+        y += 1.0
+        y = torch.nn.functional.relu(y, inplace=True)
+        assert torch.equal(y, expected)
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("form", ["folded", "frozen"])
@@ -216,6 +253,16 @@ def test_compile_traces_whole_models_and_selections_do_not_recompile() -> None:
         assert counter.frame_count == 1, form
 
 
+def test_compile_checks_indices_on_the_device() -> None:
+    x, weight, lora_A, lora_B, _ = inputs()
+    compiled = torch.compile(
+        lambda selected: pk.plora_linear(x, weight, lora_A, lora_B, selected), backend="aot_eager", fullgraph=True
+    )
+    for wrong in ([-1, 0], [0, 4], [2, 2]):
+        with pytest.raises(RuntimeError, match="selected must hold distinct modules from 0 to 3"):
+            compiled(torch.tensor(wrong))
+
+
 def test_compile_with_a_selection_as_argument_does_not_recompile() -> None:
     x, weight, lora_A, lora_B, _ = inputs()
     counter = CompileCounterWithBackend("aot_eager")
@@ -271,13 +318,19 @@ def test_autocast_takes_mixed_dtypes() -> None:
     assert y.dtype is torch.bfloat16
 
 
-def test_double_backward_and_vmap_say_so() -> None:
+def test_double_backward_and_transforms_say_so() -> None:
     x, weight, lora_A, lora_B, _ = inputs()
     (gradient,) = torch.autograd.grad(pk.plora_linear(x, weight, lora_A, lora_B).sum(), lora_A, create_graph=True)
     with pytest.raises(pk.UnsupportedError, match="no double backward"):
         gradient.sum().backward()
-    with pytest.raises(pk.UnsupportedError, match="does not run under vmap"):
-        torch.vmap(lambda row: pk.plora_linear(row, weight, lora_A, lora_B))(x)
+
+    def run(row: Tensor) -> Tensor:
+        return pk.plora_linear(row, weight, lora_A, lora_B).sum()
+
+    transforms = (torch.vmap(run), torch.func.grad(run), lambda x: torch.func.jvp(run, (x,), (x,)))
+    for transform in transforms:
+        with pytest.raises(pk.UnsupportedError, match=r"does not run under torch\.func transforms"):
+            transform(x.detach())
 
 
 # --------------------------------------------------------------------------------------------------- fold, backend
@@ -357,6 +410,7 @@ def test_wrong_shapes_are_named(change: dict, error: type[Exception], message: s
         ([-1], pk.SelectionError, "selected holds module -1"),
         ([1, 2, 1], pk.SelectionError, "selected names module 1 more than once"),
         ([True, False, True, True], pk.SelectionError, "selected holds the bool True"),
+        (3, pk.SelectionError, "selected is 3; a list of module indices"),
         ([0.5], pk.SelectionError, "selected holds 0.5; module indices are integers"),
         (torch.ones(3, dtype=torch.bool), pk.ShapeError, r"the selection mask is \(3,\); rank 4 needs \(4,\)"),
         (torch.tensor(2), pk.SelectionError, "a list of module indices"),
@@ -385,6 +439,9 @@ def test_other_wrong_arguments_are_named() -> None:
         pk.plora_linear(**tensors | {"weight": torch.zeros(6, 7, requires_grad=True)})
     with pytest.raises(pk.ConfigError, match="sign is 0; 1 folds and -1 takes out again"):
         pk.fold_(tensors["weight"], tensors["lora_A"], tensors["lora_B"], [], sign=0)
+    for scale in (torch.tensor(1.0), float("nan"), "1"):
+        with pytest.raises(pk.ConfigError, match="a finite number is needed"):
+            pk.plora_linear(**tensors, scale=scale)  # type: ignore[arg-type]
     with pytest.raises(pk.UnsupportedError, match=r"dropout_p is 0\.1"):
         pk.plora_linear(**tensors, dropout_p=0.1)
     with pytest.raises(pk.UnsupportedError, match="groups is set"):

@@ -36,6 +36,17 @@ def _load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constex
 
 
 @triton.jit
+def _add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32."""
+    if dtype == tl.float16:
+        # side · s may pass fp16's 65504 where side and the result do not: the smaller factor takes the scale.
+        product = tl.dot(side.to(dtype), (up.to(tl.float32) * scale).to(dtype), acc, input_precision=PRECISION)
+    else:
+        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less
+    return product
+
+
+@triton.jit
 def _store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
     """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
@@ -83,7 +94,7 @@ def adapted_matmul_kernel(
     """Compute one (BLOCK_M, BLOCK_N) tile of out; the programs of the first column also store in · down.
 
     in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
-    out (M, D_OUT), side (M, R) = s · in · down in the dtype of `in`. R counts places: modules, or entries of the index.
+    out (M, D_OUT), side (M, R) = in · down in the dtype of `in`. R counts places: modules, or entries of the index.
     Sums run in fp32; the side product is rounded to the inputs' dtype before it meets `up`.
     """
     # Neighbouring programs share columns of main while it is in the cache: GROUP_M row tiles at a time.
@@ -111,6 +122,9 @@ def adapted_matmul_kernel(
     main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
     down_base = down_ptr
     down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+    main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, D_IN, BLOCK_K):
@@ -124,20 +138,19 @@ def adapted_matmul_kernel(
         )  # (BLOCK_K, BLOCK_R)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-        in_base += BLOCK_K * stride_id
-        main_base += BLOCK_K * stride_wd
-        down_base += BLOCK_K * stride_dd
+        in_base += in_step
+        main_base += main_step
+        down_base += down_step
 
     dtype = in_ptr.dtype.element_ty
     up_base = up_ptr + first_column * stride_uo
     side_base = side_ptr + first_row * stride_sm
     up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
     u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-    scaled = (side * scale).to(dtype)  # (BLOCK_M, BLOCK_R)
-    acc = tl.dot(scaled, u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+    acc = _add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
     if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
         if pid_n == 0:
-            _store_side(side_base, scaled, rows, row_ok, 0, R, stride_sm, BLOCK_R)
+            _store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
     # Ranks beyond one block read `in` again for their part of the side product: registers hold BLOCK_R of it.
     for r0 in range(BLOCK_R, R, BLOCK_R):
@@ -151,15 +164,14 @@ def adapted_matmul_kernel(
             a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
             d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            in_base += BLOCK_K * stride_id
-            down_base += BLOCK_K * stride_dd
+            in_base += in_step
+            down_base += down_step
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-        scaled = (side * scale).to(dtype)  # (BLOCK_M, BLOCK_R)
-        acc = tl.dot(scaled, u, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        acc = _add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:
             if pid_n == 0:
-                _store_side(side_base, scaled, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                _store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
 
     if HAS_BIAS:
         bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
@@ -179,9 +191,13 @@ def capability_of(device: torch.device) -> int:
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Say whether a matrix is contiguous along one axis and every line along it starts on 16 bytes."""
+    """Say whether Triton will load lines of this matrix in wide pieces.
+
+    It must be contiguous along one axis, with a stride along the other and a start that 16 divides (elements and
+    bytes): what Triton specialises on.
+    """
     short, long = sorted(matrix.stride())
-    return short == 1 and long * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return short == 1 and long % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
@@ -205,7 +221,7 @@ def adapted_matmul(
     scale: float,
     keep_side: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(out, side)`: out (M, D_OUT) = in · main + bias + side · up, side (M, R) = s·((in · down) ⊙ m).
+    """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·side · up, side (M, R) = (in · down) ⊙ m.
 
     Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
     `side` has one column per place of the index, rounded to the inputs' dtype, and no elements unless `keep_side`.
@@ -216,8 +232,8 @@ def adapted_matmul(
     side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
     if out.numel() == 0:
         return out, side
-    aligned = all(is_aligned(tensor) for tensor in (inputs, main, down, up, out))
-    blocks = matmul_blocks(capability_of(inputs.device), inputs.dtype, rows, d_in, d_out, width, aligned)
+    aligned = all(is_aligned(tensor) for tensor in (inputs, main, out))
+    blocks = matmul_blocks(capability_of(inputs.device), inputs.dtype, rows, d_out, width, aligned)
     grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         adapted_matmul_kernel[grid](

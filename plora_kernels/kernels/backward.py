@@ -26,7 +26,7 @@ def backward(
     """Return `(dx, dA, dB)`; a gradient that is not needed has no elements.
 
     dx (M, K) = dY W + s((dY B) ⊙ m) A, all modules when `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ x;
-    dB (N, R) = dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = s·x Aᵀ as the forward kept it, index int32
+    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = x Aᵀ as the forward kept it, index int32
     or None. Rows of dA and columns of dB of unselected modules are zero.
     """
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
@@ -34,15 +34,15 @@ def backward(
     if need_x:
         d_x, ds = adapted_matmul(dy, weight, lora_B, lora_A, bias=None, index=applied, scale=scale, keep_side=need_A)
     elif need_A:
-        ds = (dy @ lora_B).mul_(scale)  # (M, R), every module: there is no tile of dX to ride on
+        ds = dy @ lora_B  # (M, R), every module: there is no tile of dX to ride on
     # The forward and dX lay their side products out by the index they were given; frozen ones hold every module.
     make = torch.empty_like if index is None else torch.zeros_like
     if need_A:
         ds_index = index if frozen or not need_x else None
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
-        factor_gradient_(d_lora_A, ds, x, thin_index=ds_index, out_index=index)
+        factor_gradient_(d_lora_A, ds, x, thin_index=ds_index, out_index=index, scale=scale)
     if need_B:
         s_index = index if frozen else None
         d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
-        factor_gradient_(d_lora_B.t(), s, dy, thin_index=s_index, out_index=index)
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=s_index, out_index=index, scale=scale)
     return d_x, d_lora_A, d_lora_B

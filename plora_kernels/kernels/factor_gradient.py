@@ -1,9 +1,9 @@
 """dA and dB of the selected modules, deterministically: no atomics on floats.
 
-Both are G = Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
+Both are G = s·Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
 
-    dA  = dSᵀ x    (R, K)      L = dS = s·dY B, X = x
-    dBᵀ = Sᵀ dY    (R, N)      L = S = s·x Aᵀ,  X = dY
+    dA  = s·dSᵀ x    (R, K)      L = dS = dY B, X = x
+    dBᵀ = s·Sᵀ dY    (R, N)      L = S = x Aᵀ,  X = dY
 
 The rows are cut into a fixed number of splits whose partial sums (fp32) a second launch adds in order.
 """
@@ -79,6 +79,7 @@ def reduce_gradient_kernel(
     D,
     R,
     splits,
+    scale,
     stride_ps,
     stride_pr,
     stride_or,
@@ -86,7 +87,7 @@ def reduce_gradient_kernel(
     BLOCK_D: tl.constexpr,
     HAS_INDEX: tl.constexpr,
 ):
-    """Add the splits in order, round once and store at the module's own row: out[module(r), d].
+    """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
 
     partial (splits, R, D) fp32, out addressed by (module, d); a place whose index is −1 stores nothing.
     """
@@ -103,7 +104,7 @@ def reduce_gradient_kernel(
             acc += tl.load(tile, mask=ok, other=0.0)  # (BLOCK_D,) fp32
             tile += stride_ps
         out_tile = out_ptr + module * stride_or + columns * stride_od
-        tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def factor_gradient_(
@@ -113,8 +114,9 @@ def factor_gradient_(
     *,
     thin_index: Tensor | None,
     out_index: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """Write thinᵀ·wide into the rows of `out` (R, D) and return it.
+    """Write s·thinᵀ·wide into the rows of `out` (R, D) and return it.
 
     Args:
         out: (R, D), any strides; rows that `out_index` does not name are left as they are.
@@ -161,6 +163,7 @@ def factor_gradient_(
             d,
             width,
             splits,
+            scale,
             partial.stride(0),
             partial.stride(1),
             *out.stride(),

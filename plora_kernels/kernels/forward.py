@@ -17,7 +17,7 @@ def forward(
     scale: float,
     keep_s: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, s (M, places) = s·x Aᵀ.
+    """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, s (M, places) = x Aᵀ.
 
     Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index int32 or None for all modules.
     """

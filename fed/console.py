@@ -45,8 +45,8 @@ class Screen:
     def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
         """Show a stage of `total` steps: a bar, or without a terminal a line for every `every`-th step."""
         if self._out.is_terminal:
-            counts = (MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            with self._bar(*counts, TextColumn("left"), TimeRemainingColumn()) as bar:
+            note, left = TextColumn("{task.fields[note]}"), TextColumn("left")
+            with self._bar(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
                 task = bar.add_task(name, total=total, note="")
                 yield lambda done, note: bar.update(task, completed=done, note=note)
             return
@@ -61,7 +61,7 @@ class Screen:
     def wait(self, name: str) -> Iterator[None]:
         """Show a stage whose end cannot be foretold."""
         if self._out.is_terminal:
-            with self._bar() as bar:
+            with self._bar(TimeElapsedColumn()) as bar:
                 task = bar.add_task(name, total=None)
                 yield
                 bar.update(task, total=1, completed=1)
@@ -70,8 +70,8 @@ class Screen:
             yield
 
     def _bar(self, *columns: ProgressColumn) -> Progress:
-        name, bar = TextColumn("{task.description:<26}"), BarColumn(bar_width=24)
-        return Progress(name, bar, TimeElapsedColumn(), *columns, console=self._out)
+        name, bar = TextColumn("{task.description}"), BarColumn(bar_width=16)
+        return Progress(name, bar, *columns, console=self._out)
 
     def summarise(self, run: Run) -> None:
         """Print accuracy before and after with the gain, and beside it what centralised LoRA gains."""

@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_positive
 from .errors import ConfigError, StateError, TargetError, UnsupportedError
-from .linear import ORIGINALS, FusedPLoRALinear
+from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable
 from .selection import Selection, check_rank, host_indices
 
 ALL_LINEAR = "all-linear"
@@ -65,16 +66,28 @@ class PLoRAConfig:
         for rank in (self.rank, *self.rank_pattern.values()):
             check_rank(rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not alpha > 0:
-                raise ConfigError(f"alpha is {alpha!r}; a positive number is needed")
+            check_positive("alpha", alpha)
+        expressions = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
+        for name in ("target_modules", "exclude_modules"):
+            expressions[name] = [value] if isinstance(value := getattr(self, name), str) else []
+        for name, patterns in expressions.items():
+            for pattern in patterns:
+                _check_expression(name, pattern)
         if self.dropout != 0.0:
             raise UnsupportedError(f"dropout is {self.dropout!r}; only 0.0 works yet")
         if self.original not in ORIGINALS:
             raise ConfigError(f"original is {self.original!r}; it may be 'device' or 'host'")
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name modules, or use 'all-linear'")
-        if isinstance(self.modules_to_save, str):
+        if isinstance(self.modules_to_save, str) or self.modules_to_save is None:
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; a list of names is needed")
+
+
+def _check_expression(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from None
 
 
 def _by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
@@ -109,7 +122,7 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
     """Return the names of the modules that `config` targets, in model order.
 
     Raises:
-        TargetError: nothing matches (the nearest names are given), or a match is not a plain nn.Linear.
+        TargetError: an entry, or everything, matches nothing; the nearest names are given.
     """
     kept = [name for name, _ in model.named_modules() if name and not _within(config.modules_to_save, name)]
     if config.exclude_modules:
@@ -128,12 +141,6 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
     names = [name for name in kept if _matches(config.target_modules, name)]
     if not names:
         raise TargetError(f"target_modules {config.target_modules!r} matches no module; {_nearest('', kept)}")
-    for name in names:
-        module = model.get_submodule(name)
-        if type(module) is not nn.Linear:
-            raise TargetError(
-                f"target module {name!r} is a {type(module).__name__}; only plain nn.Linear can be replaced"
-            )
     return names
 
 
@@ -151,7 +158,7 @@ class Injected:
     Attributes:
         model: the model, changed in place. config: what was injected.
         layers: the adapted layers by full module name, in model order.
-        saved_modules: names of the modules that `modules_to_save` matched.
+        saved_modules: names of the modules that `modules_to_save` matched, without those inside another of them.
     """
 
     model: nn.Module
@@ -164,7 +171,8 @@ class Injected:
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.
 
-        Everything is checked before anything changes.
+        Everything is checked before anything changes. Should a fold fail all the same, for want of memory say, no
+        selection stands afterwards.
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
@@ -180,13 +188,24 @@ class Injected:
         for name, layer in self.layers.items():
             indices[name] = host_indices(wanted[name], layer.rank)
             layer.check_selectable(unselected)
-        for name, layer in self.layers.items():
-            layer.select(indices[name], unselected)
+        try:
+            for name, layer in self.layers.items():
+                layer.select(indices[name], unselected)
+        except BaseException:
+            self.unfold()
+            raise
 
-    def unfold(self) -> None:
-        """Undo the selection in every layer; the base weights are the originals again, bit for bit."""
+    def unfold(self, *, discard_changes: bool = False) -> None:
+        """Undo the selection in every layer; the base weights are the originals again, bit for bit.
+
+        Raises:
+            StateError: a weight was changed while it was folded, and `discard_changes` is not set; nothing is undone.
+        """
+        if not discard_changes:
+            for layer in self.layers.values():
+                layer.check_unfoldable()
         for layer in self.layers.values():
-            layer.unfold()
+            layer.unfold(discard_changes=True)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return copies of every layer's A (R, K) and B (N, R), trained modules included."""
@@ -209,7 +228,10 @@ class Injected:
         self._check_present()
         self.unfold()
         for name, linear in self._linears.items():
-            self.model.set_submodule(name, linear.train(self.layers[name].training))
+            layer = self.layers[name]
+            # Moving or loading may have replaced them.
+            linear.weight, linear.bias = layer.weight, cast(nn.Parameter, layer.bias)
+            self.model.set_submodule(name, linear.train(layer.training))
         for name, parameter in self.model.named_parameters():
             if name in self._required_grad:
                 parameter.requires_grad_(self._required_grad[name])
@@ -238,17 +260,23 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
 
     Raises:
         TargetError: a target does not exist, is not a plain nn.Linear, or a module to save does not exist.
-        StateError: the model holds adapted layers already.
+        StateError: the model holds adapted layers already, or a module to save shares its weight with another.
     """
     if any(isinstance(module, FusedPLoRALinear) for module in model.modules()):
         raise StateError("the model holds FusedPLoRALinear layers already; call restore() on their handle first")
     names = find_targets(model, config)
-    saved = tuple(name for name, _ in model.named_modules() if name and _matches(list(config.modules_to_save), name))
+    for name in names:
+        check_replaceable(model.get_submodule(name), f"target module {name!r} is")
+        _check_parent(model, name)
+    saved = outermost(name for name, _ in model.named_modules() if _matches(list(config.modules_to_save), name))
     for entry in config.modules_to_save:
-        if not any(_matches([entry], name) for name in saved):
+        if not any(_matches([entry], name) for name, _ in model.named_modules()):
             known = [name for name, _ in model.named_modules() if name]
             raise TargetError(f"module to save {entry!r} is not in the model; {_nearest(entry, known)}")
     shared = _shared_storages(model)
+    for name in saved:
+        if any(_storage(tensor) in shared for tensor in model.get_submodule(name).parameters()):
+            raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     for name in saved:
@@ -270,6 +298,22 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
         model.set_submodule(name, layer)
         layers[name], linears[name] = layer, linear
     return Injected(model, config, layers, saved, linears, required_grad)
+
+
+def outermost(names: Iterable[str]) -> tuple[str, ...]:
+    """Return those names that do not lie inside another of them."""
+    kept = list(names)
+    return tuple(name for name in kept if not any(name.startswith(f"{other}.") for other in kept))
+
+
+def _check_parent(model: nn.Module, name: str) -> None:
+    """Raise TargetError where torch would read the linear's weight itself, past any adapter."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"target module {name!r} is read past any adapter by nn.TransformerEncoderLayer's fast path in evaluation; "
+            "call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
 
 
 def _storage(tensor: Tensor) -> int:

@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .checks import check_unselected
+from .checks import check_positive, check_unselected
 from .errors import ConfigError, ShapeError, StateError, TargetError, UnsupportedError
 from .functional import fold_, linear_with_index, plora_linear
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
@@ -87,8 +86,7 @@ class FusedPLoRALinear(nn.Module):
         Raises:
             TargetError: not a plain nn.Linear. RankError, ConfigError, UnsupportedError: an argument cannot be used.
         """
-        if type(linear) is not nn.Linear:
-            raise TargetError(f"from_linear got a {type(linear).__name__}; a plain nn.Linear is needed")
+        check_replaceable(linear, "from_linear got")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(linear, rank, alpha, rank_stabilized, dropout, original)
@@ -100,18 +98,17 @@ class FusedPLoRALinear(nn.Module):
     ) -> None:
         if dropout != 0.0:
             raise UnsupportedError(f"dropout is {dropout!r}; only 0.0 works yet")
-        if not alpha > 0:
-            raise ConfigError(f"alpha is {alpha!r}; a positive number is needed")
+        alpha = check_positive("alpha", alpha)
         if original not in ORIGINALS:
             raise ConfigError(f"original is {original!r}; it may be 'device' or 'host'")
-        self.rank, self.alpha, self.rank_stabilized = check_rank(rank), float(alpha), bool(rank_stabilized)
-        self.scale = adapter_scale(rank, alpha, rank_stabilized)
+        self.rank, self.alpha, self.rank_stabilized = check_rank(rank), alpha, bool(rank_stabilized)
+        self.scale = adapter_scale(self.rank, alpha, rank_stabilized)
         self.original = original
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
         self.requires_grad_(False)  # the base is frozen; the factors below are not
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, self.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, rank))
+        self.lora_A = nn.Parameter(base.weight.new_empty(self.rank, self.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, self.rank))
         self.weight_is_tied = False
         self._selected: tuple[int, ...] | None = None
         self._unselected = "folded"
@@ -133,12 +130,12 @@ class FusedPLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K)."""
-        if self.full_A is None:
+        if self.full_A is None or self.full_B is None:
             return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
         if self._unselected == "frozen":
             return self._forward_frozen(x)
-        if self.lora_A.shape[0] == 0:  # everything is folded
-            return F.linear(x, self.weight, self.bias)
+        if self.lora_A.shape[0] == 0:  # everything is folded: the modules are there, none of them enters
+            return plora_linear(x, self.weight, self.full_A, self.full_B, [], bias=self.bias, scale=self.scale)
         return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
 
     def _forward_frozen(self, x: Tensor) -> Tensor:
@@ -152,7 +149,9 @@ class FusedPLoRALinear(nn.Module):
         if self.full_A is None or self.full_B is None or self.selected_index is None:
             return self.lora_A, self.lora_B
         places = self.selected_index[: self.lora_A.shape[0]].long()
-        return self.full_A.index_copy(0, places, self.lora_A), self.full_B.index_copy(1, places, self.lora_B)
+        # A caller may have cast the trained parameters, to fp32 over a bf16 base for one.
+        lora_A, lora_B = self.lora_A.to(self.full_A.dtype), self.lora_B.to(self.full_B.dtype)
+        return self.full_A.index_copy(0, places, lora_A), self.full_B.index_copy(1, places, lora_B)
 
     # ----------------------------------------------------------------------------------------------- selection
 
@@ -161,6 +160,7 @@ class FusedPLoRALinear(nn.Module):
         """The modules being trained, sorted, or None while no selection stands (all R are trained)."""
         return self._selected
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def select(self, indices_or_mask: Selection, unselected: str = "folded") -> None:
         """Train these modules alone: Select-N-Fold. A selection that stands is undone first.
@@ -181,50 +181,68 @@ class FusedPLoRALinear(nn.Module):
         self.check_selectable(unselected)
         self.unfold()
         full_A, full_B = self.lora_A.data, self.lora_B.data
+        places = torch.tensor(indices, dtype=torch.long, device=full_A.device)
+        lora_A, lora_B = nn.Parameter(full_A.index_select(0, places)), nn.Parameter(full_B.index_select(1, places))
+        index = index_buffer(indices, full_A.device)
         if unselected == "folded":
             self._fold(indices, full_A, full_B)
-        places = torch.tensor(indices, dtype=torch.long, device=full_A.device)
-        self.full_A, self.full_B = full_A, full_B
-        self.selected_index = index_buffer(indices, full_A.device)
-        self.lora_A = nn.Parameter(full_A.index_select(0, places))
-        self.lora_B = nn.Parameter(full_B.index_select(1, places))
+        self.full_A, self.full_B, self.selected_index = full_A, full_B, index
+        self.lora_A, self.lora_B = lora_A, lora_B
         self._selected, self._unselected = indices, unselected
 
     def check_selectable(self, unselected: str) -> None:
         """Raise ConfigError or StateError if `select` with this form would be refused; change nothing."""
-        if check_unselected(unselected) == "frozen":
+        check_unselected(unselected)
+        self.check_unfoldable()
+        if unselected == "frozen":
             return
         if self.weight.requires_grad:
-            raise StateError("weight requires a gradient and cannot be folded: use unselected='frozen' or freeze it")
+            raise StateError("weight requires a gradient and cannot be folded: call weight.requires_grad_(False)")
         if self.weight_is_tied:
             raise StateError("weight is shared with another module and cannot be folded: use unselected='frozen'")
 
+    def check_unfoldable(self) -> None:
+        """Raise StateError if `unfold` would be refused: somebody else changed the weight while it was folded."""
+        if not self._weight_is_as_folded():
+            raise StateError(
+                "weight was changed while modules were folded into it: unfold(discard_changes=True) gives back the "
+                "original without the change"
+            )
+
     def _fold(self, indices: tuple[int, ...], full_A: Tensor, full_B: Tensor) -> None:
+        """Keep the original and fold every other module into the weight; on any failure the weight is as it was."""
         if not complement(indices, self.rank):
             return
+        weight = self.weight.detach()
+        original = weight.to("cpu", copy=True) if self.original == "host" else weight.clone()
+        try:
+            fold_(self.weight, full_A.to(weight.dtype), full_B.to(weight.dtype), indices, scale=self.scale)
+        except BaseException:
+            self.weight.copy_(original)
+            raise
         if self.original == "host":
-            self._host_original = self.weight.detach().to("cpu", copy=True)
+            self._host_original = original
         else:
-            self.original_weight = self.weight.detach().clone()
-        fold_(self.weight, full_A, full_B, indices, scale=self.scale)
+            self.original_weight = original
         self._folded_version = self.weight._version
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def unfold(self) -> None:
+    def unfold(self, *, discard_changes: bool = False) -> None:
         """Put the trained modules back among the R and the weight back to its original, bit for bit.
 
-        Without a selection it does nothing.
+        Without a selection it does nothing. A weight whose `.data` was replaced while folded is put back unnoticed.
+
+        Args:
+            discard_changes: go back to the original even if somebody else changed the weight while it was folded.
 
         Raises:
-            StateError: the weight was changed by somebody else while it was folded.
+            StateError: the weight was changed while it was folded, and `discard_changes` is not set.
         """
         if self._selected is None:
             return
-        if not self._weight_is_as_folded():
-            raise StateError(
-                "weight was changed while modules were folded into it; load or edit weights after unfold(), or use "
-                "load_state_dict, which does so"
-            )
+        if not discard_changes:
+            self.check_unfoldable()
         lora_A, lora_B = self.factors()
         original = self._original()
         if original is not None:
@@ -234,8 +252,19 @@ class FusedPLoRALinear(nn.Module):
         self._selected, self._unselected, self._folded_version = None, "folded", None
 
     def _weight_is_as_folded(self) -> bool:
-        """Say whether nobody wrote to the weight since modules were folded into it; true if none are."""
-        return self._folded_version is None or self._folded_version == self.weight._version
+        """Say whether the weight still is what folding made of it; true if nothing is folded.
+
+        Its version tells without looking. Where that moved, as a wrapper's broadcast of equal values moves it, the
+        weight is compared with its original folded anew.
+        """
+        if self._folded_version is None or self._folded_version == self.weight._version:
+            return True
+        original, indices = self._original(), self._selected
+        if original is None or indices is None or self.full_A is None or self.full_B is None:
+            return True
+        weight = original.to(self.weight, copy=True)
+        factors = self.full_A.to(weight.dtype), self.full_B.to(weight.dtype)
+        return torch.equal(fold_(weight, *factors, indices, scale=self.scale), self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedPLoRALinear:
         """Move or cast the layer, a standing selection included."""
@@ -285,7 +314,8 @@ class FusedPLoRALinear(nn.Module):
         """Return a new `nn.Linear` with weight W + s·B A, all modules in it; the layer stays as it is."""
         original = self._original()
         weight = (self.weight if original is None else original).detach().to(self.weight.device, copy=True)
-        fold_(weight, *self.factors(), selected=[], scale=self.scale)
+        lora_A, lora_B = self.factors()
+        fold_(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), selected=[], scale=self.scale)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -306,14 +336,13 @@ class FusedPLoRALinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load full tensors even while a selection stands: undo it, load, redo it with the same parameters."""
         selected, unselected, trained = self._selected, self._unselected, (self.lora_A, self.lora_B)
-        self.unfold()
+        self.unfold(discard_changes=True)  # what is loaded replaces them
         super()._load_from_state_dict(*arguments)
         if selected is None:
             return
         self.select(selected, unselected)
-        with torch.no_grad():
-            for parameter, value in zip(trained, (self.lora_A, self.lora_B), strict=True):
-                parameter.copy_(value)
+        for parameter, value in zip(trained, (self.lora_A, self.lora_B), strict=True):
+            parameter.data = value.data  # loading with assign=True may bring another dtype
         self.lora_A, self.lora_B = trained  # an optimiser holds these
 
     def extra_repr(self) -> str:
@@ -325,6 +354,27 @@ class FusedPLoRALinear(nn.Module):
         if self._selected is not None:
             text += f", selected={list(self._selected)}, unselected={self._unselected!r}"
         return text
+
+
+def check_replaceable(module: nn.Module, where: str) -> None:
+    """Raise TargetError unless a FusedPLoRALinear can stand for the module: a plain nn.Linear, nothing hung on it.
+
+    `where` begins the message: "from_linear got", "target module 'q_proj' is".
+    """
+    if type(module) is not nn.Linear:
+        raise TargetError(f"{where} a {type(module).__name__}; only a plain nn.Linear can be replaced")
+    if not isinstance(module.weight, nn.Parameter):
+        raise TargetError(f"{where} an nn.Linear whose weight is computed (weight_norm?); a parameter is needed")
+    if "forward" in vars(module):
+        raise TargetError(f"{where} an nn.Linear with a forward of its own (accelerate's hooks?); remove it first")
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks):
+        raise TargetError(f"{where} an nn.Linear with hooks, which would be lost; remove them first")
 
 
 def _check_same_shape(name: str, parameter: Tensor, value: Tensor) -> None:

@@ -10,13 +10,15 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, ShapeError, TargetError
-from .inject import Injected, PLoRAConfig, inject
+from .inject import Injected, PLoRAConfig, inject, outermost
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -41,6 +43,19 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
+# PEFT's readers for these tasks look for a head under these names whether or not the configuration lists it.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# Starts that leave the base weight as it is. The others subtract something from it, and PEFT does so again on loading.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def _wrapped_by_peft(model: nn.Module, entries: Iterable[str], task_type: str | None) -> tuple[str, ...]:
+    """Return the modules PEFT keeps whole for these `modules_to_save`: names that end with an entry, outermost ones."""
+    wanted = (*entries, *_HEADS.get(task_type or "", ()))
+    names = [name for name, _ in model.named_modules() if name.endswith(wanted)] if wanted else []
+    return outermost(names)
+
+
 def save_peft(
     handle: Injected,
     directory: str | os.PathLike[str],
@@ -50,9 +65,9 @@ def save_peft(
 ) -> Path:
     """Write the adapter as PEFT writes it, so that `PeftModel.from_pretrained` loads it, and return the directory.
 
-    Every layer's full A (R, K) and B (N, R) are written, whatever is selected at the moment, and the parameters and
-    buffers of the modules to save. An existing adapter in the directory is replaced once both files are complete;
-    other files in it are left alone.
+    Every layer's full A (R, K) and B (N, R) are written, whatever is selected at the moment, and all of every module
+    PEFT will look for: the modules to save, and the head of a classification or question-answering task. An existing
+    adapter in the directory is replaced once both files are complete; other files in it are left alone.
 
     Args:
         handle: what `inject` returned. directory: made if it is not there.
@@ -63,18 +78,21 @@ def save_peft(
     from safetensors.torch import save_file
 
     target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; a directory is needed to save an adapter in")
     config = handle.config
+    task_type = task_type or config.task_type
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=_whole(config.alpha),
         use_rslora=config.rank_stabilized,
         target_modules=list(handle.layers),
         modules_to_save=list(handle.saved_modules) or None,
-        rank_pattern={name: layer.rank for name, layer in handle.layers.items() if layer.rank != config.rank},
+        rank_pattern={_exactly(n): layer.rank for n, layer in handle.layers.items() if layer.rank != config.rank},
         alpha_pattern={
-            name: _whole(layer.alpha) for name, layer in handle.layers.items() if layer.alpha != config.alpha
+            _exactly(n): _whole(layer.alpha) for n, layer in handle.layers.items() if layer.alpha != config.alpha
         },
-        task_type=task_type or config.task_type,
+        task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
         inference_mode=True,
     )
@@ -82,9 +100,9 @@ def save_peft(
     for name, (lora_A, lora_B) in handle.factors().items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
-    for name in handle.saved_modules:
+    for name in _wrapped_by_peft(handle.model, handle.saved_modules, task_type):
         for key, value in handle.model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().clone()
+            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous().clone()
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target))
     try:
@@ -95,6 +113,11 @@ def save_peft(
     finally:
         shutil.rmtree(staging)
     return target
+
+
+def _exactly(name: str) -> str:
+    """Return a pattern key that is this module alone: PEFT reads keys as expressions for the end of a name."""
+    return "^" + re.escape(name)
 
 
 def _whole(alpha: float) -> float | int:
@@ -112,8 +135,6 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
         ConfigError: the directory holds no PEFT LoRA adapter, or one of a kind this package does not compute.
         TargetError, ShapeError: the adapter does not fit the model. The model is unchanged then.
     """
-    from safetensors.torch import load_file
-
     source = Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (source / name).is_file():
@@ -121,29 +142,49 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
                 f"{source / name} does not exist; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed"
             )
     lora = _read_config(source)
-    factors, saved = _split(load_file(source / WEIGHTS_NAME), source)
-    names = _saved_names(lora, saved)
-    _check_fits(model, factors)
-    config = _to_config(lora, factors, names)
-    _check_saved_modules(model, saved)
-    handle = inject(model, config)
+    factors, others = _split(_read_tensors(source / WEIGHTS_NAME), source)
+    _check_factors_fit(model, factors)
+    _check_others_fit(model, others)
+    task = None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type))
+    whole = _wrapped_by_peft(model, lora.modules_to_save or (), task)
+    whole = tuple(name for name in whole if any(key.startswith(f"{name}.") for key in others))
+    handle = inject(model, _to_config(lora, factors, whole, task))
     handle.set_factors(factors)
-    for name in handle.saved_modules:
-        state = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
-        handle.model.get_submodule(name).load_state_dict(state)
+    with torch.no_grad():
+        state = model.state_dict()  # its tensors are the model's own
+        for key, value in others.items():
+            state[key].copy_(value)
     return handle
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a safetensors file, or is cut off: {error}") from error
 
 
 def _read_config(source: Path) -> Any:
     from peft import LoraConfig, PeftConfig
 
-    lora = PeftConfig.from_pretrained(str(source))
+    try:
+        lora = PeftConfig.from_pretrained(str(source))
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, no known peft_type, fields of other types
+        raise ConfigError(f"{source / CONFIG_NAME} is not an adapter's configuration: {error!r}") from error
     if not isinstance(lora, LoraConfig):
         raise ConfigError(f"{source / CONFIG_NAME} is a {lora.peft_type} adapter; LoRA is needed")
     for name, neutral in _UNSUPPORTED.items():
         value = getattr(lora, name, neutral)
         if value != neutral and value:
             raise ConfigError(f"{source / CONFIG_NAME} has {name} = {value!r}; only {neutral!r} is supported")
+    if lora.init_lora_weights not in _PLAIN_STARTS:
+        raise ConfigError(
+            f"{source / CONFIG_NAME} has init_lora_weights = {lora.init_lora_weights!r}, which changes the base "
+            "weight; convert the adapter to plain LoRA with PEFT first"
+        )
     if lora.lora_dropout:
         warnings.warn(
             f"{source / CONFIG_NAME} has lora_dropout = {lora.lora_dropout}; training goes on without dropout",
@@ -153,7 +194,7 @@ def _read_config(source: Path) -> Any:
 
 
 def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return the factors by module name and the tensors of modules saved whole, PEFT's prefix taken off."""
+    """Return the factors by module name and every other tensor by its name in the plain model."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -161,7 +202,8 @@ def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Te
         if match:
             sides.setdefault(match["module"], {})[match["side"]] = value
         else:
-            saved[key.removeprefix(_PREFIX)] = value
+            # PEFT saves an embedding or output layer it adapts whole, under the name of its own wrapper.
+            saved[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
     for name, pair in sides.items():
         if set(pair) != {"A", "B"}:
             raise ConfigError(f"{source / WEIGHTS_NAME} holds lora_{'/'.join(pair)} of {name!r} alone; both are needed")
@@ -170,7 +212,7 @@ def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Te
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, saved
 
 
-def _check_fits(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _check_factors_fit(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     for name, (lora_A, lora_B) in factors.items():
         try:
             module = model.get_submodule(name)
@@ -186,31 +228,26 @@ def _check_fits(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> 
             )
 
 
-def _check_saved_modules(model: nn.Module, saved: dict[str, Tensor]) -> None:
+def _check_others_fit(model: nn.Module, others: dict[str, Tensor]) -> None:
     state = model.state_dict()
-    for key, value in saved.items():
+    for key, value in others.items():
         if key not in state:
             raise TargetError(f"the adapter holds {key!r}, which is not in the model")
         if state[key].shape != value.shape:
             raise ShapeError(f"the adapter's {key!r} is {tuple(value.shape)}; the model's is {tuple(state[key].shape)}")
 
 
-def _saved_names(lora: Any, saved: dict[str, Tensor]) -> list[str]:
-    """Return those of the configuration's modules to save that the file holds (PEFT lists names it may not use)."""
-    named = dict.fromkeys(lora.modules_to_save or ())
-    return [n for n in named if any(re.match(rf"(^|.*\.){re.escape(n)}\.", key) for key in saved)]
-
-
-def _to_config(lora: Any, factors: dict[str, tuple[Tensor, Tensor]], saved: list[str]) -> PLoRAConfig:
+def _to_config(
+    lora: Any, factors: dict[str, tuple[Tensor, Tensor]], whole: tuple[str, ...], task_type: str | None
+) -> PLoRAConfig:
     ranks = {name: int(lora_A.shape[0]) for name, (lora_A, _) in factors.items()}
-    task = lora.task_type
     return PLoRAConfig(
         rank=int(lora.r),
         alpha=float(lora.lora_alpha),
         rank_stabilized=bool(lora.use_rslora),
         target_modules=list(factors),
-        modules_to_save=saved,
-        task_type=None if task is None else str(getattr(task, "value", task)),
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != lora.r},
+        modules_to_save=whole,
+        task_type=task_type,
+        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != lora.r},
         alpha_pattern=dict(lora.alpha_pattern),
     )

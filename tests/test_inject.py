@@ -126,7 +126,7 @@ def test_unknown_targets_name_the_nearest() -> None:
         pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=r"nothing\d+"))
     with pytest.raises(pk.TargetError, match=r"module to save 'clasifier' is not in the model.*'classifier'"):
         pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["query"], modules_to_save=["clasifier"]))
-    with pytest.raises(pk.TargetError, match=r"is a LayerNorm; only plain nn\.Linear"):
+    with pytest.raises(pk.TargetError, match=r"is a LayerNorm; only a plain nn\.Linear"):
         pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["LayerNorm"]))
 
 
@@ -148,6 +148,11 @@ def test_a_refused_injection_leaves_the_model_alone() -> None:
         ({"rank_pattern": {"q": 0}}, pk.RankError, "rank is 0"),
         ({"alpha": -1.0}, pk.ConfigError, r"alpha is -1\.0"),
         ({"dropout": 0.5}, pk.UnsupportedError, r"dropout is 0\.5"),
+        ({"alpha": float("inf")}, pk.ConfigError, "alpha is inf; a finite number"),
+        ({"alpha": "32"}, pk.ConfigError, "alpha is '32'; a finite number"),
+        ({"target_modules": "(q"}, pk.ConfigError, r"target_modules holds '\(q', which is not a regular expression"),
+        ({"rank_pattern": {"(q": 2}}, pk.ConfigError, "rank_pattern holds"),
+        ({"modules_to_save": None}, pk.ConfigError, "modules_to_save is None"),
         ({"target_modules": []}, pk.ConfigError, "target_modules is empty"),
         ({"modules_to_save": "classifier"}, pk.ConfigError, "a list of names is needed"),
         ({"original": "nowhere"}, pk.ConfigError, "original is 'nowhere'"),
@@ -157,3 +162,105 @@ def test_a_refused_injection_leaves_the_model_alone() -> None:
 def test_bad_configurations_are_named(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pk.PLoRAConfig(**options)
+
+
+def hooked() -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+def with_own_forward() -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    linear.forward = lambda x: x  # type: ignore[method-assign]
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (hooked, "with hooks, which would be lost"),
+        (with_own_forward, "with a forward of its own"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "is a ParametrizedLinear; only a plain"),
+    ],
+    ids=["hooks", "forward", "parametrized"],
+)
+def test_linears_that_would_lose_something_are_refused(build: type, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), build())
+    with pytest.raises(pk.TargetError, match=message):
+        pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+def test_encoder_layers_whose_fast_path_would_pass_the_adapter_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(pk.TargetError, match="set_fastpath_enabled"):
+        pk.inject(layer, pk.PLoRAConfig(rank=2, target_modules=["linear1"]))
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        handle = pk.inject(layer.eval(), pk.PLoRAConfig(rank=2, target_modules=["linear1"]))
+        x = torch.randn(1, 3, 8)
+        with torch.no_grad():
+            before = layer(x)
+            nn.init.normal_(handle.layers["linear1"].lora_B)
+            assert not torch.equal(layer(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_a_saved_module_with_a_shared_weight_is_refused() -> None:
+    model = tiny_llama(tied=True)
+    with pytest.raises(pk.StateError, match="module to save 'lm_head' shares a weight"):
+        pk.inject(model, pk.PLoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_fold_that_fails_half_way_leaves_every_weight_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "value"]))
+    for layer in handle.layers.values():
+        nn.init.normal_(layer.lora_B)
+    originals = {name: layer.weight.detach().clone() for name, layer in handle.layers.items()}
+    folds, real = [], pk.linear.fold_
+
+    def fails_at_the_third(*arguments: object, **named: object) -> torch.Tensor:
+        weight = real(*arguments, **named)
+        folds.append(weight)
+        if len(folds) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return weight
+
+    monkeypatch.setattr(pk.linear, "fold_", fails_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        handle.select([1])
+    for name, layer in handle.layers.items():
+        assert layer.selected is None
+        assert layer.original_weight is None
+        assert torch.equal(layer.weight, originals[name]), name
+
+
+def test_a_weight_changed_in_one_layer_stops_a_selection_before_any_layer_changes() -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query"]))
+    for layer in handle.layers.values():
+        nn.init.normal_(layer.lora_B)
+    handle.select([0, 1])
+    last = list(handle.layers.values())[-1]
+    original = last.state_dict()["weight"].clone()
+    with torch.no_grad():
+        last.weight.add_(1.0)
+    for act in (lambda: handle.select([2]), handle.unfold, handle.restore):
+        with pytest.raises(pk.StateError, match="weight was changed while modules were folded"):
+            act()
+        assert {layer.selected for layer in handle.layers.values()} == {(0, 1)}
+    handle.unfold(discard_changes=True)
+    assert torch.equal(last.weight, original)
+
+
+def test_restore_keeps_weights_that_loading_replaced() -> None:
+    model, source = tiny_bert(), tiny_bert()
+    handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["query"]))
+    name = next(iter(handle.layers))
+    model.load_state_dict(source.state_dict(), strict=False, assign=True)
+    restored = handle.restore().get_submodule(name)
+    assert torch.equal(restored.weight, source.get_submodule(name).weight)

@@ -160,6 +160,50 @@ def test_runs_without_storage() -> None:
     assert y.shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_trained_parameters_may_be_cast(form: str) -> None:
+    # Mixed precision with fp32 adapters over a half-precision base.
+    layer = make(dtype=torch.bfloat16)
+    layer.select([0, 2], form)
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
+    x = torch.randn(3, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+    assert layer.lora_A.grad.dtype is torch.float32
+    assert layer.state_dict()["lora_A"].dtype is torch.bfloat16
+    layer.unfold()
+    assert layer.lora_A.dtype is torch.bfloat16
+
+
+def test_a_write_of_equal_values_is_no_change() -> None:
+    layer = make()
+    original = layer.weight.detach().clone()
+    layer.select([1])
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.clone())  # what DistributedDataParallel's broadcast does
+    layer.unfold()
+    assert torch.equal(layer.weight, original)
+
+
+def test_selecting_inside_inference_mode_leaves_parameters_that_train() -> None:
+    layer = make()
+    with torch.inference_mode():
+        layer.select([1, 3])
+        layer(torch.randn(2, 7))
+    layer(torch.randn(2, 7)).sum().backward()
+    assert layer.lora_A.grad is not None
+    layer.unfold()
+
+
+def test_a_trainable_weight_is_refused_rather_than_left_without_a_gradient() -> None:
+    layer = make()
+    layer.select([1], "frozen")
+    layer.weight.requires_grad_(True)
+    with pytest.raises(pk.StateError, match="the base is frozen"):
+        layer(torch.randn(2, 7))
+
+
 def test_merge_holds_every_module_and_leaves_the_layer_alone() -> None:
     layer, x = make(), torch.randn(3, 7)
     expected = layer(x)
@@ -211,6 +255,10 @@ def test_a_weight_changed_while_folded_is_not_silently_undone() -> None:
     for act in (layer.unfold, lambda: layer.select([2])):
         with pytest.raises(pk.StateError, match="weight was changed while modules were folded"):
             act()
+    state = make().state_dict()
+    layer.load_state_dict(state)  # what is loaded replaces the change
+    layer.unfold()
+    assert torch.equal(layer.weight, state["weight"])
 
 
 def test_bad_arguments_are_named() -> None:
@@ -224,7 +272,7 @@ def test_bad_arguments_are_named() -> None:
         pk.FusedPLoRALinear.from_linear(linear, original="disk")
     with pytest.raises(pk.UnsupportedError, match=r"dropout is 0\.1"):
         pk.FusedPLoRALinear.from_linear(linear, dropout=0.1)
-    with pytest.raises(pk.TargetError, match=r"from_linear got a Conv2d; a plain nn\.Linear is needed"):
+    with pytest.raises(pk.TargetError, match=r"from_linear got a Conv2d; only a plain nn\.Linear can be replaced"):
         pk.FusedPLoRALinear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     assert linear.weight.requires_grad  # a refusal leaves the linear as it was
     layer = make()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plora_kernels as pk
-from tests.support.models import tiny_bert, tiny_llama
+from tests.support.models import tiny_bert, tiny_distilbert, tiny_llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -87,6 +87,74 @@ def test_what_peft_saves_loads_here_and_computes_the_same(tmp_path: Path, option
         assert torch.equal(second[key], value), key
 
 
+@pytest.mark.parametrize("build", [tiny_bert, tiny_distilbert], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("saved", [(), ("classifier",)], ids=str)
+def test_heads_that_peft_looks_for_by_itself(tmp_path: Path, build: type, saved: tuple[str, ...]) -> None:
+    # For SEQ_CLS PEFT keeps every module whose name ends with "classifier" or "score", listed or not.
+    base = build()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    targets = ["query"] if build is tiny_bert else ["q_lin"]
+    config = pk.PLoRAConfig(rank=2, target_modules=targets, modules_to_save=saved, task_type="SEQ_CLS")
+    handle = pk.inject(base, config)
+    stir(base)
+    expected = logits(base)
+    pk.save_peft(handle, tmp_path / "ours")
+    fresh = build()
+    fresh.load_state_dict(state)
+    theirs = PeftModel.from_pretrained(fresh, tmp_path / "ours", is_trainable=True).eval()
+    torch.testing.assert_close(logits(theirs), expected)
+    stir(theirs)
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    fresh = build()
+    fresh.load_state_dict(state)
+    handle = pk.load_peft(fresh, tmp_path / "theirs")
+    torch.testing.assert_close(logits(fresh), expected)
+    assert "classifier" in handle.saved_modules
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [(["q_proj"], "model.embed_tokens"), (["q_proj", "lm_head"], "lm_head")],
+    ids=str,
+)
+def test_embeddings_that_peft_saves_whole_are_loaded(tmp_path: Path, targets: list[str], saved: str) -> None:
+    base = tiny_llama()
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
+    stir(wrapped)
+    expected = logits(wrapped)
+    state = {k: v for k, v in base.state_dict().items() if "lora" not in k}
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = tiny_llama()
+    fresh.load_state_dict({k.replace(".base_layer.", "."): v for k, v in state.items()})
+    with torch.no_grad():
+        fresh.get_submodule(saved).weight.zero_()  # must come from the file
+    pk.load_peft(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh), expected)
+
+
+def test_patterns_name_one_module_each(tmp_path: Path) -> None:
+    # A key such as "proj" would also match "inner.proj": the two have ranks of their own.
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.proj, model.inner, model.other = nn.Linear(4, 4), nn.Module(), nn.Linear(4, 4)
+        model.inner.proj = nn.Linear(4, 4)
+        return model
+
+    config = pk.PLoRAConfig(
+        rank=1,
+        target_modules=["proj", "other"],
+        rank_pattern={"^inner.proj": 3, "^proj": 2},
+        alpha_pattern={"^proj": 5.0},
+    )
+    handle = pk.inject(build(), config)
+    pk.save_peft(handle, tmp_path)
+    PeftModel.from_pretrained(build(), tmp_path)
+    again = pk.load_peft(build(), tmp_path)
+    for name, layer in handle.layers.items():
+        assert (again.layers[name].rank, again.layers[name].alpha) == (layer.rank, layer.alpha), name
+
+
 def test_saving_again_replaces_the_adapter_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=2, target_modules=["query"]))
@@ -121,6 +189,21 @@ def test_adapters_that_cannot_be_used_are_refused_and_the_model_stays(tmp_path: 
     save_peft_adapter(tmp_path / "bias", bias="all")
     with pytest.raises(pk.ConfigError, match="bias = 'all'; only 'none' is supported"):
         pk.load_peft(model, tmp_path / "bias")
+    save_peft_adapter(tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(pk.ConfigError, match="init_lora_weights = 'pissa', which changes the base"):
+        pk.load_peft(model, tmp_path / "pissa")
+    save_peft_adapter(tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    with pytest.raises(pk.ConfigError, match="is not an adapter's configuration"):
+        pk.load_peft(model, tmp_path / "broken")
+    save_peft_adapter(tmp_path / "cut")
+    whole = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(pk.ConfigError, match="is not a safetensors file, or is cut off"):
+        pk.load_peft(model, tmp_path / "cut")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pk.ConfigError, match="file is a file; a directory is needed"):
+        pk.save_peft(pk.inject(tiny_bert(), pk.PLoRAConfig(target_modules=["query"])), tmp_path / "file")
     save_peft_adapter(tmp_path / "plain")
     with pytest.raises(pk.TargetError, match=r"factors for 'bert\..*query', which is not in the model"):
         pk.load_peft(tiny_llama(), tmp_path / "plain")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def tiny_bert(labels: int = 3) -> BertForSequenceClassification:
@@ -33,3 +40,11 @@ def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
         tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_distilbert() -> DistilBertForSequenceClassification:
+    """Return a one-layer DistilBERT classifier, whose head is `pre_classifier` and `classifier`."""
+    config = DistilBertConfig(
+        vocab_size=60, dim=32, n_layers=1, n_heads=2, hidden_dim=48, max_position_embeddings=40, num_labels=3
+    )
+    return DistilBertForSequenceClassification(config).eval()

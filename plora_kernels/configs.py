@@ -63,7 +63,7 @@ def matmul_blocks(
             one by one, which takes registers: tiles are smaller.
     """
     if dtype.itemsize >= 4:  # fp32 through FMA or tf32: twice the shared memory an element, smaller tiles
-        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, 16, 8, 8, 2)
+        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 16, 16, 8, 4 if aligned else 8, 3)
     if not aligned:
         return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, tile(width, 32), 8, 8, 3)
     block_m, block_n = tile(rows, 128), tile(d_out, 128)
@@ -85,6 +85,8 @@ def gradient_blocks(dtype: torch.dtype, rows: int, d: int, width: int) -> Gradie
 
 def fold_blocks(dtype: torch.dtype, n: int, k: int, width: int, aligned: bool) -> FoldBlocks:
     """Return the tiles for folding `width` modules into a weight (n, k); `aligned` as for `matmul_blocks`."""
+    if not aligned:
+        return FoldBlocks(tile(n, 32), tile(k, 64), 16, 4, 2)
     if dtype.itemsize >= 4:
         return FoldBlocks(tile(n, 32), tile(k, 128), 16, 4, 2)
     return FoldBlocks(tile(n, 64), tile(k, 128), tile(width, 32), 4, 2)

@@ -7,12 +7,14 @@ ICLR 2026, arXiv 2602.16936.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ConfigError, ShapeError
+from .selection import host_indices
 
 
 def forward(
@@ -101,15 +103,20 @@ def module_average(
 
     Raises:
         ShapeError: an update's shapes do not fit `previous` or its indices.
+        SelectionError: an index is out of range or repeated. ConfigError: a weight is not a positive number.
     """
     lora_A, lora_B = previous
     share = [1.0] * len(updates) if weights is None else [float(w) for w in weights]
     if len(share) != len(updates):
         raise ShapeError(f"{len(share)} weights for {len(updates)} updates; one per update is needed")
+    for position, w in enumerate(share):
+        if not 0 < w < math.inf:
+            raise ConfigError(f"weight {position} is {w}; a positive finite number is needed")
     sum_A = torch.zeros(lora_A.shape, dtype=torch.float64, device=lora_A.device)
     sum_B = torch.zeros(lora_B.shape, dtype=torch.float64, device=lora_B.device)
     total = torch.zeros(lora_A.shape[0], dtype=torch.float64, device=lora_A.device)
     for position, ((A_i, B_i, indices), w) in enumerate(zip(updates, share, strict=True)):
+        host_indices(indices, lora_A.shape[0])  # refuses what is out of range or repeated
         index = torch.as_tensor(indices, dtype=torch.long, device=lora_A.device)
         wanted_A, wanted_B = (len(index), lora_A.shape[1]), (lora_B.shape[0], len(index))
         if tuple(A_i.shape) != wanted_A or tuple(B_i.shape) != wanted_B:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
     ("errors",),
-    ("reference", "selection", "configs"),
+    ("selection", "configs"),
+    ("reference",),
     ("backend", "checks", "torch_path"),
     ("kernels",),
     ("ops",),

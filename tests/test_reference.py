@@ -114,5 +114,11 @@ def test_module_average_refuses_updates_that_do_not_fit() -> None:
     previous = (torch.zeros(3, 2), torch.zeros(4, 3))
     with pytest.raises(pk.ShapeError, match=r"update 0 holds A \(1, 2\) and B \(4, 2\); its 2 indices need"):
         pk.module_average(previous, [(torch.zeros(1, 2), torch.zeros(4, 2), [0, 1])])
+    for wrong in ([0, 3], [1, 1], [-1, 0]):
+        with pytest.raises(pk.SelectionError):
+            pk.module_average(previous, [(torch.zeros(2, 2), torch.zeros(4, 2), wrong)])
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(pk.ConfigError, match="weight 0 is .*; a positive finite number"):
+            pk.module_average(previous, [(torch.zeros(1, 2), torch.zeros(4, 1), [0])], weights=[weight])
     with pytest.raises(pk.ShapeError, match="1 weights for 0 updates"):
         pk.module_average(previous, [], weights=[1.0])

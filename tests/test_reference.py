@@ -118,7 +118,7 @@ def test_module_average_refuses_updates_that_do_not_fit() -> None:
         with pytest.raises(pk.SelectionError):
             pk.module_average(previous, [(torch.zeros(2, 2), torch.zeros(4, 2), wrong)])
     for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(pk.ConfigError, match="weight 0 is .*; a positive finite number"):
+        with pytest.raises(pk.ConfigError, match=r"weight 0 is .*; a positive finite number"):
             pk.module_average(previous, [(torch.zeros(1, 2), torch.zeros(4, 1), [0])], weights=[weight])
     with pytest.raises(pk.ShapeError, match="1 weights for 0 updates"):
         pk.module_average(previous, [], weights=[1.0])

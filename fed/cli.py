@@ -66,12 +66,20 @@ def run(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the result as a Markdown table alone.")
+    ] = False,
+) -> None:
     """Print a run's result and draw its report.png anew."""
     from fed.console import Screen
-    from fed.report import draw, read
+    from fed.report import draw, markdown, read
 
     screen = Screen()
+    if as_markdown:
+        screen.say(markdown(read(directory)).rstrip())
+        return
     screen.summarise(read(directory))
     screen.say(f"\nreport  {draw(directory)}")
 

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fed.report import METHOD_NAMES, Run, task_name
+from fed.report import Run, percent, summary
 
 # Called with the steps done and a note on how it goes.
 Advance = Callable[[int, str], None]
@@ -75,18 +75,13 @@ class Screen:
 
     def summarise(self, run: Run) -> None:
         """Print accuracy before and after with the gain, and beside it what centralised LoRA gains."""
-        config, rounds = run.config, run.rows[-1]["round"]
+        config, (heading, *lines) = run.config, summary(run)
         table = Table(box=None, pad_edge=False)
-        table.add_column(f"test data: {task_name(config)}", no_wrap=True)
-        for heading in ("accuracy", "gain", "ratio"):
-            table.add_column(heading, justify="right")
-        table.add_row("unadapted model", _percent(run.rows[0]))
-        federated = f"{METHOD_NAMES[config.method]}, {rounds} rounds × {config.train.local_steps} local steps"
-        table.add_row(federated, _percent(run.rows[-1]), _points(run.gain_points))
-        for row in run.centralised:
-            gain = run.gain_of(row)
-            ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
-            table.add_row(f"centralised LoRA, {row['steps']} steps", _percent(row), _points(gain), ratio)
+        table.add_column(heading[0], no_wrap=True)
+        for title in heading[1:]:
+            table.add_column(title, justify="right")
+        for line in lines:
+            table.add_row(*line)
         self._out.print()
         self._out.print(table)
         if run.centralised:
@@ -100,12 +95,4 @@ class Screen:
 def round_note(row: dict[str, Any]) -> str:
     """Say in a few words how a round went: accuracy, loss and the clients' training time."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-    return f"accuracy {_percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
-
-
-def _percent(row: dict[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f} %"
-
-
-def _points(gain: float) -> str:
-    return f"{gain:+.1f} points"
+    return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"

@@ -62,6 +62,34 @@ def read(directory: Path) -> Run:
     return Run(configuration.load(directory / CONFIG), rows, centralised)
 
 
+def summary(run: Run) -> list[tuple[str, ...]]:
+    """Return a table, its heading first: accuracy before and after with the gain, and what centralised LoRA gains."""
+    config, rounds = run.config, run.rows[-1]["round"]
+    federated = f"{METHOD_NAMES[config.method]}, {rounds} rounds × {config.train.local_steps} local steps"
+    lines: list[tuple[str, ...]] = [
+        (f"test data: {task_name(config)}", "accuracy", "gain", "ratio"),
+        ("unadapted model", percent(run.rows[0]), "", ""),
+        (federated, percent(run.rows[-1]), f"{run.gain_points:+.1f} points", ""),
+    ]
+    for row in run.centralised:
+        gain = run.gain_of(row)
+        ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
+        lines.append((f"centralised LoRA, {row['steps']} steps", percent(row), f"{gain:+.1f} points", ratio))
+    return lines
+
+
+def markdown(run: Run) -> str:
+    """Return the summary as a Markdown table."""
+    heading, *lines = summary(run)
+    rule = ("---", *["---:"] * (len(heading) - 1))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *lines))
+
+
+def percent(row: Row) -> str:
+    """Return a row's accuracy as text."""
+    return f"{100 * row['accuracy']:.1f} %"
+
+
 def write_centralised(directory: Path, rows: Sequence[Row]) -> None:
     """Write what centralised LoRA reached, one object for each number of steps, beside the run's rounds."""
     temporary = directory / f"{CENTRALISED}.tmp"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fed.config import RunConfig, load, write
 from fed.errors import FedError
-from fed.report import draw, read, write_centralised
+from fed.report import draw, markdown, read, write_centralised
 
 
 def make_row(number: int, **changes: object) -> dict:
@@ -64,6 +64,18 @@ def test_a_run_reads_back_with_its_gains(tmp_path: Path) -> None:
     run = read(directory)
     assert run.gain_of(run.centralised[0]) == pytest.approx(50)
     assert run.config == RunConfig()
+
+
+def test_the_summary_as_markdown_by_hand(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", [make_row(number) for number in range(4)])
+    write_centralised(directory, [{"steps": 20, "accuracy": 0.6, "loss": 1.0, "train_seconds": 1.0}])
+    assert markdown(read(directory)).splitlines() == [
+        "| test data: digits turned by 90° | accuracy | gain | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        "| unadapted model | 10.0 % |  |  |",
+        "| Fed-PLoRA, 3 rounds × 5 local steps | 40.0 % | +30.0 points |  |",
+        "| centralised LoRA, 20 steps | 60.0 % | +50.0 points | 0.60 |",
+    ]
 
 
 def test_a_last_line_cut_off_is_left_out(tmp_path: Path) -> None:

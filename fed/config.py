@@ -104,7 +104,7 @@ class TrainConfig(_Table):
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16
-    local_steps: Count = 5
+    local_steps: Count = 3
     head: Literal["train", "freeze"] = "train"
     weighting: Literal["uniform", "samples"] = "uniform"
     max_grad_norm: NotNegative = 0.0
@@ -118,7 +118,7 @@ class RunConfig(_Table):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     method: Literal["fed-plora", "fedit"] = "fed-plora"
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     model: ModelConfig = ModelConfig()

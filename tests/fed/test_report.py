@@ -73,7 +73,7 @@ def test_the_summary_as_markdown_by_hand(tmp_path: Path) -> None:
         "| test data: digits turned by 90° | accuracy | gain | ratio |",
         "| --- | ---: | ---: | ---: |",
         "| unadapted model | 10.0 % |  |  |",
-        "| Fed-PLoRA, 3 rounds × 5 local steps | 40.0 % | +30.0 points |  |",
+        "| Fed-PLoRA, 3 rounds × 3 local steps | 40.0 % | +30.0 points |  |",
         "| centralised LoRA, 20 steps | 60.0 % | +50.0 points | 0.60 |",
     ]
 

@@ -101,10 +101,11 @@ def draw(directory: Path) -> Path:
     """Draw a run's accuracy, noise and bytes over its rounds to `report.png` in its directory; return that path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     run = read(directory)
-    figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 5), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12))
     canvas = FigureCanvasAgg(figure)
     accuracy, noise, traffic = figure.subplots(1, 3)
     figure.suptitle(_headline(run.config), fontsize=12, color=_INK)
@@ -112,7 +113,7 @@ def draw(directory: Path) -> Path:
     _draw_noise(noise, run.rows[1:])
     _draw_traffic(traffic, run.rows[1:])
     for axes in (accuracy, noise, traffic):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         _finish(axes, last_round=run.rows[-1]["round"])
     path, temporary = directory / PICTURE, directory / f"{PICTURE}.tmp"
     with temporary.open("wb") as file:

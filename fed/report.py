@@ -179,7 +179,7 @@ def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
         megabytes = [row[field] / 1e6 for row in rows]
         axes.plot(rounds, megabytes, color=color, linestyle=style, label=f"{name}, {sum(megabytes):.3g} MB in all")
     axes.set_ylim(bottom=0)
-    axes.set_title("Sent in a round, by all its clients together")
+    axes.set_title("Bytes in a round, all its clients")
     axes.set_ylabel("megabytes")
 
 

@@ -52,8 +52,9 @@ def test_products_run_on_the_matrix_units(rows: list[dict]) -> None:
 
 
 def test_hopper_code_uses_warpgroup_mma(rows: list[dict]) -> None:
-    # One row of x fills no warpgroup: decode steps multiply by mma.sync.
-    wide = [row for row in rows if row["target"] == "sm_90" and " M8192 " in row["case"]]
+    # One row of x fills no warpgroup, and lines that start anywhere get tiles too small for one.
+    odd = (" M1 ", " K50 ", " K1000 ", " K1001 ")
+    wide = [row for row in rows if row["target"] == "sm_90" and not any(mark in row["case"] for mark in odd)]
     for kernel in ("adapted_matmul_kernel", "partial_gradient_kernel", "fold_kernel"):
         chosen = [row for row in wide if row["kernel"] == kernel]
         assert chosen

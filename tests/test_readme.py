@@ -1,0 +1,57 @@
+"""The README says what is so: its example runs, its tables are the committed results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import plora_kernels as pk
+from bench.report import markdown as bench_markdown
+from bench.results import load_run
+from fed.report import markdown as demo_markdown
+from fed.report import read
+from tests.support.models import tiny_bert
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(mark: str) -> str:
+    """Return the README's text between two markers."""
+    match = re.search(rf"<!-- {mark}:begin -->\n(.*?)<!-- {mark}:end -->", README, re.DOTALL)
+    assert match is not None, f"README.md has no {mark} markers"
+    return match[1].strip()
+
+
+def test_the_demo_table_is_the_committed_run() -> None:
+    assert between("demo") == demo_markdown(read(ROOT / "docs" / "results" / "demo")).strip()
+
+
+def test_the_benchmark_table_is_the_committed_result() -> None:
+    table = re.sub(r"^!\[.*\n\n", "", between("bench"))  # the picture stands above it
+    assert table == bench_markdown(load_run(ROOT / "bench" / "results" / "cpu.json")).strip()
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_bert().save_pretrained("path/to/bert")
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    batch = "input_ids=torch.arange(12)[None], labels=torch.tensor([1])"
+    training = f"model({batch}).loss.backward()\noptimizer.step()"
+    assert "...  # train as ever" in code[1]
+    names: dict = {}
+    exec(compile(code[1].replace("...  # train as ever", training), "README.md", "exec"), names)
+    assert not any(isinstance(module, pk.FusedPLoRALinear) for module in names["model"].modules())
+    handle = pk.load_peft(names["model"], "adapter/")
+    moved = next(iter(handle.layers.values())).lora_B.abs().sum(0) > 0
+    assert moved.nonzero().flatten().tolist() == [0, 3, 7, 12]
+
+
+def test_every_picture_and_page_it_names_is_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert targets
+    assert missing == []

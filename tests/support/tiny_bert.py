@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 MAX_LENGTH = 128
 
@@ -57,5 +58,6 @@ def make_tiny_bert(
 
 if __name__ == "__main__":
     source, column, target = sys.argv[1:]
+    disable_progress_bar()
     rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     print(make_tiny_bert(Path(target), [row[column] for row in rows]))

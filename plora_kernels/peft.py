@@ -5,6 +5,7 @@ The only file that imports PEFT, and only when one of its functions is called.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -108,11 +109,19 @@ def save_peft(
     try:
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         lora.save_pretrained(staging)
+        _put_in_order(staging / CONFIG_NAME, list(handle.layers))
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             (staging / name).replace(target / name)
     finally:
         shutil.rmtree(staging)
     return target
+
+
+def _put_in_order(path: Path, targets: list[str]) -> None:
+    """Write the target modules in model order: PEFT holds them as a set, whose order changes from run to run."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["target_modules"] = targets
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _exactly(name: str) -> str:

@@ -173,6 +173,7 @@ def test_saving_again_replaces_the_adapter_and_nothing_else(tmp_path: Path) -> N
     assert written["base_model_name_or_path"] == "some/base"
     assert written["task_type"] == "SEQ_CLS"
     assert written["lora_alpha"] == 32
+    assert written["target_modules"] == list(handle.layers)
 
 
 def save_peft_adapter(directory: Path, **options: object) -> None:

@@ -59,11 +59,6 @@ def plora_linear(
         raise UnsupportedError("groups is set; one adapter a call works, several groups in a call do not yet")
     check_unselected(unselected)
     check_factors(weight, lora_A, lora_B)
-    n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
     scale = check_number("scale", scale)
     index = index_for(selected, lora_A.shape[0], x.device)
     return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, unselected == "frozen")
@@ -79,7 +74,12 @@ def linear_with_index(
     scale: float,
     frozen: bool,
 ) -> Tensor:
-    """Apply autocast, check dtypes and devices and run the operator on an index buffer (None: all modules)."""
+    """Check x, bias, dtypes and devices, apply autocast and run the operator on an index buffer (None: all modules)."""
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
     if weight.requires_grad and torch.is_grad_enabled():
         raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
     kind = x.device.type

@@ -22,6 +22,12 @@ def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tenso
     )
 
 
+def _side_product(rows: Tensor, down: Tensor, index: Tensor | None) -> Tensor:
+    """Return rows · down (M, places), zero at places without a module even where a row holds infinity."""
+    side = rows @ down
+    return side if index is None else side.masked_fill_(index < 0, 0.0)
+
+
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return s · left · right, the scale applied inside the product: no pass of its own, no overflow before it."""
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
@@ -39,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` as the kernel of the same name: y (M, N), s (M, places) or empty."""
     A, B = _gather(lora_A, lora_B, index)
-    s = x @ A.t()  # (M, places)
+    s = _side_product(x, A.t(), index)  # (M, places)
     if A.shape[0] == 0:
         y = functional.linear(x, weight, bias)
     elif x.dtype.itemsize < 4:
@@ -67,9 +73,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` as the kernel of the same name; a gradient that is not needed has no elements."""
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
-    A, B = _gather(lora_A, lora_B, None if frozen else index)
+    applied = None if frozen else index
+    A, B = _gather(lora_A, lora_B, applied)
     if need_x or need_A:
-        ds = dy @ B  # (M, places)
+        ds = _side_product(dy, B, applied)  # (M, places)
     if need_x:
         if B.shape[1] == 0:
             d_x = dy @ weight

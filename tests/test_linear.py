@@ -276,6 +276,11 @@ def test_bad_arguments_are_named() -> None:
         pk.FusedPLoRALinear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     assert linear.weight.requires_grad  # a refusal leaves the linear as it was
     layer = make()
+    for selection, form in (([], "folded"), ([1], "folded"), ([1], "frozen")):
+        layer.select(selection, form)
+        with pytest.raises(pk.ShapeError, match=r"x is \(2, 6\); weight \(N=5, K=7\) needs"):
+            layer(torch.randn(2, 6))
+    layer.unfold()
     with pytest.raises(pk.SelectionError, match="selected holds module 6; rank 6 has modules 0 to 5"):
         layer.select([6])
     with pytest.raises(pk.ConfigError, match="unselected is 'gone'"):

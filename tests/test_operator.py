@@ -192,13 +192,23 @@ def test_unselected_modules_get_no_gradient_and_folded_ones_are_not_read(form: s
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
-def test_non_finite_inputs_propagate(each_backend: str) -> None:
-    x, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+@pytest.mark.parametrize("selected", [None, [1], [0, 3]], ids=str)
+def test_non_finite_inputs_propagate_as_in_linear(selected: list[int] | None, each_backend: str) -> None:
+    _, weight, lora_A, lora_B, bias = (t.detach().abs() for t in inputs())  # one sign: infinities do not cancel
+    x = torch.rand(3, 5, 7)
     x[0, 0, 0], x[1, 1, 1] = float("nan"), float("inf")
-    y = pk.plora_linear(x, weight, lora_A, lora_B)
-    assert y[0, 0].isnan().all()
-    assert not y[1, 1].isfinite().any()
-    assert y[2].isfinite().all()
+    x.requires_grad_()
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias)
+    plain = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(y.isnan(), plain.isnan())
+    assert torch.equal(y.isposinf(), plain.isposinf())
+    assert y[1, 1].isposinf().all()
+    dy = torch.rand(3, 5, 6)
+    dy[2, 0, 0] = float("inf")
+    y.backward(dy)
+    assert x.grad is not None
+    assert torch.equal(x.grad.isposinf(), (dy @ weight).isposinf())
+    assert not x.grad.isnan().any()
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)

@@ -147,6 +147,7 @@ def adapted_matmul_kernel(
     side_base = side_ptr + first_row * stride_sm
     up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
     u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+    side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
     acc = _add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
     if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
         if pid_n == 0:
@@ -168,6 +169,7 @@ def adapted_matmul_kernel(
             down_base += down_step
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+        side = tl.where(module_ok[None, :], side, 0.0)
         acc = _add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:
             if pid_n == 0:

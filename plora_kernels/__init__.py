@@ -13,7 +13,8 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
-from .functional import fold_, plora_linear
+from .folding import fold_
+from .functional import plora_linear
 from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
 from .peft import load_peft, save_peft

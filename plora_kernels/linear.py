@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .checks import check_positive, check_unselected
 from .errors import ConfigError, ShapeError, StateError, TargetError, UnsupportedError
-from .functional import fold_, linear_with_index, plora_linear
+from .folding import fold_
+from .functional import linear_with_index, plora_linear
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
 
 ORIGINALS = ("device", "host")

@@ -1,6 +1,6 @@
-"""`plora::linear` and `plora::fold_` as torch operators: schemas, fake tensors, autograd, choice of the backend.
+"""`plora::linear` as a torch operator: schemas, fake tensors, autograd, choice of the backend.
 
-They take tensors that were checked and a selection as an index buffer; `functional` does the checking.
+It takes tensors that were checked and a selection as an index buffer; `functional` does the checking.
 """
 
 from __future__ import annotations
@@ -229,18 +229,3 @@ def linear(
     else:
         y, _ = _linear(*arguments)
     return y
-
-
-@torch.library.custom_op("plora::fold_", mutates_args=("weight",))
-def _fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
-    if runs_kernels(weight):
-        from .kernels import fold
-
-        fold.fold_(weight, lora_A, lora_B, index, scale)
-    else:
-        torch_path.fold_(weight, lora_A, lora_B, index, scale)
-
-
-@_fold_.register_fake
-def _fold_fake(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
-    return None

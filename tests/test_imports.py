@@ -18,7 +18,7 @@ ORDER = (
     ("reference",),
     ("backend", "checks", "torch_path"),
     ("kernels",),
-    ("ops",),
+    ("ops", "folding"),
     ("functional",),
     ("linear",),
     ("inject",),

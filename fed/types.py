@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,64 +13,134 @@ from torch import Tensor
 Factors = tuple[Tensor, Tensor]
 
 
+class Stack(NamedTuple):
+    """Weighted one-rank modules of one matrix: ΔW = Σ_j w_j b_j a_jᵀ = B diag(w) A.
+
+    A (m, K) and B (N, m) as clients sent them, weights (m,) fp64 with p_i s_i in them: nothing is rounded in scaling.
+    """
+
+    A: Tensor
+    B: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a configuration lets methods choose; the same in every round.
+
+    `selection` names a strategy of `fed.select`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
+    `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once its last modules shrink under a penalty λ
+    (`hetlora_penalty`).
+    """
+
+    selection: str = "random"
+    hetlora_weighting: str = "norm"
+    hetlora_prune: bool = False
+    hetlora_decay: float = 0.99
+    hetlora_penalty: float = 1e-3
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The server's adapter: ΔW = scale · B A for every adapted matrix.
 
-    `factors` maps a matrix (a module's full name in the model) to A (R, K) and B (N, R), in the model's
-    dtype. `unselected` says how clients hold the modules they do not train: "folded" into their weight, or
-    "frozen".
+    `factors` maps a matrix (a module's full name in the model) to A (m, K) and B (N, m), in the model's dtype or in
+    fp32. m is R, or more where a method keeps ΔW as a stack of more modules, those of largest norm first. `unselected`
+    says how clients hold the modules they do not train: "folded" into their weight, or "frozen". `rank` is R; left 0
+    it is the largest m there is.
     """
 
     factors: Mapping[str, Factors]
     scale: float
     unselected: str = "folded"
+    rank: int = 0
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank == 0:
+            object.__setattr__(self, "rank", max((A.shape[0] for A, _ in self.factors.values()), default=0))
+
+    def scale_of(self, rank: int) -> float:
+        """Return the scale an adapter of another rank r has at the same α: α/r, or α/√r if rank-stabilised."""
+        ratio = self.rank / rank
+        return self.scale * (math.sqrt(ratio) if self.rank_stabilized else ratio)
 
 
 @dataclass(frozen=True)
 class Client:
-    """One client: `rank` is its budget r_i, the number of one-rank modules it can train in each matrix."""
+    """One client: `rank` is its budget r_i, the number of one-rank modules it can train in each matrix.
+
+    `memory` is what its method lets it keep between rounds and `head` its own head where heads are personal; both are
+    empty before its first round. `last_round` is the round it last took part in, 0 where it never did. `gradients`
+    holds one number a module, (R,), for every matrix where selection goes by gradients.
+    """
 
     id: int
     rank: int
     n_samples: int
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    last_round: int = 0
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server holds after `round` rounds.
+    """What the server holds after `round` rounds: ΔW = base_delta + scale · B A.
 
     `head` maps parameter names to the trained classification head, each tensor as in the model; it is empty
-    where the head is frozen, being then part of the base.
+    where the head is frozen, being then part of the base. `base_delta` is what is folded into the shared base, (N, K)
+    fp32 for every matrix, or empty where nothing is; `fold` is what the last round added to it, and `fold_bytes` the
+    size of that for every round so far. `visits` counts, (R,) int64 for every matrix, how often each module was
+    trained; `moments` belongs to the server's optimiser.
     """
 
     adapter: Adapter
     head: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
+    base_delta: Mapping[str, Tensor] = field(default_factory=dict)
+    fold: Mapping[str, Stack] = field(default_factory=dict)
+    fold_bytes: tuple[int, ...] = ()
+    visits: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    options: Options = Options()
+
+
+@dataclass(frozen=True)
+class TailPenalty:
+    """A term of the local loss: `weight` · Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F."""
+
+    first: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class ClientStart:
-    """What a client begins a round with.
+    """What a client begins a round with, upon the base with the server's `base_delta` in it.
 
-    `factors` are the modules it was sent, A (R, K) and B (N, R); `selected` the indices it trains,
-    ascending, for every matrix; `unselected` how it holds the others, "folded" or "frozen"; `scale` its s in
-    ΔW = s · B A.
+    `factors` are its modules, A (m, K) and B (N, m) with m = R, or fewer where it gets only some; `selected` the
+    indices it trains, ascending, for every matrix; `unselected` how it holds the others, "folded" or "frozen"; `scale`
+    its s in ΔW = s · B A. `trained` names the factors it trains, "AB", "A" or "B"; the other one is held fixed.
+    `received` names those that came from the server and were not there already.
     """
 
     factors: Mapping[str, Factors]
     selected: Mapping[str, tuple[int, ...]]
     scale: float
     unselected: str
+    trained: str = "AB"
+    received: str = "AB"
+    penalty: TailPenalty | None = None
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sends back.
+    """What a client ends with, and of it what it sends back.
 
     `factors` are compact: column j of B (N, r_i) and row j of A (r_i, K) belong to module
-    `selected[matrix][j]`. `weight` is its p_i up to a common factor, as the run weighs clients: 1 (uniform)
-    or its number of samples. `loss` is the mean training loss of its `steps` steps.
+    `selected[matrix][j]`. Modules it was to train and that are not in `selected` are dropped. `weight` is its p_i up to
+    a common factor, as the run weighs clients: 1 (uniform) or its number of samples. `loss` is the mean training loss
+    of its `steps` steps. `sent` names the factors that go to the server; `memory` is what the client keeps.
     """
 
     client: Client
@@ -78,6 +150,8 @@ class ClientUpdate:
     weight: float
     steps: int
     loss: float
+    sent: str = "AB"
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_samples(self) -> int:

@@ -92,6 +92,7 @@ def launches_of(
     rows: int, k: int, n: int, rank: int, dtype: torch.dtype, indexed: bool, capability: int
 ) -> list[Launch]:
     """Return every launch of one forward, one backward and one fold at this shape on sm_<capability>."""
+    from plora_kernels import configs
     from plora_kernels.kernels import adapted_matmul, backward, factor_gradient, fold, forward
 
     def empty(*shape: int) -> torch.Tensor:
@@ -100,8 +101,9 @@ def launches_of(
     index = torch.empty(-(-rank // 16) * 16, dtype=torch.int32, device="meta") if indexed else None
     x, weight, dy = empty(rows, k), empty(n, k), empty(rows, n)
     lora_A, lora_B, bias = empty(rank, k), empty(n, rank), empty(n)
+    configs.forget_tables()
     with (
-        mock.patch.object(adapted_matmul, "capability_of", return_value=capability),
+        mock.patch.object(configs, "capability_of", return_value=capability),
         recording(adapted_matmul, factor_gradient, fold) as launches,
     ):
         _, s = forward.forward(x, weight, lora_A, lora_B, bias, index, 2.0, True)

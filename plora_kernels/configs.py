@@ -1,92 +1,121 @@
-"""Block sizes of the kernels: a safe choice per dtype and shape class.
+"""Which blocks a launch takes: the nearest measured entry for its device, or the safe default.
 
-Plain data and host arithmetic: no Triton, no device query beyond what a caller passes. Every choice here fits the
-shared memory of sm_80 (163 KiB a block) and sm_90 and compiles without a register spill; a test holds that.
+Looked up on the host and remembered; nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from .blocks import Blocks, ShapeClass, default_blocks
+from .errors import ConfigError
+from .tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
-@dataclass(frozen=True)
-class MatmulBlocks:
-    """Tiles of the adapted matmul: out tile (block_m, block_n), depth block_k, modules block_r at a time."""
+B = TypeVar("B", bound=Blocks)
 
-    block_m: int
-    block_n: int
-    block_k: int
-    block_r: int
-    group_m: int
-    num_warps: int
-    num_stages: int
+_forced: dict[str, Blocks] = {}
 
 
-@dataclass(frozen=True)
-class GradientBlocks:
-    """Tiles of dA and dB: block_r modules × block_d columns, block_m rows a step, rows cut into `splits` parts."""
+def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
+    """Return the blocks, of the class `kind`, that a launch of this shape takes on a device.
 
-    block_m: int
-    block_d: int
-    block_r: int
-    splits: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class FoldBlocks:
-    """Tiles of the fold: (block_n, block_k) of the weight, block_r modules at a time."""
-
-    block_n: int
-    block_k: int
-    block_r: int
-    num_warps: int
-    num_stages: int
-
-
-def tile(size: int, most: int) -> int:
-    """Return the smallest power of two ≥ size, held to 16 … most (a tl.dot axis is at least 16)."""
-    return min(most, max(16, 1 << max(0, size - 1).bit_length()))
-
-
-def matmul_blocks(
-    capability: int, dtype: torch.dtype, rows: int, d_out: int, width: int, aligned: bool
-) -> MatmulBlocks:
-    """Return the tiles for out (rows, d_out) with `width` module places.
-
-    Args:
-        capability: 10·major + minor of a CUDA device (90 for sm_90); 0 for any other.
-        aligned: the large matrices load in wide, asynchronous pieces. Where one does not, its elements are addressed
-            one by one, which takes registers: tiles are smaller.
+    In this order: what `forcing` says; the nearest entry of the user's table for the device, of the packaged one, or of
+    a packaged table for a device of the same capability; the default. Tables hold aligned shapes alone.
     """
-    if dtype.itemsize >= 4:  # fp32 through FMA or tf32: twice the shared memory an element, smaller tiles
-        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 16, 16, 8, 4 if aligned else 8, 3)
-    if not aligned:
-        return MatmulBlocks(tile(rows, 64), tile(d_out, 64), 32, tile(width, 32), 8, 8, 3)
-    block_m, block_n = tile(rows, 128), tile(d_out, 128)
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
-    if 90 <= capability < 120:  # sm_90 and sm_100 multiply from shared memory; sm_120 has less than half of it
-        return MatmulBlocks(block_m, block_n, 64, tile(width, 64), 8, warps, 3)
-    return MatmulBlocks(block_m, block_n, 32, tile(width, 32), 8, warps, 3)
+    blocks = _forced.get(shape.op) or _chosen(shape, device, aligned)
+    if not isinstance(blocks, kind):
+        raise ConfigError(f"blocks of {shape.op} are {blocks!r}; {kind.__name__} is needed")
+    return blocks
 
 
-def gradient_blocks(dtype: torch.dtype, rows: int, d: int, width: int) -> GradientBlocks:
-    """Return the tiles and the number of row splits for a factor gradient of `width` modules and d columns."""
-    block_m = 32 if dtype.itemsize >= 4 else 64
-    block_d = tile(d, 128)
-    # About 256 programs keep a large GPU busy; fewer rows a split than 512 would make the second pass the longer one.
-    programs = -(-d // block_d) * -(-width // 64)
-    splits = max(1, min(-(-256 // programs), -(-rows // 512)))
-    return GradientBlocks(block_m, block_d, tile(width, 64), splits, 4, 3)
+@contextmanager
+def forcing(blocks: Mapping[str, Blocks]) -> Iterator[None]:
+    """Let every launch of the named ops take these blocks: the way in for the tuner and for tests."""
+    before = dict(_forced)
+    _forced.update(blocks)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
 
 
-def fold_blocks(dtype: torch.dtype, n: int, k: int, width: int, aligned: bool) -> FoldBlocks:
-    """Return the tiles for folding `width` modules into a weight (n, k); `aligned` as for `matmul_blocks`."""
-    if not aligned:
-        return FoldBlocks(tile(n, 32), tile(k, 64), 16, 4, 2)
-    if dtype.itemsize >= 4:
-        return FoldBlocks(tile(n, 32), tile(k, 128), 16, 4, 2)
-    return FoldBlocks(tile(n, 64), tile(k, 128), tile(width, 32), 4, 2)
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Return 10·major + minor of a CUDA device, and 0 for a ROCm device or the interpreter's CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU, and 1 for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def table_paths(name: str) -> tuple[Path, Path]:
+    """Return where the tables of a device of this name lie: the user's, and the packaged one."""
+    file = f"{device_key(name)}.json"
+    return user_folder() / file, PACKAGED / file
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next launch: after one was written."""
+    _table_of.cache_clear()
+    _chosen.cache_clear()
+
+
+@functools.lru_cache(maxsize=8192)
+def _chosen(shape: ShapeClass, device: torch.device, aligned: bool) -> Blocks:
+    table = _table_of(device) if aligned else None
+    entry = nearest(table, shape) if table is not None else None
+    return entry.blocks if entry is not None else default_blocks(shape, capability_of(device), aligned)
+
+
+@functools.cache
+def _table_of(device: torch.device) -> Table | None:
+    """Return the table for a device, or None where there is none; an unreadable one is passed over with a warning."""
+    if device.type != "cuda":
+        return None
+    capability = capability_of(device)
+    known = (path for path in sorted(PACKAGED.glob("*.json")))
+    own = table_paths(torch.cuda.get_device_name(device))
+    for path in (*own, *known):
+        if not path.is_file():
+            continue
+        try:
+            table = load_table(path)
+        except ConfigError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        if path in own or table.meta.get("capability") == capability:
+            return table
+    return None
+
+
+def nearest(table: Table, shape: ShapeClass) -> Entry | None:
+    """Return the table's entry of the same op and dtype whose sizes are nearest, in powers of two; None without one.
+
+    A smaller r counts heavily: blocks made for fewer modules read the large input again for the rest.
+    """
+    same = [entry for entry in table.entries if (entry.shape.op, entry.shape.dtype) == (shape.op, shape.dtype)]
+    return min(same, key=lambda entry: _distance(entry.shape, shape), default=None)
+
+
+def _distance(entry: ShapeClass, wanted: ShapeClass) -> float:
+    def steps(a: int, b: int) -> float:
+        return math.log2(max(a, 1) / max(b, 1))
+
+    sizes = abs(steps(entry.m, wanted.m)) + abs(steps(entry.d_in, wanted.d_in)) + abs(steps(entry.d_out, wanted.d_out))
+    modules = steps(entry.r, wanted.r)
+    return sizes + (2 * modules if modules >= 0 else 4 - 8 * modules)

@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
-    ("errors",),
-    ("selection", "configs"),
+    ("errors", "blocks"),
+    ("selection", "tables"),
+    ("configs",),
     ("reference",),
     ("backend", "checks", "torch_path"),
     ("kernels",),

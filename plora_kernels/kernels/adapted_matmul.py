@@ -11,14 +11,13 @@ in · down while it streams `in` for the main product: R/BLOCK_N more arithmetic
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import matmul_blocks
+from ..blocks import MatmulBlocks, ShapeClass
+from ..configs import find_blocks
 
 
 @triton.jit
@@ -183,15 +182,6 @@ def adapted_matmul_kernel(
     tl.store(out_base + out_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
-@functools.cache
-def capability_of(device: torch.device) -> int:
-    """Return 10·major + minor of a CUDA device, and 0 for a ROCm device or the interpreter's CPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def is_aligned(matrix: Tensor) -> bool:
     """Say whether Triton will load lines of this matrix in wide pieces.
 
@@ -212,7 +202,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16, and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
 def adapted_matmul(
+    op: str,
     inputs: Tensor,
     main: Tensor,
     down: Tensor,
@@ -225,6 +221,7 @@ def adapted_matmul(
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·side · up, side (M, R) = (in · down) ⊙ m.
 
+    `op` is "forward" or "input_gradient": what the blocks are looked up by.
     Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
     `side` has one column per place of the index, rounded to the inputs' dtype, and no elements unless `keep_side`.
     """
@@ -235,7 +232,8 @@ def adapted_matmul(
     if out.numel() == 0:
         return out, side
     aligned = all(is_aligned(tensor) for tensor in (inputs, main, out))
-    blocks = matmul_blocks(capability_of(inputs.device), inputs.dtype, rows, d_out, width, aligned)
+    shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
+    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         adapted_matmul_kernel[grid](

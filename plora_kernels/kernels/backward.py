@@ -32,7 +32,9 @@ def backward(
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     applied = None if frozen else index  # the modules that entered y, and so enter dX
     if need_x:
-        d_x, ds = adapted_matmul(dy, weight, lora_B, lora_A, bias=None, index=applied, scale=scale, keep_side=need_A)
+        d_x, ds = adapted_matmul(
+            "input_gradient", dy, weight, lora_B, lora_A, bias=None, index=applied, scale=scale, keep_side=need_A
+        )
     elif need_A:
         ds = dy @ lora_B  # (M, R), every module: there is no tile of dX to ride on
     # The forward and dX lay their side products out by the index they were given; frozen ones hold every module.

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import gradient_blocks
-from .adapted_matmul import dot_precision
+from ..blocks import GradientBlocks, ShapeClass
+from ..configs import find_blocks
+from .adapted_matmul import dot_precision, dtype_name, is_aligned
 
 
 @triton.jit
@@ -128,7 +129,8 @@ def factor_gradient_(
     width = thin.shape[1] if index is None else index.shape[0]
     if width == 0 or d == 0:
         return out
-    blocks = gradient_blocks(wide.dtype, rows, d, width)
+    shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows, d, width, width)
+    blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
     splits = max(1, min(blocks.splits, triton.cdiv(rows, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = triton.cdiv(triton.cdiv(rows, splits), blocks.block_m) * blocks.block_m

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import fold_blocks
-from .adapted_matmul import _load_modules, dot_precision, is_aligned
+from ..blocks import FoldBlocks, ShapeClass
+from ..configs import find_blocks
+from .adapted_matmul import _load_modules, dot_precision, dtype_name, is_aligned
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, 
     (n, k), width = weight.shape, lora_A.shape[0] if index is None else index.shape[0]
     if width == 0 or weight.numel() == 0:
         return
-    blocks = fold_blocks(weight.dtype, n, k, width, is_aligned(weight))
+    shape = ShapeClass("fold", dtype_name(weight.dtype), n, k, n, width)
+    blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight))
     grid = (triton.cdiv(k, blocks.block_k), triton.cdiv(n, blocks.block_n))
     with torch.cuda.device_of(weight):
         fold_kernel[grid](

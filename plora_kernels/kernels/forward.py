@@ -21,4 +21,6 @@ def forward(
 
     Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index int32 or None for all modules.
     """
-    return adapted_matmul(x, weight.t(), lora_A.t(), lora_B.t(), bias=bias, index=index, scale=scale, keep_side=keep_s)
+    return adapted_matmul(
+        "forward", x, weight.t(), lora_A.t(), lora_B.t(), bias=bias, index=index, scale=scale, keep_side=keep_s
+    )

@@ -130,7 +130,7 @@ def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, scree
         with screen.stage("base: central step", steps, every=max(1, steps // 5)) as advance:
             models.pretrain(model, data.pretrain, config, lambda step, loss: advance(step, f"training loss {loss:.3f}"))
     if data.undisturbed is not None:
-        accuracy, _ = evaluate(model, data.undisturbed)
+        accuracy = evaluate(model, data.undisturbed)["accuracy"]
         screen.say(f"base: {100 * accuracy:.1f} % of {len(data.undisturbed)} undisturbed test images right")
     models.save(model, config, directory.path / BASE)
     configuration.write(config, directory.path / CONFIG)

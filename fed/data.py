@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,30 +12,14 @@ import torch
 from torch import Tensor
 
 from fed.errors import FedError
+from fed.partition import Array, partition_dirichlet, split_stratified
 from fed.streams import seed_of
+from fed.tables import DenseTable, Sequences, Split, Table, TextTable
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-Array = np.ndarray[Any, np.dtype[np.int64]]
-
-_FEWEST_ROWS = 2
 _DIGIT_MAX = 16.0  # grey levels of scikit-learn's digits
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows held in memory: `inputs` are the model's keyword arguments, each (n, …); `labels` (n,) int64."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the model's keyword arguments for `rows` (int64 indices), `labels` among them."""
-        return {name: values[rows] for name, values in self.inputs.items()} | {"labels": self.labels[rows]}
 
 
 @dataclass(frozen=True)
@@ -44,7 +28,7 @@ class FederatedData:
 
     clients: the shifted training rows of each client.  test: held-out rows, shifted the same way.
     pretrain: undisturbed rows the embedded base is trained on.  undisturbed: the test rows before the shift.
-    The last two are None for JSONL.
+    Both are None for text.  validation: held-out rows to choose settings by; None where none are set aside.
     """
 
     clients: tuple[Split, ...]
@@ -52,6 +36,24 @@ class FederatedData:
     pretrain: Split | None
     undisturbed: Split | None
     label_names: tuple[str, ...]
+    validation: Split | None = None
+
+    def to(self, device: torch.device) -> FederatedData:
+        """Return the data with the clients' and the held-out rows on a device: every table goes there once."""
+        moved: dict[int, Table] = {}
+
+        def move(split: Split) -> Split:
+            key = id(split.table)
+            if key not in moved:
+                moved[key] = split.table.to(device)
+            return Split(moved[key], split.rows)
+
+        return replace(
+            self,
+            clients=tuple(map(move, self.clients)),
+            test=move(self.test),
+            validation=move(self.validation) if self.validation is not None else None,
+        )
 
 
 def load(config: RunConfig) -> FederatedData:
@@ -66,45 +68,6 @@ def shift_images(images: Tensor, shift: Literal["rotate90", "rotate180", "invert
     return torch.rot90(images, {"none": 0, "rotate90": 1, "rotate180": 2}[shift], dims=(-2, -1))
 
 
-def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return (taken, left), sorted row indices; of every label round(fraction · rows) rows are taken."""
-    taken = [
-        rng.permutation(rows := np.flatnonzero(labels == label))[: round(fraction * len(rows))]
-        for label in np.unique(labels)
-    ]
-    chosen = np.sort(np.concatenate(taken))
-    return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
-
-
-def partition_dirichlet(
-    labels: Array, clients: int, alpha: float | Literal["iid"], rng: np.random.Generator
-) -> list[Array]:
-    """Deal rows out to clients with label skew and return each client's sorted row indices.
-
-    For every label, shares ~ Dirichlet(alpha · 1) cut its shuffled rows into one piece a client; "iid" deals
-    all rows out evenly. A client left with fewer than 2 rows then takes some from the largest, one at a time.
-    Raises FedError where there are fewer than 2 rows a client.
-    """
-    if len(labels) < _FEWEST_ROWS * clients:
-        raise FedError(
-            f"clients.count is {clients}: {len(labels)} training rows allow at most "
-            f"{len(labels) // _FEWEST_ROWS} clients of {_FEWEST_ROWS} rows"
-        )
-    if alpha == "iid":
-        return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients)]
-    parts: list[list[int]] = [[] for _ in range(clients)]
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        shares = rng.dirichlet(np.full(clients, alpha))
-        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-            part.extend(piece.tolist())
-    for part in parts:
-        while len(part) < _FEWEST_ROWS:
-            part.append(max(parts, key=len).pop())
-    return [np.sort(np.array(part)) for part in parts]
-
-
 def _digits(config: RunConfig) -> FederatedData:
     """1,797 images of 8×8, grey levels scaled to [-1, 1]: pretrain / test / clients, stratified, disjoint."""
     from sklearn.datasets import load_digits
@@ -115,13 +78,13 @@ def _digits(config: RunConfig) -> FederatedData:
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
     of_the_rest = config.data.test_fraction / (1 - config.data.pretrain_fraction)
     test, pool = split_stratified(labels[rest], of_the_rest, _rng(config, "test"))
-    plain = Split({"pixel_values": images}, torch.tensor(labels))
-    shifted = Split({"pixel_values": shift_images(images, config.data.shift)}, plain.labels)
+    plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
+    shifted = DenseTable({"pixel_values": shift_images(images, config.data.shift)}, plain.labels)
     return FederatedData(
-        clients=_deal(config, shifted, rest[pool]),
-        test=_take(shifted, rest[test]),
-        pretrain=_take(plain, pretrain),
-        undisturbed=_take(plain, rest[test]),
+        clients=_deal(config, shifted, labels, rest[pool]),
+        test=_view(shifted, rest[test]),
+        pretrain=_view(plain, pretrain),
+        undisturbed=_view(plain, rest[test]),
         label_names=tuple(str(name) for name in digits.target_names),
     )
 
@@ -147,10 +110,12 @@ def _jsonl(config: RunConfig) -> FederatedData:
             f"data.test_fraction is {config.data.test_fraction}: {len(labels)} rows of {len(names)} labels "
             "leave none to test on; it should be larger, or data.label a column whose values repeat"
         )
-    everything = Split(_tokenise(load_tokenizer(config), texts, config.data.max_length), torch.tensor(labels))
+    tokenizer = load_tokenizer(config)
+    tokens = _tokenise(tokenizer, texts, config.data.max_length)
+    everything = TextTable(tokens, torch.from_numpy(labels), tokenizer.pad_token_id)
     return FederatedData(
-        clients=_deal(config, everything, pool),
-        test=_take(everything, test),
+        clients=_deal(config, everything, labels, pool),
+        test=_view(everything, test),
         pretrain=None,
         undisturbed=None,
         label_names=names,
@@ -200,22 +165,20 @@ def _row(line: str, text_column: str, label_column: str, where: str) -> tuple[st
     return text, str(label)
 
 
-def _tokenise(tokenizer: Any, texts: list[str], max_length: int) -> dict[str, Tensor]:
-    """Token tensors (n, L) int64, cut at `max_length` tokens and padded to the longest text."""
-    return dict(tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+def _tokenise(tokenizer: Any, texts: list[str], max_length: int) -> dict[str, Sequences]:
+    """Token sequences cut at `max_length` tokens."""
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
+    return {name: Sequences.of(values) for name, values in encoded.items()}
 
 
-def _deal(config: RunConfig, rows: Split, pool: Array) -> tuple[Split, ...]:
+def _deal(config: RunConfig, table: Table, labels: Array, pool: Array) -> tuple[Split, ...]:
     clients = config.clients
-    parts = partition_dirichlet(
-        rows.labels.numpy()[pool], clients.count, clients.dirichlet_alpha, _rng(config, "partition")
-    )
-    return tuple(_take(rows, pool[part]) for part in parts)
+    parts = partition_dirichlet(labels[pool], clients.count, clients.dirichlet_alpha, _rng(config, "partition"))
+    return tuple(_view(table, pool[part]) for part in parts)
 
 
-def _take(rows: Split, indices: Array) -> Split:
-    chosen = torch.from_numpy(indices)
-    return Split({name: values[chosen] for name, values in rows.inputs.items()}, rows.labels[chosen])
+def _view(table: Table, rows: Array) -> Split:
+    return Split(table, torch.from_numpy(rows))
 
 
 def _rng(config: RunConfig, purpose: str) -> np.random.Generator:

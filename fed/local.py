@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import plora_kernels as pk
-from fed.data import Split
 from fed.errors import FedError
 from fed.noise import held_update
 from fed.streams import Source, torch_seed
+from fed.tables import Split
 from fed.types import Client, ClientStart, ClientUpdate, Factors
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def train(
     compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in layers.items()}
     parameters = [factor for pair in compact.values() for factor in pair] + list(work.head.values())
     optimizer = make_optimizer(parameters, settings)
-    order = batch_rows(len(split), settings.batch_size, steps, rng).to(work.device)
+    order = batch_rows(len(split), settings.batch_size, steps, rng)
     total = torch.zeros((), device=work.device)
     work.model.train()
     with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):

@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 import plora_kernels as pk
 from fed import methods
 from fed.cost import download_bytes, upload_bytes
-from fed.data import FederatedData, Split
-from fed.evaluate import evaluate
+from fed.data import FederatedData
+from fed.evaluate import evaluate_held_out
 from fed.local import Workplace, adapted, fault, held_updates, started, train
 from fed.noise import agg_noise, start_noise
 from fed.streams import Source, permutation
+from fed.tables import Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, ServerState
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def simulate(
     with the head where it was trained. The directory is made only once the adapter fits the model; the model
     comes back as it was.
 
-    A row holds round, accuracy (0 … 1) and loss on the test set, init_noise, agg_noise, upload_bytes,
+    A row holds round, the metrics of `fed.evaluate.evaluate_held_out`, init_noise, agg_noise, upload_bytes,
     download_bytes, train_seconds, and the ids of the round's clients and of those skipped. A noise that
     nothing was there to measure is None, and so is a loss that is not finite.
     """
     with adapted(config, model, head_names) as work:
-        federation = Federation(config, on_device(data, work.device), work, on_event or _discard)
+        federation = Federation(config, data.to(work.device), work, on_event or _discard)
         rows: list[Row] = []
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "rounds.jsonl").open("w", encoding="utf-8") as file:
@@ -69,12 +69,12 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
     """Train rank-R LoRA for `steps` batches of all clients' samples together, and return what it reaches.
 
     The adapter starts where the federated run's does; optimiser, learning rate and batch size are the run's.
-    The result holds accuracy (0 … 1) and loss on the test set, steps and train_seconds; the model comes back
-    as it was.
+    The result holds the metrics of `fed.evaluate.evaluate_held_out`, steps and train_seconds; the model comes
+    back as it was.
     """
     with adapted(config, model, head_names) as work:
-        data = on_device(data, work.device)
-        pool = pooled(data.clients)
+        data = data.to(work.device)
+        pool = Split.joined(data.clients)
         client = Client(id=len(data.clients), rank=config.adapter.rank, n_samples=len(pool))
         rng = Source(config.seed, 0, client.id)
         server = first_state(work, config.adapter.unselected)
@@ -83,8 +83,8 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
         with started(work, start, server.head):
             train(work, client, start, pool, config.train, steps, rng)
         train_seconds = time.perf_counter() - began
-        accuracy, loss = evaluate(work.model, data.test)
-    return {"accuracy": accuracy, "loss": _finite(loss), "steps": steps, "train_seconds": train_seconds}
+        metrics = evaluate_held_out(work.model, data)
+    return _finite(metrics) | {"steps": steps, "train_seconds": train_seconds}
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,11 @@ class Federation:
     def row(self, server: ServerState, visits: Sequence[Visit], noise: float | None) -> Row:
         """Return a round's row: bytes up over the updates that were used, bytes down over all its clients."""
         self.work.load(server.adapter.factors, server.head)
-        accuracy, loss = evaluate(self.work.model, self.data.test)
+        metrics = evaluate_held_out(self.work.model, self.data)
         usable = [visit for visit in visits if visit.fault is None]
         return {
             "round": server.round,
-            "accuracy": accuracy,
-            "loss": _finite(loss),
+            **_finite(metrics),
             "init_noise": fmean(visit.start_noise for visit in visits) if visits else None,
             "agg_noise": noise,
             "upload_bytes": sum(upload_bytes(visit.start, visit.update) for visit in usable),
@@ -178,24 +177,8 @@ def first_state(work: Workplace, unselected: str) -> ServerState:
     return ServerState(Adapter(work.handle.factors(), scale, unselected), head)
 
 
-def pooled(splits: Sequence[Split]) -> Split:
-    """Return all samples of `splits`, one after the other."""
-    inputs = {name: torch.cat([split.inputs[name] for split in splits]) for name in splits[0].inputs}
-    return Split(inputs, torch.cat([split.labels for split in splits]))
-
-
-def on_device(data: FederatedData, device: torch.device) -> FederatedData:
-    """Return the data with the clients' and the test samples on `device`."""
-
-    def move(split: Split) -> Split:
-        inputs = {name: values.to(device) for name, values in split.inputs.items()}
-        return Split(inputs, split.labels.to(device))
-
-    return replace(data, clients=tuple(map(move, data.clients)), test=move(data.test))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(metrics: Mapping[str, float]) -> Row:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _discard(event: str) -> None:

@@ -107,10 +107,10 @@ def test_a_run_says_how_it_goes_and_what_it_gained(made: Path) -> None:
 def test_base_and_adapter_reproduce_the_final_accuracy_with_plain_transformers_and_peft(made: Path) -> None:
     base = AutoModelForImageClassification.from_pretrained(made / "base")
     test = load_data(configuration.load(made / "config.toml")).test
-    accuracy, loss = evaluate(base, test)
+    accuracy, loss = evaluate(base, test).values()
     assert accuracy == rows_of(made)[0]["accuracy"]
     assert loss == pytest.approx(rows_of(made)[0]["loss"], rel=1e-6)
-    accuracy, loss = evaluate(PeftModel.from_pretrained(base, made / "adapter"), test)
+    accuracy, loss = evaluate(PeftModel.from_pretrained(base, made / "adapter"), test).values()
     assert accuracy == rows_of(made)[-1]["accuracy"] != rows_of(made)[0]["accuracy"]
     assert loss == pytest.approx(rows_of(made)[-1]["loss"], rel=1e-5)
 

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed.config import RunConfig, load, parse
-from fed.data import FederatedData, Split, partition_dirichlet, read_jsonl, shift_images, split_stratified
+from fed.data import FederatedData, read_jsonl, shift_images
 from fed.data import load as load_data
 from fed.errors import FedError
+from fed.partition import partition_dirichlet, split_stratified
+from fed.tables import DenseTable, Split
 from tests.support.tiny_bert import make_tiny_bert
+from tests.support.tiny_federation import everything
 
 TEXTS = ["a small cat", "a big dog", "the cat sat", "the dog ran", "cat and dog", "one dog", "two cats", "no pets"]
 
@@ -25,7 +28,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_a_batch_is_the_models_keyword_arguments() -> None:
-    split = Split({"pixel_values": torch.arange(6).reshape(3, 2)}, torch.tensor([7, 8, 9]))
+    split = Split.whole(DenseTable({"pixel_values": torch.arange(6).reshape(3, 2)}, torch.tensor([7, 8, 9])))
     batch = split.batch(torch.tensor([2, 0]))
     assert len(split) == 3
     assert batch["pixel_values"].tolist() == [[4, 5], [0, 1]]
@@ -93,7 +96,7 @@ def digits() -> FederatedData:
 
 
 def rows_of(*splits: Split | None) -> list[bytes]:
-    return [image.numpy().tobytes() for split in splits if split for image in split.inputs["pixel_values"]]
+    return [image.numpy().tobytes() for split in splits if split for image in everything(split)["pixel_values"]]
 
 
 def test_digits_go_to_pretraining_clients_and_test_each_once(digits: FederatedData) -> None:
@@ -103,20 +106,21 @@ def test_digits_go_to_pretraining_clients_and_test_each_once(digits: FederatedDa
     assert len(digits.clients) == 20
     assert digits.label_names == tuple("0123456789")
     # They are all the images there are, once those that were turned are turned back.
-    turned = torch.cat([client.inputs["pixel_values"] for client in digits.clients])
-    back = Split({"pixel_values": turned.rot90(-1, (-2, -1))}, torch.zeros(len(turned)))
+    turned = torch.cat([everything(client)["pixel_values"] for client in digits.clients])
+    back = Split.whole(DenseTable({"pixel_values": turned.rot90(-1, (-2, -1))}, torch.zeros(len(turned))))
     upright = load_data(load("digits", ["data.shift=none", "seed=9"]))
-    everything = rows_of(upright.pretrain, upright.test, *upright.clients)
-    assert sorted(rows_of(digits.pretrain, digits.undisturbed, back)) == sorted(everything)
+    every_image = rows_of(upright.pretrain, upright.test, *upright.clients)
+    assert sorted(rows_of(digits.pretrain, digits.undisturbed, back)) == sorted(every_image)
 
 
 def test_digits_are_scaled_and_only_the_base_sees_them_upright(digits: FederatedData) -> None:
-    images = digits.undisturbed.inputs["pixel_values"]
+    undisturbed, test = everything(digits.undisturbed), everything(digits.test)
+    images = undisturbed["pixel_values"]
     assert images.shape == (448, 1, 8, 8)
-    assert (images.dtype, digits.test.labels.dtype) == (torch.float32, torch.int64)
+    assert (images.dtype, test["labels"].dtype) == (torch.float32, torch.int64)
     assert (images.min().item(), images.max().item()) == (-1.0, 1.0)
-    assert torch.equal(digits.test.inputs["pixel_values"], torch.rot90(images, 1, (-2, -1)))
-    assert torch.equal(digits.test.labels, digits.undisturbed.labels)
+    assert torch.equal(test["pixel_values"], torch.rot90(images, 1, (-2, -1)))
+    assert torch.equal(test["labels"], undisturbed["labels"])
 
 
 def test_digits_depend_on_the_seed_alone(digits: FederatedData) -> None:
@@ -191,9 +195,10 @@ def test_jsonl_becomes_tokens_of_the_checkpoints_own_tokenizer(tmp_path: Path, b
     assert data.label_names == ("label 0", "label 1", "label 2")
     assert data.pretrain is data.undisturbed is None
     assert (sum(map(len, data.clients)), len(data.test)) == (18, 6)
-    assert torch.bincount(data.test.labels).tolist() == [2, 2, 2]
+    assert torch.bincount(everything(data.test)["labels"]).tolist() == [2, 2, 2]
     for split in (data.test, *data.clients):
-        tokens, mask = split.inputs["input_ids"], split.inputs["attention_mask"]
+        batch = everything(split)
+        tokens, mask = batch["input_ids"], batch["attention_mask"]
         assert tokens.shape == mask.shape
         assert tokens.dtype == torch.int64
         assert ((tokens == 0) == (mask == 0)).all()
@@ -202,7 +207,7 @@ def test_jsonl_becomes_tokens_of_the_checkpoints_own_tokenizer(tmp_path: Path, b
 def test_long_texts_are_cut(tmp_path: Path, bert: Path) -> None:
     rows = [{"text": "dog " * 99, "label": number % 2} for number in range(12)]
     data = load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert))
-    assert data.test.inputs["input_ids"].shape[1] == 16
+    assert everything(data.test)["input_ids"].shape[1] == 16
     assert data.label_names == ("0", "1")
 
 

@@ -11,13 +11,21 @@ import torch
 from torch import nn
 
 import plora_kernels as pk
-from fed.data import Split
 from fed.errors import FedError
 from fed.local import Workplace, adapted, batch_rows, fault, find_device, held_updates, make_optimizer, started, train
 from fed.noise import start_noise
 from fed.streams import Source
+from fed.tables import Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors
-from tests.support.tiny_federation import HEAD, MATRICES, TinyClassifier, make_config, make_data, make_factors
+from tests.support.tiny_federation import (
+    HEAD,
+    MATRICES,
+    TinyClassifier,
+    everything,
+    make_config,
+    make_data,
+    make_factors,
+)
 
 SHAPES = {"body.first": (11, 7), "body.second": (5, 11)}
 SELECTED = {"body.first": (1, 4), "body.second": (0, 5)}
@@ -82,11 +90,11 @@ def test_a_step_is_the_gradient_step_of_plain_lora(work: Workplace, data: Split,
     )
     model = TinyClassifier().double()
     factors = {name: [f.double().requires_grad_() for f in pair] for name, pair in start.factors.items()}
-    hidden = data.inputs["inputs"].double()
+    hidden = everything(data)["inputs"].double()
     for matrix in MATRICES:
         (A, B), linear = factors[matrix], model.get_submodule(matrix)
         hidden = torch.tanh(linear(hidden) + 2.0 * hidden @ A.T @ B.T)
-    loss = nn.functional.cross_entropy(model.head(hidden), data.labels)
+    loss = nn.functional.cross_entropy(model.head(hidden), everything(data)["labels"])
     loss.backward()
     assert update.loss == pytest.approx(loss.item(), rel=1e-5)
     for matrix, pair in factors.items():
@@ -104,7 +112,7 @@ def test_gradients_left_in_the_model_are_not_trained_on(data: Split) -> None:
     for stale in (False, True):
         model = TinyClassifier()
         if stale:
-            model(data.inputs["inputs"], data.labels).loss.backward()
+            model(**everything(data)).loss.backward()
         with adapted(make_config(), model, HEAD) as work:
             losses.append(visit(work, make_start(), data)[0].loss)
             assert all(parameter.grad is None for parameter in work.head.values())

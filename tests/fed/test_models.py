@@ -23,10 +23,11 @@ from transformers import (
 
 from fed import models
 from fed.config import RunConfig, load, parse
-from fed.data import FederatedData, Split
+from fed.data import FederatedData
 from fed.data import load as load_data
 from fed.errors import FedError
 from fed.evaluate import evaluate
+from fed.tables import DenseTable, Split
 from tests.support.tiny_bert import make_tiny_bert
 
 TEXTS = ["a small cat", "a big dog", "the cat sat", "the dog ran"]
@@ -63,11 +64,11 @@ def test_the_base_learns_upright_digits_and_reloads_with_plain_transformers(
     assert [step for step, _ in seen] == list(range(1, 81))
     assert seen[-1][1] < seen[0][1]
     assert not model.training
-    assert evaluate(model, digits.undisturbed)[0] > 0.6
-    assert evaluate(model, digits.test)[0] < 0.4
+    assert evaluate(model, digits.undisturbed)["accuracy"] > 0.6
+    assert evaluate(model, digits.test)["accuracy"] < 0.4
     models.save(model, config, tmp_path / "base")
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "base").eval()
-    inputs = digits.test.inputs["pixel_values"][:5]
+    inputs = digits.test.batch(torch.arange(5))["pixel_values"]
     with torch.no_grad():
         assert torch.equal(again(inputs).logits, model(inputs).logits)
     assert again.config.id2label == dict(enumerate("0123456789"))
@@ -84,7 +85,8 @@ def text_config(path: Path, **data: object) -> RunConfig:
 
 
 def text_data(*names: str) -> FederatedData:
-    split = Split({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, torch.zeros(2, dtype=torch.int64))
+    tokens = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
+    split = Split.whole(DenseTable(tokens, torch.zeros(2, dtype=torch.int64)))
     return FederatedData((split,), split, None, None, names)
 
 

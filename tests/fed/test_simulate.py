@@ -13,12 +13,13 @@ import torch
 
 import plora_kernels as pk
 from fed import methods
-from fed.data import FederatedData, Split
+from fed.data import FederatedData
 from fed.evaluate import evaluate
-from fed.simulate import centralised, pooled, simulate
+from fed.simulate import centralised, simulate
 from fed.streams import Source
+from fed.tables import DenseTable, Split
 from fed.types import Client, ClientStart, ServerState
-from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, make_config, make_data
+from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, everything, make_config, make_data
 
 FIELDS = [
     "round",
@@ -46,9 +47,9 @@ def spoil(data: FederatedData, clients: set[int]) -> FederatedData:
     """Give some clients a NaN among their features."""
 
     def spoilt(split: Split) -> Split:
-        inputs = split.inputs["inputs"].clone()
-        inputs[:, 0] = float("nan")
-        return Split({"inputs": inputs}, split.labels)
+        rows = everything(split)
+        rows["inputs"][:, 0] = float("nan")
+        return Split.whole(DenseTable({"inputs": rows["inputs"]}, rows["labels"]))
 
     splits = tuple(spoilt(split) if index in clients else split for index, split in enumerate(data.clients))
     return replace(data, clients=splits)
@@ -67,7 +68,7 @@ def test_a_run_has_a_row_a_round_and_says_what_it_measured(tmp_path: Path) -> No
     assert rows[0]["clients"] == []
     assert (rows[0]["init_noise"], rows[0]["agg_noise"]) == (None, None)
     assert (rows[0]["upload_bytes"], rows[0]["download_bytes"], rows[0]["train_seconds"]) == (0, 0, 0)
-    accuracy, loss = evaluate(TinyClassifier(), make_data().test)
+    accuracy, loss = evaluate(TinyClassifier(), make_data().test).values()
     assert (rows[0]["accuracy"], rows[0]["loss"]) == (accuracy, pytest.approx(loss, rel=1e-6))
     for row in rows[1:]:
         assert len(set(row["clients"])) == 3
@@ -131,7 +132,7 @@ def test_the_saved_adapter_and_head_reproduce_the_last_row(tmp_path: Path) -> No
     rows = run(make_config(), tmp_path)
     model = TinyClassifier()
     pk.load_peft(model, tmp_path / "adapter")
-    accuracy, loss = evaluate(model, make_data().test)
+    accuracy, loss = evaluate(model, make_data().test).values()
     assert accuracy == rows[-1]["accuracy"]
     assert loss == pytest.approx(rows[-1]["loss"], rel=1e-9)
     assert not torch.equal(model.head.weight, TinyClassifier().head.weight)
@@ -267,10 +268,10 @@ def test_a_frozen_head_stays_and_is_not_sent(tmp_path: Path) -> None:
 
 def test_centralised_training_pools_every_client(tmp_path: Path) -> None:
     data = make_data()
-    pool = pooled(data.clients)
+    pool = Split.joined(data.clients)
     assert len(pool) == 30
-    assert torch.equal(pool.labels[9:11], data.clients[1].labels)
-    before = evaluate(TinyClassifier(), data.test)[1]
+    assert torch.equal(pool.batch(torch.tensor([9, 10]))["labels"], everything(data.clients[1])["labels"])
+    before = evaluate(TinyClassifier(), data.test)["loss"]
     result = centralised(make_config(), data, TinyClassifier(), HEAD, steps=60)
     assert list(result) == ["accuracy", "loss", "steps", "train_seconds"]
     assert result["steps"] == 60
@@ -282,7 +283,7 @@ def test_centralised_training_pools_every_client(tmp_path: Path) -> None:
 def test_a_federation_of_one_with_one_step_a_round_is_central_training(tmp_path: Path) -> None:
     """One client, all modules, plain SGD on the whole data set: rounds are steps, to rounding."""
     data = make_data()
-    alone = replace(data, clients=(pooled(data.clients),))
+    alone = replace(data, clients=(Split.joined(data.clients),))
     config = make_config(
         rounds=5,
         clients={"count": 1, "per_round": 1, "ranks": [6]},
@@ -298,8 +299,8 @@ def test_a_federation_of_one_with_one_step_a_round_is_central_training(tmp_path:
 def test_evaluation_counts_every_sample_once() -> None:
     """Against logits computed in one piece; more samples than a batch holds."""
     split, model = make_data(test_size=600).test, TinyClassifier(dropout=0.5)
-    accuracy, loss = evaluate(model, split)
-    logits = model(split.inputs["inputs"]).logits.double()
-    assert accuracy == (logits.argmax(-1) == split.labels).double().mean().item()
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-6)
+    metrics, rows = evaluate(model, split), everything(split)
+    logits = model(rows["inputs"]).logits.double()
+    assert metrics["accuracy"] == (logits.argmax(-1) == rows["labels"]).double().mean().item()
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, rows["labels"]).item(), rel=1e-6)
     assert logits.shape == (600, LABELS)

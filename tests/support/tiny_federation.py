@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fed.data import FederatedData, Split
+from fed.data import FederatedData
+from fed.tables import DenseTable, Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
@@ -70,13 +71,16 @@ def make_data(seed: int = 0, sizes: tuple[int, ...] = (9, 2, 14, 5), test_size: 
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(FEATURES, LABELS, generator=generator)
 
-    def split(size: int) -> Split:
-        inputs = torch.randn(size, FEATURES, generator=generator)
-        return Split({"inputs": inputs}, (inputs @ directions).argmax(-1))
-
+    inputs = torch.cat([torch.randn(size, FEATURES, generator=generator) for size in (*sizes, test_size)])
+    table = DenseTable({"inputs": inputs}, (inputs @ directions).argmax(-1))
+    *clients, test = (Split(table, rows) for rows in torch.arange(len(table)).split([*sizes, test_size]))
     names = tuple(f"label {number}" for number in range(LABELS))
-    clients = tuple(split(size) for size in sizes)
-    return FederatedData(clients, split(test_size), pretrain=None, undisturbed=None, label_names=names)
+    return FederatedData(tuple(clients), test, pretrain=None, undisturbed=None, label_names=names)
+
+
+def everything(split: Split) -> dict[str, Tensor]:
+    """All of a split's rows as one batch."""
+    return split.batch(torch.arange(len(split)))
 
 
 def make_factors(rank: int, seed: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Factors]:

@@ -1,0 +1,244 @@
+"""The rows of a data set, held once; what clients train on and what is held out are views of them by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that cross-entropy leaves out, in torch as in transformers
+
+
+class Table(Protocol):
+    """All rows of a data set. `rows` are int64 indices on the host; everything a batch holds is on `device`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches come to be."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the model's keyword arguments for `rows` (b,), `labels` among them."""
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the number of tokens of each of `rows`, (b,) int64 on the host; 1 where rows have no length."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the table on another device."""
+
+
+@dataclass(frozen=True)
+class DenseTable:
+    """Rows of one shape: `inputs` are the model's keyword arguments, each (n, …); `labels` (n,) int64."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.labels.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return every input (b, …) and `labels` (b,)."""
+        rows = rows.to(self.device, non_blocking=True)
+        return {name: values[rows] for name, values in self.inputs.items()} | {"labels": self.labels[rows]}
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return ones, (b,): nothing is padded."""
+        return torch.ones(len(rows), dtype=torch.int64)
+
+    def to(self, device: torch.device) -> DenseTable:
+        """Return the table on another device."""
+        return DenseTable({name: values.to(device) for name, values in self.inputs.items()}, self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences end to end, without padding: row i is `values[offsets[i] : offsets[i + 1]]`.
+
+    values: (total,) int32.  offsets: (n + 1,) int64, always on the host, so that how wide a batch is is known
+    there and no device is asked.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> Sequences:
+        """Return the sequences, each of one token or more, as one."""
+        ends = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64).cumsum(0)
+        values = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
+        return cls(values, torch.cat([ends.new_zeros(1), ends]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def padded(self, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:
+        """Return tokens (b, L) int64 padded on the right with `fill`, and where they are none, (b, L) bool.
+
+        L is the longest of these rows.
+        """
+        lengths, device = self.lengths(rows), self.values.device
+        columns = torch.arange(int(lengths.max()), device=device)  # (L,)
+        inside = columns < lengths.to(device, non_blocking=True)[:, None]  # (b, L)
+        starts = self.offsets[rows].to(device, non_blocking=True)
+        positions = (starts[:, None] + columns).clamp_(max=len(self.values) - 1)  # (b, L)
+        return torch.where(inside, self.values[positions].long(), fill), inside
+
+    def to(self, device: torch.device) -> Sequences:
+        """Return the sequences with their tokens on another device."""
+        return Sequences(self.values.to(device), self.offsets)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Texts to be classified: `tokens` by the model's names for them, `labels` (n,) int64.
+
+    `input_ids` are padded with `pad`, whatever stands beside them (`token_type_ids`) with 0.
+    """
+
+    tokens: Mapping[str, Sequences]
+    labels: Tensor
+    pad: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens lie."""
+        return self.labels.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return tokens and `attention_mask` (b, L) int64, L the longest of these rows, and `labels` (b,)."""
+        batch = {}
+        for name, sequences in self.tokens.items():
+            batch[name], inside = sequences.padded(rows, self.pad if name == "input_ids" else 0)
+        return batch | {"attention_mask": inside.long(), "labels": self.labels[rows.to(self.device, non_blocking=True)]}
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        return self.tokens["input_ids"].lengths(rows)
+
+    def to(self, device: torch.device) -> TextTable:
+        """Return the table on another device."""
+        tokens = {name: sequences.to(device) for name, sequences in self.tokens.items()}
+        return TextTable(tokens, self.labels.to(device), self.pad)
+
+
+@dataclass(frozen=True)
+class InstructionTable:
+    """Prompts and the answers to them, for a causal language model.
+
+    tokens: prompt, answer and end token of every row.  prompt_lengths: (n,) int64 on the host, how many of them are
+    the prompt's.  answers: what should be answered, as text.  tokenizer: the model's own, to read what it
+    generates.  max_new_tokens: how many tokens it may generate.
+    """
+
+    tokens: Sequences
+    prompt_lengths: Tensor
+    answers: Sequence[str] = field(repr=False)
+    tokenizer: Any
+    max_new_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens lie."""
+        return self.tokens.values.device
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each (b, L) int64, padded on the right.
+
+        Labels are the tokens of the answer and its end, and -100 elsewhere: the prompt costs no loss.
+        """
+        input_ids, inside = self.tokens.padded(rows, self.tokenizer.pad_token_id)
+        prompts = self.prompt_lengths[rows].to(self.device, non_blocking=True)
+        answered = inside & (torch.arange(input_ids.shape[1], device=self.device) >= prompts[:, None])  # (b, L)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": inside.long(),
+            "labels": torch.where(answered, input_ids, IGNORED),
+        }
+
+    def prompts(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the prompts alone, `input_ids` and `attention_mask` (b, L) int64, padded on the left to generate."""
+        input_ids, _ = self.tokens.padded(rows, self.tokenizer.pad_token_id)
+        lengths = self.prompt_lengths[rows]
+        width = int(lengths.max())
+        lengths = lengths.to(self.device, non_blocking=True)
+        columns = torch.arange(width, device=self.device) - (width - lengths[:, None])  # (b, L), negative: padding
+        shifted = input_ids.gather(1, columns.clamp(min=0))
+        inside = columns >= 0
+        return {
+            "input_ids": torch.where(inside, shifted, self.tokenizer.pad_token_id),
+            "attention_mask": inside.long(),
+        }
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        return self.tokens.lengths(rows)
+
+    def to(self, device: torch.device) -> InstructionTable:
+        """Return the table on another device."""
+        return InstructionTable(
+            self.tokens.to(device), self.prompt_lengths, self.answers, self.tokenizer, self.max_new_tokens
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some rows of a table: `rows` (n,) int64 on the host. However many there are, the table is held once."""
+
+    table: Table
+    rows: Tensor
+
+    @classmethod
+    def whole(cls, table: Table) -> Split:
+        """Return all rows of a table."""
+        return cls(table, torch.arange(len(table)))
+
+    @classmethod
+    def joined(cls, splits: Sequence[Split]) -> Split:
+        """Return the rows of all `splits`, one after the other; they are views of one table."""
+        table = splits[0].table
+        if any(split.table is not table for split in splits):
+            raise ValueError("splits of different tables cannot be joined")
+        return cls(table, torch.cat([split.rows for split in splits]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the model's keyword arguments for `rows` (int64 indices into this split), `labels` among them."""
+        return self.table.batch(self.rows[rows])
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        return self.table.lengths(self.rows[rows])
+
+    def batches(self, most_rows: int, most_tokens: int) -> Iterator[Tensor]:
+        """Yield indices of all rows, the longest first: at most `most_rows`, and `most_tokens` padding included.
+
+        A row longer than `most_tokens` has a batch of its own; rows of one length keep their order.
+        """
+        lengths, order = self.lengths(torch.arange(len(self))).sort(descending=True, stable=True)
+        first = 0
+        while first < len(self):
+            size = max(1, min(most_rows, most_tokens // int(lengths[first])))
+            yield order[first : first + size]
+            first += size

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fed.errors import FedError
 from fed.partition import Array, partition_dirichlet, split_stratified
+from fed.samples import DenseTable, Sequences, Split, Table, TextTable
 from fed.streams import seed_of
-from fed.tables import DenseTable, Sequences, Split, Table, TextTable
 
 if TYPE_CHECKING:
     from fed.config import RunConfig

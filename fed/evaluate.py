@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fed.data import FederatedData
-from fed.tables import Split
+from fed.samples import Split
 
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # of one batch
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import plora_kernels as pk
 from fed.errors import FedError
 from fed.noise import held_update
+from fed.samples import Split
 from fed.streams import Source, torch_seed
-from fed.tables import Split
 from fed.types import Client, ClientStart, ClientUpdate, Factors
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fed.streams import permutation, torch_seed
 if TYPE_CHECKING:
     from fed.config import RunConfig
     from fed.data import FederatedData
-    from fed.tables import Split
+    from fed.samples import Split
 
 # Called with the steps done and the last step's loss while the embedded base is trained.
 Progress = Callable[[int, float], object]

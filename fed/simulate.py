@@ -20,8 +20,8 @@ from fed.data import FederatedData
 from fed.evaluate import evaluate_held_out
 from fed.local import Workplace, adapted, fault, held_updates, started, train
 from fed.noise import agg_noise, start_noise
+from fed.samples import Split
 from fed.streams import Source, permutation
-from fed.tables import Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, ServerState
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fed.data import FederatedData, read_jsonl, shift_images
 from fed.data import load as load_data
 from fed.errors import FedError
 from fed.partition import partition_dirichlet, split_stratified
-from fed.tables import DenseTable, Split
+from fed.samples import DenseTable, Split
 from tests.support.tiny_bert import make_tiny_bert
 from tests.support.tiny_federation import everything
 

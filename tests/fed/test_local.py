@@ -14,8 +14,8 @@ import plora_kernels as pk
 from fed.errors import FedError
 from fed.local import Workplace, adapted, batch_rows, fault, find_device, held_updates, make_optimizer, started, train
 from fed.noise import start_noise
+from fed.samples import Split
 from fed.streams import Source
-from fed.tables import Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors
 from tests.support.tiny_federation import (
     HEAD,

@@ -27,7 +27,7 @@ from fed.data import FederatedData
 from fed.data import load as load_data
 from fed.errors import FedError
 from fed.evaluate import evaluate
-from fed.tables import DenseTable, Split
+from fed.samples import DenseTable, Split
 from tests.support.tiny_bert import make_tiny_bert
 
 TEXTS = ["a small cat", "a big dog", "the cat sat", "the dog ran"]

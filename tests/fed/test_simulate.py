@@ -15,9 +15,9 @@ import plora_kernels as pk
 from fed import methods
 from fed.data import FederatedData
 from fed.evaluate import evaluate
+from fed.samples import DenseTable, Split
 from fed.simulate import centralised, simulate
 from fed.streams import Source
-from fed.tables import DenseTable, Split
 from fed.types import Client, ClientStart, ServerState
 from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, everything, make_config, make_data
 

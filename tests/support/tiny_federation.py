@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fed.data import FederatedData
-from fed.tables import DenseTable, Split
+from fed.samples import DenseTable, Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3

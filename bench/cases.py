@@ -10,7 +10,7 @@ Op = Literal["forward", "forward_backward", "fold"]
 
 OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Problem:
 
     x (m, k), weight (n, k), A (r, k), B (n, r) and grad_y (m, n) of the case's dtype, for y = x Wᵀ +
     scale·(x Aᵀ) Bᵀ. B is not zero and the update is about as large as the base output, so an error in either
-    shows.
+    shows. `more` holds further (x, grad_y) that timed calls take in turn, so that no call finds the last one's in a
+    cache.
     """
 
     x: Tensor
@@ -60,6 +61,11 @@ class Problem:
     B: Tensor
     grad_y: Tensor
     scale: float
+    more: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def inputs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return every (x, grad_y), the first of which is what results are checked on."""
+        return ((self.x, self.grad_y), *self.more)
 
 
 # Attention and feed-forward projections of BERT-base, Llama 3.2 1B and Llama 3.1 8B.
@@ -95,8 +101,8 @@ def cases(device_type: str) -> tuple[Case, ...]:
     return tuple(found)
 
 
-def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw a case's tensors on `device`, from `seed`; other devices draw other values."""
+def make_problem(case: Case, device: torch.device, seed: int = 0, sets: int = 1) -> Problem:
+    """Draw a case's tensors on `device` from `seed`, x and grad_y `sets` times; other devices draw other values."""
     generator = torch.Generator(device).manual_seed(seed)
     k, n, r = case.projection.k, case.projection.n, case.r
 
@@ -111,4 +117,5 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
         B=normal(n, r, 1 / (ALPHA_PER_RANK**2 * r)),
         grad_y=normal(case.m, n),
         scale=ALPHA_PER_RANK,
+        more=tuple((normal(case.m, k), normal(case.m, n)) for _ in range(sets - 1)),
     )

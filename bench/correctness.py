@@ -39,17 +39,20 @@ def plain_results(case: Case, problem: Problem, dtype: torch.dtype, *, adapted: 
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def check(provider: str, results: Results, exact: Results, plain: Results) -> None:
+def check(provider: str, results: Results, exact: Results, plain: Results, eps: float | None = None) -> None:
     """Refuse results further from fp64 than plain torch at the same dtype is, twice over.
 
     For every tensor, in max and in Frobenius norm,
-    ‖result − exact‖ ≤ max(2·‖plain − exact‖, 4·eps·max|exact|).
+    ‖result − exact‖ ≤ max(2·‖plain − exact‖, 4·eps·max|exact|), eps of the dtype unless one is given (tf32's has none).
     Raises WrongResultError naming the provider, the tensor, its error and the bound.
     """
     if results.keys() != exact.keys():
         raise WrongResultError(f"{provider} gives {sorted(results)}; the case needs {sorted(exact)}")
     for name, expected in exact.items():
-        floor = 4 * torch.finfo(plain[name].dtype).eps * expected.abs().max().item()
+        if results[name].shape != expected.shape:
+            got, wanted = tuple(results[name].shape), tuple(expected.shape)
+            raise WrongResultError(f"{provider}: {name} is {got}; the case needs {wanted}")
+        floor = 4 * (eps or torch.finfo(plain[name].dtype).eps) * expected.abs().max().item()
         for norm, order in (("max", float("inf")), ("Frobenius", 2.0)):
             error = _distance(results[name], expected, order)
             bound = max(2 * _distance(plain[name], expected, order), floor)

@@ -1,8 +1,11 @@
 """What a figure depends on beside the code: device, threads and versions."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -30,6 +33,37 @@ def environment(device: torch.device, threads: int) -> dict[str, object]:
         "backend": pk.backend(device.type),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def device_slug(device: torch.device) -> str:
+    """Return what a device's files are called: "nvidia-h200", and "cpu" for any CPU."""
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit checked out in a folder, "+" after it if files differ from it; None without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def source_digest() -> str:
+    """Return a digest of the code that is measured and that measures: every file of both packages."""
+    digest = hashlib.sha256()
+    for package in (Path(pk.__file__).parent, Path(__file__).parent):
+        for path in sorted([*package.rglob("*.py"), *package.glob("tables/*.json")]):
+            digest.update(path.relative_to(package.parent).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

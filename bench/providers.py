@@ -1,4 +1,9 @@
-"""Who is measured: the bare base, PEFT, compiled PEFT and the fused layer, each on the same tensors."""
+"""Who is measured, each on the same tensors.
+
+*base* is the frozen matmul alone; *peft* PEFT's layer with adapters in the weight's dtype; *peft-autocast* the same
+with fp32 adapters under autocast, which is what PEFT makes of a half-precision model; *peft-compiled* is *peft* through
+`torch.compile`; *inplace* the in-place algebra of plain torch; *fused* this library.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 import plora_kernels as pk
 from bench.cases import Case, Op, Problem
 from bench.correctness import Results
+from bench.inplace import InPlaceLinear
 from bench.timing import Step
 
 
@@ -29,7 +35,12 @@ class Provider:
 
 
 def provider_names(op: Op) -> tuple[str, ...]:
-    """List an op's providers. PEFT's merge is a host-side state change and has no compiled form."""
+    """List the providers of the suites. PEFT's merge is a host-side state change and has no compiled form."""
+    return ("base", "peft", "fused") if op == "fold" else ("base", "peft", "peft-compiled", "fused")
+
+
+def every_provider(op: Op) -> tuple[str, ...]:
+    """List every provider there is for an op."""
     return tuple(FOLD_PROVIDERS if op == "fold" else LINEAR_PROVIDERS)
 
 
@@ -48,6 +59,18 @@ def _peft(case: Case, problem: Problem) -> Provider:
     return _linear(case, problem, layer, _peft_factors(layer))
 
 
+def _peft_autocast(case: Case, problem: Problem) -> Provider:
+    if case.torch_dtype not in (torch.bfloat16, torch.float16):
+        raise ProviderUnavailableError(f"autocast computes in half precision; the case is {case.dtype}")
+    layer = _peft_layer(case, problem, problem.weight, adapter_dtype=torch.float32)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=case.torch_dtype):
+            return layer(x)
+
+    return _linear(case, problem, call, _peft_factors(layer))
+
+
 def _peft_compiled(case: Case, problem: Problem) -> Provider:
     # Dynamo counts recompilations by code object, and every case's PEFT layer has the same one.
     torch.compiler.reset()
@@ -61,6 +84,17 @@ def _peft_compiled(case: Case, problem: Problem) -> Provider:
     return provider
 
 
+def _inplace(case: Case, problem: Problem) -> Provider:
+    factors = {"dA": problem.A.clone(), "dB": problem.B.clone()}
+    for factor in factors.values():
+        factor.requires_grad_(case.op == "forward_backward")
+
+    def call(x: Tensor) -> Tensor:
+        return InPlaceLinear.apply(x, problem.weight, *factors.values(), problem.scale)
+
+    return _linear(case, problem, call, factors)
+
+
 def _fused(case: Case, problem: Problem) -> Provider:
     linear = _linear_module(problem.weight)
     layer = pk.FusedPLoRALinear.from_linear(linear, rank=case.r, alpha=problem.scale * case.r)
@@ -69,27 +103,33 @@ def _fused(case: Case, problem: Problem) -> Provider:
 
 
 def _linear(case: Case, problem: Problem, call: Callable[[Tensor], Tensor], adapter: Mapping[str, Tensor]) -> Provider:
-    """Time `call` on the problem's x: without a graph for forward, with every gradient otherwise."""
+    """Time `call` on the problem's inputs in turn: without a graph for forward, with every gradient otherwise."""
     backward = case.op == "forward_backward"
-    x = problem.x.detach().requires_grad_(backward)
-    leaves = {"dx": x, **adapter}
+    inputs = [(x.detach().requires_grad_(backward), grad_y) for x, grad_y in problem.inputs()]
+    turn = 0
 
     def run() -> Tensor:
+        x, grad_y = inputs[turn]
         if not backward:
             with torch.no_grad():
                 return call(x)
         y = call(x)
-        y.backward(problem.grad_y)
+        y.backward(grad_y)
         return y
 
     def reset() -> None:
-        for leaf in leaves.values():
+        nonlocal turn
+        turn = (turn + 1) % len(inputs)
+        for leaf in (*adapter.values(), *(x for x, _ in inputs)):
             leaf.grad = None
 
     def results() -> Results:
+        nonlocal turn
         reset()
+        turn = 0
         named = {"y": run().detach()}
         if backward:
+            leaves = {"dx": inputs[0][0], **adapter}
             named |= {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return named
 
@@ -111,6 +151,15 @@ def _peft_merge(case: Case, problem: Problem) -> Provider:
             layer.unmerge()
 
     return _fold(problem, weight, layer.merge, unmerge, adapted=True)
+
+
+def _inplace_fold(case: Case, problem: Problem) -> Provider:
+    weight = problem.weight.clone()
+
+    def fold() -> None:
+        weight.addmm_(problem.B, problem.A, alpha=problem.scale)
+
+    return _fold(problem, weight, fold, lambda: None, adapted=True)
 
 
 def _fused_fold(case: Case, problem: Problem) -> Provider:
@@ -147,14 +196,16 @@ class _Host(nn.Module):
         self.proj = proj
 
 
-def _peft_layer(case: Case, problem: Problem, weight: Tensor) -> PeftLinear:
-    """Return PEFT's own LoRA layer over `weight`, with the problem's factors, in the problem's dtype."""
+def _peft_layer(case: Case, problem: Problem, weight: Tensor, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
+    """Return PEFT's own LoRA layer over `weight` with the problem's factors, by default in the weight's dtype."""
     config = LoraConfig(
         r=case.r, lora_alpha=problem.scale * case.r, lora_dropout=0.0, target_modules=["proj"], bias="none"
     )
     model = get_peft_model(_Host(_linear_module(weight)), config, autocast_adapter_dtype=False)
-    layer = model.base_model.model.proj.to(weight.dtype)
+    layer = model.base_model.model.proj
     factors = _peft_factors(layer)
+    for factor in factors.values():
+        factor.data = factor.data.to(weight.device, adapter_dtype or weight.dtype)
     _fill(factors["dA"], problem.A)
     _fill(factors["dB"], problem.B)
     return layer
@@ -180,11 +231,14 @@ def _fill(parameter: nn.Parameter, values: Tensor) -> None:
 LINEAR_PROVIDERS: dict[str, Callable[[Case, Problem], Provider]] = {
     "base": _base,
     "peft": _peft,
+    "peft-autocast": _peft_autocast,
     "peft-compiled": _peft_compiled,
+    "inplace": _inplace,
     "fused": _fused,
 }
 FOLD_PROVIDERS: dict[str, Callable[[Case, Problem], Provider]] = {
     "base": _copy,
     "peft": _peft_merge,
+    "inplace": _inplace_fold,
     "fused": _fused_fold,
 }

@@ -1,6 +1,7 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
 
-`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md]`
+`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md]`, where RESULTS.json is what
+the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself.
 """
 
 import argparse
@@ -11,10 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bench.device_table import committed_section, device_markdown
 from bench.picture import draw
+from bench.records import holds_records, load_records
 from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, load_run, write_text
+from bench.tables import markdown_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 
 OP_TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "fold": "Fold"}
 OP_NOTES = {
@@ -81,7 +86,7 @@ def _op_section(run: BenchmarkRun, op: str) -> str:
     header = ["shape", *providers, "fused ÷ peft", "peak peft", "peak fused"]
     rows = [_row(run, shape, providers) for shape in shapes]
     rows.append(_mean_row(run, op, providers))
-    return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{_table(header, rows)}"
+    return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
 def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str]) -> list[str]:
@@ -116,50 +121,61 @@ def _measured_or_not(run: BenchmarkRun, shape: Shape) -> set[str]:
     return {*run.entries.get(shape, {}), *run.not_available.get(shape, {})}
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def rewrite_section(text: str, section: str) -> str:
+def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """Return `text` with what stands between the two markers replaced by `section`.
 
     Raises ResultsError if the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ResultsError(f"the README needs the lines {BEGIN} and {END}, once each and in this order")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ResultsError(f"the README needs the lines {begin} and {end}, once each and in this order")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{section.strip()}\n\n{end}{after}"
 
 
-def update_readme(readme: Path, section: str, png: Path | None) -> None:
-    """Rewrite a README's benchmark section, with a link to the picture where there is one."""
+def update_readme(readme: Path, section: str, png: Path | None, begin: str = BEGIN, end: str = END) -> None:
+    """Rewrite what stands between a README's markers, with a link to the picture where there is one."""
     if not readme.is_file():
-        raise ResultsError(f"{readme} does not exist; --readme needs a file with {BEGIN} and {END}")
+        raise ResultsError(f"{readme} does not exist; --readme needs a file with {begin} and {end}")
     if png is not None:
         link = Path(os.path.relpath(png, readme.parent)).as_posix()
         section = f"![Time of each provider divided by the base matmul's]({link})\n\n{section}"
-    write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section))
+    write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section, begin, end))
+
+
+def report_suites(given: argparse.Namespace) -> str:
+    """Report what the suites saved; return the table."""
+    run = load_run(given.results)
+    text = markdown(run)
+    if given.png:
+        draw(run, given.png)
+    if given.readme:
+        update_readme(given.readme, text, given.png)
+    return text
+
+
+def report_device(given: argparse.Namespace) -> str:
+    """Report what `python -m bench.gpu` wrote; return the table."""
+    if given.png:
+        raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
+    text = device_markdown(*load_records(given.results))
+    if given.readme:  # it shows every device of the folder
+        update_readme(given.readme, committed_section(given.results.parent), None, GPU_BEGIN, GPU_END)
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and picture of saved results.")
-    parser.add_argument("results", type=Path, help="what `pytest --benchmark --benchmark-json=PATH` wrote")
+    parser.add_argument("results", type=Path, help="what the suites saved or `python -m bench.gpu` wrote")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table here")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw time ÷ base here")
     parser.add_argument("--readme", type=Path, metavar="PATH", help=f"rewrite what stands between {BEGIN} and {END}")
     given = parser.parse_args(arguments)
     try:
-        run = load_run(given.results)
-        text = markdown(run)
-        if given.png:
-            draw(run, given.png)
+        text = report_device(given) if holds_records(given.results) else report_suites(given)
         if given.markdown:
             write_text(given.markdown, text)
-        if given.readme:
-            update_readme(given.readme, text, given.png)
     except (ResultsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

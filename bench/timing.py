@@ -1,6 +1,8 @@
 """Interleaved timing: every provider in every round, so that a disturbance meets all of them."""
 
 import gc
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -90,25 +92,46 @@ def timer_for(device: torch.device) -> Timer:
     return CudaTimer() if device.type == "cuda" else WallTimer()
 
 
-def cache_flush(device: torch.device, *, cold: bool) -> Callable[[], None]:
+def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Callable[[], None]:
     """Return what runs, untimed, before each timed call.
 
-    On CUDA a buffer larger than the L2 cache is overwritten before every call; while it is, the host gets
-    ahead, so that launch latency is not timed unless it is longer. On the CPU that happens where the case is
-    `cold` only (a weight that is folded once in a while is not in the cache); elsewhere the caches hold what
-    the other providers' calls leave there.
+    On CUDA a buffer larger than the L2 cache is overwritten before every call, as often as it takes to keep the device
+    busy for `lead_s`: the host gets that far ahead, so that launch latency is not timed. What the call writes then
+    pushes out as much of the buffer as will later be pushed out of its own. On the CPU a buffer is overwritten where
+    the case is `cold` only (a weight that is folded once in a while is not in the cache); elsewhere the caches hold
+    what the other providers' calls leave there.
     """
     if device.type == "cuda":
-        buffer = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device)
+        buffer, times = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device), 1
+        if lead_s > 0:
+            timer = CudaTimer()
+            for _ in range(5):
+                timer.call(buffer.zero_)
+            times = max(1, math.ceil(lead_s / statistics.median(timer.read())))
     elif cold:
-        buffer = torch.empty(CPU_FLUSH_BYTES, dtype=torch.int8)
+        buffer, times = torch.empty(CPU_FLUSH_BYTES, dtype=torch.int8), 1
     else:
         return lambda: None
 
     def flush() -> None:
-        buffer.zero_()
+        for _ in range(times):
+            buffer.zero_()
 
     return flush
+
+
+def host_seconds(step: Step, calls: int = 15) -> float:
+    """Return the median seconds a call keeps the host on a device that works asynchronously: checks, launches.
+
+    The device's queue is empty at the start and takes every call without waiting.
+    """
+    timer = WallTimer()
+    torch.cuda.synchronize()
+    for _ in range(calls):
+        step.reset()
+        timer.call(step.run)
+    torch.cuda.synchronize()
+    return statistics.median(timer.read())
 
 
 def round_order(names: list[str], number: int) -> list[str]:

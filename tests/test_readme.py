@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import plora_kernels as pk
+from bench.device_table import committed_section
 from bench.report import markdown as bench_markdown
 from bench.results import load_run
 from fed.report import markdown as demo_markdown
@@ -32,6 +33,10 @@ def test_the_demo_table_is_the_committed_run() -> None:
 def test_the_benchmark_table_is_the_committed_result() -> None:
     table = re.sub(r"^!\[.*\n\n", "", between("bench"))  # the picture stands above it
     assert table == bench_markdown(load_run(ROOT / "bench" / "results" / "cpu.json")).strip()
+
+
+def test_the_gpu_table_is_the_committed_result() -> None:
+    assert between("gpu") == committed_section(ROOT / "bench" / "results").strip()
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

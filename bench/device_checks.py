@@ -1,0 +1,266 @@
+"""Whether the operators are right on the device at hand, in every dtype: held against fp64 before anything is timed.
+
+Each check runs `plora_linear` forward and backward, or `fold_`, on fresh random inputs with every output poisoned
+first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.correctness`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import plora_kernels as pk
+from bench.correctness import Results, WrongResultError, check
+from bench.records import blank
+from bench.workers import one_line
+from plora_kernels import reference
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+# tf32 keeps ten bits of the mantissa.
+TF32_EPS = 2.0**-10
+# M, K, N, R: aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
+SHAPES = {
+    "cuda": (
+        (256, 512, 384, 16),
+        (37, 50, 29, 5),
+        (1, 1, 1, 1),
+        (1, 1024, 1024, 16),
+        (16, 512, 1536, 64),
+        (257, 1001, 513, 33),
+        (300, 1000, 520, 128),
+        (512, 512, 512, 256),
+        (4100, 2048, 2048, 32),
+    ),
+    "cpu": ((37, 50, 29, 5), (1, 1, 1, 1)),
+}
+FORMS = ("all", "folded mask", "frozen mask", "none selected", "strided", "fold", "deterministic")
+CUDA_FORMS = ("graph replay", "no synchronisation")
+SCALE = 0.5
+
+
+@dataclass(frozen=True)
+class CheckShape:
+    """One dtype ("tf32" is float32 with tf32 allowed) and shape on one device type; all forms of it."""
+
+    device: str
+    dtype: str
+    m: int
+    k: int
+    n: int
+    r: int
+
+    def forms(self) -> tuple[str, ...]:
+        return FORMS + CUDA_FORMS if self.device == "cuda" else FORMS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor
+    dy: Tensor
+    mask: Tensor
+
+
+def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
+    """List what is checked on a device: every dtype it has, at every shape, bfloat16 first."""
+    names = DTYPES if device_type == "cuda" else [name for name in DTYPES if name != "tf32"]
+    return tuple(CheckShape(device_type, name, *shape) for name in names for shape in SHAPES[device_type])
+
+
+def run_checks(shape: CheckShape) -> list[dict[str, object]]:
+    """Run every form of one shape and return a record for each; a failure is a record, not an exception."""
+    inputs = _draw(shape)
+    records = []
+    with _tf32(shape.dtype == "tf32"):
+        for form in shape.forms():
+            found: dict[str, object] = {"status": "passed"}
+            try:
+                with poisoned_outputs():
+                    _CHECKS.get(form, _check_linear)(shape, inputs, form)
+            except Exception as error:  # a kernel that does not compile is as wrong as one that errs
+                found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
+            facts = {name: value for name, value in asdict(shape).items() if name != "device"}
+            records.append(blank(op="check", form=form, provider="fused", device=shape.device, **facts) | found)
+    return records
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fill what `torch.empty` and `torch.empty_like` return with NaN: an element nobody writes shows."""
+
+    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*arguments: object, **named: object) -> Tensor:
+            tensor = make(*arguments, **named)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    with mock.patch.multiple(torch, empty=poisoning(torch.empty), empty_like=poisoning(torch.empty_like)):
+        yield
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _is_wrong(error: Exception) -> bool:
+    return isinstance(error, WrongResultError)
+
+
+def _draw(shape: CheckShape) -> Inputs:
+    seed = hash((shape.m, shape.k, shape.n, shape.r)) % 2**31
+    generator = torch.Generator(shape.device).manual_seed(seed)
+
+    def normal(*size: int, spread: float = 1.0) -> Tensor:
+        drawn = torch.randn(size, generator=generator, device=shape.device) * spread
+        return drawn.to(DTYPES[shape.dtype])
+
+    m, k, n, r = shape.m, shape.k, shape.n, shape.r
+    return Inputs(
+        x=normal(m, k),
+        weight=normal(n, k, spread=k**-0.5),
+        A=normal(r, k, spread=k**-0.5),
+        B=normal(n, r, spread=r**-0.5),
+        bias=normal(n),
+        dy=normal(m, n, spread=n**-0.5),
+        mask=torch.arange(r) % 3 == 0,
+    )
+
+
+def _hold(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
+    check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
+
+
+def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
+    """Return what a form selects and what becomes of the rest."""
+    if form in ("all", "strided"):
+        return None, "folded"
+    if form == "none selected":
+        return torch.zeros_like(mask), "folded"
+    return mask, form.removesuffix(" mask")
+
+
+def _reference(inputs: Inputs, dtype: torch.dtype, mask: Tensor | None, unselected: str) -> Results:
+    x, weight, A, B, bias, dy = (
+        t.to(dtype) for t in (inputs.x, inputs.weight, inputs.A, inputs.B, inputs.bias, inputs.dy)
+    )
+    mask = None if mask is None else mask.to(x.device)
+    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected)
+    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected)
+    return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
+
+
+def _fused(inputs: Inputs, mask: Tensor | None, unselected: str) -> Results:
+    """Return y and every gradient of ⟨y, dy⟩ by the operator."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in (("dx", inputs.x), ("dA", inputs.A), ("dB", inputs.B), ("dbias", inputs.bias))
+    }
+    y = pk.plora_linear(
+        leaves["dx"],
+        inputs.weight,
+        leaves["dA"],
+        leaves["dB"],
+        mask,
+        bias=leaves["dbias"],
+        scale=SCALE,
+        unselected=unselected,
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    mask, unselected = _selection(form, inputs.mask)
+    given = inputs
+    if form == "strided":  # every second column of a wider x, the transpose of a transposed weight
+        x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
+        given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
+    exact = _reference(inputs, torch.float64, mask, unselected)
+    _hold(
+        shape,
+        form,
+        _fused(given, mask, unselected),
+        exact,
+        _reference(inputs, DTYPES[shape.dtype], mask, unselected),
+    )
+
+
+def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    mask = inputs.mask.to(inputs.weight.device)
+    exact, plain = (
+        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), mask, scale=SCALE)
+        for dtype in (torch.float64, DTYPES[shape.dtype])
+    )
+    folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
+    _hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+
+
+def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    first, second = (_fused(inputs, None, "folded") for _ in range(2))
+    _require_equal(form, first, second)
+
+
+def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Capture forward and backward in a CUDA graph, replay it on other inputs and compare with plain calls."""
+    static = Inputs(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            _fused(static, None, "folded")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _fused(static, None, "folded")
+    for sign in (1, -1):  # twice: state that a replay leaves behind would spoil the next
+        static.x.copy_(inputs.x * sign)
+        static.dy.copy_(inputs.dy * sign)
+        graph.replay()
+        _require_equal(form, captured, _fused(static, None, "folded"))
+
+
+def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Run forward, backward and a layer's select with synchronising calls refused."""
+    linear = torch.nn.Linear(shape.k, shape.n, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(inputs.weight.clone(), requires_grad=False)
+    layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r)
+    layer.set_factors(inputs.A, inputs.B)
+    _fused(inputs, None, "folded")
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _fused(inputs, inputs.mask.to("cuda", non_blocking=True), "folded")
+        layer.select([0])
+        layer(inputs.x).backward(inputs.dy)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _require_equal(form: str, first: Results, second: Results) -> None:
+    for name, value in first.items():
+        if not torch.equal(value, second[name]):
+            distance = (value.double() - second[name].double()).abs().max().item()
+            raise WrongResultError(f"{form}: {name} of two runs differ by {distance:.3g}")
+
+
+_CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
+    "fold": _check_fold,
+    "deterministic": _check_deterministic,
+    "graph replay": _check_replay,
+    "no synchronisation": _check_no_synchronisation,
+}

@@ -1,0 +1,150 @@
+"""One case on a device with every provider: each checked, weighed and, if right, timed; a record for each."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import Case, Problem, make_problem
+from bench.correctness import WrongResultError, check, plain_results
+from bench.counting import least_bytes, operations
+from bench.device_checks import poisoned_outputs
+from bench.memory import peak_bytes
+from bench.providers import Provider, ProviderUnavailableError, every_provider, make_provider
+from bench.records import blank
+from bench.timing import Plan, cache_flush, host_seconds, interleave, timer_for
+from bench.workers import one_line
+
+INPUT_SETS = 3
+# Longer than the slowest call keeps the host, by this factor and this much.
+LEAD_FACTOR, LEAD_SECONDS = 1.5, 100e-6
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A case to build and run once ahead, so that what it compiles lies in the compilers' caches."""
+
+    case: Case
+    device: str
+    providers: tuple[str, ...]
+
+
+def warm_up(work: Warmup) -> dict[str, str]:
+    """Build every provider and run it once; return the causes of those that fail for another reason than absence."""
+    device = torch.device(work.device)
+    problem = make_problem(work.case, device)
+    failed = {}
+    for name in chosen_providers(work.case, work.providers):
+        try:
+            provider = make_provider(name, work.case, problem)
+            provider.step.reset()
+            provider.step.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except ProviderUnavailableError:
+            continue
+        except Exception as error:  # a finding about the provider, whatever it is
+            failed[name] = one_line(error)
+    return failed
+
+
+def chosen_providers(case: Case, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return an op's providers among the wanted ones, the base always."""
+    return tuple(name for name in every_provider(case.op) if name == "base" or name in wanted)
+
+
+def measure_on_device(
+    case: Case, device: torch.device, plan: Plan, wanted: Sequence[str], failed: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """Return a record per provider of a case; what is wrong, absent or named in `failed` is recorded and not timed."""
+    problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
+    causes = {name: ("wrong", cause) for name, cause in failed.items()}
+    providers: dict[str, Provider] = {}
+    for name in chosen_providers(case, wanted):
+        if name in causes:
+            continue
+        try:
+            providers[name] = make_provider(name, case, problem)
+        except ProviderUnavailableError as error:
+            causes[name] = ("not available", str(error))
+        except Exception as error:  # out of memory, a kernel that does not compile
+            causes[name] = ("wrong", one_line(error))
+    for name, cause in _wrong(case, problem, providers).items():
+        causes[name] = ("wrong", cause)
+        del providers[name]
+    records = {name: _untimed(case, device, name, *cause) for name, cause in causes.items()}
+    if "base" in providers:
+        records |= _time(case, device, plan, providers)
+    return [records[name] for name in chosen_providers(case, wanted) if name in records]
+
+
+def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> dict[str, str]:
+    """Return why each provider is wrong that is, its outputs poisoned before it runs."""
+    found = {}
+    for adapted in sorted({provider.adapted for provider in providers.values()}):
+        exact = plain_results(case, problem, torch.float64, adapted=adapted)
+        plain = plain_results(case, problem, case.torch_dtype, adapted=adapted)
+        for name, provider in providers.items():
+            if provider.adapted is not adapted:
+                continue
+            try:
+                with poisoned_outputs() if name == "fused" else nullcontext():
+                    results = provider.results()
+                check(name, results, exact, plain)
+            except WrongResultError as error:
+                found[name] = str(error)
+            except Exception as error:  # a provider that fails while it runs is not timed either
+                found[name] = one_line(error)
+    return found
+
+
+def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, Provider]) -> dict[str, dict]:
+    steps = {name: provider.step for name, provider in providers.items()}
+    peaks, host = {}, {}
+    for name, step in steps.items():
+        step.reset()
+        peaks[name] = peak_bytes(step.run, device)
+        if device.type == "cuda":
+            host[name] = host_seconds(step)
+    lead_s = LEAD_FACTOR * max(host.values()) + LEAD_SECONDS if host else 0.0
+    flush = cache_flush(device, cold=case.op == "fold", lead_s=lead_s)
+    seconds = interleave(steps, timer_for(device), flush, plan)
+    medians = {name: statistics.median(durations) for name, durations in seconds.items()}
+    records = {}
+    for name, durations in seconds.items():
+        first, _, third = statistics.quantiles(durations, n=4, method="inclusive")
+        adapted = providers[name].adapted
+        records[name] = _facts(case, device, name) | {
+            "time_ms": medians[name] * 1e3,
+            "spread_ms": (third - first) * 1e3,
+            "rounds": len(durations),
+            "ratio_to_base": medians[name] / medians["base"],
+            "ratio_to_peft": medians[name] / medians["peft"] if "peft" in medians else None,
+            "host_us": host[name] * 1e6 if name in host else None,
+            "peak_bytes": peaks[name],
+            "tflops": operations(case, adapted=adapted) / medians[name] / 1e12,
+            "gbps": least_bytes(case, adapted=adapted) / medians[name] / 1e9,
+            "status": "timed",
+        }
+    return records
+
+
+def _untimed(case: Case, device: torch.device, name: str, status: str, cause: str) -> dict[str, object]:
+    return _facts(case, device, name) | {"status": status, "cause": cause}
+
+
+def _facts(case: Case, device: torch.device, provider: str) -> dict[str, object]:
+    return blank(
+        op=case.op,
+        model=case.projection.model,
+        projection=case.projection.name,
+        m=case.m,
+        k=case.projection.k,
+        n=case.projection.n,
+        r=case.r,
+        dtype=case.dtype,
+        device=device.type,
+        provider=provider,
+    )

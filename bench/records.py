@@ -1,0 +1,95 @@
+"""What `python -m bench.gpu` leaves: a JSON list of records, written whole after every case, so that a cut run resumes.
+
+The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
+that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.results import ResultsError, write_text
+
+KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
+# What must agree for new records to stand beside old ones.
+SAME = ("device", "device_name", "versions", "source")
+Record = Mapping[str, Any]
+
+
+def case_key(record: Record) -> tuple[object, ...]:
+    """Return what tells one case from another; the providers of a case share it."""
+    return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
+
+
+def blank(**known: object) -> dict[str, object]:
+    """Return a record with every key there must be, null unless known."""
+    return dict.fromkeys(KEYS) | known
+
+
+@dataclass
+class RecordFile:
+    """Records and the file that holds them."""
+
+    path: Path
+    meta: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records and write the file."""
+        self.records.extend(records)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file: one record a line."""
+        lines = ",\n".join(
+            json.dumps(record, ensure_ascii=False) for record in (blank(op="meta") | self.meta, *self.records)
+        )
+        write_text(self.path, f"[\n{lines}\n]\n")
+
+    def done(self) -> set[tuple[object, ...]]:
+        """Return the keys of the cases that have records."""
+        return {case_key(record) for record in self.records}
+
+
+def open_records(path: Path, meta: Mapping[str, Any], *, fresh: bool) -> RecordFile:
+    """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
+
+    Raises ResultsError if the file was made by another device, other versions or other code.
+    """
+    if fresh or not path.exists():
+        return RecordFile(path, dict(meta))
+    old, records = load_records(path)
+    for name in SAME:
+        if old.get(name) != meta.get(name):
+            was, now = old.get(name), meta.get(name)
+            raise ResultsError(f"{path} was made with {name} {was!r}, now it is {now!r}; --fresh starts over")
+    return RecordFile(path, old, list(records))
+
+
+def holds_records(path: Path) -> bool:
+    """Say whether a file holds a list, as `python -m bench.gpu` writes it, and not what the suites save."""
+    return path.is_file() and path.read_text(encoding="utf-8").lstrip().startswith("[")
+
+
+def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Return a file's meta record and the others.
+
+    Raises ResultsError naming the file and what is wrong: it is missing, not JSON, no list, or lacks a key.
+    """
+    if not path.is_file():
+        raise ResultsError(f"{path} does not exist; `python -m bench.gpu --out {path.parent}` writes it")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(saved, list) or not saved or not all(isinstance(record, dict) for record in saved):
+        raise ResultsError(f"{path} is no list of records; `python -m bench.gpu` writes one")
+    for position, record in enumerate(saved):
+        missing = [name for name in KEYS if name not in record]
+        if missing:
+            raise ResultsError(f"record {position} of {path} has no {missing[0]!r}")
+    if saved[0]["op"] != "meta":
+        raise ResultsError(f"record 0 of {path} has op {saved[0]['op']!r}; the first must be 'meta'")
+    return saved[0], saved[1:]

@@ -1,0 +1,156 @@
+"""Work done in processes of its own, several at once: to compile in parallel, and so that a crash or a kernel that
+never ends costs one piece of work and not the run.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+# Until a new process has imported torch and opened the device.
+STARTUP_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one piece of work: its value, or why there is none."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one short line: its type and the first line of its message."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
+def outcomes(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int,
+    seconds_each: float,
+    deadline: float = float("inf"),
+) -> Iterator[tuple[int, Outcome]]:
+    """Yield `(position, outcome)` of function(item) for every item, as they are finished.
+
+    Args:
+        function: a module's function, items and values picklable. With `workers=0` it runs in this process.
+        seconds_each: an item that takes longer is stopped with its process, and a new one takes its place.
+        deadline: `time.monotonic()` after which nothing new is begun; items left then are not yielded.
+    """
+    if workers == 0:
+        for position, item in enumerate(items):
+            if time.monotonic() > deadline:
+                return
+            yield position, attempt(function, item)
+        return
+    yield from _Pool(function, items, min(workers, len(items)), seconds_each, deadline).run()
+
+
+def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
+    """Return function(item), or its exception as one line."""
+    try:
+        return Outcome(function(item))
+    except Exception as error:  # whatever a provider or a compiler raises is a finding, not an end
+        return Outcome(error=one_line(error))
+
+
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
+    """Answer items until the pipe closes."""
+    connection.send("ready")
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        connection.send(attempt(function, item))
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+    position: int | None = None
+    since: float = 0.0
+    ready: bool = False
+
+
+class _Pool:
+    def __init__(
+        self, function: Callable[[Any], Any], items: Sequence[Any], size: int, seconds_each: float, deadline: float
+    ) -> None:
+        self.function, self.items, self.size = function, items, size
+        self.seconds_each, self.deadline = seconds_each, deadline
+        self.next = 0
+        self.workers: list[_Worker] = []
+
+    def run(self) -> Iterator[tuple[int, Outcome]]:
+        try:
+            self.workers = [self._start() for _ in range(self.size)]
+            while self.workers:
+                ready = wait([worker.connection for worker in self.workers], timeout=1.0)
+                for worker in list(self.workers):
+                    yield from self._look_at(worker, worker.connection in ready)
+        finally:
+            for worker in self.workers:
+                self._stop(worker)
+
+    def _look_at(self, worker: _Worker, spoke: bool) -> Iterator[tuple[int, Outcome]]:
+        """Take a worker's answer, or its death or silence for one; give it the next item or let it go."""
+        position = worker.position
+        if spoke:
+            try:
+                answer = worker.connection.recv()
+            except (EOFError, OSError):
+                worker.process.join(5.0)
+                answer = Outcome(error=f"its process ended with status {worker.process.exitcode}")
+                self._replace(worker)
+            else:
+                worker.ready = True
+                self._give(worker)
+        elif time.monotonic() - worker.since > (self.seconds_each if worker.ready else STARTUP_SECONDS):
+            answer = Outcome(error=f"not done after {self.seconds_each:.0f} s; its process was stopped")
+            self._replace(worker)
+        else:
+            return
+        if position is not None:
+            yield position, answer
+
+    def _start(self) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.function), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, since=time.monotonic())
+
+    def _give(self, worker: _Worker) -> None:
+        worker.position = None
+        if self.next >= len(self.items) or time.monotonic() > self.deadline:
+            self.workers.remove(worker)
+            self._stop(worker)
+            return
+        worker.position, worker.since = self.next, time.monotonic()
+        worker.connection.send(self.items[self.next])
+        self.next += 1
+
+    def _replace(self, worker: _Worker) -> None:
+        """Stop a worker and start another while there is work; one that never got ready is not tried again."""
+        self.workers.remove(worker)
+        self._stop(worker)
+        if worker.ready and self.next < len(self.items) and time.monotonic() < self.deadline:
+            self.workers.append(self._start())
+
+    def _stop(self, worker: _Worker) -> None:
+        worker.connection.close()
+        if worker.position is not None:
+            worker.process.kill()
+        worker.process.join(10.0)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()

@@ -1,0 +1,188 @@
+"""`python -m bench.gpu` from start to finish on tiny sizes: what it writes, resumes, refuses and shows."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import plora_kernels as pk
+from bench import gpu
+from bench.cases import Case
+from bench.correctness import WrongResultError
+from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
+from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_checks
+from bench.device_measure import measure_on_device
+from bench.device_table import by_case, committed_section, device_markdown, summary
+from bench.providers import every_provider
+from bench.records import KEYS, load_records
+from bench.report import GPU_BEGIN, GPU_END, main
+from bench.timing import Plan
+
+CPU = torch.device("cpu")
+QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "PLAN", Plan(seconds_per_provider=0.0, min_rounds=3))
+        assert gpu.main(["--out", str(folder), *QUICK]) == 0
+    return folder / "cpu.json"
+
+
+def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -> None:
+    meta, records = load_records(results)
+    assert set(meta) >= {"device_name", "versions", "commit", "source", "ceilings", "date"}
+    assert meta["ceilings"]["copy_gbps"] > 0
+    timed = [record for record in records if record["status"] == "timed"]
+    assert all(name in record for record in records for name in KEYS)
+    assert Counter(record["provider"] for record in timed) == {"base": 4, "peft": 4, "inplace": 4, "fused": 4}
+    for record in timed:
+        assert record["time_ms"] > 0
+        assert record["ratio_to_base"] > 0
+        assert record["peak_bytes"] >= 0
+        assert (record["tflops"] > 0) is (
+            record["op"] != "fold" or record["provider"] != "base"
+        )  # a copy computes nothing
+        assert record["gbps"] > 0
+
+
+def test_the_operators_are_checked_in_every_dtype_and_form(results: Path) -> None:
+    checks = [record for record in load_records(results)[1] if record["op"] == "check"]
+    assert {record["dtype"] for record in checks} == {"bfloat16", "float16", "float32"}
+    assert {record["form"] for record in checks} >= {"all", "folded mask", "frozen mask", "none selected", "fold"}
+    assert {record["status"] for record in checks} == {"passed"}
+
+
+def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_records(results)
+    for name in ("run_checks", "measure_on_device", "ceilings"):
+        monkeypatch.setattr(gpu, name, lambda *given: pytest.fail("measured again"))
+    assert gpu.main(["--out", str(results.parent), *QUICK]) == 0
+    assert load_records(results) == before
+
+
+def test_without_time_it_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--out", str(tmp_path), *QUICK, "--budget-seconds", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "left: forward 64×48 M 32 R 4 float32; " in shown
+    assert "goes on from here" in shown
+    assert load_records(tmp_path / "cpu.json")[1] == []
+
+
+def test_other_code_is_not_mixed_in(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "source_digest", lambda: "changed")
+    assert gpu.main(["--out", str(results.parent), *QUICK]) == 2
+    assert "--fresh starts over" in capsys.readouterr().err
+
+
+def test_a_wrong_provider_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = pk.FusedPLoRALinear.forward
+    monkeypatch.setattr(pk.FusedPLoRALinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    case = Case("forward", TINY, 32, 4, "float32")
+    wanted = ("peft", "peft-autocast", "inplace", "fused")
+    failed = {"inplace": "its process ended"}
+    records = {r["provider"]: r for r in measure_on_device(case, CPU, Plan(0.0, 3), wanted, failed)}
+    assert records["fused"]["status"] == "wrong"
+    assert "y is off by" in str(records["fused"]["cause"])
+    assert records["fused"]["time_ms"] is None
+    assert records["inplace"]["cause"] == "its process ended"
+    assert records["peft-autocast"]["status"] == "not available"
+    assert records["peft"]["status"] == records["base"]["status"] == "timed"
+
+
+def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("plora_kernels.torch_path.fold_", lambda *given: None)
+    records = run_checks(CheckShape("cpu", "float32", 37, 50, 29, 5))
+    assert [record["form"] for record in records if record["status"] == "wrong"] == ["fold"]
+    assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", "fold"]) == 1
+    assert "WRONG fold: fold: weight is off by" in capsys.readouterr().out
+
+
+def test_an_element_that_is_not_written_is_found() -> None:
+    with poisoned_outputs():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.zeros(3)).isnan().all()
+        assert torch.empty(3, dtype=torch.int32).shape == (3,)
+    assert not torch.empty(1000).isnan().all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_kernels_pass_their_checks() -> None:
+    records = run_checks(CheckShape("cpu", "float16", 37, 50, 29, 5))
+    assert {record["status"] for record in records} == {"passed"}
+
+
+def test_the_important_cases_come_first_and_each_once() -> None:
+    cases = device_cases("cuda")
+    assert len(set(cases)) == len(cases)
+    assert [(case.op, case.projection, case.r) for case in cases[:2]] == [
+        ("forward", GATE, 16),
+        ("forward_backward", GATE, 16),
+    ]
+    found = {(c.op, c.projection, c.r) for c in cases if c.m == TABLE_ROWS and c.dtype == "bfloat16"}
+    assert found >= {(op, p, r) for op in ("forward", "forward_backward") for p in TABLE for r in TABLE_RANKS}
+    assert {c.m for c in cases} >= {0, 1, 16, 8192}
+    assert {c.r for c in cases} >= {8, 16, 32, 64, 128, 256}
+    assert {c.dtype for c in cases} == {"bfloat16", "float16", "float32"}
+    assert {shape.dtype for shape in check_shapes("cuda")} == {"bfloat16", "float16", "float32", "tf32"}
+
+
+@pytest.mark.parametrize("op", ["forward", "forward_backward"])
+def test_every_provider_but_the_compiled_is_right_in_half_precision(op: str) -> None:
+    case = Case(op, TINY, 32, 4, "bfloat16")  # type: ignore[arg-type]
+    wanted = [name for name in every_provider(case.op) if name != "peft-compiled"]
+    records = measure_on_device(case, CPU, Plan(0.0, 3), wanted, {})
+    assert [(record["provider"], record["status"]) for record in records] == [(name, "timed") for name in wanted]
+
+
+def test_the_readme_section_is_made_from_the_file(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{GPU_BEGIN}\nbefore\n{GPU_END}\n", encoding="utf-8")
+    assert main([str(results), "--readme", str(readme)]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert device_markdown(*load_records(results)).strip() in text
+    assert committed_section(results.parent) in text
+    assert "before" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| 64×48, R 4 |"))
+    fused = next(p["fused"] for p in by_case(load_records(results)[1]))
+    assert f"({fused['ratio_to_base']:.2f})" in row
+    assert "nothing was wrong" in text
+
+
+def test_a_readme_without_a_device_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text("{}", encoding="utf-8")
+    assert committed_section(tmp_path).startswith("GPU: not yet measured.")
+
+
+def test_the_terminal_shows_what_was_wrong(results: Path) -> None:
+    meta, records = load_records(results)
+    wrong = {"time_ms": None, "ratio_to_base": None, "status": "wrong"}
+    broken = [{**record, **wrong} if record["provider"] == "fused" else record for record in records]
+    assert "WRONG" in summary(meta, broken)
+    assert "WRONG" not in summary(meta, records)
+    assert "results were wrong and not timed" in device_markdown(meta, broken)
+
+
+def test_a_missing_device_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main(["--out", str(tmp_path), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: there is no CUDA device; --device cpu tries the command out\n"
+
+
+def test_a_difference_between_two_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import device_checks
+
+    drift = iter(range(1, 100))
+    fused = device_checks._fused
+    monkeypatch.setattr(device_checks, "_fused", lambda *given: {"y": fused(*given)["y"] + next(drift)}, raising=True)
+    shape = CheckShape("cpu", "float32", 4, 4, 4, 2)
+    with pytest.raises(WrongResultError, match="y of two runs differ by"):
+        device_checks._check_deterministic(shape, device_checks._draw(shape), "deterministic")

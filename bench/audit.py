@@ -91,7 +91,7 @@ def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
 def launches_of(
     rows: int, k: int, n: int, rank: int, dtype: torch.dtype, indexed: bool, capability: int
 ) -> list[Launch]:
-    """Return every launch of one forward, one backward and one fold at this shape on sm_<capability>."""
+    """Return every launch of one forward, one backward and the folds at this shape on sm_<capability>."""
     from plora_kernels import configs
     from plora_kernels.kernels import adapted_matmul, backward, factor_gradient, fold, forward
 
@@ -108,7 +108,9 @@ def launches_of(
     ):
         _, s = forward.forward(x, weight, lora_A, lora_B, bias, index, 2.0, True)
         backward.backward(dy, x, weight, lora_A, lora_B, s, index, 2.0, False, True, True, True)
-        fold.fold_(weight, lora_A, lora_B, index, 2.0)
+        fold.fold(weight, lora_A, lora_B, index, 2.0, None, weight)
+        if dtype is not torch.float32:
+            fold.fold(weight, lora_A, lora_B, index, 2.0, 1, empty(n, k))  # rounded stochastically, out of place
     return launches
 
 

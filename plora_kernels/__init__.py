@@ -13,7 +13,7 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
-from .folding import fold_
+from .folding import fold, fold_
 from .functional import plora_linear
 from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
@@ -35,6 +35,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "backend",
+    "fold",
     "fold_",
     "inject",
     "load_peft",

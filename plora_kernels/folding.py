@@ -1,18 +1,22 @@
-"""Folding modules into a weight: the public function `fold_` and its torch operator.
+"""Folding modules into a weight: the public functions `fold_` and `fold`, and their torch operators.
 
 Nothing here reads a device tensor on the host.
 """
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
-from . import torch_path
+from . import torch_fold
 from .backend import runs_kernels
 from .checks import check_alike, check_factors, check_number, index_for
-from .errors import ConfigError, StateError
-from .selection import Selection
+from .errors import ConfigError, DTypeError, ShapeError, StateError
+from .ops import _watched
+from .rounding import HALF, ROUNDINGS
+from .selection import Selection, complement, host_indices
 
 
 def fold_(
@@ -23,6 +27,8 @@ def fold_(
     *,
     scale: float = 1.0,
     sign: int = 1,
+    rounding: str = "nearest",
+    seed: int | None = None,
 ) -> Tensor:
     """Add the unselected modules to the weight in place, W += sign·s·Σ_{j∉selected} b_j a_jᵀ, and return it.
 
@@ -31,41 +37,180 @@ def fold_(
         selected: the modules to leave out: a bool mask (R,), indices, `[]` to fold all, None (all selected) to fold
             none.
         scale: s. sign: +1 folds, −1 takes out again (to rounding: keep the original where it must be exact).
+        rounding: "nearest", or "stochastic" for a float16 or bfloat16 weight: up or down at random with the
+            expectation exact, so that what is folded again and again does not drift. Values beyond the largest finite
+            one, infinities and NaN become what "nearest" makes of them.
+        seed: 0 … 2⁶³ − 1, for "stochastic" alone, where it is needed: take another for every fold. An element's draw
+            depends on the seed and its place (n, k) only.
 
     The sum runs in fp32 (float64 for float64) and is rounded once into the weight. It has no autograd: the factors
     enter as constants.
 
     Raises:
         ShapeError, RankError, DTypeError, DeviceError, SelectionError: an argument does not fit.
-        ConfigError: sign is neither 1 nor −1.
+        ConfigError: sign is neither 1 nor −1; rounding or seed cannot be used.
         StateError: weight requires a gradient and gradients are enabled.
 
     Source: Select-N-Fold, arXiv 2602.16936.
     """
+    scale = check_fold(weight, lora_A, lora_B, scale, sign)
+    seed = check_rounding(weight, rounding, seed)
+    refuse_gradient("weight", weight)
+    folds, index = index_of_others(selected, lora_A.shape[0], weight.device)
+    if folds:
+        run_fold(weight, lora_A, lora_B, index, scale, seed, weight)
+    return weight
+
+
+def fold(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    selected: Selection | None,
+    *,
+    scale: float = 1.0,
+    sign: int = 1,
+    out: Tensor | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+) -> Tensor:
+    """Return W + sign·s·Σ_{j∉selected} b_j a_jᵀ (N, K) in `out` or a new tensor; the weight stays as it is.
+
+    Arguments, numbers and errors are those of `fold_`; it costs what `fold_` costs, one read of W and one write of the
+    result, and gives the same bits. The result has no autograd.
+
+    Args:
+        out: (N, K) of the weight's dtype and device, written whole; it may be the weight itself, and must not overlap
+            it or the factors otherwise.
+
+    Raises:
+        ShapeError: out is not (N, K). StateError: out requires a gradient and gradients are enabled.
+    """
+    scale = check_fold(weight, lora_A, lora_B, scale, sign)
+    seed = check_rounding(weight, rounding, seed)
+    if out is None:
+        out = torch.empty_like(weight, requires_grad=False)
+    else:
+        check_out(weight, out)
+    folds, index = index_of_others(selected, lora_A.shape[0], weight.device)
+    if folds:
+        run_fold(weight, lora_A, lora_B, index, scale, seed, out)
+    elif out is not weight:
+        with torch.no_grad():
+            out.copy_(weight)
+    return out
+
+
+def check_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, sign: int) -> float:
+    """Return sign·s; raise unless shapes, dtypes and devices fit together and both are numbers that can be used."""
     if sign not in (1, -1):
         raise ConfigError(f"sign is {sign!r}; 1 folds and -1 takes out again")
     check_factors(weight, lora_A, lora_B)
     check_alike("weight", {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise StateError("weight requires a gradient: fold inside torch.no_grad() or call weight.requires_grad_(False)")
-    scale = check_number("scale", scale)
+    return check_number("scale", scale) * sign
+
+
+def check_rounding(weight: Tensor, rounding: str, seed: int | None) -> int | None:
+    """Return the seed of stochastic rounding, or None for rounding to nearest."""
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding is {rounding!r}; it may be 'nearest' or 'stochastic'")
+    if rounding == "nearest":
+        if seed is not None:
+            raise ConfigError(f"seed is {seed!r}, but rounding is 'nearest', which draws nothing: leave the seed out")
+        return None
+    if weight.dtype not in HALF:
+        raise DTypeError(
+            f"rounding is 'stochastic' and weight {weight.dtype}; that is for float16 and bfloat16, a wider sum is "
+            "not rounded again: use 'nearest'"
+        )
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise ConfigError(f"seed is {seed!r}; rounding='stochastic' needs an integer from 0 to 2**63 - 1")
+    return number
+
+
+def check_out(weight: Tensor, out: Tensor) -> None:
+    """Raise unless a fold of `weight` can be written to `out`."""
+    if out.shape != weight.shape:
+        raise ShapeError(f"out is {tuple(out.shape)}; weight needs {tuple(weight.shape)}")
+    check_alike("weight", {"weight": weight, "out": out})
+    refuse_gradient("out", out)
+
+
+def refuse_gradient(name: str, tensor: Tensor) -> None:
+    """Raise StateError if a change of this tensor in place would be one autograd has to know of."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise StateError(
+            f"{name} requires a gradient: fold inside torch.no_grad() or call {name}.requires_grad_(False)"
+        )
+
+
+def index_of_others(selected: Selection | None, rank: int, device: torch.device) -> tuple[bool, Tensor | None]:
+    """Return whether anything is to be folded, and the unselected modules as an index buffer (None: all of them)."""
     if selected is None:
-        return weight
-    index = index_for(selected, lora_A.shape[0], weight.device, invert=True)
-    torch.ops.plora.fold_(weight.detach(), lora_A.detach(), lora_B.detach(), index, scale * sign)
-    return weight
+        return False, None
+    if isinstance(selected, Tensor) and (selected.device.type != "cpu" or torch.compiler.is_compiling()):
+        return True, index_for(selected, rank, device, invert=True)
+    others = complement(host_indices(selected, rank), rank)
+    if len(others) in (0, rank):
+        return bool(others), None
+    return True, index_for(others, rank, device)
+
+
+def run_fold(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
+) -> None:
+    """Fold checked tensors: by the operators where somebody watches them, else directly, which costs less host time."""
+    in_place, written = out is weight, out
+    weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
+    out = weight if in_place else out.detach()
+    if not _watched(weight, lora_A, lora_B, out) and not torch._C._are_functorch_transforms_active():
+        _fold(weight, lora_A, lora_B, index, scale, seed, out)
+        if not written.is_inference():
+            torch.autograd.graph.increment_version(written)
+    elif in_place:
+        torch.ops.plora.fold_(weight, lora_A, lora_B, index, scale, seed)
+    else:
+        torch.ops.plora.fold(weight, lora_A, lora_B, index, scale, seed, out)
+
+
+def _fold(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
+) -> None:
+    if runs_kernels(weight):
+        from .kernels import fold as kernel
+
+        kernel.fold(weight, lora_A, lora_B, index, scale, seed, out)
+    else:
+        torch_fold.fold(weight, lora_A, lora_B, index, scale, seed, out)
 
 
 @torch.library.custom_op("plora::fold_", mutates_args=("weight",))
-def _fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
-    if runs_kernels(weight):
-        from .kernels import fold
-
-        fold.fold_(weight, lora_A, lora_B, index, scale)
-    else:
-        torch_path.fold_(weight, lora_A, lora_B, index, scale)
+def _fold_in_place(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None
+) -> None:
+    _fold(weight, lora_A, lora_B, index, scale, seed, weight)
 
 
-@_fold_.register_fake
-def _fold_fake(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
+@_fold_in_place.register_fake
+def _fold_in_place_fake(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None
+) -> None:
+    return None
+
+
+@torch.library.custom_op("plora::fold", mutates_args=("out",))
+def _fold_out_of_place(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
+) -> None:
+    _fold(weight, lora_A, lora_B, index, scale, seed, out)
+
+
+@_fold_out_of_place.register_fake
+def _fold_out_of_place_fake(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
+) -> None:
     return None

@@ -103,10 +103,3 @@ def _scatter(gradient: Tensor, index: Tensor | None, rank: int) -> Tensor:
     out = gradient.new_zeros(rank + 1, gradient.shape[1])
     out[torch.where(index < 0, rank, index).long()] = gradient
     return out[:rank]
-
-
-def fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
-    """Add s·Σ_j b_j a_jᵀ over the indexed modules (None: all) to weight (N, K), in place."""
-    A, B = _gather(lora_A, lora_B, index)
-    if weight.numel() and A.numel():
-        weight.addmm_(B, A, alpha=scale)

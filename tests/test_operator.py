@@ -42,7 +42,7 @@ def test_opcheck_of_the_forward_and_backward(frozen: bool, index: Tensor | None,
 
 def test_opcheck_of_the_fold(each_backend: str) -> None:
     _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
-    torch.library.opcheck(torch.ops.plora.fold_.default, (weight, lora_A, lora_B, INDEX, 0.5))
+    torch.library.opcheck(torch.ops.plora.fold_.default, (weight, lora_A, lora_B, INDEX, 0.5, None))
 
 
 @pytest.mark.parametrize("selected", [None, [], [0, 2]], ids=str)

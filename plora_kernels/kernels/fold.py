@@ -1,4 +1,4 @@
-"""Fold modules into the weight, in place: one read and one write of W."""
+"""Fold modules into one weight, in place or into another buffer: one read of W, one write of the result."""
 
 from __future__ import annotations
 
@@ -9,21 +9,58 @@ from torch import Tensor
 
 from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
-from .adapted_matmul import _load_modules, dot_precision, dtype_name, is_aligned
+from ..rounding import seed_keys
+from .adapted_matmul import _load_modules, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .rounding import element_bits, round_stochastically
 
 
 @triton.jit
-def fold_kernel(
+def _add_modules(
+    delta,
+    a_base,
+    b_base,
+    index_ptr,
+    r0,
+    R,
+    rows,
+    columns,
+    row_ok,
+    column_ok,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return delta + Σ_j b_j a_jᵀ over the places r0 … r0+BLOCK_R−1: (BLOCK_N, BLOCK_K) fp32."""
+    modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
+    a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
+    a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
+    b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
+    b = tl.load(b_base + b_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
+    return tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
+
+
+@triton.jit
+def fold_tile(
     weight_ptr,
+    out_ptr,
     a_ptr,
     b_ptr,
     index_ptr,
+    tile,
     N,
     K,
     R,
     scale,
+    first_key,
+    second_key,
     stride_wn,
     stride_wk,
+    stride_on,
+    stride_ok,
     stride_ar,
     stride_ak,
     stride_bn,
@@ -31,41 +68,116 @@ def fold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add s·Σ_j b_j a_jᵀ over the indexed modules to one (BLOCK_N, BLOCK_K) tile of W, in fp32, rounded once.
+    """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
-    weight (N, K), a (R, K), b (N, R), index int32 or unused; R counts places.
+    weight and out (N, K), possibly one matrix; a (R, K), b (N, R), index int32 or unused. R counts places, all of
+    them in one block if ONE_BLOCK. Tiles are numbered along K first: neighbours finish each other's rows.
     """
-    rows = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
-    columns = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)  # (BLOCK_K,)
-    row_ok, column_ok = rows < N, columns < K
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    first_row, first_column = (tile // tiles_k) * BLOCK_N, (tile % tiles_k) * BLOCK_K
+    # A tile's base is a 64-bit scalar, since N·K may pass 2³¹; offsets inside take 32 bits unless strides are huge.
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    row_ok, column_ok = rows < N - first_row, columns < K - first_column
     tile_ok = row_ok[:, None] & column_ok[None, :]
-    tile = weight_ptr + rows[:, None] * stride_wn + columns[None, :] * stride_wk
-    w = tl.load(tile, mask=tile_ok, other=0.0)  # (BLOCK_N, BLOCK_K)
+    base_row, base_column = first_row.to(tl.int64), first_column.to(tl.int64)
+
+    # The one long read comes first: the factors, small and cached, arrive while it is under way.
+    weight_base = weight_ptr + base_row * stride_wn + base_column * stride_wk
+    w = tl.load(weight_base + rows[:, None] * stride_wn + columns[None, :] * stride_wk, mask=tile_ok, other=0.0)
+    a_base, b_base = a_ptr + base_column * stride_ak, b_ptr + base_row * stride_bn
     delta = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
-        b_tile = b_ptr + rows[:, None] * stride_bn + modules[None, :] * stride_br
-        b = tl.load(b_tile, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
-        a_tile = a_ptr + modules[:, None] * stride_ar + columns[None, :] * stride_ak
-        a = tl.load(a_tile, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
-        delta = tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
-    tl.store(tile, (w.to(tl.float32) + scale * delta).to(w.dtype), mask=tile_ok)
+    if ONE_BLOCK:
+        delta = _add_modules(
+            delta, a_base, b_base, index_ptr, 0, R, rows, columns, row_ok, column_ok,
+            stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
+        )  # fmt: skip
+    else:
+        for r0 in range(0, R, BLOCK_R):
+            delta = _add_modules(
+                delta, a_base, b_base, index_ptr, r0, R, rows, columns, row_ok, column_ok,
+                stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
+            )  # fmt: skip
+
+    total = w.to(tl.float32) + scale * delta  # (BLOCK_N, BLOCK_K) fp32
+    if STOCHASTIC:
+        bits = element_bits(first_key, second_key, first_row + rows, first_column + columns)
+        result = round_stochastically(total, bits, w.dtype)
+    else:
+        result = total.to(w.dtype)
+    out_base = out_ptr + base_row * stride_on + base_column * stride_ok
+    tl.store(out_base + rows[:, None] * stride_on + columns[None, :] * stride_ok, result, mask=tile_ok)
 
 
-def fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float) -> None:
-    """Add s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to weight (N, K), in place."""
+@triton.jit(do_not_specialize=["first_key", "second_key"])
+def fold_kernel(
+    weight_ptr,
+    out_ptr,
+    a_ptr,
+    b_ptr,
+    index_ptr,
+    N,
+    K,
+    R,
+    scale,
+    first_key,
+    second_key,
+    stride_wn,
+    stride_wk,
+    stride_on,
+    stride_ok,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold one weight, a tile a program; see `fold_tile`."""
+    fold_tile(
+        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, first_key, second_key,
+        stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
+        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, HAS_INDEX, STOCHASTIC, WIDE_OFFSETS, PRECISION,
+    )  # fmt: skip
+
+
+def fold(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor | None,
+    scale: float,
+    seed: int | None,
+    out: Tensor,
+) -> None:
+    """Write W + s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to `out` (N, K), which may be `weight`.
+
+    With a seed the sum is rounded stochastically (fp16, bf16), without one to nearest.
+    """
     (n, k), width = weight.shape, lora_A.shape[0] if index is None else index.shape[0]
-    if width == 0 or weight.numel() == 0:
+    if weight.numel() == 0:
         return
     shape = ShapeClass("fold", dtype_name(weight.dtype), n, k, n, width)
-    blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight))
-    grid = (triton.cdiv(k, blocks.block_k), triton.cdiv(n, blocks.block_n))
+    blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight) and is_aligned(out))
+    first_key, second_key = (0, 0) if seed is None else seed_keys(seed)
+    grid = (triton.cdiv(n, blocks.block_n) * triton.cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
             weight,
+            out,
             lora_A,
             lora_B,
             index if index is not None else weight,
@@ -73,13 +185,19 @@ def fold_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, 
             k,
             width,
             scale,
+            first_key,
+            second_key,
             *weight.stride(),
+            *out.stride(),
             *lora_A.stride(),
             *lora_B.stride(),
             BLOCK_N=blocks.block_n,
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
+            ONE_BLOCK=width <= blocks.block_r,
             HAS_INDEX=index is not None,
+            STOCHASTIC=seed is not None,
+            WIDE_OFFSETS=needs_wide_offsets(256, weight, out, lora_A, lora_B),
             PRECISION=dot_precision(weight.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

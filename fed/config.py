@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fed.errors import FedError
 
 PRESETS = Path(__file__).parent / "presets"
+# Methods whose clients all train the whole adapter.
+EQUAL_RANKS = frozenset({"fedit"})
 _EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -113,7 +115,7 @@ class TrainConfig(_Table):
 class RunConfig(_Table):
     """Everything a run depends on: the same configuration gives the same files, time fields apart.
 
-    `threads` is how many torch computes with on the CPU; 0 leaves it to torch.
+    `threads` is how many torch computes with on the CPU; 0 leaves it to torch. `tracker` names where rows go besides.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -121,6 +123,7 @@ class RunConfig(_Table):
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    tracker: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
@@ -140,10 +143,20 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
     An override's value is read as TOML (`train.learning_rate=1e-3`, `clients.ranks=[4,8]`); where it is none,
     or the key holds text, it is plain text (`data.text=input`). Raises FedError naming key and value.
     """
-    table = _read(source)
+    return parse(table(source, overrides), where=str(source))
+
+
+def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `load` validates: the nested table of a preset or file, with the overrides applied."""
+    values = _read(source)
+    apply(values, overrides)
+    return values
+
+
+def apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `key=value` overrides in a nested table, in order; FedError naming an unknown key."""
     for override in overrides:
         _apply(table, override)
-    return parse(table, where=str(source))
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:

@@ -67,6 +67,17 @@ def save(model: Any, config: RunConfig, directory: Path) -> None:
         model.save_pretrained(directory)
 
 
+def reopen(directory: Path) -> nn.Module:
+    """Load a base model that `save` wrote, bit for bit as it was: CPU, its own dtype and labels."""
+    import transformers
+
+    with _quiet(), _failing_as(f"the base model in {str(directory)!r} does not load"):
+        architecture = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        kind = getattr(transformers, architecture.architectures[0])
+        model: nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype="auto")
+    return model
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Name the modules of the classification head: the children with parameters beside the backbone."""
     backbone = getattr(model, "base_model_prefix", "")

@@ -1,4 +1,4 @@
-"""What a run's files say: its rows read back, and the picture of accuracy, noise and bytes over rounds."""
+"""What a run's files say: its rows read back, its result as a table."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from fed.errors import FedError
 from fed.rundir import CONFIG, ROUNDS
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from fed.config import RunConfig
 
 Row = dict[str, Any]
 
-PICTURE, CENTRALISED = "report.png", "centralised.json"
-METHOD_NAMES = {"fed-plora": "Fed-PLoRA", "fedit": "FedIT"}
-
-# Okabe and Ito's colours, told apart by people of every colour vision; line styles tell them apart without colour.
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#595959"
-_INK = "#222222"
+CENTRALISED = "centralised.json"
+METHOD_NAMES = {
+    "fed-plora": "Fed-PLoRA",
+    "fedit": "FedIT",
+    "flora": "FLoRA",
+    "flexlora": "FlexLoRA",
+    "hetlora": "HETLoRA",
+    "ffa-lora": "FFA-LoRA",
+    "fedex-lora": "FedEx-LoRA",
+    "fedsa-lora": "FedSA-LoRA",
+    "rolora": "RoLoRA",
+    "raflora": "raFLoRA",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ def read(directory: Path) -> Run:
     for name in (CONFIG, ROUNDS):
         if not (directory / name).is_file():
             raise FedError(f"{str(directory)!r} is not a run's directory: there is no {name} in it")
-    *lines, _ = (directory / ROUNDS).read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(directory)
     if not rows:
         raise FedError(f"{str(directory / ROUNDS)!r} holds no rows: the run ended before its first")
     path = directory / CENTRALISED
@@ -62,10 +66,19 @@ def read(directory: Path) -> Run:
     return Run(configuration.load(directory / CONFIG), rows, centralised)
 
 
+def read_rows(directory: Path) -> list[Row]:
+    """Return the rows of a run's file, without a last line cut off in mid-writing; none where there is no file."""
+    try:
+        *lines, _ = (directory / ROUNDS).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
 def summary(run: Run) -> list[tuple[str, ...]]:
     """Return a table, its heading first: accuracy before and after with the gain, and what centralised LoRA gains."""
     config, rounds = run.config, run.rows[-1]["round"]
-    federated = f"{METHOD_NAMES[config.method]}, {rounds} rounds × {config.train.local_steps} local steps"
+    federated = f"{method_name(config.method)}, {rounds} rounds × {config.train.local_steps} local steps"
     lines: list[tuple[str, ...]] = [
         (f"test data: {task_name(config)}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
@@ -97,39 +110,9 @@ def write_centralised(directory: Path, rows: Sequence[Row]) -> None:
     temporary.replace(directory / CENTRALISED)
 
 
-def draw(directory: Path) -> Path:
-    """Draw a run's accuracy, noise and bytes over its rounds to `report.png` in its directory; return that path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
-
-    run = read(directory)
-    figure = Figure(figsize=(13, 5), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12))
-    canvas = FigureCanvasAgg(figure)
-    accuracy, noise, traffic = figure.subplots(1, 3)
-    figure.suptitle(_headline(run.config), fontsize=12, color=_INK)
-    _draw_accuracy(accuracy, run)
-    _draw_noise(noise, run.rows[1:])
-    _draw_traffic(traffic, run.rows[1:])
-    for axes in (accuracy, noise, traffic):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        _finish(axes, last_round=run.rows[-1]["round"])
-    path, temporary = directory / PICTURE, directory / f"{PICTURE}.tmp"
-    with temporary.open("wb") as file:
-        canvas.print_png(file)
-    temporary.replace(path)
-    return path
-
-
-def _headline(config: RunConfig) -> str:
-    clients = config.clients
-    skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
-    ranks = ", ".join(str(rank) for rank in sorted(set(clients.ranks[: clients.count])))
-    return (
-        f"{METHOD_NAMES[config.method]} on {task_name(config)}: {clients.count} clients, {clients.per_round} a round, "
-        f"{skew}, ranks {ranks} of R = {config.adapter.rank}"
-    )
+def method_name(method: str) -> str:
+    """Return a method's name as its paper writes it."""
+    return METHOD_NAMES.get(method, method)
 
 
 def task_name(config: RunConfig) -> str:
@@ -138,55 +121,3 @@ def task_name(config: RunConfig) -> str:
         return Path(config.data.path).name
     turned = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert": "inverted", "none": "undisturbed"}
     return f"digits {turned[config.data.shift]}"
-
-
-def _draw_accuracy(axes: Axes, run: Run) -> None:
-    percent = [100 * row["accuracy"] for row in run.rows]
-    rounds = [row["round"] for row in run.rows]
-    axes.plot(rounds, percent, color=_BLUE, marker="o", markersize=3, label=f"federated: {percent[-1]:.1f} %")
-    axes.axhline(percent[0], color=_GREY, linestyle=":", label=f"unadapted: {percent[0]:.1f} %")
-    for row, style in zip(run.centralised, ("--", "-."), strict=False):
-        reached = 100 * row["accuracy"]
-        axes.axhline(
-            reached, color=_VERMILION, linestyle=style, label=f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
-        )
-    axes.set_ylim(0, 100)
-    axes.set_title("Accuracy on held-out test data")
-    axes.set_ylabel("accuracy (%)")
-
-
-def _draw_noise(axes: Axes, rows: Sequence[Row]) -> None:
-    """Both noises on a logarithmic axis; a noise that is zero throughout has no place there and says so."""
-    for field, name, color, style in (
-        ("agg_noise", "aggregation: new global update from clients' mean", _VERMILION, "-"),
-        ("init_noise", "initialisation: client's start from global update", _BLUE, "--"),
-    ):
-        points = [(row["round"], row[field]) for row in rows if row[field]]
-        label = name if points else f"{name}: 0 in every round"
-        axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, linestyle=style, label=label)
-    if any(row["agg_noise"] or row["init_noise"] for row in rows):
-        axes.set_yscale("log")
-    axes.set_title("Noise on effective weights")
-    axes.set_ylabel("Frobenius norm of the difference")
-
-
-def _draw_traffic(axes: Axes, rows: Sequence[Row]) -> None:
-    rounds = [row["round"] for row in rows]
-    for field, name, color, style in (
-        ("download_bytes", "down", _BLUE, "-"),
-        ("upload_bytes", "up", _VERMILION, "--"),
-    ):
-        megabytes = [row[field] / 1e6 for row in rows]
-        axes.plot(rounds, megabytes, color=color, linestyle=style, label=f"{name}, {sum(megabytes):.3g} MB in all")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Bytes in a round, all its clients")
-    axes.set_ylabel("megabytes")
-
-
-def _finish(axes: Axes, last_round: int) -> None:
-    axes.set_xlabel("round")
-    axes.set_xlim(0, 1.03 * max(1, last_round))
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below: hides nothing

@@ -1,0 +1,111 @@
+"""What a comparison shows while it runs: a line for every finished run, and on a terminal bars below them."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fed.grid import Cell
+from fed.report import percent
+
+_SPEED_OVER_SECONDS = 1800.0  # methods differ in speed: the time left stands on the last half hour
+
+
+class Board:
+    """A context that is told what happens to each run of a comparison.
+
+    `failures` holds a line for each run that could not be played.
+    """
+
+    def __init__(self, cells: list[Cell], already: int) -> None:
+        self.failures: list[str] = []
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._runs, self._ended = already + len(cells), already
+        self._rounds, self._played = sum(cell.config.rounds for cell in cells), 0
+        self._began = time.monotonic()
+        self._accuracy: dict[str, str] = {}
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if self._out.is_terminal and self._rounds:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=self._out,
+                speed_estimate_period=_SPEED_OVER_SECONDS,
+            )
+            self._bars.start()
+            self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=self._count())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def tell(self, cell: Cell, kind: str, payload: Any) -> None:
+        """Show a finished round ("row"), a run's end ("finished", "failed"), or a line ("base", "event")."""
+        if kind == "row":
+            self._row(cell, payload)
+        elif kind == "base":
+            self._say(payload)
+        elif kind == "event":
+            self._warn(f"{cell.label}: {payload}")
+        else:
+            self._end(cell, None if kind == "finished" else payload)
+
+    def _row(self, cell: Cell, row: dict[str, Any]) -> None:
+        self._accuracy[cell.label] = f"accuracy {percent(row):>6}"
+        if row["round"] > 0:
+            self._played += 1
+        if self._bars is None:
+            return
+        if cell.label not in self._tasks:
+            self._tasks[cell.label] = self._bars.add_task(cell.label, total=cell.config.rounds, note="")
+        self._bars.update(self._tasks[cell.label], completed=row["round"], note=self._accuracy[cell.label])
+        self._bars.update(self._tasks["all"], completed=self._played)
+
+    def _end(self, cell: Cell, failure: str | None) -> None:
+        if self._bars is not None and cell.label in self._tasks:
+            self._bars.remove_task(self._tasks.pop(cell.label))
+        if failure is not None:
+            self.failures.append(f"{cell.label}: {failure}")
+            self._warn(f"{cell.label} cannot be played: {failure}")
+            return
+        self._ended += 1
+        if self._bars is not None:
+            self._bars.update(self._tasks["all"], note=self._count())
+        self._say(f"run {self._count()}  {self._accuracy[cell.label]}  {cell.label}{self._time_left()}")
+
+    def _count(self) -> str:
+        return f"{self._ended:>{len(str(self._runs))}} of {self._runs}"
+
+    def _time_left(self) -> str:
+        """The time the remaining rounds take at the speed so far; a bar on a terminal says it already."""
+        left = self._rounds - self._played
+        if self._bars is not None or left <= 0 or not self._played:
+            return ""
+        return f"  ({duration((time.monotonic() - self._began) / self._played * left)} left)"
+
+    def _say(self, line: str) -> None:
+        (self._bars.console if self._bars else self._out).print(line, markup=False)
+
+    def _warn(self, line: str) -> None:
+        (self._bars.console if self._bars else self._err).print(f"warning: {line}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: seconds below two minutes, minutes below two hours, hours beyond."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

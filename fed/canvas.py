@@ -1,0 +1,154 @@
+"""Pictures in one style: panels side by side on a sheet, on light or on dark paper, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 130
+_STYLES = ("-", "--", "-.", (0, (1, 1.2)))
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of one paper. `colors` are Okabe and Ito's, told apart by people of every colour vision."""
+
+    paper: str
+    ink: str
+    grey: str
+    grid: str
+    colors: tuple[str, ...]
+
+    def line(self, number: int) -> dict[str, Any]:
+        """Return colour and line style of the `number`-th thing drawn; styles tell them apart without colour."""
+        count = len(self.colors)
+        style = _STYLES[(number + number // count) % len(_STYLES)]
+        return {"color": self.colors[number % count], "linestyle": style}
+
+
+LIGHT = Theme(
+    paper="#FFFFFF",
+    ink="#222222",
+    grey="#595959",
+    grid="#DDDDDD",
+    colors=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#595959"),
+)
+DARK = Theme(
+    paper="#16181C",
+    ink="#E4E4E4",
+    grey="#A8A8A8",
+    grid="#34373D",
+    colors=("#4FA3E0", "#FF8140", "#2DC79A", "#E39AC4", "#F0B429", "#9AD4F5", "#B8B8B8"),
+)
+
+
+class Panel(NamedTuple):
+    """One set of axes: `draw` fills it; `caption` says in words what it shows; `legend` puts its own below it."""
+
+    caption: str
+    draw: Callable[[Axes, Theme], None]
+    legend: bool = True
+
+
+def sheet(
+    panels: Sequence[Panel],
+    theme: Theme = LIGHT,
+    title: str = "",
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (4.33, 5.0),
+    shared_legend: bool = False,
+) -> bytes:
+    """Return panels in rows of `columns` as a PNG; `size` is one panel's width and height in inches.
+
+    A shared legend stands once, below all of them, in place of each panel's own.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(
+        figsize=(size[0] * columns, size[1] * rows),
+        dpi=_DPI,
+        facecolor=theme.paper,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
+    )
+    canvas = FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=12, color=theme.ink)
+    cells = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, panel in zip(cells, panels, strict=False):
+        panel.draw(axes, theme)
+        _finish(axes, theme)
+        if panel.legend and not shared_legend:
+            _legend_below(axes, theme)
+    for axes in cells[len(panels) :]:
+        axes.set_axis_off()
+    if shared_legend:
+        _legend_of_all(figure, theme)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def save(picture: bytes, path: Path) -> Path:
+    """Write a picture under a temporary name, rename it, and return its path."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(picture)
+    temporary.replace(path)
+    return path
+
+
+def over_rounds(axes: Axes, last_round: int) -> None:
+    """Label the x axis with rounds, from 0 to a little beyond the last."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("round")
+    axes.set_xlim(0, 1.03 * max(1, last_round))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _finish(axes: Axes, theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(which="both", colors=theme.ink, labelcolor=theme.ink)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(theme.ink)
+    for spine in axes.spines.values():
+        spine.set_color(theme.grey)
+    if not axes.images:
+        along: Literal["x", "both"] = "x" if axes.containers else "both"  # bars lie: lines along them would cross them
+        axes.grid(axis=along, color=theme.grid, linewidth=0.6)
+
+
+def _legend_below(axes: Axes, theme: Theme) -> None:
+    """Below the axes a legend hides nothing."""
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=theme.ink, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def _legend_of_all(figure: Figure, theme: Theme) -> None:
+    """One entry for every label drawn anywhere on the sheet."""
+    entries: dict[Any, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / 2.2)))
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=theme.ink,
+    )

@@ -1,0 +1,171 @@
+"""A comparison's runs, played one after another or several at once, each kept as soon as it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fed import config as configuration
+from fed import execute, grid
+from fed.errors import FedError
+from fed.grid import Cell, Plan
+from fed.report import read_rows
+from fed.rundir import ADAPTER, BASE, CONFIG
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fed.config import RunConfig
+    from fed.data import FederatedData
+
+# Called with a cell, what happened ("base", "row", "event"), and a line or the row.
+Tell = Callable[[Cell, str, Any], object]
+
+BASES = "bases"
+
+
+def open_grid(plan: Plan, directory: Path) -> None:
+    """Make a comparison's directory, or check that the one there holds runs of the same settings.
+
+    Methods, values and seeds may be others than before: what is there stays. Raises FedError naming the first
+    setting that differs, and where the directory is something else.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if not (directory / grid.PLAN).is_file():
+            raise FedError(f"--out is {str(directory)!r}, which exists and is no comparison; give another name")
+        _require_same(plan, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        grid.write(plan.request, directory)
+    except OSError as error:
+        raise FedError(f"--out is {str(directory)!r}: it cannot be written: {error.strerror}") from None
+
+
+def _require_same(plan: Plan, directory: Path) -> None:
+    before = grid.plan(grid.read(directory))
+    pairs = [("its runs share", before.common(), plan.common())]
+    for cell in plan.cells:
+        if (path := directory / cell.path / CONFIG).is_file():
+            pairs.append((cell.label, grid.settings_of(configuration.load(path)), grid.settings_of(cell.config)))
+    for what, there, here in pairs:
+        if (differs := grid.difference(there, here)) is not None:
+            raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
+
+
+def rounds_done(cell: Cell, directory: Path) -> int:
+    """Return the last round of a run's file, -1 where it has none."""
+    rows = read_rows(directory / cell.path)
+    return int(rows[-1]["round"]) if rows else -1
+
+
+def finished(cell: Cell, directory: Path) -> bool:
+    """Return whether a run went to its end: every round is there, and the adapter saved after the last."""
+    return (directory / cell.path / ADAPTER).is_dir() and rounds_done(cell, directory) == cell.config.rounds
+
+
+class Workbench:
+    """Data and base models for a comparison's runs: made once for all runs that share them.
+
+    Base models lie below `directory/bases`, one for each seed; the last data and model used stay in memory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._data: tuple[str, FederatedData] | None = None
+        self._model: tuple[str, nn.Module] | None = None
+
+    def data(self, config: RunConfig) -> FederatedData:
+        """Return a run's data; runs of one seed that differ in nothing the data depend on get the same object."""
+        from fed import data
+
+        key = _key(config, "data", "clients", "model")
+        if self._data is None or self._data[0] != key:
+            self._data = None  # frees the last before the next is made
+            self._data = key, data.load(config)
+        return self._data[1]
+
+    def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
+        """Return the base model of a run and where it is saved, from there if it was made before."""
+        from fed import models
+
+        key = _key(config, "data", "model")
+        path = self.directory / BASES / f"seed-{config.seed}-{key}"
+        if self._model is None or self._model[0] != key:
+            self._model = None
+            if path.is_dir():
+                model = models.reopen(path)
+            else:
+                tell(f"making the base model of seed {config.seed}")
+                model = self._made(config, path)
+            self._model = key, model
+        return self._model[1], path
+
+    def _made(self, config: RunConfig, path: Path) -> nn.Module:
+        """Make a base model under a temporary name; where another process was first, its like stays."""
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        model = execute.make_base(config, self.data(config), temporary)
+        try:
+            temporary.rename(path)
+        except OSError:
+            shutil.rmtree(temporary)
+        return model
+
+
+def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
+    """Play one run of a comparison to its end, from where it stood if it was begun before."""
+    config, directory = cell.config, bench.directory / cell.path
+    with execute.limits(config.threads):
+        model, base = bench.base(config, lambda line: tell(cell, "base", line))
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        configuration.write(config, directory / CONFIG)
+        (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
+        execute.play(
+            config,
+            bench.data(config),
+            model,
+            directory,
+            lambda row: tell(cell, "row", row),
+            lambda line: tell(cell, "event", line),
+        )
+
+
+def check(cells: Sequence[Cell], bench: Workbench) -> None:
+    """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model."""
+    from fed import models
+    from fed.trackers import require
+
+    built: dict[str, nn.Module] = {}
+    for cell in cells:
+        require(cell.config.tracker)
+        if cell.seed != cells[0].seed:
+            continue
+        with execute.limits(cell.config.threads):
+            data, key = bench.data(cell.config), _key(cell.config, "data", "model")
+            if key not in built:
+                built = {key: models.build(cell.config, data)}
+            execute.check_adapter(cell.config, built[key])
+
+
+def in_turn(cells: Sequence[Cell], bench: Workbench, tell: Tell) -> None:
+    """Play runs one after another; one that cannot be played is told as "failed" and the others go on."""
+    for cell in cells:
+        try:
+            play(cell, bench, tell)
+        except FedError as error:
+            tell(cell, "failed", str(error))
+        else:
+            tell(cell, "finished", None)
+
+
+def _key(config: RunConfig, *tables: str) -> str:
+    """A short name for what these tables, the seed and the number of threads decide."""
+    decisive = {name: getattr(config, name).model_dump(mode="json") for name in tables}
+    content = json.dumps([config.seed, config.threads, decisive], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

@@ -1,0 +1,73 @@
+"""What is written from the files of a run or a comparison: pictures, tables, and a page that stands alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fed import curves, pictures, wording
+from fed.comparison import Comparison, as_json
+from fed.grid import settings_of
+from fed.metrics import COST, NOISE, OUTCOME
+from fed.page import Section, page
+from fed.report import read, summary
+
+PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
+
+
+def publish_run(directory: Path) -> list[Path]:
+    """Write a run's `report.png` and `report.html` anew and return their paths."""
+    run = read(directory)
+    settings = "\n".join(f"{key} = {value!r}" for key, value in settings_of(run.config).items())
+    sections = [
+        Section("Result", tables=[summary(run)]),
+        Section("Over the rounds", panels=pictures.panels(run)),
+        Section("Settings", code=f"seed = {run.config.seed}\n{settings}"),
+    ]
+    lead = "Round 0 is the unadapted model; noise is measured on effective weights, in fp64."
+    document = page(pictures.headline(run.config), lead, sections)
+    return [pictures.draw(directory), _write(document, directory / PAGE)]
+
+
+def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
+    """Write a comparison's pictures, `comparison.json`, `comparison.md` and `report.html` and return their paths."""
+    drawn = curves.draw(comparison, directory)
+    summed_up = json.dumps(as_json(comparison), indent=2, ensure_ascii=False) + "\n"
+    return [
+        *drawn,
+        _write(summed_up, directory / JSON),
+        _write(wording.as_markdown(comparison, [path.name for path in drawn]), directory / MARKDOWN),
+        _write(comparison_page(comparison), directory / PAGE),
+    ]
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Return a comparison as one HTML document."""
+    sheets = curves.sheets(comparison)
+    shared = "\n".join(f"{key} = {value!r}" for key, value in comparison.plan.common().items())
+    sections = [
+        Section(
+            "Accuracy",
+            items=wording.verdicts(comparison),
+            tables=[
+                wording.table(comparison, OUTCOME),
+                *([wording.paired_table(comparison)] if comparison.others else []),
+            ],
+            panels=sheets["accuracy"],
+        ),
+        Section("Cost", tables=[wording.table(comparison, COST)], panels=sheets["cost"]),
+    ]
+    if "noise" in sheets:
+        noise = Section("Noise", tables=[wording.table(comparison, NOISE)], panels=sheets["noise"])
+        sections.insert(1, noise)
+    sections.append(Section("How to read this", paragraphs=wording.notes(comparison)))
+    sections.append(Section("Command", code=wording.command(comparison)))
+    sections.append(Section("Settings all runs share", code=shared))
+    return page(wording.title(comparison), wording.lead(comparison), sections)
+
+
+def _write(content: str, path: Path) -> Path:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+    return path

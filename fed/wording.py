@@ -1,0 +1,171 @@
+"""A comparison in words: tables of mean ± deviation, differences paired by seed, and what they mean."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from fed.comparison import Comparison
+from fed.metrics import COST, NOISE, OUTCOME, Metric
+from fed.report import task_name
+
+Table = list[tuple[str, ...]]
+
+_WORDS = {"above": "ahead", "below": "behind"}
+
+
+def table(comparison: Comparison, names: Sequence[str]) -> Table:
+    """Return the named figures, mean ± standard deviation over seeds, a line for each variant, heading first."""
+    metrics = comparison.metrics(names)
+    lines: Table = [(heading(comparison), *(titled(metric) for metric in metrics))]
+    for variant in comparison.plan.variants:
+        cells = (spread(list(comparison.values(variant, metric).values()), metric) for metric in metrics)
+        lines.append((variant.label, *cells))
+    return lines
+
+
+def paired_table(comparison: Comparison) -> Table:
+    """Return every variant's accuracy less the reference's, paired by seed, with its 95 % interval and a verdict."""
+    lines: Table = [(f"less {comparison.plan.reference.label}", "difference", "95 % interval", "seeds", "")]
+    for variant in comparison.others:
+        found = comparison.paired(variant)
+        if found is None:
+            lines.append((variant.label, "—", "—", "0", "no seed in common"))
+            continue
+        ends = "—" if found.low is None else f"{found.low:+.2f} to {found.high:+.2f}"
+        verdict = _WORDS.get(found.verdict, found.verdict)
+        lines.append((variant.label, f"{found.mean:+.2f} points", ends, str(found.n), verdict))
+    return lines
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Say in words, a sentence for each variant, how its accuracy stands to the reference's."""
+    reference = comparison.plan.reference.label
+    sentences = []
+    for variant in comparison.others:
+        found = comparison.paired(variant)
+        if found is None:
+            sentences.append(f"{variant.label} and {reference} have no finished seed in common.")
+        elif found.low is None or found.high is None:
+            sentences.append(
+                f"{variant.label} is {_apart(found.mean, reference)} on one seed, which says nothing of chance."
+            )
+        elif found.verdict == "tie":
+            sentences.append(
+                f"{variant.label} and {reference} tie: the difference of {found.mean:+.2f} points lies in an interval "
+                f"({found.low:+.2f} to {found.high:+.2f}) that holds 0."
+            )
+        else:
+            sentences.append(
+                f"{variant.label} is {_apart(found.mean, reference)} "
+                f"(95 % interval {found.low:+.2f} to {found.high:+.2f}, {found.n} seeds)."
+            )
+    return sentences
+
+
+def _apart(points: float, reference: str) -> str:
+    return f"{abs(points):.2f} points {'ahead of' if points > 0 else 'behind'} {reference}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Say what a reader of the tables must know: ranks made equal, runs that are missing, how to read intervals."""
+    lines = [f"{variant.note}." for variant in comparison.plan.variants if variant.note]
+    if comparison.missing:
+        lines.append(f"{comparison.missing} of {len(comparison.plan.cells)} runs are not finished and are left out.")
+    lines.append(
+        "All variants of a seed share base weights, split, shards and order of batches; ± is the standard deviation "
+        "over seeds. A difference whose interval holds 0 is a tie. Intervals are Student's t, each for one pair "
+        "alone: of many, one in twenty misses by chance."
+    )
+    return lines
+
+
+def heading(comparison: Comparison) -> str:
+    """Say how many seeds the table stands on."""
+    count = max(len(runs) for runs in comparison.runs.values())
+    return f"{count} seeds" if count > 1 else "1 seed"
+
+
+def titled(metric: Metric) -> str:
+    """Return a metric's title with its unit."""
+    return f"{metric.title} ({metric.unit})" if metric.unit else metric.title
+
+
+def spread(values: Sequence[float], metric: Metric) -> str:
+    """Return mean ± sample standard deviation as text, the mean alone of one value, a dash of none."""
+    if not values:
+        return "—"
+    mean = fmean(values)
+    shown = _number(mean, metric.digits)
+    if len(values) < 2:
+        return shown
+    deviation = stdev(values)
+    if deviation == 0:
+        return shown
+    return f"{shown} ± {_number(deviation, metric.digits if metric.digits is not None else -1)}"
+
+
+def _number(value: float, digits: int | None) -> str:
+    """Fixed digits where a metric has them; three significant ones otherwise, two for a deviation (-1)."""
+    if digits is not None and digits >= 0:
+        return f"{value:.{digits}f}"
+    significant = 2 if digits == -1 else 3
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{significant}g}" if abs(value) < 10**significant else f"{value:,.0f}"
+    return f"{value:.{significant - 1}e}"
+
+
+def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
+    """Return the tables, the verdicts and the notes as Markdown."""
+    parts = [
+        f"# {title(comparison)}",
+        lead(comparison),
+        f"```\n{command(comparison)}\n```",
+        markdown_table(table(comparison, OUTCOME)),
+    ]
+    if comparison.others:
+        parts += [markdown_table(paired_table(comparison)), "\n".join(f"- {line}" for line in verdicts(comparison))]
+    for names in (NOISE, COST):
+        if comparison.metrics(names):
+            parts.append(markdown_table(table(comparison, names)))
+    parts += notes(comparison)
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def title(comparison: Comparison) -> str:
+    """Return the comparison's heading: what is compared, on what."""
+    labels = [variant.label for variant in comparison.plan.variants]
+    names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
+    return f"{names} on {task_name(comparison.plan.cells[0].config)}"
+
+
+def lead(comparison: Comparison) -> str:
+    """Say in a sentence what every run did."""
+    config = comparison.plan.cells[0].config
+    clients = config.clients
+    skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
+    ranks = ", ".join(map(str, sorted(set(comparison.plan.request.table["clients"]["ranks"][: clients.count]))))
+    return (
+        f"{clients.count} clients of ranks {ranks}, {clients.per_round} a round, {skew}, {config.rounds} rounds of "
+        f"{config.train.local_steps} local steps; {heading(comparison)}."
+    )
+
+
+def markdown_table(lines: Table) -> str:
+    """Return a table, its heading first, in Markdown."""
+    first, *rest = lines
+    rule = ("---", *["---:"] * (len(first) - 1))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (first, rule, *rest))
+
+
+def command(comparison: Comparison) -> str:
+    """Return the command line that asks for this comparison."""
+    asked = comparison.plan.request
+    words = ["python", "-m", "fed", "compare", asked.source, "--methods", ",".join(asked.methods)]
+    words += ["--seeds", ",".join(map(str, asked.seeds))]
+    words += ["--vary", asked.vary] if asked.vary else []
+    words += ["--reference", asked.reference] if asked.reference else []
+    words += ["--set", *asked.settings] if asked.settings else []
+    return shlex.join(words)

@@ -172,7 +172,7 @@ def _reported(out: Path, screen: Screen, began: float) -> int:
 
     written = ", ".join(path.name for path in publish_run(out))
     screen.summarise(read(out))
-    screen.say(f"\n{out}: config.toml, rounds.jsonl, base/, adapter/, {written}")
+    screen.say(f"\n{out}:\nconfig.toml, rounds.jsonl, base/, adapter/, {written}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     return 0
 
@@ -257,7 +257,7 @@ def _compare(plan: Plan, out: Path, jobs: int) -> int:
     comparison = collect(out)
     screen.show(comparison)
     written = publish_comparison(comparison, out)
-    screen.say(f"\n{out}: {', '.join(path.name for path in written)}")
+    screen.say(f"\n{out}:\n{', '.join(path.name for path in written)}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     if board.failures:
         raise FedError(f"{len(board.failures)} of {len(plan.cells)} runs could not be played: {board.failures[0]}")

@@ -103,17 +103,14 @@ def spread(values: Sequence[float], metric: Metric) -> str:
     deviation = stdev(values)
     if deviation == 0:
         return shown
-    return f"{shown} ± {_number(deviation, metric.digits if metric.digits is not None else -1)}"
+    return f"{shown} ± {_number(deviation, metric.digits, significant=2)}"
 
 
-def _number(value: float, digits: int | None) -> str:
-    """Fixed digits where a metric has them; three significant ones otherwise, two for a deviation (-1)."""
-    if digits is not None and digits >= 0:
+def _number(value: float, digits: int | None, significant: int = 3) -> str:
+    """Return fixed `digits` behind the point, or so many significant ones where that is None."""
+    if digits is not None:
         return f"{value:.{digits}f}"
-    significant = 2 if digits == -1 else 3
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{significant}g}" if abs(value) < 10**significant else f"{value:,.0f}"
-    return f"{value:.{significant - 1}e}"
+    return f"{value:,.0f}" if 10**significant <= abs(value) < 1e9 else f"{value:.{significant}g}"
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:

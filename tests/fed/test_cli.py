@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,10 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 import fed.simulate
 from fed import config as configuration
-from fed.cli import main
 from fed.data import load as load_data
 from fed.errors import FedError
 from fed.evaluate import evaluate
+from tests.support.command_line import Outcome, rows_of, without_times
 from tests.support.tiny_bert import make_tiny_bert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,32 +33,6 @@ SMALL = (
     *("rounds=2", "clients.count=4", "clients.per_round=3", "train.local_steps=2"),
     *("model.pretrain_steps=30", "adapter.target_modules=['q_proj','v_proj']"),
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def fed_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def call(*arguments: str) -> Outcome:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return Outcome(exit_.value.code or 0, captured.out, captured.err)
-
-    return call
-
-
-def rows_of(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
-
-
-def without_times(directory: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows_of(directory)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_it_should(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.toml", "rounds.jsonl", "base", "adapter", "report.png", "centralised.json"}
+    assert names == {"config.toml", "rounds.jsonl", "base", "adapter", "report.png", "report.html", "centralised.json"}
     assert {path.name for path in (made / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     rows = rows_of(made)
     assert [row["round"] for row in rows] == [0, 1, 2]

@@ -108,6 +108,16 @@ def compare(
 
 
 @app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A comparison's directory.")], jobs: Jobs = 1
+) -> int:
+    """Go on with a comparison that was stopped: what is finished stays, the rest is played."""
+    from fed import grid
+
+    return _compare(grid.plan(grid.read(directory)), directory, jobs)
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's or a comparison's directory.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown alone.")] = False,

@@ -19,8 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fed.errors import FedError
 
 PRESETS = Path(__file__).parent / "presets"
-# Methods whose clients all train the whole adapter.
-EQUAL_RANKS = frozenset({"fedit"})
 _EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -153,10 +151,10 @@ def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict
     return values
 
 
-def apply(table: dict[str, Any], overrides: Sequence[str]) -> None:
+def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set `key=value` overrides in a nested table, in order; FedError naming an unknown key."""
     for override in overrides:
-        _apply(table, override)
+        _apply(values, override)
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PLAN = "comparison.toml"
 # What two runs may differ in and still be the same experiment.
 _APART = ("seed", "tracker")
+# Methods whose clients all train the whole adapter.
+_EQUAL_RANKS = frozenset({"fedit"})
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 
@@ -213,7 +215,7 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
     R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
     if at and not (text.isdecimal() and 1 <= int(text) <= R):
         raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
-    if not at and (dealt == {R} or method not in configuration.EQUAL_RANKS):
+    if not at and (dealt == {R} or method not in _EQUAL_RANKS):
         return Variant(method, method_name(method), (f"method={method}",))
     rank = int(text) if at else R
     share = rank / R

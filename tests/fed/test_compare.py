@@ -92,7 +92,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
     kept = (out / CELLS[0] / "rounds.jsonl").read_bytes()
     assert fed_cli("report", str(out)).status == 0
     assert "3 of 4 runs are not finished" in (out / "comparison.md").read_text()
-    outcome = fed_cli(*ASKED, "--out", str(out))
+    outcome = fed_cli("resume", str(out))
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith("1 of 4 runs are finished already\n")
     assert (out / CELLS[0] / "rounds.jsonl").read_bytes() == kept

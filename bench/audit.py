@@ -1,8 +1,9 @@
 """Compile every kernel for GPUs that need not be here, and read what came out.
 
-`python -m bench.audit` runs the launchers on tensors without storage, records the launches they would make, compiles
-each for the targets and prints registers, spills, shared memory and the matrix instructions used. It needs Triton and
-the tools that ship inside it, no GPU and no driver; the interpreter must be off (TRITON_INTERPRET unset).
+`python -m bench.audit` runs the operators on tensors without storage, compiles every launch they would make for each
+target and prints registers, spills, shared memory, how many blocks fit on a multiprocessor, and the matrix and copy
+instructions used. It needs Triton and the tools that ship inside it, no GPU and no driver; the interpreter must be off
+(TRITON_INTERPRET unset).
 """
 
 from __future__ import annotations
@@ -10,223 +11,249 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-from unittest import mock
 
 import torch
 
-# Shared memory one block may take, bytes (CUDA programming guide, compute capabilities table).
-SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+import plora_kernels as pk
+from bench.environment import usable_cores
+from bench.machine_code import LIMITS, instructions_of, resident_blocks, usage_of
+from bench.offline import TARGETS, Launch, Target, compiling_for
+from bench.results import write_text
+from bench.workers import one_line, outcomes
+from plora_kernels.blocks import DESIGNS, Blocks, MatmulBlocks, ShapeClass, candidates
+from plora_kernels.configs import forcing
+from plora_kernels.tables import PACKAGED, load_table
+
+DTYPES = ("bfloat16", "float16", "float32")
+# One job compiles some ten kernels.
+SECONDS_EACH = 900.0
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One recorded launch: the jitted function and the arguments it was given."""
+class Shape:
+    """Sizes of a layer; `indexed`: the modules are named by an index, as after `select`."""
 
-    kernel: Any
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    m: int
+    k: int
+    n: int
+    r: int
+    indexed: bool = False
+
+
+# The shapes users have, odd ones, a decode step.
+SHAPES = (
+    Shape(8192, 4096, 4096, 16),
+    Shape(8192, 1001, 1001, 5),
+    Shape(8192, 768, 768, 256, indexed=True),
+    Shape(8192, 4096, 4096, 64, indexed=True),
+    Shape(8192, 2048, 8192, 32),
+    Shape(8192, 1000, 1000, 16, indexed=True),
+    Shape(8192, 4096, 4096, 5),
+    Shape(37, 50, 29, 5),
+    Shape(1, 4096, 4096, 16),
+)
+# Every design is compiled with the candidates nearest to these tiles, which are known to be fast on Hopper.
+DESIGN_TILES = (128, 256, 64)
+DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexed=True))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one target."""
+    """What one kernel became on one target; `error` instead of figures where it does not compile.
+
+    `code` is a digest of what was compiled: equal ones are the same machine code. A `candidate` is no default and in no
+    table: one that spills is slow, and no launch takes it.
+    """
 
     kernel: str
     case: str
     target: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit_bytes: int
-    warpgroup_mma: bool
-    mma: bool
-    async_copy: bool
+    code: str = ""
+    candidate: bool = False
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    shared_limit_bytes: int = 0
+    blocks_resident: int = 0
+    instructions: tuple[str, ...] = ()
+    error: str | None = None
 
 
-class _Recorder:
-    """Stands in for a jitted kernel: `recorder[grid](…)` writes the call down instead of launching it."""
+@dataclass(frozen=True)
+class Job:
+    """One compilation of everything a shape launches, with the blocks a design or a table's entry says."""
 
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+    shape: Shape
+    dtype: str
+    target: Target
+    name: str = ""
+    blocks: tuple[tuple[str, Blocks], ...] = ()
+    candidate: bool = False
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def record(*arguments: Any, num_warps: int, num_stages: int = 3, **named: Any) -> None:
-            values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
-            self.launches.append(Launch(self.kernel, values, num_warps, num_stages))
-
-        return record
-
-
-@contextmanager
-def recording(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """Record the launches of every jitted kernel that is a global of `modules` instead of running them."""
-    from triton.runtime.jit import JITFunction
-
-    launches: list[Launch] = []
-    replaced: list[tuple[ModuleType, str, Any]] = []
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                replaced.append((module, name, value))
-                setattr(module, name, _Recorder(value, launches))
-    try:
-        yield launches
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)
+    @property
+    def case(self) -> str:
+        """Return the job in words."""
+        shape = self.shape
+        words = [self.dtype, f"M{shape.m}", f"K{shape.k}", f"N{shape.n}", f"R{shape.r}"]
+        return " ".join([*words, *(["indexed"] if shape.indexed else []), *([self.name] if self.name else [])])
 
 
-def launches_of(
-    rows: int, k: int, n: int, rank: int, dtype: torch.dtype, indexed: bool, capability: int
-) -> list[Launch]:
-    """Return every launch of one forward, one backward and the folds at this shape on sm_<capability>."""
-    from plora_kernels import configs
-    from plora_kernels.kernels import adapted_matmul, backward, factor_gradient, fold, forward
+def run_shape(shape: Shape, dtype: torch.dtype) -> None:
+    """Call every operator once on tensors without storage: a forward, its backward, the folds."""
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
 
-    index = torch.empty(-(-rank // 16) * 16, dtype=torch.int32, device="meta") if indexed else None
-    x, weight, dy = empty(rows, k), empty(n, k), empty(rows, n)
-    lora_A, lora_B, bias = empty(rank, k), empty(n, rank), empty(n)
-    configs.forget_tables()
-    with (
-        mock.patch.object(configs, "capability_of", return_value=capability),
-        recording(adapted_matmul, factor_gradient, fold) as launches,
-    ):
-        _, s = forward.forward(x, weight, lora_A, lora_B, bias, index, 2.0, True)
-        backward.backward(dy, x, weight, lora_A, lora_B, s, index, 2.0, False, True, True, True)
-        fold.fold(weight, lora_A, lora_B, index, 2.0, None, weight)
+    x, weight, bias = empty(shape.m, shape.k), empty(shape.n, shape.k), empty(shape.n)
+    lora_A, lora_B = empty(shape.r, shape.k), empty(shape.n, shape.r)
+    selected = list(range(shape.r)) if shape.indexed else None
+    leaves = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=2.0)
+    torch.autograd.grad(y, leaves, empty(shape.m, shape.n))
+    with torch.no_grad():
+        kept = [0] if shape.indexed and shape.r > 1 else []
+        pk.fold_(weight, lora_A, lora_B, kept, scale=2.0)
         if dtype is not torch.float32:
-            fold.fold(weight, lora_A, lora_B, index, 2.0, 1, empty(n, k))  # rounded stochastically, out of place
-    return launches
+            pk.fold(weight, lora_A, lora_B, kept, scale=2.0, rounding="stochastic", seed=1)
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Compile one launch for sm_<capability> with the specialisations Triton would make at run time."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    is_constexpr = {p.name: p.is_constexpr for p in launch.kernel.params}
-    for position, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if is_constexpr[name] or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTER[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
+    """Yield the defaults of every shape."""
+    for shape in shapes:
+        yield from (Job(shape, dtype, target) for dtype in dtypes for target in targets)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Return what cuobjdump says of a kernel: REG (a thread), STACK and LOCAL (bytes a thread), …"""
-    import triton.backends.nvidia
-
-    cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(cuobjdump), "--dump-resource-usage", str(path)]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    if set(usage) != {"REG", "STACK", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump said nothing of registers or local memory: {report}")
-    return usage
+def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
+    """Yield every design that is a candidate on a target beside the default, "tile"."""
+    for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
+        blocks = design_blocks(design, shape, dtype, target.capability) if design != "tile" else {}
+        if len(blocks) == 2:
+            yield Job(shape, dtype, target, design, tuple(blocks.items()), candidate=True)
 
 
-def audit_launch(launch: Launch, case: str, capability: int) -> Row:
-    """Compile one launch and read the machine code's resource use and the PTX's instructions."""
-    compiled = compile_launch(launch, capability)
-    ptx, usage = compiled.asm["ptx"], _resource_usage(compiled.asm["cubin"])
+def design_blocks(design: str, shape: Shape, dtype: str, capability: int) -> dict[str, Blocks]:
+    """Return a design's blocks for the forward and dX; empty where it is no candidate."""
+    found: dict[str, Blocks] = {}
+    for op, d_in, d_out in (("forward", shape.k, shape.n), ("input_gradient", shape.n, shape.k)):
+        known = candidates(ShapeClass(op, dtype, shape.m, d_in, d_out, shape.r), capability)
+        same = [blocks for blocks in known if isinstance(blocks, MatmulBlocks) and blocks.design == design]
+        if same:
+            found[op] = min(same, key=_distance_from_design_tiles)
+    return found
+
+
+def _distance_from_design_tiles(blocks: MatmulBlocks) -> tuple[int, int]:
+    sizes = (blocks.block_m, blocks.block_n, blocks.block_k)
+    return sum(abs(size - wanted) for size, wanted in zip(sizes, DESIGN_TILES, strict=True)), abs(blocks.num_stages - 3)
+
+
+def table_jobs(targets: Sequence[Target], folder: Path = PACKAGED) -> Iterator[Job]:
+    """Yield the entries of the packaged tables, on the target their device belongs to."""
+    for path in sorted(folder.glob("*.json")):
+        table = load_table(path)
+        for target in targets:
+            if table.meta.get("capability") != target.capability:
+                continue
+            for entry in table.entries:
+                blocks = ((entry.shape.op, entry.blocks),)
+                yield Job(_layer(entry.shape), entry.shape.dtype, target, path.stem, blocks)
+
+
+def _layer(shape: ShapeClass) -> Shape:
+    """Return a layer whose `shape.op` has these sizes."""
+    if shape.op == "fold":
+        return Shape(128, shape.d_in, shape.d_out, shape.r)
+    if shape.op in ("forward", "side_product", "factor_gradient"):
+        return Shape(shape.m, shape.d_in, shape.d_out, shape.r)
+    return Shape(shape.m, shape.d_out, shape.d_in, shape.r)
+
+
+def audit_job(job: Job) -> list[Row]:
+    """Compile everything a job launches and read it; what does not compile is a row that says so."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks for a choice; it is what it always did
+    failed = []
+    with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
+        try:
+            run_shape(job.shape, getattr(torch, job.dtype))
+        except Exception as error:  # whatever the compiler raises is a finding
+            last = f"after {launches[-1].kernel}" if launches else "the first"
+            failed.append(Row(last, job.case, job.target.name, error=one_line(error)))
+    return [_row(launch, job) for launch in launches] + failed
+
+
+def _row(launch: Launch, job: Job) -> Row:
+    usage, limits = usage_of(launch.compiled), LIMITS[job.target.name]
     return Row(
-        kernel=launch.kernel.__name__,
-        case=case,
-        target=f"sm_{capability}",
-        registers=usage["REG"],
-        # A register that does not fit is spilled to the stack, which lies in local memory; nothing else here uses it.
-        spill_bytes=usage["STACK"] + usage["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        shared_limit_bytes=SHARED_LIMIT_BYTES[capability],
-        warpgroup_mma="wgmma.mma_async" in ptx,
-        mma="mma.sync" in ptx or "wgmma.mma_async" in ptx,
-        async_copy="cp.async" in ptx,
+        kernel=launch.kernel,
+        case=job.case,
+        target=job.target.name,
+        code=launch.compiled.hash[:12],
+        candidate=job.candidate,
+        registers=usage.registers,
+        spill_bytes=usage.spill_bytes,
+        shared_bytes=usage.shared_bytes,
+        shared_limit_bytes=limits.shared_bytes_a_block,
+        blocks_resident=resident_blocks(usage, launch.num_warps, limits),
+        instructions=instructions_of(launch.compiled),
     )
 
 
-# Rows, K, N, R, selection given as an index: the shapes users have, odd ones, a decode step.
-CASES = (
-    (8192, 4096, 4096, 16, False),
-    (8192, 4096, 4096, 64, True),
-    (8192, 2048, 8192, 32, False),
-    (8192, 768, 768, 256, True),
-    (8192, 1000, 1000, 16, True),
-    (8192, 1001, 1001, 5, False),
-    (8192, 4096, 4096, 5, False),
-    (37, 50, 29, 5, False),
-    (1, 4096, 4096, 16, False),
-)
-
-
-def audit(dtypes: tuple[torch.dtype, ...], capabilities: tuple[int, ...]) -> list[Row]:
-    """Return a row for every launch of every case, dtype and target."""
-    rows = []
-    for dtype in dtypes:
-        for m, k, n, rank, indexed in CASES:
-            case = f"{str(dtype).removeprefix('torch.')} M{m} K{k} N{n} R{rank}{' indexed' if indexed else ''}"
-            for capability in capabilities:
-                for launch in launches_of(m, k, n, rank, dtype, indexed, capability):
-                    rows.append(audit_launch(launch, case, capability))
-                    print(".", end="", flush=True, file=sys.stderr)
+def audit(jobs: Sequence[Job], workers: int) -> list[Row]:
+    """Return the rows of all jobs in their order, each machine code once; a dot on stderr for each job."""
+    found: dict[int, list[Row]] = {}
+    for position, outcome in outcomes(audit_job, jobs, workers=workers, seconds_each=SECONDS_EACH):
+        job = jobs[position]
+        lost = [Row("-", job.case, job.target.name, error=outcome.error)]
+        found[position] = outcome.value if outcome.error is None else lost
+        print(".", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
-    return rows
+    rows: dict[tuple[str, str | None], Row] = {}
+    for position in sorted(found):
+        for row in found[position]:
+            rows.setdefault((row.code or row.case, row.error), row)
+    return list(rows.values())
 
 
-def main() -> None:
-    """Print the table, or write it as JSON."""
-    # Triton 3.9 asks for a choice here; fused multiply-add is what it has always done.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+def show(rows: Iterable[Row]) -> None:
+    """Print the table."""
+    header = ("kernel", "case", "target", "regs", "spill", "shared", "blocks/SM")
+    print("{:<26} {:<48} {:<7} {:>4} {:>5} {:>7} {:>9}  instructions".format(*header))
+    for row in rows:
+        figures = f"{row.registers:>4} {row.spill_bytes:>5} {row.shared_bytes:>7} {row.blocks_resident:>9}"
+        end = f"FAILED {row.error}" if row.error else f"{figures}  {' '.join(row.instructions)}"
+        print(f"{row.kernel:<26} {row.case:<48} {row.target:<7} {end}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table and, if asked, write it as JSON; return 1 if a kernel does not compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED_LIMIT_BYTES))
-    options = parser.parse_args()
-    rows = audit(tuple(getattr(torch, d) for d in options.dtypes), tuple(options.capabilities))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, the usual ones first")
+    parser.add_argument("--no-designs", action="store_true", help="leave out designs that are candidates only")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes to compile in (0: this one)")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+        return 2
+    targets = [TARGETS[name] for name in options.targets]
+    jobs = [
+        *shape_jobs(SHAPES[: options.shapes], options.dtypes, targets),
+        *(() if options.no_designs else design_jobs(options.dtypes, targets)),
+        *table_jobs(targets),
+    ]
+    rows = audit(jobs, options.workers)
     if options.json:
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-        temporary.replace(options.json)
-    print(f"{'kernel':<24} {'case':<40} {'target':<7} {'regs':>4} {'spill':>5} {'shared':>7}  matrix instructions")
-    for row in rows:
-        instructions = "wgmma" if row.warpgroup_mma else "mma" if row.mma else "-"
-        print(
-            f"{row.kernel:<24} {row.case:<40} {row.target:<7} {row.registers:>4} {row.spill_bytes:>5} "
-            f"{row.shared_bytes:>7}  {instructions}{' cp.async' if row.async_copy else ''}"
-        )
+        write_text(options.json, json.dumps([asdict(row) for row in rows], indent=1))
+    show(rows)
+    return 1 if any(row.error for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -97,7 +97,7 @@ def test_a_wrong_provider_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPa
 def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("plora_kernels.torch_path.fold_", lambda *given: None)
+    monkeypatch.setattr(pk, "fold_", lambda weight, *given, **named: weight)
     records = run_checks(CheckShape("cpu", "float32", 37, 50, 29, 5))
     assert [record["form"] for record in records if record["status"] == "wrong"] == ["fold"]
     assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", "fold"]) == 1

@@ -16,6 +16,7 @@ from .checks import check_positive
 from .errors import ConfigError, StateError, TargetError, UnsupportedError
 from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable
 from .selection import Selection, check_rank, host_indices
+from .shared_input import SiblingPLoRALinear, find_siblings
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -37,6 +38,8 @@ class PLoRAConfig:
         task_type: PEFT's task type, such as "SEQ_CLS"; saved, and "all-linear" leaves a classification head out if set.
         rank_pattern, alpha_pattern: as in PEFT: a rank or α of their own for modules whose name ends with the key.
         original: where the copy of a folded weight is kept, "device" or "host".
+        fuse_projections: compute targeted siblings that read one tensor, such as q, k and v or gate and up, in one
+            launch, and their joint input gradient in another; the model's structure and results stay as they are.
 
     Raises:
         RankError, ConfigError, UnsupportedError: a value cannot be used.
@@ -53,6 +56,7 @@ class PLoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     original: str = "device"
+    fuse_projections: bool = False
 
     def rank_of(self, name: str) -> int:
         """Return R for the module of this name."""
@@ -159,12 +163,14 @@ class Injected:
         model: the model, changed in place. config: what was injected.
         layers: the adapted layers by full module name, in model order.
         saved_modules: names of the modules that `modules_to_save` matched, without those inside another of them.
+        projections: the groups of layers that `fuse_projections` found to share an input, by name.
     """
 
     model: nn.Module
     config: PLoRAConfig
     layers: dict[str, FusedPLoRALinear]
     saved_modules: tuple[str, ...] = ()
+    projections: tuple[tuple[str, ...], ...] = ()
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
 
@@ -282,11 +288,11 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     layers: dict[str, FusedPLoRALinear] = {}
-    linears: dict[str, nn.Linear] = {}
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)  # find_targets returns nothing else
-        layer = FusedPLoRALinear.from_linear(
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}  # find_targets returns nothing else
+    projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
+    siblings = {name for group in projections for name in group}
+    for name, linear in linears.items():
+        layer = (SiblingPLoRALinear if name in siblings else FusedPLoRALinear).from_linear(
             linear,
             config.rank_of(name),
             config.alpha_of(name),
@@ -296,8 +302,10 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
         )
         layer.weight_is_tied = _storage(linear.weight) in shared
         model.set_submodule(name, layer)
-        layers[name], linears[name] = layer, linear
-    return Injected(model, config, layers, saved, linears, required_grad)
+        layers[name] = layer
+    for group in projections:
+        SiblingPLoRALinear.group([cast(SiblingPLoRALinear, layers[name]) for name in group])
+    return Injected(model, config, layers, saved, projections, linears, required_grad)
 
 
 def outermost(names: Iterable[str]) -> tuple[str, ...]:

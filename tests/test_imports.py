@@ -20,9 +20,10 @@ ORDER = (
     ("backend", "checks", "torch_path"),
     ("kernels", "torch_fold"),
     ("ops",),
-    ("folding",),
+    ("folding", "projections"),
     ("functional",),
     ("linear",),
+    ("shared_input",),
     ("inject",),
     ("peft",),
 )

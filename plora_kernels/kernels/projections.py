@@ -1,0 +1,387 @@
+"""Several adapted linears of one input as one launch, and their joint input gradient as another.
+
+    y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
+    dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
+
+Each projection keeps its own tensors: the kernels take tuples of pointers and find a tile's projection from its number.
+Nothing is concatenated or copied, and outputs of narrow projections fill one another's last wave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import MatmulBlocks, tile
+from ..configs import capability_of
+from .adapted_matmul import _add_scaled_product, dot_precision, is_aligned
+from .factor_gradient import factor_gradient_
+
+
+@triton.jit
+def _tile_position(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return this program's row and column of tiles: GROUP_M rows at a time share columns while they are cached."""
+    pid = tl.program_id(0)
+    group_width = GROUP_M * tiles_n
+    first_m = (pid // group_width) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (pid % group_width) % group_m, (pid % group_width) // group_m
+
+
+@triton.jit
+def projections_forward_kernel(
+    x_ptr,
+    weight_ptrs,
+    a_ptrs,
+    b_ptrs,
+    bias_ptrs,
+    y_ptrs,
+    s_ptrs,
+    M,
+    K,
+    widths,
+    ranks,
+    scales,
+    stride_xm,
+    stride_xk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one (BLOCK_M, BLOCK_N) tile of one projection's y; its first column of tiles also stores x A_pᵀ.
+
+    x (M, K) of any strides. Tuples of one entry a projection: weight (N_p, K), a (R_p, K), b (N_p, R_p), y (M, N_p) and
+    s (M, R_p) are contiguous, bias (N_p,) may be None; widths N_p, ranks R_p (0 for none), scales s_p.
+    Sums run in fp32; the side product is rounded to the inputs' dtype before it meets b.
+    """
+    tiles_n = tl.cdiv(widths[0], BLOCK_N)
+    for p in tl.static_range(1, PROJECTIONS):
+        tiles_n += tl.cdiv(widths[p], BLOCK_N)
+    pid_m, pid_n = _tile_position(tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+
+    # The projection this tile belongs to: the last whose first column of tiles is not beyond it.
+    projection = pid_n * 0
+    first_tile = pid_n * 0
+    start = tl.cdiv(widths[0], BLOCK_N)
+    weight_ptr, a_ptr, b_ptr, y_ptr, s_ptr = weight_ptrs[0], a_ptrs[0], b_ptrs[0], y_ptrs[0], s_ptrs[0]
+    N, R, scale = widths[0], ranks[0], scales[0]
+    for p in tl.static_range(1, PROJECTIONS):
+        here = pid_n >= start
+        projection = tl.where(here, p, projection)
+        first_tile = tl.where(here, start, first_tile)
+        weight_ptr = tl.where(here, weight_ptrs[p], weight_ptr)
+        a_ptr = tl.where(here, a_ptrs[p], a_ptr)
+        b_ptr = tl.where(here, b_ptrs[p], b_ptr)
+        y_ptr = tl.where(here, y_ptrs[p], y_ptr)
+        s_ptr = tl.where(here, s_ptrs[p], s_ptr)
+        N = tl.where(here, widths[p], N)
+        R = tl.where(here, ranks[p], R)
+        scale = tl.where(here, scales[p], scale)
+        start += tl.cdiv(widths[p], BLOCK_N)
+    pid_n -= first_tile
+
+    # 64-bit scalars say where a tile begins; offsets inside it take 32 bits unless strides are enormous.
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < N - pid_n * BLOCK_N
+    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
+    x_base = x_ptr + first_row * stride_xm
+    x_offsets = rows[:, None] * stride_xm + depth[None, :] * stride_xk
+    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+    weight_base = weight_ptr + first_column * K
+    weight_offsets = columns[None, :] * K + depth[:, None]
+
+    modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
+    module_ok = modules < R
+    a_base = a_ptr
+    a_offsets = modules[None, :] * K + depth[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        depth_ok = depth < K - k
+        x = tl.load(x_base + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(
+            weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        a = tl.load(a_base + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        x_base += x_step
+        weight_base += BLOCK_K
+        a_base += BLOCK_K
+
+    dtype = x_ptr.dtype.element_ty
+    s_base = s_ptr + first_row * R
+    b_base = b_ptr + first_column * R
+    s_offsets = rows[:, None] * R + modules[None, :]
+    b_offsets = columns[None, :] * R + modules[:, None]
+    side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+    b = tl.load(b_base + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+    acc = _add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+    if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+        if pid_n == 0:
+            tl.store(s_base + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
+
+    # Ranks beyond one block read x again for their part of the side product: registers hold BLOCK_R of it.
+    for r0 in range(BLOCK_R, R, BLOCK_R):
+        module_ok = modules < R - r0
+        a_ptr += tl.full((), BLOCK_R, tl.int64) * K
+        a_base = a_ptr
+        x_base = x_ptr + first_row * stride_xm
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            depth_ok = depth < K - k
+            x = tl.load(x_base + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            a = tl.load(a_base + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+            side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            x_base += x_step
+            a_base += BLOCK_K
+        side = tl.where(module_ok[None, :], side, 0.0)
+        b = tl.load(b_base + r0 + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+        acc = _add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if STORE_SIDE:
+            if pid_n == 0:
+                tl.store(s_base + r0 + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
+
+    for p in tl.static_range(PROJECTIONS):
+        if bias_ptrs[p] is not None:  # known when the kernel is compiled
+            present = tl.where(projection == p, N - pid_n * BLOCK_N, 0)  # none of it for a tile of another projection
+            bias = tl.load(bias_ptrs[p] + first_column + columns, mask=columns < present, other=0.0)  # (BLOCK_N,)
+            acc += bias.to(tl.float32)[None, :]
+    y_base = y_ptr + first_row * N + first_column
+    y_offsets = rows[:, None] * N + columns[None, :]
+    tl.store(y_base + y_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
+def projections_input_gradient_kernel(
+    dy_ptrs,
+    weight_ptrs,
+    ds_ptrs,
+    a_ptrs,
+    dx_ptr,
+    M,
+    K,
+    widths,
+    ranks,
+    scales,
+    strides_dm,
+    strides_dn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one (BLOCK_M, BLOCK_K) tile of dX, all projections summed in one fp32 accumulator and rounded once.
+
+    dx (M, K) is contiguous. Tuples of one entry a projection: dy (M, N_p) of any strides; weight (N_p, K), ds (M, R_p)
+    and a (R_p, K) are contiguous; widths N_p, ranks R_p (0 for none), scales s_p.
+    """
+    pid_m, pid_k = _tile_position(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    depth = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
+    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < K - pid_k * BLOCK_K
+    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_k * BLOCK_K).to(tl.int64)
+    dtype = dx_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for p in tl.static_range(PROJECTIONS):
+        dy_base = dy_ptrs[p] + first_row * strides_dm[p]
+        dy_offsets = rows[:, None] * strides_dm[p] + depth[None, :] * strides_dn[p]
+        dy_step = tl.full((), BLOCK_N, tl.int64) * strides_dn[p]
+        weight_base = weight_ptrs[p] + first_column
+        weight_offsets = depth[:, None] * K + columns[None, :]
+        weight_step = tl.full((), BLOCK_N, tl.int64) * K
+        for n in range(0, widths[p], BLOCK_N):
+            depth_ok = depth < widths[p] - n
+            dy = tl.load(
+                dy_base + dy_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+            )  # (BLOCK_M, BLOCK_N)
+            w = tl.load(
+                weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+            )  # (BLOCK_N, BLOCK_K)
+            acc = tl.dot(dy, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)·(BLOCK_N, BLOCK_K), fp32
+            dy_base += dy_step
+            weight_base += weight_step
+
+        ds_base = ds_ptrs[p] + first_row * ranks[p]
+        ds_offsets = rows[:, None] * ranks[p] + modules[None, :]
+        a_base = a_ptrs[p] + first_column
+        a_offsets = modules[:, None] * K + columns[None, :]
+        for r0 in range(0, ranks[p], BLOCK_R):
+            module_ok = modules < ranks[p] - r0
+            ds = tl.load(ds_base + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
+            a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            acc = _add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
+            ds_base += BLOCK_R
+            a_base += tl.full((), BLOCK_R, tl.int64) * K
+
+    dx_base = dx_ptr + first_row * K + first_column
+    dx_offsets = rows[:, None] * K + columns[None, :]
+    tl.store(dx_base + dx_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def _blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
+    """Return blocks for tiles of (rows of x, d_out) that fit shared memory and registers on sm_80 and sm_90.
+
+    Where lines start anywhere, elements are addressed one by one, which takes registers: tiles are smaller.
+    """
+    rows, capability = x.shape[0], capability_of(x.device)
+    if x.dtype.itemsize >= 4:  # twice the shared memory an element
+        return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 16, 16, 8, 4 if aligned else 8, 2)
+    if not aligned:
+        return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 32, tile(rank, 32), 8, 8, 3)
+    block_m, block_n, block_r = tile(rows, 128), tile(d_out, 128), tile(rank, 32)
+    if 90 <= capability < 120:  # few rows are bound by the reading of weights: deeper steps keep more of it in flight
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        return MatmulBlocks("tile", block_m, block_n, 64 if block_m >= 64 else 128, block_r, 8, warps, 3)
+    return MatmulBlocks("tile", block_m, block_n, 32, block_r, 8, 8 if block_m * block_n >= 64 * 128 else 4, 3)
+
+
+def _needs_wide_offsets(*tensors: Tensor) -> bool:
+    """Say whether an offset inside a tile of at most 256 × 256 elements may pass 2³¹."""
+    return any(512 * max(tensor.stride()) >= 2**31 for tensor in tensors)
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[float],
+    keep_s: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return `([y_p], [S_p])` in one launch: y_p (M, N_p) = x W_pᵀ + bias_p + s_p·S_p B_pᵀ, S_p (M, R_p) = x A_pᵀ.
+
+    Shapes: x (M, K), weight (N_p, K) contiguous, lora_A (R_p, K), lora_B (N_p, R_p), bias (N_p,) or None. R_p may be 0;
+    S_p has no elements unless `keep_s`.
+    """
+    rows, k = x.shape
+    widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
+    ys = [torch.empty((rows, n), dtype=x.dtype, device=x.device) for n in widths]
+    ss = [torch.empty((rows, r) if keep_s else (0,), dtype=x.dtype, device=x.device) for r in ranks]
+    if rows == 0:
+        return ys, ss
+    aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
+    blocks = _blocks(x, max(widths), max(ranks), aligned)
+    grid = (triton.cdiv(rows, blocks.block_m) * sum(triton.cdiv(n, blocks.block_n) for n in widths),)
+    with torch.cuda.device_of(x):
+        projections_forward_kernel[grid](
+            x,
+            tuple(weights),
+            tuple(a.contiguous() for a in lora_As),
+            tuple(b.contiguous() for b in lora_Bs),
+            tuple(bias if bias is None else bias.contiguous() for bias in biases),
+            tuple(ys),
+            tuple(ss),
+            rows,
+            k,
+            widths,
+            ranks,
+            tuple(scales),
+            *x.stride(),
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            PROJECTIONS=len(widths),
+            STORE_SIDE=keep_s,
+            WIDE_OFFSETS=_needs_wide_offsets(x, *weights, *ys),
+            PRECISION=dot_precision(x.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return ys, ss
+
+
+def input_gradient(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    scales: Sequence[float],
+) -> Tensor:
+    """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p) in one launch.
+
+    Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K); R_p may be 0.
+    """
+    rows, k = dys[0].shape[0], weights[0].shape[1]
+    widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
+    dx = torch.empty((rows, k), dtype=dys[0].dtype, device=dys[0].device)
+    if rows == 0:
+        return dx
+    aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
+    blocks = _blocks(dx, k, max(ranks), aligned)
+    with torch.cuda.device_of(dx):
+        projections_input_gradient_kernel[(triton.cdiv(rows, blocks.block_m) * triton.cdiv(k, blocks.block_n),)](
+            tuple(dys),
+            tuple(weights),
+            tuple(ds.contiguous() for ds in dss),
+            tuple(a.contiguous() for a in lora_As),
+            dx,
+            rows,
+            k,
+            widths,
+            ranks,
+            tuple(scales),
+            tuple(dy.stride(0) for dy in dys),
+            tuple(dy.stride(1) for dy in dys),
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_k,
+            BLOCK_K=blocks.block_n,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            PROJECTIONS=len(widths),
+            WIDE_OFFSETS=_needs_wide_offsets(dx, *dys, *weights),
+            PRECISION=dot_precision(dx.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return dx
+
+
+def factor_gradients(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    ds: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor | None,
+    scale: float,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return one projection's dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S, zero for modules `index` does not name.
+
+    Shapes: dy (M, N), x (M, K), s and ds (M, R), index int32 or None for all modules. Not needed: None.
+    """
+    make = torch.empty_like if index is None else torch.zeros_like
+    d_lora_A = make(lora_A, memory_format=torch.contiguous_format) if need_A else None
+    d_lora_B = make(lora_B, memory_format=torch.contiguous_format) if need_B else None
+    if d_lora_A is not None:
+        factor_gradient_(d_lora_A, ds, x, thin_index=index, out_index=index, scale=scale)
+    if d_lora_B is not None:
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=index, out_index=index, scale=scale)
+    return d_lora_A, d_lora_B

@@ -113,7 +113,7 @@ class SharedInput:
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
         """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
-        if self._misses >= MISSES_ALLOWED or not _may_share(x):
+        if not _may_share(x):
             return None
         place, current = layer.place, self._round
         if current is not None and current.untaken and current.fits(x):
@@ -122,6 +122,8 @@ class SharedInput:
             if current is not None:
                 self._misses = self._misses + 1 if current.untaken else 0
                 self.leave_round()
+            if self._misses >= MISSES_ALLOWED:
+                return None
             current, computed = self._start_round(layer, x)
         if current is None or computed is None:
             return None

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..blocks import MatmulBlocks, tile
-from ..configs import capability_of
-from .adapted_matmul import _add_scaled_product, dot_precision, is_aligned
+from .adapted_matmul import _add_scaled_product, dot_precision, is_aligned, needs_wide_offsets
 from .factor_gradient import factor_gradient_
 
 
@@ -245,7 +245,7 @@ def _blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
 
     Where lines start anywhere, elements are addressed one by one, which takes registers: tiles are smaller.
     """
-    rows, capability = x.shape[0], capability_of(x.device)
+    rows, capability = x.shape[0], configs.capability_of(x.device)
     if x.dtype.itemsize >= 4:  # twice the shared memory an element
         return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 16, 16, 8, 4 if aligned else 8, 2)
     if not aligned:
@@ -255,11 +255,6 @@ def _blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         return MatmulBlocks("tile", block_m, block_n, 64 if block_m >= 64 else 128, block_r, 8, warps, 3)
     return MatmulBlocks("tile", block_m, block_n, 32, block_r, 8, 8 if block_m * block_n >= 64 * 128 else 4, 3)
-
-
-def _needs_wide_offsets(*tensors: Tensor) -> bool:
-    """Say whether an offset inside a tile of at most 256 × 256 elements may pass 2³¹."""
-    return any(512 * max(tensor.stride()) >= 2**31 for tensor in tensors)
 
 
 def forward(
@@ -307,7 +302,7 @@ def forward(
             GROUP_M=blocks.group_m,
             PROJECTIONS=len(widths),
             STORE_SIDE=keep_s,
-            WIDE_OFFSETS=_needs_wide_offsets(x, *weights, *ys),
+            WIDE_OFFSETS=needs_wide_offsets(256, x, *weights, *ys),
             PRECISION=dot_precision(x.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
@@ -353,7 +348,7 @@ def input_gradient(
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
             PROJECTIONS=len(widths),
-            WIDE_OFFSETS=_needs_wide_offsets(dx, *dys, *weights),
+            WIDE_OFFSETS=needs_wide_offsets(256, dx, *dys, *weights),
             PRECISION=dot_precision(dx.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

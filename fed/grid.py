@@ -24,7 +24,7 @@ PLAN = "comparison.toml"
 # What two runs may differ in and still be the same experiment.
 _APART = ("seed", "tracker")
 # Methods whose clients all train the whole adapter.
-_EQUAL_RANKS = frozenset({"fedit"})
+_EQUAL_RANKS = frozenset({"fedit", "ffa-lora", "fedex-lora", "fedsa-lora", "rolora"})
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 

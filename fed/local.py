@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import plora_kernels as pk
+from fed.base import SharedBase
 from fed.errors import FedError
-from fed.noise import held_update
+from fed.footprint import SavedTensors, optimizer_bytes
 from fed.samples import Split
 from fed.streams import Source, torch_seed
-from fed.types import Client, ClientStart, ClientUpdate, Factors
+from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
 
 if TYPE_CHECKING:
     from fed.config import RunConfig, TrainConfig
@@ -26,19 +27,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workplace:
-    """The one model all clients work on, with its adapted layers and the head parameters that are trained."""
+    """The one model all clients work on: its adapted layers, their shared base, the head that is trained, and R."""
 
     model: nn.Module
     handle: pk.Injected
     head: Mapping[str, nn.Parameter]
     device: torch.device
+    base: SharedBase
+    rank: int
 
-    def load(self, factors: Mapping[str, Factors], head: Mapping[str, Tensor]) -> None:
-        """Write all modules, A (R, K) and B (N, R) for every matrix, and the head's values into the model."""
-        self.handle.set_factors(factors)
+    def load(self, factors: Mapping[str, Factors], head: Mapping[str, Tensor], scale: float | None = None) -> None:
+        """Write the modules, A (m, K) and B (N, m) for every matrix, their scale and the head's values into the model.
+
+        m need not be R: the layers take the rank of what they are given. Without a scale they keep theirs.
+        """
+        for matrix, layer in self.handle.layers.items():
+            A, B = factors[matrix]
+            if layer.rank != A.shape[0]:
+                layer.rank = A.shape[0]
+                layer.lora_A = nn.Parameter(layer.weight.new_empty(A.shape))
+                layer.lora_B = nn.Parameter(layer.weight.new_empty(B.shape))
+            layer.set_factors(A, B)
+            layer.scale = layer.scale if scale is None else scale
         with torch.no_grad():
             for name, parameter in self.head.items():
                 parameter.copy_(head[name])
+
+    def load_server(self, server: ServerState) -> None:
+        """Put the model where the server is; what it holds beyond R modules a matrix is folded into the base."""
+        adapter = server.adapter
+        factors = {matrix: (A[: self.rank], B[:, : self.rank]) for matrix, (A, B) in adapter.factors.items()}
+        self.base.hold(beyond(server, self.rank))
+        self.load(factors, server.head, adapter.scale)
+
+
+def beyond(server: ServerState, rank: int) -> Mapping[str, Tensor]:
+    """Return base_delta + s Σ_{j≥rank} b_j a_jᵀ, (N, K) fp32 for every matrix; base_delta itself where m ≤ rank."""
+    adapter = server.adapter
+    if all(A.shape[0] <= rank for A, _ in adapter.factors.values()):
+        return server.base_delta
+    total = {}
+    for matrix, (A, B) in adapter.factors.items():
+        delta = adapter.scale * (B[:, rank:].double() @ A[rank:].double())
+        total[matrix] = (delta + server.base_delta[matrix] if matrix in server.base_delta else delta).float()
+    return total
 
 
 @contextmanager
@@ -51,11 +83,12 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     """
     device = find_device(config.device)
     model.to(device)
-    trains_head = config.train.head == "train"
+    trains_head = config.train.head != "freeze"
     settings = pk.PLoRAConfig(
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         rank_stabilized=config.adapter.rank_stabilized,
+        dropout=config.adapter.dropout,
         target_modules=config.adapter.target_modules,
         exclude_modules=None if trains_head else _within(head_names),
         modules_to_save=tuple(head_names) if trains_head else (),
@@ -67,38 +100,33 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
         for module in handle.saved_modules
         for name, parameter in model.get_submodule(module).named_parameters()
     }
-    work = Workplace(model, handle, head, device)
+    work = Workplace(model, handle, head, device, SharedBase(handle.layers), config.adapter.rank)
     original = {name: parameter.detach().clone() for name, parameter in head.items()}
     try:
         for layer in handle.layers.values():
             layer.check_selectable(config.adapter.unselected)
         yield work
     finally:
+        work.base.hold({})
         work.load(handle.factors(), original)
         handle.restore()
 
 
 @contextmanager
-def started(work: Workplace, start: ClientStart, head: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put the model where a client starts, the unselected modules folded or frozen; undo it after."""
-    work.load(start.factors, head)
+def started(
+    work: Workplace, start: ClientStart, head: Mapping[str, Tensor], base_delta: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Put the model where a client starts, the unselected modules folded or frozen; undo it after.
+
+    The base stays W + base_delta for the next client.
+    """
+    work.base.hold({} if base_delta is None else base_delta)
+    work.load(start.factors, head, start.scale)
     work.handle.select(start.selected, unselected=start.unselected)
     try:
         yield
     finally:
         work.handle.unfold()
-
-
-def held_updates(work: Workplace, start: ClientStart) -> Iterator[tuple[str, Tensor]]:
-    """Yield every matrix and the ΔW (N, K) fp64 its layer really holds while the selection stands."""
-    everything = work.handle.factors()
-    for matrix, layer in work.handle.layers.items():
-        A, B = everything[matrix]
-        if start.unselected == "folded":
-            chosen = list(start.selected[matrix])
-            A, B = A[chosen], B[:, chosen]
-        original = layer.state_dict()["weight"]
-        yield matrix, held_update(layer.weight.detach(), original, A, B, start.scale)
 
 
 def train(
@@ -109,30 +137,34 @@ def train(
     settings: TrainConfig,
     steps: int,
     rng: Source,
+    measure: bool = False,
 ) -> ClientUpdate:
     """Train the selected modules, and the head if it is to be, on `steps` batches of the client's samples.
 
-    The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone. The order of
-    samples and the model's own dropout are drawn from `rng`. Nothing is read from the device before the last
-    step is done.
+    The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
+    start holds the other fixed. The order of samples and the model's own dropout are drawn from `rng`. Nothing is
+    read from the device before the last step is done. With `measure` the update says what memory training took; the
+    first step is watched for that.
     """
-    layers = work.handle.layers
-    compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in layers.items()}
-    parameters = [factor for pair in compact.values() for factor in pair] + list(work.head.values())
+    compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
+    parameters = [*trained_factors(compact, start.trained), *work.head.values()]
     optimizer = make_optimizer(parameters, settings)
     order = batch_rows(len(split), settings.batch_size, steps, rng)
     total = torch.zeros((), device=work.device)
+    saved = SavedTensors(work.model)
     work.model.train()
     with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):
-        for rows in order:
+        for step, rows in enumerate(order):
             optimizer.zero_grad()
-            loss = work.model(**split.batch(rows)).loss
-            loss.backward()
+            with saved.watching(measure and step == 0):
+                loss = work.model(**split.batch(rows)).loss
+            (loss if start.penalty is None else loss + tail_penalty(compact, start.penalty)).backward()
             if settings.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             total += loss.detach()
     optimizer.zero_grad()
+    taken = Footprint(sum(map(Tensor.numel, parameters)), optimizer_bytes(optimizer), saved.size_bytes)
     return ClientUpdate(
         client=client,
         factors={matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()},
@@ -141,7 +173,46 @@ def train(
         weight=float(client.n_samples) if settings.weighting == "samples" else 1.0,
         steps=steps,
         loss=total.item() / steps,
+        sent=start.trained,
+        footprint=taken if measure else None,
     )
+
+
+def trained_factors(compact: Mapping[str, tuple[nn.Parameter, nn.Parameter]], sides: str) -> list[nn.Parameter]:
+    """Return the parameters of the sides that are trained, "AB", "A" or "B"; the others need no gradient from here."""
+    chosen = []
+    for pair in compact.values():
+        for side, factor in zip("AB", pair, strict=True):
+            factor.requires_grad_(side in sides)
+            if side in sides:
+                chosen.append(factor)
+    return chosen
+
+
+def tail_penalty(factors: Mapping[str, Factors], penalty: TailPenalty) -> Tensor:
+    """Return λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, differentiable."""
+    first = penalty.first
+    terms = [torch.linalg.vector_norm(A[first:]) * torch.linalg.vector_norm(B[:, first:]) for A, B in factors.values()]
+    return penalty.weight * torch.stack(terms).sum()
+
+
+def module_gradients(
+    work: Workplace, server: ServerState, split: Split, batch_size: int, rng: Source
+) -> dict[str, Tensor]:
+    """Return (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ of all R modules, (R,) fp64 for every matrix, on a client's first batch.
+
+    The model is at the server's state and in evaluation mode; nothing is changed.
+    """
+    work.load_server(server)
+    work.model.eval()
+    (rows,) = batch_rows(len(split), batch_size, 1, rng)
+    factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
+    flat = [factor for pair in factors.values() for factor in pair]
+    gradients = iter(torch.autograd.grad(work.model(**split.batch(rows)).loss, flat))
+    return {
+        matrix: (next(gradients).double().square().sum(1) + next(gradients).double().square().sum(0)).sqrt().cpu()
+        for matrix in factors
+    }
 
 
 def fault(update: ClientUpdate) -> str | None:

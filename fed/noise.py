@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fed.types import Adapter, ClientStart, ClientUpdate, Factors
+from fed.norms import product_norm
+from fed.types import ClientStart, ClientUpdate, Factors, ServerState
 
 
 def held_update(weight: Tensor, original: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -19,29 +20,64 @@ def held_update(weight: Tensor, original: Tensor, A: Tensor, B: Tensor, scale: f
     return weight.double() - original.double() + scale * (B.double() @ A.double())
 
 
-def start_noise(server: Adapter, held: Iterable[tuple[str, Tensor]]) -> float:
-    """Return √(Σ_matrices ‖ΔW_i(start) − ΔW_server‖_F²) of one client.
+def start_noise(
+    server: ServerState, start: ClientStart, changed: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> float:
+    """Return √(Σ_matrices ‖ΔW_i(start) − ΔW_server‖_F²) of one client. `init_noise` is the mean over the round's.
 
-    `held` gives the client's ΔW_i(start) (N, K) for every matrix, one at a time. `init_noise` is the mean
-    over the round's clients.
+    `changed` gives (weight, original), (N, K) in the working dtype, for every matrix whose weight has something folded
+    in: there the client's ΔW is what the layer really holds, rounding included. Elsewhere both ΔW are products, and
+    their difference is one of stacked factors that is never formed; it is exactly 0 where the factors are the same.
     """
+    changed = changed or {}
     norms = []
-    for matrix, delta in held:
-        A, B = server.factors[matrix]
-        norms.append(torch.linalg.matrix_norm(delta - server.scale * (B.double() @ A.double())))
+    for matrix, (A, B) in server.adapter.factors.items():
+        own_A, own_B = start.factors[matrix]
+        if matrix in changed:
+            if start.unselected == "folded":
+                chosen = list(start.selected[matrix])
+                own_A, own_B = own_A[chosen], own_B[:, chosen]
+            delta = held_update(*changed[matrix], own_A, own_B, start.scale)
+            delta = delta - server.adapter.scale * (B.double() @ A.double())
+            base = server.base_delta.get(matrix)
+            norms.append(torch.linalg.matrix_norm(delta if base is None else delta - base))
+        else:
+            norms.append(_difference(start.scale, (own_A, own_B), server.adapter.scale, (A, B)))
     return torch.stack(norms).norm().item()
 
 
-def agg_noise(server: Adapter, starts: Sequence[ClientStart], updates: Sequence[ClientUpdate]) -> float:
-    """Return √(Σ_matrices ‖ΔW_server − Σ_i p_i ΔW_i(end)‖_F²), `server` being the adapter after aggregation.
+def _difference(scale: float, one: Factors, other_scale: float, other: Factors) -> Tensor:
+    """Return ‖s B A − s' B' A'‖_F; modules both have under the same number cancel exactly."""
+    (A, B), (other_A, other_B) = one, other
+    shared = min(A.shape[0], other_A.shape[0])
+    same = torch.zeros(shared, dtype=torch.bool, device=A.device)
+    if scale == other_scale:
+        same = (A[:shared] == other_A[:shared]).all(1) & (B[:, :shared] == other_B[:, :shared]).all(0)
+    left, right = [], []
+    for factor, (down, up) in ((scale, (A, B)), (-other_scale, (other_A, other_B))):
+        kept = torch.ones(down.shape[0], dtype=torch.bool, device=A.device)
+        kept[:shared] = ~same
+        left.append(factor * up[:, kept].double())
+        right.append(down[kept].double())
+    return product_norm(torch.cat(left, dim=1), torch.cat(right))
 
-    ΔW_i(end) = s_i B_i A_i over all modules: the trained ones of `updates[i]`, the others as in `starts[i]`.
-    The difference is one product of stacked factors, [s B̄ | −p_1 s_1 B_1 | …] [Ā; A_1; …], never formed.
+
+def agg_noise(following: ServerState, starts: Sequence[ClientStart], updates: Sequence[ClientUpdate]) -> float:
+    """Return √(Σ_matrices ‖ΔW_server − Σ_i p_i ΔW_i(end)‖_F²), `following` being the server after aggregation.
+
+    ΔW_i(end) = base_delta + s_i B_i A_i over all modules the client ends with. What the round folded into the base
+    enters as the stack it is, so the difference is one product of stacked factors, [B_fold diag(w) | s B̄ |
+    −p_1 s_1 B_1 | …] [A_fold; Ā; A_1; …], never formed.
     """
     total = sum(update.weight for update in updates)
+    scale = following.adapter.scale
     norms = []
-    for matrix, (A, B) in server.factors.items():
-        left, right = [server.scale * B.double()], [A.double()]
+    for matrix, (A, B) in following.adapter.factors.items():
+        left, right = [scale * B.double()], [A.double()]
+        if matrix in following.fold:
+            stack = following.fold[matrix]
+            left.append(stack.B.double() * stack.weights)
+            right.append(stack.A.double())
         for start, update in zip(starts, updates, strict=True):
             end_A, end_B = end_factors(start, update, matrix)
             left.append(-update.weight / total * start.scale * end_B.double())
@@ -50,22 +86,52 @@ def agg_noise(server: Adapter, starts: Sequence[ClientStart], updates: Sequence[
     return torch.stack(norms).norm().item()
 
 
+def agg_noise_module(following: ServerState, updates: Sequence[ClientUpdate]) -> float:
+    """Return √(Σ_matrices ‖s Σ_j (b̄_j ā_jᵀ − mean_{i∈Q_j} b_ij a_ijᵀ)‖_F²), j over the modules somebody trained.
+
+    The means weigh clients as the run does: Σ_{i∈Q_j} p_i … / Σ_{i∈Q_j} p_i.
+    """
+    scale = following.adapter.scale
+    norms = []
+    for matrix, (A, B) in following.adapter.factors.items():
+        weights = torch.zeros(len(updates), A.shape[0], dtype=torch.float64)
+        for row, update in zip(weights, updates, strict=True):
+            row[list(update.selected[matrix])] = update.weight
+        trained = weights.sum(0) > 0
+        shares = weights / weights.sum(0).where(trained, torch.ones(()).double())  # (clients, R)
+        left, right = [scale * B[:, trained].double()], [A[trained].double()]
+        for share, update in zip(shares.to(A.device), updates, strict=True):
+            sent_A, sent_B = update.factors[matrix]
+            left.append(-scale * share[list(update.selected[matrix])] * sent_B.double())
+            right.append(sent_A.double())
+        norms.append(product_norm(torch.cat(left, dim=1), torch.cat(right)))
+    return torch.stack(norms).norm().item()
+
+
+def factor_noise(start: Mapping[str, Factors], previous_end: Mapping[str, Factors]) -> tuple[float, float]:
+    """Return ‖A(start) − A(previous end)‖_F and the same for B over all matrices, modules that are missing being zero.
+
+    Of one client; the round's figure is the mean over those that took part before.
+    """
+    squares = [0.0, 0.0]
+    for matrix, pair in start.items():
+        for side, (now, before) in enumerate(zip(pair, previous_end[matrix], strict=True)):
+            rows, earlier = (t.double() if side == 0 else t.double().mT for t in (now, before))  # (modules, width)
+            shared = min(len(rows), len(earlier))
+            parts = (rows[:shared] - earlier[:shared].to(rows.device), rows[shared:], earlier[shared:])
+            squares[side] += sum(part.square().sum().item() for part in parts)
+    return squares[0] ** 0.5, squares[1] ** 0.5
+
+
 def end_factors(start: ClientStart, update: ClientUpdate, matrix: str) -> Factors:
-    """Return A (R, K) and B (N, R) a client ends with: its start, the modules it trained replaced."""
+    """Return A (m, K) and B (N, m) a client ends with: its start, the modules it trained replaced.
+
+    Modules it was to train and that its update does not hold were dropped: they are zero.
+    """
     A, B = (factor.clone() for factor in start.factors[matrix])
     trained_A, trained_B = update.factors[matrix]  # (r_i, K), (N, r_i)
+    begun = list(start.selected[matrix])
+    A[begun], B[:, begun] = 0, 0
     chosen = list(update.selected[matrix])
-    A[chosen], B[:, chosen] = trained_A, trained_B
+    A[chosen], B[:, chosen] = trained_A.to(A), trained_B.to(B)
     return A, B
-
-
-def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """Return ‖left · right‖_F, a scalar, of left (N, m) and right (m, K) without forming the (N, K) product.
-
-    With left = Q₁T₁ and rightᵀ = Q₂T₂ it is ‖T₁T₂ᵀ‖_F: orthogonal factors do not change the norm, and
-    nothing is squared before it is subtracted.
-    """
-    T1 = torch.linalg.qr(left, mode="r").R  # (min(N, m), m)
-    T2 = torch.linalg.qr(right.mT, mode="r").R  # (min(K, m), m)
-    norm: Tensor = torch.linalg.matrix_norm(T1 @ T2.mT)
-    return norm

@@ -1,33 +1,31 @@
-"""The round loop: sample clients, start, train, aggregate, measure, save."""
+"""Whole runs: the federated one with its files, and centralised training to hold it against."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 import plora_kernels as pk
-from fed import methods
-from fed.cost import download_bytes, upload_bytes
+from fed import checkpoint, methods
 from fed.data import FederatedData
 from fed.evaluate import evaluate_held_out
-from fed.local import Workplace, adapted, fault, held_updates, started, train
-from fed.noise import agg_noise, start_noise
+from fed.federation import Federation, Row, finite, first_state
+from fed.local import adapted, beyond, started, train
+from fed.rundir import ADAPTER, BASE, ROUNDS
 from fed.samples import Split
-from fed.streams import Source, permutation
-from fed.types import Adapter, Client, ClientStart, ClientUpdate, ServerState
+from fed.similarity import save_similarity
+from fed.streams import Source
+from fed.types import Client, ServerState
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-Row = dict[str, Any]
+BASE_DELTA = "base_delta.safetensors"
 
 
 def simulate(
@@ -38,30 +36,53 @@ def simulate(
     directory: Path,
     on_round: Callable[[Row], object] | None = None,
     on_event: Callable[[str], object] | None = None,
+    *,
+    resume: bool = False,
 ) -> list[Row]:
     """Run `config.rounds` federated rounds and return their rows, row 0 being the unadapted model.
 
     Every row goes to `directory/rounds.jsonl` as soon as it is known, then to `on_round`; `on_event` gets a
     line for each client left out. At the end the adapter is saved to `directory/adapter` in PEFT's format,
-    with the head where it was trained. The directory is made only once the adapter fits the model; the model
-    comes back as it was.
+    with the head where it was trained; a method that folds into the base, or holds more than R modules a matrix,
+    leaves `directory/base_delta.safetensors` beside it: by parameter name, what is to be added to the base's weights
+    in fp32 before the adapter goes on. The directory is made only once the adapter fits the model; the model comes
+    back as it was.
 
-    A row holds round, the metrics of `fed.evaluate.evaluate_held_out`, init_noise, agg_noise, upload_bytes,
-    download_bytes, train_seconds, and the ids of the round's clients and of those skipped. A noise that
-    nothing was there to measure is None, and so is a loss that is not finite.
+    After every `config.checkpoint_every`-th round and the last, `directory/checkpoint` holds all that is needed to go
+    on. With `resume` the run goes on from there, given the same configuration (more rounds are fine), data and base
+    model: rows of rounds after the checkpoint are dropped and played again, and all files come out as those of a run
+    that was never stopped, times apart. The rows returned are all of the run's; `on_round` gets the new ones alone.
+    Raises FedError where there is no checkpoint, or one of another configuration.
+
+    A row holds round and the metrics of `fed.evaluate.evaluate_held_out`; init_noise, agg_noise, agg_noise_module, and
+    factor_noise with its parts factor_noise_A and factor_noise_B; upload_bytes and download_bytes; trainable_parameters
+    (mean over the round's clients), optimizer_bytes and activation_bytes (of the client that needs most); fold_seconds
+    and train_seconds; client_accuracy and worst_accuracy; the ids of the round's clients, the steps each trained, and
+    those skipped. What nothing was there to measure, or was not to be measured, is None, and so is a metric that is
+    not finite. `directory/similarity` holds the cosines between modules in the first and the last round.
     """
     with adapted(config, model, head_names) as work:
         federation = Federation(config, data.to(work.device), work, on_event or _discard)
+        standing = federation.beginning()
         rows: list[Row] = []
+        if resume:
+            standing = checkpoint.load(directory, config, standing)
+            rows = _kept_rows(directory / ROUNDS, standing.server.round)
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "rounds.jsonl").open("w", encoding="utf-8") as file:
-            for row in federation.play():
-                rows.append(row)
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+        with (directory / ROUNDS).open("a" if resume else "w", encoding="utf-8") as file:
+            for played in federation.play(standing):
+                standing, number = played.standing, played.standing.server.round
+                if config.measure.similarity and number in (1, config.rounds) and played.updates:
+                    save_similarity(directory, number, played.updates, work.rank)
+                rows.append(played.row)
+                file.write(json.dumps(played.row, allow_nan=False) + "\n")
                 file.flush()
+                if checkpoint.is_due(config, number):
+                    checkpoint.save(directory, config, standing)
                 if on_round is not None:
-                    on_round(row)
-        pk.save_peft(work.handle, directory / "adapter", base_model_name_or_path=str(directory / "base"))
+                    on_round(played.row)
+        pk.save_peft(work.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
+        save_base_delta(directory, standing.server, config.adapter.rank)
     return rows
 
 
@@ -77,108 +98,43 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
         pool = Split.joined(data.clients)
         client = Client(id=len(data.clients), rank=config.adapter.rank, n_samples=len(pool))
         rng = Source(config.seed, 0, client.id)
-        server = first_state(work, config.adapter.unselected)
+        server = first_state(work, config)
         start = methods.find("fedit").start(server, client, rng)
         began = time.perf_counter()
         with started(work, start, server.head):
             train(work, client, start, pool, config.train, steps, rng)
         train_seconds = time.perf_counter() - began
         metrics = evaluate_held_out(work.model, data)
-    return _finite(metrics) | {"steps": steps, "train_seconds": train_seconds}
+    return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}
 
 
-@dataclass(frozen=True)
-class Visit:
-    """One client's turn in a round: `fault` says why its update cannot be used, or is None."""
+def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
+    """Write what the server's ΔW has besides `rank` modules a matrix, under the parameters' names; nothing if nothing.
 
-    start: ClientStart
-    update: ClientUpdate
-    start_noise: float
-    train_seconds: float
-    fault: str | None
+    `weight + delta`, taken in fp32 and rounded once into the weight's dtype, is the base the adapter belongs to.
+    """
+    path = directory / BASE_DELTA
+    total = beyond(server, rank)
+    if not total:
+        path.unlink(missing_ok=True)
+        return
+    from safetensors.torch import save_file
 
-
-@dataclass(frozen=True)
-class Federation:
-    """A run's configuration, its data, and the model its clients take turns on."""
-
-    config: RunConfig
-    data: FederatedData
-    work: Workplace
-    on_event: Callable[[str], object]
-
-    def play(self) -> Iterator[Row]:
-        """Yield row 0 and then every round's; the model is left at the server's last state."""
-        server = first_state(self.work, self.config.adapter.unselected)
-        yield self.row(server, [], None)
-        while server.round < self.config.rounds:
-            visits = [self.visit(server, client) for client in self.drawn(server.round + 1)]
-            server, noise = self.aggregate(server, visits)
-            yield self.row(server, visits, noise)
-
-    def drawn(self, number: int) -> list[Client]:
-        """Return the clients of round `number` by ascending id, drawn without replacement."""
-        clients = self.config.clients
-        order = permutation(len(self.data.clients), self.config.seed, number, "clients")
-        return [
-            Client(index, clients.ranks[index % len(clients.ranks)], len(self.data.clients[index]))
-            for index in sorted(order[: clients.per_round].tolist())
-        ]
-
-    def visit(self, server: ServerState, client: Client) -> Visit:
-        """Let one client start from the server's state and train; the base weights are as before after it."""
-        rng = Source(self.config.seed, server.round + 1, client.id)
-        start = methods.find(self.config.method).start(server, client, rng)
-        split, settings = self.data.clients[client.id], self.config.train
-        with started(self.work, start, server.head):
-            noise = start_noise(server.adapter, held_updates(self.work, start))
-            began = time.perf_counter()
-            update = train(self.work, client, start, split, settings, settings.local_steps, rng)
-            train_seconds = time.perf_counter() - began
-        return Visit(start, update, noise, train_seconds, fault(update))
-
-    def aggregate(self, server: ServerState, visits: Sequence[Visit]) -> tuple[ServerState, float | None]:
-        """Return the next state and its aggregation noise, from what is usable; without, the same state."""
-        number = server.round + 1
-        for visit in visits:
-            if visit.fault is not None:
-                name = f"client {visit.update.client.id}"
-                self.on_event(f"round {number}: {name} is left out: {visit.fault}")
-        usable = [visit for visit in visits if visit.fault is None]
-        if not usable:
-            self.on_event(f"round {number}: no client sent a usable update; the server keeps its state")
-            return replace(server, round=number), None
-        updates = [visit.update for visit in usable]
-        following = methods.find(self.config.method).aggregate(server, updates)
-        return following, agg_noise(following.adapter, [visit.start for visit in usable], updates)
-
-    def row(self, server: ServerState, visits: Sequence[Visit], noise: float | None) -> Row:
-        """Return a round's row: bytes up over the updates that were used, bytes down over all its clients."""
-        self.work.load(server.adapter.factors, server.head)
-        metrics = evaluate_held_out(self.work.model, self.data)
-        usable = [visit for visit in visits if visit.fault is None]
-        return {
-            "round": server.round,
-            **_finite(metrics),
-            "init_noise": fmean(visit.start_noise for visit in visits) if visits else None,
-            "agg_noise": noise,
-            "upload_bytes": sum(upload_bytes(visit.start, visit.update) for visit in usable),
-            "download_bytes": sum(download_bytes(visit.start, server.head) for visit in visits),
-            "train_seconds": sum(visit.train_seconds for visit in visits),
-            "clients": [visit.update.client.id for visit in visits],
-            "skipped": [visit.update.client.id for visit in visits if visit.fault is not None],
-        }
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file({f"{matrix}.weight": delta.cpu().contiguous() for matrix, delta in total.items()}, temporary)
+    temporary.replace(path)
 
 
-def first_state(work: Workplace, unselected: str) -> ServerState:
-    """Return the server before the first round: the adapter just drawn (B = 0) and the head as it stands."""
-    scale = next(iter(work.handle.layers.values())).scale
-    head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
-    return ServerState(Adapter(work.handle.factors(), scale, unselected), head)
-
-
-def _finite(metrics: Mapping[str, float]) -> Row:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+def _kept_rows(path: Path, last: int) -> list[Row]:
+    """Return the rows up to round `last` and cut the file down to them; a line cut off in writing goes as well."""
+    rows: list[Row] = []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for line in lines[: last + 1]:
+        rows.append(json.loads(line))
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines[: last + 1]), encoding="utf-8")
+    temporary.replace(path)
+    return rows
 
 
 def _discard(event: str) -> None:

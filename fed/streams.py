@@ -27,6 +27,12 @@ def permutation(size: int, *key: int | str) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
+def uniform(size: int, *key: int | str) -> NDArray[np.float64]:
+    """Return `size` numbers from [0, 1), (size,) fp64: the upper 53 bits of raw 64-bit draws."""
+    draws = np.random.PCG64(seed_of(*key)).random_raw(size)  # (size,) uint64
+    return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 @dataclass(frozen=True)
 class Source:
     """The randomness of one client in one round; each purpose has a stream of its own."""
@@ -38,6 +44,10 @@ class Source:
     def permutation(self, size: int, *purpose: int | str) -> NDArray[np.int64]:
         """Return a uniform permutation of 0 … size-1, (size,) int64, always the same for one purpose."""
         return permutation(size, self.seed, self.round, self.client, *purpose)
+
+    def uniform(self, size: int, *purpose: int | str) -> NDArray[np.float64]:
+        """Return `size` numbers from [0, 1), (size,) fp64, always the same for one purpose."""
+        return uniform(size, self.seed, self.round, self.client, *purpose)
 
 
 @contextmanager

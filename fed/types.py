@@ -133,6 +133,14 @@ class ClientStart:
     penalty: TailPenalty | None = None
 
 
+class Footprint(NamedTuple):
+    """What a client's training took: trained numbers, and bytes of optimiser state and of activations kept."""
+
+    trainable_parameters: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
     """What a client ends with, and of it what it sends back.
@@ -152,6 +160,7 @@ class ClientUpdate:
     loss: float
     sent: str = "AB"
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    footprint: Footprint | None = None
 
     @property
     def n_samples(self) -> int:

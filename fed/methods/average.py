@@ -41,7 +41,29 @@ def head_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str
     return means
 
 
-def next_state(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return the server a round later: modules and head averaged over the clients that trained them."""
-    adapter = replace(server.adapter, factors=module_means(server, updates))
-    return ServerState(adapter, head_means(server, updates), server.round + 1)
+def visit_counts(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """Return how often each module was trained so far, (R,) int64 for every matrix."""
+    counts = {}
+    for matrix, (A, _) in server.adapter.factors.items():
+        counts[matrix] = server.visits.get(matrix, torch.zeros(A.shape[0], dtype=torch.int64)).clone()
+        for update in updates:
+            counts[matrix][list(update.selected[matrix])] += 1
+    return counts
+
+
+def next_state(server: ServerState, updates: Sequence[ClientUpdate], sides: str = "AB") -> ServerState:
+    """Return the server a round later: modules and head averaged over the clients that trained them.
+
+    `sides` names the factors that were trained, "AB", "A" or "B"; the other one stays bit for bit.
+    """
+    factors = {}
+    for matrix, mean in module_means(server, updates).items():
+        A, B = server.adapter.factors[matrix]
+        factors[matrix] = (mean[0] if "A" in sides else A, mean[1] if "B" in sides else B)
+    return replace(
+        server,
+        adapter=replace(server.adapter, factors=factors),
+        head=head_means(server, updates),
+        round=server.round + 1,
+        visits=visit_counts(server, updates),
+    )

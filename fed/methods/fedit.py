@@ -7,23 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fed.errors import FedError
 from fed.methods.average import next_state
+from fed.methods.whole import whole_start
 from fed.streams import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
     """Return all R modules, all to be trained; raises `FedError` for a client of another rank."""
-    adapter = server.adapter
-    for matrix, (A, _) in adapter.factors.items():
-        if A.shape[0] != client.rank:
-            raise FedError(
-                f"client {client.id} has rank {client.rank}, {matrix} has {A.shape[0]} modules; "
-                "fedit needs every client's rank to equal the adapter's"
-            )
-    selected = {matrix: tuple(range(A.shape[0])) for matrix, (A, _) in adapter.factors.items()}
-    return ClientStart(adapter.factors, selected, adapter.scale, adapter.unselected)
+    return whole_start(server, client, "fedit")
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

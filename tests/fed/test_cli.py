@@ -26,8 +26,10 @@ from tests.support.tiny_bert import make_tiny_bert
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
-    *("round", "accuracy", "loss", "init_noise", "agg_noise", "upload_bytes", "download_bytes", "train_seconds"),
-    *("clients", "skipped"),
+    *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
+    *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
+    *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
+    *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
 }
 SMALL = (
     *("rounds=2", "clients.count=4", "clients.per_round=3", "train.local_steps=2"),
@@ -50,7 +52,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_it_should(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.toml", "rounds.jsonl", "base", "adapter", "report.png", "report.html", "centralised.json"}
+    folders = {"base", "adapter", "checkpoint", "similarity"}
+    assert names == folders | {"config.toml", "rounds.jsonl", "report.png", "report.html", "centralised.json"}
     assert {path.name for path in (made / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     rows = rows_of(made)
     assert [row["round"] for row in rows] == [0, 1, 2]

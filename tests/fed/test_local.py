@@ -12,11 +12,11 @@ from torch import nn
 
 import plora_kernels as pk
 from fed.errors import FedError
-from fed.local import Workplace, adapted, batch_rows, fault, find_device, held_updates, make_optimizer, started, train
+from fed.local import Workplace, adapted, batch_rows, fault, find_device, make_optimizer, started, train
 from fed.noise import start_noise
 from fed.samples import Split
 from fed.streams import Source
-from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors
+from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 from tests.support.tiny_federation import (
     HEAD,
     MATRICES,
@@ -172,15 +172,13 @@ def test_weights_of_an_update(work: Workplace, data: Split) -> None:
 
 
 def test_held_updates_are_the_servers_exactly_when_frozen_and_to_rounding_when_folded(work: Workplace) -> None:
-    noise = {}
+    noise, server = {}, ServerState(Adapter(make_factors(6, 1, SHAPES), 2.0))
     for unselected in ("folded", "frozen"):
         start = make_start(unselected)
         with started(work, start, head_of(work)):
-            noise[unselected] = start_noise(Adapter(start.factors, 2.0), held_updates(work, start))
-    size = start_noise(
-        Adapter({name: (A * 0, B) for name, (A, B) in start.factors.items()}, 2.0),
-        [(name, 2.0 * (B.double() @ A.double())) for name, (A, B) in start.factors.items()],
-    )
+            noise[unselected] = start_noise(server, start, work.base.changed())
+    nothing = {name: (A * 0, B) for name, (A, B) in start.factors.items()}
+    size = start_noise(server, replace(start, factors=nothing))
     assert noise["frozen"] == 0.0
     assert 0.0 < noise["folded"] < 1e-6 * size
 

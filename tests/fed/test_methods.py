@@ -1,4 +1,4 @@
-"""Fed-PLoRA and FedIT as pure functions: by hand, under permutation, and against each other."""
+"""What holds for every method, and Fed-PLoRA and FedIT by hand and against each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from fed import methods
 from fed.errors import FedError
 from fed.streams import Source
 from fed.types import Adapter, Client, ClientUpdate, ServerState
+from tests.support.dense import REFERENCES, held
 from tests.support.tiny_federation import make_server, make_update
 
 PLORA, FEDIT = methods.find("fed-plora"), methods.find("fedit")
@@ -24,10 +26,45 @@ def tensors(state: ServerState) -> list[torch.Tensor]:
 
 
 def updates_of(server: ServerState, ranks: list[int], method: methods.Method = PLORA) -> list[ClientUpdate]:
-    clients = [Client(number, rank, n_samples=10 * (number + 1)) for number, rank in enumerate(ranks)]
-    starts = [method.start(server, client, Source(1, server.round + 1, client.id)) for client in clients]
-    pairs = zip(starts, clients, strict=True)
-    return [make_update(start, client, seed=client.id, weight=1.0 + client.id) for start, client in pairs]
+    updates = []
+    for number, rank in enumerate(ranks):
+        client = Client(number, rank, n_samples=10 * (number + 1))
+        start = method.start(server, client, Source(1, server.round + 1, number))
+        update = make_update(start, client, seed=number + 10 * server.round, weight=1.0 + number)
+        updates.append(method.finish(server, start, update))
+    return updates
+
+
+def ranks_for(name: str, rank: int = 6) -> list[int]:
+    return [rank] * 6 if methods.find(name).equal_ranks else [1, 2, 3, rank, 4, 2]
+
+
+def matrices(state: ServerState) -> list[np.ndarray]:
+    """What the state means: ΔW of every matrix, and the head."""
+    return [held(state, matrix) for matrix in state.adapter.factors] + [h.double().numpy() for h in state.head.values()]
+
+
+def after(name: str, rounds: int) -> ServerState:
+    """A server some rounds after its start at B = 0."""
+    server, method = make_server(rank=6), methods.find(name)
+    zero = {matrix: (A, torch.zeros_like(B)) for matrix, (A, B) in server.adapter.factors.items()}
+    server = replace(server, adapter=replace(server.adapter, factors=zero))
+    for _ in range(rounds):
+        server = method.aggregate(server, updates_of(server, ranks_for(name), method))
+    return server
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_round_is_what_dense_matrices_say(name: str, rounds: int) -> None:
+    server, method = after(name, rounds), methods.find(name)
+    updates = updates_of(server, ranks_for(name), method)
+    following = method.aggregate(server, updates)
+    assert following.round == rounds + 1
+    for matrix in server.adapter.factors:
+        expected = REFERENCES[name](server, updates, matrix)
+        error = np.linalg.norm(held(following, matrix) - expected)
+        assert error <= 1e-6 * np.linalg.norm(expected)
 
 
 def test_fed_plora_aggregates_as_computed_by_hand() -> None:
@@ -64,14 +101,14 @@ def test_fed_plora_aggregates_as_computed_by_hand() -> None:
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_aggregation_does_not_depend_on_the_order_of_updates(name: str) -> None:
-    server, method = make_server(rank=6), methods.find(name)
-    updates = updates_of(server, [1, 2, 3, 6, 4, 2] if name == "fed-plora" else [6] * 6, method)
-    expected = tensors(method.aggregate(server, updates))
+    server, method = after(name, 1), methods.find(name)
+    updates = updates_of(server, ranks_for(name), method)
+    expected = matrices(method.aggregate(server, updates))
     shuffle = random.Random(0)
     for _ in range(5):
         shuffle.shuffle(updates)
-        for got, want in zip(tensors(method.aggregate(server, updates)), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        for got, want in zip(matrices(method.aggregate(server, updates)), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
 def test_modules_nobody_trained_keep_their_value_bit_for_bit() -> None:
@@ -109,13 +146,15 @@ def test_fedit_is_the_weighted_mean_of_the_factors() -> None:
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_changes_nothing_it_is_given(name: str) -> None:
-    server, method = make_server(rank=4), methods.find(name)
-    before = copy.deepcopy(tensors(server))
-    updates = updates_of(server, [4, 4], method)
+    server, method = after(name, 1), methods.find(name)
+    before = copy.deepcopy(server)
+    updates = updates_of(server, [6, 6], method)
     sent = copy.deepcopy([update.factors for update in updates])
     method.aggregate(server, updates)
-    assert server.round == 0
-    assert all(torch.equal(one, other) for one, other in zip(tensors(server), before, strict=True))
+    assert server.round == 1
+    assert all(torch.equal(one, other) for one, other in zip(tensors(server), tensors(before), strict=True))
+    assert all(torch.equal(delta, before.base_delta[matrix]) for matrix, delta in server.base_delta.items())
+    assert all(torch.equal(counts, before.visits[matrix]) for matrix, counts in server.visits.items())
     for update, factors in zip(updates, sent, strict=True):
         for matrix, pair in factors.items():
             assert all(map(torch.equal, update.factors[matrix], pair))
@@ -131,9 +170,10 @@ def test_fed_plora_starts_with_all_modules_and_trains_as_many_as_the_client_affo
     assert again.selected == start.selected
 
 
-def test_fedit_refuses_a_client_of_another_rank() -> None:
-    with pytest.raises(FedError, match="client 3 has rank 2, left has 6 modules; fedit needs"):
-        FEDIT.start(make_server(rank=6), Client(3, rank=2, n_samples=1), Source(1, 1, 3))
+def test_methods_of_one_rank_refuse_a_client_of_another() -> None:
+    for name in (name for name, method in methods.METHODS.items() if method.equal_ranks):
+        with pytest.raises(FedError, match=f"client 3 has rank 2, left has 6 modules; {name} needs"):
+            methods.find(name).start(make_server(rank=6), Client(3, rank=2, n_samples=1), Source(1, 1, 3))
 
 
 def test_half_precision_is_averaged_in_full_and_cast_once() -> None:
@@ -146,5 +186,5 @@ def test_half_precision_is_averaged_in_full_and_cast_once() -> None:
 
 
 def test_an_unknown_method_is_an_error_naming_those_there_are() -> None:
-    with pytest.raises(FedError, match="method is 'fedavg'; one of fed-plora, fedit would be right"):
+    with pytest.raises(FedError, match=r"method is 'fedavg'; one of fed-plora, fedit, .*, raflora would be right"):
         methods.find("fedavg")

@@ -22,21 +22,15 @@ from fed.types import Client, ClientStart, ServerState
 from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, everything, make_config, make_data
 
 FIELDS = [
-    "round",
-    "accuracy",
-    "loss",
-    "init_noise",
-    "agg_noise",
-    "upload_bytes",
-    "download_bytes",
-    "train_seconds",
-    "clients",
-    "skipped",
+    *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
+    *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
+    *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
+    *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
 ]
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "train_seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
 
 
 def run(config: SimpleNamespace, directory: Path, data: FederatedData | None = None) -> list[dict[str, Any]]:
@@ -187,7 +181,7 @@ def test_a_method_joins_by_a_line_in_the_table_and_gets_its_own_randomness(
         selections.append(made.selected)
         return made
 
-    monkeypatch.setitem(methods.METHODS, "recorded", methods.Method(start, plora.aggregate))
+    monkeypatch.setitem(methods.METHODS, "recorded", plora._replace(start=start))
     config = make_config(method="recorded", clients={"per_round": 4, "ranks": [1, 2, 3]})
     rows = run(config, tmp_path / "recorded")
     assert keys == [(5, number, client, (1, 2, 3, 1)[client]) for number in (1, 2, 3) for client in range(4)]

@@ -17,13 +17,15 @@ HEAD = ("head",)
 MATRICES = ("body.first", "body.second")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "clients": {"count": 4, "per_round": 3, "ranks": [1, 2, 3, 6]},
+    "clients": {"count": 4, "per_round": 3, "ranks": [1, 2, 3, 6], "memory_mib": []},
     "adapter": {
         "rank": 6,
         "alpha": 12.0,
         "rank_stabilized": False,
         "target_modules": ["first", "second"],
         "unselected": "folded",
+        "selection": "random",
+        "dropout": 0.0,
     },
     "train": {
         "optimizer": "adamw",
@@ -32,17 +34,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "momentum": 0.0,
         "batch_size": 4,
         "local_steps": 3,
+        "client_steps": [],
+        "local_epochs": 0.0,
         "head": "train",
         "weighting": "uniform",
         "max_grad_norm": 0.0,
     },
+    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
+    "measure": {"noise": True, "similarity": True, "memory": True, "clients": True},
 }
 
 
 def make_config(**changes: Any) -> SimpleNamespace:
     """A run's configuration; `changes` set plain keys, or keys of a table by a mapping: `train={"head": "freeze"}`."""
     tables = {name: SimpleNamespace(**{**keys, **changes.pop(name, {})}) for name, keys in _DEFAULTS.items()}
-    plain = {"seed": 5, "rounds": 3, "method": "fed-plora", "device": "cpu"}
+    plain = {"seed": 5, "rounds": 3, "method": "fed-plora", "device": "cpu", "checkpoint_every": 1}
     return SimpleNamespace(**{**plain, **changes}, **tables)
 
 
@@ -108,6 +115,10 @@ def make_update(start: ClientStart, client: Client, seed: int, weight: float = 1
     factors = {}
     for matrix, (A, B) in start.factors.items():
         chosen = list(start.selected[matrix])
-        factors[matrix] = (moved(A[chosen]), moved(B[:, chosen]))
+        own_A, own_B = A[chosen], B[:, chosen]
+        factors[matrix] = (
+            moved(own_A) if "A" in start.trained else own_A,
+            moved(own_B) if "B" in start.trained else own_B,
+        )
     head = {"head.weight": moved(torch.ones(3, 2))}
-    return ClientUpdate(client, factors, start.selected, head, weight, steps=1, loss=0.5)
+    return ClientUpdate(client, factors, start.selected, head, weight, steps=1, loss=0.5, sent=start.trained)

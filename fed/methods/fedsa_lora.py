@@ -1,0 +1,38 @@
+"""FedSA-LoRA: A is shared and averaged; every client keeps a B of its own.
+
+Models are personal: client i has s B_i Ā. Where one global model is asked for, it has the mean of the Bs.
+
+Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025, arXiv 2410.01463.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fed.methods.average import next_state
+from fed.methods.whole import whole_start
+from fed.streams import Source
+from fed.types import Client, ClientStart, ClientUpdate, ServerState
+
+
+def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+    """Return Ā with the client's own B, zero before its first round; `FedError` for a client of another rank."""
+    whole = whole_start(server, client, "fedsa-lora", received="A")
+    own = {
+        matrix: (A, client.memory[matrix] if matrix in client.memory else torch.zeros_like(B))
+        for matrix, (A, B) in whole.factors.items()
+    }
+    return replace(whole, factors=own)
+
+
+def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:
+    """Return the update of which A alone is sent, and B remembered."""
+    return replace(update, sent="A", memory={matrix: B for matrix, (_, B) in update.factors.items()})
+
+
+def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+    """Return Ā = Σ p_i A_i, and the mean of the Bs for the global model alone: no client starts from it."""
+    return next_state(server, updates)

@@ -1,0 +1,69 @@
+"""Cosines between the one-rank modules clients end a round with: within a client, and from client to client.
+
+The cosine of two modules is that of their matrices, ⟨b_j a_jᵀ, b_k a_kᵀ⟩ = (a_j·a_k)(b_j·b_k) over their norms, so that
+no matrix is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed.types import ClientUpdate
+
+FOLDER = "similarity"
+
+
+def module_similarity(updates: Sequence[ClientUpdate], rank: int) -> dict[str, Tensor]:
+    """Return mean cosines over all matrices, fp64, NaN where no pair was there to compare.
+
+    within (R, R): modules j and k of one client, mean over clients.  across (R, R): module j of one client and k of
+    another, mean over ordered pairs of clients.  clients (C, C): the same module of two clients, mean over modules.
+    Trained modules alone count, each under its number; modules of norm 0 have no direction and count nowhere.
+    """
+    count = len(updates)
+    sums = {"within": torch.zeros(rank, rank), "across": torch.zeros(rank, rank), "clients": torch.zeros(count, count)}
+    sums = {name: values.double() for name, values in sums.items()}
+    pairs = {name: torch.zeros_like(values) for name, values in sums.items()}
+    for matrix in updates[0].factors:
+        placed = [_unit_modules(update, matrix, rank) for update in updates]
+        for i, (A, B, there) in enumerate(placed):
+            for k, (other_A, other_B, other_there) in enumerate(placed):
+                cosines = (A @ other_A.mT) * (B @ other_B.mT)  # (R, R)
+                both = there[:, None] & other_there
+                name = "within" if i == k else "across"
+                sums[name] += cosines.where(both, 0.0)
+                pairs[name] += both
+                sums["clients"][i, k] += cosines.where(both, 0.0).diagonal().sum()
+                pairs["clients"][i, k] += both.diagonal().sum()
+    return {name: (sums[name] / pairs[name]).where(pairs[name] > 0, torch.nan) for name in sums}
+
+
+def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate], rank: int) -> None:
+    """Write `similarity/round-N.npz`: within, across, clients, and the clients' ids in the order of the last."""
+    folder = directory / FOLDER
+    folder.mkdir(exist_ok=True)
+    arrays = {name: values.numpy() for name, values in module_similarity(updates, rank).items()}
+    ids = np.array([update.client.id for update in updates])
+    temporary = folder / f"round-{number}.npz.tmp"
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, ids=ids, **arrays)
+    temporary.replace(folder / f"round-{number}.npz")
+
+
+def _unit_modules(update: ClientUpdate, matrix: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a_j/‖a_j‖ (R, K), b_j/‖b_j‖ (R, N) fp64 at their module's number, and which are there (R,) bool."""
+    A, B = (factor.double().cpu() for factor in update.factors[matrix])
+    norms = A.norm(dim=1), B.norm(dim=0)
+    kept = (norms[0] > 0) & (norms[1] > 0)
+    places = torch.tensor(update.selected[matrix], dtype=torch.int64)[kept]
+    unit_A, unit_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(rank, B.shape[0])
+    unit_A[places] = A[kept] / norms[0][kept, None]
+    unit_B[places] = (B[:, kept] / norms[1][kept]).mT
+    there = torch.zeros(rank, dtype=torch.bool)
+    there[places] = True
+    return unit_A, unit_B, there

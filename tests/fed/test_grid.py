@@ -101,7 +101,7 @@ def test_what_is_no_seed_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"methods": ("fed-plra",)}, r"method is 'fed-plra': it should be 'fed-plora'"),
+        ({"methods": ("fed-plra",)}, r"method is 'fed-plra'; one of fed-plora, fedit"),
         ({"methods": ("fedit@17",)}, r"--methods holds 'fedit@17': .* a rank from 1 to adapter.rank \(16\)"),
         ({"methods": ("fedit@",)}, r"--methods holds 'fedit@'"),
         ({"methods": ("fedit", "fedit")}, r"'fedit' would be compared with itself"),

@@ -110,44 +110,43 @@ def tile_matmul_kernel(
     up_base = up_ptr + first_column * stride_uo
     side_base = side_ptr + first_row * stride_sm
     low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r0 in range(0, R, BLOCK_R):
+    if not SIDE_GIVEN:
+        side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        acc, low = add_low_rank(
+            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+        )  # fmt: skip
+        if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+            if pid_n == 0:
+                store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+    for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
         modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
         if SIDE_GIVEN:
             side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
         else:
-            if r0 > 0:
-                # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
-                in_base, down_base = in_ptr + first_row * stride_im, down_ptr
-                down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
-                side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-                for k in range(0, D_IN, BLOCK_K):
-                    depth_ok = depth < D_IN - k
-                    a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
-                    d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
-                    side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                    in_base += in_step
-                    down_base += down_step
-            side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
-            if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+            # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
+            in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+            down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+            side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for k in range(0, D_IN, BLOCK_K):
+                depth_ok = depth < D_IN - k
+                a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
+                d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                in_base += in_step
+                down_base += down_step
+            side = tl.where(module_ok[None, :], side, 0.0)
+            if STORE_SIDE:
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
         acc, low = add_low_rank(
-            acc,
-            low,
-            side,
-            u,
-            modules,
-            scale,
-            keep_scale,
-            selected_ptr,
-            selected_width,
-            dtype,
-            DROPOUT,
-            SELECTED_BLOCK,
-            PRECISION,
-        )
+            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+        )  # fmt: skip
 
     if DROPOUT:
         keep = keep_mask(seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)

@@ -65,7 +65,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
         weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
         ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
         return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
-    return [Computed(*torch_path.forward(rows, *p[:4], None, p.scale, keep_s)) for p in projections]
+    return [Computed(*torch_path.forward(rows, *p[:4], None, p.scale, False, keep_s, 0.0, None)) for p in projections]
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:

@@ -69,5 +69,5 @@ def backward(
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
         factor_gradient_(d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout)
     if need_B and not (blocks is not None and blocks.design == "two_launch"):
-        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale, dropout=None)
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
     return d_x, d_lora_A, d_lora_B

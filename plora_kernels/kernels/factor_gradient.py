@@ -127,7 +127,7 @@ def factor_gradient_(
     thin_index: Tensor | None,
     out_index: Tensor | None,
     scale: float,
-    dropout: Dropout | None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it.
 

@@ -178,7 +178,7 @@ class _Attach(torch.autograd.Function):
                 # Called with create_graph=True: the operator records itself, so as to refuse a double backward by name.
                 needs = (need_x, need_A, need_B, need_bias)
                 results = torch.ops.plora.linear_backward(
-                    dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs
+                    dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs, 0.0, None
                 )
                 d_x, d_lora_A, d_lora_B, d_bias = (g if need else None for g, need in zip(results, needs, strict=True))
             else:

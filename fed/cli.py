@@ -161,7 +161,7 @@ def _run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> in
     trackers.require(config.tracker)
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite)
     try:
-        data = datasets.load(config)
+        data = datasets.load(config, screen.warn, screen.stage)
         with execute.limits(config.threads), directory:
             model = _base(config, data, directory, screen)
             directory.place()

@@ -14,60 +14,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from fed.data_config import DataConfig, ModelConfig, check_data
 from fed.errors import FedError
+from fed.schema import TABLE, Count, Fraction, NotNegative, Positive
 
 PRESETS = Path(__file__).parent / "presets"
-_SHARES = "clients.ranks."  # a table with keys of its own: the share of the clients for each rank
+# Tables with keys of their own: the share of the clients for each rank, and what a partitioner is given.
+_OPEN = ("clients.ranks.", "data.partition_options.")
 _EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
 Rank = Annotated[int, Field(ge=1, le=256)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Table(BaseModel):
-    """One table of the TOML file: frozen, strict about types, closed to unknown keys."""
+    """One table of the TOML file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelConfig(_Table):
-    """The base model: a local checkpoint, or without `path` a small ViT trained on undisturbed digits."""
-
-    path: str | None = None
-    pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 500
-    pretrain_learning_rate: Positive = 2e-3
-    pretrain_batch_size: Count = 16
-
-
-class DataConfig(_Table):
-    """The task. `text` and `label` name columns of a JSONL file; `shift` disturbs images only."""
-
-    name: Literal["digits", "jsonl"] = "digits"
-    path: str | None = None
-    text: str = "text"
-    label: str = "label"
-    shift: Literal["rotate90", "rotate180", "invert", "none"] = "rotate90"
-    test_fraction: Fraction = 0.25
-    pretrain_fraction: Fraction = 0.4
-    max_length: Annotated[int, Field(ge=2, le=32_768)] = 128
-
-    @model_validator(mode="before")
-    @classmethod
-    def _infer(cls, values: Any) -> Any:
-        """A path means JSONL, and JSONL means no shift, unless the file says otherwise."""
-        if not isinstance(values, dict):
-            return values
-        inferred: dict[str, Any] = {}
-        if "path" in values:
-            inferred["name"] = "jsonl"
-        if values.get("name", inferred.get("name")) == "jsonl":
-            inferred["shift"] = "none"
-        return {**inferred, **values}
+    model_config = TABLE
 
 
 class ClientsConfig(_Table):
@@ -197,7 +161,7 @@ class RunConfig(_Table):
     def _fits_together(self) -> Self:
         _check_method(self)
         _check_clients(self)
-        _check_data(self)
+        check_data(self.data, self.model)
         return self
 
 
@@ -270,7 +234,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             raise FedError(f"--set {override}: {name} is {table!r} in the file, where a table belongs")
-    table[last] = _value(text.strip(), holds_text=_fields()[key] in (str, str | None))
+    table[last] = _value(text.strip(), holds_text=_fields().get(key) in (str, str | None))
 
 
 def _value(text: str, holds_text: bool) -> Any:
@@ -303,7 +267,7 @@ def _dotted(table: dict[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def _require_known(key: str, where: str) -> None:
-    if key in (known := _fields()) or key.startswith(_SHARES):
+    if key in (known := _fields()) or key.startswith(_OPEN):
         return
     raise FedError(f"{where}: unknown key {key!r}; the nearest is {_nearest(key, known)!r}")
 
@@ -397,24 +361,3 @@ def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:
         dealt.append(int(due))
     periods = (length for length in range(1, count + 1) if count % length == 0)
     return next(dealt[:length] for length in periods if dealt[:length] * (count // length) == dealt)
-
-
-def _check_data(config: RunConfig) -> None:
-    data, path = config.data, config.model.path
-    if data.name == "digits":
-        if data.path is not None:
-            raise ValueError(f"data.path is {data.path!r}: the digits need no file; data.name should be 'jsonl'")
-        if path is not None:
-            raise ValueError(f"model.path is {path!r}: digits train an embedded ViT; text needs data.path as well")
-        if (taken := data.test_fraction + data.pretrain_fraction) >= 1:
-            raise ValueError(
-                f"data.test_fraction + data.pretrain_fraction is {taken:g}: "
-                "it should be below 1, for what is left goes to the clients"
-            )
-        return
-    if data.path is None:
-        raise ValueError("data.path is missing: data.name = 'jsonl' needs a JSONL file")
-    if path is None:
-        raise ValueError("model.path is missing: JSONL data needs a local transformers checkpoint")
-    if data.shift != "none":
-        raise ValueError(f"data.shift is {data.shift!r}: text takes 'none'")

@@ -1,25 +1,24 @@
-"""The data of a run, in memory: handwritten digits or a JSONL file, split into clients and a test set."""
+"""The data of a run: rows of digits or text, some held out, the others dealt out to clients."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fed.digits import image_table, load_digits, shift_images
 from fed.errors import FedError
-from fed.partition import Array, partition_dirichlet, split_stratified
-from fed.samples import DenseTable, Sequences, Split, Table, TextTable
-from fed.streams import seed_of
+from fed.partition import Array, deal, split_stratified
+from fed.samples import Split, Table
+from fed.streams import permutation, seed_of
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
-
-_DIGIT_MAX = 16.0  # grey levels of scikit-learn's digits
+    from fed.sources import Rows
+    from fed.tokens import Stage
 
 
 @dataclass(frozen=True)
@@ -56,125 +55,122 @@ class FederatedData:
         )
 
 
-def load(config: RunConfig) -> FederatedData:
-    """Load, split and partition the data a configuration names; FedError where it cannot be had."""
-    return _digits(config) if config.data.name == "digits" else _jsonl(config)
+def load(
+    config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
+) -> FederatedData:
+    """Load, split and partition the data a configuration names; FedError, one line, where it cannot be had.
 
-
-def shift_images(images: Tensor, shift: Literal["rotate90", "rotate180", "invert", "none"]) -> Tensor:
-    """Disturb images (n, 1, H, W) with grey levels in [-1, 1]: turn them to the left, or make a negative."""
-    if shift == "invert":
-        return -images
-    return torch.rot90(images, {"none": 0, "rotate90": 1, "rotate180": 2}[shift], dims=(-2, -1))
+    `on_event` gets a line on what a person should know, such as rows that were cut; `stage` shows work that takes
+    longer than a second.
+    """
+    if config.data.name == "digits":
+        return _digits(config)
+    return _text(config, on_event or _discard, stage)
 
 
 def _digits(config: RunConfig) -> FederatedData:
-    """1,797 images of 8×8, grey levels scaled to [-1, 1]: pretrain / test / clients, stratified, disjoint."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    labels: Array = digits.target.astype(np.int64)
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (2 / _DIGIT_MAX) - 1
+    """Images for the base, to test, to validate and for the clients, stratified and disjoint."""
+    images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
-    of_the_rest = config.data.test_fraction / (1 - config.data.pretrain_fraction)
-    test, pool = split_stratified(labels[rest], of_the_rest, _rng(config, "test"))
-    plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
-    shifted = DenseTable({"pixel_values": shift_images(images, config.data.shift)}, plain.labels)
+    held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
+    plain = image_table(images, labels)
+    shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
-        clients=_deal(config, shifted, labels, rest[pool]),
-        test=_view(shifted, rest[test]),
+        clients=_deal(config, shifted, labels, rest[held_out.clients]),
+        test=_view(shifted, rest[held_out.test]),
         pretrain=_view(plain, pretrain),
-        undisturbed=_view(plain, rest[test]),
-        label_names=tuple(str(name) for name in digits.target_names),
+        undisturbed=_view(plain, rest[held_out.test]),
+        label_names=names,
+        validation=_view(shifted, rest[held_out.validation]) if len(held_out.validation) else None,
     )
 
 
-def _jsonl(config: RunConfig) -> FederatedData:
-    """Rows of a JSONL file, tokenised with the checkpoint's own tokenizer: test / clients, stratified."""
-    from fed.models import load_tokenizer, saved_label_names
+def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
+    """Rows of text as tokens of the checkpoint's own tokenizer: to test, to validate and for the clients."""
+    from fed import sources, texts
 
-    texts, found = read_jsonl(config)
-    names = saved_label_names(config)
-    if set(names) != set(found):
-        names = tuple(sorted(set(found)))
-    if len(names) < 2:
+    rows, data = sources.read(config), config.data
+    names: tuple[str, ...] = ()
+    labels: Array | None = None
+    if data.task == "classification":
+        labels, names = texts.make_labels(config, rows)
+    groups = _groups(config, rows, labels)
+    parts = _Parts.of(config, groups if labels is None else labels, first_test=rows.first_test)
+    if len(parts.test) == 0:
         raise FedError(
-            f"data.label is {config.data.label!r}: the only label in {config.data.path} is {names[0]!r}; "
-            "there should be two or more"
-        )
-    numbers = {name: number for number, name in enumerate(names)}
-    labels: Array = np.array([numbers[name] for name in found])
-    test, pool = split_stratified(labels, config.data.test_fraction, _rng(config, "test"))
-    if len(test) == 0:
-        raise FedError(
-            f"data.test_fraction is {config.data.test_fraction}: {len(labels)} rows of {len(names)} labels "
+            f"data.test_fraction is {data.test_fraction}: {len(rows)} rows of {len(np.unique(groups))} labels "
             "leave none to test on; it should be larger, or data.label a column whose values repeat"
         )
-    tokenizer = load_tokenizer(config)
-    tokens = _tokenise(tokenizer, texts, config.data.max_length)
-    everything = TextTable(tokens, torch.from_numpy(labels), tokenizer.pad_token_id)
+    if labels is None:
+        table: Table = texts.instruction_table(config, rows, on_event, stage)
+    else:
+        table = texts.classification_table(config, rows, labels, on_event, stage)
     return FederatedData(
-        clients=_deal(config, everything, labels, pool),
-        test=_view(everything, test),
+        clients=_deal(config, table, groups, parts.clients),
+        test=_view(table, parts.test),
         pretrain=None,
         undisturbed=None,
         label_names=names,
+        validation=_view(table, parts.validation) if len(parts.validation) else None,
     )
 
 
-def read_jsonl(config: RunConfig) -> tuple[list[str], list[str]]:
-    """Return the texts and labels of the file at `data.path`, one object a line, blank lines left out.
-
-    Labels may be strings, integers or booleans and come back as strings. Raises FedError naming the line.
-    """
-    path = Path(config.data.path or "")
-    texts: list[str] = []
-    labels: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise FedError(f"data.path is {str(path)!r}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedError(f"data.path is {str(path)!r}: cannot read it as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        text, label = _row(line, config.data.text, config.data.label, f"{path} line {number}")
-        texts.append(text)
-        labels.append(label)
-    if not texts:
-        raise FedError(f"data.path is {str(path)!r}: the file holds no rows")
-    return texts, labels
+def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> Array:
+    """What partitions go by, as numbers (n,): the column `data.partition_by`, else the label, else all are equal."""
+    data = config.data
+    if data.partition_by is not None:
+        values = rows.column("data.partition_by", data.partition_by, (str, int))
+        return np.unique(np.array([str(value) for value in values]), return_inverse=True)[1].astype(np.int64)
+    if labels is not None:
+        return labels
+    even = data.partition == "iid" or (data.partition == "dirichlet" and config.clients.dirichlet_alpha == "iid")
+    if not even:
+        raise FedError(
+            f"data.partition_by is missing: instructions have no labels, so data.partition = {data.partition!r} needs "
+            f"a column to go by ({', '.join(rows.rows[0])}); or data.partition should be 'iid'"
+        )
+    return np.zeros(len(rows), dtype=np.int64)
 
 
-def _row(line: str, text_column: str, label_column: str, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FedError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise FedError(f"{where}: holds {row!r:.40}; every line should be a JSON object")
-    for key, column in (("data.text", text_column), ("data.label", label_column)):
-        if column not in row:
-            raise FedError(f"{where}: {key} is {column!r}; the columns there are {', '.join(row)}")
-    text, label = row[text_column], row[label_column]
-    if not isinstance(text, str):
-        raise FedError(f"{where}: data.text {text_column!r} holds {text!r:.40}; it should be a string")
-    if not isinstance(label, str | int):
-        raise FedError(f"{where}: data.label {label_column!r} holds {label!r:.40}; it should be a string or an integer")
-    return text, str(label)
+@dataclass(frozen=True)
+class _Parts:
+    """Sorted row indices, disjoint: held out to test and to validate, and the clients'."""
+
+    test: Array
+    validation: Array
+    clients: Array
+
+    @classmethod
+    def of(cls, config: RunConfig, strata: Array, taken: float = 0.0, first_test: int | None = None) -> _Parts:
+        """Hold out the fractions the configuration asks for, of every stratum alike.
+
+        They are fractions of rows of which the part `taken` is gone already. Rows from `first_test` on are the
+        test's, and then no other is.
+        """
+        data = config.data
+        if first_test is None:
+            test, pool = split_stratified(strata, data.test_fraction / (1 - taken), _rng(config, "test"))
+            taken += data.test_fraction
+        else:
+            pool, test = np.arange(first_test), np.arange(first_test, len(strata))
+        validation = pool[:0]
+        if data.validation_fraction > 0:
+            fraction = data.validation_fraction / (1 - taken)
+            inside, outside = split_stratified(strata[pool], fraction, _rng(config, "validation"))
+            validation, pool = pool[inside], pool[outside]
+        test = _drawn(config, test, data.test_rows, "test rows")
+        return cls(test, validation, _drawn(config, pool, data.train_rows, "train rows"))
 
 
-def _tokenise(tokenizer: Any, texts: list[str], max_length: int) -> dict[str, Sequences]:
-    """Token sequences cut at `max_length` tokens."""
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
-    return {name: Sequences.of(values) for name, values in encoded.items()}
+def _drawn(config: RunConfig, rows: Array, most: int, purpose: str) -> Array:
+    """At most so many of the rows, in their order; all if 0."""
+    if most == 0 or len(rows) <= most:
+        return rows
+    return np.sort(rows[permutation(len(rows), config.seed, purpose)[:most]])
 
 
-def _deal(config: RunConfig, table: Table, labels: Array, pool: Array) -> tuple[Split, ...]:
-    clients = config.clients
-    parts = partition_dirichlet(labels[pool], clients.count, clients.dirichlet_alpha, _rng(config, "partition"))
-    return tuple(_view(table, pool[part]) for part in parts)
+def _deal(config: RunConfig, table: Table, groups: Array, pool: Array) -> tuple[Split, ...]:
+    return tuple(_view(table, pool[part]) for part in deal(config, groups[pool]))
 
 
 def _view(table: Table, rows: Array) -> Split:
@@ -183,3 +179,7 @@ def _view(table: Table, rows: Array) -> Split:
 
 def _rng(config: RunConfig, purpose: str) -> np.random.Generator:
     return np.random.default_rng(seed_of(config.seed, purpose))
+
+
+def _discard(event: str) -> None:
+    pass

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 from torch import Tensor, nn
 
 from fed.data import FederatedData
-from fed.samples import Split
+from fed.generate import answer
+from fed.rouge import is_exact, rouge_l
+from fed.samples import IGNORED, InstructionTable, Split
 
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # of one batch
 
@@ -20,11 +24,19 @@ def evaluate_held_out(model: nn.Module, data: FederatedData) -> dict[str, float]
 
 
 def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
-    """Return `accuracy` (0 … 1) and `loss`, the mean cross-entropy in nats, over every sample of `split`.
+    """Return what a model reaches on `split`, in evaluation mode: `accuracy`, `loss` and, for instructions, `rouge_l`.
 
-    The model runs in evaluation mode without gradients; the sums are fp64, read from the device once.
+    Classification: accuracy (0 … 1) and mean cross-entropy in nats over every sample. Instructions: `loss` is the
+    mean cross-entropy of the answers' tokens, each token alike; `accuracy` the share of generated answers that are
+    exactly right and `rouge_l` their mean ROUGE-L, each with the right answer it is nearest to. Sums are fp64.
     """
     model.eval()
+    if isinstance(split.table, InstructionTable):
+        return _answering(model, split, split.table) | {"loss": _token_loss(model, split)}
+    return _classification(model, split)
+
+
+def _classification(model: nn.Module, split: Split) -> dict[str, float]:
     device = split.table.device
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -36,3 +48,34 @@ def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
             correct += (logits.argmax(-1) == labels).sum()
             loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     return {"accuracy": correct.item() / len(split), "loss": loss.item() / len(split)}
+
+
+def _token_loss(model: nn.Module, split: Split) -> float:
+    """Mean cross-entropy in nats over every token of the answers and their ends."""
+    loss = torch.zeros((), dtype=torch.float64, device=split.table.device)
+    count = torch.zeros((), dtype=torch.int64, device=split.table.device)
+    with torch.no_grad():
+        for rows in split.batches(MOST_ROWS, MOST_TOKENS):
+            batch = split.batch(rows)
+            labels = batch.pop("labels")[:, 1:]  # (b, L - 1): the token each position is followed by
+            answered = labels != IGNORED
+            # The vocabulary is wide: only the rows of logits that count leave the working dtype.
+            logits: Tensor = model(**batch).logits[:, :-1][answered].float()  # (tokens, vocabulary)
+            losses = torch.nn.functional.cross_entropy(logits, labels[answered], reduction="none")
+            loss += losses.sum(dtype=torch.float64)
+            count += answered.sum()
+    return loss.item() / count.item()
+
+
+def _answering(model: nn.Module, split: Split, table: InstructionTable) -> dict[str, float]:
+    """Exact match and ROUGE-L over rows at even distances, `most_generated` of them."""
+    most = table.most_generated or len(split)
+    chosen = torch.arange(min(most, len(split))) * len(split) // min(most, len(split))
+    part = Split(table, split.rows[chosen])
+    exact, overlap = [], []
+    for rows in part.batches(MOST_ROWS, MOST_TOKENS):
+        numbers = part.rows[rows]
+        for text, row in zip(answer(model, table, numbers), numbers.tolist(), strict=True):
+            exact.append(float(max(is_exact(text, right) for right in table.answers[row])))
+            overlap.append(max(rouge_l(text, right) for right in table.answers[row]))
+    return {"accuracy": fmean(exact), "rouge_l": fmean(overlap)}

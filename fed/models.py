@@ -23,16 +23,23 @@ Progress = Callable[[int, float], object]
 
 _WARMUP_FRACTION = 0.1
 _CPU = torch.device("cpu")
+_TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken"}
 
 
 def build(config: RunConfig, data: FederatedData) -> nn.Module:
     """Return the base model before any training here: CPU, fp32.
 
-    Without `model.path` it is the embedded ViT with freshly drawn weights; otherwise the checkpoint there with a
-    classification head for `data.label_names`. Raises FedError where there is no usable checkpoint.
+    Without `model.path` it is the embedded ViT with freshly drawn weights; otherwise the checkpoint there, as a causal
+    language model for instructions, else with a classification head for `data.label_names`. Raises FedError where
+    there is no usable checkpoint.
     """
     with _quiet():
-        model: nn.Module = _from_checkpoint(config, data) if data.pretrain is None else _embedded_vit(config, data)
+        if config.model.path is None:
+            model: nn.Module = _embedded_vit(config, data)
+        elif config.data.task == "instruction":
+            model = _language_model(config)
+        else:
+            model = _classifier(config, data)
     return model
 
 
@@ -79,9 +86,14 @@ def reopen(directory: Path) -> nn.Module:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Name the modules of the classification head: the children with parameters beside the backbone."""
+    """Name the modules of the classification head: the children with parameters beside the backbone.
+
+    A language model has none: what turns its states into tokens belongs to the base and stays as it is.
+    """
     backbone = getattr(model, "base_model_prefix", "")
-    children = ((name, child) for name, child in model.named_children() if name != backbone)
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    to_tokens = output_embeddings() if callable(output_embeddings) else None
+    children = ((name, child) for name, child in model.named_children() if name != backbone and child is not to_tokens)
     return tuple(name for name, child in children if any(True for _ in child.parameters()))
 
 
@@ -101,14 +113,19 @@ def load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
+def tokenizer_files(config: RunConfig) -> list[Path]:
+    """Return the checkpoint's files that say how it makes tokens, by name: all of it that is text."""
+    return sorted(path for path in _checkpoint(config).iterdir() if path.suffix in _TOKENIZER_FILES and path.is_file())
+
+
 def saved_label_names(config: RunConfig) -> tuple[str, ...]:
     """Return the label names of the checkpoint's own head, in its order."""
-    names = _architecture(config).id2label or {}
+    names = require_positions(config).id2label or {}
     return tuple(str(names[number]) for number in sorted(names))
 
 
-def _architecture(config: RunConfig) -> Any:
-    """The checkpoint's transformers configuration, which must have positions for `data.max_length` tokens."""
+def require_positions(config: RunConfig) -> Any:
+    """Return the checkpoint's transformers configuration; FedError without positions for `data.max_length` tokens."""
     from transformers import AutoConfig
 
     path = _checkpoint(config)
@@ -159,16 +176,28 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
         epoch += 1
 
 
-def _from_checkpoint(config: RunConfig, data: FederatedData) -> Any:
+def _classifier(config: RunConfig, data: FederatedData) -> Any:
     """The checkpoint as a sequence classifier; where its head is for other labels, a new one is drawn."""
     from transformers import AutoModelForSequenceClassification
 
+    return _loaded(config, AutoModelForSequenceClassification, ignore_mismatched_sizes=True, **_labels(data))
+
+
+def _language_model(config: RunConfig) -> Any:
+    """The checkpoint as a causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    model = _loaded(config, AutoModelForCausalLM)
+    if model.get_output_embeddings() is None:
+        raise FedError(f"model.path is {config.model.path!r}: instructions need a causal language model")
+    return model
+
+
+def _loaded(config: RunConfig, kind: Any, **settings: Any) -> Any:
     path, tokenizer = _checkpoint(config), load_tokenizer(config)
     loads = _failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, ignore_mismatched_sizes=True, **_labels(data)
-        )
+        model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32, **settings)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fed.errors import FedError
+from fed.streams import permutation, seed_of
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 _FEWEST_ROWS = 2
+
+
+def deal(config: RunConfig, groups: Array) -> list[Array]:
+    """Return each client's sorted row indices: the rows, whose labels or groups are `groups` (n,), are dealt out once.
+
+    `data.partition` says how. "iid" and "dirichlet" need nothing but this file, give the same parts wherever a run
+    is made, and leave no client empty; the others are those of `flwr_datasets`. Raises FedError where a client would
+    have no rows.
+    """
+    data, clients = config.data, config.clients
+    alpha = "iid" if data.partition == "iid" else clients.dirichlet_alpha
+    if data.partition in ("iid", "dirichlet"):
+        return partition_dirichlet(
+            groups, clients.count, alpha, np.random.default_rng(seed_of(config.seed, "partition"))
+        )
+    from fed.flower_partition import partition
+
+    # Their partitioners keep rows in order: the first of a label would all go to the first client.
+    order = permutation(len(groups), config.seed, "partition", "order")
+    parts = [np.sort(order[part]) for part in partition(config, groups[order])]
+    if data.partition == "natural":
+        parts = _merged(config, parts)
+    if len(parts) != clients.count:
+        raise FedError(f"clients.count is {clients.count}: {data.partition} makes {len(parts)} parts; make them equal")
+    if empty := [client for client, part in enumerate(parts) if len(part) == 0]:
+        raise FedError(
+            f"data.partition is {data.partition!r}: client {empty[0]} gets no row of {len(groups)}; "
+            f"fewer than clients.count ({clients.count}) clients, or more rows, would be right"
+        )
+    return parts
+
+
+def _merged(config: RunConfig, parts: list[Array]) -> list[Array]:
+    """One part for each client: where there are more parts than clients, several whole ones in turn, shuffled."""
+    count = config.clients.count
+    if len(parts) < count:
+        raise FedError(
+            f"clients.count is {count}: {config.data.partition_by or config.data.label!r} has {len(parts)} values, "
+            "and a natural client has one or more of its own"
+        )
+    if len(parts) == count:
+        return parts
+    order = permutation(len(parts), config.seed, "partition", "values")
+    return [np.sort(np.concatenate([parts[part] for part in order[client::count]])) for client in range(count)]
 
 
 def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -116,8 +116,5 @@ def method_name(method: str) -> str:
 
 
 def task_name(config: RunConfig) -> str:
-    """Name the task in a few words: the digits and their shift, or the JSONL file."""
-    if config.data.path is not None:
-        return Path(config.data.path).name
-    turned = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert": "inverted", "none": "undisturbed"}
-    return f"digits {turned[config.data.shift]}"
+    """Name the task in a few words."""
+    return config.data.title

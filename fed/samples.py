@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -143,15 +143,17 @@ class InstructionTable:
     """Prompts and the answers to them, for a causal language model.
 
     tokens: prompt, answer and end token of every row.  prompt_lengths: (n,) int64 on the host, how many of them are
-    the prompt's.  answers: what should be answered, as text.  tokenizer: the model's own, to read what it
-    generates.  max_new_tokens: how many tokens it may generate.
+    the prompt's.  answers: for every row the texts that are right, the first of which is the one in `tokens`.
+    tokenizer: the model's own, to read what it generates.  max_new_tokens: how many tokens it may generate.
+    most_generated: how many rows of a split it is to answer when it is measured; 0: all.
     """
 
     tokens: Sequences
     prompt_lengths: Tensor
-    answers: Sequence[str] = field(repr=False)
+    answers: Sequence[Sequence[str]] = field(repr=False)
     tokenizer: Any
     max_new_tokens: int
+    most_generated: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -195,9 +197,7 @@ class InstructionTable:
 
     def to(self, device: torch.device) -> InstructionTable:
         """Return the table on another device."""
-        return InstructionTable(
-            self.tokens.to(device), self.prompt_lengths, self.answers, self.tokenizer, self.max_new_tokens
-        )
+        return replace(self, tokens=self.tokens.to(device))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
-    ("errors", "blocks", "dropout"),
+    ("errors", "blocks"),
     ("selection", "tables"),
     ("configs",),
     ("reference", "rounding"),
@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 RESERVED = {
     "triton": {"plora_kernels/kernels", "bench"},
     "peft": {"plora_kernels/peft.py", "bench"},
-    "pydantic": {"fed/config.py"},
+    "pydantic": {"fed/config.py", "fed/data_config.py", "fed/schema.py"},
     "typer": {"fed/cli.py"},
     "rich": {"fed/cli.py", "fed/console.py", "fed/board.py"},
     "matplotlib": {"fed/canvas.py", "fed/pictures.py", "fed/curves.py", "bench"},
@@ -40,9 +40,11 @@ RESERVED = {
     "tensorboard": {"fed/trackers.py"},
     "wandb": {"fed/trackers.py"},
     "mlflow": {"fed/trackers.py"},
-    "sklearn": {"fed/data.py"},
-    "transformers": {"fed/data.py", "fed/models.py", "bench"},
-    "datasets": {"fed/data.py"},
+    "sklearn": {"fed/digits.py"},
+    "transformers": {"fed/models.py", "fed/tokens.py", "fed/generate.py", "bench"},
+    "tokenizers": {"fed/tokens.py"},
+    "datasets": {"fed/hub.py", "fed/flower_partition.py"},
+    "flwr_datasets": {"fed/flower_partition.py"},
     "flwr": {"fed/flower.py"},
 }
 
@@ -149,7 +151,8 @@ import sys, torch
 before, default = torch.get_rng_state(), torch.get_default_dtype()
 linear = torch.nn.Linear.forward
 import plora_kernels, fed, bench
-heavy = {"triton", "peft", "transformers", "pydantic", "typer", "matplotlib", "sklearn", "datasets"} & set(sys.modules)
+libraries = {"triton", "peft", "transformers", "pydantic", "typer", "matplotlib", "sklearn", "datasets"}
+heavy = {*libraries, "flwr_datasets"} & set(sys.modules)
 assert not heavy, heavy
 assert torch.equal(before, torch.get_rng_state()) and torch.get_default_dtype() is default
 assert torch.nn.Linear.forward is linear and not torch.cuda.is_initialized()

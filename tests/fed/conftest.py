@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.command_line import Outcome
+from tests.support.text_data import PROMPT, instructions
+from tests.support.tiny_llama import make_tiny_llama
 
 
 @pytest.fixture
@@ -32,3 +35,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep tokens where no other run looks for them."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLORA_KERNELS_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny causal language model that has read a few sentences on animals."""
+    texts = [PROMPT.format(**row) + row["output"] for row in instructions(24)]
+    return make_tiny_llama(tmp_path_factory.mktemp("llama"), texts, hidden=32, layers=1, vocabulary=400, steps=20)

@@ -27,9 +27,9 @@ def test_defaults_are_the_digits_preset() -> None:
     assert preset_names() == ("digits",)
 
 
-def test_the_preset_shows_every_key_but_the_paths() -> None:
+def test_the_preset_shows_every_key_that_has_a_default() -> None:
     shown = keys(tomllib.loads((PRESETS / "digits.toml").read_text()))
-    assert shown == keys(RunConfig().model_dump()) - {"model.path", "data.path"}
+    assert shown == keys(RunConfig().model_dump(exclude_none=True))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, nearest: str, 
         ("clients.dirichlet_alpha=some", "clients.dirichlet_alpha is 'some': it should be a valid number or 'iid'"),
         ("method=fedit", r"clients.ranks is \[2, 4, 8, 16\]: FedIT needs every rank equal to adapter.rank \(16\)"),
         ("data.test_fraction=0.7", "data.test_fraction .* is 1.1: it should be below 1"),
-        ("data.path=x.jsonl", "data.path is 'x.jsonl': .* data.name should be 'jsonl'"),
+        ("data.path=x.jsonl", "data.path is 'x.jsonl': .* data.name should be 'files'"),
         ("model.path=x", "model.path is 'x': digits train an embedded ViT"),
-        ("data.name=jsonl", "data.path is missing"),
+        ("data.name=files", "model.path is missing: text needs a local transformers checkpoint"),
         ("rounds", "--set takes key=value.*got 'rounds'"),
         ("=3", "--set takes key=value"),
     ],
@@ -155,9 +155,9 @@ def test_fedit_takes_ranks_that_are_all_the_adapters() -> None:
         load("digits", ["method=fedit", "clients.ranks=[8]"])
 
 
-def test_a_path_means_jsonl_without_a_shift() -> None:
+def test_a_path_means_files_without_a_shift() -> None:
     data = parse({"model": {"path": "m"}, "data": {"path": "d.jsonl"}}, where="here").data
-    assert (data.name, data.shift) == ("jsonl", "none")
+    assert (data.name, data.shift) == ("files", "none")
     with pytest.raises(FedError, match=r"model.path is missing"):
         parse({"data": {"path": "d.jsonl"}}, where="here")
     with pytest.raises(FedError, match=r"data.shift is 'invert': text takes 'none'"):

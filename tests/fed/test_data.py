@@ -1,38 +1,21 @@
-"""Splits, shifts, partitions, and JSONL files good and bad."""
+"""What a run trains and tests on: digits and texts, split and dealt out, and every way they cannot be had."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fed.config import RunConfig, load, parse
-from fed.data import FederatedData, read_jsonl, shift_images
+from fed.config import RunConfig, load
+from fed.data import FederatedData
 from fed.data import load as load_data
+from fed.digits import shift_images
 from fed.errors import FedError
-from fed.partition import partition_dirichlet, split_stratified
 from fed.samples import DenseTable, Split
+from tests.support.text_data import PETS, instruction_config, instructions, text_config, write_rows
 from tests.support.tiny_bert import make_tiny_bert
 from tests.support.tiny_federation import everything
-
-TEXTS = ["a small cat", "a big dog", "the cat sat", "the dog ran", "cat and dog", "one dog", "two cats", "no pets"]
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-def test_a_batch_is_the_models_keyword_arguments() -> None:
-    split = Split.whole(DenseTable({"pixel_values": torch.arange(6).reshape(3, 2)}, torch.tensor([7, 8, 9])))
-    batch = split.batch(torch.tensor([2, 0]))
-    assert len(split) == 3
-    assert batch["pixel_values"].tolist() == [[4, 5], [0, 1]]
-    assert batch["labels"].tolist() == [9, 7]
 
 
 @pytest.mark.parametrize(
@@ -47,47 +30,6 @@ def test_a_batch_is_the_models_keyword_arguments() -> None:
 def test_shifts_of_an_image_small_enough_to_see(shift: str, expected: list) -> None:
     image = torch.tensor([[[[0.1, 0.2], [0.3, 0.4]]]])
     torch.testing.assert_close(shift_images(image, shift), torch.tensor([[expected]]))
-
-
-def test_a_stratified_split_takes_the_fraction_of_every_label() -> None:
-    labels = np.array([0] * 8 + [1] * 4 + [2])
-    taken, left = split_stratified(labels, 0.25, rng())
-    assert np.bincount(labels[taken], minlength=3).tolist() == [2, 1, 0]
-    assert sorted([*taken, *left]) == list(range(13))
-
-
-@given(
-    labels=st.lists(st.integers(0, 4), min_size=20, max_size=90),
-    clients=st.integers(1, 10),
-    alpha=st.sampled_from([0.05, 0.5, 100.0, "iid"]),
-    seed=st.integers(0, 1000),
-)
-def test_a_partition_deals_every_row_once_and_two_to_each(
-    labels: list[int], clients: int, alpha: float, seed: int
-) -> None:
-    parts = partition_dirichlet(np.array(labels), clients, alpha, rng(seed))
-    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
-    assert len(parts) == clients
-    assert min(map(len, parts)) >= 2
-    again = partition_dirichlet(np.array(labels), clients, alpha, rng(seed))
-    assert all((one == other).all() for one, other in zip(parts, again, strict=True))
-
-
-def skew(parts: list, labels: np.ndarray) -> float:
-    """The mean share of a client's commonest label."""
-    return float(np.mean([np.bincount(labels[part]).max() / len(part) for part in parts]))
-
-
-def test_a_small_alpha_skews_labels_and_iid_does_not() -> None:
-    labels = np.arange(2000) % 10
-    shares = [skew(partition_dirichlet(labels, 20, alpha, rng()), labels) for alpha in (0.1, 1.0, 100.0, "iid")]
-    assert shares[0] > 0.5 > shares[1] > 0.2 > max(shares[2:])
-    assert {len(part) for part in partition_dirichlet(labels, 20, "iid", rng())} == {100}
-
-
-def test_too_few_rows_for_the_clients_are_refused() -> None:
-    with pytest.raises(FedError, match=r"clients.count is 6: 11 training rows allow at most 5 clients of 2 rows"):
-        partition_dirichlet(np.zeros(11, dtype=np.int64), 6, 0.5, rng())
 
 
 @pytest.fixture(scope="module")
@@ -133,64 +75,31 @@ def test_digits_depend_on_the_seed_alone(digits: FederatedData) -> None:
     assert rows_of(*frozen.clients) == rows_of(*digits.clients)
 
 
-def write_rows(path: Path, rows: list[object]) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
-    return path
+def test_a_validation_set_is_the_clients_rows_and_leaves_the_test_as_it_is(digits: FederatedData) -> None:
+    held = load_data(load("digits", ["data.validation_fraction=0.1"]))
+    assert digits.validation is None
+    assert rows_of(held.test) == rows_of(digits.test)
+    assert len(held.validation) == pytest.approx(0.1 * 1797, abs=5)
+    clients = [*rows_of(*held.clients), *rows_of(held.validation)]
+    assert sorted(clients) == sorted(rows_of(*digits.clients))
 
 
-def text_config(path: Path, model: Path | str = "m", **data: object) -> RunConfig:
-    return parse(
-        {
-            "model": {"path": str(model)},
-            "data": {"path": str(path), "max_length": 16, **data},
-            "clients": {"count": 2, "per_round": 2},
-        },
-        where="here",
-    )
-
-
-def test_jsonl_rows_are_read_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "á\\u2028b", "label": 1}\r\n\n{"label": "x", "text": "", "more": null}\n  \n', "utf-8")
-    assert read_jsonl(text_config(path)) == (["á\u2028b", ""], ["1", "x"])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a", "label": "x"}\n{"text": ', r"rows.jsonl line 2: not JSON"),
-        ("[1, 2]\n", r"line 1: holds \[1, 2\]; every line should be a JSON object"),
-        ('{"text": "a", "output": "x"}', r"line 1: data.label is 'label'; the columns there are text, output"),
-        ('\n{"input": "a", "label": "x"}', r"line 2: data.text is 'text'; the columns there are input, label"),
-        ('{"text": 3, "label": "x"}', r"line 1: data.text 'text' holds 3; it should be a string"),
-        ('{"text": "a", "label": null}', r"line 1: data.label 'label' holds None; it should be a string or an integer"),
-        ('{"text": "a", "label": 0.5}', r"data.label 'label' holds 0.5"),
-        ("\n\n", r"the file holds no rows"),
-    ],
-)
-def test_a_bad_jsonl_file_is_refused_by_line(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    with pytest.raises(FedError, match=message) as caught:
-        read_jsonl(text_config(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_jsonl_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedError, match=r"data.path is '.*none.jsonl': there is no such file"):
-        read_jsonl(text_config(tmp_path / "none.jsonl"))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe1"}')
-    with pytest.raises(FedError, match="cannot read it as UTF-8 text"):
-        read_jsonl(text_config(tmp_path / "latin.jsonl"))
+def test_so_many_rows_are_drawn_as_are_asked_for(digits: FederatedData) -> None:
+    few = load_data(load("digits", ["data.train_rows=100", "data.test_rows=30", "clients.count=10"]))
+    assert (sum(map(len, few.clients)), len(few.test)) == (100, 30)
+    assert set(rows_of(few.test)) <= set(rows_of(digits.test))
+    assert set(rows_of(*few.clients)) <= set(rows_of(*digits.clients))
+    other = load_data(load("digits", ["data.train_rows=100", "clients.count=10", "seed=1"]))
+    assert rows_of(*other.clients) != rows_of(*few.clients)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_bert(tmp_path_factory.mktemp("bert"), TEXTS, hidden=32, layers=1, labels=("dog", "cat"))
+    return make_tiny_bert(tmp_path_factory.mktemp("bert"), PETS, hidden=32, layers=1, labels=("dog", "cat"))
 
 
 def test_jsonl_becomes_tokens_of_the_checkpoints_own_tokenizer(tmp_path: Path, bert: Path) -> None:
-    rows = [{"text": text, "label": f"label {number % 3}"} for number, text in enumerate(TEXTS * 3)]
+    rows = [{"text": text, "label": f"label {number % 3}"} for number, text in enumerate(PETS * 3)]
     data = load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert))
     assert data.label_names == ("label 0", "label 1", "label 2")
     assert data.pretrain is data.undisturbed is None
@@ -212,14 +121,59 @@ def test_long_texts_are_cut(tmp_path: Path, bert: Path) -> None:
 
 
 def test_labels_the_checkpoints_head_knows_keep_its_order(tmp_path: Path, bert: Path) -> None:
-    rows = [{"text": text, "label": "dog" if "dog" in text else "cat"} for text in TEXTS * 2]
+    rows = [{"text": text, "label": "dog" if "dog" in text else "cat"} for text in PETS * 2]
     assert load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert)).label_names == ("dog", "cat")
 
 
 def test_labels_that_make_no_task_are_refused(tmp_path: Path, bert: Path) -> None:
-    path = write_rows(tmp_path / "one.jsonl", [{"text": text, "label": "x"} for text in TEXTS])
+    path = write_rows(tmp_path / "one.jsonl", [{"text": text, "label": "x"} for text in PETS])
     with pytest.raises(FedError, match=r"data.label is 'label': the only label in .* is 'x'"):
         load_data(text_config(path, bert))
-    path = write_rows(tmp_path / "free.jsonl", [{"text": text, "label": text} for text in TEXTS])
+    path = write_rows(tmp_path / "free.jsonl", [{"text": text, "label": text} for text in PETS])
     with pytest.raises(FedError, match="8 rows of 8 labels leave none to test on"):
         load_data(text_config(path, bert))
+
+
+def test_rows_of_a_test_file_are_the_test(tmp_path: Path, bert: Path) -> None:
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(PETS)]
+    train, test = write_rows(tmp_path / "train.jsonl", rows), write_rows(tmp_path / "test.jsonl", rows[:3])
+    data = load_data(text_config(train, bert, test_path=str(test), validation_fraction=0.25))
+    assert (sum(map(len, data.clients)), len(data.validation), len(data.test)) == (6, 2, 3)
+    assert data.test.rows.tolist() == [8, 9, 10]
+    assert everything(data.test)["labels"].tolist() == [0, 1, 0]
+
+
+def test_pairs_of_texts_carry_their_types(tmp_path: Path, bert: Path) -> None:
+    rows = [{"text": "a cat", "other": "the dog", "label": number % 2} for number in range(8)]
+    data = load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert, text_pair="other"))
+    batch = everything(data.test)
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert batch["token_type_ids"].sum(1).tolist() == [3] * len(data.test)  # the dog [SEP]
+
+
+def test_instructions_are_dealt_out_by_a_column(tmp_path: Path, llama: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", instructions(24))
+    clients = {"clients": {"count": 3, "per_round": 1}}
+    data = load_data(instruction_config(path, llama, partition="natural", partition_by="category", **clients))
+    assert [len({row % 3 for row in client.rows.tolist()}) for client in data.clients] == [1, 1, 1]
+    assert sorted(row % 3 for row in data.test.rows.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert (data.label_names, data.pretrain) == ((), None)
+    skewed = load_data(instruction_config(path, llama, partition="dirichlet", partition_by="category", **clients))
+    assert sum(map(len, skewed.clients)) == 18
+    assert sum(map(len, load_data(instruction_config(path, llama, **clients)).clients)) == 18
+
+
+def test_instructions_without_a_column_to_go_by_are_refused(tmp_path: Path, llama: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", instructions())
+    for partition in ("dirichlet", "natural"):
+        with pytest.raises(FedError, match=r"data.partition_by is missing: .*\(category, instruction, input, output\)"):
+            load_data(instruction_config(path, llama, partition=partition))
+    with pytest.raises(FedError, match=r"line 1: data.partition_by is 'kind'; the columns there are category"):
+        load_data(instruction_config(path, llama, partition="natural", partition_by="kind"))
+
+
+def test_a_person_hears_of_rows_that_are_cut(tmp_path: Path, llama: Path) -> None:
+    rows = [{**row, "input": "dog " * 99 if number == 4 else row["input"]} for number, row in enumerate(instructions())]
+    said: list[str] = []
+    load_data(instruction_config(write_rows(tmp_path / "rows.jsonl", rows), llama), said.append)
+    assert said == ["1 of 12 rows have more than data.max_length (64) tokens and are cut"]

@@ -93,6 +93,29 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_probability(name: str, value: object) -> float:
+    """Return a number from 0 to below 1 as a float; raise ConfigError for anything else."""
+    number = check_number(name, value)
+    if not 0 <= number < 1:
+        raise ConfigError(f"{name} is {value!r}; a probability from 0 to below 1 is needed")
+    return number
+
+
+def check_dropout(p: object, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """Return dropout's seed as one int64 on `device`, None where p is 0; raise ConfigError for what cannot be used."""
+    if check_probability("dropout_p", p) == 0:
+        return None
+    if isinstance(seed, Tensor):
+        if seed.dtype is not torch.int64 or seed.numel() != 1:
+            raise ConfigError(f"dropout_seed is {tuple(seed.shape)} {seed.dtype}; one int64 is needed")
+        if seed.device != device:
+            raise DeviceError(f"dropout_seed is on {seed.device}, x on {device}; put it there or pass an int")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"dropout_p is {p} and dropout_seed {seed!r}; an integer of 64 bits is needed")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
 def check_unselected(unselected: str) -> str:
     """Return `unselected` if it names a form; raise ConfigError otherwise."""
     if unselected not in UNSELECTED:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_alike, check_factors, check_number, check_unselected, index_for
+from .checks import check_alike, check_dropout, check_factors, check_number, check_unselected, index_for
 from .errors import ShapeError, StateError, UnsupportedError
 from .selection import Selection
 
@@ -25,10 +25,13 @@ def plora_linear(
     scale: float = 1.0,
     unselected: str = "folded",
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Return `y: (…, N)` = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
+    """Return `y: (…, N)` = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
+
+    D is LoRA dropout: element (row, feature) of x, flattened to (M, K), is dropped with probability dropout_p and
+    otherwise multiplied by 1/(1−p), as the seed says; the backward makes the same mask anew.
 
     Args:
         x: (…, K), any leading shape, contiguous or not, possibly empty.
@@ -41,7 +44,10 @@ def plora_linear(
         scale: s, one number for all modules.
         unselected: "folded": unselected modules do not enter y (they sit in the weight). "frozen": they enter y and
             dx, and get no gradient.
-        dropout_p, dropout_seed, groups: reserved; only their defaults are supported.
+        dropout_p: 0 ≤ p < 1. It touches selected modules only, in both forms.
+        dropout_seed: an integer of 64 bits, or a tensor of one int64 on x's device, which the host never reads. The
+            same seed gives the same mask on every device and backend. Needed where dropout_p is not 0.
+        groups: reserved; only None works.
 
     All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
     cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.
@@ -53,15 +59,15 @@ def plora_linear(
 
     Source: arXiv 2602.16936.
     """
-    if dropout_p != 0.0 or dropout_seed is not None:
-        raise UnsupportedError(f"dropout_p is {dropout_p} and dropout_seed {dropout_seed}; only 0.0 and None work yet")
     if groups is not None:
         raise UnsupportedError("groups is set; one adapter a call works, several groups in a call do not yet")
     check_unselected(unselected)
     check_factors(weight, lora_A, lora_B)
     scale = check_number("scale", scale)
     index = index_for(selected, lora_A.shape[0], x.device)
-    return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, unselected == "frozen")
+    seed = check_dropout(dropout_p, dropout_seed, x.device)
+    frozen = unselected == "frozen"
+    return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, frozen, float(dropout_p), seed)
 
 
 def linear_with_index(
@@ -73,6 +79,8 @@ def linear_with_index(
     index: Tensor | None,
     scale: float,
     frozen: bool,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Check x, bias, dtypes and devices, apply autocast and run the operator on an index buffer (None: all modules)."""
     n, k = weight.shape
@@ -88,7 +96,7 @@ def linear_with_index(
         x, weight, lora_A, lora_B = (_autocast(t, dtype) for t in (x, weight, lora_A, lora_B))
         bias = bias if bias is None else _autocast(bias, dtype)
     check_alike("x", {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
-    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen)
+    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen, dropout_p, dropout_seed)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

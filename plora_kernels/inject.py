@@ -12,8 +12,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_positive
-from .errors import ConfigError, StateError, TargetError, UnsupportedError
+from .checks import check_positive, check_probability
+from .errors import ConfigError, StateError, TargetError
 from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable
 from .selection import Selection, check_rank, host_indices
 from .shared_input import SiblingPLoRALinear, find_siblings
@@ -29,7 +29,7 @@ class PLoRAConfig:
     Attributes:
         rank: R, the number of one-rank modules, 1–256.
         alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
-        dropout: LoRA dropout; only 0.0 works yet.
+        dropout: p of LoRA dropout, in training mode.
         target_modules: as in PEFT: a list of names (whole, or the end of a name after a dot), a regular expression
             that must match a whole name, or "all-linear" for every nn.Linear but the output layer (see `task_type`).
         exclude_modules: names or an expression, matched the same way, that are left alone.
@@ -77,8 +77,7 @@ class PLoRAConfig:
         for name, patterns in expressions.items():
             for pattern in patterns:
                 _check_expression(name, pattern)
-        if self.dropout != 0.0:
-            raise UnsupportedError(f"dropout is {self.dropout!r}; only 0.0 works yet")
+        check_probability("dropout", self.dropout)
         if self.original not in ORIGINALS:
             raise ConfigError(f"original is {self.original!r}; it may be 'device' or 'host'")
         if not self.target_modules:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_positive, check_unselected
-from .errors import ConfigError, ShapeError, StateError, TargetError, UnsupportedError
+from .checks import check_dropout, check_factors, check_positive, check_probability, check_unselected
+from .errors import ConfigError, ShapeError, StateError, TargetError
 from .folding import fold_
 from .functional import linear_with_index, plora_linear
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
@@ -33,6 +33,9 @@ class FusedPLoRALinear(nn.Module):
     Folding keeps one copy of the original weight, on its device or in host memory (`original`), and always starts
     from it: `unfold` returns the base bit for bit, however often modules were selected.
 
+    With `dropout` > 0, every call in training mode drops elements of what the selected modules see of x: by a seed
+    drawn from torch's generator, or by `dropout_seed` (an int, or one int64 on the device) where that is set.
+
     Source: arXiv 2602.16936.
     """
 
@@ -44,6 +47,7 @@ class FusedPLoRALinear(nn.Module):
     full_B: Tensor | None
     selected_index: Tensor | None
     original_weight: Tensor | None
+    dropout_seed: int | Tensor | None
 
     def __init__(
         self,
@@ -81,7 +85,7 @@ class FusedPLoRALinear(nn.Module):
         Args:
             linear: an `nn.Linear`, not a subclass with a forward of its own.
             rank: R, 1–256. alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
-            dropout: only 0.0 works yet.
+            dropout: p of LoRA dropout, active in training mode, on what selected modules see of x.
             original: where the copy of a folded weight is kept, "device" or "host".
 
         Raises:
@@ -97,13 +101,13 @@ class FusedPLoRALinear(nn.Module):
     def _adapt(
         self, base: nn.Linear, rank: int, alpha: float, rank_stabilized: bool, dropout: float, original: str
     ) -> None:
-        if dropout != 0.0:
-            raise UnsupportedError(f"dropout is {dropout!r}; only 0.0 works yet")
+        dropout = check_probability("dropout", dropout)
         alpha = check_positive("alpha", alpha)
         if original not in ORIGINALS:
             raise ConfigError(f"original is {original!r}; it may be 'device' or 'host'")
         self.rank, self.alpha, self.rank_stabilized = check_rank(rank), alpha, bool(rank_stabilized)
         self.scale = adapter_scale(self.rank, alpha, rank_stabilized)
+        self.dropout, self.dropout_seed = dropout, None
         self.original = original
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
@@ -131,19 +135,25 @@ class FusedPLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K)."""
-        if self.full_A is None or self.full_B is None:
-            return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
-        if self._unselected == "frozen":
-            return self._forward_frozen(x)
-        if self.lora_A.shape[0] == 0:  # everything is folded: the modules are there, none of them enters
+        frozen = self._unselected == "frozen"
+        if self.lora_A.shape[0] == 0 and self.full_A is not None and self.full_B is not None and not frozen:
+            # Everything is folded: the modules are there, none of them enters.
             return plora_linear(x, self.weight, self.full_A, self.full_B, [], bias=self.bias, scale=self.scale)
-        return plora_linear(x, self.weight, self.lora_A, self.lora_B, bias=self.bias, scale=self.scale)
+        lora_A, lora_B = self._merged_factors() if frozen else (self.lora_A, self.lora_B)
+        index = self.selected_index if frozen else None
+        check_factors(self.weight, lora_A, lora_B)
+        p, seed = self._dropout(x.device)
+        return linear_with_index(x, self.weight, lora_A, lora_B, self.bias, index, self.scale, frozen, p, seed)
 
-    def _forward_frozen(self, x: Tensor) -> Tensor:
-        lora_A, lora_B = self._merged_factors()
-        return linear_with_index(
-            x, self.weight, lora_A, lora_B, self.bias, self.selected_index, self.scale, frozen=True
-        )
+    def _dropout(self, device: torch.device) -> tuple[float, Tensor | None]:
+        """Return the probability and seed of this call's dropout, (0, None) in evaluation."""
+        if self.dropout == 0.0 or not self.training:
+            return 0.0, None
+        if self.dropout_seed is not None:
+            return self.dropout, check_dropout(self.dropout, self.dropout_seed, device)
+        # From torch's generator of the device: reproducible by torch.manual_seed, redrawn alike by checkpointing, and
+        # a new mask at every replay of a CUDA graph.
+        return self.dropout, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
     def _merged_factors(self) -> tuple[Tensor, Tensor]:
         """Return A (R, K) and B (N, R) with the compact parameters at their places, differentiable in those."""

@@ -21,12 +21,12 @@ from .errors import UnsupportedError
 _library = torch.library.Library("plora", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? index, float scale, "
-    "bool frozen, bool keep_s) -> (Tensor y, Tensor s)"
+    "bool frozen, bool keep_s, float dropout_p, Tensor? dropout_seed) -> (Tensor y, Tensor s)"
 )
 _library.define(
     "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? index, "
-    "float scale, bool frozen, bool need_x, bool need_A, bool need_B, bool need_bias) "
-    "-> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
+    "float scale, bool frozen, bool need_x, bool need_A, bool need_B, bool need_bias, float dropout_p, "
+    "Tensor? dropout_seed) -> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
 )
 
 
@@ -67,9 +67,12 @@ def _linear(
     scale: float,
     frozen: bool,
     keep_s: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    applied = None if frozen else index  # frozen modules all enter y
-    y, s = _forward_module(x).forward(_rows(x), weight, lora_A, lora_B, bias, applied, scale, keep_s)
+    y, s = _forward_module(x).forward(
+        _rows(x), weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed
+    )
     # Not a view: autograd lets no one write in place to a view that a custom function returns.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), s
 
@@ -85,6 +88,8 @@ def _linear_fake(
     scale: float,
     frozen: bool,
     keep_s: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     s = x.new_empty((math.prod(x.shape[:-1]), _places(lora_A, index, frozen)) if keep_s else (0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), s
@@ -105,10 +110,25 @@ def _linear_backward(
     need_A: bool,
     need_B: bool,
     need_bias: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy_rows, x_rows = _rows(dy), _rows(x)
     d_x, d_lora_A, d_lora_B = _backward_module(x).backward(
-        dy_rows, x_rows, weight, lora_A, lora_B, s, index, scale, frozen, need_x, need_A, need_B
+        dy_rows,
+        x_rows,
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        index,
+        scale,
+        frozen,
+        need_x,
+        need_A,
+        need_B,
+        dropout_p,
+        dropout_seed,
     )
     d_bias = dy_rows.sum(0) if need_bias else dy.new_empty(0)
     return d_x.view(x.shape) if need_x else d_x, d_lora_A, d_lora_B, d_bias
@@ -129,6 +149,8 @@ def _linear_backward_fake(
     need_A: bool,
     need_B: bool,
     need_bias: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = (0,)
     return (
@@ -140,23 +162,37 @@ def _linear_backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, _, index, scale, frozen, _ = inputs
+    x, weight, lora_A, lora_B, _, index, scale, frozen, _, dropout_p, dropout_seed = inputs
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lora_A, lora_B, s, index)
-    ctx.scale, ctx.frozen = scale, frozen
+    ctx.save_for_backward(x, weight, lora_A, lora_B, s, index, dropout_seed)
+    ctx.scale, ctx.frozen, ctx.dropout_p = scale, frozen, dropout_p
 
 
 def _differentiate_linear(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
-    x, weight, lora_A, lora_B, s, index = ctx.saved_tensors
+        return (None,) * 11
+    x, weight, lora_A, lora_B, s, index, seed = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     # Called with create_graph=True, the operator records itself, so as to refuse a double backward by name.
     backward = torch.ops.plora.linear_backward if _watched(dy) or torch.is_grad_enabled() else _linear_backward
     d_x, d_lora_A, d_lora_B, d_bias = backward(
-        dy, x, weight, lora_A, lora_B, s, index, ctx.scale, ctx.frozen, need_x, need_A, need_B, need_bias
+        dy,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        index,
+        ctx.scale,
+        ctx.frozen,
+        need_x,
+        need_A,
+        need_B,
+        need_bias,
+        ctx.dropout_p,
+        seed,
     )
     return (
         d_x if need_x else None,
@@ -164,10 +200,7 @@ def _differentiate_linear(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tupl
         d_lora_A if need_A else None,
         d_lora_B if need_B else None,
         d_bias if need_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
@@ -216,12 +249,15 @@ def linear(
     index: Tensor | None,
     scale: float,
     frozen: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
     grad = torch.is_grad_enabled()
-    arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, grad and lora_B.requires_grad)
+    keep_s = grad and lora_B.requires_grad
+    arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
     if _watched(x, weight, lora_A, lora_B):
         y, _ = torch.ops.plora.linear(*arguments)
     elif grad:

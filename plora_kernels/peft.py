@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,6 +85,7 @@ def save_peft(
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=_whole(config.alpha),
+        lora_dropout=config.dropout,
         use_rslora=config.rank_stabilized,
         target_modules=list(handle.layers),
         modules_to_save=list(handle.saved_modules) or None,
@@ -194,11 +194,6 @@ def _read_config(source: Path) -> Any:
             f"{source / CONFIG_NAME} has init_lora_weights = {lora.init_lora_weights!r}, which changes the base "
             "weight; convert the adapter to plain LoRA with PEFT first"
         )
-    if lora.lora_dropout:
-        warnings.warn(
-            f"{source / CONFIG_NAME} has lora_dropout = {lora.lora_dropout}; training goes on without dropout",
-            stacklevel=3,
-        )
     return lora
 
 
@@ -254,6 +249,7 @@ def _to_config(
         rank=int(lora.r),
         alpha=float(lora.lora_alpha),
         rank_stabilized=bool(lora.use_rslora),
+        dropout=float(lora.lora_dropout),
         target_modules=list(factors),
         modules_to_save=whole,
         task_type=task_type,

@@ -65,7 +65,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
         weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
         ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
         return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
-    return [Computed(*torch_path.forward(rows, *p[:4], None, p.scale, keep_s)) for p in projections]
+    return [Computed(*torch_path.forward(rows, *p[:4], None, p.scale, False, keep_s, 0.0, None)) for p in projections]
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
@@ -178,7 +178,7 @@ class _Attach(torch.autograd.Function):
                 # Called with create_graph=True: the operator records itself, so as to refuse a double backward by name.
                 needs = (need_x, need_A, need_B, need_bias)
                 results = torch.ops.plora.linear_backward(
-                    dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs
+                    dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs, 0.0, None
                 )
                 d_x, d_lora_A, d_lora_B, d_bias = (g if need else None for g, need in zip(results, needs, strict=True))
             else:

@@ -27,17 +27,27 @@ def forward(
     bias: Tensor | None = None,
     scale: float = 1.0,
     unselected: str = "folded",
+    dropout: Tensor | None = None,
 ) -> Tensor:
-    """Return `y: (…, N)` = x Wᵀ + bias + s·((x Aᵀ) ⊙ m) Bᵀ.
+    """Return `y: (…, N)` = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ.
 
     Shapes: x (…, K), weight (N, K), lora_A (R, K), lora_B (N, R), mask bool (R,) or None for all, bias (N,).
-    With `unselected="frozen"` every module is summed, so the mask has no effect on y.
+    D(x) = x ⊙ dropout, whose elements are 0 or 1/(1−p), shaped as x; None leaves x alone. With `unselected="frozen"`
+    every module is summed; the mask then says which of them see D(x), the others see x.
     """
-    s = x @ lora_A.T  # (…, R)
+    s = _side_product(x, lora_A, mask, unselected, dropout)  # (…, R)
     if mask is not None and unselected == "folded":
         s = torch.where(mask, s, torch.zeros_like(s))
     y = x @ weight.T + scale * (s @ lora_B.T)
     return y if bias is None else y + bias
+
+
+def _side_product(x: Tensor, lora_A: Tensor, mask: Tensor | None, unselected: str, dropout: Tensor | None) -> Tensor:
+    """Return S (…, R) = D(x) Aᵀ, or x Aᵀ for modules that are frozen and not selected."""
+    if dropout is None:
+        return x @ lora_A.T
+    s = (x * dropout) @ lora_A.T
+    return torch.where(mask, s, x @ lora_A.T) if mask is not None and unselected == "frozen" else s
 
 
 def gradients(
@@ -50,21 +60,26 @@ def gradients(
     *,
     scale: float = 1.0,
     unselected: str = "folded",
+    dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB, dbias)` of `forward` for the output gradient dy (…, N).
 
-    dx = dY W + s((dY B) ⊙ m) A when folded, all modules when frozen: (…, K);
-    dA = s((dY B) ⊙ m)ᵀ x: (R, K);  dB = s dYᵀ((x Aᵀ) ⊙ m): (N, R);  dbias = Σ_rows dY: (N,).
+    dx = dY W + s((dY B) ⊙ m) A ⊙ dropout when folded; frozen, the others' s((dY B) ⊙ ¬m) A is added: (…, K);
+    dA = s((dY B) ⊙ m)ᵀ D(x): (R, K);  dB = s dYᵀ((D(x) Aᵀ) ⊙ m): (N, R);  dbias = Σ_rows dY: (N,).
     The rows of dA and columns of dB of unselected modules are zero in both forms.
     """
     dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     ds = dy_rows @ lora_B  # (M, R)
-    s = x_rows @ lora_A.T  # (M, R)
+    dropped = x_rows if dropout is None else x_rows * dropout.reshape(x_rows.shape)
+    s = dropped @ lora_A.T  # (M, R)
     zero = torch.zeros((), dtype=dy.dtype, device=dy.device)
     ds_selected = ds if mask is None else torch.where(mask, ds, zero)
     s_selected = s if mask is None else torch.where(mask, s, zero)
-    dx = dy_rows @ weight + scale * ((ds if unselected == "frozen" else ds_selected) @ lora_A)
-    d_lora_A = scale * (ds_selected.T @ x_rows)
+    low = scale * (ds_selected @ lora_A)
+    dx = dy_rows @ weight + (low if dropout is None else low * dropout.reshape(x_rows.shape))
+    if unselected == "frozen" and mask is not None:
+        dx = dx + scale * (torch.where(mask, zero, ds) @ lora_A)
+    d_lora_A = scale * (ds_selected.T @ dropped)
     d_lora_B = scale * (dy_rows.T @ s_selected)
     return dx.reshape(x.shape), d_lora_A, d_lora_B, dy_rows.sum(0)
 

@@ -137,6 +137,8 @@ class SharedInput:
         present = [member for member in members if member is not None]
         if len(present) < len(members) or layer is not members[layer.place]:
             return None, None
+        if any(member.dropout > 0 and member.training for member in present):
+            return None, None
         with torch.no_grad():
             operands = [member.operands() for member in present]
         if not all(_fits_together(x, projection) for projection in operands):
@@ -160,7 +162,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     Parameters, state dict, selection and results are those of `FusedPLoRALinear`; every layer keeps its own rank,
     scale, bias and selection. Layers run alone inside torch.compile, under an autocast that casts, in inference mode
-    (whose tensors count no changes), on tensor subclasses, and where a weight is not contiguous.
+    (whose tensors count no changes), on tensor subclasses, where a weight is not contiguous, and while one of them
+    drops elements of x, each by a mask of its own.
     """
 
     shared: SharedInput

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .dropout import keep_mask
+
 
 def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the indexed modules as A (W, K) and B (N, W); a place whose index is −1 holds zeros."""
@@ -28,6 +30,18 @@ def _side_product(rows: Tensor, down: Tensor, index: Tensor | None) -> Tensor:
     return side if index is None else side.masked_fill_(index < 0, 0.0)
 
 
+def _dropped(x: Tensor, index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Tensor:
+    """Return D(x) without its factor 1/(1−p): x (M, K) where kept and 0 where dropped; x itself without dropout."""
+    if seed is None or p == 0.0 or (index is not None and index.shape[0] == 0):
+        return x
+    return x.masked_fill(keep_mask(seed, x.shape[0], x.shape[1], p).logical_not_(), 0.0)
+
+
+def _is_chosen(index: Tensor, rank: int) -> Tensor:
+    """Return which of the R modules an index names, (R,) bool, without reading it on the host."""
+    return (index[:, None] == torch.arange(rank, dtype=index.dtype, device=index.device)).any(0)
+
+
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return s · left · right, the scale applied inside the product: no pass of its own, no overflow before it."""
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
@@ -41,11 +55,20 @@ def forward(
     bias: Tensor | None,
     index: Tensor | None,
     scale: float,
+    frozen: bool,
     keep_s: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` as the kernel of the same name: y (M, N), s (M, places) or empty."""
-    A, B = _gather(lora_A, lora_B, index)
-    s = _side_product(x, A.t(), index)  # (M, places)
+    applied = None if frozen else index  # frozen modules all enter y
+    A, B = _gather(lora_A, lora_B, applied)
+    dropped = _dropped(x, index, frozen, dropout_p, dropout_seed)
+    s = _side_product(dropped, A.t(), applied)  # (M, places)
+    if dropped is not x:
+        s.mul_(1 / (1 - dropout_p))
+        if frozen and index is not None:  # dropout touches the selected modules only
+            s = torch.where(_is_chosen(index, A.shape[0]), s, x @ A.t())
     if A.shape[0] == 0:
         y = functional.linear(x, weight, bias)
     elif x.dtype.itemsize < 4:
@@ -70,29 +93,57 @@ def backward(
     need_x: bool,
     need_A: bool,
     need_B: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` as the kernel of the same name; a gradient that is not needed has no elements."""
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     applied = None if frozen else index
     A, B = _gather(lora_A, lora_B, applied)
+    kept, factor = None, scale
+    if dropout_seed is not None and dropout_p > 0.0 and (index is None or index.shape[0] > 0):
+        kept, factor = keep_mask(dropout_seed, x.shape[0], x.shape[1], dropout_p), scale / (1 - dropout_p)
     if need_x or need_A:
         ds = _side_product(dy, B, applied)  # (M, places)
     if need_x:
-        if B.shape[1] == 0:
-            d_x = dy @ weight
-        else:
-            half = dy.dtype.itemsize < 4  # as in the forward
-            d_x = (dy @ weight).addmm_(ds, A, alpha=scale) if half else _scaled_product(ds, A, scale).addmm_(dy, weight)
+        chosen = _is_chosen(index, A.shape[0]) if kept is not None and frozen and index is not None else None
+        d_x = _input_gradient(dy, weight, ds, A, scale, factor, kept, chosen)
     # Frozen: every module entered y, the selected ones alone get a gradient.
     picked = index.clamp_min(0) if frozen and index is not None else None
     if need_A:
         ds = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = _scatter(_scaled_product(ds.t(), x, scale), index, lora_A.shape[0])
+        dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
+        d_lora_A = _scatter(_scaled_product(ds.t(), dropped, factor), index, lora_A.shape[0])
     if need_B:
         s = s if picked is None else s.index_select(1, picked)
         # (Sᵀ dY)ᵀ runs about twice as fast as dYᵀ S in the CPU's matmul: the long axis stays contiguous.
         d_lora_B = _scatter(_scaled_product(s.t(), dy, scale), index, lora_B.shape[1]).t().contiguous()
     return d_x, d_lora_A, d_lora_B
+
+
+def _input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    A: Tensor,
+    scale: float,
+    factor: float,
+    kept: Tensor | None,
+    chosen: Tensor | None,
+) -> Tensor:
+    """Return dx (M, K) = dY W + s·dS A, where `kept` drops what the `chosen` modules (None: all) add.
+
+    `factor` is s, over 1−p under dropout.
+    """
+    if A.shape[0] == 0:
+        return dy @ weight
+    half = dy.dtype.itemsize < 4  # as in the forward
+    if kept is None:
+        return (dy @ weight).addmm_(ds, A, alpha=scale) if half else _scaled_product(ds, A, scale).addmm_(dy, weight)
+    low = _scaled_product(ds if chosen is None else ds.masked_fill(~chosen, 0.0), A, factor).mul_(kept)  # (M, K)
+    if chosen is not None:
+        low.addmm_(ds.masked_fill(chosen, 0.0), A, alpha=scale)
+    return (dy @ weight).add_(low) if half else low.addmm_(dy, weight)
 
 
 def _scatter(gradient: Tensor, index: Tensor | None, rank: int) -> Tensor:

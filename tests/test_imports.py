@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
-    ("errors", "blocks"),
+    ("errors", "blocks", "dropout"),
     ("selection", "tables"),
     ("configs",),
     ("reference", "rounding"),

@@ -147,7 +147,7 @@ def test_a_refused_injection_leaves_the_model_alone() -> None:
         ({"rank": 300}, pk.RankError, "rank is 300"),
         ({"rank_pattern": {"q": 0}}, pk.RankError, "rank is 0"),
         ({"alpha": -1.0}, pk.ConfigError, r"alpha is -1\.0"),
-        ({"dropout": 0.5}, pk.UnsupportedError, r"dropout is 0\.5"),
+        ({"dropout": 1.0}, pk.ConfigError, r"dropout is 1\.0; a probability from 0 to below 1"),
         ({"alpha": float("inf")}, pk.ConfigError, "alpha is inf; a finite number"),
         ({"alpha": "32"}, pk.ConfigError, "alpha is '32'; a finite number"),
         ({"target_modules": "(q"}, pk.ConfigError, r"target_modules holds '\(q', which is not a regular expression"),

@@ -270,8 +270,8 @@ def test_bad_arguments_are_named() -> None:
         pk.FusedPLoRALinear.from_linear(linear, alpha=0)
     with pytest.raises(pk.ConfigError, match="original is 'disk'; it may be 'device' or 'host'"):
         pk.FusedPLoRALinear.from_linear(linear, original="disk")
-    with pytest.raises(pk.UnsupportedError, match=r"dropout is 0\.1"):
-        pk.FusedPLoRALinear.from_linear(linear, dropout=0.1)
+    with pytest.raises(pk.ConfigError, match=r"dropout is 1\.5; a probability from 0 to below 1"):
+        pk.FusedPLoRALinear.from_linear(linear, dropout=1.5)
     with pytest.raises(pk.TargetError, match=r"from_linear got a Conv2d; only a plain nn\.Linear can be replaced"):
         pk.FusedPLoRALinear.from_linear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     assert linear.weight.requires_grad  # a refusal leaves the linear as it was

@@ -21,6 +21,7 @@ def run(problem: Problem) -> tuple[torch.Tensor, ...]:
     bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
     x, lora_A, lora_B = leaves
     form = {"bias": bias, "scale": problem.scale, "unselected": problem.unselected}
+    form |= {"dropout_p": problem.dropout_p, "dropout_seed": problem.dropout_seed}
     y = pk.plora_linear(x, problem.weight, lora_A, lora_B, problem.mask, **form)
     y.backward(problem.dy)
     gradients = [x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad]
@@ -61,7 +62,17 @@ def problem_of(combination: tuple) -> Problem:
     rows, k, n, rank, dtype, share, form, seed = combination
     mask = None if share is None else random_mask(rank, seed, share).to(DEVICE)
     return make_problem(
-        rows, k, n, rank, dtype, mask=mask, unselected=form, bias=seed % 3 > 0, seed=seed, device=DEVICE
+        rows,
+        k,
+        n,
+        rank,
+        dtype,
+        mask=mask,
+        unselected=form,
+        bias=seed % 3 > 0,
+        dropout_p=0.3 if seed % 4 == 1 else 0.0,
+        seed=seed,
+        device=DEVICE,
     )
 
 

@@ -29,14 +29,17 @@ def inputs(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tu
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("index", [None, INDEX], ids=["all", "indexed"])
-def test_opcheck_of_the_forward_and_backward(frozen: bool, index: Tensor | None, each_backend: str) -> None:
+@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor([5]))], ids=["plain", "dropout"])
+def test_opcheck_of_the_forward_and_backward(
+    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None], each_backend: str
+) -> None:
     x, weight, lora_A, lora_B, bias = inputs()
-    arguments = (x, weight, lora_A, lora_B, bias, index, 0.5, frozen, True)
+    arguments = (x, weight, lora_A, lora_B, bias, index, 0.5, frozen, True, *dropout)
     torch.library.opcheck(torch.ops.plora.linear.default, arguments)
     _, s = torch.ops.plora.linear(*arguments)
     dy = torch.randn(3, 5, 6)
     for needs in ((True, True, True, True), (True, False, True, False), (False, True, False, False)):
-        backward = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, 0.5, frozen, *needs)
+        backward = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, 0.5, frozen, *needs, *dropout)
         torch.library.opcheck(torch.ops.plora.linear_backward.default, backward)
 
 
@@ -452,7 +455,13 @@ def test_other_wrong_arguments_are_named() -> None:
     for scale in (torch.tensor(1.0), float("nan"), "1"):
         with pytest.raises(pk.ConfigError, match="a finite number is needed"):
             pk.plora_linear(**tensors, scale=scale)  # type: ignore[arg-type]
-    with pytest.raises(pk.UnsupportedError, match=r"dropout_p is 0\.1"):
-        pk.plora_linear(**tensors, dropout_p=0.1)
+    for p in (-0.1, 1.0, "0.1"):
+        with pytest.raises(pk.ConfigError, match="dropout_p is"):
+            pk.plora_linear(**tensors, dropout_p=p, dropout_seed=1)  # type: ignore[arg-type]
+    for seed in (None, 1.0, 2**63, torch.zeros(2, dtype=torch.int64), torch.zeros(1)):
+        with pytest.raises(pk.ConfigError, match="dropout_seed"):
+            pk.plora_linear(**tensors, dropout_p=0.1, dropout_seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(pk.DeviceError, match="dropout_seed is on meta, x on cpu"):
+        pk.plora_linear(**tensors, dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64, device="meta"))
     with pytest.raises(pk.UnsupportedError, match="groups is set"):
         pk.plora_linear(**tensors, groups=torch.tensor([0, 2]))

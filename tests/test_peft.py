@@ -215,7 +215,9 @@ def test_adapters_that_cannot_be_used_are_refused_and_the_model_stays(tmp_path: 
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_dropout_of_a_loaded_adapter_is_not_dropped_in_silence(tmp_path: Path) -> None:
-    save_peft_adapter(tmp_path, lora_dropout=0.25)
-    with pytest.warns(UserWarning, match=r"lora_dropout = 0\.25; training goes on without dropout"):
-        pk.load_peft(tiny_bert(), tmp_path)
+def test_dropout_is_loaded_and_saved(tmp_path: Path) -> None:
+    save_peft_adapter(tmp_path / "theirs", lora_dropout=0.25)
+    handle = pk.load_peft(tiny_bert(), tmp_path / "theirs")
+    assert {layer.dropout for layer in handle.layers.values()} == {0.25}
+    pk.save_peft(handle, tmp_path / "ours")
+    assert LoraConfig.from_pretrained(tmp_path / "ours").lora_dropout == 0.25

@@ -460,6 +460,17 @@ def test_a_round_that_is_completed_forgives_those_that_were_not(launches: list[i
     assert len(launches) == 12
 
 
+def test_layers_that_drop_run_alone(launches: list[int]) -> None:
+    model, handle = make(fused=True)
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    for layer in handle.layers.values():
+        layer.dropout, layer.dropout_seed = 0.5, 3
+    model(x)
+    assert launches == []
+    model.eval()(x)
+    assert launches == [3]
+
+
 def test_copies_form_groups_of_their_own(launches: list[int]) -> None:
     model, handle = make(True)
     handle.select([0], "frozen")

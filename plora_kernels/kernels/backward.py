@@ -1,12 +1,15 @@
-"""Backward of a PLoRA linear layer: dX in one launch, then dA and dB of the selected modules."""
+"""Backward of a PLoRA linear layer: dX, then dA and dB of the selected modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .adapted_matmul import adapted_matmul
+from .adapted_matmul import adapted_matmul, find_matmul_blocks
 from .factor_gradient import factor_gradient_
+from .forward import layer_dropout
+from .output_gradient import output_gradient_
+from .side_product import side_product
 
 
 def backward(
@@ -22,29 +25,49 @@ def backward(
     need_x: bool,
     need_A: bool,
     need_B: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)`; a gradient that is not needed has no elements.
 
-    dx (M, K) = dY W + s((dY B) ⊙ m) A, all modules when `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ x;
-    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = x Aᵀ as the forward kept it, index int32
-    or None. Rows of dA and columns of dB of unselected modules are zero.
+    dx (M, K) = dY W + s·D'((dY B) ⊙ m) A, all modules when `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ D(x);
+    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = D(x) Aᵀ as the forward kept it, index
+    int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' masks what D masked.
     """
-    d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
-    applied = None if frozen else index  # the modules that entered y, and so enter dX
-    if need_x:
+    d_x, d_lora_A, d_lora_B = (dy.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
+    applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
+    dropout = layer_dropout(index, frozen, dropout_p, dropout_seed)
+    make = torch.empty_like if index is None else torch.zeros_like
+    if need_B:
+        d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
+    width = lora_A.shape[0] if applied is None else applied.shape[0]
+    blocks = find_matmul_blocks("input_gradient", dy, weight, width) if need_x else None
+    ds = None
+    if blocks is not None and blocks.design == "two_launch" and need_B:
+        # dX starts with dS in any case: dB comes from the same read of dY.
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
+    if blocks is not None:
         d_x, ds = adapted_matmul(
-            "input_gradient", dy, weight, lora_B, lora_A, bias=None, index=applied, scale=scale, keep_side=need_A
+            dy,
+            weight,
+            lora_B,
+            lora_A,
+            bias=None,
+            index=applied,
+            drop_in=None,
+            drop_out=dropout,
+            scale=scale,
+            side=ds,
+            keep_side=need_A,
+            blocks=blocks,
         )
     elif need_A:
-        ds = dy @ lora_B  # (M, R), every module: there is no tile of dX to ride on
-    # The forward and dX lay their side products out by the index they were given; frozen ones hold every module.
-    make = torch.empty_like if index is None else torch.zeros_like
+        ds = side_product(dy, lora_B, index=applied, dropout=None)
+    thin_index = index if frozen else None
     if need_A:
-        ds_index = index if frozen or not need_x else None
+        assert ds is not None
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
-        factor_gradient_(d_lora_A, ds, x, thin_index=ds_index, out_index=index, scale=scale)
-    if need_B:
-        s_index = index if frozen else None
-        d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
-        factor_gradient_(d_lora_B.t(), s, dy, thin_index=s_index, out_index=index, scale=scale)
+        factor_gradient_(d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout)
+    if need_B and not (blocks is not None and blocks.design == "two_launch"):
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
     return d_x, d_lora_A, d_lora_B

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
 from ..rounding import seed_keys
-from .adapted_matmul import _load_modules, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .modules import load_modules
 from .rounding import element_bits, round_stochastically
 
 
@@ -35,7 +36,7 @@ def _add_modules(
     PRECISION: tl.constexpr,
 ):
     """Return delta + Σ_j b_j a_jᵀ over the places r0 … r0+BLOCK_R−1: (BLOCK_N, BLOCK_K) fp32."""
-    modules, module_ok = _load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
     a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
     a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
     b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import configs
 from ..blocks import MatmulBlocks, tile
-from .adapted_matmul import _add_scaled_product, dot_precision, is_aligned, needs_wide_offsets
 from .factor_gradient import factor_gradient_
+from .launch import dot_precision, is_aligned, needs_wide_offsets
+from .modules import add_scaled_product
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def projections_forward_kernel(
     b_offsets = columns[None, :] * R + modules[:, None]
     side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
     b = tl.load(b_base + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-    acc = _add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+    acc = add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
     if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
         if pid_n == 0:
             tl.store(s_base + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
@@ -150,7 +151,7 @@ def projections_forward_kernel(
             a_base += BLOCK_K
         side = tl.where(module_ok[None, :], side, 0.0)
         b = tl.load(b_base + r0 + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-        acc = _add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        acc = add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:
             if pid_n == 0:
                 tl.store(s_base + r0 + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
@@ -231,7 +232,7 @@ def projections_input_gradient_kernel(
             module_ok = modules < ranks[p] - r0
             ds = tl.load(ds_base + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
             a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-            acc = _add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
+            acc = add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
             ds_base += BLOCK_R
             a_base += tl.full((), BLOCK_R, tl.int64) * K
 

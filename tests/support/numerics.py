@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels import reference
+from plora_kernels.dropout import multiplier
 
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 
@@ -40,12 +41,17 @@ class Problem:
     dy: Tensor
     scale: float
     unselected: str
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
 
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference computed in `dtype`."""
         x, weight, lora_A, lora_B, dy = (t.to(dtype) for t in (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
         bias = None if self.bias is None else self.bias.to(dtype)
         form = {"scale": self.scale, "unselected": self.unselected}
+        if self.dropout_p:
+            seed = torch.tensor([self.dropout_seed], device=x.device)
+            form["dropout"] = multiplier(seed, *x.shape, self.dropout_p, dtype)
         y = reference.forward(x, weight, lora_A, lora_B, self.mask, bias=bias, **form)
         return y, *reference.gradients(dy, x, weight, lora_A, lora_B, self.mask, **form)
 
@@ -61,6 +67,7 @@ def make_problem(
     unselected: str = "folded",
     scale: float = 0.5,
     bias: bool = True,
+    dropout_p: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
 ) -> Problem:
@@ -81,6 +88,8 @@ def make_problem(
         dy=draw(rows, n, spread=n**-0.5),
         scale=scale,
         unselected=unselected,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
     )
 
 

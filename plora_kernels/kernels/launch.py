@@ -1,0 +1,55 @@
+"""What launchers ask about tensors: alignment, width of offsets, precision, and the dropout a layer applies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dropout(NamedTuple):
+    """LoRA dropout of probability `p`: `seed` one int64 number on the device.
+
+    `selected` is the index of the modules it touches, None for all that enter: frozen modules that are not selected see
+    x as it is.
+    """
+
+    p: float
+    seed: Tensor
+    selected: Tensor | None
+
+    @property
+    def selected_width(self) -> int:
+        """Entries of the index, 0 without one."""
+        return 0 if self.selected is None else self.selected.shape[0]
+
+    @property
+    def selected_block(self) -> int:
+        """The index's entries as the kernels load them, a power of two; 0 without an index."""
+        return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Say whether Triton will load lines of this matrix in wide pieces.
+
+    It must be contiguous along one axis, with a stride along the other and a start that 16 divides (elements and
+    bytes): what Triton specialises on.
+    """
+    short, long = sorted(matrix.stride())
+    return short == 1 and long % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
+    """Say whether an offset inside a tile of at most block × block elements may pass 2³¹."""
+    return any(2 * block * max(tensor.stride()) >= 2**31 for tensor in tensors)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return tl.dot's input precision: tf32 for fp32 only where torch's own matmuls may use it, else IEEE."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16, and so on."""
+    return str(dtype).removeprefix("torch.")

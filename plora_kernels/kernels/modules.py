@@ -1,0 +1,128 @@
+"""What kernels share about one-rank modules: which places hold one, the low-rank product, dropout's mask."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..dropout import FIRST, GOLDEN, SECOND
+
+_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
+_FIRST: tl.constexpr = tl.constexpr(FIRST)
+_SECOND: tl.constexpr = tl.constexpr(SECOND)
+
+
+@triton.jit
+def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr, offset_type: tl.constexpr):
+    """Return the module numbers of places r0 … r0+BLOCK_R−1 and which of them stand for a module: (BLOCK_R,)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    present = places < R
+    if HAS_INDEX:
+        modules = tl.load(index_ptr + places, mask=present, other=-1)
+        present = modules >= 0
+        modules = tl.where(present, modules, 0).to(offset_type)
+    else:
+        modules = places.to(offset_type)
+    return modules, present
+
+
+@triton.jit
+def are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK: tl.constexpr):
+    """Return which of `modules` (BLOCK_R,) an index of selected_width entries names; −1 is no module."""
+    places = tl.arange(0, SELECTED_BLOCK)
+    entries = tl.load(selected_ptr + places, mask=places < selected_width, other=-1)  # (SELECTED_BLOCK,)
+    return tl.max((entries[None, :] == modules[:, None]).to(tl.int32), axis=1) > 0
+
+
+@triton.jit
+def add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32."""
+    if dtype == tl.float16:
+        # side · s may pass fp16's 65504 where side and the result do not: the smaller factor takes the scale.
+        product = tl.dot(side.to(dtype), (up.to(tl.float32) * scale).to(dtype), acc, input_precision=PRECISION)
+    else:
+        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less
+    return product
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    low,
+    side,
+    up,
+    modules,
+    scale,
+    keep_scale,
+    selected_ptr,
+    selected_width,
+    dtype: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return `(acc, low)` with s · side · up added: to `low` what dropout has yet to mask, to `acc` the rest.
+
+    side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), modules (BLOCK_R,), acc and low (BLOCK_M, BLOCK_N) fp32.
+    """
+    if DROPOUT:
+        if SELECTED_BLOCK > 0:
+            chosen = are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :]
+            acc = add_scaled_product(tl.where(chosen, 0.0, side), up, acc, scale, dtype, PRECISION)
+            side = tl.where(chosen, side, 0.0)
+        low = add_scaled_product(side, up, low, scale * keep_scale, dtype, PRECISION)
+    else:
+        acc = add_scaled_product(side, up, acc, scale, dtype, PRECISION)
+    return acc, low
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return the row and column of an output tile: GROUP_M row tiles at a time share columns of the main matrix."""
+    group_width = GROUP_M * tiles_n
+    first_m = (tile // group_width) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (tile % group_width) % group_m, (tile % group_width) // group_m
+
+
+@triton.jit
+def store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+    """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    side_offsets = rows[:, None] * stride_sm + places[None, :]
+    tl.store(side_base + side_offsets, side, mask=row_ok[:, None] & (places < R)[None, :])
+
+
+@triton.jit
+def load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+    """Return the side product of places r0 … r0+BLOCK_R−1 as fp32: (BLOCK_M, BLOCK_R)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    side_offsets = rows[:, None] * stride_sm + places[None, :]
+    # Past the first-level cache: another multiprocessor may have written it in this launch.
+    ok = row_ok[:, None] & (places < R)[None, :]
+    side = tl.load(side_base + side_offsets, mask=ok, other=0.0, cache_modifier=".cg")
+    return side.to(tl.float32)
+
+
+@triton.jit
+def _mix(word):
+    """Return uint32 words with every bit of the input spread over the output."""
+    word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
+    word = (word ^ (word >> 15)) * tl.full((), _SECOND, tl.uint32)
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def keep_mask(seed_ptr, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.dropout`'s bits."""
+    seed = tl.load(seed_ptr)
+    zero = tl.zeros((BLOCK_M,), tl.uint32)  # a block: the interpreter warns of scalars that wrap around
+    low, high = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
+    rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.uint32)  # (BLOCK_M,)
+    columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.uint32)  # (BLOCK_N,)
+    start = _mix(rows ^ _mix(low))  # (BLOCK_M,)
+    key = _mix(start + _mix(high ^ tl.full((), _GOLDEN, tl.uint32)))
+    word = start[:, None] + (columns * tl.full((), _GOLDEN, tl.uint32))[None, :]  # (BLOCK_M, BLOCK_N)
+    word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
+    word = (word ^ (word >> 15) ^ key[:, None]) * tl.full((), _SECOND, tl.uint32)
+    return (word >> 1).to(tl.int32) >= threshold

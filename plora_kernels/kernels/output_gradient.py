@@ -1,0 +1,142 @@
+"""dS and dB from one read of dY, deterministically.
+
+    dS = dY B          (M, R)      partial sums over chunks of N
+    dB = s·dYᵀ S       (N, R)      partial sums over splits of the rows
+
+A program holds one chunk of columns for one split of the rows: it adds to its dB and stores its part of dS as it goes.
+Partial sums are fp32; a second launch for each adds them in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import OutputGradientBlocks, ShapeClass
+from ..configs import find_blocks
+from .factor_gradient import reduce_partials_
+from .launch import dot_precision, dtype_name, is_aligned
+from .modules import load_modules
+
+
+@triton.jit
+def output_gradient_kernel(
+    dy_ptr,
+    b_ptr,
+    s_ptr,
+    index_ptr,
+    ds_ptr,
+    db_ptr,
+    M,
+    N,
+    R,
+    split_rows,
+    stride_ym,
+    stride_yn,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_sr,
+    stride_dsc,
+    stride_dsm,
+    stride_dbs,
+    stride_dbr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store ds[chunk] (M, R) = dY[:, chunk] B[chunk] for the split's rows and db[split] (R, chunk) = (dYᵀ S)ᵀ.
+
+    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32; R counts
+    places, and places without a module hold zeros.
+    """
+    chunk, r0, split = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
+    columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
+    places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
+    column_ok, place_ok = columns < N, places < R
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
+    b_tile = b_ptr + columns[:, None] * stride_bn + modules[None, :] * stride_br
+    b = tl.load(b_tile, mask=column_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
+
+    first = split.to(tl.int64) * split_rows
+    last = tl.minimum(first + split_rows, M)
+    db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for m in range(0, split_rows, BLOCK_M):
+        rows = first + m + tl.arange(0, BLOCK_M).to(tl.int64)  # (BLOCK_M,)
+        row_ok = rows < last
+        dy_tile = dy_ptr + rows[:, None] * stride_ym + columns[None, :] * stride_yn
+        d = tl.load(dy_tile, mask=row_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_N)
+        s_tile = s_ptr + rows[:, None] * stride_sm + places[None, :] * stride_sr
+        s = tl.load(s_tile, mask=row_ok[:, None] & place_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
+        db = tl.dot(tl.trans(d), s, db, input_precision=PRECISION)  # (BLOCK_N, BLOCK_R) fp32
+        ds = tl.dot(d, b, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        ds = tl.where(module_ok[None, :], ds, 0.0)  # 0 · infinity at places without a module
+        ds_tile = ds_ptr + chunk.to(tl.int64) * stride_dsc + rows[:, None] * stride_dsm + places[None, :]
+        tl.store(ds_tile, ds, mask=row_ok[:, None] & place_ok[None, :])
+    db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
+    tl.store(db_tile, db, mask=column_ok[:, None] & place_ok[None, :])
+
+
+def output_gradient_(
+    d_lora_B: Tensor,
+    dy: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    *,
+    index: Tensor | None,
+    out_index: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Write dB = s·dYᵀ S into the columns of d_lora_B (N, R) and return dS (M, places) = dY B in dY's dtype.
+
+    Args:
+        d_lora_B: (N, R); columns that `out_index` does not name are left as they are.
+        dy: (M, N). lora_B: (N, R).
+        s: (M, places), the forward's side product.
+        index: the modules of the places, int32, −1 for none; None: all modules in order.
+        out_index: the modules whose gradient is wanted, int32: `index`, or some of them where that is None.
+    """
+    (rows, n), width = dy.shape, s.shape[1]
+    ds = torch.empty((rows, width), dtype=dy.dtype, device=dy.device)
+    if ds.numel() == 0 or n == 0:
+        return ds.zero_()
+    shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
+    blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
+    chunks = triton.cdiv(n, blocks.block_n)
+    splits = max(1, min(blocks.splits, triton.cdiv(rows, blocks.block_m)))
+    # Whole blocks a split, so that no row block straddles two of them.
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), blocks.block_m) * blocks.block_m
+    ds_parts = torch.empty((chunks, rows, width), dtype=torch.float32, device=dy.device)
+    db_parts = torch.empty((splits, width, n), dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        output_gradient_kernel[(chunks, triton.cdiv(width, blocks.block_r), splits)](
+            dy,
+            lora_B,
+            s,
+            index if index is not None else dy,
+            ds_parts,
+            db_parts,
+            rows,
+            n,
+            width,
+            split_rows,
+            *dy.stride(),
+            *lora_B.stride(),
+            *s.stride(),
+            *ds_parts.stride()[:2],
+            *db_parts.stride()[:2],
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_R=blocks.block_r,
+            HAS_INDEX=index is not None,
+            PRECISION=dot_precision(dy.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    reduce_partials_(d_lora_B.t(), db_parts, index=out_index, by_module=index is None, scale=scale)
+    reduce_partials_(ds.view(1, -1), ds_parts.view(chunks, 1, -1), index=None, by_module=False, scale=1.0)
+    return ds

@@ -1,0 +1,132 @@
+"""The side product alone: S = D(x) Aᵀ, or dS = dY B; one read of the large matrix.
+
+Where output tiles do not make it themselves: under dropout, whose mask would be hashed again in every tile, and in the
+designs that start with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import ShapeClass, SideBlocks
+from ..configs import find_blocks
+from ..dropout import threshold
+from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .modules import are_selected, keep_mask, load_modules
+
+
+@triton.jit
+def side_product_kernel(
+    in_ptr,
+    down_ptr,
+    index_ptr,
+    seed_ptr,
+    selected_ptr,
+    side_ptr,
+    M,
+    D_IN,
+    R,
+    selected_width,
+    drop_threshold,
+    keep_scale,
+    stride_im,
+    stride_id,
+    stride_dd,
+    stride_dr,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store side (M, R) = D(in) · down for BLOCK_M rows and BLOCK_R places; R counts places.
+
+    in (M, D_IN), down (D_IN, ·), index (R,) int32 or unused. With DROPOUT, D drops elements of `in` and scales the rest
+    by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names.
+    """
+    pid_m, r0 = tl.program_id(0), tl.program_id(1) * BLOCK_R
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    row_ok = rows < M - pid_m * BLOCK_M
+    first_row = (pid_m * BLOCK_M).to(tl.int64)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+
+    in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+    in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # of rows nothing is dropped from
+    for k in range(0, D_IN, BLOCK_K):
+        depth_ok = depth < D_IN - k
+        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+        if DROPOUT:
+            if SELECTED_BLOCK > 0:
+                whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            a = tl.where(keep_mask(seed_ptr, pid_m * BLOCK_M, k, drop_threshold, BLOCK_M, BLOCK_K), a, 0.0)
+        side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        in_base += in_step
+        down_base += down_step
+    if DROPOUT:
+        side *= keep_scale
+        if SELECTED_BLOCK > 0:
+            side = tl.where(are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :], side, whole)
+    side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+    places = r0 + tl.arange(0, BLOCK_R)
+    side_tile = side_ptr + first_row * stride_sm + rows[:, None] * stride_sm + places[None, :]
+    tl.store(side_tile, side.to(side_ptr.dtype.element_ty), mask=row_ok[:, None] & (places < R)[None, :])
+
+
+def side_product(inputs: Tensor, down: Tensor, *, index: Tensor | None, dropout: Dropout | None) -> Tensor:
+    """Return side (M, places) = D(inputs) · down in the inputs' dtype; zero at places whose index is −1.
+
+    Shapes: inputs (M, D_IN), down (D_IN, R), index int32 or None for all modules in order.
+    """
+    (rows, d_in), width = inputs.shape, down.shape[1] if index is None else index.shape[0]
+    side = torch.empty((rows, width), dtype=inputs.dtype, device=inputs.device)
+    if side.numel() == 0:
+        return side
+    aligned = is_aligned(inputs)
+    shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
+    blocks = find_blocks(SideBlocks, shape, inputs.device, aligned)
+    grid = (triton.cdiv(rows, blocks.block_m), triton.cdiv(width, blocks.block_r))
+    selected = dropout.selected if dropout is not None else None
+    with torch.cuda.device_of(inputs):
+        side_product_kernel[grid](
+            inputs,
+            down,
+            index if index is not None else inputs,
+            dropout.seed if dropout is not None else inputs,
+            selected if selected is not None else inputs,
+            side,
+            rows,
+            d_in,
+            width,
+            dropout.selected_width if dropout is not None else 0,
+            threshold(dropout.p) if dropout is not None else 0,
+            1 / (1 - dropout.p) if dropout is not None else 1.0,
+            *inputs.stride(),
+            *down.stride(),
+            width,
+            BLOCK_M=blocks.block_m,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            SELECTED_BLOCK=dropout.selected_block if dropout is not None else 0,
+            HAS_INDEX=index is not None,
+            DROPOUT=dropout is not None,
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, down),
+            PRECISION=dot_precision(inputs.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return side

@@ -1,0 +1,224 @@
+"""The adapted matmul as one program a tile, loads by pointer: any shape, any strides, any device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import MatmulBlocks
+from ..dropout import threshold
+from .launch import Dropout, dot_precision, needs_wide_offsets
+from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
+
+
+@triton.jit
+def tile_matmul_kernel(
+    in_ptr,
+    main_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    index_ptr,
+    seed_ptr,
+    selected_ptr,
+    out_ptr,
+    side_ptr,
+    M,
+    D_IN,
+    D_OUT,
+    R,
+    selected_width,
+    drop_threshold,
+    keep_scale,
+    scale,
+    stride_im,
+    stride_id,
+    stride_wd,
+    stride_wo,
+    stride_dd,
+    stride_dr,
+    stride_ur,
+    stride_uo,
+    stride_om,
+    stride_oo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    SIDE_GIVEN: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one (BLOCK_M, BLOCK_N) tile of out; with STORE_SIDE the programs of the first column store in · down.
+
+    in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
+    out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: read if SIDE_GIVEN, else made along with the tile. R
+    counts places: modules, or entries of the index. DROPOUT masks what the side product adds to out, for the modules
+    that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is rounded to the
+    inputs' dtype before it meets `up`.
+    """
+    # Neighbouring programs share columns of main while it is in the cache: GROUP_M row tiles at a time.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
+    pid_m, pid_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+
+    # A tile's base is a 64-bit scalar, since M·D_IN may pass 2³¹; offsets inside a tile take 32 bits, half the
+    # registers, unless the launcher saw strides so large that even those would not fit.
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
+    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
+    modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+
+    in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+    in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+    main_base = main_ptr + first_column * stride_wo
+    main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
+    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+    main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, D_IN, BLOCK_K):
+        depth_ok = depth < D_IN - k
+        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(
+            main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if not SIDE_GIVEN:
+            d = tl.load(
+                down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+            )  # (BLOCK_K, BLOCK_R)
+            side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            down_base += down_step
+        in_base += in_step
+        main_base += main_step
+
+    dtype = in_ptr.dtype.element_ty
+    up_base = up_ptr + first_column * stride_uo
+    side_base = side_ptr + first_row * stride_sm
+    low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if not SIDE_GIVEN:
+        side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        acc, low = add_low_rank(
+            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+        )  # fmt: skip
+        if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+            if pid_n == 0:
+                store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+    for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+        if SIDE_GIVEN:
+            side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+        else:
+            # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
+            in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+            down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+            side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for k in range(0, D_IN, BLOCK_K):
+                depth_ok = depth < D_IN - k
+                a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
+                d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                in_base += in_step
+                down_base += down_step
+            side = tl.where(module_ok[None, :], side, 0.0)
+            if STORE_SIDE:
+                if pid_n == 0:
+                    store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        acc, low = add_low_rank(
+            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+        )  # fmt: skip
+
+    if DROPOUT:
+        keep = keep_mask(seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
+        acc += tl.where(keep, low, 0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
+        acc += bias.to(tl.float32)[None, :]
+    out_base = out_ptr + first_row * stride_om + first_column * stride_oo
+    out_offsets = rows[:, None] * stride_om + columns[None, :] * stride_oo
+    tl.store(out_base + out_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def tile_matmul(
+    out: Tensor,
+    side: Tensor,
+    inputs: Tensor,
+    main: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    bias: Tensor | None,
+    index: Tensor | None,
+    dropout: Dropout | None,
+    scale: float,
+    side_given: bool,
+    keep_side: bool,
+    blocks: MatmulBlocks,
+) -> None:
+    """Write out (M, D_OUT) and, if `keep_side`, side (M, places); see `adapted_matmul` for the shapes."""
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    width = down.shape[1] if index is None else index.shape[0]
+    selected = dropout.selected if dropout is not None else None
+    grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
+    with torch.cuda.device_of(inputs):
+        tile_matmul_kernel[grid](
+            inputs,
+            main,
+            down,
+            up,
+            bias.contiguous() if bias is not None else inputs,
+            index if index is not None else inputs,
+            dropout.seed if dropout is not None else inputs,
+            selected if selected is not None else inputs,
+            out,
+            side,
+            rows,
+            d_in,
+            d_out,
+            width,
+            dropout.selected_width if dropout is not None else 0,
+            threshold(dropout.p) if dropout is not None else 0,
+            1 / (1 - dropout.p) if dropout is not None else 1.0,
+            scale,
+            *inputs.stride(),
+            *main.stride(),
+            *down.stride(),
+            *up.stride(),
+            *out.stride(),
+            width,
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            SELECTED_BLOCK=dropout.selected_block if dropout is not None else 0,
+            HAS_BIAS=bias is not None,
+            HAS_INDEX=index is not None,
+            SIDE_GIVEN=side_given,
+            STORE_SIDE=keep_side and not side_given,
+            DROPOUT=dropout is not None,
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down, up, out),
+            PRECISION=dot_precision(inputs.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )

@@ -30,7 +30,7 @@ test-slow: $(READY)  ## the tests that take minutes
 
 bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/latest.json
-	$(BIN)/python -m bench.report bench/results/latest.json
+	$(BIN)/python -m bench.report bench/results/latest.json --keep
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/python -m ruff check .

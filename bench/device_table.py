@@ -60,7 +60,7 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
         measured.append(f"multiplies bfloat16 at {limits['matmul_tflops_bfloat16']:.3g} TFLOP/s")
     found = "nothing was wrong" if not wrong else f"{wrong} results were wrong and not timed"
     return (
-        f"{meta['device_name']}; {versions}; commit {_commit(meta.get('commit'))}, {meta['date']}. "
+        f"{meta['device_name']}; {versions}; commit {_commit(meta.get('commit'))}, {meta['date'][:10]}. "
         f"It {' and '.join(measured)}. {len(checks)} checks against float64 in every dtype, and every provider of "
         f"every shape before it was timed: {found}. Medians in ms of the device's time, caches flushed and providers "
         "interleaved, in brackets time ÷ *base*; *host* is what a call keeps the host, in µs."

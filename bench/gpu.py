@@ -149,7 +149,7 @@ def _check_key(shape: CheckShape) -> tuple[object, ...]:
 def describe(device: torch.device, commit: str | None) -> dict[str, object]:
     """Return the meta record: the device, versions, what code ran, how it was timed."""
     found = environment(device, threads=torch.get_num_threads())
-    found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    found["date"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     found["commit"], found["source"] = commit or commit_of(Path.cwd()), source_digest()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,21 +1,22 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
 
-`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md]`, where RESULTS.json is what
-the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself.
+`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md] [--keep]`, where RESULTS.json
+is what the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself. `--keep` adds
+the run to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.device_table import committed_section, device_markdown
+from bench.history import HISTORY, draw_history, history_markdown, keep, load_history
 from bench.picture import draw
 from bench.records import holds_records, load_records
-from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, load_run, write_text
+from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, geometric_mean, load_run, write_text
 from bench.tables import markdown_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -28,12 +29,6 @@ OP_NOTES = {
     "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
 }
 MIB = 2**20
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Return (Π v)^(1/n) of positive values; nan for none."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def mean_ratios(run: BenchmarkRun, op: str, rank: int) -> dict[str, tuple[float, float]]:
@@ -164,16 +159,34 @@ def report_device(given: argparse.Namespace) -> str:
     return text
 
 
+def report_history(given: argparse.Namespace) -> str:
+    """Report the kept runs; return the table."""
+    if given.readme or given.keep:
+        raise ResultsError("--history shows what was kept; --readme and --keep need a results file instead")
+    runs = load_history(given.history)
+    if given.png:
+        draw_history(runs, given.png)
+    return history_markdown(runs)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and picture of saved results.")
-    parser.add_argument("results", type=Path, help="what the suites saved or `python -m bench.gpu` wrote")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("results", type=Path, nargs="?", help="what the suites saved or `python -m bench.gpu` wrote")
+    what.add_argument("--history", type=Path, nargs="?", const=HISTORY, metavar="DIR", help="the kept runs, over time")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table here")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw time ÷ base here")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw the ratios here")
     parser.add_argument("--readme", type=Path, metavar="PATH", help=f"rewrite what stands between {BEGIN} and {END}")
+    parser.add_argument("--keep", action="store_true", help="add the run to the history")
     given = parser.parse_args(arguments)
     try:
-        text = report_device(given) if holds_records(given.results) else report_suites(given)
+        if given.history:
+            text = report_history(given)
+        else:
+            text = report_device(given) if holds_records(given.results) else report_suites(given)
+        if given.keep:
+            print(f"kept: {keep(given.results)}", file=sys.stderr)
         if given.markdown:
             write_text(given.markdown, text)
     except (ResultsError, OSError) as error:

@@ -1,7 +1,8 @@
 """Saved benchmark results: read from pytest-benchmark's JSON, checked once, typed from then on."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def load_run(path: Path) -> BenchmarkRun:
         return BenchmarkRun(entries, not_available, saved["machine_info"], saved["commit_info"], saved["datetime"])
     except KeyError as error:
         raise ResultsError(f"{path} has no {error.args[0]!r}; `pytest --benchmark` of this version saves it") from error
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return (Π v)^(1/n) of positive values; nan for none."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.report import BEGIN, END, common_rank, geometric_mean, main, markdown, mean_ratios, rewrite_section
-from bench.results import ResultsError, load_run
+from bench.report import BEGIN, END, common_rank, main, markdown, mean_ratios, rewrite_section
+from bench.results import ResultsError, geometric_mean, load_run
 from tests.bench.saved import saved_run, write_run
 
 

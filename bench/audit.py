@@ -120,6 +120,7 @@ def run_shape(shape: Shape, dtype: torch.dtype) -> None:
         pk.fold_(weight, lora_A, lora_B, kept, scale=2.0)
         if dtype is not torch.float32:
             pk.fold(weight, lora_A, lora_B, kept, scale=2.0, rounding="stochastic", seed=1)
+        pk.fold_many_([pk.Fold(weight, lora_A, lora_B, kept, 2.0, out=empty(shape.n, shape.k)) for _ in range(2)])
 
 
 def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:

@@ -13,7 +13,7 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
-from .folding import fold, fold_
+from .folding import Fold, fold, fold_, fold_many_
 from .functional import plora_linear
 from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
@@ -24,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DTypeError",
     "DeviceError",
+    "Fold",
     "FusedPLoRALinear",
     "Injected",
     "PLoRAConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "backend",
     "fold",
     "fold_",
+    "fold_many_",
     "inject",
     "load_peft",
     "module_average",

@@ -1,4 +1,4 @@
-"""Folding modules into a weight: the public functions `fold_` and `fold`, and their torch operators.
+"""Folding modules into weights: the public functions `fold_`, `fold` and `fold_many_`, and their torch operators.
 
 Nothing here reads a device tensor on the host.
 """
@@ -6,6 +6,8 @@ Nothing here reads a device tensor on the host.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from .checks import check_alike, check_factors, check_number, index_for
 from .errors import ConfigError, DTypeError, ShapeError, StateError
 from .ops import _watched
 from .rounding import HALF, ROUNDINGS
-from .selection import Selection, complement, host_indices
+from .selection import Selection, complement, host_indices, padded, to_device
 
 
 def fold_(
@@ -101,6 +103,104 @@ def fold(
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One fold of `fold_many_`: the arguments of `fold_`, and `out` (N, K) to leave the weight as it is."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    selected: Selection | None
+    scale: float = 1.0
+    sign: int = 1
+    out: Tensor | None = None
+
+
+def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | None = None) -> list[Tensor]:
+    """Do many folds in place, or into their `out`, and return what was written, in order.
+
+    On a GPU the weights of one dtype share a launch, and the host waits for nothing; elsewhere they go one after
+    another. The bits are those of `fold_` and `fold`; stochastically, fold number i draws from seed + i. Everything is
+    checked before anything is written. Folds that share memory are done in order, one launch each.
+
+    Raises:
+        As `fold_` and `fold`.
+    """
+    scales, seeds = [], []
+    for position, one in enumerate(folds):
+        scales.append(check_fold(one.weight, one.lora_A, one.lora_B, one.scale, one.sign))
+        seeds.append(check_rounding(one.weight, rounding, seed if seed is None else seed + position))
+        if one.out is None:
+            refuse_gradient("weight", one.weight)
+        else:
+            check_out(one.weight, one.out)
+    written = [one.weight if one.out is None else one.out for one in folds]
+    jobs: list[Job] = []
+    unfolded: list[tuple[Tensor, Tensor]] = []
+    settings = zip(folds, _indices_of_others(folds), scales, seeds, written, strict=True)
+    for one, (folds_any, index), scale, number, out in settings:
+        if folds_any:
+            jobs.append((one.weight, one.lora_A, one.lora_B, index, scale, number, out))
+        elif out is not one.weight:
+            unfolded.append((out, one.weight))
+    with torch.no_grad():
+        for out, weight in unfolded:
+            out.copy_(weight)
+    if len(jobs) > 1 and all(_takes_kernel(job) for job in jobs) and _independent(jobs):
+        from .kernels.fold_many import fold_many
+
+        fold_many([_detached(job) for job in jobs])
+        torch.autograd.graph.increment_version([job[-1] for job in jobs if not job[-1].is_inference()])
+    else:
+        for job in jobs:
+            run_fold(*job)
+    return written
+
+
+# weight, lora_A, lora_B, index, scale, seed, out.
+Job = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]
+
+
+def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]]:
+    """Return `index_of_others` of every fold; indices known on the host travel to their device together."""
+    found: list[tuple[bool, Tensor | None]] = []
+    known: dict[torch.device, list[tuple[int, list[int]]]] = {}
+    for position, one in enumerate(folds):
+        rank, device = one.lora_A.shape[0], one.weight.device
+        selected = one.selected
+        if selected is None or (isinstance(selected, Tensor) and selected.device.type != "cpu"):
+            found.append(index_of_others(selected, rank, device))
+            continue
+        others = complement(host_indices(selected, rank), rank)
+        known.setdefault(device, []).append((position, padded(others)))
+        found.append((bool(others), None))
+    for device, entries in known.items():
+        buffer = to_device([place for _, places in entries for place in places], torch.int32, device)
+        parts = buffer.split([len(places) for _, places in entries])
+        for (position, _), part in zip(entries, parts, strict=True):
+            found[position] = found[position][0], part
+    return found
+
+
+def _detached(job: Job) -> Job:
+    weight, lora_A, lora_B, index, scale, seed, out = job
+    return weight.detach(), lora_A.detach(), lora_B.detach(), index, scale, seed, out.detach()
+
+
+def _takes_kernel(job: Job) -> bool:
+    return runs_kernels(job[0]) and not _is_observed(*_detached(job)[:3])
+
+
+def _independent(jobs: Sequence[Job]) -> bool:
+    """Say whether no job writes to memory that another one reads or writes."""
+    writers = {job[-1].untyped_storage()._cdata: position for position, job in enumerate(jobs)}
+    return len(writers) == len(jobs) and all(
+        writers.get(tensor.untyped_storage()._cdata, position) == position
+        for position, job in enumerate(jobs)
+        for tensor in job[:3]
+    )
+
+
 def check_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, sign: int) -> float:
     """Return sign·s; raise unless shapes, dtypes and devices fit together and both are numbers that can be used."""
     if sign not in (1, -1):
@@ -167,7 +267,7 @@ def run_fold(
     in_place, written = out is weight, out
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     out = weight if in_place else out.detach()
-    if not _watched(weight, lora_A, lora_B, out) and not torch._C._are_functorch_transforms_active():
+    if not _is_observed(weight, lora_A, lora_B, out):
         _fold(weight, lora_A, lora_B, index, scale, seed, out)
         if not written.is_inference():
             torch.autograd.graph.increment_version(written)
@@ -175,6 +275,11 @@ def run_fold(
         torch.ops.plora.fold_(weight, lora_A, lora_B, index, scale, seed)
     else:
         torch.ops.plora.fold(weight, lora_A, lora_B, index, scale, seed, out)
+
+
+def _is_observed(*tensors: Tensor) -> bool:
+    """Say whether somebody must see an operator: a compiler, a mode, a tensor subclass, a torch.func transform."""
+    return _watched(*tensors) or torch._C._are_functorch_transforms_active()
 
 
 def _fold(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import check_positive, check_probability
 from .errors import ConfigError, StateError, TargetError
-from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable
+from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable, select_in_all
 from .selection import Selection, check_rank, host_indices
 from .shared_input import SiblingPLoRALinear, find_siblings
 
@@ -176,8 +176,8 @@ class Injected:
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.
 
-        Everything is checked before anything changes. Should a fold fail all the same, for want of memory say, no
-        selection stands afterwards.
+        Everything is checked before anything changes; on a GPU one launch folds the weights of one dtype. Should a
+        fold fail all the same, for want of memory say, no selection stands afterwards.
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
@@ -189,16 +189,11 @@ class Injected:
             self._check_names(wanted, "selection")
         else:
             wanted = dict.fromkeys(self.layers, selection)
-        indices: dict[str, tuple[int, ...]] = {}
+        chosen: list[tuple[int, ...]] = []
         for name, layer in self.layers.items():
-            indices[name] = host_indices(wanted[name], layer.rank)
+            chosen.append(host_indices(wanted[name], layer.rank))
             layer.check_selectable(unselected)
-        try:
-            for name, layer in self.layers.items():
-                layer.select(indices[name], unselected)
-        except BaseException:
-            self.unfold()
-            raise
+        select_in_all(list(self.layers.values()), chosen, unselected)
 
     def unfold(self, *, discard_changes: bool = False) -> None:
         """Undo the selection in every layer; the base weights are the originals again, bit for bit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_dropout, check_factors, check_positive, check_probability, check_unselected
 from .errors import ConfigError, ShapeError, StateError, TargetError
-from .folding import fold_
+from .folding import Fold, fold, fold_many_
 from .functional import linear_with_index, plora_linear
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
 
@@ -30,8 +31,9 @@ class FusedPLoRALinear(nn.Module):
     an optimiser built then cannot move the others; the others sit in the weight ("folded") or are summed without a
     gradient ("frozen"). `state_dict` always holds weight, bias, lora_A and lora_B in full, the weight unfolded.
 
-    Folding keeps one copy of the original weight, on its device or in host memory (`original`), and always starts
-    from it: `unfold` returns the base bit for bit, however often modules were selected.
+    Folding keeps the original weight, on its device or in host memory (`original`), and always starts from it:
+    `unfold` returns the base bit for bit, however often modules were selected. Kept on the device, the original stays
+    where it is and the parameter, still the same object, points to other memory while modules are folded into it.
 
     With `dropout` > 0, every call in training mode drops elements of what the selected modules see of x: by a seed
     drawn from torch's generator, or by `dropout_seed` (an int, or one int64 on the device) where that is set.
@@ -190,16 +192,7 @@ class FusedPLoRALinear(nn.Module):
         """
         indices = host_indices(indices_or_mask, self.rank)
         self.check_selectable(unselected)
-        self.unfold()
-        full_A, full_B = self.lora_A.data, self.lora_B.data
-        places = torch.tensor(indices, dtype=torch.long, device=full_A.device)
-        lora_A, lora_B = nn.Parameter(full_A.index_select(0, places)), nn.Parameter(full_B.index_select(1, places))
-        index = index_buffer(indices, full_A.device)
-        if unselected == "folded":
-            self._fold(indices, full_A, full_B)
-        self.full_A, self.full_B, self.selected_index = full_A, full_B, index
-        self.lora_A, self.lora_B = lora_A, lora_B
-        self._selected, self._unselected = indices, unselected
+        select_in_all([self], [indices], unselected)
 
     def check_selectable(self, unselected: str) -> None:
         """Raise ConfigError or StateError if `select` with this form would be refused; change nothing."""
@@ -220,22 +213,52 @@ class FusedPLoRALinear(nn.Module):
                 "original without the change"
             )
 
-    def _fold(self, indices: tuple[int, ...], full_A: Tensor, full_B: Tensor) -> None:
-        """Keep the original and fold every other module into the weight; on any failure the weight is as it was."""
+    def _keep_original(self, indices: tuple[int, ...]) -> Fold | None:
+        """Keep the original and return the fold of every module but these, or None if there is no other.
+
+        On its device the original keeps its memory: the fold goes to memory of its own, which `_hold` gives to the
+        weight, so that W is read once and written once.
+        """
         if not complement(indices, self.rank):
-            return
+            return None
         weight = self.weight.detach()
-        original = weight.to("cpu", copy=True) if self.original == "host" else weight.clone()
-        try:
-            fold_(self.weight, full_A.to(weight.dtype), full_B.to(weight.dtype), indices, scale=self.scale)
-        except BaseException:
-            self.weight.copy_(original)
-            raise
+        lora_A, lora_B = self.lora_A.detach().to(weight.dtype), self.lora_B.detach().to(weight.dtype)
         if self.original == "host":
-            self._host_original = original
-        else:
-            self.original_weight = original
-        self._folded_version = self.weight._version
+            self._host_original = weight.to("cpu", copy=True)
+            return Fold(self.weight, lora_A, lora_B, indices, self.scale)
+        return Fold(weight, lora_A, lora_B, indices, self.scale, out=torch.empty_like(weight))
+
+    def _hold(self, indices: tuple[int, ...], unselected: str, folded: Tensor | None) -> None:
+        """Let a selection stand, with the weight its modules were folded into (None: none were)."""
+        full_A, full_B = self.lora_A.data, self.lora_B.data
+        index = index_buffer(indices, full_A.device)
+        places = index[: len(indices)].long()
+        lora_A, lora_B = nn.Parameter(full_A.index_select(0, places)), nn.Parameter(full_B.index_select(1, places))
+        if folded is not None:
+            if folded is not self.weight:
+                self.original_weight = self.weight.data
+                self._give_memory(folded)
+            self._folded_version = self.weight._version
+        self.full_A, self.full_B, self.selected_index = full_A, full_B, index
+        self.lora_A, self.lora_B = lora_A, lora_B
+        self._selected, self._unselected = indices, unselected
+
+    def _give_memory(self, values: Tensor) -> None:
+        """Let the weight, still the same parameter, live in the memory of `values`; autograd counts it as a change."""
+        self.weight.data = values
+        torch.autograd.graph.increment_version(self.weight)
+
+    def _drop_original(self) -> None:
+        """Put the weight back to its original, if one is kept, and keep it no longer."""
+        original = self._original()
+        if original is not None:
+            weight = self.weight
+            alike = (original.dtype, original.device, original.shape) == (weight.dtype, weight.device, weight.shape)
+            if alike and self.original == "device":
+                self._give_memory(original)
+            else:
+                weight.copy_(original)
+        self.original_weight = self._host_original = self._folded_version = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -255,12 +278,10 @@ class FusedPLoRALinear(nn.Module):
         if not discard_changes:
             self.check_unfoldable()
         lora_A, lora_B = self.factors()
-        original = self._original()
-        if original is not None:
-            self.weight.copy_(original)
+        self._drop_original()
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.full_A = self.full_B = self.selected_index = self.original_weight = self._host_original = None
-        self._selected, self._unselected, self._folded_version = None, "folded", None
+        self.full_A = self.full_B = self.selected_index = None
+        self._selected, self._unselected = None, "folded"
 
     def _weight_is_as_folded(self) -> bool:
         """Say whether the weight still is what folding made of it; true if nothing is folded.
@@ -273,9 +294,9 @@ class FusedPLoRALinear(nn.Module):
         original, indices = self._original(), self._selected
         if original is None or indices is None or self.full_A is None or self.full_B is None:
             return True
-        weight = original.to(self.weight, copy=True)
+        weight = original.to(self.weight)
         factors = self.full_A.to(weight.dtype), self.full_B.to(weight.dtype)
-        return torch.equal(fold_(weight, *factors, indices, scale=self.scale), self.weight)
+        return torch.equal(fold(weight, *factors, indices, scale=self.scale), self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedPLoRALinear:
         """Move or cast the layer, a standing selection included."""
@@ -324,9 +345,9 @@ class FusedPLoRALinear(nn.Module):
     def merge(self) -> nn.Linear:
         """Return a new `nn.Linear` with weight W + s·B A, all modules in it; the layer stays as it is."""
         original = self._original()
-        weight = (self.weight if original is None else original).detach().to(self.weight.device, copy=True)
+        weight = (self.weight if original is None else original).detach().to(self.weight.device)
         lora_A, lora_B = self.factors()
-        fold_(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), selected=[], scale=self.scale)
+        weight = fold(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), selected=[], scale=self.scale)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -365,6 +386,32 @@ class FusedPLoRALinear(nn.Module):
         if self._selected is not None:
             text += f", selected={list(self._selected)}, unselected={self._unselected!r}"
         return text
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def select_in_all(layers: Sequence[FusedPLoRALinear], chosen: Sequence[tuple[int, ...]], unselected: str) -> None:
+    """Let every layer train its own `chosen` modules, all folded weights written in one call.
+
+    The arguments are checked (`check_selectable`) and the indices sorted. Should it fail all the same, for want of
+    memory say, no selection stands afterwards in any of the layers and their weights are the originals.
+    """
+    for layer in layers:
+        layer.unfold()
+    folds: dict[int, Fold] = {}
+    try:
+        for position, (layer, indices) in enumerate(zip(layers, chosen, strict=True)):
+            fold_of_layer = layer._keep_original(indices) if unselected == "folded" else None
+            if fold_of_layer is not None:
+                folds[position] = fold_of_layer
+        folded = dict(zip(folds, fold_many_(list(folds.values())), strict=True))
+        for position, (layer, indices) in enumerate(zip(layers, chosen, strict=True)):
+            layer._hold(indices, unselected, folded.get(position))
+    except BaseException:
+        for layer in layers:
+            layer.unfold()
+            layer._drop_original()
+        raise
 
 
 def check_replaceable(module: nn.Module, where: str) -> None:

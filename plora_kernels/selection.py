@@ -81,8 +81,19 @@ def check_mask(mask: Tensor, rank: int) -> None:
 
 def index_buffer(indices: Sequence[int], device: torch.device) -> Tensor:
     """Return host indices as an index buffer on `device`, padded with −1 to a multiple of 16."""
-    width = -len(indices) % INDEX_MULTIPLE + len(indices)
-    return torch.tensor([*indices, *[-1] * (width - len(indices))], dtype=torch.int32, device=device)
+    return to_device(padded(indices), torch.int32, device)
+
+
+def padded(indices: Sequence[int]) -> list[int]:
+    """Return indices followed by as many −1 as make their number a multiple of 16."""
+    return [*indices, *[-1] * (-len(indices) % INDEX_MULTIPLE)]
+
+
+def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return host integers as a vector on `device`; a CUDA device is not waited for, the copy leaves pinned memory."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def index_from_mask(mask: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def audit(folder: Path, *options: str) -> list[dict]:
 def assert_fits(rows: list[dict]) -> None:
     for target in TARGETS:
         kernels = {row["kernel"] for row in rows if row["target"] == target}
-        assert kernels >= {"fold_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, target
+        assert kernels >= {"fold_kernel", "fold_many_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, (
+            target
+        )
         assert any("matmul" in kernel for kernel in kernels), target
     assert [row for row in rows if row["error"]] == []
     used = [row for row in rows if not row["candidate"]]

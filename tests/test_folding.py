@@ -294,3 +294,92 @@ def test_empty_weights_are_left_alone(each_backend: str) -> None:
             n,
             k,
         )
+
+
+# ------------------------------------------------------------------------------------------------ many in one call
+
+
+def many(dtype: torch.dtype, *, out: bool) -> list[pk.Fold]:
+    """Return folds of all shapes and selections: odd and aligned ones, none and all folded, strided, a device mask."""
+    folds = []
+    for n, k, rank, selected in (
+        (29, 50, 5, [1, 3]),
+        (64, 128, 16, []),
+        (130, 70, 33, [0]),
+        (1, 1, 1, []),
+        (16, 16, 3, range(3)),
+        (5, 7, 4, None),
+        (64, 128, 16, torch.rand(16, device=DEVICE) > 0.5),
+        (70, 256, 20, [2]),
+    ):
+        weight, lora_A, lora_B = factors(n, k, rank, dtype)
+        result = torch.full_like(weight, float("nan")) if out else None
+        folds.append(pk.Fold(weight, lora_A, lora_B, selected, 0.5 + len(folds), out=result))
+    weight, lora_A, lora_B = factors(31, 17, 4, dtype)
+    result = torch.full_like(weight, float("nan")) if out else None
+    folds.append(pk.Fold(weight.t().contiguous().t(), lora_A, lora_B, [3], sign=-1, out=result))
+    return folds
+
+
+@pytest.mark.parametrize("out", [False, True], ids=["in place", "out of place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_folds_are_the_single_ones(dtype: torch.dtype, out: bool, each_backend: str) -> None:
+    folds = many(dtype, out=out)
+    rounding = {"rounding": "stochastic"} if dtype is torch.float16 else {}
+    expected = [
+        pk.fold(
+            one.weight,
+            one.lora_A,
+            one.lora_B,
+            one.selected,
+            scale=one.scale,
+            sign=one.sign,
+            **rounding,
+            **({"seed": 5 + position} if rounding else {}),
+        )
+        for position, one in enumerate(folds)
+    ]
+    before = [one.weight.clone() for one in folds]
+    results = pk.fold_many_(folds, **rounding, **({"seed": 5} if rounding else {}))
+    for one, result, weight, ours in zip(folds, results, before, expected, strict=True):
+        assert result is (one.out if out else one.weight)
+        assert torch.equal(result, ours)
+        assert not out or torch.equal(one.weight, weight)
+    assert pk.fold_many_([]) == []
+
+
+@pytest.mark.usefixtures("kernels")
+def test_many_folds_of_one_kind_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plora_kernels.kernels import fold_many
+
+    launches: list[int] = []
+    launch = fold_many._launch
+    monkeypatch.setattr(fold_many, "_launch", lambda group, *rest: (launches.append(len(group)), launch(group, *rest)))
+    folds = [pk.Fold(*factors(32, 64, 16), [position % 16]) for position in range(40)]
+    versions = [one.weight._version for one in folds]
+    expected = [pk.fold(one.weight, one.lora_A, one.lora_B, one.selected) for one in folds]
+    for result, ours in zip(pk.fold_many_(folds), expected, strict=True):
+        assert torch.equal(result, ours)
+    assert launches == [40]
+    assert all(one.weight._version > version for one, version in zip(folds, versions, strict=True))
+    monkeypatch.setattr(fold_many, "MOST_LAYERS", 16)
+    pk.fold_many_(folds)
+    assert launches == [40, 16, 16, 8]
+
+
+def test_folds_that_share_memory_are_done_in_order(each_backend: str) -> None:
+    weight, lora_A, lora_B = factors()
+    expected = pk.fold(pk.fold(weight, lora_A, lora_B, [0]), lora_A, lora_B, [1])
+    pk.fold_many_([pk.Fold(weight, lora_A, lora_B, [0]), pk.Fold(weight, lora_A, lora_B, [1])])
+    assert torch.equal(weight, expected)
+
+
+def test_nothing_is_written_when_one_of_many_is_wrong(each_backend: str) -> None:
+    folds = [pk.Fold(*factors(), [1]), pk.Fold(*factors(), [5])]
+    before = folds[0].weight.clone()
+    with pytest.raises(pk.SelectionError, match="selected holds module 5"):
+        pk.fold_many_(folds)
+    folds[1] = pk.Fold(*factors(), [1], out=torch.empty(2, 2))
+    with pytest.raises(pk.ShapeError, match=r"out is \(2, 2\); weight needs \(29, 50\)"):
+        pk.fold_many_(folds)
+    assert torch.equal(folds[0].weight, before)

@@ -217,27 +217,62 @@ def test_a_saved_module_with_a_shared_weight_is_refused() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_fold_that_fails_half_way_leaves_every_weight_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "value"]))
+@pytest.mark.parametrize("original", ["device", "host"])
+@pytest.mark.parametrize("failing", ["fold", "hold", "allocation"])
+def test_a_selection_that_fails_half_way_leaves_every_weight_as_it_was(
+    failing: str, original: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "value"], original=original))
     for layer in handle.layers.values():
         nn.init.normal_(layer.lora_B)
     originals = {name: layer.weight.detach().clone() for name, layer in handle.layers.items()}
-    folds, real = [], pk.linear.fold_
+    handle.select([0, 2])
+    owner, name = {
+        "fold": (pk.folding, "run_fold"),
+        "hold": (pk.FusedPLoRALinear, "_hold"),
+        "allocation": (pk.FusedPLoRALinear, "_keep_original"),
+    }[failing]
+    calls, real = [], getattr(owner, name)
 
-    def fails_at_the_third(*arguments: object, **named: object) -> torch.Tensor:
-        weight = real(*arguments, **named)
-        folds.append(weight)
-        if len(folds) == 3:
+    def fails_at_the_third(*arguments: object, **named: object) -> object:
+        result = real(*arguments, **named)
+        calls.append(result)
+        if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory")
-        return weight
+        return result
 
-    monkeypatch.setattr(pk.linear, "fold_", fails_at_the_third)
+    monkeypatch.setattr(owner, name, fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         handle.select([1])
+    assert len(calls) == 3
     for name, layer in handle.layers.items():
         assert layer.selected is None
-        assert layer.original_weight is None
+        assert layer._original() is None
+        assert layer.lora_A.shape[0] == 4
         assert torch.equal(layer.weight, originals[name]), name
+    monkeypatch.undo()
+    handle.select([1])
+    handle.unfold()
+    assert all(torch.equal(layer.weight, originals[name]) for name, layer in handle.layers.items())
+
+
+@pytest.mark.usefixtures("kernels")
+def test_selecting_folds_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plora_kernels.kernels import fold_many
+
+    launches: list[int] = []
+    launch = fold_many._launch
+    monkeypatch.setattr(fold_many, "_launch", lambda group: (launches.append(len(group)), launch(group)))
+    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "key", "value"]))
+    for layer in handle.layers.values():
+        nn.init.normal_(layer.lora_B)
+    expected = {
+        name: pk.fold(layer.weight, layer.lora_A, layer.lora_B, [1], scale=layer.scale)
+        for name, layer in handle.layers.items()
+    }
+    handle.select([1])
+    assert launches == [6]
+    assert all(torch.equal(layer.weight, expected[name]) for name, layer in handle.layers.items())
 
 
 def test_a_weight_changed_in_one_layer_stops_a_selection_before_any_layer_changes() -> None:

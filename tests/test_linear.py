@@ -110,6 +110,30 @@ def test_a_thousand_selections_leave_the_base_bit_identical(dtype: torch.dtype, 
     assert layer.original_weight is None
 
 
+@pytest.mark.parametrize("original", ["device", "host"])
+def test_folding_keeps_the_parameter_and_unfolding_gives_its_memory_back(original: str) -> None:
+    layer = make(original=original)
+    weight, home = layer.weight, layer.weight.data_ptr()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(3, 7, requires_grad=True)
+    y = layer(x)
+    for selected in ([1], [0, 2], []):
+        layer.select(selected)
+        assert layer.weight is weight
+        assert any(parameter is weight for parameter in optimizer.param_groups[0]["params"])
+        kept = layer._original()
+        assert kept is not None
+        # One copy, whichever stays: on the device the original itself, on the host a copy of it.
+        assert (layer.original_weight is not None) == (original == "device")
+        assert (kept.data_ptr() == home) == (original == "device")
+        assert (layer.weight.data_ptr() == home) == (original == "host")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()  # it saved the weight from before
+    layer.unfold()
+    assert layer.weight is weight
+    assert layer.weight.data_ptr() == home
+
+
 def test_state_dict_is_full_and_unfolded_whatever_stands() -> None:
     layer = make()
     expected = {name: value.clone() for name, value in layer.state_dict().items()}

@@ -18,8 +18,8 @@ from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
 from ..rounding import seed_keys
 from ..selection import to_device
-from .adapted_matmul import dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .fold import fold, fold_tile
+from .launch import dot_precision, dtype_name, is_aligned, needs_wide_offsets
 
 # weight, lora_A, lora_B, index, scale, seed, out: the arguments of `fold`.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]

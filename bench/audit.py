@@ -123,6 +123,18 @@ def run_shape(shape: Shape, dtype: torch.dtype) -> None:
         pk.fold_many_([pk.Fold(weight, lora_A, lora_B, kept, 2.0, out=empty(shape.n, shape.k)) for _ in range(2)])
 
 
+def run_projections(shape: Shape, dtype: torch.dtype) -> None:
+    """Call three projections of one input together, two of them a quarter as wide, and differentiate them together."""
+    widths = {"q_proj": shape.n, "k_proj": max(1, shape.n // 4), "v_proj": max(1, shape.n // 4)}
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(shape.k, n, name != "k_proj", "meta", dtype) for name, n in widths.items()}
+    )
+    handle = pk.inject(model, pk.PLoRAConfig(rank=shape.r, target_modules=list(widths), fuse_projections=True))
+    x = torch.empty(shape.m, shape.k, dtype=dtype, device="meta", requires_grad=True)
+    ys = [layer(x) for layer in handle.layers.values()]
+    torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+
 def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
     """Yield the defaults of every shape."""
     for shape in shapes:
@@ -181,6 +193,7 @@ def audit_job(job: Job) -> list[Row]:
     with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
         try:
             run_shape(job.shape, getattr(torch, job.dtype))
+            run_projections(job.shape, getattr(torch, job.dtype))
         except Exception as error:  # whatever the compiler raises is a finding
             last = f"after {launches[-1].kernel}" if launches else "the first"
             failed.append(Row(last, job.case, job.target.name, error=one_line(error)))
@@ -223,11 +236,11 @@ def audit(jobs: Sequence[Job], workers: int) -> list[Row]:
 def show(rows: Iterable[Row]) -> None:
     """Print the table."""
     header = ("kernel", "case", "target", "regs", "spill", "shared", "blocks/SM")
-    print("{:<26} {:<48} {:<7} {:>4} {:>5} {:>7} {:>9}  instructions".format(*header))
+    print("{:<33} {:<48} {:<7} {:>4} {:>5} {:>7} {:>9}  instructions".format(*header))
     for row in rows:
         figures = f"{row.registers:>4} {row.spill_bytes:>5} {row.shared_bytes:>7} {row.blocks_resident:>9}"
         end = f"FAILED {row.error}" if row.error else f"{figures}  {' '.join(row.instructions)}"
-        print(f"{row.kernel:<26} {row.case:<48} {row.target:<7} {end}")
+        print(f"{row.kernel:<33} {row.case:<48} {row.target:<7} {end}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

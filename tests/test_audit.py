@@ -38,6 +38,7 @@ def assert_fits(rows: list[dict]) -> None:
         assert kernels >= {"fold_kernel", "fold_many_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, (
             target
         )
+        assert kernels >= {"projections_forward_kernel", "projections_input_gradient_kernel"}, target
         assert any("matmul" in kernel for kernel in kernels), target
     assert [row for row in rows if row["error"]] == []
     used = [row for row in rows if not row["candidate"]]

@@ -39,7 +39,7 @@ class Projection(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """One projection's results: y (M, N) and S = x Aᵀ (M, R), which has no elements if dB will not want it."""
+    """One projection's results: y (M, N) and S = x Aᵀ (M, R), which has no elements where no graph is made."""
 
     y: Tensor
     s: Tensor
@@ -83,23 +83,23 @@ def _input_gradient(parts: Sequence[_Part]) -> Tensor:
 
 
 def _factor_gradients(
-    dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, operands: Projection, need_A: bool, need_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection, or None for what is not needed."""
+    dy: Tensor, x: Tensor, s: Tensor, operands: Projection, need_A: bool, need_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
     _, lora_A, lora_B, _, scale, index = operands
     if runs_kernels(dy):
         from .kernels import projections as kernels
 
-        return kernels.factor_gradients(dy, x, s, ds, lora_A, lora_B, index, scale, need_A, need_B)
-    d_lora_A = d_lora_B = None
+        return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
+    ds, d_lora_A, d_lora_B = dy @ lora_B, None, None
     picked = None if index is None else index.clamp_min(0)
     if need_A:
-        ds = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = _scatter(_scaled_product(ds.t(), x, scale), index, lora_A.shape[0])
+        thin = ds if picked is None else ds.index_select(1, picked)
+        d_lora_A = _scatter(_scaled_product(thin.t(), x, scale), index, lora_A.shape[0])
     if need_B:
-        s = s if picked is None else s.index_select(1, picked)
-        d_lora_B = _scatter(_scaled_product(s.t(), dy, scale), index, lora_A.shape[0]).t().contiguous()
-    return d_lora_A, d_lora_B
+        thin = s if picked is None else s.index_select(1, picked)
+        d_lora_B = _scatter(_scaled_product(thin.t(), dy, scale), index, lora_A.shape[0]).t().contiguous()
+    return ds, d_lora_A, d_lora_B
 
 
 @dataclass
@@ -183,9 +183,8 @@ class _Attach(torch.autograd.Function):
                 d_x, d_lora_A, d_lora_B, d_bias = (g if need else None for g, need in zip(results, needs, strict=True))
             else:
                 dy_rows, x_rows = _rows(dy), _rows(x)
-                ds = dy_rows @ lora_B if need_x or need_A else dy.new_empty(0)  # (M, R)
                 operands = Projection(weight, lora_A, lora_B, None, ctx.scale, index)
-                d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, ds, operands, need_A, need_B)
+                ds, d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, operands, need_A, need_B)
                 d_bias = dy_rows.sum(0) if need_bias else None
                 part = _Part(dy_rows, weight, ds, lora_A, ctx.scale)
         if need_x:

@@ -53,44 +53,46 @@ def find_siblings(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
 
 
 class _State(NamedTuple):
-    """What a layer's results depend on besides x: its tensors, what may change about each, and its scale."""
+    """What a layer's results depend on besides x. Its tensors are held so that no other can take their numbers."""
 
+    marks: tuple[float | None, ...]
     tensors: tuple[Tensor | None, ...]
-    stamps: tuple[tuple[int, int, bool] | None, ...]
-    scale: float
 
-    def equals(self, other: _State) -> bool:
-        """Say whether nothing changed between the two."""
-        same = all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
-        return same and self.stamps == other.stamps and self.scale == other.scale
+
+class _Waiting(NamedTuple):
+    """A layer's output that was computed and not taken yet, with the layer's state and operands at that time."""
+
+    state: _State
+    operands: Projection
+    computed: Computed
 
 
 class _Round:
     """One input on its way through the layers: the outputs not taken yet, and the joint gradient of those taken."""
 
-    def __init__(self, x: Tensor, outputs: dict[int, tuple[_State, Computed]]) -> None:
+    def __init__(self, x: Tensor, waiting: dict[int, _Waiting]) -> None:
         self._circumstances = _circumstances(x)
-        self._outputs = outputs
-        self.untaken = set(outputs)
+        self._waiting = waiting
+        self.untaken = len(waiting)
         self.joint = JointGradient(x.shape)
         # Outputs that nobody takes live no longer than x. The callback must not hold the round, which holds it.
-        self._x = weakref.ref(x, lambda _: outputs.clear())
+        self._x = weakref.ref(x, lambda _: waiting.clear())
 
     def fits(self, x: Tensor) -> bool:
         """Say whether this is the round's tensor, unchanged, and the modes are the same."""
         return self._x() is x and self._circumstances == _circumstances(x)
 
-    def take(self, place: int, state: _State) -> Computed | None:
+    def take(self, layer: SiblingPLoRALinear) -> _Waiting | None:
         """Return a layer's output, once, or None if it is gone or the layer has changed since."""
-        found = self._outputs.pop(place, None)
-        if found is None or not found[0].equals(state):
+        found = self._waiting.pop(layer.place, None)
+        if found is None or found.state.marks != layer.state().marks:
             return None
-        self.untaken.remove(place)
-        return found[1]
+        self.untaken -= 1
+        return found
 
     def drop(self) -> None:
         """Let go of what nobody took."""
-        self._outputs.clear()
+        self._waiting.clear()
 
 
 class SharedInput:
@@ -113,41 +115,37 @@ class SharedInput:
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
         """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
-        if not _may_share(x):
+        member = self._members[layer.place]
+        if member is None or member() is not layer or type(layer) is not SiblingPLoRALinear or not _may_share(x):
             return None
-        place, current = layer.place, self._round
-        if current is not None and current.untaken and current.fits(x):
-            computed = current.take(place, layer.state())
-        else:
-            if current is not None:
-                self._misses = self._misses + 1 if current.untaken else 0
-                self.leave_round()
-            if self._misses >= MISSES_ALLOWED:
-                return None
-            current, computed = self._start_round(layer, x)
-        if current is None or computed is None:
+        current = self._round
+        if current is None or not current.untaken or not current.fits(x):
+            current = self._begin(x)
+        found = current.take(layer) if current is not None else None
+        if current is None or found is None:
             return None
         if not current.untaken:
             self._misses, self._round = 0, None
-        return attach(x, layer.operands(), computed, current.joint)
+        operands = found.operands if found.operands.trained is None else layer.operands()  # now with a graph
+        return attach(x, operands, found.computed, current.joint)
 
-    def _start_round(self, layer: SiblingPLoRALinear, x: Tensor) -> tuple[_Round | None, Computed | None]:
-        """Compute every member's output of x and return the new round with this layer's; (None, None) if one cannot."""
-        members = [reference() if reference is not None else None for reference in self._members]
-        present = [member for member in members if member is not None]
-        if len(present) < len(members) or layer is not members[layer.place]:
-            return None, None
-        if any(member.dropout > 0 and member.training for member in present):
-            return None, None
+    def _begin(self, x: Tensor) -> _Round | None:
+        """Compute every member's output of x and return the new round; None if they do not fit together."""
+        if self._round is not None:
+            self._misses += self._round.untaken > 0
+            self.leave_round()
+        members = [reference() for reference in self._members if reference is not None]
+        if self._misses >= MISSES_ALLOWED or len(members) < len(self._members):
+            return None
+        able = [member for member in members if type(member) is SiblingPLoRALinear and not member.drops]
         with torch.no_grad():
-            operands = [member.operands() for member in present]
-        if not all(_fits_together(x, projection) for projection in operands):
-            return None, None
-        states = [member.state() for member in present]
-        keep_s = torch.is_grad_enabled() and any(member.lora_B.requires_grad for member in present)
-        computed = forward(x, operands, keep_s)
-        self._round = _Round(x, dict(enumerate(zip(states, computed, strict=True))))
-        return self._round, self._round.take(layer.place, states[layer.place])
+            operands = [member.operands() for member in able]
+        if len(able) < len(members) or not _fit_together(x, operands):
+            return None
+        computed = forward(x, operands, keep_s=torch.is_grad_enabled())
+        states = (member.state() for member in able)
+        self._round = _Round(x, dict(enumerate(map(_Waiting, states, operands, computed))))
+        return self._round
 
     def __getstate__(self) -> int:
         """Copy and pickle the size alone: the copied layers enter by themselves."""
@@ -182,9 +180,14 @@ class SiblingPLoRALinear(FusedPLoRALinear):
         y = None if torch.compiler.is_compiling() else self.shared.compute(self, x)
         return super().forward(x) if y is None else y
 
+    @property
+    def drops(self) -> bool:
+        """Whether this layer would drop elements of x now."""
+        return self.training and self.dropout > 0
+
     def operands(self) -> Projection:
         """Return what enters y now: the trained modules of a folded layer, all R of a frozen one."""
-        trained = self.selected_index if self._unselected == "frozen" else None
+        trained = self.selected_index if self._unselected == "frozen" else None  # no index while nothing is selected
         lora_A, lora_B = (self.lora_A, self.lora_B) if trained is None else self._merged_factors()
         if lora_A.shape[0] == 0:  # nothing is trained: no gradient, as in the layer alone
             lora_A, lora_B = lora_A.detach(), lora_B.detach()
@@ -192,9 +195,19 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     def state(self) -> _State:
         """Return what y depends on besides x, to tell whether it changed."""
-        tensors = (self.weight, self.bias, self.lora_A, self.lora_B, self.full_A, self.full_B)
-        stamps = tuple(None if t is None else (t._version, t.data_ptr(), t.requires_grad) for t in tensors)
-        return _State(tensors, stamps, self.scale)
+        held, buffers = self._parameters, self._buffers
+        tensors = (
+            held["weight"],
+            held.get("bias"),
+            held["lora_A"],
+            held["lora_B"],
+            buffers["full_A"],
+            buffers["full_B"],
+        )
+        marks: list[float | None] = [self.scale, self.drops]
+        for t in tensors:
+            marks += (None,) if t is None else (id(t), t._version, t.data_ptr())
+        return _State(tuple(marks), tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SiblingPLoRALinear:
         self.shared.leave_round()
@@ -215,22 +228,21 @@ def _circumstances(x: Tensor) -> tuple[object, ...]:
 
 def _may_share(x: Tensor) -> bool:
     """Say whether an output computed now would be the same at a later call, and nobody watches what is computed."""
-    if x.numel() == 0 or x.is_inference() or _watched(x) or torch._C._are_functorch_transforms_active():
+    if x.numel() == 0 or x.dim() == 0 or x.is_inference() or torch._C._are_functorch_transforms_active():
         return False
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return not casts or x.dtype in (torch.float64, torch.get_autocast_dtype(kind))
 
 
-def _fits_together(x: Tensor, projection: Projection) -> bool:
-    """Say whether a projection can enter a joint launch on x; where not, the layer alone says what is wrong."""
-    weight, lora_A, lora_B, bias, _, _ = projection
-    tensors = [tensor for tensor in (weight, lora_A, lora_B, bias) if tensor is not None]
+def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Say whether projections can enter a joint launch on x; where not, the layer alone says what is wrong."""
+    tensors = [t for projection in projections for t in projection[:4] if t is not None]
+    weights = [projection.weight for projection in projections]
+    dtype, device, k = x.dtype, x.device, x.shape[-1]
     return (
-        not (weight.requires_grad and torch.is_grad_enabled())
-        and x.shape[-1] == weight.shape[1]
-        and weight.is_contiguous()
-        and not _watched(*tensors)
-        and all(tensor.dtype is x.dtype and tensor.device == x.device for tensor in tensors)
-        and not any(tensor.is_inference() for tensor in tensors)
+        not _watched(x, *tensors)
+        and all(t.dtype is dtype and t.device == device and not t.is_inference() for t in tensors)
+        and all(weight.shape[1] == k and weight.is_contiguous() for weight in weights)
+        and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
     )

@@ -416,7 +416,7 @@ def test_outputs_nobody_takes_live_no_longer_than_the_input() -> None:
     model, _ = make(True)
     x = torch.randn(3, 7, dtype=torch.float64)
     model.q_proj(x)
-    waiting = [weakref.ref(computed.y) for _, computed in model.q_proj.shared._round._outputs.values()]
+    waiting = [weakref.ref(waiting.computed.y) for waiting in model.q_proj.shared._round._waiting.values()]
     assert [w() is not None for w in waiting] == [True, True]
     del x
     assert [w() for w in waiting] == [None, None]

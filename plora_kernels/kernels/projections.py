@@ -20,17 +20,9 @@ from .. import configs
 from ..blocks import MatmulBlocks, tile
 from .factor_gradient import factor_gradient_
 from .launch import dot_precision, is_aligned, needs_wide_offsets
-from .modules import add_scaled_product
-
-
-@triton.jit
-def _tile_position(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Return this program's row and column of tiles: GROUP_M rows at a time share columns while they are cached."""
-    pid = tl.program_id(0)
-    group_width = GROUP_M * tiles_n
-    first_m = (pid // group_width) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    return first_m + (pid % group_width) % group_m, (pid % group_width) // group_m
+from .modules import add_scaled_product, tile_position
+from .output_gradient import output_gradient_
+from .side_product import side_product
 
 
 @triton.jit
@@ -68,7 +60,7 @@ def projections_forward_kernel(
     tiles_n = tl.cdiv(widths[0], BLOCK_N)
     for p in tl.static_range(1, PROJECTIONS):
         tiles_n += tl.cdiv(widths[p], BLOCK_N)
-    pid_m, pid_n = _tile_position(tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    pid_m, pid_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
 
     # The projection this tile belongs to: the last whose first column of tiles is not beyond it.
     projection = pid_n * 0
@@ -194,7 +186,7 @@ def projections_input_gradient_kernel(
     dx (M, K) is contiguous. Tuples of one entry a projection: dy (M, N_p) of any strides; weight (N_p, K), ds (M, R_p)
     and a (R_p, K) are contiguous; widths N_p, ranks R_p (0 for none), scales s_p.
     """
-    pid_m, pid_k = _tile_position(tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    pid_m, pid_k = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
@@ -361,23 +353,25 @@ def factor_gradients(
     dy: Tensor,
     x: Tensor,
     s: Tensor,
-    ds: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     index: Tensor | None,
     scale: float,
     need_A: bool,
     need_B: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return one projection's dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S, zero for modules `index` does not name.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return one projection's `(dS, dA, dB)`: dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S.
 
-    Shapes: dy (M, N), x (M, K), s and ds (M, R), index int32 or None for all modules. Not needed: None.
+    Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules: dA and dB of the others are zero. What is
+    not needed is None; with dB, dY is read once for both.
     """
     make = torch.empty_like if index is None else torch.zeros_like
     d_lora_A = make(lora_A, memory_format=torch.contiguous_format) if need_A else None
     d_lora_B = make(lora_B, memory_format=torch.contiguous_format) if need_B else None
+    if d_lora_B is not None:
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
+    else:
+        ds = side_product(dy, lora_B, index=None, dropout=None)
     if d_lora_A is not None:
         factor_gradient_(d_lora_A, ds, x, thin_index=index, out_index=index, scale=scale)
-    if d_lora_B is not None:
-        factor_gradient_(d_lora_B.t(), s, dy, thin_index=index, out_index=index, scale=scale)
-    return d_lora_A, d_lora_B
+    return ds, d_lora_A, d_lora_B

@@ -60,7 +60,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
     """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
     rows = _rows(x)
     if runs_kernels(x):
-        from .kernels import projections as kernels
+        from .kernels import projections_forward as kernels
 
         weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
         ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
@@ -71,7 +71,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
     """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
     if runs_kernels(parts[0].dy):
-        from .kernels import projections as kernels
+        from .kernels import projections_backward as kernels
 
         return kernels.input_gradient(*zip(*parts, strict=True))
     dx = parts[0].dy @ parts[0].weight
@@ -88,7 +88,7 @@ def _factor_gradients(
     """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
     _, lora_A, lora_B, _, scale, index = operands
     if runs_kernels(dy):
-        from .kernels import projections as kernels
+        from .kernels import projections_backward as kernels
 
         return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
     ds, d_lora_A, d_lora_B = dy @ lora_B, None, None

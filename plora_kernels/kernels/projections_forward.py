@@ -1,10 +1,9 @@
-"""Several adapted linears of one input as one launch, and their joint input gradient as another.
+"""Several adapted linears of one input as one launch.
 
     y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
-    dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
 
-Each projection keeps its own tensors: the kernels take tuples of pointers and find a tile's projection from its number.
-Nothing is concatenated or copied, and outputs of narrow projections fill one another's last wave.
+Each projection keeps its own tensors: the kernel takes tuples of pointers and finds a tile's projection from its
+number. Nothing is concatenated or copied, and tiles of narrow projections fill one another's last wave.
 """
 
 from __future__ import annotations
@@ -18,11 +17,8 @@ from torch import Tensor
 
 from .. import configs
 from ..blocks import MatmulBlocks, tile
-from .factor_gradient import factor_gradient_
 from .launch import dot_precision, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
-from .output_gradient import output_gradient_
-from .side_product import side_product
 
 
 @triton.jit
@@ -158,82 +154,7 @@ def projections_forward_kernel(
     tl.store(y_base + y_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit
-def projections_input_gradient_kernel(
-    dy_ptrs,
-    weight_ptrs,
-    ds_ptrs,
-    a_ptrs,
-    dx_ptr,
-    M,
-    K,
-    widths,
-    ranks,
-    scales,
-    strides_dm,
-    strides_dn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PROJECTIONS: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Compute one (BLOCK_M, BLOCK_K) tile of dX, all projections summed in one fp32 accumulator and rounded once.
-
-    dx (M, K) is contiguous. Tuples of one entry a projection: dy (M, N_p) of any strides; weight (N_p, K), ds (M, R_p)
-    and a (R_p, K) are contiguous; widths N_p, ranks R_p (0 for none), scales s_p.
-    """
-    pid_m, pid_k = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
-    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
-    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
-    columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
-    depth = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
-    modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
-    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < K - pid_k * BLOCK_K
-    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_k * BLOCK_K).to(tl.int64)
-    dtype = dx_ptr.dtype.element_ty
-
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for p in tl.static_range(PROJECTIONS):
-        dy_base = dy_ptrs[p] + first_row * strides_dm[p]
-        dy_offsets = rows[:, None] * strides_dm[p] + depth[None, :] * strides_dn[p]
-        dy_step = tl.full((), BLOCK_N, tl.int64) * strides_dn[p]
-        weight_base = weight_ptrs[p] + first_column
-        weight_offsets = depth[:, None] * K + columns[None, :]
-        weight_step = tl.full((), BLOCK_N, tl.int64) * K
-        for n in range(0, widths[p], BLOCK_N):
-            depth_ok = depth < widths[p] - n
-            dy = tl.load(
-                dy_base + dy_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
-            )  # (BLOCK_M, BLOCK_N)
-            w = tl.load(
-                weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
-            )  # (BLOCK_N, BLOCK_K)
-            acc = tl.dot(dy, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)·(BLOCK_N, BLOCK_K), fp32
-            dy_base += dy_step
-            weight_base += weight_step
-
-        ds_base = ds_ptrs[p] + first_row * ranks[p]
-        ds_offsets = rows[:, None] * ranks[p] + modules[None, :]
-        a_base = a_ptrs[p] + first_column
-        a_offsets = modules[:, None] * K + columns[None, :]
-        for r0 in range(0, ranks[p], BLOCK_R):
-            module_ok = modules < ranks[p] - r0
-            ds = tl.load(ds_base + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
-            a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-            acc = add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
-            ds_base += BLOCK_R
-            a_base += tl.full((), BLOCK_R, tl.int64) * K
-
-    dx_base = dx_ptr + first_row * K + first_column
-    dx_offsets = rows[:, None] * K + columns[None, :]
-    tl.store(dx_base + dx_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
-
-
-def _blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
+def projection_blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
     """Return blocks for tiles of (rows of x, d_out) that fit shared memory and registers on sm_80 and sm_90.
 
     Where lines start anywhere, elements are addressed one by one, which takes registers: tiles are smaller.
@@ -271,7 +192,7 @@ def forward(
     if rows == 0:
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
-    blocks = _blocks(x, max(widths), max(ranks), aligned)
+    blocks = projection_blocks(x, max(widths), max(ranks), aligned)
     grid = (triton.cdiv(rows, blocks.block_m) * sum(triton.cdiv(n, blocks.block_n) for n in widths),)
     with torch.cuda.device_of(x):
         projections_forward_kernel[grid](
@@ -301,77 +222,3 @@ def forward(
             num_stages=blocks.num_stages,
         )
     return ys, ss
-
-
-def input_gradient(
-    dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    dss: Sequence[Tensor],
-    lora_As: Sequence[Tensor],
-    scales: Sequence[float],
-) -> Tensor:
-    """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p) in one launch.
-
-    Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K); R_p may be 0.
-    """
-    rows, k = dys[0].shape[0], weights[0].shape[1]
-    widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
-    dx = torch.empty((rows, k), dtype=dys[0].dtype, device=dys[0].device)
-    if rows == 0:
-        return dx
-    aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
-    blocks = _blocks(dx, k, max(ranks), aligned)
-    with torch.cuda.device_of(dx):
-        projections_input_gradient_kernel[(triton.cdiv(rows, blocks.block_m) * triton.cdiv(k, blocks.block_n),)](
-            tuple(dys),
-            tuple(weights),
-            tuple(ds.contiguous() for ds in dss),
-            tuple(a.contiguous() for a in lora_As),
-            dx,
-            rows,
-            k,
-            widths,
-            ranks,
-            tuple(scales),
-            tuple(dy.stride(0) for dy in dys),
-            tuple(dy.stride(1) for dy in dys),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_k,
-            BLOCK_K=blocks.block_n,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
-            PROJECTIONS=len(widths),
-            WIDE_OFFSETS=needs_wide_offsets(256, dx, *dys, *weights),
-            PRECISION=dot_precision(dx.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-        )
-    return dx
-
-
-def factor_gradients(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    index: Tensor | None,
-    scale: float,
-    need_A: bool,
-    need_B: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return one projection's `(dS, dA, dB)`: dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S.
-
-    Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules: dA and dB of the others are zero. What is
-    not needed is None; with dB, dY is read once for both.
-    """
-    make = torch.empty_like if index is None else torch.zeros_like
-    d_lora_A = make(lora_A, memory_format=torch.contiguous_format) if need_A else None
-    d_lora_B = make(lora_B, memory_format=torch.contiguous_format) if need_B else None
-    if d_lora_B is not None:
-        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
-    else:
-        ds = side_product(dy, lora_B, index=None, dropout=None)
-    if d_lora_A is not None:
-        factor_gradient_(d_lora_A, ds, x, thin_index=index, out_index=index, scale=scale)
-    return ds, d_lora_A, d_lora_B

@@ -1,0 +1,171 @@
+"""Backward of adapted linears of one input: their joint dX in one launch, and dS, dA, dB of each.
+
+    dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
+
+One fp32 accumulator takes every projection's part, so dX is rounded once and nothing is added in passes of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .factor_gradient import factor_gradient_
+from .launch import dot_precision, is_aligned, needs_wide_offsets
+from .modules import add_scaled_product, tile_position
+from .output_gradient import output_gradient_
+from .projections_forward import projection_blocks
+from .side_product import side_product
+
+
+@triton.jit
+def projections_input_gradient_kernel(
+    dy_ptrs,
+    weight_ptrs,
+    ds_ptrs,
+    a_ptrs,
+    dx_ptr,
+    M,
+    K,
+    widths,
+    ranks,
+    scales,
+    strides_dm,
+    strides_dn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one (BLOCK_M, BLOCK_K) tile of dX, all projections summed in one fp32 accumulator and rounded once.
+
+    dx (M, K) is contiguous. Tuples of one entry a projection: dy (M, N_p) of any strides; weight (N_p, K), ds (M, R_p)
+    and a (R_p, K) are contiguous; widths N_p, ranks R_p (0 for none), scales s_p.
+    """
+    pid_m, pid_k = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    depth = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
+    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < K - pid_k * BLOCK_K
+    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_k * BLOCK_K).to(tl.int64)
+    dtype = dx_ptr.dtype.element_ty
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for p in tl.static_range(PROJECTIONS):
+        dy_base = dy_ptrs[p] + first_row * strides_dm[p]
+        dy_offsets = rows[:, None] * strides_dm[p] + depth[None, :] * strides_dn[p]
+        dy_step = tl.full((), BLOCK_N, tl.int64) * strides_dn[p]
+        weight_base = weight_ptrs[p] + first_column
+        weight_offsets = depth[:, None] * K + columns[None, :]
+        weight_step = tl.full((), BLOCK_N, tl.int64) * K
+        for n in range(0, widths[p], BLOCK_N):
+            depth_ok = depth < widths[p] - n
+            dy = tl.load(
+                dy_base + dy_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+            )  # (BLOCK_M, BLOCK_N)
+            w = tl.load(
+                weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+            )  # (BLOCK_N, BLOCK_K)
+            acc = tl.dot(dy, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)·(BLOCK_N, BLOCK_K), fp32
+            dy_base += dy_step
+            weight_base += weight_step
+
+        ds_base = ds_ptrs[p] + first_row * ranks[p]
+        ds_offsets = rows[:, None] * ranks[p] + modules[None, :]
+        a_base = a_ptrs[p] + first_column
+        a_offsets = modules[:, None] * K + columns[None, :]
+        for r0 in range(0, ranks[p], BLOCK_R):
+            module_ok = modules < ranks[p] - r0
+            ds = tl.load(ds_base + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
+            a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            acc = add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
+            ds_base += BLOCK_R
+            a_base += tl.full((), BLOCK_R, tl.int64) * K
+
+    dx_base = dx_ptr + first_row * K + first_column
+    dx_offsets = rows[:, None] * K + columns[None, :]
+    tl.store(dx_base + dx_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def input_gradient(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    scales: Sequence[float],
+) -> Tensor:
+    """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p) in one launch.
+
+    Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K); R_p may be 0.
+    """
+    rows, k = dys[0].shape[0], weights[0].shape[1]
+    widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
+    dx = torch.empty((rows, k), dtype=dys[0].dtype, device=dys[0].device)
+    if rows == 0:
+        return dx
+    aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
+    blocks = projection_blocks(dx, k, max(ranks), aligned)
+    with torch.cuda.device_of(dx):
+        projections_input_gradient_kernel[(triton.cdiv(rows, blocks.block_m) * triton.cdiv(k, blocks.block_n),)](
+            tuple(dys),
+            tuple(weights),
+            tuple(ds.contiguous() for ds in dss),
+            tuple(a.contiguous() for a in lora_As),
+            dx,
+            rows,
+            k,
+            widths,
+            ranks,
+            tuple(scales),
+            tuple(dy.stride(0) for dy in dys),
+            tuple(dy.stride(1) for dy in dys),
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_k,
+            BLOCK_K=blocks.block_n,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            PROJECTIONS=len(widths),
+            WIDE_OFFSETS=needs_wide_offsets(256, dx, *dys, *weights),
+            PRECISION=dot_precision(dx.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return dx
+
+
+def factor_gradients(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor | None,
+    scale: float,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return one projection's `(dS, dA, dB)`: dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S.
+
+    Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules: dA and dB of the others are zero; None
+    where not needed. dS and dB come from one read of dY.
+    """
+    make = torch.empty_like if index is None else torch.zeros_like
+    d_lora_A = make(lora_A, memory_format=torch.contiguous_format) if need_A else None
+    d_lora_B = make(lora_B, memory_format=torch.contiguous_format) if need_B else None
+    if d_lora_B is not None:
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
+    else:
+        ds = side_product(dy, lora_B, index=None, dropout=None)
+    if d_lora_A is not None:
+        factor_gradient_(d_lora_A, ds, x, thin_index=index, out_index=index, scale=scale)
+    return ds, d_lora_A, d_lora_B

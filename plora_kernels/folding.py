@@ -168,12 +168,13 @@ def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]
     for position, one in enumerate(folds):
         rank, device = one.lora_A.shape[0], one.weight.device
         selected = one.selected
-        if selected is None or (isinstance(selected, Tensor) and selected.device.type != "cpu"):
+        if selected is None or not _is_on_host(selected):
             found.append(index_of_others(selected, rank, device))
             continue
         others = complement(host_indices(selected, rank), rank)
-        known.setdefault(device, []).append((position, padded(others)))
         found.append((bool(others), None))
+        if runs_kernels(one.weight) or len(others) < rank:  # torch takes all modules without an index, a table does not
+            known.setdefault(device, []).append((position, padded(others)))
     for device, entries in known.items():
         buffer = to_device([place for _, places in entries for place in places], torch.int32, device)
         parts = buffer.split([len(places) for _, places in entries])
@@ -252,12 +253,17 @@ def index_of_others(selected: Selection | None, rank: int, device: torch.device)
     """Return whether anything is to be folded, and the unselected modules as an index buffer (None: all of them)."""
     if selected is None:
         return False, None
-    if isinstance(selected, Tensor) and (selected.device.type != "cpu" or torch.compiler.is_compiling()):
+    if not _is_on_host(selected):
         return True, index_for(selected, rank, device, invert=True)
     others = complement(host_indices(selected, rank), rank)
     if len(others) in (0, rank):
         return bool(others), None
     return True, index_for(others, rank, device)
+
+
+def _is_on_host(selected: Selection) -> bool:
+    """Say whether the host may read a selection; inside torch.compile it reads no tensor."""
+    return not isinstance(selected, Tensor) or (selected.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def run_fold(

@@ -374,6 +374,18 @@ def test_folds_that_share_memory_are_done_in_order(each_backend: str) -> None:
     assert torch.equal(weight, expected)
 
 
+def test_compile_traces_many_folds() -> None:
+    tensors = [factors() for _ in range(2)]
+
+    def run(mask: Tensor) -> list[Tensor]:
+        chosen = zip(tensors, (mask, [2]), strict=True)
+        return pk.fold_many_([pk.Fold(weight.clone(), *rest, selected) for (weight, *rest), selected in chosen])
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(compiled(_mask(5, 0)), run(_mask(5, 0)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_nothing_is_written_when_one_of_many_is_wrong(each_backend: str) -> None:
     folds = [pk.Fold(*factors(), [1]), pk.Fold(*factors(), [5])]
     before = folds[0].weight.clone()

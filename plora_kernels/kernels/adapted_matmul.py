@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blocks import MatmulBlocks, ShapeClass
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
+from .persistent_matmul import persistent_matmul, takes_descriptors
 from .side_product import side_product
 from .tile_matmul import tile_matmul
 
@@ -62,21 +63,28 @@ def adapted_matmul(
         side = side_product(inputs, down, index=index, dropout=drop_in)
     given = side is not None
     if side is None:
-        side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
-    if out.numel() > 0:
+        stored = keep_side or blocks.design == "one_launch"
+        side = torch.empty((rows, width) if stored else (0,), dtype=inputs.dtype, device=inputs.device)
+    if out.numel() == 0:
+        return out, side
+    if is_persistent(blocks, inputs, main, out) and drop_out is None:
+        persistent_matmul(
+            out, side, inputs, main, down, up,
+            bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
+        )  # fmt: skip
+    else:
         tile_matmul(
-            out,
-            side,
-            inputs,
-            main,
-            down,
-            up,
-            bias=bias,
-            index=index,
-            dropout=drop_out,
-            scale=scale,
-            side_given=given,
-            keep_side=keep_side,
-            blocks=blocks,
-        )
+            out, side, inputs, main, down, up,
+            bias=bias, index=index, dropout=drop_out, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
+        )  # fmt: skip
     return out, side
+
+
+def is_persistent(blocks: MatmulBlocks, inputs: Tensor, main: Tensor, out: Tensor) -> bool:
+    """Say whether the blocks' design walks over tiles by descriptors and the matrices allow it."""
+    return (
+        blocks.design != "tile"
+        and inputs.stride(1) == 1
+        and inputs.shape[1] > 0
+        and takes_descriptors(inputs, main, out)
+    )

@@ -1,0 +1,293 @@
+"""The adapted matmul in a persistent launch fed by tensor descriptors (TMA): aligned matrices, sm_90 and later.
+
+Programs stay and walk over the output tiles, so that the loads of the next tile start while one is stored. The side
+product is recomputed in every tile, read from memory, or made in the same launch before any tile needs it:
+
+    the programs draw side tiles by an atomic ticket until none is left, and publish each with a release flag; only then
+    do they walk over output tiles, which wait for the flag of their rows. Whoever waits, waits for a program that has
+    started and waits for nobody: launches that share the device cannot hang each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import configs
+from ..blocks import MatmulBlocks
+from .launch import dot_precision, needs_wide_offsets
+from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
+
+# Words of the workspace before the flags: the next ticket, programs that are done, the number of the launch.
+_TICKET: tl.constexpr = tl.constexpr(0)
+_DONE: tl.constexpr = tl.constexpr(1)
+_LAUNCH: tl.constexpr = tl.constexpr(2)
+_FLAGS: tl.constexpr = tl.constexpr(3)
+
+
+@triton.jit
+def _side_rows(
+    in_desc,
+    down_ptr,
+    index_ptr,
+    first_row,
+    r0,
+    D_IN,
+    R,
+    stride_dd,
+    stride_dr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    offset_type: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return in · down of BLOCK_M rows and places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R) fp32."""
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    down_base = down_ptr
+    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, D_IN, BLOCK_K):
+        a = in_desc.load([first_row, k])  # (BLOCK_M, BLOCK_K)
+        d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
+        side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        down_base += down_step
+    return tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+
+
+@triton.jit
+def persistent_matmul_kernel(
+    in_desc,
+    main_desc,
+    out_desc,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    index_ptr,
+    side_ptr,
+    workspace_ptr,
+    M,
+    D_IN,
+    D_OUT,
+    R,
+    scale,
+    stride_dd,
+    stride_dr,
+    stride_ur,
+    stride_uo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MAIN_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    SIDE_GIVEN: tl.constexpr,
+    SIDE_FIRST: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute out (M, D_OUT) = in · main + bias + s·side · up, PROGRAMS programs walking over (BLOCK_M, BLOCK_N) tiles.
+
+    in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
+    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places. The side
+    product is read if SIDE_GIVEN, made before the tiles if SIDE_FIRST, else recomputed in every tile and, if
+    STORE_SIDE, stored by those of the first column. workspace: int32, zeros at first, as this kernel left it after.
+    """
+    program = tl.program_id(0)
+    offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    dtype = in_desc.dtype
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+    depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+
+    launch = 0
+    if SIDE_FIRST:
+        # Only the last program of a launch changes the number, so all of them read the same.
+        launch = tl.load(workspace_ptr + _LAUNCH) + 1
+        ticket = tl.atomic_add(workspace_ptr + _TICKET, 1, sem="relaxed")
+        while ticket < tiles_m:
+            side_base = side_ptr + (ticket * BLOCK_M).to(tl.int64) * stride_sm
+            for r0 in range(0, R, BLOCK_R):
+                side = _side_rows(
+                    in_desc, down_ptr, index_ptr, ticket * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+                )  # fmt: skip
+                store_side(side_base, side.to(dtype), rows, rows < M - ticket * BLOCK_M, r0, R, stride_sm, BLOCK_R)
+            tl.debug_barrier()  # every thread has stored before one of them publishes
+            tl.atomic_xchg(workspace_ptr + _FLAGS + ticket, launch, sem="release")
+            ticket = tl.atomic_add(workspace_ptr + _TICKET, 1, sem="relaxed")
+
+    for tile in tl.range(program, tiles_m * tiles_n, PROGRAMS):
+        pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
+        modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+        down_base = down_ptr
+        down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k in range(0, D_IN, BLOCK_K):
+            a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
+            if MAIN_TRANSPOSED:  # noqa: SIM108
+                w = main_desc.load([pid_n * BLOCK_N, k]).T  # (BLOCK_K, BLOCK_N)
+            else:
+                w = main_desc.load([k, pid_n * BLOCK_N])  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+            if not SIDE_GIVEN and not SIDE_FIRST:
+                d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
+                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                down_base += down_step
+
+        side_base = side_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_sm
+        up_base = up_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_uo
+        if SIDE_FIRST:
+            while tl.atomic_add(workspace_ptr + _FLAGS + pid_m, 0, sem="acquire") != launch:
+                pass
+        if not SIDE_GIVEN and not SIDE_FIRST:
+            side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+            if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+                if pid_n == 0:
+                    store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+        else:
+            side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        for r0 in range(BLOCK_R, R, BLOCK_R):
+            modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+            if not SIDE_GIVEN and not SIDE_FIRST:
+                # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
+                side = _side_rows(
+                    in_desc, down_ptr, index_ptr, pid_m * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+                )  # fmt: skip
+                if STORE_SIDE:
+                    if pid_n == 0:
+                        store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+            else:
+                side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+            up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+            u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
+            acc += bias.to(tl.float32)[None, :]
+        # In two halves: the staging buffer of a whole tile would cost a stage of loads its shared memory.
+        halves = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
+        left, right = halves.split()  # (BLOCK_M, BLOCK_N // 2) fp32 each
+        out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], left.to(dtype))
+        out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], right.to(dtype))
+
+    if SIDE_FIRST:
+        done = tl.atomic_add(workspace_ptr + _DONE, 1, sem="acq_rel")
+        if done == tl.num_programs(0) - 1:
+            # The last program leaves the workspace as the next launch on the stream needs it: no reset by the host.
+            tl.atomic_xchg(workspace_ptr + _TICKET, 0, sem="relaxed")
+            tl.atomic_xchg(workspace_ptr + _DONE, 0, sem="relaxed")
+            tl.atomic_xchg(workspace_ptr + _LAUNCH, launch, sem="relaxed")
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(device: torch.device, tiles_m: int) -> Tensor:
+    """Return the current stream's tickets and flags: int32, zeros or as the last launch on the stream left them."""
+    words = _FLAGS.value + tiles_m
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on any stream, beside others: it brings its own, reset by a node of its own.
+        return torch.zeros(words, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    found = _workspaces.get(key)
+    if found is None or found.numel() < words:
+        found = torch.zeros(1 << (words - 1).bit_length(), dtype=torch.int32, device=device)
+        _workspaces[key] = found
+    return found
+
+
+def takes_descriptors(*matrices: Tensor) -> bool:
+    """Say whether TMA can fetch these matrices: lines contiguous, 16-byte starts and strides, sizes in 32 bits."""
+    return all(
+        1 in matrix.stride()
+        and max(matrix.stride()) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and min(matrix.shape) > 0
+        and max(matrix.shape) < 2**31
+        for matrix in matrices
+    )
+
+
+def persistent_matmul(
+    out: Tensor,
+    side: Tensor,
+    inputs: Tensor,
+    main: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    bias: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    side_given: bool,
+    keep_side: bool,
+    blocks: MatmulBlocks,
+) -> None:
+    """Write out (M, D_OUT) and, if wanted, side (M, places); see `adapted_matmul` for the shapes.
+
+    inputs and out must be row-major; main either way round; all as `takes_descriptors` says.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    width = down.shape[1] if index is None else index.shape[0]
+    tiles_m, tiles_n = triton.cdiv(rows, blocks.block_m), triton.cdiv(d_out, blocks.block_n)
+    programs = min(configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
+    first = blocks.design == "one_launch" and not side_given
+    transposed = main.stride(1) != 1
+    matrix = main.t() if transposed else main
+    main_block = [blocks.block_n, blocks.block_k] if transposed else [blocks.block_k, blocks.block_n]
+    with torch.cuda.device_of(inputs):
+        persistent_matmul_kernel[(programs,)](
+            TensorDescriptor(inputs, inputs.shape, inputs.stride(), [blocks.block_m, blocks.block_k]),
+            TensorDescriptor(matrix, matrix.shape, matrix.stride(), main_block),
+            TensorDescriptor(out, out.shape, out.stride(), [blocks.block_m, blocks.block_n // 2]),
+            down,
+            up,
+            bias.contiguous() if bias is not None else inputs,
+            index if index is not None else inputs,
+            side,
+            _workspace(inputs.device, tiles_m) if first else inputs,
+            rows,
+            d_in,
+            d_out,
+            width,
+            scale,
+            *down.stride(),
+            *up.stride(),
+            width,
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            PROGRAMS=programs,
+            MAIN_TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            HAS_INDEX=index is not None,
+            SIDE_GIVEN=side_given,
+            SIDE_FIRST=first,
+            STORE_SIDE=keep_side and not side_given and not first,
+            WIDE_OFFSETS=needs_wide_offsets(256, down, up),
+            PRECISION=dot_precision(inputs.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )

@@ -89,6 +89,7 @@ def persistent_matmul_kernel(
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
@@ -100,9 +101,10 @@ def persistent_matmul_kernel(
     """Compute out (M, D_OUT) = in · main + bias + s·side · up, PROGRAMS programs walking over (BLOCK_M, BLOCK_N) tiles.
 
     in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
-    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places. The side
-    product is read if SIDE_GIVEN, made before the tiles if SIDE_FIRST, else recomputed in every tile and, if
-    STORE_SIDE, stored by those of the first column. workspace: int32, zeros at first, as this kernel left it after.
+    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places, all in one
+    block if ONE_BLOCK. The side product is read if SIDE_GIVEN, made before the tiles if SIDE_FIRST, else recomputed in
+    every tile and, if STORE_SIDE, stored by those of the first column. workspace: int32, zeros at first, as this kernel
+    left it after.
     """
     program = tl.program_id(0)
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
@@ -165,22 +167,23 @@ def persistent_matmul_kernel(
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
         acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        for r0 in range(BLOCK_R, R, BLOCK_R):
-            modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
-            if not SIDE_GIVEN and not SIDE_FIRST:
-                # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
-                side = _side_rows(
-                    in_desc, down_ptr, index_ptr, pid_m * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
-                )  # fmt: skip
-                if STORE_SIDE:
-                    if pid_n == 0:
-                        store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
-            else:
-                side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
-            up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
-            u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-            acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if not ONE_BLOCK:
+            for r0 in range(BLOCK_R, R, BLOCK_R):
+                modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+                if not SIDE_GIVEN and not SIDE_FIRST:
+                    # Modules beyond one block read `in` again: registers hold BLOCK_R of the side product.
+                    side = _side_rows(
+                        in_desc, down_ptr, index_ptr, pid_m * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
+                        BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+                    )  # fmt: skip
+                    if STORE_SIDE:
+                        if pid_n == 0:
+                            store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                else:
+                    side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+                u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+                acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
@@ -281,6 +284,7 @@ def persistent_matmul(
             GROUP_M=blocks.group_m,
             PROGRAMS=programs,
             MAIN_TRANSPOSED=transposed,
+            ONE_BLOCK=width <= blocks.block_r,
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             SIDE_GIVEN=side_given,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +17,9 @@ from .errors import ConfigError
 BACKENDS = ("triton", "torch")
 # What the kernels compute in; float64 and anything else takes the torch path.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Devices on which a kernel did not compile: they take the torch path until the process ends.
+_given_up: set[torch.device] = set()
 
 
 @functools.cache
@@ -30,7 +37,8 @@ def backend(device: str | torch.device | None = None) -> str:
     """Return "triton" or "torch": the implementation that runs for tensors on `device`.
 
     CUDA and ROCm devices run the Triton kernels if Triton is installed, every other device the torch path. The
-    environment variable PLORA_BACKEND=triton|torch forces one; "triton" on a CPU needs TRITON_INTERPRET=1.
+    environment variable PLORA_BACKEND=triton|torch forces one; "triton" on a CPU needs TRITON_INTERPRET=1. Where a
+    kernel did not compile, which a warning has told, it is "torch" from then on.
 
     Args:
         device: a torch device or its name; None means "cuda" where there is one, else "cpu".
@@ -40,7 +48,8 @@ def backend(device: str | torch.device | None = None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     forced = os.environ.get("PLORA_BACKEND", "")
     if forced not in ("", *BACKENDS):
         raise ConfigError(f"PLORA_BACKEND is {forced!r}; it may be 'triton' or 'torch'")
@@ -52,7 +61,8 @@ def backend(device: str | torch.device | None = None) -> str:
                 f"PLORA_BACKEND=triton, but the tensors are on {kind}; use a CUDA device or set TRITON_INTERPRET=1"
             )
         return "triton"
-    return "triton" if kind == "cuda" and forced != "torch" and has_triton() else "torch"
+    runs = kind == "cuda" and forced != "torch" and has_triton() and _with_index(device) not in _given_up
+    return "triton" if runs else "torch"
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -64,3 +74,45 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     if tensor.is_meta or tensor.dtype not in KERNEL_DTYPES or backend(tensor.device) != "triton":
         return False
     return not (tensor.dtype is torch.bfloat16 and interpreted())
+
+
+@contextmanager
+def falling_back(kernel: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Run kernels in the body; where one does not compile, warn once, give the device up and go on after the body.
+
+    The body ends with a return, what follows it is the torch path. Errors of a running kernel are raised, and so is
+    everything where PLORA_BACKEND=triton asks for the kernels.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("PLORA_BACKEND") == "triton" or not _is_of_the_compiler(error):
+            raise
+        _given_up.add(_with_index(tensor.device))
+        cause = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(
+            f"the Triton kernel of {kernel} does not compile on {_name_of(tensor.device)}: {cause[:300]}; torch "
+            "computes on this device from now on (PLORA_BACKEND=triton raises the error instead)",
+            stacklevel=4,
+        )
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Say whether an error means that there is no kernel, rather than that a kernel went wrong."""
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "triton"}
+    if names:
+        return "InterpreterError" not in names
+    if isinstance(error, RuntimeError):  # Triton raises plain ones where it finds no driver or no C compiler
+        return "active drivers" in str(error) or "C compiler" in str(error)
+    return isinstance(error, ImportError | subprocess.CalledProcessError)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return a device with its number: "cuda" is the current one."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _name_of(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

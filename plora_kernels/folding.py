@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import torch_fold
-from .backend import runs_kernels
+from .backend import falling_back, runs_kernels
 from .checks import check_alike, check_factors, check_number, index_for
 from .errors import ConfigError, DTypeError, ShapeError, StateError
 from .ops import _watched
@@ -147,9 +147,7 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
         for out, weight in unfolded:
             out.copy_(weight)
     if len(jobs) > 1 and all(_takes_kernel(job) for job in jobs) and _independent(jobs):
-        from .kernels.fold_many import fold_many
-
-        fold_many([_detached(job) for job in jobs])
+        _fold_together([_detached(job) for job in jobs])
         torch.autograd.graph.increment_version([job[-1] for job in jobs if not job[-1].is_inference()])
     else:
         for job in jobs:
@@ -190,6 +188,18 @@ def _detached(job: Job) -> Job:
 
 def _takes_kernel(job: Job) -> bool:
     return runs_kernels(job[0]) and not _is_observed(*_detached(job)[:3])
+
+
+def _fold_together(jobs: Sequence[Job]) -> None:
+    """Fold by as few launches as there are kinds of jobs; what does not compile is folded by torch."""
+    from .kernels.fold_many import batches, fold_batch
+
+    for batch in batches(jobs):
+        with falling_back("many folds", batch[0][0]):
+            fold_batch(batch)
+            continue
+        for job in batch:
+            torch_fold.fold(*job)
 
 
 def _independent(jobs: Sequence[Job]) -> bool:
@@ -292,11 +302,11 @@ def _fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     if runs_kernels(weight):
-        from .kernels import fold as kernel
+        with falling_back("the fold", weight):
+            from .kernels import fold as kernel
 
-        kernel.fold(weight, lora_A, lora_B, index, scale, seed, out)
-    else:
-        torch_fold.fold(weight, lora_A, lora_B, index, scale, seed, out)
+            return kernel.fold(weight, lora_A, lora_B, index, scale, seed, out)
+    return torch_fold.fold(weight, lora_A, lora_B, index, scale, seed, out)
 
 
 @torch.library.custom_op("plora::fold_", mutates_args=("weight",))

@@ -6,7 +6,6 @@ It takes tensors that were checked and a selection as an index buffer; `function
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import torch_path
-from .backend import runs_kernels
+from .backend import falling_back, runs_kernels
 from .errors import UnsupportedError
 
 _library = torch.library.Library("plora", "DEF")
@@ -40,20 +39,24 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _forward_module(tensor: Tensor) -> ModuleType:
-    if runs_kernels(tensor):
-        from .kernels import forward
+def _run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
+    if runs_kernels(x):
+        with falling_back("the forward", x):
+            from .kernels import forward
 
-        return forward
-    return torch_path
+            return forward.forward(x, *arguments)
+    return torch_path.forward(x, *arguments)
 
 
-def _backward_module(tensor: Tensor) -> ModuleType:
-    if runs_kernels(tensor):
-        from .kernels import backward
+def _run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
+    if runs_kernels(dy):
+        with falling_back("the backward", dy):
+            from .kernels import backward
 
-        return backward
-    return torch_path
+            return backward.backward(dy, *arguments)
+    return torch_path.backward(dy, *arguments)
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
@@ -70,9 +73,7 @@ def _linear(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    y, s = _forward_module(x).forward(
-        _rows(x), weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed
-    )
+    y, s = _run_forward(_rows(x), weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
     # Not a view: autograd lets no one write in place to a view that a custom function returns.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), s
 
@@ -114,7 +115,7 @@ def _linear_backward(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy_rows, x_rows = _rows(dy), _rows(x)
-    d_x, d_lora_A, d_lora_B = _backward_module(x).backward(
+    d_x, d_lora_A, d_lora_B = _run_backward(
         dy_rows,
         x_rows,
         weight,

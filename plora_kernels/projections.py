@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import torch_path
-from .backend import runs_kernels
+from .backend import falling_back, runs_kernels
 from .ops import _rows, _watched
 from .torch_path import _scaled_product, _scatter
 
@@ -60,20 +60,22 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
     """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
     rows = _rows(x)
     if runs_kernels(x):
-        from .kernels import projections_forward as kernels
+        with falling_back("joint projections", x):
+            from .kernels import projections_forward as kernels
 
-        weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
-        ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
-        return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
+            weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
+            ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
+            return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
     return [Computed(*torch_path.forward(rows, *p[:4], None, p.scale, False, keep_s, 0.0, None)) for p in projections]
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
     """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
     if runs_kernels(parts[0].dy):
-        from .kernels import projections_backward as kernels
+        with falling_back("the joint input gradient", parts[0].dy):
+            from .kernels import projections_backward as kernels
 
-        return kernels.input_gradient(*zip(*parts, strict=True))
+            return kernels.input_gradient(*zip(*parts, strict=True))
     dx = parts[0].dy @ parts[0].weight
     for part in parts[1:]:
         dx.addmm_(part.dy, part.weight)
@@ -88,9 +90,10 @@ def _factor_gradients(
     """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
     _, lora_A, lora_B, _, scale, index = operands
     if runs_kernels(dy):
-        from .kernels import projections_backward as kernels
+        with falling_back("the factor gradients", dy):
+            from .kernels import projections_backward as kernels
 
-        return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
+            return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
     ds, d_lora_A, d_lora_B = dy @ lora_B, None, None
     picked = None if index is None else index.clamp_min(0)
     if need_A:

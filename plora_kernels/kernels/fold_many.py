@@ -83,12 +83,13 @@ def fold_many_kernel(
     )  # fmt: skip
 
 
-def fold_many(folds: Sequence[Arguments]) -> None:
-    """Do every one of `folds` as `fold` does it, those of one device, dtype and kind of rounding in one launch.
+def batches(folds: Sequence[Arguments]) -> list[list[Arguments]]:
+    """Return the folds, those of one device, dtype and kind of rounding together: each list is one launch.
 
     What a table cannot hold goes alone: a matrix that is not contiguous along K, a fold without an index, and anything
     while a CUDA graph is being captured, which would replay the copy of a table that is gone.
     """
+    alone: list[list[Arguments]] = []
     together: dict[tuple[object, ...], list[Arguments]] = defaultdict(list)
     for arguments in folds:
         weight, lora_A, _, index, _, seed, out = arguments
@@ -96,13 +97,20 @@ def fold_many(folds: Sequence[Arguments]) -> None:
             continue
         capturing = weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or index is None or any(matrix.stride(1) != 1 for matrix in (weight, out, lora_A)):
-            fold(*arguments)
+            alone.append([arguments])
             continue
         kind = weight.device, weight.dtype, seed is None, _is_aligned(arguments), _is_wide(arguments)
         together[kind].append(arguments)
-    for group in together.values():
-        for first in range(0, len(group), MOST_LAYERS):
-            _launch(group[first : first + MOST_LAYERS])
+    firsts = ((group, first) for group in together.values() for first in range(0, len(group), MOST_LAYERS))
+    return alone + [group[first : first + MOST_LAYERS] for group, first in firsts]
+
+
+def fold_batch(batch: Sequence[Arguments]) -> None:
+    """Do the folds of one of `batches` as `fold` does them, in one launch."""
+    if len(batch) == 1:
+        fold(*batch[0])
+    else:
+        _launch(batch)
 
 
 def _is_aligned(arguments: Arguments) -> bool:

@@ -28,6 +28,7 @@ from bench.records import RecordFile, blank, case_key, open_records
 from bench.results import ResultsError
 from bench.timing import Plan
 from bench.workers import Outcome, outcomes
+from plora_kernels.configs import capability_of
 
 PROVIDERS = tuple(dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS]))
 # Of the whole time: what checking and compiling ahead may take before timing begins.
@@ -155,7 +156,7 @@ def describe(device: torch.device, commit: str | None) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(device)
         found["multiprocessors"] = properties.multi_processor_count
         found["memory_bytes"], found["l2_bytes"] = properties.total_memory, getattr(properties, "L2_cache_size", None)
-        found["capability"] = list(torch.cuda.get_device_capability(device))
+        found["capability"] = capability_of(device)
     return found
 
 

@@ -36,20 +36,9 @@ def outcomes(
     seconds_each: float,
     deadline: float = float("inf"),
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield `(position, outcome)` of function(item) for every item, as they are finished.
-
-    Args:
-        function: a module's function, items and values picklable. With `workers=0` it runs in this process.
-        seconds_each: an item that takes longer is stopped with its process, and a new one takes its place.
-        deadline: `time.monotonic()` after which nothing new is begun; items left then are not yielded.
-    """
-    if workers == 0:
-        for position, item in enumerate(items):
-            if time.monotonic() > deadline:
-                return
-            yield position, attempt(function, item)
-        return
-    yield from _Pool(function, items, min(workers, len(items)), seconds_each, deadline).run()
+    """Yield `(position, outcome)` of function(item) for every item, by a `Workers` of its own."""
+    with Workers(function, min(workers, len(items)), seconds_each) as pool:
+        yield from pool.outcomes(items, deadline)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
@@ -80,28 +69,57 @@ class _Worker:
     ready: bool = False
 
 
-class _Pool:
-    def __init__(
-        self, function: Callable[[Any], Any], items: Sequence[Any], size: int, seconds_each: float, deadline: float
-    ) -> None:
-        self.function, self.items, self.size = function, items, size
-        self.seconds_each, self.deadline = seconds_each, deadline
-        self.next = 0
-        self.workers: list[_Worker] = []
+class Workers:
+    """Processes that answer function(item), kept from one list of items to the next; a context manager.
 
-    def run(self) -> Iterator[tuple[int, Outcome]]:
-        try:
-            self.workers = [self._start() for _ in range(self.size)]
-            while self.workers:
-                ready = wait([worker.connection for worker in self.workers], timeout=1.0)
-                for worker in list(self.workers):
-                    yield from self._look_at(worker, worker.connection in ready)
-        finally:
-            for worker in self.workers:
-                self._stop(worker)
+    Args:
+        function: a module's function; items and values are picklable. With `size=0` it runs in this process.
+        seconds_each: an item that takes longer is stopped with its process, and a new one takes its place.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], size: int, seconds_each: float) -> None:
+        self.function, self.size, self.seconds_each = function, size, seconds_each
+        self._workers: list[_Worker] = []
+        self._items: Sequence[Any] = ()
+        self._next = 0
+        self._deadline = float("inf")
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for worker in self._workers:
+            self._stop(worker)
+
+    def outcomes(self, items: Sequence[Any], deadline: float = float("inf")) -> Iterator[tuple[int, Outcome]]:
+        """Yield `(position, outcome)` of every item, as they are finished.
+
+        After `deadline`, a `time.monotonic()`, nothing new is begun; items left then are not yielded.
+        """
+        if self.size == 0:
+            for position, item in enumerate(items):
+                if time.monotonic() > deadline:
+                    return
+                yield position, attempt(self.function, item)
+            return
+        self._items, self._next, self._deadline = items, 0, deadline
+        if items and not self._workers:
+            self._workers = [self._start() for _ in range(self.size)]
+        for worker in self._workers:
+            if worker.ready:
+                self._give(worker)
+        while self._more() or any(worker.position is not None for worker in self._workers):
+            if not self._workers:  # none of them ever came up
+                return
+            ready = wait([worker.connection for worker in self._workers], timeout=0.5)
+            for worker in list(self._workers):
+                yield from self._look_at(worker, worker.connection in ready)
+
+    def _more(self) -> bool:
+        return self._next < len(self._items) and time.monotonic() < self._deadline
 
     def _look_at(self, worker: _Worker, spoke: bool) -> Iterator[tuple[int, Outcome]]:
-        """Take a worker's answer, or its death or silence for one; give it the next item or let it go."""
+        """Take a worker's answer, or its death or silence for one, and give it the next item."""
         position = worker.position
         if spoke:
             try:
@@ -113,13 +131,19 @@ class _Pool:
             else:
                 worker.ready = True
                 self._give(worker)
-        elif time.monotonic() - worker.since > (self.seconds_each if worker.ready else STARTUP_SECONDS):
+        elif self._overdue(worker):
             answer = Outcome(error=f"not done after {self.seconds_each:.0f} s; its process was stopped")
             self._replace(worker)
         else:
             return
         if position is not None:
             yield position, answer
+
+    def _overdue(self, worker: _Worker) -> bool:
+        waited = time.monotonic() - worker.since
+        if not worker.ready:
+            return waited > STARTUP_SECONDS
+        return worker.position is not None and waited > self.seconds_each
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -131,20 +155,18 @@ class _Pool:
 
     def _give(self, worker: _Worker) -> None:
         worker.position = None
-        if self.next >= len(self.items) or time.monotonic() > self.deadline:
-            self.workers.remove(worker)
-            self._stop(worker)
+        if not self._more():
             return
-        worker.position, worker.since = self.next, time.monotonic()
-        worker.connection.send(self.items[self.next])
-        self.next += 1
+        worker.position, worker.since = self._next, time.monotonic()
+        worker.connection.send(self._items[self._next])
+        self._next += 1
 
     def _replace(self, worker: _Worker) -> None:
-        """Stop a worker and start another while there is work; one that never got ready is not tried again."""
-        self.workers.remove(worker)
+        """Stop a worker and start another; one that never came up is not tried again."""
+        self._workers.remove(worker)
         self._stop(worker)
-        if worker.ready and self.next < len(self.items) and time.monotonic() < self.deadline:
-            self.workers.append(self._start())
+        if worker.ready:
+            self._workers.append(self._start())
 
     def _stop(self, worker: _Worker) -> None:
         worker.connection.close()

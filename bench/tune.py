@@ -1,0 +1,256 @@
+"""Find the fastest block sizes for the device at hand and write them where `plora_kernels` looks them up.
+
+`python -m bench.tune` goes through the shape classes, the most important first. Candidates are compiled and checked
+against fp64 in processes of their own (one that hangs, crashes or errs is reported and dropped), then timed with the
+cache flushed, all of them briefly and the best longer. After each class the table is written: the user's
+($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one that comes with the package. The log
+beside it holds every measurement; the same command goes on where it was cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS
+from bench.environment import device_slug, source_digest
+from bench.gpu import RESERVE_SECONDS, default_workers, describe
+from bench.records import RecordFile, blank, open_records
+from bench.results import ResultsError
+from bench.search import Timed, best_of_each_design, design_of, narrowed, search
+from bench.trials import Trial, for_checking, make_trial
+from bench.workers import Outcome, Workers, one_line
+from plora_kernels.backend import backend
+from plora_kernels.blocks import KINDS, OPS, Blocks, ShapeClass, candidates
+from plora_kernels.configs import capability_of, forget_tables
+from plora_kernels.errors import ConfigError
+from plora_kernels.tables import PACKAGED, Entry, load_table, save_table, user_folder
+
+SECONDS_EACH = 60.0
+OTHER_RANKS = (128, 256)
+LOGS = Path(__file__).parent / "results" / "tune"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A candidate to compile, run and check in a process of its own."""
+
+    shape: ShapeClass
+    blocks: Blocks
+    device: str
+
+
+@dataclass
+class Tuning:
+    """A run's settings and what it has found."""
+
+    device: torch.device
+    capability: int
+    tables: tuple[Path, ...]
+    log: RecordFile
+    most: int
+    started: float
+    deadline: float
+    entries: dict[ShapeClass, Entry] = field(default_factory=dict)
+    searched: dict[ShapeClass, list[Timed]] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
+
+
+def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass]:
+    """Return the classes of one layer: the skinny products first, which the designs of the others build on."""
+    return [
+        ShapeClass("side_product", dtype, m, k, r, r),
+        ShapeClass("output_gradient", dtype, m, n, r, r),
+        *(ShapeClass("factor_gradient", dtype, m, d, r, r) for d in dict.fromkeys((k, n))),
+        ShapeClass("forward", dtype, m, k, n, r),
+        ShapeClass("input_gradient", dtype, m, n, k, r),
+    ]
+
+
+def shape_classes(device_type: str) -> list[ShapeClass]:
+    """List what is tuned, the most important first, each once; on a CPU one tiny layer that tries everything."""
+    if device_type != "cuda":
+        return [*layer_classes(32, 64, 48, 16, "float32"), ShapeClass("fold", "float32", 48, 64, 48, 16)]
+    found = []
+    for r in TABLE_RANKS:
+        for projection in TABLE:
+            found += layer_classes(TABLE_ROWS, projection.k, projection.n, r, "bfloat16")
+        if r == TABLE_RANKS[0]:
+            found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, r) for p in TABLE]
+            found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, r) for m in DECODE_ROWS for p in TABLE[:3]]
+    gate = TABLE[0]
+    for r in OTHER_RANKS:
+        found += layer_classes(TABLE_ROWS, gate.k, gate.n, r, "bfloat16")
+    for dtype in ("float16", "float32"):
+        found += layer_classes(TABLE_ROWS, gate.k, gate.n, 16, dtype)
+        found.append(ShapeClass("fold", dtype, gate.n, gate.k, gate.n, 16))
+    found += layer_classes(512, gate.k, gate.n, 16, "bfloat16")
+    return list(dict.fromkeys(found))
+
+
+@functools.lru_cache(maxsize=1)
+def _trial(shape: ShapeClass, device: str) -> Trial:
+    return make_trial(shape, torch.device(device))
+
+
+def attempt_candidate(attempt: Attempt) -> None:
+    """Compile a candidate, run it on fewer rows and check it; raises whatever is wrong with it."""
+    # Candidates of a class come one after another: the tensors and the fp64 reference are made once.
+    _trial(for_checking(attempt.shape), attempt.device).check(attempt.blocks)
+
+
+def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers) -> bool:
+    """Search one class, log every candidate and write the table; return whether there was time to."""
+    known = candidates(shape, tuning.capability)
+    tried = narrowed(shape, known, tuning.searched, tuning.most)
+    attempts = [Attempt(shape, blocks, tuning.device.type) for blocks in tried]
+    answers = dict(workers.outcomes(attempts, tuning.deadline))
+    right = [attempts[position].blocks for position in sorted(answers) if answers[position].error is None]
+    if len(answers) < len(attempts) or time.monotonic() > tuning.deadline:
+        return False
+    dropped = [(attempts[position].blocks, answer) for position, answer in answers.items() if answer.error is not None]
+    try:
+        found = search(make_trial(shape, tuning.device), right, tuning.device) if right else []
+    except Exception as error:  # out of memory at full size, or a kernel that fails only there
+        found = []
+        dropped += [(blocks, Outcome(error=one_line(error))) for blocks in right]
+    tuning.searched[shape] = found
+    tuning.log.add(_records(shape, found, dropped))
+    if found:
+        tuning.entries[shape] = Entry(shape, found[0].blocks, found[0].time_ms)
+        for path in tuning.tables:
+            save_table(path, tuning.entries.values(), tuning.log.meta)
+        forget_tables()
+    _show(tuning, shape, found, dropped, len(known))
+    return True
+
+
+def _records(
+    shape: ShapeClass, found: Sequence[Timed], dropped: Sequence[tuple[Blocks, Outcome]]
+) -> list[dict[str, object]]:
+    """Return a record per candidate; K and N are the depth and width of the class's own product."""
+    facts = {"op": shape.op, "m": shape.m, "k": shape.d_in, "n": shape.d_out, "r": shape.r, "dtype": shape.dtype}
+    records = []
+    for place, timed in enumerate(found):
+        status = {"status": "best" if place == 0 else "timed", "rounds": timed.rounds, "blocks": asdict(timed.blocks)}
+        records.append(blank(**facts, provider=timed.design, time_ms=timed.time_ms) | status)
+    for blocks, outcome in dropped:
+        why = {"status": "wrong", "cause": outcome.error, "blocks": asdict(blocks)}
+        records.append(blank(**facts, provider=design_of(blocks)) | why)
+    return records
+
+
+def _show(
+    tuning: Tuning, shape: ShapeClass, found: Sequence[Timed], dropped: Sequence[tuple[Blocks, Outcome]], known: int
+) -> None:
+    name = f"{shape.op} {shape.dtype} m {shape.m} d_in {shape.d_in} d_out {shape.d_out} r {shape.r}"
+    best = ", ".join(f"{design} {timed.time_ms:.4g} ms" for design, timed in best_of_each_design(found).items())
+    tuning.say(f"{name}: {best or 'nothing runs'} ({len(found)} of {known} candidates timed, {len(dropped)} dropped)")
+    if found:
+        sizes = ", ".join(f"{key} {value}" for key, value in asdict(found[0].blocks).items())
+        print(f"          best: {sizes}")
+    for cause in dict.fromkeys(outcome.error for _, outcome in dropped):
+        same = [blocks for blocks, outcome in dropped if outcome.error == cause]
+        print(f"          DROPPED {len(same)}, first {same[0]}: {cause}")
+
+
+def resume(tuning: Tuning) -> None:
+    """Take up the entries of the table and the measurements of the log."""
+    if tuning.tables[0].is_file():
+        tuning.entries = {entry.shape: entry for entry in load_table(tuning.tables[0]).entries}
+    for record in tuning.log.records:
+        sizes = (record[name] for name in ("op", "dtype", "m", "k", "n", "r"))
+        shape = ShapeClass(*sizes)
+        timed = tuning.searched.setdefault(shape, [])
+        if record["status"] in ("best", "timed"):
+            timed.append(Timed(KINDS[shape.op](**record["blocks"]), record["time_ms"], record["rounds"]))
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Tune what there is time for; return 0, or 1 if a class has no candidate that is right."""
+    device = torch.device(options.device)
+    tables, log = paths(options, device)
+    # The tables are what this changes: they do not make it other code.
+    meta = describe(device, options.commit) | {"source": source_digest(tables=False)}
+    tuning = Tuning(
+        device=device,
+        capability=capability_of(device),
+        tables=tables,
+        log=open_records(log, meta, fresh=options.fresh),
+        most=options.candidates,
+        started=options.started,
+        deadline=options.started + options.budget_seconds - RESERVE_SECONDS,
+    )
+    if not options.fresh:
+        resume(tuning)
+    classes = [shape for shape in shape_classes(device.type) if shape.op in options.ops]
+    todo = [shape for shape in classes if shape not in tuning.searched]
+    tuning.say(f"{meta['device_name']}: {len(todo)} of {len(classes)} classes to tune; table {tables[0]}, log {log}")
+    left = list(todo)
+    count = default_workers(device) if options.workers is None else options.workers
+    with Workers(attempt_candidate, count, SECONDS_EACH) as workers:
+        while left and time.monotonic() < tuning.deadline and tune_class(tuning, left[0], workers):
+            left.pop(0)
+    tuning.say(f"{len(tuning.entries)} entries in {tables[0]}; {len(left)} classes left")
+    if left:
+        print("the same command goes on from here")
+    without = [shape for shape in todo if shape not in left and not tuning.searched[shape]]
+    return 1 if without else 0
+
+
+def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path, ...], Path]:
+    """Return where the table goes, the one that is looked up first, and the log."""
+    file = f"{device_slug(device)}.json"
+    own = PACKAGED if options.package else user_folder()
+    if options.out is not None:
+        return (own / file, options.out / "tables" / file), options.log or options.out / "tune" / file
+    logs = LOGS if options.package else user_folder() / "tune"
+    return (own / file,), options.log or logs / file
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's settings."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--budget-seconds", type=float, default=240.0, help="end by then; another call goes on")
+    parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="where every measurement goes")
+    parser.add_argument("--fresh", action="store_true", help="start over: a new table, a new log")
+    parser.add_argument("--candidates", type=int, default=96, help="how many to try where nothing like it was searched")
+    parser.add_argument("--workers", type=int, help="processes that compile and check (0: none)")
+    parser.add_argument("--commit", help="what to call the code where git does not know")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
+    started = time.monotonic()
+    # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    options = parse(arguments)
+    options.started = started
+    if backend(options.device) != "triton":
+        print(f"error: the kernels do not run on {options.device} here, so there is nothing to tune", file=sys.stderr)
+        return 2
+    try:
+        return tune(options)
+    except (ResultsError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

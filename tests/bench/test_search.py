@@ -1,0 +1,78 @@
+"""Which candidates are tried, which go on, which wins."""
+
+import torch
+
+from bench.search import Timed, best_of_each_design, narrowed, search, survivors
+from bench.trials import Trial
+from plora_kernels.blocks import FoldBlocks, MatmulBlocks, ShapeClass, candidates
+
+GATE = ShapeClass("forward", "bfloat16", 8192, 4096, 4096, 16)
+
+
+def matmul(design: str, block_m: int = 128, block_r: int = 16) -> MatmulBlocks:
+    return MatmulBlocks(design, block_m, 128, 64, block_r, 8, 8, 3)
+
+
+def timed(design: str, time_ms: float, block_m: int = 128, rounds: int = 4) -> Timed:
+    return Timed(matmul(design, block_m), time_ms, rounds)
+
+
+def test_the_fastest_quarter_and_the_best_of_every_design_go_on() -> None:
+    found = {str(number): timed("tile", 1.0 + number) for number in range(20)}
+    found |= {"late": timed("persistent", 90.0), "later": timed("persistent", 95.0)}
+    assert survivors(found) == ["0", "1", "2", "3", "4", "late"]
+
+
+def test_four_at_least_go_on() -> None:
+    assert len(survivors({str(number): timed("tile", number) for number in range(6)})) == 4
+    assert survivors({"only": timed("tile", 1.0)}) == ["only"]
+
+
+def test_a_longer_measurement_counts_before_a_shorter() -> None:
+    found = best_of_each_design([timed("tile", 1.0, 64), timed("tile", 1.2, 128, rounds=40), timed("persistent", 0.9)])
+    assert found["tile"].time_ms == 1.2
+    assert list(found) == ["tile", "persistent"]
+
+
+def test_a_new_class_tries_the_designs_in_turns_the_default_first() -> None:
+    known = candidates(GATE, 90)
+    tried = narrowed(GATE, known, {}, most=9)
+    assert tried[0] == known[0]
+    assert len(tried) == 9
+    designs = [blocks.design for blocks in tried[1:] if isinstance(blocks, MatmulBlocks)]
+    assert set(designs[:4]) == set(designs[4:]) == {"tile", "persistent", "two_launch", "one_launch"}
+    assert all(blocks.block_m * blocks.block_n == 128 * 256 for blocks in tried[1:] if isinstance(blocks, MatmulBlocks))
+
+
+def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules() -> None:
+    known = candidates(GATE, 90)
+    searched = {GATE: [Timed(blocks, float(place), 4) for place, blocks in enumerate(known)]}
+    near = ShapeClass("forward", "bfloat16", 8192, 2048, 2048, 64)
+    tried = narrowed(near, candidates(near, 90), searched, most=100)
+    assert tried[0] == candidates(near, 90)[0]
+    assert 8 < len(tried) <= 1 + 4 * 8
+    assert {blocks.block_r for blocks in tried} == {64}
+    backward = ShapeClass("input_gradient", "bfloat16", 8192, 4096, 4096, 16)
+    assert len(narrowed(backward, candidates(backward, 90), searched, most=100)) <= 1 + 4 * 8
+
+
+def test_few_rows_other_dtypes_and_other_ops_are_not_alike() -> None:
+    searched = {GATE: [timed("tile", 1.0)]}
+    for other in (
+        ShapeClass("forward", "bfloat16", 16, 4096, 4096, 16),
+        ShapeClass("forward", "float16", 8192, 4096, 4096, 16),
+        ShapeClass("fold", "bfloat16", 8192, 4096, 4096, 16),
+    ):
+        known = candidates(other, 90)
+        assert len(narrowed(other, known, searched, most=10**6)) == len(known)
+
+
+def test_the_search_times_all_and_the_best_longest(monkeypatch: object) -> None:
+    calls: list[object] = []
+    trial = Trial(ShapeClass("fold", "float32", 8, 8, 8, 1), lambda: calls.append(1), dict, lambda dtype: {})
+    known = [FoldBlocks(16, 64, 16, warps, 2) for warps in (1, 2, 4, 8, 16, 32)]
+    found = search(trial, known, torch.device("cpu"))
+    assert {one.blocks for one in found} == set(known)
+    assert [one.rounds for one in found] == [40] * 4 + [4] * 2
+    assert [one.time_ms for one in found[:4]] == sorted(one.time_ms for one in found[:4])
+    assert len(calls) == 6 * (1 + 4) + 4 * (1 + 12) + 4 * (1 + 40)

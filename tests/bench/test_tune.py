@@ -1,0 +1,132 @@
+"""`python -m bench.tune` on interpreted kernels: it checks, times, writes, resumes and says what it dropped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import search, trials, tune
+from bench.correctness import WrongResultError
+from bench.records import load_records
+from bench.trials import Trial, for_checking, make_trial
+from plora_kernels.blocks import OPS, Blocks, FoldBlocks, ShapeClass, candidates, default_blocks
+from plora_kernels.tables import load_table
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's sizes")
+CPU = torch.device("cpu")
+FOLD = ShapeClass("fold", "float32", 48, 64, 48, 16)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: None) -> Path:
+    """A user's cache of its own, the kernels interpreted, two rounds a stage and one class."""
+    monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(search, "STAGES", (2, 2))
+    monkeypatch.setattr(tune, "shape_classes", lambda device_type: [FOLD])
+    return tmp_path / "cache"
+
+
+def run(*options: str) -> int:
+    tune._trial.cache_clear()
+    return tune.main(["--device", "cpu", "--workers", "0", "--candidates", "2", *options])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_right_with_its_default_and_a_wrong_result_is_not(op: str) -> None:
+    shape = next(shape for shape in tune.shape_classes("cpu") if shape.op == op)
+    trial = make_trial(replace(shape, m=16) if op != "fold" else shape, CPU)
+    blocks = default_blocks(shape, 0, aligned=True)
+    trial.check(blocks)
+    name, value = next(iter(trial.expected(torch.float64).items()))
+    off = replace(trial, expected=lambda dtype: {**trial.expected(dtype), name: value * 1.001})
+    with pytest.raises(WrongResultError, match=name):
+        off.check(blocks)
+
+
+def test_the_table_and_the_log_are_written_and_a_second_run_does_nothing(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", str(tmp_path / "out")) == 0
+    table = load_table(cache / "cpu.json")
+    assert [entry.shape for entry in table.entries] == [FOLD]
+    assert table.entries[0].blocks in candidates(FOLD, 0)
+    assert load_table(tmp_path / "out" / "tables" / "cpu.json").entries == table.entries
+    meta, records = load_records(tmp_path / "out" / "tune" / "cpu.json")
+    assert meta["device_name"]
+    assert [record["status"] for record in records] == ["best", "timed"]
+    assert records[0]["time_ms"] == table.entries[0].time_ms
+    assert "fold float32 m 48 d_in 64 d_out 48 r 16: FoldBlocks" in capsys.readouterr().out
+    before = (cache / "cpu.json").read_bytes()
+    assert run("--out", str(tmp_path / "out")) == 0
+    assert "0 of 1 classes to tune" in capsys.readouterr().out
+    assert (cache / "cpu.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_wrong_candidate_is_dropped_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    default = default_blocks(FOLD, 0, aligned=True)
+    check = Trial.check
+
+    def refuse(self: Trial, blocks: Blocks) -> None:
+        if blocks == default:
+            raise WrongResultError("weight is off by 7")
+        check(self, blocks)
+
+    monkeypatch.setattr(Trial, "check", refuse)
+    assert run("--log", str(tmp_path / "log.json")) == 0
+    assert "DROPPED 1, first FoldBlocks" in capsys.readouterr().out
+    records = load_records(tmp_path / "log.json")[1]
+    assert [(record["status"], record.get("cause")) for record in records] == [
+        ("best", None),
+        ("wrong", "WrongResultError: weight is off by 7"),
+    ]
+
+
+def test_where_nothing_is_right_nothing_is_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "check", lambda self, blocks: (_ for _ in ()).throw(WrongResultError("off")))
+    assert run() == 1
+    assert not (cache / "cpu.json").exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_time_nothing_is_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--budget-seconds", "0") == 0
+    assert "1 classes left" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_package_s_table_is_written_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(tune, "LOGS", tmp_path / "logs")
+    assert run("--package") == 0
+    assert load_table(tmp_path / "packaged" / "cpu.json").entries
+    assert load_records(tmp_path / "logs" / "cpu.json")
+
+
+def test_without_kernels_there_is_nothing_to_tune(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+    assert run() == 2
+    assert capsys.readouterr().err == "error: the kernels do not run on cpu here, so there is nothing to tune\n"
+
+
+def test_what_is_tuned_stands_once_and_the_gate_first() -> None:
+    classes = tune.shape_classes("cuda")
+    assert len(set(classes)) == len(classes)
+    assert {shape.op for shape in classes} == set(OPS)
+    assert next(shape for shape in classes if shape.op == "forward") == ShapeClass(
+        "forward", "bfloat16", 8192, 4096, 4096, 16
+    )
+    assert {shape.dtype for shape in classes} == {"bfloat16", "float16", "float32"}
+    assert {shape.m for shape in classes if shape.op == "forward"} >= {1, 16, 8192}
+
+
+def test_a_check_needs_fewer_rows_but_a_fold_all_of_its_weight() -> None:
+    assert for_checking(ShapeClass("forward", "bfloat16", 8192, 64, 64, 16)).m == trials.CHECK_ROWS
+    assert for_checking(ShapeClass("fold", "bfloat16", 8192, 64, 8192, 16)).m == 8192
+    assert isinstance(default_blocks(FOLD, 0, aligned=True), FoldBlocks)

@@ -81,7 +81,9 @@ def compare(
         str,
         typer.Option(metavar="NAME,…", help="Methods; name@r puts every client at rank r.  [default: the file's]"),
     ] = "",
-    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.")] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.  [default: the file's]")
+    ] = "",
     vary: Annotated[
         str, typer.Option(metavar="KEY=VALUE,…", help="Compare a key's values, e.g. adapter.selection=random,first.")
     ] = "",
@@ -102,7 +104,12 @@ def compare(
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     asked = grid.request(
-        source, _settings(settings, more, track), names, grid.parse_seeds(seeds), vary=vary, reference=reference
+        source,
+        _settings(settings, more, track),
+        names,
+        grid.parse_seeds(seeds) if seeds else (),
+        vary=vary,
+        reference=reference,
     )
     return _compare(grid.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
 

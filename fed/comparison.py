@@ -11,10 +11,11 @@ from typing import Any
 from fed import grid
 from fed.compare import finished
 from fed.errors import FedError
-from fed.grid import Plan, Variant
+from fed.grid import Plan
 from fed.metrics import ACCURACY, METRICS, OUTCOME, Metric
 from fed.paired import Interval, interval
 from fed.report import Run, read
+from fed.variants import Variant
 
 
 @dataclass(frozen=True)

@@ -165,20 +165,46 @@ class RunConfig(_Table):
         return self
 
 
+class CompareConfig(_Table):
+    """What `fed compare` compares where its command line does not say: methods, seeds, a setting's values.
+
+    `methods` are names, or `name@r` for every client at rank r; `vary` is `key=value,value,…`; `reference` names what
+    differences are taken from, by default the first.
+    """
+
+    methods: list[str] = []
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
+    vary: str = ""
+    reference: str = ""
+
+
+class _File(RunConfig):
+    """All a TOML file may hold."""
+
+    compare: CompareConfig = CompareConfig()
+
+
 def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Return the configuration of a preset's name or a TOML file, `key=value` overrides applied in order.
 
     An override's value is read as TOML (`train.learning_rate=1e-3`, `clients.ranks=[4,8]`); where it is none,
     or the key holds text, it is plain text (`data.text=input`). Raises FedError naming key and value.
     """
-    return parse(table(source, overrides), where=str(source))
+    values, _ = table(source, overrides)
+    return parse(values, where=str(source))
 
 
-def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what `load` validates: the nested table of a preset or file, with the overrides applied."""
+def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
+    """Return the nested table of a preset or file with the overrides applied, and apart from it its `[compare]`."""
     values = _read(source)
     apply(values, overrides)
-    return values
+    asked = values.pop("compare", {})
+    for key in _dotted({"compare": asked}):
+        _require_known(key, str(source))
+    try:
+        return values, _File.model_validate({"compare": asked}).compare
+    except ValidationError as error:
+        raise FedError(_one_line(error)) from None
 
 
 def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -247,7 +273,7 @@ def _value(text: str, holds_text: bool) -> Any:
     return parsed["value"]
 
 
-def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
     """Every key with its type, by dotted name, tables included."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from fed.canvas import Panel, Theme, over_rounds, save, sheet
 from fed.comparison import Comparison
-from fed.grid import Variant
 from fed.metrics import COST, NOISE, Metric
+from fed.variants import Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,7 @@ import tomli_w
 
 from fed import config as configuration
 from fed.errors import FedError
-from fed.report import method_name
+from fed.variants import Variant, resolved, variants
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 PLAN = "comparison.toml"
 # What two runs may differ in and still be the same experiment.
 _APART = ("seed", "tracker")
-# Methods whose clients all train the whole adapter.
-_EQUAL_RANKS = frozenset({"fedit", "ffa-lora", "fedex-lora", "fedsa-lora", "rolora"})
-_CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 
 @dataclass(frozen=True)
@@ -44,16 +39,6 @@ class Request:
     reference: str = ""
     source: str = ""
     settings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing compared: its directory's name, how it is shown, its settings, and what they do to the ranks."""
-
-    name: str
-    label: str
-    settings: tuple[str, ...]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,37 +86,48 @@ def request(
     source: str | Path,
     settings: Sequence[str] = (),
     methods: Sequence[str] = (),
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (),
     vary: str = "",
     reference: str = "",
 ) -> Request:
-    """Return the request to compare `methods`, by default the configuration's own, on `seeds`."""
-    table = configuration.table(source, settings)
-    named = table.pop("method", configuration.RunConfig.model_fields["method"].default)
+    """Return the request for a comparison; what is empty is as the source's `[compare]` says.
+
+    Without methods there either, it is the configuration's own.
+    """
+    table, asked = configuration.table(source, settings)
+    own = table.pop("method", configuration.RunConfig.model_fields["method"].default)
     table.pop("seed", None)
     # Ranks that the file's own method could not serve are no error here: each variant's are checked.
-    resolved = configuration.parse({**table, "method": "fed-plora"}, where=str(source)).model_dump(exclude_none=True)
-    del resolved["method"], resolved["seed"]
-    return Request(resolved, tuple(methods) or (named,), tuple(seeds), vary, reference, str(source), tuple(settings))
+    shared = configuration.parse({**table, "method": "fed-plora"}, where=str(source)).model_dump(exclude_none=True)
+    del shared["method"], shared["seed"]
+    return Request(
+        table=shared,
+        methods=tuple(methods or asked.methods or [own]),
+        seeds=tuple(seeds or asked.seeds),
+        vary=vary or asked.vary,
+        reference=reference or asked.reference,
+        source=str(source),
+        settings=tuple(settings),
+    )
 
 
 def plan(asked: Request) -> Plan:
     """Resolve every variant with every seed; FedError where one cannot be, or where two would be the same."""
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
         raise FedError(f"--seeds is {','.join(map(str, asked.seeds))!r}: it should name each seed once, e.g. 0,1,2")
-    variants = tuple(_variants(asked))
-    names = [variant.name for variant in variants]
+    compared = tuple(variants(asked.table, asked.methods, asked.vary))
+    names = [variant.name for variant in compared]
     for name in names:
         if names.count(name) > 1:
             raise FedError(f"{name!r} would be compared with itself: every method and value should be named once")
     if asked.reference and asked.reference not in names:
         raise FedError(f"--reference is {asked.reference!r}; one of {', '.join(names)} would be right")
     cells = [
-        Cell(variant, seed, _resolved(asked.table, (*variant.settings, f"seed={seed}")))
+        Cell(variant, seed, resolved(asked.table, (*variant.settings, f"seed={seed}")))
         for seed in asked.seeds
-        for variant in variants
+        for variant in compared
     ]
-    return Plan(asked, variants, tuple(cells))
+    return Plan(asked, compared, tuple(cells))
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
@@ -186,87 +182,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise FedError(f"--seeds is {text!r}: it should be numbers such as 0,1,2 or a range such as 0-4")
         seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return tuple(seeds)
-
-
-def _variants(asked: Request) -> Iterator[Variant]:
-    """Yield every method with every value of the varied key."""
-    methods = [_of_method(asked.table, method) for method in asked.methods]
-    key, values = _varied(asked.vary)
-    for method, value in itertools.product(methods, values):
-        if value is None:
-            yield method
-            continue
-        shown = f"{key.rpartition('.')[2]} {value}"
-        yield Variant(
-            name=f"{method.name}.{_slug(shown)}",
-            label=shown if len(methods) == 1 else f"{method.label}, {shown}",
-            settings=(*method.settings, f"{key}={value}"),
-            note=method.note,
-        )
-
-
-def _of_method(table: dict[str, Any], asked: str) -> Variant:
-    """Return a method's variant: at the configuration's ranks, at R where it needs equal ones, or at the rank given.
-
-    At another rank than R, alpha is set so that the scale s stays what it is.
-    """
-    method, at, text = asked.partition("@")
-    config = _resolved(table, ("method=fed-plora",))
-    R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
-    if at and not (text.isdecimal() and 1 <= int(text) <= R):
-        raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
-    if not at and (dealt == {R} or method not in _EQUAL_RANKS):
-        return Variant(method, method_name(method), (f"method={method}",))
-    rank = int(text) if at else R
-    share = rank / R
-    alpha = config.adapter.alpha * (share**0.5 if config.adapter.rank_stabilized else share)
-    reason = "as asked for" if at else "it needs equal ranks"
-    same_scale = "" if rank == R else f", alpha {alpha:g} for the same scale"
-    return Variant(
-        name=f"{method}@{rank}" if at else method,
-        label=f"{method_name(method)} (rank {rank})",
-        settings=(f"method={method}", f"clients.ranks=[{rank}]", f"adapter.rank={rank}", f"adapter.alpha={alpha!r}"),
-        note=f"{method_name(method)} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})",
-    )
-
-
-def _varied(vary: str) -> tuple[str, list[str | None]]:
-    """Split `key=value,value` where a comma stands outside brackets and quotes."""
-    if not vary:
-        return "", [None]
-    key, equals, text = vary.partition("=")
-    key = key.strip()
-    if key in ("seed", "method"):
-        raise FedError(f"--vary {key} is what --{key}s is for")
-    values: list[str | None] = [part.strip() for part in _split(text)]
-    if not equals or not all(values):
-        raise FedError(f"--vary takes key=value,value,… e.g. train.local_steps=1,3,9; got {vary!r}")
-    return key, values
-
-
-def _split(text: str) -> list[str]:
-    parts, awaited = [""], [""]
-    for character in text:
-        if character == "," and not awaited[-1]:
-            parts.append("")
-            continue
-        parts[-1] += character
-        if character == awaited[-1]:
-            awaited.pop()
-        elif character in _CLOSING:
-            awaited.append(_CLOSING[character])
-    return parts
-
-
-def _resolved(table: dict[str, Any], settings: Sequence[str]) -> RunConfig:
-    changed = copy.deepcopy(table)
-    configuration.apply(changed, settings)
-    return configuration.parse(changed, where="--methods or --vary")
-
-
-def _slug(text: str) -> str:
-    """Return `text` as part of a directory's name."""
-    return re.sub(r"[^a-z0-9._=@]+", "-", text.lower()).strip("-.")
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from fed.grid import Plan, parse_seeds
 
 
 def planned(*settings: str, **asked: object) -> Plan:
-    return grid.plan(grid.request("digits", settings, **asked))
+    return grid.plan(grid.request("digits", settings, **{"methods": ("fed-plora",), "seeds": (0,)} | asked))
 
 
 def test_every_method_runs_with_every_seed_and_nothing_else_differs() -> None:

@@ -118,7 +118,8 @@ def over_rounds(axes: Axes, last_round: int) -> None:
 
 
 def _finish(axes: Axes, theme: Theme) -> None:
-    axes.set_facecolor(theme.paper)
+    if not axes.images:
+        axes.set_facecolor(theme.paper)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(which="both", colors=theme.ink, labelcolor=theme.ink)

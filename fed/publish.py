@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fed import curves, pictures, wording
+from fed import curves, heatmaps, pictures, wording
 from fed.comparison import Comparison, as_json
 from fed.grid import settings_of
+from fed.heatmaps import similarity_panels
 from fed.metrics import COST, NOISE, OUTCOME
 from fed.page import Section, page
 from fed.report import read, summary
@@ -16,17 +17,19 @@ PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
 
 
 def publish_run(directory: Path) -> list[Path]:
-    """Write a run's `report.png` and `report.html` anew and return their paths."""
+    """Write a run's pictures and `report.html` anew and return their paths."""
     run = read(directory)
     settings = "\n".join(f"{key} = {value!r}" for key, value in settings_of(run.config).items())
     sections = [
         Section("Result", tables=[summary(run)]),
         Section("Over the rounds", panels=pictures.panels(run)),
+        *([Section("Cosines between modules", panels=maps)] if (maps := similarity_panels(directory)) else []),
         Section("Settings", code=f"seed = {run.config.seed}\n{settings}"),
     ]
     lead = "Round 0 is the unadapted model; noise is measured on effective weights, in fp64."
     document = page(pictures.headline(run.config), lead, sections)
-    return [pictures.draw(directory), _write(document, directory / PAGE)]
+    drawn = [pictures.draw(directory), heatmaps.draw(directory)]
+    return [*(path for path in drawn if path is not None), _write(document, directory / PAGE)]
 
 
 def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:

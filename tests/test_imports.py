@@ -35,7 +35,7 @@ RESERVED = {
     "pydantic": {"fed/config.py", "fed/data_config.py", "fed/schema.py"},
     "typer": {"fed/cli.py"},
     "rich": {"fed/cli.py", "fed/console.py", "fed/board.py"},
-    "matplotlib": {"fed/canvas.py", "fed/pictures.py", "fed/curves.py", "bench"},
+    "matplotlib": {"fed/canvas.py", "fed/pictures.py", "fed/curves.py", "fed/heatmaps.py", "bench"},
     "scipy": {"fed/paired.py"},
     "tensorboard": {"fed/trackers.py"},
     "wandb": {"fed/trackers.py"},

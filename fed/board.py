@@ -44,7 +44,7 @@ class Board:
                 speed_estimate_period=_SPEED_OVER_SECONDS,
             )
             self._bars.start()
-            self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=self._count())
+            self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=f"{self._count()} runs")
         return self
 
     def __exit__(
@@ -84,7 +84,7 @@ class Board:
             return
         self._ended += 1
         if self._bars is not None:
-            self._bars.update(self._tasks["all"], note=self._count())
+            self._bars.update(self._tasks["all"], note=f"{self._count()} runs")
         self._say(f"run {self._count()}  {self._accuracy[cell.label]}  {cell.label}{self._time_left()}")
 
     def _count(self) -> str:

@@ -26,7 +26,7 @@ class Tracker(NamedTuple):
 
     library: str
     extra: str
-    opened: Callable[[RunConfig, Path], Any]
+    opened: Callable[[RunConfig, Path, int], Any]
 
 
 def require(names: Sequence[str]) -> None:
@@ -40,11 +40,15 @@ def require(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def tracking(config: RunConfig, directory: Path) -> Iterator[Log]:
-    """Open the run's trackers and give what hands a row to each of them; they are closed after the body."""
+def tracking(config: RunConfig, directory: Path, first: int = 0) -> Iterator[Log]:
+    """Open the run's trackers and give what hands a row to each of them; they are closed after the body.
+
+    `first` is the round of the first row to come. Where a run is continued, TensorBoard replaces the rows from there
+    on; the others begin a run of their own.
+    """
     require(config.tracker)
     with ExitStack() as stack:
-        logs = [stack.enter_context(TRACKERS[name].opened(config, directory)) for name in config.tracker]
+        logs = [stack.enter_context(TRACKERS[name].opened(config, directory, first)) for name in config.tracker]
 
         def log(row: Row) -> None:
             for one in logs:
@@ -63,9 +67,10 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 @contextmanager
-def _tensorboard(config: RunConfig, directory: Path) -> Iterator[Log]:
+def _tensorboard(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
     """Write event files to `tensorboard/` in the run's directory, the configuration as text beside the curves."""
-    writer: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(directory / "tensorboard"))
+    tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+    writer = tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
     lines = [f"    {key} = {value!r}" for key, value in settings_of(config).items()]
     writer.add_text("config", "\n".join(lines))
 
@@ -81,7 +86,7 @@ def _tensorboard(config: RunConfig, directory: Path) -> Iterator[Log]:
 
 
 @contextmanager
-def _wandb(config: RunConfig, directory: Path) -> Iterator[Log]:
+def _wandb(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
     """Log to a run named after the directory; where it goes is wandb's own affair (`WANDB_MODE`, `WANDB_PROJECT`)."""
     wandb = importlib.import_module("wandb")
     settings = {**settings_of(config), "seed": config.seed}
@@ -96,7 +101,7 @@ def _wandb(config: RunConfig, directory: Path) -> Iterator[Log]:
 
 
 @contextmanager
-def _mlflow(config: RunConfig, directory: Path) -> Iterator[Log]:
+def _mlflow(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
     """Log to a run named after the directory; where it goes is MLflow's own affair (`MLFLOW_TRACKING_URI`)."""
     mlflow = importlib.import_module("mlflow")
     with mlflow.start_run(run_name=_run_name(directory)):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from fed.comparison import Comparison
+from fed.grid import settings_of
 from fed.metrics import COST, NOISE, OUTCOME, Metric
 from fed.report import task_name
 
@@ -73,12 +74,27 @@ def notes(comparison: Comparison) -> list[str]:
     lines = [f"{variant.note}." for variant in comparison.plan.variants if variant.note]
     if comparison.missing:
         lines.append(f"{comparison.missing} of {len(comparison.plan.cells)} runs are not finished and are left out.")
+    same = "share base weights, split, shards and order of batches"
     lines.append(
-        "All variants of a seed share base weights, split, shards and order of batches; ± is the standard deviation "
-        "over seeds. A difference whose interval holds 0 is a tie. Intervals are Student's t, each for one pair "
-        "alone: of many, one in twenty misses by chance."
+        f"All variants of a seed {same if _same_data(comparison) else 'do not have the same data or base model'}; "
+        "± is the standard deviation over seeds."
     )
+    if comparison.others:
+        lines.append(
+            "A difference whose interval holds 0 is a tie. Intervals are Student's t, each for one pair alone: of "
+            "many, one in twenty misses by chance."
+        )
     return lines
+
+
+def _same_data(comparison: Comparison) -> bool:
+    """Return whether no variant changes the base model, the data, or how they are dealt out."""
+    common = comparison.plan.common()
+    every = settings_of(comparison.plan.cells[0].config)
+    return not any(
+        key.startswith(("model.", "data.")) or key in ("clients.count", "clients.dirichlet_alpha")
+        for key in every.keys() - common.keys()
+    )
 
 
 def heading(comparison: Comparison) -> str:

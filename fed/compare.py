@@ -14,8 +14,7 @@ from fed import config as configuration
 from fed import execute, grid
 from fed.errors import FedError
 from fed.grid import Cell, Plan
-from fed.report import read_rows
-from fed.rundir import ADAPTER, BASE, CONFIG
+from fed.rundir import BASE, CONFIG
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,15 +56,9 @@ def _require_same(plan: Plan, directory: Path) -> None:
             raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
 
 
-def rounds_done(cell: Cell, directory: Path) -> int:
-    """Return the last round of a run's file, -1 where it has none."""
-    rows = read_rows(directory / cell.path)
-    return int(rows[-1]["round"]) if rows else -1
-
-
 def finished(cell: Cell, directory: Path) -> bool:
-    """Return whether a run went to its end: every round is there, and the adapter saved after the last."""
-    return (directory / cell.path / ADAPTER).is_dir() and rounds_done(cell, directory) == cell.config.rounds
+    """Return whether a run of the comparison went to its end."""
+    return execute.ended(directory / cell.path, cell.config)
 
 
 class Workbench:
@@ -118,14 +111,18 @@ class Workbench:
 
 
 def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
-    """Play one run of a comparison to its end, from where it stood if it was begun before."""
+    """Play one run of a comparison to its end, from its checkpoint if it was begun before."""
+    from fed.checkpoint import last_round
+
     config, directory = cell.config, bench.directory / cell.path
     with execute.limits(config.threads):
         model, base = bench.base(config, lambda line: tell(cell, "base", line))
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        configuration.write(config, directory / CONFIG)
-        (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
+        resume = last_round(directory) is not None
+        if not resume:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            configuration.write(config, directory / CONFIG)
+            (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
         execute.play(
             config,
             bench.data(config),
@@ -133,6 +130,7 @@ def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
             directory,
             lambda row: tell(cell, "row", row),
             lambda line: tell(cell, "event", line),
+            resume=resume,
         )
 
 

@@ -1,4 +1,7 @@
-"""The error a person at the command line sees."""
+"""The error a person at the command line sees, and the exit statuses."""
+
+# What a command returns for what it cannot use, and where Ctrl-C ended it.
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class FedError(ValueError):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed.errors import FedError
+from fed.report import read_rows
+from fed.rundir import ADAPTER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,19 +54,28 @@ def play(
     directory: Path,
     on_round: Callable[[Row], object],
     on_event: Callable[[str], object],
+    resume: bool = False,
 ) -> list[Row]:
-    """Run the rounds in `directory`; each row goes to the run's trackers, then to `on_round`."""
+    """Run the rounds in `directory`, all or those after its checkpoint; rows go to `on_round`, then to trackers."""
+    from fed.checkpoint import last_round
     from fed.models import head_names
     from fed.simulate import simulate
     from fed.trackers import tracking
 
-    with tracking(config, directory) as track:
+    first = (last_round(directory) or 0) + 1 if resume else 0
+    with tracking(config, directory, first) as track:
 
         def hand_on(row: Row) -> None:
             on_round(row)
             track(row)
 
-        return simulate(config, data, model, head_names(model), directory, hand_on, on_event)
+        return simulate(config, data, model, head_names(model), directory, hand_on, on_event, resume=resume)
+
+
+def ended(directory: Path, config: RunConfig) -> bool:
+    """Return whether a run went to its end: every round is there, and the adapter that is saved after the last."""
+    rows = read_rows(directory)
+    return bool(rows) and rows[-1]["round"] == config.rounds and (directory / ADAPTER).is_dir()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fed.canvas import Panel, Theme, over_rounds, save, sheet
-from fed.report import Row, Run, method_name, read, task_name
+from fed.report import Row, Run, method_name, population, read, task_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,14 +47,8 @@ def panels(run: Run) -> list[Panel]:
 
 
 def headline(config: RunConfig) -> str:
-    """Return a run's settings in one line: method, task, clients, skew and ranks."""
-    clients = config.clients
-    skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
-    ranks = ", ".join(str(rank) for rank in sorted(set(clients.ranks[: clients.count])))
-    return (
-        f"{method_name(config.method)} on {task_name(config)}: {clients.count} clients, {clients.per_round} a round, "
-        f"{skew}, ranks {ranks} of R = {config.adapter.rank}"
-    )
+    """Return a run's settings in one line: method, task and clients."""
+    return f"{method_name(config.method)} on {task_name(config)}: {population(config)}"
 
 
 def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:

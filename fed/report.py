@@ -18,18 +18,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 CENTRALISED = "centralised.json"
-METHOD_NAMES = {
-    "fed-plora": "Fed-PLoRA",
-    "fedit": "FedIT",
-    "flora": "FLoRA",
-    "flexlora": "FlexLoRA",
-    "hetlora": "HETLoRA",
-    "ffa-lora": "FFA-LoRA",
-    "fedex-lora": "FedEx-LoRA",
-    "fedsa-lora": "FedSA-LoRA",
-    "rolora": "RoLoRA",
-    "raflora": "raFLoRA",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,19 @@ def write_centralised(directory: Path, rows: Sequence[Row]) -> None:
 
 def method_name(method: str) -> str:
     """Return a method's name as its paper writes it."""
-    return METHOD_NAMES.get(method, method)
+    from fed import methods
+
+    return methods.find(method).title
+
+
+def population(config: RunConfig) -> str:
+    """Describe the clients in a few words: how many, how skewed, of what ranks."""
+    clients = config.clients
+    skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
+    ranks = f"ranks {', '.join(str(rank) for rank in sorted(set(clients.ranks[: clients.count])))}"
+    if clients.memory_mib:
+        ranks = "ranks by memory"
+    return f"{clients.count} clients, {clients.per_round} a round, {skew}, {ranks} of R = {config.adapter.rank}"
 
 
 def task_name(config: RunConfig) -> str:

@@ -16,8 +16,6 @@ from fed.report import method_name
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-# Methods whose clients all train the whole adapter.
-_EQUAL_RANKS = frozenset({"fedit"})
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 
@@ -31,13 +29,13 @@ class Variant:
     note: str = ""
 
 
-def variants(table: dict[str, Any], methods: Sequence[str], vary: str) -> Iterator[Variant]:
+def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator[Variant]:
     """Yield every method with every value of `vary` (`key=value,value,…`, or empty), over the settings of `table`.
 
     A method is named as in a configuration, or `name@r` for every client at rank r. Raises FedError for what is
     neither, and for a key that is not varied so.
     """
-    chosen = [_of_method(table, method) for method in methods]
+    chosen = [_of_method(table, method) for method in named]
     key, values = _varied(vary)
     for method, value in itertools.product(chosen, values):
         if value is None:
@@ -57,12 +55,15 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
 
     At another rank than R, alpha is set so that the scale s stays what it is.
     """
+    from fed import methods
+
     method, at, text = asked.partition("@")
     config = resolved(table, ("method=fed-plora",))
     R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
     if at and not (text.isdecimal() and 1 <= int(text) <= R):
         raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
-    if not at and (dealt == {R} or method not in _EQUAL_RANKS):
+    mixed = bool(config.clients.memory_mib) or dealt != {R}
+    if not at and not (mixed and methods.find(method).equal_ranks):
         return Variant(method, method_name(method), (f"method={method}",))
     rank = int(text) if at else R
     share = rank / R
@@ -72,7 +73,13 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
     return Variant(
         name=f"{method}@{rank}" if at else method,
         label=f"{method_name(method)} (rank {rank})",
-        settings=(f"method={method}", f"clients.ranks=[{rank}]", f"adapter.rank={rank}", f"adapter.alpha={alpha!r}"),
+        settings=(
+            f"method={method}",
+            f"clients.ranks=[{rank}]",
+            "clients.memory_mib=[]",
+            f"adapter.rank={rank}",
+            f"adapter.alpha={alpha!r}",
+        ),
         note=f"{method_name(method)} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})",
     )
 

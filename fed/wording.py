@@ -9,7 +9,8 @@ from statistics import fmean, stdev
 from fed.comparison import Comparison
 from fed.grid import settings_of
 from fed.metrics import COST, NOISE, OUTCOME, Metric
-from fed.report import task_name
+from fed.report import population, task_name
+from fed.variants import resolved
 
 Table = list[tuple[str, ...]]
 
@@ -156,14 +157,8 @@ def title(comparison: Comparison) -> str:
 
 def lead(comparison: Comparison) -> str:
     """Say in a sentence what every run did."""
-    config = comparison.plan.cells[0].config
-    clients = config.clients
-    skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
-    ranks = ", ".join(map(str, sorted(set(comparison.plan.request.table["clients"]["ranks"][: clients.count]))))
-    return (
-        f"{clients.count} clients of ranks {ranks}, {clients.per_round} a round, {skew}, {config.rounds} rounds of "
-        f"{config.train.local_steps} local steps; {heading(comparison)}."
-    )
+    config = resolved(comparison.plan.request.table, ("method=fed-plora",))
+    return f"{population(config)}; {config.rounds} rounds of {config.train.local_steps} local steps; {heading(comparison)}."
 
 
 def markdown_table(lines: Table) -> str:

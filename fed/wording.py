@@ -158,7 +158,8 @@ def title(comparison: Comparison) -> str:
 def lead(comparison: Comparison) -> str:
     """Say in a sentence what every run did."""
     config = resolved(comparison.plan.request.table, ("method=fed-plora",))
-    return f"{population(config)}; {config.rounds} rounds of {config.train.local_steps} local steps; {heading(comparison)}."
+    steps = f"{config.rounds} rounds of {config.train.local_steps} local steps"
+    return f"{population(config)}; {steps}; {heading(comparison)}."
 
 
 def markdown_table(lines: Table) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -89,9 +90,6 @@ def _serve(pipe: Connection, directory: Path) -> None:
     def tell(cell: Cell, kind: str, payload: Any) -> None:
         pipe.send((kind, payload))
 
-    while True:
-        try:
-            cell = pipe.recv()
-        except EOFError:
-            return
-        in_turn([cell], bench, tell)
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            in_turn([pipe.recv()], bench, tell)

@@ -53,7 +53,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_it_should(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
     folders = {"base", "adapter", "checkpoint", "similarity"}
-    assert names == folders | {"config.toml", "rounds.jsonl", "report.png", "report.html", "centralised.json"}
+    assert names == folders | {"config.toml", "rounds.jsonl", "report.png", "similarity.png", "report.html"} | {
+        "centralised.json"
+    }
     assert {path.name for path in (made / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     rows = rows_of(made)
     assert [row["round"] for row in rows] == [0, 1, 2]
@@ -256,7 +258,8 @@ def failing(error: BaseException, after_rounds: int) -> Callable:
     """A `simulate` that raises `error` after so many rows."""
     simulate = fed.simulate.simulate
 
-    def fail(config: object, data: object, model: object, heads: object, directory: Path, on_round, on_event) -> None:
+    def fail(*arguments: object, resume: bool = False) -> None:
+        *settings, on_round, on_event = arguments
         seen = []
 
         def watch(row: dict) -> None:
@@ -267,7 +270,7 @@ def failing(error: BaseException, after_rounds: int) -> Callable:
 
         if after_rounds == 0:
             raise error
-        simulate(config, data, model, heads, directory, watch, on_event)
+        simulate(*settings, watch, on_event, resume=resume)
 
     return fail
 
@@ -293,18 +296,55 @@ def test_what_fails_before_the_first_row_leaves_the_old_run_as_it_was(
     assert (out / "rounds.jsonl").read_text() == (out / "config.toml").read_text() == "old"
 
 
-def test_an_interrupted_run_keeps_the_rounds_it_finished(
-    tmp_path: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch
+def interrupt(out: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Outcome:
+    """Begin a run and end it by Ctrl-C after row 1."""
+    with monkeypatch.context() as patched:
+        patched.setattr("fed.simulate.simulate", failing(KeyboardInterrupt(), 2))
+        return fed_cli("run", "digits", "--out", str(out), "--set", *SMALL, *settings)
+
+
+def test_an_interrupted_run_keeps_its_rounds_and_goes_on_to_the_same_files(
+    made: Path, tmp_path: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("fed.simulate.simulate", failing(KeyboardInterrupt(), 2))
-    outcome = fed_cli("run", "digits", "--out", str(out), "--set", *SMALL)
+    outcome = interrupt(out, fed_cli, monkeypatch)
     assert outcome.status == 130
-    where = f"the rounds so far are in {out}; show them with python -m fed report {out}"
-    assert outcome.err == f"warning: interrupted: {where}\n"
+    assert outcome.err == (
+        f"warning: interrupted: the rounds so far are in {out}; python -m fed resume {out} continues\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [row["round"] for row in rows_of(out)] == [0, 1]
     assert fed_cli("report", str(out)).status == 0
+    outcome = fed_cli("resume", str(out))
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "round 2/2" in outcome.out
+    assert "round 1/2" not in outcome.out
+    assert without_times(out) == without_times(made)
+    for name in ("config.toml", "base/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (made / name).read_bytes()
+    reached = [json.loads((run / "centralised.json").read_text()) for run in (out, made)]
+    assert [row["accuracy"] for row in reached[0]] == [row["accuracy"] for row in reached[1]]
+
+
+def test_a_run_that_is_finished_plays_nothing_again(made: Path, fed_cli: Callable) -> None:
+    before = (made / "rounds.jsonl").read_bytes()
+    outcome = fed_cli("resume", str(made))
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"{made}: all 2 rounds are there already" in outcome.out
+    assert (made / "rounds.jsonl").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_cannot_go_on_and_stays(
+    tmp_path: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupt(out, fed_cli, monkeypatch, "checkpoint_every=0")
+    check_refused(fed_cli("resume", str(out)), "holds no checkpoint to go on from", tmp_path, {"out"})
+    assert [row["round"] for row in rows_of(out)] == [0, 1]
+
+
+def test_what_is_no_run_cannot_go_on(tmp_path: Path, fed_cli: Callable) -> None:
+    check_refused(fed_cli("resume", str(tmp_path)), "is not a run's directory", tmp_path, set())
 
 
 def test_report_on_what_is_no_run_is_refused(tmp_path: Path, fed_cli: Callable) -> None:

@@ -66,14 +66,16 @@ def interrupting(after_rows: int) -> Callable:
     """A `simulate` that Ctrl-C ends after so many rows of all runs together."""
     simulate, seen = fed.simulate.simulate, []
 
-    def stop(config: object, data: object, model: object, heads: object, directory: Path, on_round, *more) -> object:
+    def stop(*arguments: object, resume: bool = False) -> object:
+        *settings, on_round, on_event = arguments
+
         def watch(row: dict) -> None:
             on_round(row)
             seen.append(row)
             if len(seen) == after_rows:
                 raise KeyboardInterrupt
 
-        return simulate(config, data, model, heads, directory, watch, *more)
+        return simulate(*settings, watch, on_event, resume=resume)
 
     return stop
 
@@ -156,10 +158,10 @@ def test_a_run_that_cannot_be_played_is_named_and_the_others_stay(
 ) -> None:
     simulate = fed.simulate.simulate
 
-    def fail(config: object, *rest: object) -> object:
+    def fail(config: object, *rest: object, resume: bool) -> object:
         if (config.method, config.seed) == ("fedit", 0):
             raise FedError("the moon is full")
-        return simulate(config, *rest)
+        return simulate(config, *rest, resume=resume)
 
     monkeypatch.setattr("fed.simulate.simulate", fail)
     outcome = fed_cli(*ASKED, "--out", str(tmp_path / "out"))

@@ -106,8 +106,8 @@ class Screen:
     def show(self, comparison: Comparison) -> None:
         """Print a comparison: accuracy, differences and their verdicts, noise, cost."""
         self.table(wording.table(comparison, OUTCOME))
-        if comparison.others:
-            self.table(wording.paired_table(comparison))
+        for lines in wording.paired_tables(comparison):
+            self.table(lines)
         for names in (NOISE, COST):
             if comparison.metrics(names):
                 self.table(wording.table(comparison, names))

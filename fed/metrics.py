@@ -51,9 +51,11 @@ def _gain(rows: Sequence[Row]) -> float:
 
 
 ACCURACY = Metric("accuracy", "accuracy", "%", partial(_last, field="accuracy", scale=100.0), 1)
+ROUGE = Metric("rouge_l", "ROUGE-L", "%", partial(_last, field="rouge_l", scale=100.0), 1)
 METRICS = (
     ACCURACY,
     Metric("gain", "gain", "points", _gain, 1),
+    ROUGE,
     Metric("worst_accuracy", "worst client", "%", partial(_last, field="worst_accuracy", scale=100.0), 1),
     Metric("loss", "loss", "", partial(_last, field="loss"), 3),
     Metric("init_noise", "initialisation noise", "", partial(_mean, field="init_noise")),
@@ -94,6 +96,8 @@ METRICS = (
     ),
     Metric("fold_seconds", "folding", "s", partial(_sum, field="fold_seconds")),
 )
-OUTCOME = ("accuracy", "gain", "worst_accuracy", "loss")
+OUTCOME = ("accuracy", "gain", "rouge_l", "worst_accuracy", "loss")
+# What differences are taken of, and said in words: points, more being better.
+SCORES = (ACCURACY, ROUGE)
 NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")
 COST = ("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds")

@@ -52,10 +52,7 @@ def comparison_page(comparison: Comparison) -> str:
         Section(
             "Accuracy",
             items=wording.verdicts(comparison),
-            tables=[
-                wording.table(comparison, OUTCOME),
-                *([wording.paired_table(comparison)] if comparison.others else []),
-            ],
+            tables=[wording.table(comparison, OUTCOME), *wording.paired_tables(comparison)],
             panels=sheets["accuracy"],
         ),
         Section("Cost", tables=[wording.table(comparison, COST)], panels=sheets["cost"]),

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 from fed.comparison import Comparison
 from fed.grid import settings_of
-from fed.metrics import COST, NOISE, OUTCOME, Metric
+from fed.metrics import COST, NOISE, OUTCOME, SCORES, Metric
 from fed.report import population, task_name
 from fed.variants import resolved
 
@@ -27,11 +27,19 @@ def table(comparison: Comparison, names: Sequence[str]) -> Table:
     return lines
 
 
-def paired_table(comparison: Comparison) -> Table:
-    """Return every variant's accuracy less the reference's, paired by seed, with its 95 % interval and a verdict."""
-    lines: Table = [(f"less {comparison.plan.reference.label}", "difference", "95 % interval", "seeds", "")]
+def paired_tables(comparison: Comparison) -> list[Table]:
+    """Return a table of differences for each score there is; none where nothing is compared."""
+    if not comparison.others:
+        return []
+    return [paired_table(comparison, metric) for metric in SCORES if metric in comparison.metrics(OUTCOME)]
+
+
+def paired_table(comparison: Comparison, metric: Metric) -> Table:
+    """Return every variant's figure less the reference's, paired by seed, with its 95 % interval and a verdict."""
+    reference = comparison.plan.reference.label
+    lines: Table = [(f"{metric.title} less {reference}'s", "difference", "95 % interval", "seeds", "")]
     for variant in comparison.others:
-        found = comparison.paired(variant)
+        found = comparison.paired(variant, metric)
         if found is None:
             lines.append((variant.label, "—", "—", "0", "no seed in common"))
             continue
@@ -139,7 +147,10 @@ def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
         markdown_table(table(comparison, OUTCOME)),
     ]
     if comparison.others:
-        parts += [markdown_table(paired_table(comparison)), "\n".join(f"- {line}" for line in verdicts(comparison))]
+        parts += [
+            *map(markdown_table, paired_tables(comparison)),
+            "\n".join(f"- {line}" for line in verdicts(comparison)),
+        ]
     for names in (NOISE, COST):
         if comparison.metrics(names):
             parts.append(markdown_table(table(comparison, names)))

@@ -11,7 +11,7 @@ import pytest
 from fed import grid, wording
 from fed.comparison import Comparison, as_json, collect
 from fed.errors import FedError
-from fed.metrics import COST, NOISE, OUTCOME
+from fed.metrics import ACCURACY, COST, NOISE, OUTCOME
 from fed.publish import comparison_page, publish_comparison
 from tests.support.saved_runs import make_row, make_run
 
@@ -56,8 +56,8 @@ def test_noise_is_a_mean_over_rounds_and_bytes_and_times_are_sums(comparison: Co
 def test_differences_are_paired_by_seed_and_said_in_words(comparison: Comparison) -> None:
     # +10, +10, +11: mean 31/3, s = 1/√3, half = 4.3026527 · (1/√3) / √3 = 1.4342176
     # +2, −4, +8: mean 2, s = 6, half = 4.3026527 · 6 / √3 = 14.9048
-    assert wording.paired_table(comparison) == [
-        ("less Fed-PLoRA", "difference", "95 % interval", "seeds", ""),
+    assert wording.paired_table(comparison, ACCURACY) == [
+        ("accuracy less Fed-PLoRA's", "difference", "95 % interval", "seeds", ""),
         ("FedIT (rank 16)", "+10.33 points", "+8.90 to +11.77", "3", "ahead"),
         ("FedIT (rank 2)", "+2.00 points", "-12.90 to +16.90", "3", "tie"),
     ]
@@ -102,7 +102,7 @@ def test_runs_that_are_not_finished_are_left_out_and_counted(tmp_path: Path) -> 
 def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     found = collect(make_comparison(tmp_path, {"fed-plora": (0.4,), "fedit": (0.5,)}))
     assert wording.table(found, ("accuracy",))[0][0] == "1 seed"
-    assert wording.paired_table(found)[1] == ("FedIT (rank 16)", "+10.00 points", "—", "1", "one seed")
+    assert wording.paired_table(found, ACCURACY)[1] == ("FedIT (rank 16)", "+10.00 points", "—", "1", "one seed")
     assert "on one seed, which says nothing of chance" in wording.verdicts(found)[0]
 
 
@@ -110,7 +110,7 @@ def test_a_single_variant_is_shown_without_differences(tmp_path: Path) -> None:
     found = collect(make_comparison(tmp_path, {"fed-plora": (0.4, 0.5)}))
     assert found.others == []
     publish_comparison(found, tmp_path)
-    assert "less Fed-PLoRA" not in (tmp_path / "comparison.md").read_text()
+    assert "less Fed-PLoRA's" not in (tmp_path / "comparison.md").read_text()
 
 
 class Page(HTMLParser):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fed import config as configuration
-from fed.config import PRESETS, RunConfig, load, parse, preset_names, write
+from fed.config import PRESETS, CompareConfig, RunConfig, load, parse, preset_names, write
 from fed.errors import FedError
 
 
@@ -28,7 +28,9 @@ def test_defaults_are_the_digits_preset() -> None:
 
 
 def test_the_preset_shows_every_key_that_has_a_default() -> None:
-    shown = keys(tomllib.loads((PRESETS / "digits.toml").read_text()))
+    table = tomllib.loads((PRESETS / "digits.toml").read_text())
+    assert set(table.pop("compare")) == set(CompareConfig.model_fields)
+    shown = keys(table)
     assert shown == keys(RunConfig().model_dump(exclude_none=True))
 
 

@@ -67,23 +67,37 @@ def agg_noise(following: ServerState, starts: Sequence[ClientStart], updates: Se
 
     ΔW_i(end) = base_delta + s_i B_i A_i over all modules the client ends with. What the round folded into the base
     enters as the stack it is, so the difference is one product of stacked factors, [B_fold diag(w) | s B̄ |
-    −p_1 s_1 B_1 | …] [A_fold; Ā; A_1; …], never formed.
+    −p_1 s_1 B_1 | …] [A_fold; Ā; A_1; …]. Modules that several clients held and none of them trained enter once.
     """
     total = sum(update.weight for update in updates)
-    scale = following.adapter.scale
     norms = []
     for matrix, (A, B) in following.adapter.factors.items():
-        left, right = [scale * B.double()], [A.double()]
+        left, right = [following.adapter.scale * B.double()], [A.double()]
         if matrix in following.fold:
             stack = following.fold[matrix]
             left.append(stack.B.double() * stack.weights)
             right.append(stack.A.double())
+        held: dict[int, tuple[Factors, Tensor]] = {}  # by the identity of what clients started with
         for start, update in zip(starts, updates, strict=True):
-            end_A, end_B = end_factors(start, update, matrix)
-            left.append(-update.weight / total * start.scale * end_B.double())
-            right.append(end_A.double())
+            share = update.weight / total * start.scale
+            trained_A, trained_B = update.factors[matrix]
+            left.append(-share * trained_B.double())
+            right.append(trained_A.double())
+            begun = start.factors[matrix]
+            _, weights = held.setdefault(id(begun), (begun, torch.zeros(begun[0].shape[0], dtype=torch.float64)))
+            weights[_untrained(start, matrix)] += share
+        for (begun_A, begun_B), weights in held.values():
+            kept = (weights > 0).to(begun_A.device)
+            left.append(-weights.to(begun_B.device)[kept] * begun_B[:, kept].double())
+            right.append(begun_A[kept].double())
         norms.append(product_norm(torch.cat(left, dim=1), torch.cat(right)))
     return torch.stack(norms).norm().item()
+
+
+def _untrained(start: ClientStart, matrix: str) -> list[int]:
+    """Return the modules a client holds and was not to train."""
+    selected = set(start.selected[matrix])
+    return [module for module in range(start.factors[matrix][0].shape[0]) if module not in selected]
 
 
 def agg_noise_module(following: ServerState, updates: Sequence[ClientUpdate]) -> float:
@@ -113,14 +127,16 @@ def factor_noise(start: Mapping[str, Factors], previous_end: Mapping[str, Factor
 
     Of one client; the round's figure is the mean over those that took part before.
     """
-    squares = [0.0, 0.0]
+    squares: dict[str, list[Tensor]] = {"A": [], "B": []}
     for matrix, pair in start.items():
-        for side, (now, before) in enumerate(zip(pair, previous_end[matrix], strict=True)):
-            rows, earlier = (t.double() if side == 0 else t.double().mT for t in (now, before))  # (modules, width)
+        for side, now, before in zip("AB", pair, previous_end[matrix], strict=True):
+            rows, earlier = (now, before) if side == "A" else (now.mT, before.mT)  # (modules, width)
+            rows, earlier = rows.double(), earlier.to(rows.device).double()
             shared = min(len(rows), len(earlier))
-            parts = (rows[:shared] - earlier[:shared].to(rows.device), rows[shared:], earlier[shared:])
-            squares[side] += sum(part.square().sum().item() for part in parts)
-    return squares[0] ** 0.5, squares[1] ** 0.5
+            parts = (rows[:shared] - earlier[:shared], rows[shared:], earlier[shared:])
+            squares[side] += [part.square().sum() for part in parts if len(part)]
+    moved_A, moved_B = torch.stack([torch.stack(squares[side]).sum() for side in "AB"]).sqrt().tolist()
+    return moved_A, moved_B
 
 
 def end_factors(start: ClientStart, update: ClientUpdate, matrix: str) -> Factors:

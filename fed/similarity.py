@@ -26,21 +26,26 @@ def module_similarity(updates: Sequence[ClientUpdate], rank: int) -> dict[str, T
     Trained modules alone count, each under its number; modules of norm 0 have no direction and count nowhere.
     """
     count = len(updates)
-    sums = {"within": torch.zeros(rank, rank), "across": torch.zeros(rank, rank), "clients": torch.zeros(count, count)}
-    sums = {name: values.double() for name, values in sums.items()}
-    pairs = {name: torch.zeros_like(values) for name, values in sums.items()}
+    sums = torch.zeros(count, count, rank, rank, dtype=torch.float64)  # client, other client, module, other module
+    pairs = torch.zeros_like(sums)
     for matrix in updates[0].factors:
         placed = [_unit_modules(update, matrix, rank) for update in updates]
-        for i, (A, B, there) in enumerate(placed):
-            for k, (other_A, other_B, other_there) in enumerate(placed):
-                cosines = (A @ other_A.mT) * (B @ other_B.mT)  # (R, R)
-                both = there[:, None] & other_there
-                name = "within" if i == k else "across"
-                sums[name] += cosines.where(both, 0.0)
-                pairs[name] += both
-                sums["clients"][i, k] += cosines.where(both, 0.0).diagonal().sum()
-                pairs["clients"][i, k] += both.diagonal().sum()
-    return {name: (sums[name] / pairs[name]).where(pairs[name] > 0, torch.nan) for name in sums}
+        A, B, there = (torch.stack(parts) for parts in zip(*placed, strict=True))  # (C, R, K), (C, R, N), (C, R)
+        for client in range(count):
+            cosines = (A[client] @ A.mT) * (B[client] @ B.mT)  # (C, R, R)
+            both = there[client][:, None] & there[:, None]
+            sums[client] += cosines.where(both, 0.0)
+            pairs[client] += both
+    same = torch.eye(count, dtype=torch.bool)
+    return {
+        "within": _mean(sums[same].sum(0), pairs[same].sum(0)),
+        "across": _mean(sums[~same].sum(0), pairs[~same].sum(0)),
+        "clients": _mean(*(values.diagonal(dim1=-2, dim2=-1).sum(-1) for values in (sums, pairs))),
+    }
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return (total / count).where(count > 0, torch.nan)
 
 
 def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate], rank: int) -> None:

@@ -15,39 +15,43 @@ from fed.samples import IGNORED, InstructionTable, Split
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # of one batch
 
 
-def evaluate_held_out(model: nn.Module, data: FederatedData) -> dict[str, float]:
-    """Return the metrics of the test set, and those of the validation set, if there is one, as `validation_…`."""
-    metrics = evaluate(model, data.test)
+def evaluate_held_out(model: nn.Module, data: FederatedData, right: Tensor | None = None) -> dict[str, float]:
+    """Return the metrics of the test set, and those of the validation set, if there is one, as `validation_…`.
+
+    `right` is filled as by `evaluate` over the test set.
+    """
+    metrics = evaluate(model, data.test, right)
     if data.validation is not None:
         metrics |= {f"validation_{name}": value for name, value in evaluate(model, data.validation).items()}
     return metrics
 
 
-def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
+def evaluate(model: nn.Module, split: Split, right: Tensor | None = None) -> dict[str, float]:
     """Return what a model reaches on `split`, in evaluation mode: `accuracy`, `loss` and, for instructions, `rouge_l`.
 
     Classification: accuracy (0 … 1) and mean cross-entropy in nats over every sample. Instructions: `loss` is the
     mean cross-entropy of the answers' tokens, each token alike; `accuracy` the share of generated answers that are
     exactly right and `rouge_l` their mean ROUGE-L, each with the right answer it is nearest to. Sums are fp64.
+    `right`, (n,) bool on the rows' device, is filled with which rows are classified rightly; instructions leave it.
     """
     model.eval()
     if isinstance(split.table, InstructionTable):
         return _answering(model, split, split.table) | {"loss": _token_loss(model, split)}
-    return _classification(model, split)
+    return _classification(model, split, right)
 
 
-def _classification(model: nn.Module, split: Split) -> dict[str, float]:
+def _classification(model: nn.Module, split: Split, right: Tensor | None) -> dict[str, float]:
     device = split.table.device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    right = torch.zeros(len(split), dtype=torch.bool, device=device) if right is None else right
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         for rows in split.batches(MOST_ROWS, MOST_TOKENS):
             batch = split.batch(rows)
             labels: Tensor = batch.pop("labels")  # (b,)
             logits: Tensor = model(**batch).logits.double()  # (b, classes)
-            correct += (logits.argmax(-1) == labels).sum()
+            right[rows.to(device, non_blocking=True)] = logits.argmax(-1) == labels
             loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return {"accuracy": correct.item() / len(split), "loss": loss.item() / len(split)}
+    return {"accuracy": right.sum().item() / len(split), "loss": loss.item() / len(split)}
 
 
 def _token_loss(model: nn.Module, split: Split) -> float:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fed import methods
 from fed.cost import download_bytes, stack_bytes, upload_bytes
@@ -17,7 +18,7 @@ from fed.data import FederatedData
 from fed.evaluate import evaluate, evaluate_held_out
 from fed.local import Workplace, fault, module_gradients, started, train
 from fed.noise import agg_noise, agg_noise_module, end_factors, factor_noise, start_noise
-from fed.personal import accuracy_for, hits, labels_of
+from fed.personal import accuracy_for, labels_of
 from fed.population import drawn, local_steps, populate
 from fed.server import step
 from fed.streams import Source
@@ -181,11 +182,12 @@ class Federation:
         """Return a round's row: bytes up over the updates that were used, bytes down over all its clients."""
         server = after.server
         self.work.load_server(server)
-        metrics = finite(evaluate_held_out(self.work.model, self.data))
+        right = torch.zeros(len(self.data.test), dtype=torch.bool, device=self.work.device)
+        metrics = finite(evaluate_held_out(self.work.model, self.data, right))
         usable = [visit for visit in visits if visit.fault is None]
         head_travels = self.config.train.head == "train"
         head = before.server.head if head_travels else {}
-        accuracies = self.client_accuracies(after, visits) if self.config.measure.clients and visits else None
+        accuracies = self.client_accuracies(after, visits, right) if self.config.measure.clients and visits else None
         return {
             "round": server.round,
             **metrics,
@@ -205,27 +207,25 @@ class Federation:
             "skipped": [visit.client.id for visit in visits if visit.fault is not None],
         }
 
-    def client_accuracies(self, standing: Standing, visits: Sequence[Visit]) -> list[float] | None:
+    def client_accuracies(self, standing: Standing, visits: Sequence[Visit], right: Tensor) -> list[float] | None:
         """Return the accuracy of each client of the round, with its own model where models are personal.
 
-        The model is at the server's state. None where nothing tells one client's accuracy from another's: one model
-        for all, and no labels.
+        `right` (n,) says which test rows the global model classifies rightly. None where nothing tells one client's
+        accuracy from another's: one model for all, and no labels.
         """
         personal = self.method.personal or self.config.train.head == "personal"
         wanted = labels_of(self.data.test)
         if wanted is None and not personal:
             return None
-        right = None if personal or wanted is None else hits(self.work.model, self.data.test)
         accuracies = []
         for client in (standing.clients[visit.client.id] for visit in visits):
+            own = labels_of(self.data.clients[client.id])
             if personal:
                 self.load_personal(standing, client)
-            own = labels_of(self.data.clients[client.id])
-            if wanted is None or own is None:
-                accuracies.append(evaluate(self.work.model, self.data.test)["accuracy"])
-            else:
-                seen = hits(self.work.model, self.data.test) if right is None else right
-                accuracies.append(accuracy_for(own, seen, wanted))
+                accuracy = evaluate(self.work.model, self.data.test, right)["accuracy"]
+            if wanted is not None and own is not None:
+                accuracy = accuracy_for(own, right.cpu(), wanted)
+            accuracies.append(accuracy)
         return accuracies
 
     def load_personal(self, standing: Standing, client: Client) -> None:

@@ -142,7 +142,7 @@ def train(
     """Train the selected modules, and the head if it is to be, on `steps` batches of the client's samples.
 
     The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
-    start holds the other fixed. The order of samples and the model's own dropout are drawn from `rng`. Nothing is
+    start holds the other fixed. The order of samples, LoRA dropout and the model's own are drawn from `rng`. Nothing is
     read from the device before the last step is done. With `measure` the update says what memory training took; the
     first step is watched for that.
     """
@@ -155,6 +155,7 @@ def train(
     work.model.train()
     with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):
         for step, rows in enumerate(order):
+            key_dropout(work, rng, step)
             optimizer.zero_grad()
             with saved.watching(measure and step == 0):
                 loss = work.model(**split.batch(rows)).loss
@@ -176,6 +177,13 @@ def train(
         sent=start.trained,
         footprint=taken if measure else None,
     )
+
+
+def key_dropout(work: Workplace, rng: Source, step: int) -> None:
+    """Give every layer that drops its seed for one step, keyed by (seed, round, client, step, matrix)."""
+    for matrix, layer in work.handle.layers.items():
+        if layer.dropout:
+            layer.dropout_seed = rng.seed_for("lora dropout", step, matrix)
 
 
 def trained_factors(compact: Mapping[str, tuple[nn.Parameter, nn.Parameter]], sides: str) -> list[nn.Parameter]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fed.evaluate import MOST_ROWS, MOST_TOKENS
 from fed.samples import DenseTable, Split, TextTable
 
 
@@ -14,18 +12,6 @@ def labels_of(split: Split) -> Tensor | None:
     if not isinstance(split.table, DenseTable | TextTable):
         return None
     return split.table.labels[split.rows.to(split.table.device)].cpu()
-
-
-def hits(model: nn.Module, split: Split) -> Tensor:
-    """Return which rows the model classifies rightly, (n,) bool on the CPU; it runs in evaluation mode."""
-    model.eval()
-    right = torch.zeros(len(split), dtype=torch.bool, device=split.table.device)
-    with torch.no_grad():
-        for rows in split.batches(MOST_ROWS, MOST_TOKENS):
-            batch = split.batch(rows)
-            labels: Tensor = batch.pop("labels")  # (b,)
-            right[rows.to(right.device)] = model(**batch).logits.argmax(-1) == labels
-    return right.cpu()
 
 
 def accuracy_for(client_labels: Tensor, right: Tensor, test_labels: Tensor) -> float:

@@ -45,6 +45,10 @@ class Source:
         """Return a uniform permutation of 0 … size-1, (size,) int64, always the same for one purpose."""
         return permutation(size, self.seed, self.round, self.client, *purpose)
 
+    def seed_for(self, *purpose: int | str) -> int:
+        """Return a whole number of 63 bits, always the same for one purpose."""
+        return seed_of(self.seed, self.round, self.client, *purpose) % 2**63
+
     def uniform(self, size: int, *purpose: int | str) -> NDArray[np.float64]:
         """Return `size` numbers from [0, 1), (size,) fp64, always the same for one purpose."""
         return uniform(size, self.seed, self.round, self.client, *purpose)

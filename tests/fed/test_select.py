@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fed.errors import FedError
-from fed.select import random_selection
-from fed.streams import permutation, seed_of
+from fed.federation import Federation, first_state
+from fed.local import adapted, batch_rows, module_gradients
+from fed.select import STRATEGIES, Candidates, find, random_selection
+from fed.streams import Source, permutation, seed_of
+from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 KEY = {"seed": 3, "round_number": 2, "client": 7, "matrix": "layer.0.q_proj", "rank": 16, "budget": 5}
 
@@ -66,3 +71,97 @@ def test_the_draw_is_fixed_for_good() -> None:
 def test_a_permutation_holds_every_number_once() -> None:
     np.testing.assert_array_equal(np.sort(permutation(37, 1, "x")), np.arange(37))
     assert permutation(0, 1, "x").shape == (0,)
+
+
+A = torch.tensor([[1.0], [5.0], [2.0], [0.0], [3.0], [1.0]])
+B = torch.tensor([[1.0, 1.0, 4.0, 9.0, 1.0, 1.0]])  # norms 1, 5, 8, 0, 3, 1
+VISITS = torch.tensor([3, 1, 4, 1, 5, 9])
+GRADIENTS = torch.tensor([0.1, 0.2, 0.0, 0.9, 0.3, 0.3], dtype=torch.float64)
+MODULES = Candidates("m", (A, B), VISITS, GRADIENTS)
+
+
+def picks(name: str, budget: int, round_number: int = 1, client: int = 0) -> tuple[int, ...]:
+    return STRATEGIES[name](MODULES, budget, Source(3, round_number, client))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_returns_the_budget_ascending_and_always_the_same(name: str) -> None:
+    for budget in range(7):
+        chosen = picks(name, budget, client=2)
+        assert len(set(chosen)) == budget
+        assert list(chosen) == sorted(chosen)
+        assert set(chosen) <= set(range(6))
+        assert chosen == picks(name, budget, client=2)
+
+
+def test_the_strategies_by_hand() -> None:
+    assert picks("first", 3) == (0, 1, 2)
+    assert picks("largest-norm", 3) == (1, 2, 4)
+    assert picks("least-visited", 3) == (0, 1, 3)
+    assert picks("gradient", 3) == (3, 4, 5)
+    # Two modules in a row, then the next two; the next client is one turn ahead.
+    assert [picks("round-robin", 2, number) for number in (1, 2, 3, 4)] == [(0, 1), (2, 3), (4, 5), (0, 1)]
+    assert picks("round-robin", 2, 1, client=1) == (2, 3)
+    assert picks("round-robin", 4, 2) == (0, 1, 4, 5)
+
+
+def test_shared_selections_are_the_same_for_all_clients_and_nested_by_rank() -> None:
+    assert len({picks("shared-random", 3, client=client) for client in range(5)}) == 1
+    assert set(picks("shared-random", 2)) < set(picks("shared-random", 4))
+    assert len({picks("shared-random", 3, number) for number in range(1, 9)}) > 3
+
+
+def test_the_default_is_the_uniform_draw() -> None:
+    assert picks("random", 3, 2, 7) == random_selection(3, 2, 7, "m", 6, 3)
+
+
+@pytest.mark.parametrize("name", ["largest-norm", "least-visited", "gradient"])
+def test_equal_scores_are_decided_by_a_keyed_draw(name: str) -> None:
+    level = Candidates("m", (torch.ones(8, 2), torch.zeros(3, 8)), torch.zeros(8), torch.zeros(8))
+    drawn = {STRATEGIES[name](level, 3, Source(0, 1, client)) for client in range(20)}
+    assert len(drawn) > 10
+
+
+def test_a_gradient_strategy_without_gradients_says_so() -> None:
+    with pytest.raises(FedError, match="client 4 has no gradients for m"):
+        STRATEGIES["gradient"](Candidates("m", (A, B)), 2, Source(0, 1, 4))
+    with pytest.raises(FedError, match=r"adapter.selection is 'best'; one of random, shared-random, .* would be right"):
+        find("best")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_takes_every_strategy_and_counts_visits(name: str, tmp_path: Path) -> None:
+    config = make_config(adapter={"selection": name}, rounds=2)
+    with adapted(config, TinyClassifier(), HEAD) as work:
+        federation = Federation(config, make_data(), work, print)
+        *_, last = federation.play(federation.beginning())
+        ranks = [(1, 2, 3, 6)[client] for number in (1, 2) for client in clients_of(config, number)]
+        for counts in last.standing.server.visits.values():
+            assert counts.sum().item() == sum(ranks)
+        if name == "first":
+            assert last.standing.server.visits["body.first"].tolist() == [
+                sum(rank > module for rank in ranks) for module in range(6)
+            ]
+
+
+def clients_of(config: object, number: int) -> list[int]:
+    return sorted(permutation(4, config.seed, number, "clients")[:3].tolist())
+
+
+def test_gradients_are_those_of_plain_lora_on_the_clients_first_batch() -> None:
+    config = make_config(adapter={"selection": "gradient"})
+    with adapted(config, TinyClassifier(), HEAD) as work:
+        server = first_state(work, config)
+        split, rng = make_data().clients[0], Source(0, 1, 0)
+        found = module_gradients(work, server, split, 4, rng)
+        model = TinyClassifier()
+        factors = {m: [f.clone().requires_grad_() for f in pair] for m, pair in server.adapter.factors.items()}
+        batch = split.batch(batch_rows(len(split), 4, 1, rng)[0])
+        hidden = batch["inputs"]
+        for matrix, (down, up) in factors.items():
+            hidden = torch.tanh(model.get_submodule(matrix)(hidden) + 2.0 * hidden @ down.T @ up.T)
+        torch.nn.functional.cross_entropy(model.head(hidden), batch["labels"]).backward()
+        for matrix, (down, up) in factors.items():
+            expected = (down.grad.square().sum(1) + up.grad.square().sum(0)).sqrt()
+            torch.testing.assert_close(found[matrix].float(), expected, rtol=1e-5, atol=1e-8)
+            assert not down.grad.any()  # B = 0: only b has a gradient

@@ -23,13 +23,26 @@ SHAPES = (
 )
 
 
-def make_problems(shape: tuple, dtype: torch.dtype) -> list[Problem]:
+# Aligned ones, as a device runs them: grouped queries, gate and up, a decode step.
+LARGE = (
+    (520, 1024, (1024, 256, 256), (16, 16, 16), (True, True, True), (False, False, False)),
+    (300, 512, (2048, 2048), (64, 8), (False, False), (False, True)),
+    (1, 1024, (1024, 256, 256), (16, 4, 0), (False, False, False), (False, False, False)),
+)
+
+
+def name_of(shape: tuple) -> str:
+    """Return a shape in words."""
+    return f"M{shape[0]}K{shape[1]}N{shape[2]}"
+
+
+def make_problems(shape: tuple, dtype: torch.dtype, device: str = "cpu") -> list[Problem]:
     """Return one problem a projection, all of one x, each with a scale of its own."""
     rows, k, widths, ranks, biases, frozen = shape
     problems: list[Problem] = []
     for p, (n, r) in enumerate(zip(widths, ranks, strict=True)):
-        mask = random_mask(r, seed=p) if frozen[p] else None
-        form = {"mask": mask, "unselected": "frozen", "scale": 0.5 + p, "bias": biases[p], "seed": p}
+        mask = random_mask(r, seed=p).to(device) if frozen[p] else None
+        form = {"mask": mask, "unselected": "frozen", "scale": 0.5 + p, "bias": biases[p], "seed": p, "device": device}
         problem = make_problem(rows, k, n, max(r, 1), dtype, **form)
         problem = dataclasses.replace(problem, lora_A=problem.lora_A[:r], lora_B=problem.lora_B[:, :r].contiguous())
         problems.append(dataclasses.replace(problem, x=problems[0].x if problems else problem.x))
@@ -43,6 +56,24 @@ def operands_of(problem: Problem) -> Projection:
     return Projection(problem.weight, *leaves, problem.scale, trained)
 
 
+def check(problems: list[Problem], where: str) -> None:
+    """Hold every projection's results, and the joint dX, to the bound."""
+    operands = [operands_of(problem) for problem in problems]
+    x = problems[0].x.clone().requires_grad_()
+    ys = run(x, operands)
+    torch.autograd.backward(ys, [problem.dy for problem in problems])
+    d_x: list[Tensor | int] = [0, 0]
+    for problem, o, y in zip(problems, operands, ys, strict=True):
+        results = (y, None, o.lora_A.grad, o.lora_B.grad, None if o.bias is None else o.bias.grad)
+        same, exact = problem.reference_results(problem.x.dtype), problem.reference_results(torch.float64)
+        for name, result, *bounds in zip(("y", "dx", "dA", "dB", "dbias"), results, same, exact, strict=True):
+            if result is not None:
+                assert_within_bound(result.detach(), *bounds, f"{name} {where}")
+        d_x = [d_x[0] + same[1], d_x[1] + exact[1]]
+    assert x.grad is not None
+    assert_within_bound(x.grad, *d_x, f"dx {where}")  # type: ignore[arg-type]
+
+
 def run(x: Tensor, operands: list[Projection]) -> list[Tensor]:
     """Return every projection's y, differentiable."""
     joint = JointGradient(x.shape)
@@ -52,23 +83,17 @@ def run(x: Tensor, operands: list[Projection]) -> list[Tensor]:
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"M{s[0]}K{s[1]}N{s[2]}")
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_results_are_within_the_bound(shape: tuple, dtype: torch.dtype, each_backend: str) -> None:
-    problems = make_problems(shape, dtype)
-    operands = [operands_of(problem) for problem in problems]
-    x = problems[0].x.clone().requires_grad_()
-    ys = run(x, operands)
-    torch.autograd.backward(ys, [problem.dy for problem in problems])
-    d_x: list[Tensor | int] = [0, 0]
-    for problem, o, y in zip(problems, operands, ys, strict=True):
-        results = (y, None, o.lora_A.grad, o.lora_B.grad, None if o.bias is None else o.bias.grad)
-        same, exact = problem.reference_results(dtype), problem.reference_results(torch.float64)
-        for name, result, *bounds in zip(("y", "dx", "dA", "dB", "dbias"), results, same, exact, strict=True):
-            if result is not None:
-                assert_within_bound(result.detach(), *bounds, f"{name} {each_backend}")
-        d_x = [d_x[0] + same[1], d_x[1] + exact[1]]
-    assert x.grad is not None
-    assert_within_bound(x.grad, *d_x, f"dx {each_backend}")  # type: ignore[arg-type]
+    check(make_problems(shape, dtype), each_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=name_of)
+def test_results_on_the_device_are_within_the_bound(shape: tuple, dtype: torch.dtype) -> None:
+    check(make_problems(shape, dtype, "cuda"), "cuda")
 
 
 def leaves(dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Projection]]:

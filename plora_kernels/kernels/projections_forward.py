@@ -165,9 +165,11 @@ def projection_blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> Matmul
     if not aligned:
         return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 32, tile(rank, 32), 8, 8, 3)
     block_m, block_n, block_r = tile(rows, 128), tile(d_out, 128), tile(rank, 32)
-    if 90 <= capability < 120:  # few rows are bound by the reading of weights: deeper steps keep more of it in flight
+    if 90 <= capability < 120:
+        # Few rows are bound by the reading of weights: deeper steps keep more of it in flight.
+        deep = block_m == 16 or (block_m == 32 and capability >= 100)
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        return MatmulBlocks("tile", block_m, block_n, 64 if block_m >= 64 else 128, block_r, 8, warps, 3)
+        return MatmulBlocks("tile", block_m, block_n, 128 if deep else 64, block_r, 8, warps, 3)
     return MatmulBlocks("tile", block_m, block_n, 32, block_r, 8, 8 if block_m * block_n >= 64 * 128 else 4, 3)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..blocks import GradientBlocks, ShapeClass
 from ..configs import find_blocks
 from ..dropout import threshold
-from .launch import Dropout, dot_precision, dtype_name, is_aligned
+from .launch import Dropout, cdiv, dot_precision, dtype_name, is_aligned
 from .modules import keep_mask
 
 
@@ -144,11 +144,11 @@ def factor_gradient_(
         return out
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
-    splits = max(1, min(blocks.splits, triton.cdiv(rows, blocks.block_m)))
+    splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
-    split_rows = triton.cdiv(triton.cdiv(rows, splits), blocks.block_m) * blocks.block_m
+    split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     partial = torch.empty((splits, width, d), dtype=torch.float32, device=wide.device)
-    grid = (triton.cdiv(d, blocks.block_d), triton.cdiv(width, blocks.block_r), splits)
+    grid = (cdiv(d, blocks.block_d), cdiv(width, blocks.block_r), splits)
     with torch.cuda.device_of(wide):
         partial_gradient_kernel[grid](
             thin,
@@ -190,7 +190,7 @@ def reduce_partials_(out: Tensor, partial: Tensor, *, index: Tensor | None, by_m
     if places == 0:
         return
     with torch.cuda.device_of(out):
-        reduce_gradient_kernel[(triton.cdiv(d, 1024), places)](
+        reduce_gradient_kernel[(cdiv(d, 1024), places)](
             partial,
             index if index is not None else out,
             out,

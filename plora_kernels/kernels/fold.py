@@ -10,7 +10,7 @@ from torch import Tensor
 from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
 from ..rounding import seed_keys
-from .launch import dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import load_modules
 from .rounding import element_bits, round_stochastically
 
@@ -174,7 +174,7 @@ def fold(
     shape = ShapeClass("fold", dtype_name(weight.dtype), n, k, n, width)
     blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight) and is_aligned(out))
     first_key, second_key = (0, 0) if seed is None else seed_keys(seed)
-    grid = (triton.cdiv(n, blocks.block_n) * triton.cdiv(k, blocks.block_k),)
+    grid = (cdiv(n, blocks.block_n) * cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
             weight,

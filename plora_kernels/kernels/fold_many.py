@@ -19,7 +19,7 @@ from ..configs import find_blocks
 from ..rounding import seed_keys
 from ..selection import to_device
 from .fold import fold, fold_tile
-from .launch import dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 
 # weight, lora_A, lora_B, index, scale, seed, out: the arguments of `fold`.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]
@@ -136,7 +136,7 @@ def _launch(group: Sequence[Arguments]) -> None:
     for arguments in group:
         first_tiles.append(tiles)
         rows += _table_row(arguments)
-        tiles += triton.cdiv(arguments[0].shape[0], blocks.block_n) * triton.cdiv(arguments[0].shape[1], blocks.block_k)
+        tiles += cdiv(arguments[0].shape[0], blocks.block_n) * cdiv(arguments[0].shape[1], blocks.block_k)
     first_tiles += [_NEVER] * (layers - len(group))
     table = to_device([*first_tiles, *rows], torch.int64, largest.device)
     with torch.cuda.device_of(largest):

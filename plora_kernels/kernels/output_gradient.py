@@ -17,7 +17,7 @@ from torch import Tensor
 from ..blocks import OutputGradientBlocks, ShapeClass
 from ..configs import find_blocks
 from .factor_gradient import reduce_partials_
-from .launch import dot_precision, dtype_name, is_aligned
+from .launch import cdiv, dot_precision, dtype_name, is_aligned
 from .modules import load_modules
 
 
@@ -106,14 +106,14 @@ def output_gradient_(
         return ds.zero_()
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
     blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
-    chunks = triton.cdiv(n, blocks.block_n)
-    splits = max(1, min(blocks.splits, triton.cdiv(rows, blocks.block_m)))
+    chunks = cdiv(n, blocks.block_n)
+    splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
-    split_rows = triton.cdiv(triton.cdiv(rows, splits), blocks.block_m) * blocks.block_m
+    split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     ds_parts = torch.empty((chunks, rows, width), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((splits, width, n), dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
-        output_gradient_kernel[(chunks, triton.cdiv(width, blocks.block_r), splits)](
+        output_gradient_kernel[(chunks, cdiv(width, blocks.block_r), splits)](
             dy,
             lora_B,
             s,

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import configs
 from ..blocks import MatmulBlocks
-from .launch import dot_precision, needs_wide_offsets
+from .launch import cdiv, dot_precision, needs_wide_offsets
 from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
 
 # Words of the workspace before the flags: the next ticket, programs that are done, the number of the launch.
@@ -252,7 +252,7 @@ def persistent_matmul(
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
-    tiles_m, tiles_n = triton.cdiv(rows, blocks.block_m), triton.cdiv(d_out, blocks.block_n)
+    tiles_m, tiles_n = cdiv(rows, blocks.block_m), cdiv(d_out, blocks.block_n)
     programs = min(configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
     first = blocks.design == "one_launch" and not side_given
     transposed = main.stride(1) != 1

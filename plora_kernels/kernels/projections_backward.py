@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .factor_gradient import factor_gradient_
-from .launch import dot_precision, is_aligned, needs_wide_offsets
+from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
 from .output_gradient import output_gradient_
 from .projections_forward import projection_blocks
@@ -116,7 +116,7 @@ def input_gradient(
     aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
     blocks = projection_blocks(dx, k, max(ranks), aligned)
     with torch.cuda.device_of(dx):
-        projections_input_gradient_kernel[(triton.cdiv(rows, blocks.block_m) * triton.cdiv(k, blocks.block_n),)](
+        projections_input_gradient_kernel[(cdiv(rows, blocks.block_m) * cdiv(k, blocks.block_n),)](
             tuple(dys),
             tuple(weights),
             tuple(ds.contiguous() for ds in dss),

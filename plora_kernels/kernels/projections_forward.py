@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import configs
 from ..blocks import MatmulBlocks, tile
-from .launch import dot_precision, is_aligned, needs_wide_offsets
+from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
 
 
@@ -195,7 +195,7 @@ def forward(
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
     blocks = projection_blocks(x, max(widths), max(ranks), aligned)
-    grid = (triton.cdiv(rows, blocks.block_m) * sum(triton.cdiv(n, blocks.block_n) for n in widths),)
+    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, blocks.block_n) for n in widths),)
     with torch.cuda.device_of(x):
         projections_forward_kernel[grid](
             x,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blocks import ShapeClass, SideBlocks
 from ..configs import find_blocks
 from ..dropout import threshold
-from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import Dropout, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import are_selected, keep_mask, load_modules
 
 
@@ -99,7 +99,7 @@ def side_product(inputs: Tensor, down: Tensor, *, index: Tensor | None, dropout:
     aligned = is_aligned(inputs)
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, aligned)
-    grid = (triton.cdiv(rows, blocks.block_m), triton.cdiv(width, blocks.block_r))
+    grid = (cdiv(rows, blocks.block_m), cdiv(width, blocks.block_r))
     selected = dropout.selected if dropout is not None else None
     with torch.cuda.device_of(inputs):
         side_product_kernel[grid](

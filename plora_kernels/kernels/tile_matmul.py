@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..blocks import MatmulBlocks
 from ..dropout import threshold
-from .launch import Dropout, dot_precision, needs_wide_offsets
+from .launch import Dropout, cdiv, dot_precision, needs_wide_offsets
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 
 
@@ -179,7 +179,7 @@ def tile_matmul(
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     selected = dropout.selected if dropout is not None else None
-    grid = (triton.cdiv(rows, blocks.block_m) * triton.cdiv(d_out, blocks.block_n),)
+    grid = (cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         tile_matmul_kernel[grid](
             inputs,

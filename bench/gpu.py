@@ -160,6 +160,11 @@ def describe(device: torch.device, commit: str | None) -> dict[str, object]:
     return found
 
 
+def measure_kernels() -> None:
+    """Ask for the kernels by name, in this process and its workers: one that does not compile raises, not gives way."""
+    os.environ.setdefault("PLORA_BACKEND", "triton")
+
+
 def default_workers(device: torch.device) -> int:
     """Return how many processes check and compile ahead: several on a GPU, none on the CPU."""
     return max(1, min(10, usable_cores() - 2)) if device.type == "cuda" else 0
@@ -219,9 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)
     options.started = started
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: there is no CUDA device; --device cpu tries the command out", file=sys.stderr)
-        return 2
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            print("error: there is no CUDA device; --device cpu tries the command out", file=sys.stderr)
+            return 2
+        measure_kernels()
     try:
         return measure_device(options)
     except (ResultsError, OSError) as error:

@@ -22,7 +22,7 @@ import torch
 
 from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS
 from bench.environment import device_slug, source_digest
-from bench.gpu import RESERVE_SECONDS, default_workers, describe
+from bench.gpu import RESERVE_SECONDS, default_workers, describe, measure_kernels
 from bench.records import RecordFile, blank, open_records
 from bench.results import ResultsError
 from bench.search import Timed, best_of_each_design, design_of, narrowed, search
@@ -242,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     options = parse(arguments)
     options.started = started
+    if options.device == "cuda" and torch.cuda.is_available():
+        measure_kernels()
     if backend(options.device) != "triton":
         print(f"error: the kernels do not run on {options.device} here, so there is nothing to tune", file=sys.stderr)
         return 2

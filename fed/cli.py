@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Federated fine-tuning over clients that afford different LoRA ranks.",
 )
 
-Source = Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A preset (digits) or a TOML file.")]
+Source = Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A preset such as digits, or a TOML file.")]
 More = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="More settings, as after --set.")]
 Settings = Annotated[
     list[str] | None,
@@ -71,7 +71,10 @@ def compare(
     more: More = None,
     methods: Annotated[
         str,
-        typer.Option(metavar="NAME,…", help="Methods; name@r puts every client at rank r.  [default: the file's]"),
+        typer.Option(
+            metavar="NAME,…",
+            help="Methods; name@r puts every client at rank r.  [default: the file's]",
+        ),
     ] = "",
     seeds: Annotated[
         str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.  [default: the file's]")

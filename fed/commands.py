@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import fed.config as configuration
@@ -136,12 +137,13 @@ def _play(
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
     """Train rank-R LoRA on all clients' rows together, for as many steps as one client, and as all, took."""
     from fed.models import head_names
-    from fed.report import write_centralised
+    from fed.report import read_rows, write_centralised
     from fed.simulate import centralised
 
-    of_one = config.rounds * config.train.local_steps
+    taken = [row["steps"] for row in read_rows(out)[1:]]
+    of_one, of_all = sum(round(fmean(steps)) for steps in taken), sum(map(sum, taken))
     reached = []
-    for steps in sorted({of_one, of_one * config.clients.per_round}):
+    for steps in sorted({of_one, of_all}):
         with screen.wait(f"centralised: {steps} steps"):
             reached.append(centralised(config, data, model, head_names(model), steps))
     write_centralised(out, reached)

@@ -92,7 +92,8 @@ def request(
 ) -> Request:
     """Return the request for a comparison; what is empty is as the source's `[compare]` says.
 
-    Without methods there either, it is the configuration's own.
+    Where a setting is varied without naming methods, or there are none named there either, it is the configuration's
+    own method.
     """
     table, asked = configuration.table(source, settings)
     own = table.pop("method", configuration.RunConfig.model_fields["method"].default)
@@ -102,7 +103,7 @@ def request(
     del shared["method"], shared["seed"]
     return Request(
         table=shared,
-        methods=tuple(methods or asked.methods or [own]),
+        methods=tuple(methods or ([] if vary else asked.methods) or [own]),
         seeds=tuple(seeds or asked.seeds),
         vary=vary or asked.vary,
         reference=reference or asked.reference,

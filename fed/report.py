@@ -66,7 +66,7 @@ def read_rows(directory: Path) -> list[Row]:
 def summary(run: Run) -> list[tuple[str, ...]]:
     """Return a table, its heading first: accuracy before and after with the gain, and what centralised LoRA gains."""
     config, rounds = run.config, run.rows[-1]["round"]
-    federated = f"{method_name(config.method)}, {rounds} rounds × {config.train.local_steps} local steps"
+    federated = f"{method_name(config.method)}, {rounds} rounds × {local_work(config)}"
     lines: list[tuple[str, ...]] = [
         (f"test data: {task_name(config)}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
@@ -103,6 +103,16 @@ def method_name(method: str) -> str:
     from fed import methods
 
     return methods.find(method).title
+
+
+def local_work(config: RunConfig) -> str:
+    """Say how long a client trains in a round."""
+    train = config.train
+    if train.local_epochs:
+        return f"{train.local_epochs:g} local epochs"
+    if train.client_steps:
+        return f"{min(train.client_steps)} to {max(train.client_steps)} local steps"
+    return f"{train.local_steps} local steps"
 
 
 def population(config: RunConfig) -> str:

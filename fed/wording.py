@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from fed.comparison import Comparison
 from fed.grid import settings_of
 from fed.metrics import COST, NOISE, OUTCOME, SCORES, Metric
-from fed.report import population, task_name
+from fed.report import local_work, population, task_name
 from fed.variants import resolved
 
 Table = list[tuple[str, ...]]
@@ -169,8 +169,7 @@ def title(comparison: Comparison) -> str:
 def lead(comparison: Comparison) -> str:
     """Say in a sentence what every run did."""
     config = resolved(comparison.plan.request.table, ("method=fed-plora",))
-    steps = f"{config.rounds} rounds of {config.train.local_steps} local steps"
-    return f"{population(config)}; {steps}; {heading(comparison)}."
+    return f"{population(config)}; {config.rounds} rounds of {local_work(config)}; {heading(comparison)}."
 
 
 def markdown_table(lines: Table) -> str:

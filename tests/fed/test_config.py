@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fed import config as configuration
-from fed.config import PRESETS, CompareConfig, RunConfig, load, parse, preset_names, write
+from fed.config import PRESETS, CompareConfig, RunConfig, load, parse, write
 from fed.errors import FedError
 
 
@@ -24,7 +24,6 @@ def keys(table: dict, prefix: str = "") -> set[str]:
 
 def test_defaults_are_the_digits_preset() -> None:
     assert load("digits") == RunConfig(threads=1)
-    assert preset_names() == ("digits",)
 
 
 def test_the_preset_shows_every_key_that_has_a_default() -> None:

@@ -125,3 +125,11 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "comparison.toml").write_text("seeds = 3")
     with pytest.raises(FedError, match="is not what a comparison writes"):
         grid.read(tmp_path)
+
+
+def test_a_setting_is_varied_within_the_files_own_method_unless_methods_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('method = "hetlora"\n[compare]\nmethods = ["flora", "flexlora"]\n')
+    assert grid.request(path).methods == ("flora", "flexlora")
+    assert grid.request(path, vary="rounds=1,2").methods == ("hetlora",)
+    assert grid.request(path, methods=("flora",), vary="rounds=1,2").methods == ("flora",)

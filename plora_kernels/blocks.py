@@ -16,7 +16,10 @@ from itertools import product
 #   two_launch   the side product first, by a launch of its own; then persistent tiles that read it. In the backward
 #                that first launch takes dS and dB from one read of dY
 #   one_launch   side tiles first, then output tiles that wait for them, in one persistent launch
-DESIGNS = ("tile", "persistent", "two_launch", "one_launch")
+#   algebra      the side product first, torch's own matmul, and the low-rank part added in place: y is read and written
+#                once more and half precision rounded once more, but where that is fastest it is
+KERNEL_DESIGNS = ("tile", "persistent", "two_launch", "one_launch")
+DESIGNS = (*KERNEL_DESIGNS, "algebra")
 
 OPS = ("forward", "input_gradient", "side_product", "output_gradient", "factor_gradient", "fold")
 
@@ -209,9 +212,23 @@ def _variants(shape: ShapeClass, capability: int) -> Iterator[Blocks]:
 
 
 def _matmul_variants(shape: ShapeClass, capability: int, itemsize: int) -> Iterator[MatmulBlocks]:
-    designs = DESIGNS if 90 <= capability < 120 else ("tile",)
+    default = default_blocks(shape, capability, aligned=True)
+    assert isinstance(default, MatmulBlocks)
+    yield replace(default, design="algebra")
+    designs = KERNEL_DESIGNS if 90 <= capability < 120 else ("tile",)
     limit = 227_000 if capability in (90, 100, 103) else 160_000
-    tiles = ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256))
+    tiles = (
+        (16, 32),
+        (16, 64),
+        (16, 128),
+        (32, 128),
+        (64, 64),
+        (64, 128),
+        (128, 64),
+        (128, 128),
+        (64, 256),
+        (128, 256),
+    )
     for design, (block_m, block_n), block_k, stages in product(designs, tiles, (32, 64, 128), (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256) or (block_m < 64 and design != "tile"):
             continue

@@ -21,6 +21,8 @@ from .persistent_matmul import persistent_matmul, takes_descriptors
 from .side_product import side_product
 from .tile_matmul import tile_matmul
 
+FEW_ROWS = 64
+
 
 def find_matmul_blocks(op: str, inputs: Tensor, main: Tensor, width: int) -> MatmulBlocks:
     """Return the blocks, design included, of out = inputs · main with `width` module places.
@@ -57,10 +59,16 @@ def adapted_matmul(
     """
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
-    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
     # Every tile of a row block would hash the same mask again: under dropout the side product goes first.
-    if side is None and (drop_in is not None or blocks.design == "two_launch"):
-        side = side_product(inputs, down, index=index, dropout=drop_in)
+    by_algebra = blocks.design == "algebra" and index is None and drop_out is None
+    if side is None and (drop_in is not None or by_algebra or blocks.design == "two_launch"):
+        # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
+        few = by_algebra and drop_in is None and rows <= FEW_ROWS
+        side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in)
+    if by_algebra and side is not None:
+        whole = inputs @ main if bias is None else torch.addmm(bias, inputs, main)
+        return whole.addmm_(side, up, alpha=scale), side
+    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
     given = side is not None
     if side is None:
         stored = keep_side or blocks.design == "one_launch"
@@ -83,7 +91,7 @@ def adapted_matmul(
 def is_persistent(blocks: MatmulBlocks, inputs: Tensor, main: Tensor, out: Tensor) -> bool:
     """Say whether the blocks' design walks over tiles by descriptors and the matrices allow it."""
     return (
-        blocks.design != "tile"
+        blocks.design in ("persistent", "two_launch", "one_launch")
         and inputs.stride(1) == 1
         and inputs.shape[1] > 0
         and takes_descriptors(inputs, main, out)

@@ -43,7 +43,8 @@ def backward(
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width) if need_x else None
     ds = None
-    if blocks is not None and blocks.design == "two_launch" and need_B:
+    reads_once = blocks is not None and blocks.design in ("two_launch", "algebra") and need_B
+    if reads_once:
         # dX starts with dS in any case: dB comes from the same read of dY.
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
     if blocks is not None:
@@ -68,6 +69,6 @@ def backward(
         assert ds is not None
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
         factor_gradient_(d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout)
-    if need_B and not (blocks is not None and blocks.design == "two_launch"):
+    if need_B and not reads_once:
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
     return d_x, d_lora_A, d_lora_B

@@ -180,27 +180,34 @@ def _classifier(config: RunConfig, data: FederatedData) -> Any:
     """The checkpoint as a sequence classifier; where its head is for other labels, a new one is drawn."""
     from transformers import AutoModelForSequenceClassification
 
-    return _loaded(config, AutoModelForSequenceClassification, ignore_mismatched_sizes=True, **_labels(data))
+    model, _ = _loaded(config, AutoModelForSequenceClassification, ignore_mismatched_sizes=True, **_labels(data))
+    return model
 
 
 def _language_model(config: RunConfig) -> Any:
-    """The checkpoint as a causal language model."""
+    """The checkpoint as a causal language model: it must be one, for what it lacks would be drawn at random."""
     from transformers import AutoModelForCausalLM
 
-    model = _loaded(config, AutoModelForCausalLM)
-    if model.get_output_embeddings() is None:
-        raise FedError(f"model.path is {config.model.path!r}: instructions need a causal language model")
+    model, missing = _loaded(config, AutoModelForCausalLM)
+    if missing:
+        raise FedError(
+            f"model.path is {config.model.path!r}: instructions need a causal language model; "
+            f"the checkpoint has no {sorted(missing)[0]}"
+        )
     return model
 
 
-def _loaded(config: RunConfig, kind: Any, **settings: Any) -> Any:
+def _loaded(config: RunConfig, kind: Any, **settings: Any) -> tuple[Any, set[str]]:
+    """The checkpoint as a model of some kind, and the names of the weights it lacks, drawn from the run's seed."""
     path, tokenizer = _checkpoint(config), load_tokenizer(config)
     loads = _failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
-        model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32, **settings)
+        model, report = kind.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **settings
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, set(report["missing_keys"])
 
 
 def _labels(data: FederatedData) -> dict[str, Any]:

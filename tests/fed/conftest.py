@@ -50,4 +50,4 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal language model that has read a few sentences on animals."""
     texts = [PROMPT.format(**row) + row["output"] for row in instructions(24)]
-    return make_tiny_llama(tmp_path_factory.mktemp("llama"), texts, hidden=32, layers=1, vocabulary=400, steps=20)
+    return make_tiny_llama(tmp_path_factory.mktemp("llama"), texts, hidden=32, layers=1, vocabulary=400, steps=60)

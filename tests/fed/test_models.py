@@ -171,3 +171,9 @@ def test_a_damaged_checkpoint_is_one_line(bert: Path, tmp_path: Path, damage: di
     with pytest.raises(FedError, match=rf"model.path is '.*damaged': {message}") as caught:
         models.build(text_config(path), text_data("one", "two"))
     assert "\n" not in str(caught.value)
+
+
+def test_instructions_need_a_causal_language_model(bert: Path) -> None:
+    config = text_config(bert, task="instruction", max_new_tokens=4)
+    with pytest.raises(FedError, match=r"model.path is .*: instructions need a causal language model; the che"):
+        models.build(config, text_data())

@@ -16,7 +16,7 @@ from fed.local import Workplace, adapted, batch_rows, fault, find_device, make_o
 from fed.noise import start_noise
 from fed.samples import Split
 from fed.streams import Source
-from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
+from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 from tests.support.tiny_federation import (
     HEAD,
     MATRICES,
@@ -164,6 +164,79 @@ def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> 
     assert first.loss != other.loss
     for matrix in MATRICES:
         assert all(map(torch.equal, first.factors[matrix], again.factors[matrix]))
+
+
+@pytest.mark.parametrize("unselected", ["folded", "frozen"])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_factor_held_fixed_does_not_move(work: Workplace, data: Split, side: str, unselected: str) -> None:
+    start = replace(make_start(unselected), trained=side)
+    update, _ = visit(work, start, data, local_steps=5, **KEEN)
+    assert update.sent == side
+    for matrix, (A, B) in start.factors.items():
+        chosen = list(SELECTED[matrix])
+        kept = torch.equal(update.factors[matrix][0], A[chosen]), torch.equal(update.factors[matrix][1], B[:, chosen])
+        assert kept == (side == "B", side == "A")
+
+
+def test_a_penalty_pulls_on_the_last_modules_alone(work: Workplace, data: Split) -> None:
+    """One SGD step with and without: the difference is −η λ times the gradient of ‖A[1:]‖ ‖B[:, 1:]‖."""
+    settings = make_config(train={"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}).train
+    head, updates = head_of(work), []
+    for penalty in (None, TailPenalty(first=1, weight=2.0)):
+        start = replace(make_start(), penalty=penalty)
+        with started(work, start, head):
+            updates.append(train(work, CLIENT, start, data, settings, 1, Source(0, 1, 0)))
+    plain, pulled = updates
+    assert pulled.loss == plain.loss
+    for matrix, (A, B) in make_start().factors.items():
+        last = SELECTED[matrix][1]
+        a, b = A[last], B[:, last]
+        moved = [one - other for one, other in zip(pulled.factors[matrix], plain.factors[matrix], strict=True)]
+        torch.testing.assert_close(moved[0][1], -0.2 * a / a.norm() * b.norm(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moved[1][:, 1], -0.2 * b / b.norm() * a.norm(), rtol=1e-4, atol=1e-6)
+        assert not moved[0][0].any()
+        assert not moved[1][:, 0].any()
+
+
+def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
+    seeds: dict[int, list[int]] = {}
+    with adapted(make_config(adapter={"dropout": 0.5}), TinyClassifier(), HEAD) as work:
+        head, start, settings = head_of(work), make_start(), make_config().train
+        layer = work.handle.layers["body.first"]
+
+        def run(client: int) -> ClientUpdate:
+            hook = layer.register_forward_pre_hook(lambda *_: seeds.setdefault(client, []).append(layer.dropout_seed))
+            with started(work, start, head):
+                update = train(work, replace(CLIENT, id=client), start, data, settings, 3, Source(0, 1, client))
+            hook.remove()
+            return update
+
+        first, other = run(0), run(1)
+        torch.rand(3)
+        again = run(0)
+    with adapted(make_config(), TinyClassifier(), HEAD) as work, started(work, start, head):
+        without = train(work, CLIENT, start, data, settings, 3, Source(0, 1, 0))
+    assert first.loss == again.loss != without.loss
+    assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
+    assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
+    assert seeds[0][:3] == seeds[0][3:]
+    assert other.loss != first.loss
+
+
+def test_what_training_takes_is_measured(work: Workplace, data: Split) -> None:
+    """Ranks 2 and 2: 2·(7 + 11) + 2·(11 + 5) = 68 factors, 18 of the head; AdamW keeps two of each and a step count."""
+    config = make_config()
+    with started(work, make_start(), head_of(work)):
+        arguments = (work, CLIENT, make_start(), data, config.train, 2, Source(0, 1, 0))
+        footprint = train(*arguments, measure=True).footprint
+        assert footprint is not None
+        assert footprint.trainable_parameters == 68 + 18
+        assert footprint.optimizer_bytes == 4 * (2 * (68 + 18) + 6)
+    with started(work, make_start(), head_of(work)):
+        assert train(*arguments).footprint is None
+    # Batches of 4: x (7), tanh's output (11) which is the next x, S of both (2 each), tanh's output (5), and of the
+    # loss log-probabilities (3), a label and a total weight.
+    assert footprint.activation_bytes == 4 * 4 * (7 + 11 + 2 + 2 + 5 + 3) + 4 * 8 + 4
 
 
 def test_weights_of_an_update(work: Workplace, data: Split) -> None:

@@ -15,6 +15,8 @@ import plora_kernels as pk
 from fed import methods
 from fed.data import FederatedData
 from fed.evaluate import evaluate
+from fed.federation import Federation
+from fed.local import adapted
 from fed.samples import DenseTable, Split
 from fed.simulate import centralised, simulate
 from fed.streams import Source
@@ -298,3 +300,85 @@ def test_evaluation_counts_every_sample_once() -> None:
     assert metrics["accuracy"] == (logits.argmax(-1) == rows["labels"]).double().mean().item()
     assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, rows["labels"]).item(), rel=1e-6)
     assert logits.shape == (600, LABELS)
+
+
+def test_a_personal_head_stays_with_its_client(tmp_path: Path) -> None:
+    config = make_config(train={"head": "personal"}, clients={"per_round": 4})
+    with adapted(config, TinyClassifier(), HEAD) as work:
+        federation = Federation(config, make_data(), work, print)
+        rounds = list(federation.play(federation.beginning()))
+    clients, server = rounds[-1].standing.clients, rounds[-1].standing.server
+    heads = torch.stack([client.head["head.weight"] for client in clients])
+    assert len({tuple(head.flatten().tolist()) for head in heads}) == 4
+    torch.testing.assert_close(server.head["head.weight"], heads.mean(0))  # for the global figures alone
+    assert all(row.row["download_bytes"] == 4 * 6 * 34 * 4 for row in rounds[1:])
+    assert all(len(row.row["client_accuracy"]) == 4 for row in rounds[1:])
+
+
+def test_worst_accuracy_is_that_of_a_client_and_each_has_its_mix_of_labels(tmp_path: Path) -> None:
+    data = make_data()
+    row = run(make_config(clients={"per_round": 4}), tmp_path, data)[-1]
+    model = TinyClassifier()
+    pk.load_peft(model, tmp_path / "adapter")
+    batch = data.test.batch(torch.arange(len(data.test)))
+    right = model.eval()(batch["inputs"]).logits.argmax(-1) == batch["labels"]
+    of_label = [right[batch["labels"] == label].double().mean().item() for label in range(LABELS)]
+    for client, accuracy in zip(data.clients, row["client_accuracy"], strict=True):
+        own = client.batch(torch.arange(len(client)))["labels"].tolist()
+        assert accuracy == pytest.approx(sum(of_label[label] for label in own) / len(own))
+    assert row["worst_accuracy"] == min(row["client_accuracy"])
+
+
+def test_a_personal_method_is_judged_with_each_clients_own_model(tmp_path: Path) -> None:
+    config = make_config(method="fedsa-lora", clients={"per_round": 4, "ranks": [6]})
+    with adapted(config, TinyClassifier(), HEAD) as work:
+        federation = Federation(config, make_data(), work, print)
+        *_, last = federation.play(federation.beginning())
+        server, clients = last.standing.server, last.standing.clients
+        own = [client.memory["body.first"] for client in clients]
+        assert all(not torch.equal(own[0], other) for other in own[1:])
+        federation.load_personal(last.standing, clients[2])
+        A, B = work.handle.factors()["body.first"]
+        assert torch.equal(A, server.adapter.factors["body.first"][0])
+        assert torch.equal(B, own[2])
+        torch.testing.assert_close(server.adapter.factors["body.first"][1], torch.stack(own).mean(0))
+    assert len(set(last.row["client_accuracy"])) > 1
+
+
+def test_what_is_not_to_be_measured_is_null(tmp_path: Path) -> None:
+    measure = dict.fromkeys(("noise", "similarity", "memory", "clients"), False)
+    config = make_config(measure=measure)
+    bare, full = run(config, tmp_path / "bare"), run(make_config(), tmp_path / "full")
+    left_out = {name for name in FIELDS if bare[-1][name] is None}
+    assert left_out == {
+        *("init_noise", "agg_noise", "agg_noise_module", "factor_noise", "factor_noise_A", "factor_noise_B"),
+        *("trainable_parameters", "optimizer_bytes", "activation_bytes", "client_accuracy", "worst_accuracy"),
+    }
+    assert not (tmp_path / "bare" / "similarity").exists()
+    assert {path.name for path in (tmp_path / "full" / "similarity").iterdir()} == {"round-1.npz", "round-3.npz"}
+    same = set(FIELDS) - left_out - {"fold_seconds", "train_seconds"}
+    assert [{name: row[name] for name in same} for row in bare] == [{name: row[name] for name in same} for row in full]
+
+
+def test_adam_on_the_server_moves_on_where_averages_stop(tmp_path: Path) -> None:
+    averaged = run(make_config(), tmp_path / "fedavg")
+    stepped = run(make_config(server={"optimizer": "fedadam", "step_size": 0.05}), tmp_path / "fedadam")
+    assert stepped[1]["loss"] != averaged[1]["loss"]
+    assert stepped[-1]["loss"] < stepped[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex-lora"])
+def test_bytes_of_a_method_that_folds_by_hand(name: str, tmp_path: Path) -> None:
+    """A module is 34 numbers in both matrices, and a weight of 8 bytes in each; everybody takes part in every round."""
+    equal = name == "fedex-lora"
+    config = make_config(method=name, clients={"per_round": 4, "ranks": [6] if equal else [1, 2, 3, 6]})
+    rows = run(config, tmp_path)
+    modules = 5 * 6 if equal else 12  # FedEx-LoRA: the mean's as well
+    factors = 6 * 34 * 4 if equal else 0
+    head, stack = 18 * 4, modules * (34 * 4 + 2 * 8)
+    assert [row["download_bytes"] for row in rows[1:]] == [
+        4 * (factors + head),
+        4 * (factors + head + stack),
+        4 * (factors + head + stack),
+    ]
+    assert rows[1]["upload_bytes"] == (4 * 6 if equal else 12) * 34 * 4 + 4 * head

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fed.data import FederatedData
 from fed.generate import answer
-from fed.rouge import is_exact, rouge_l
+from fed.rouge import is_exact, rouge_1, rouge_l
 from fed.samples import IGNORED, InstructionTable, Split
 
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # of one batch
@@ -27,11 +27,11 @@ def evaluate_held_out(model: nn.Module, data: FederatedData, right: Tensor | Non
 
 
 def evaluate(model: nn.Module, split: Split, right: Tensor | None = None) -> dict[str, float]:
-    """Return what a model reaches on `split`, in evaluation mode: `accuracy`, `loss` and, for instructions, `rouge_l`.
+    """Return what a model reaches on `split`, in evaluation mode: `accuracy`, `loss` and, for instructions, ROUGE.
 
     Classification: accuracy (0 … 1) and mean cross-entropy in nats over every sample. Instructions: `loss` is the
     mean cross-entropy of the answers' tokens, each token alike; `accuracy` the share of generated answers that are
-    exactly right and `rouge_l` their mean ROUGE-L, each with the right answer it is nearest to. Sums are fp64.
+    exactly right, `rouge_1` and `rouge_l` their mean ROUGE, each with the right answer it is nearest to. Sums are fp64.
     `right`, (n,) bool on the rows' device, is filled with which rows are classified rightly; instructions leave it.
     """
     model.eval()
@@ -72,14 +72,15 @@ def _token_loss(model: nn.Module, split: Split) -> float:
 
 
 def _answering(model: nn.Module, split: Split, table: InstructionTable) -> dict[str, float]:
-    """Exact match and ROUGE-L over rows at even distances, `most_generated` of them."""
+    """Exact match and ROUGE over rows at even distances, `most_generated` of them."""
     most = table.most_generated or len(split)
     chosen = torch.arange(min(most, len(split))) * len(split) // min(most, len(split))
     part = Split(table, split.rows[chosen])
-    exact, overlap = [], []
+    measures = {"accuracy": is_exact, "rouge_1": rouge_1, "rouge_l": rouge_l}
+    found: dict[str, list[float]] = {name: [] for name in measures}
     for rows in part.batches(MOST_ROWS, MOST_TOKENS):
         numbers = part.rows[rows]
         for text, row in zip(answer(model, table, numbers), numbers.tolist(), strict=True):
-            exact.append(float(max(is_exact(text, right) for right in table.answers[row])))
-            overlap.append(max(rouge_l(text, right) for right in table.answers[row]))
-    return {"accuracy": fmean(exact), "rouge_l": fmean(overlap)}
+            for name, measure in measures.items():
+                found[name].append(max(float(measure(text, right)) for right in table.answers[row]))
+    return {name: fmean(values) for name, values in found.items()}

@@ -342,7 +342,7 @@ def _check_clients(config: RunConfig) -> None:
         raise ValueError(
             f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
         )
-    if max(clients.ranks) > rank:
+    if not clients.memory_mib and max(clients.ranks) > rank:
         raise ValueError(f"clients.ranks is {clients.ranks}: every rank should be at most adapter.rank ({rank})")
     if config.train.client_steps and config.train.local_epochs:
         raise ValueError(

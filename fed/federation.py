@@ -120,7 +120,7 @@ class Federation:
         """Let one client start from the server's state and train."""
         server, train_settings = standing.server, self.config.train
         split = self.data.clients[client.id]
-        if self.config.adapter.selection == "gradient":
+        if self.method.selects and self.config.adapter.selection == "gradient":
             gradients = module_gradients(self.work, server, split, train_settings.batch_size, rng)
             client = replace(client, gradients=gradients)
         start = self.method.start(server, client, rng)

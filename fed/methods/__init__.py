@@ -37,7 +37,8 @@ class Method(NamedTuple):
     `equal_ranks`: every client's rank must be R. `by_module`: aggregates module by module, so that `agg_noise_module`
     has a meaning. `moves_factors`: the server's factors go on from round to round, so that a server-side optimiser
     may take the step. `personal`: clients' models differ after aggregation. `folds`: it adds to the base's weights, or
-    holds more than R modules a matrix, which the base has to take in.
+    holds more than R modules a matrix, which the base has to take in. `selects`: clients train what
+    `adapter.selection` picks.
     """
 
     title: str
@@ -49,10 +50,13 @@ class Method(NamedTuple):
     moves_factors: bool = False
     personal: bool = False
     folds: bool = False
+    selects: bool = False
 
 
 METHODS = {
-    "fed-plora": Method("Fed-PLoRA", fed_plora.start, fed_plora.aggregate, by_module=True, moves_factors=True),
+    "fed-plora": Method(
+        "Fed-PLoRA", fed_plora.start, fed_plora.aggregate, by_module=True, moves_factors=True, selects=True
+    ),
     "fedit": Method("FedIT", fedit.start, fedit.aggregate, equal_ranks=True, by_module=True, moves_factors=True),
     "flora": Method("FLoRA", flora.start, flora.aggregate, folds=True),
     "flexlora": Method("FlexLoRA", flexlora.start, flexlora.aggregate, folds=True),

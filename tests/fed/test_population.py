@@ -144,6 +144,10 @@ def test_ranks_from_memory_budgets(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_ranks_that_are_not_used_are_not_checked() -> None:
+    assert load("digits", ["adapter.rank=8", "clients.memory_mib=[4, 8]"]).clients.memory_mib == [4.0, 8.0]
+
+
 def test_a_method_that_folds_refuses_a_tied_weight_before_anything_runs(tmp_path: Path) -> None:
     config = make_config(method="flora", adapter={"unselected": "frozen"})
     model = TinyClassifier()

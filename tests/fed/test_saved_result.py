@@ -13,7 +13,7 @@ from torch import nn
 from fed import methods
 from fed.base import SharedBase
 from fed.evaluate import evaluate
-from fed.local import adapted
+from fed.local import adapted, started
 from fed.noise import start_noise
 from fed.simulate import BASE_DELTA, simulate
 from fed.types import Adapter, ClientStart, ServerState
@@ -92,21 +92,16 @@ def test_the_shared_base_rounds_once_from_the_original() -> None:
 
 
 def test_noise_of_a_start_on_a_folded_base_is_the_rounding_of_its_weights() -> None:
-    factors = make_factors(6, 1, SHAPES)
     delta = {name: torch.randn(shape, generator=torch.Generator().manual_seed(2)) for name, shape in SHAPES.items()}
-    server = ServerState(Adapter(factors, 2.0), base_delta=delta)
-    start = ClientStart(factors, {name: tuple(range(6)) for name in SHAPES}, 2.0, "folded")
-    from fed.local import started
-
     noise = {}
     for dtype in (torch.float32, torch.bfloat16):
+        factors = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in make_factors(6, 1, SHAPES).items()}
+        server = ServerState(Adapter(factors, 2.0), base_delta=delta)
+        start = ClientStart(factors, {name: tuple(range(6)) for name in SHAPES}, 2.0, "folded")
         with adapted(make_config(), TinyClassifier().to(dtype), HEAD) as work:
-            cast = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in factors.items()}
-            held = ServerState(Adapter(cast, 2.0), base_delta=delta)
             head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
-            with started(work, ClientStart(cast, start.selected, 2.0, "folded"), head, delta):
-                noise[dtype] = start_noise(held, start, work.base.changed())
-    assert server.base_delta is delta
+            with started(work, start, head, delta):
+                noise[dtype] = start_noise(server, start, work.base.changed())
     assert 0.0 < noise[torch.float32] < 1e-6 < 1e-3 < noise[torch.bfloat16] < 1.0
 
 

@@ -14,124 +14,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fed.data_config import DataConfig, ModelConfig, check_data
 from fed.errors import FedError
-from fed.schema import TABLE, Count, Fraction, NotNegative, Positive
+from fed.schema import TABLE
+from fed.training_config import (
+    AdapterConfig,
+    ClientsConfig,
+    HetLoRAConfig,
+    MeasureConfig,
+    ServerConfig,
+    TrainConfig,
+    check_clients,
+    check_method,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 # Tables with keys of their own: the share of the clients for each rank, and what a partitioner is given.
 _OPEN = ("clients.ranks.", "data.partition_options.")
 _EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
-Rank = Annotated[int, Field(ge=1, le=256)]
-
 
 class _Table(BaseModel):
     """One table of the TOML file."""
 
     model_config = TABLE
-
-
-class ClientsConfig(_Table):
-    """The population: `count` clients, `per_round` drawn a round, `ranks` dealt out to them in turn.
-
-    `per_round` below 1 is a fraction of the clients. `ranks` may also be a table of shares, `{4 = 0.5, 8 = 0.5}`: it is
-    resolved into a list. With `memory_mib`, budgets in MiB dealt out in turn, every client gets the largest rank whose
-    training fits its budget, and `ranks` is not used. `dirichlet_alpha` sets the label skew: small is skewed,
-    `"iid"` (or `inf`) is none.
-    """
-
-    count: Annotated[int, Field(ge=1, le=10_000)] = 20
-    per_round: Count = 10
-    ranks: Annotated[list[Rank], Field(min_length=1)] = [2, 4, 8, 16]
-    memory_mib: list[Positive] = []
-    dirichlet_alpha: Annotated[float, Field(gt=0)] | Literal["iid"] = 0.5
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve(cls, values: Any) -> Any:
-        """Turn a fraction of clients a round, and ranks by share, into a number and a list."""
-        if not isinstance(values, dict):
-            return values
-        count, resolved = values.get("count", cls.model_fields["count"].default), {}
-        drawn, ranks = values.get("per_round"), values.get("ranks")
-        if isinstance(count, int) and isinstance(drawn, float) and 0 < drawn < 1:
-            resolved["per_round"] = max(1, round(drawn * count))
-        if isinstance(count, int) and isinstance(ranks, dict):
-            resolved["ranks"] = _ranks_by_share(ranks, count)
-        return {**values, **resolved}
-
-    @field_validator("dirichlet_alpha")
-    @classmethod
-    def _infinite_is_iid(cls, value: float | Literal["iid"]) -> float | Literal["iid"]:
-        return "iid" if value == float("inf") else value
-
-
-class AdapterConfig(_Table):
-    """The global LoRA adapter: `rank` modules a matrix, scale alpha/rank, or alpha/√rank if stabilised.
-
-    `selection` is how Fed-PLoRA picks the modules a client trains, `dropout` LoRA dropout in local training.
-    """
-
-    rank: Rank = 16
-    alpha: Positive = 32.0
-    rank_stabilized: bool = False
-    target_modules: Annotated[list[str], Field(min_length=1)] | str = "all-linear"
-    unselected: Literal["folded", "frozen"] = "folded"
-    selection: Literal[
-        "random", "shared-random", "first", "round-robin", "largest-norm", "least-visited", "gradient"
-    ] = "random"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class TrainConfig(_Table):
-    """A client's local training, and what its update weighs. `max_grad_norm = 0` turns clipping off.
-
-    `client_steps`, dealt out to the clients in turn, or `local_epochs` above 0 stand in place of `local_steps`. The
-    head is trained and averaged ("train"), trained and kept by each client ("personal"), or left alone ("freeze").
-    """
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Positive = 2e-3
-    weight_decay: NotNegative = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    batch_size: Count = 16
-    local_steps: Count = 3
-    client_steps: list[Count] = []
-    local_epochs: NotNegative = 0.0
-    head: Literal["train", "personal", "freeze"] = "train"
-    weighting: Literal["uniform", "samples"] = "uniform"
-    max_grad_norm: NotNegative = 0.0
-
-
-class ServerConfig(_Table):
-    """The server's step: what its method averaged, or Adam with the round's movement as gradient."""
-
-    optimizer: Literal["fedavg", "fedadam"] = "fedavg"
-    step_size: Positive = 1e-2
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Positive = 1e-3
-
-
-class HetLoRAConfig(_Table):
-    """HETLoRA's own choices: what weighs an update, and whether clients prune their rank to `decay` · rank."""
-
-    weighting: Literal["norm", "run"] = "norm"
-    prune: bool = False
-    decay: Fraction = 0.99
-    penalty: NotNegative = 1e-3
-
-
-class MeasureConfig(_Table):
-    """What is measured besides accuracy, loss, bytes and time; each can be left out where it costs too much."""
-
-    noise: bool = True
-    similarity: bool = True
-    memory: bool = True
-    clients: bool = True
 
 
 class RunConfig(_Table):
@@ -159,8 +67,8 @@ class RunConfig(_Table):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        _check_method(self)
-        _check_clients(self)
+        check_method(self)
+        check_clients(self)
         check_data(self.data, self.model)
         return self
 
@@ -334,56 +242,3 @@ def _key(location: Iterable[int | str]) -> str:
         elif (candidate := f"{key}.{part}" if key else part) in known:
             key = candidate
     return key
-
-
-def _check_clients(config: RunConfig) -> None:
-    clients, rank = config.clients, config.adapter.rank
-    if clients.per_round > clients.count:
-        raise ValueError(
-            f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
-        )
-    if not clients.memory_mib and max(clients.ranks) > rank:
-        raise ValueError(f"clients.ranks is {clients.ranks}: every rank should be at most adapter.rank ({rank})")
-    if config.train.client_steps and config.train.local_epochs:
-        raise ValueError(
-            f"train.client_steps is {config.train.client_steps} and train.local_epochs {config.train.local_epochs:g}: "
-            "one of the two may be set"
-        )
-
-
-def _check_method(config: RunConfig) -> None:
-    from fed import methods
-
-    method = methods.find(config.method)
-    ranks, rank = config.clients.ranks, config.adapter.rank
-    dealt = ranks[: config.clients.count]
-    if method.equal_ranks and not config.clients.memory_mib and set(dealt) != {rank}:
-        raise ValueError(
-            f"clients.ranks is {ranks}: {method.title} needs every rank equal to adapter.rank ({rank}); "
-            "mixed ranks take method = 'fed-plora'"
-        )
-    if config.server.optimizer != "fedavg" and not method.moves_factors:
-        raise ValueError(
-            f"server.optimizer is {config.server.optimizer!r}: {method.title} makes its factors anew each round, "
-            "so there is nothing to step along; it takes 'fedavg'"
-        )
-
-
-def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:
-    """Return a list of ranks, to be dealt out in turn, that gives each its share of `count` clients, to the nearest.
-
-    Ranks are spread evenly; what repeats itself is said once. Raises ValueError for what are no shares of ranks.
-    """
-    if not all(rank.isdecimal() and 1 <= int(rank) <= 256 for rank in shares):
-        raise ValueError(f"clients.ranks is {shares}: its keys should be ranks from 1 to 256")
-    if not all(isinstance(share, int | float) and share > 0 for share in shares.values()):
-        raise ValueError(f"clients.ranks is {shares}: its shares should be above 0")
-    if abs((total := sum(shares.values())) - 1) > 1e-6:
-        raise ValueError(f"clients.ranks is {shares}: its shares add up to {total:g}; they should add up to 1")
-    order = sorted(shares, key=int)
-    dealt: list[int] = []
-    for number in range(1, count + 1):
-        due = max(order, key=lambda rank: shares[rank] * number - dealt.count(int(rank)))
-        dealt.append(int(due))
-    periods = (length for length in range(1, count + 1) if count % length == 0)
-    return next(dealt[:length] for length in periods if dealt[:length] * (count // length) == dealt)

@@ -22,7 +22,8 @@ from fed.streams import Source, torch_seed
 from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
 
 if TYPE_CHECKING:
-    from fed.config import RunConfig, TrainConfig
+    from fed.config import RunConfig
+    from fed.training_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fed.types import Factors, ServerState
 
 if TYPE_CHECKING:
-    from fed.config import ServerConfig
+    from fed.training_config import ServerConfig
 
 
 def step(server: ServerState, following: ServerState, settings: ServerConfig) -> ServerState:

@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 RESERVED = {
     "triton": {"plora_kernels/kernels", "bench"},
     "peft": {"plora_kernels/peft.py", "bench"},
-    "pydantic": {"fed/config.py", "fed/data_config.py", "fed/schema.py"},
+    "pydantic": {"fed/config.py", "fed/data_config.py", "fed/schema.py", "fed/training_config.py"},
     "typer": {"fed/cli.py"},
     "rich": {"fed/cli.py", "fed/console.py", "fed/board.py"},
     "matplotlib": {"fed/canvas.py", "fed/pictures.py", "fed/curves.py", "fed/heatmaps.py", "bench"},

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
+from bench.audit import Shape as AuditShape
+from bench.audit import design_blocks
 from bench.correctness import Results, WrongResultError, check
 from bench.records import blank
 from bench.workers import one_line
 from plora_kernels import reference
+from plora_kernels.blocks import DESIGNS, Blocks
+from plora_kernels.configs import capability_of, forcing
+from plora_kernels.dropout import multiplier
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 # tf32 keeps ten bits of the mantissa.
@@ -36,9 +41,20 @@ SHAPES = {
     ),
     "cpu": ((37, 50, 29, 5), (1, 1, 1, 1)),
 }
-FORMS = ("all", "folded mask", "frozen mask", "none selected", "strided", "fold", "deterministic")
+FORMS = (
+    "all",
+    "folded mask",
+    "frozen mask",
+    "folded mask dropout",
+    "frozen mask dropout",
+    "none selected",
+    "strided",
+    "fold",
+    "folds agree",
+    "deterministic",
+)
 CUDA_FORMS = ("graph replay", "no synchronisation")
-SCALE = 0.5
+SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,18 @@ class CheckShape:
     r: int
 
     def forms(self) -> tuple[str, ...]:
-        return FORMS + CUDA_FORMS if self.device == "cuda" else FORMS
+        """Return what is checked; designs, on a GPU that has them, where lines start at multiples of 16."""
+        if self.device != "cuda":
+            return FORMS
+        capability = capability_of(torch.device("cuda", torch.cuda.current_device()))
+        aligned = self.k % 16 == 0 and self.n % 16 == 0
+        designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, capability)]
+        return FORMS + CUDA_FORMS + tuple(designs)
+
+    def blocks(self, design: str, capability: int) -> dict[str, Blocks]:
+        """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
+        dtype = "float32" if self.dtype == "tf32" else self.dtype
+        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, capability)
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,7 @@ def run_checks(shape: CheckShape) -> list[dict[str, object]]:
             found: dict[str, object] = {"status": "passed"}
             try:
                 with poisoned_outputs():
-                    _CHECKS.get(form, _check_linear)(shape, inputs, form)
+                    _check_of(form)(shape, inputs, form)
             except Exception as error:  # a kernel that does not compile is as wrong as one that errs
                 found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
             facts = {name: value for name, value in asdict(shape).items() if name != "device"}
@@ -147,24 +174,28 @@ def _hold(shape: CheckShape, form: str, results: Results, exact: Results, plain:
 
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
     """Return what a form selects and what becomes of the rest."""
-    if form in ("all", "strided"):
+    if form in ("all", "strided") or form.startswith("design"):
         return None, "folded"
     if form == "none selected":
         return torch.zeros_like(mask), "folded"
-    return mask, form.removesuffix(" mask")
+    return mask, "frozen" if form.startswith("frozen") else "folded"
 
 
-def _reference(inputs: Inputs, dtype: torch.dtype, mask: Tensor | None, unselected: str) -> Results:
+def _reference(
+    inputs: Inputs, dtype: torch.dtype, mask: Tensor | None, unselected: str, dropout_p: float = 0.0
+) -> Results:
     x, weight, A, B, bias, dy = (
         t.to(dtype) for t in (inputs.x, inputs.weight, inputs.A, inputs.B, inputs.bias, inputs.dy)
     )
     mask = None if mask is None else mask.to(x.device)
-    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected)
-    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected)
+    seed = torch.tensor(DROPOUT_SEED, device=x.device)
+    dropped = multiplier(seed, x.shape[0], x.shape[1], dropout_p, dtype) if dropout_p else None
+    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected, dropout=dropped)
+    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected, dropout=dropped)
     return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
 
 
-def _fused(inputs: Inputs, mask: Tensor | None, unselected: str) -> Results:
+def _fused(inputs: Inputs, mask: Tensor | None, unselected: str, dropout_p: float = 0.0) -> Results:
     """Return y and every gradient of ⟨y, dy⟩ by the operator."""
     leaves = {
         name: tensor.detach().requires_grad_()
@@ -179,6 +210,8 @@ def _fused(inputs: Inputs, mask: Tensor | None, unselected: str) -> Results:
         bias=leaves["dbias"],
         scale=SCALE,
         unselected=unselected,
+        dropout_p=dropout_p,
+        dropout_seed=DROPOUT_SEED if dropout_p else None,
     )
     gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -190,14 +223,16 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
     if form == "strided":  # every second column of a wider x, the transpose of a transposed weight
         x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
         given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
-    exact = _reference(inputs, torch.float64, mask, unselected)
-    _hold(
-        shape,
-        form,
-        _fused(given, mask, unselected),
-        exact,
-        _reference(inputs, DTYPES[shape.dtype], mask, unselected),
+    dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
+    exact, plain = (
+        _reference(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
     )
+    _hold(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+
+
+def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    with forcing(shape.blocks(form.removeprefix("design "), capability_of(inputs.x.device))):
+        _check_linear(shape, inputs, form)
 
 
 def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -208,6 +243,17 @@ def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
     )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
     _hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+
+
+def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """In place, out of place and together with another weight a fold gives the same bits."""
+    factors = (inputs.A, inputs.B, inputs.mask)
+    in_place = pk.fold_(inputs.weight.clone(), *factors, scale=SCALE)
+    out_of_place = pk.fold(inputs.weight, *factors, scale=SCALE)
+    many = [inputs.weight.clone(), inputs.weight.clone()]
+    pk.fold_many_([pk.Fold(weight, *factors, scale=SCALE) for weight in many])
+    for other in (out_of_place, *many):
+        _require_equal(form, {"weight": in_place}, {"weight": other})
 
 
 def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -260,7 +306,13 @@ def _require_equal(form: str, first: Results, second: Results) -> None:
 
 _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
+    "folds agree": _check_folds_agree,
     "deterministic": _check_deterministic,
     "graph replay": _check_replay,
     "no synchronisation": _check_no_synchronisation,
 }
+
+
+def _check_of(form: str) -> Callable[[CheckShape, Inputs, str], None]:
+    """Return the function that checks a form: one of its own, or that of a layer."""
+    return _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)

@@ -18,6 +18,8 @@ from bench.providers import every_provider
 from bench.records import KEYS, load_records
 from bench.report import GPU_BEGIN, GPU_END, main
 from bench.timing import Plan
+from plora_kernels.blocks import DESIGNS
+from tests.test_imports import imports, sources
 
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused"]
@@ -99,9 +101,22 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
 ) -> None:
     monkeypatch.setattr(pk, "fold_", lambda weight, *given, **named: weight)
     records = run_checks(CheckShape("cpu", "float32", 37, 50, 29, 5))
-    assert [record["form"] for record in records if record["status"] == "wrong"] == ["fold"]
+    assert [record["form"] for record in records if record["status"] == "wrong"] == ["fold", "folds agree"]
     assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", "fold"]) == 1
     assert "WRONG fold: fold: weight is off by" in capsys.readouterr().out
+
+
+def test_a_gpu_machine_needs_neither_the_simulator_nor_its_libraries() -> None:
+    absent = {"fed", "pydantic", "datasets", "flwr", "hypothesis", "ruff", "typer", "rich", "tomli_w"}
+    for path in [*sources("plora_kernels"), *sources("bench")]:
+        assert not {name.split(".")[0] for name in imports(path)} & absent, path.name
+
+
+def test_every_design_is_checked_where_it_runs() -> None:
+    aligned, odd = CheckShape("cpu", "bfloat16", 64, 512, 384, 16), CheckShape("cpu", "tf32", 64, 512, 384, 16)
+    for design in DESIGNS:
+        assert set(aligned.blocks(design, 90)) == set(odd.blocks(design, 90)) == {"forward", "input_gradient"}
+    assert aligned.blocks("persistent", 80) == {}
 
 
 def test_an_element_that_is_not_written_is_found() -> None:

@@ -27,10 +27,19 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     Args:
         seed: one int64 number, on the device the mask is wanted on; it is not read on the host.
     """
-    device = seed.device
+    return keep_mask_of_rows(seed.reshape(()), torch.arange(rows, dtype=torch.int64, device=seed.device), columns, p)
+
+
+def keep_mask_of_rows(seeds: Tensor, numbers: Tensor, columns: int, p: float) -> Tensor:
+    """Return the bool mask (rows, columns) whose rows are those of the given numbers under the given seeds.
+
+    Args:
+        seeds: int64, (rows,) or one for all rows. numbers: int64 (rows,), each row's number under its seed.
+    """
+    device, rows = numbers.device, numbers.shape[0]
     kept = torch.empty((rows, columns), dtype=torch.bool, device=device)
     steps = _wrapped(torch.arange(columns, dtype=torch.int64, device=device) * GOLDEN)  # (columns,)
-    starts, keys = _row_keys(seed.reshape(()), torch.arange(rows, dtype=torch.int64, device=device))  # (rows,) each
+    starts, keys = _row_keys(seeds, numbers)  # (rows,) each
     chunk = max(1, _CHUNK_ELEMENTS // max(1, columns)) if device.type == "cpu" else max(1, rows)
     bound = threshold(p)
     for first in range(0, rows, chunk):

@@ -5,12 +5,23 @@ Nothing here reads a device tensor on the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from . import ops
+from . import grouped, ops
 from .checks import check_alike, check_dropout, check_factors, check_number, check_unselected, index_for
-from .errors import ShapeError, StateError, UnsupportedError
+from .errors import ShapeError, StateError
+from .group_checks import (
+    GroupSelections,
+    check_group_factors,
+    group_index,
+    group_offsets,
+    group_scales,
+    group_seeds,
+)
 from .selection import Selection
 
 
@@ -19,14 +30,14 @@ def plora_linear(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    selected: Selection | None = None,
+    selected: Selection | GroupSelections | None = None,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Sequence[float] | Tensor = 1.0,
     unselected: str = "folded",
     dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    groups: Tensor | None = None,
+    dropout_seed: int | Sequence[int] | Tensor | None = None,
+    groups: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Return `y: (…, N)` = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
 
@@ -47,7 +58,11 @@ def plora_linear(
         dropout_p: 0 ≤ p < 1. It touches selected modules only, in both forms.
         dropout_seed: an integer of 64 bits, or a tensor of one int64 on x's device, which the host never reads. The
             same seed gives the same mask on every device and backend. Needed where dropout_p is not 0.
-        groups: reserved; only None works.
+        groups: offsets (C+1,) of C groups over the rows of x, flattened: group g has rows groups[g] … groups[g+1]−1,
+            perhaps none. Then lora_A is (C, R, K) and lora_B (C, N, R), one adapter a group; selected is a mask (C, R)
+            or C selections, scale one number or (C,), dropout_seed (C,), and dropout counts a group's rows from 0, so
+            that the result is that of C calls. Integers or a host tensor are validated; a tensor on x's device is not
+            read, and must rise from 0 to M.
 
     All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
     cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.
@@ -55,18 +70,25 @@ def plora_linear(
     Raises:
         ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
         StateError: weight requires a gradient; the base is frozen.
-        UnsupportedError: a reserved argument; double backward; torch.func transforms.
+        UnsupportedError: double backward; torch.func transforms.
 
     Source: arXiv 2602.16936.
     """
+    frozen = check_unselected(unselected) == "frozen"
     if groups is not None:
-        raise UnsupportedError("groups is set; one adapter a call works, several groups in a call do not yet")
-    check_unselected(unselected)
+        offsets = group_offsets(groups, x.device)
+        count = offsets.shape[0] - 1
+        check_group_factors(weight, lora_A, lora_B, count)
+        scale, scales = group_scales(scale, count, x.device)
+        indices = group_index(cast(GroupSelections | None, selected), count, lora_A.shape[1], x.device)
+        seeds = group_seeds(dropout_p, cast(Sequence[int] | Tensor | None, dropout_seed), count, x.device)
+        return grouped_with_index(
+            x, weight, lora_A, lora_B, bias, indices, offsets, scales, scale, frozen, float(dropout_p), seeds
+        )
     check_factors(weight, lora_A, lora_B)
     scale = check_number("scale", scale)
-    index = index_for(selected, lora_A.shape[0], x.device)
-    seed = check_dropout(dropout_p, dropout_seed, x.device)
-    frozen = unselected == "frozen"
+    index = index_for(cast(Selection | None, selected), lora_A.shape[0], x.device)
+    seed = check_dropout(dropout_p, cast(int | Tensor | None, dropout_seed), x.device)
     return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, frozen, float(dropout_p), seed)
 
 
@@ -83,6 +105,38 @@ def linear_with_index(
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Check x, bias, dtypes and devices, apply autocast and run the operator on an index buffer (None: all modules)."""
+    x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
+    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen, dropout_p, dropout_seed)
+
+
+def grouped_with_index(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    dropout_p: float = 0.0,
+    dropout_seeds: Tensor | None = None,
+) -> Tensor:
+    """Do the same for groups of rows, on index buffers (C, W), offsets (C+1,), scales (C,) times `scale` or None.
+
+    Who calls many layers on the same groups makes these once: `group_checks`' functions return them.
+    """
+    x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
+    return grouped.linear(
+        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, dropout_p, dropout_seeds
+    )
+
+
+def _checked_and_cast(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the tensors as autocast casts them; raise where x, bias, dtypes or devices do not fit the weight."""
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
@@ -96,7 +150,7 @@ def linear_with_index(
         x, weight, lora_A, lora_B = (_autocast(t, dtype) for t in (x, weight, lora_A, lora_B))
         bias = bias if bias is None else _autocast(bias, dtype)
     check_alike("x", {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
-    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen, dropout_p, dropout_seed)
+    return x, weight, lora_A, lora_B, bias
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -97,8 +97,8 @@ def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
 
 def index_from_mask(mask: Tensor) -> Tensor:
-    """Return a mask (R,) as an index buffer on its device without reading it on the host: module j or −1 at place j."""
-    rank = mask.shape[0]
+    """Return masks (…, R) as index buffers on their device, unread by the host: module j or −1 at place j."""
+    rank = mask.shape[-1]
     numbers = torch.arange(rank, dtype=torch.int32, device=mask.device)
     index = torch.where(mask, numbers, -1)
     return torch.nn.functional.pad(index, (0, -rank % INDEX_MULTIPLE), value=-1)

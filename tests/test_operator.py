@@ -463,5 +463,3 @@ def test_other_wrong_arguments_are_named() -> None:
             pk.plora_linear(**tensors, dropout_p=0.1, dropout_seed=seed)  # type: ignore[arg-type]
     with pytest.raises(pk.DeviceError, match="dropout_seed is on meta, x on cpu"):
         pk.plora_linear(**tensors, dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64, device="meta"))
-    with pytest.raises(pk.UnsupportedError, match="groups is set"):
-        pk.plora_linear(**tensors, groups=torch.tensor([0, 2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -119,3 +120,15 @@ def test_moving_data_moves_every_part_of_it_but_the_bases_own() -> None:
     assert moved.test.table is moved.validation.table
     assert moved.pretrain.table.device.type == "cpu"
     assert everything(moved.pretrain)["labels"].tolist() == [7, 8, 9]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [make_text_table, make_instruction_table])
+def test_a_batch_on_a_device_is_the_hosts(make: Callable) -> None:
+    table, there = make(), make().to(torch.device("cuda"))
+    for name, values in there.batch(rows(1, 2)).items():
+        assert values.is_cuda
+        assert torch.equal(values.cpu(), table.batch(rows(1, 2))[name])
+    if isinstance(table, InstructionTable):
+        for name, values in there.prompts(rows(1, 2)).items():
+            assert torch.equal(values.cpu(), table.prompts(rows(1, 2))[name])

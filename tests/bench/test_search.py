@@ -42,7 +42,8 @@ def test_a_new_class_tries_the_designs_in_turns_the_default_first() -> None:
     designs = [blocks.design for blocks in tried[1:] if isinstance(blocks, MatmulBlocks)]
     assert set(designs[:5]) == set(DESIGNS)
     assert set(designs[5:]) == set(KERNEL_DESIGNS)  # torch's matmul has no blocks to vary
-    assert all(blocks.block_m * blocks.block_n == 128 * 256 for blocks in tried[1:] if isinstance(blocks, MatmulBlocks))
+    ours = [blocks for blocks in tried[1:] if isinstance(blocks, MatmulBlocks) and blocks.design != "algebra"]
+    assert all(blocks.block_m * blocks.block_n == 128 * 256 for blocks in ours)
 
 
 def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules() -> None:

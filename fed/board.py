@@ -26,9 +26,9 @@ class Board:
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(highlight=False, soft_wrap=True, stderr=True)
         self._runs, self._ended = already + len(cells), already
-        self._rounds, self._played = sum(cell.config.rounds for cell in cells), 0
+        self._rounds = sum(cell.config.rounds for cell in cells)
+        self._played: dict[str, int] = {}  # each run's last round
         self._began = time.monotonic()
-        self._accuracy: dict[str, str] = {}
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
@@ -54,7 +54,7 @@ class Board:
             self._bars.stop()
 
     def tell(self, cell: Cell, kind: str, payload: Any) -> None:
-        """Show a finished round ("row"), a run's end ("finished", "failed"), or a line ("base", "event")."""
+        """Show a finished round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
         if kind == "row":
             self._row(cell, payload)
         elif kind == "base":
@@ -62,46 +62,50 @@ class Board:
         elif kind == "event":
             self._warn(f"{cell.label}: {payload}")
         else:
-            self._end(cell, None if kind == "finished" else payload)
+            self._end(cell, payload, failed=kind == "failed")
 
     def _row(self, cell: Cell, row: dict[str, Any]) -> None:
-        self._accuracy[cell.label] = f"accuracy {percent(row):>6}"
-        if row["round"] > 0:
-            self._played += 1
+        self._played[cell.label] = row["round"]
         if self._bars is None:
             return
         if cell.label not in self._tasks:
             self._tasks[cell.label] = self._bars.add_task(cell.label, total=cell.config.rounds, note="")
-        self._bars.update(self._tasks[cell.label], completed=row["round"], note=self._accuracy[cell.label])
-        self._bars.update(self._tasks["all"], completed=self._played)
+        self._bars.update(self._tasks[cell.label], completed=row["round"], note=_reached(row))
+        self._bars.update(self._tasks["all"], completed=sum(self._played.values()))
 
-    def _end(self, cell: Cell, failure: str | None) -> None:
+    def _end(self, cell: Cell, outcome: Any, failed: bool) -> None:
         if self._bars is not None and cell.label in self._tasks:
             self._bars.remove_task(self._tasks.pop(cell.label))
-        if failure is not None:
-            self.failures.append(f"{cell.label}: {failure}")
-            self._warn(f"{cell.label} cannot be played: {failure}")
+        if failed:
+            self.failures.append(f"{cell.label}: {outcome}")
+            self._warn(f"{cell.label} cannot be played: {outcome}")
             return
         self._ended += 1
+        self._played[cell.label] = cell.config.rounds
         if self._bars is not None:
             self._bars.update(self._tasks["all"], note=f"{self._count()} runs")
-        self._say(f"run {self._count()}  {self._accuracy[cell.label]}  {cell.label}{self._time_left()}")
+        self._say(f"run {self._count()}  {_reached(outcome)}  {cell.label}{self._time_left()}")
 
     def _count(self) -> str:
         return f"{self._ended:>{len(str(self._runs))}} of {self._runs}"
 
     def _time_left(self) -> str:
         """The time the remaining rounds take at the speed so far; a bar on a terminal says it already."""
-        left = self._rounds - self._played
-        if self._bars is not None or left <= 0 or not self._played:
+        played = sum(self._played.values())
+        left = self._rounds - played
+        if self._bars is not None or left <= 0 or not played:
             return ""
-        return f"  ({duration((time.monotonic() - self._began) / self._played * left)} left)"
+        return f"  ({duration((time.monotonic() - self._began) / played * left)} left)"
 
     def _say(self, line: str) -> None:
         (self._bars.console if self._bars else self._out).print(line, markup=False)
 
     def _warn(self, line: str) -> None:
         (self._bars.console if self._bars else self._err).print(f"warning: {line}", markup=False)
+
+
+def _reached(row: dict[str, Any]) -> str:
+    return f"accuracy {percent(row):>6}"
 
 
 def duration(seconds: float) -> str:

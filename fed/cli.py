@@ -53,7 +53,7 @@ def run(
     source: Source,
     more: More = None,
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="The run's directory.  [default: runs/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory.", show_default="runs/NAME")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
     centralised: Centralised = True,
     track: Track = None,
@@ -73,27 +73,27 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,…",
-            help="Methods; name@r puts every client at rank r.  [default: the file's]",
+            help="Methods; name@r puts every client at rank r.",
+            show_default="the file's",
         ),
     ] = "",
     seeds: Annotated[
-        str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.  [default: the file's]")
+        str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.", show_default="the file's")
     ] = "",
     vary: Annotated[
         str, typer.Option(metavar="KEY=VALUE,…", help="Compare a key's values, e.g. adapter.selection=random,first.")
     ] = "",
     reference: Annotated[
-        str, typer.Option(metavar="NAME", help="What differences are taken from.  [default: the first]")
+        str, typer.Option(metavar="NAME", help="What differences are taken from.", show_default="the first")
     ] = "",
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="The directory.  [default: runs/compare-NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/compare-NAME")] = None,
     jobs: Jobs = 1,
     track: Track = None,
 ) -> int:
     """Run methods, or values of a setting, with the same seeds and compare them; the same command continues it.
 
-    Methods that need equal ranks run with every client at adapter.rank unless name@r says otherwise; the scale
-    stays as it is.
+    A method that needs equal ranks runs with every client at adapter.rank, or at r as name@r; the scale stays.
     """
     from fed import commands, grid
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fed.config import RunConfig
     from fed.data import FederatedData
 
-# Called with a cell, what happened ("base", "row", "event"), and a line or the row.
+# Called with a cell, what happened ("base", "row", "event", "finished", "failed"), and a line or the row.
 Tell = Callable[[Cell, str, Any], object]
 
 BASES = "bases"
@@ -110,8 +110,8 @@ class Workbench:
         return model
 
 
-def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
-    """Play one run of a comparison to its end, from its checkpoint if it was begun before."""
+def play(cell: Cell, bench: Workbench, tell: Tell) -> execute.Row:
+    """Play one run of a comparison to its end, from its checkpoint if it was begun before; return its last row."""
     from fed.checkpoint import last_round
 
     config, directory = cell.config, bench.directory / cell.path
@@ -123,7 +123,7 @@ def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
             directory.mkdir(parents=True)
             configuration.write(config, directory / CONFIG)
             (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
-        execute.play(
+        rows = execute.play(
             config,
             bench.data(config),
             model,
@@ -132,6 +132,7 @@ def play(cell: Cell, bench: Workbench, tell: Tell) -> None:
             lambda line: tell(cell, "event", line),
             resume=resume,
         )
+    return rows[-1]
 
 
 def check(cells: Sequence[Cell], bench: Workbench) -> None:
@@ -155,11 +156,11 @@ def in_turn(cells: Sequence[Cell], bench: Workbench, tell: Tell) -> None:
     """Play runs one after another; one that cannot be played is told as "failed" and the others go on."""
     for cell in cells:
         try:
-            play(cell, bench, tell)
+            last = play(cell, bench, tell)
         except FedError as error:
             tell(cell, "failed", str(error))
         else:
-            tell(cell, "finished", None)
+            tell(cell, "finished", last)
 
 
 def _key(config: RunConfig, *tables: str) -> str:

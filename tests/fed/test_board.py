@@ -15,7 +15,7 @@ def play(cells: list[grid.Cell], already: int) -> Board:
         for number in range(3):
             shown.tell(cells[0], "row", make_row(number))
         shown.tell(cells[0], "event", "round 2: client 3 is left out")
-        shown.tell(cells[0], "finished", None)
+        shown.tell(cells[0], "finished", make_row(2))
         shown.tell(cells[1], "row", make_row(0))
         shown.tell(cells[1], "failed", "no such file")
     return shown

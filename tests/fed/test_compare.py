@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from fed.cli import main
 from fed.errors import FedError
 from tests.support.command_line import Outcome, rows_of, without_times
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     *("rounds=2", "clients.count=4", "clients.per_round=2", "train.local_steps=1", "model.pretrain_steps=20"),
     "adapter.target_modules=['q_proj']",
@@ -180,5 +184,24 @@ def test_runs_at_once_give_the_same_files_as_in_turn(
     out = tmp_path / "out"
     outcome = fed_cli(*ASKED, "--jobs", "2", "--out", str(out))
     assert (outcome.status, outcome.err) == (0, "")
+    for cell in CELLS:
+        assert without_times(out / cell) == without_times(whole / cell)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(
+    whole: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fed", *ASKED, "--jobs", "2", "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("run 1 of 4"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert re.fullmatch(r"warning: interrupted: [1-3] of 4 runs are finished and kept in .* continues\n", errors)
+    assert fed_cli("resume", str(out), "--jobs", "2").status == 0
     for cell in CELLS:
         assert without_times(out / cell) == without_times(whole / cell)

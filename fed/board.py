@@ -54,7 +54,7 @@ class Board:
             self._bars.stop()
 
     def tell(self, cell: Cell, kind: str, payload: Any) -> None:
-        """Show a finished round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
+        """Show a round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
         if kind == "row":
             self._row(cell, payload)
         elif kind == "base":

@@ -62,7 +62,8 @@ def play(
     from fed.simulate import simulate
     from fed.trackers import tracking
 
-    first = (last_round(directory) or 0) + 1 if resume else 0
+    reached = last_round(directory) if resume else None
+    first = reached + 1 if reached else 0  # row 0 is played anew
     with tracking(config, directory, first) as track:
 
         def hand_on(row: Row) -> None:

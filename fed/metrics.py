@@ -55,6 +55,7 @@ ROUGE = Metric("rouge_l", "ROUGE-L", "%", partial(_last, field="rouge_l", scale=
 METRICS = (
     ACCURACY,
     Metric("gain", "gain", "points", _gain, 1),
+    Metric("rouge_1", "ROUGE-1", "%", partial(_last, field="rouge_1", scale=100.0), 1),
     ROUGE,
     Metric("worst_accuracy", "worst client", "%", partial(_last, field="worst_accuracy", scale=100.0), 1),
     Metric("loss", "loss", "", partial(_last, field="loss"), 3),
@@ -96,7 +97,7 @@ METRICS = (
     ),
     Metric("fold_seconds", "folding", "s", partial(_sum, field="fold_seconds")),
 )
-OUTCOME = ("accuracy", "gain", "rouge_l", "worst_accuracy", "loss")
+OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
 # What differences are taken of, and said in words: points, more being better.
 SCORES = (ACCURACY, ROUGE)
 NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")

@@ -67,7 +67,7 @@ def simulate(
         rows: list[Row] = []
         if resume:
             standing = checkpoint.load(directory, config, standing)
-            rows = _kept_rows(directory / ROUNDS, standing.server.round)
+            rows = _kept_rows(directory / ROUNDS, standing.server.round or -1)  # row 0 is played anew
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ROUNDS).open("a" if resume else "w", encoding="utf-8") as file:
             for played in federation.play(standing):

@@ -63,6 +63,17 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(method: str, changes:
     assert len(rows) == 5
 
 
+def test_a_run_stopped_after_row_0_has_that_row_once(tmp_path: Path) -> None:
+    config = make("fed-plora")
+    run(config, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run(config, tmp_path / "stopped", stop_after=0)
+    assert checkpoint.last_round(tmp_path / "stopped") == 0
+    run(config, tmp_path / "stopped", resume=True)
+    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
 def test_rounds_after_the_checkpoint_are_played_again(tmp_path: Path) -> None:
     config = make("fed-plora", checkpoint_every=2)
     run(config, tmp_path / "whole")

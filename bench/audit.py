@@ -123,6 +123,23 @@ def run_shape(shape: Shape, dtype: torch.dtype) -> None:
         pk.fold_many_([pk.Fold(weight, lora_A, lora_B, kept, 2.0, out=empty(shape.n, shape.k)) for _ in range(2)])
 
 
+def run_groups(shape: Shape, dtype: torch.dtype) -> None:
+    """Call the grouped form on four groups of the shape's rows and differentiate it, without dropout and with it."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    leaves = [
+        empty(*size).requires_grad_() for size in ((shape.m, shape.k), (4, shape.r, shape.k), (4, shape.n, shape.r))
+    ]
+    offsets, seeds = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4))
+    selected = [list(range(shape.r - 1))] * 4 if shape.indexed else None
+    form = {"bias": empty(shape.n), "scale": 2.0, "groups": offsets, "dropout_seed": seeds, "selected": selected}
+    for unselected, p in (("folded", 0.0), ("frozen", 0.1)):
+        y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], unselected=unselected, dropout_p=p, **form)
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
+
+
 def run_projections(shape: Shape, dtype: torch.dtype) -> None:
     """Call three projections of one input together, two of them a quarter as wide, and differentiate them together."""
     widths = {"q_proj": shape.n, "k_proj": max(1, shape.n // 4), "v_proj": max(1, shape.n // 4)}
@@ -194,6 +211,7 @@ def audit_job(job: Job) -> list[Row]:
         try:
             run_shape(job.shape, getattr(torch, job.dtype))
             run_projections(job.shape, getattr(torch, job.dtype))
+            run_groups(job.shape, getattr(torch, job.dtype))
         except Exception as error:  # whatever the compiler raises is a finding
             last = f"after {launches[-1].kernel}" if launches else "the first"
             failed.append(Row(last, job.case, job.target.name, error=one_line(error)))

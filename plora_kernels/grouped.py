@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import torch_grouped
+from .backend import falling_back, runs_kernels
 from .errors import UnsupportedError
 from .group_checks import host_bounds
 from .ops import _library, _rows, _watched
@@ -30,6 +31,58 @@ _library.define(
     "bool need_B, bool need_bias, float dropout_p, Tensor? dropout_seeds) "
     "-> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
 )
+
+
+def _run_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    keep_s: bool,
+    merged: bool,
+    *dropout: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
+    operands, form = (x, weight, lora_A, lora_B, bias, index), (scales, scale, frozen, keep_s)
+    bounds = host_bounds(offsets, x.shape[0]) if offsets.device.type == "cpu" else None
+    if runs_kernels(x) and not merged:
+        with falling_back("the grouped forward", x):
+            from .kernels import grouped_layer
+
+            return grouped_layer.forward(*operands, offsets, *form, *dropout)
+    bounds = bounds or host_bounds(offsets, x.shape[0])
+    return torch_grouped.forward(*operands, bounds, *form, merged, *dropout)
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    offsets: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    merged: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
+    operands, form = (dy, x, weight, lora_A, lora_B, s, index), (scales, scale, frozen)
+    if runs_kernels(dy) and not merged:
+        with falling_back("the grouped backward", dy):
+            from .kernels import grouped_layer
+
+            return grouped_layer.backward(*operands, offsets, *form, *rest)
+    return torch_grouped.backward(*operands, host_bounds(offsets, x.shape[0]), *form, merged, *rest)
 
 
 @torch.library.impl(_library, "grouped_linear", "CompositeExplicitAutograd")
@@ -49,10 +102,8 @@ def _linear(
     dropout_p: float,
     dropout_seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    bounds = host_bounds(offsets, rows.shape[0])
-    y, s = torch_grouped.forward(
-        rows, weight, lora_A, lora_B, bias, index, bounds, scales, scale, frozen, keep_s, merged, dropout_p,
+    y, s = _run_forward(
+        _rows(x), weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
         dropout_seeds,
     )  # fmt: skip
     # Not a view: autograd lets no one write in place to a view that a custom function returns.
@@ -107,9 +158,8 @@ def _linear_backward(
     dropout_seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy_rows, x_rows = _rows(dy), _rows(x)
-    bounds = host_bounds(offsets, x_rows.shape[0])
-    d_x, d_lora_A, d_lora_B = torch_grouped.backward(
-        dy_rows, x_rows, weight, lora_A, lora_B, s, index, bounds, scales, scale, frozen, merged, need_x, need_A,
+    d_x, d_lora_A, d_lora_B = _run_backward(
+        dy_rows, x_rows, weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, merged, need_x, need_A,
         need_B, dropout_p, dropout_seeds,
     )  # fmt: skip
     d_bias = dy_rows.sum(0) if need_bias else dy.new_empty(0)
@@ -223,7 +273,7 @@ def linear(
         raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
     grad, (n, k) = torch.is_grad_enabled(), weight.shape
     rows, groups, places = math.prod(x.shape[:-1]), lora_A.shape[0], _places(lora_A, index, frozen)
-    merged = torch_grouped.is_merged(rows, groups, k, n, places, x.dtype, dropout_p)
+    merged = not runs_kernels(x) and torch_grouped.is_merged(rows, groups, k, n, places, x.dtype, dropout_p)
     keep_s = grad and lora_B.requires_grad and not merged
     arguments = (
         x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,

@@ -12,7 +12,7 @@ class Dropout(NamedTuple):
     """LoRA dropout of probability `p`: `seed` one int64 number on the device.
 
     `selected` is the index of the modules it touches, None for all that enter: frozen modules that are not selected see
-    x as it is.
+    x as it is. In the grouped form there is a seed and an index for each group, (C,) and (C, W).
     """
 
     p: float
@@ -21,8 +21,8 @@ class Dropout(NamedTuple):
 
     @property
     def selected_width(self) -> int:
-        """Entries of the index, 0 without one."""
-        return 0 if self.selected is None else self.selected.shape[0]
+        """Entries of the index, or of a group's; 0 without one."""
+        return 0 if self.selected is None else self.selected.shape[-1]
 
     @property
     def selected_block(self) -> int:

@@ -1,0 +1,116 @@
+"""Forward and backward of a PLoRA linear layer on groups of rows, each with modules of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grouped_gradient import grouped_gradient_
+from .grouped_matmul import grouped_matmul
+from .grouped_side_product import grouped_side_product
+from .grouped_tiles import Groups
+from .launch import Dropout
+
+
+def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.device) -> Groups:
+    """Return groups with offsets and scales on the device, where a host's copy is not waited for."""
+    if scales is not None:
+        scales = (scales * scale).to(device, torch.float32, non_blocking=True)
+    return Groups(offsets.to(device, non_blocking=True).contiguous(), scales, 1.0 if scales is not None else scale)
+
+
+def _dropout(index: Tensor | None, frozen: bool, p: float, seeds: Tensor | None) -> Dropout | None:
+    """Return the dropout of the side branch, or None where it touches nothing; see `forward.layer_dropout`."""
+    if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
+        return None
+    return Dropout(p, seeds.contiguous(), index if frozen else None)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    offsets: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    keep_s: bool,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, s)`: y (M, N), and if `keep_s` s (M, places) = D(x_g) A_gᵀ.
+
+    Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None for all
+    modules, offsets (C+1,), scales (C,) times `scale` or None, dropout_seeds (C,) int64. If `frozen`, all modules enter
+    and the index names those that D, dropout, applies to.
+    """
+    y, s = grouped_matmul(
+        x,
+        weight.t(),
+        lora_A.mT,
+        lora_B.mT,
+        _groups(offsets, scales, scale, x.device),
+        op="forward",
+        bias=bias,
+        index=None if frozen else index,
+        drop_in=_dropout(index, frozen, dropout_p, dropout_seeds),
+        drop_out=None,
+        keep_side=keep_s,
+    )
+    return y, s if keep_s else x.new_empty(0)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    offsets: Tensor,
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(dx, dA, dB)`, (M, K), (C, R, K), (C, N, R); a gradient that is not needed has no elements.
+
+    Unselected modules get zeros; s is what the forward kept.
+    """
+    d_x, d_lora_A, d_lora_B = (dy.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
+    groups = _groups(offsets, scales, scale, dy.device)
+    applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
+    dropout = _dropout(index, frozen, dropout_p, dropout_seeds)
+    make = torch.empty_like if index is None else torch.zeros_like
+    thin_index, ds = index if frozen else None, None
+    if need_x:
+        d_x, ds = grouped_matmul(
+            dy,
+            weight,
+            lora_B,
+            lora_A,
+            groups,
+            op="input_gradient",
+            bias=None,
+            index=applied,
+            drop_in=None,
+            drop_out=dropout,
+            keep_side=need_A,
+        )
+    elif need_A:
+        ds = grouped_side_product(dy, lora_B, groups, index=applied, dropout=None)
+    if need_A and ds is not None:
+        d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
+        grouped_gradient_(d_lora_A, ds, x, groups, thin_index=thin_index, out_index=index, dropout=dropout)
+    if need_B:
+        d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
+        grouped_gradient_(d_lora_B.mT, s, dy, groups, thin_index=thin_index, out_index=index)
+    return d_x, d_lora_A, d_lora_B

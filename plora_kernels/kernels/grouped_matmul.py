@@ -1,0 +1,253 @@
+"""The adapted matmul of groups of rows: out_g = in_g · main + bias + s_g·((in_g · down_g) ⊙ m_g) · up_g.
+
+As `adapted_matmul`, which see: it serves the forward and dX. A tile's rows belong to one group, whose modules are the
+only ones it touches; rows are not padded, tiles at a group's end are masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..blocks import MatmulBlocks, ShapeClass, default_blocks
+from ..configs import capability_of, find_blocks
+from ..dropout import threshold
+from .grouped_side_product import grouped_side_product
+from .grouped_tiles import Groups, grouped_tiles, load_tile
+from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
+
+
+@triton.jit
+def grouped_matmul_kernel(
+    in_ptr,
+    main_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    index_ptr,
+    table_ptr,
+    scales_ptr,
+    seed_ptr,
+    selected_ptr,
+    out_ptr,
+    side_ptr,
+    T,
+    D_IN,
+    D_OUT,
+    R,
+    selected_width,
+    drop_threshold,
+    keep_scale,
+    scale,
+    stride_im,
+    stride_id,
+    stride_wd,
+    stride_wo,
+    stride_dg,
+    stride_dd,
+    stride_dr,
+    stride_ug,
+    stride_ur,
+    stride_uo,
+    stride_om,
+    stride_oo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    SIDE_GIVEN: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one tile of out, at most BLOCK_M rows of one group by BLOCK_N columns.
+
+    in (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, ·), up (C, ·, D_OUT), bias (D_OUT,), index (C, R) int32 or unused,
+    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), selected (C, selected_width), out (M, D_OUT),
+    side (M, R): read if SIDE_GIVEN, else R ≤ BLOCK_R and it is made along with the tile. All else is as in
+    `tile_matmul_kernel`.
+    """
+    pid_m, pid_n = tile_position(tl.program_id(0), T, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
+    group, first, end, number = load_tile(table_ptr, pid_m)
+    if group >= 0:
+        offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
+        rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
+        columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
+        depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
+        row_ok, column_ok = rows < end - first, columns < D_OUT - pid_n * BLOCK_N
+        first_row, first_column = first.to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
+        index_base = index_ptr + group * R
+        modules, module_ok = load_modules(index_base, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+
+        in_base = in_ptr + first_row * stride_im
+        down_base = down_ptr + group.to(tl.int64) * stride_dg
+        in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+        main_base = main_ptr + first_column * stride_wo
+        main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
+        down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+        in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+        main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
+        down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k in range(0, D_IN, BLOCK_K):
+            depth_ok = depth < D_IN - k
+            a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            w = tl.load(
+                main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+            )  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+            if not SIDE_GIVEN:
+                d = tl.load(
+                    down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+                )  # (BLOCK_K, BLOCK_R)
+                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                down_base += down_step
+            in_base += in_step
+            main_base += main_step
+
+        dtype = in_ptr.dtype.element_ty
+        if HAS_SCALES:
+            scale = tl.load(scales_ptr + group)
+        up_base = up_ptr + group.to(tl.int64) * stride_ug + first_column * stride_uo
+        side_base = side_ptr + first_row * stride_sm
+        selected_base = selected_ptr + group * selected_width
+        low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if SIDE_GIVEN:
+            for r0 in range(0, R, BLOCK_R):
+                modules, module_ok = load_modules(index_base, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+                side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+                up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+                u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+                acc, low = add_low_rank(
+                    acc, low, side, u, modules, scale, keep_scale, selected_base, selected_width,
+                    dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+                )  # fmt: skip
+        else:
+            side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+            up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+            u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            acc, low = add_low_rank(
+                acc, low, side, u, modules, scale, keep_scale, selected_base, selected_width,
+                dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+            )  # fmt: skip
+            if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+                if pid_n == 0:
+                    store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+
+        if DROPOUT:
+            keep = keep_mask(seed_ptr + group, number, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
+            acc += tl.where(keep, low, 0.0)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
+            acc += bias.to(tl.float32)[None, :]
+        out_base = out_ptr + first_row * stride_om + first_column * stride_oo
+        out_offsets = rows[:, None] * stride_om + columns[None, :] * stride_oo
+        tl.store(out_base + out_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
+
+
+def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int) -> MatmulBlocks:
+    """Return blocks for out = inputs · main with `width` places, tiles as high as the mean group; always pointer loads.
+
+    `op` is "forward" or "input_gradient". What was measured for another design does not hold here.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    shape = ShapeClass(op, dtype_name(inputs.dtype), max(1, rows // groups.count), d_in, d_out, width)
+    aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
+    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    if blocks.design != "tile":
+        default = default_blocks(shape, capability_of(inputs.device), aligned)
+        assert isinstance(default, MatmulBlocks)
+        return default
+    return blocks
+
+
+def grouped_matmul(
+    inputs: Tensor,
+    main: Tensor,
+    down: Tensor,
+    up: Tensor,
+    groups: Groups,
+    *,
+    op: str,
+    bias: Tensor | None,
+    index: Tensor | None,
+    drop_in: Dropout | None,
+    drop_out: Dropout | None,
+    keep_side: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `(out, side)`: out (M, D_OUT) and side (M, places), which has no elements unless it is kept or was needed.
+
+    Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides; index (C, places)
+    int32 or None. `drop_in` drops elements of `inputs` for the side product, `drop_out` what that adds to out.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    width = down.shape[2] if index is None else index.shape[1]
+    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
+    blocks = find_grouped_blocks(op, inputs, main, groups, width)
+    # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
+    given = drop_in is not None or width > blocks.block_r
+    if given:
+        side = grouped_side_product(inputs, down, groups, index=index, dropout=drop_in)
+    else:
+        side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
+    if out.numel() == 0:
+        return out, side
+    table = grouped_tiles(groups.offsets, rows, blocks.block_m)
+    selected = drop_out.selected if drop_out is not None else None
+    with torch.cuda.device_of(inputs):
+        grouped_matmul_kernel[(table.shape[0] * triton.cdiv(d_out, blocks.block_n),)](
+            inputs,
+            main,
+            down,
+            up,
+            bias.contiguous() if bias is not None else inputs,
+            index if index is not None else table,
+            table,
+            groups.scales if groups.scales is not None else table,
+            drop_out.seed if drop_out is not None else table,
+            selected if selected is not None else table,
+            out,
+            side,
+            table.shape[0],
+            d_in,
+            d_out,
+            width,
+            drop_out.selected_width if drop_out is not None else 0,
+            threshold(drop_out.p) if drop_out is not None else 0,
+            1 / (1 - drop_out.p) if drop_out is not None else 1.0,
+            groups.scale,
+            *inputs.stride(),
+            *main.stride(),
+            *down.stride(),
+            *up.stride(),
+            *out.stride(),
+            width,
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            SELECTED_BLOCK=drop_out.selected_block if drop_out is not None else 0,
+            HAS_BIAS=bias is not None,
+            HAS_INDEX=index is not None,
+            HAS_SCALES=groups.scales is not None,
+            SIDE_GIVEN=given,
+            STORE_SIDE=keep_side and not given,
+            DROPOUT=drop_out is not None,
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down[0], up[0], out),
+            PRECISION=dot_precision(inputs.dtype),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return out, side

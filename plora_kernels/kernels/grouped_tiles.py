@@ -1,0 +1,92 @@
+"""Which rows a tile of the grouped form has: a table made on the device, so that offsets are never read by the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_GROUPS_A_STEP = 64
+_TILES_A_PROGRAM = 16
+
+
+class Groups(NamedTuple):
+    """What tells groups apart on the device: offsets (C+1,) int32 or int64, scales (C,) fp32 times `scale` or None."""
+
+    offsets: Tensor
+    scales: Tensor | None
+    scale: float
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return self.offsets.shape[0] - 1
+
+
+@triton.jit
+def grouped_tiles_kernel(
+    offsets_ptr,
+    table_ptr,
+    C,
+    T,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store for every tile (T,) its group, first row, the group's last row plus one, and the first row's number in it.
+
+    offsets (C+1,); table (T, 4) int32. Tiles follow one another by group; those beyond the last have group −1.
+    """
+    tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # (BLOCK_T,)
+    group = tl.full((BLOCK_T,), -1, tl.int32)
+    start = tl.zeros((BLOCK_T,), tl.int32)
+    end = tl.zeros((BLOCK_T,), tl.int32)
+    number = tl.zeros((BLOCK_T,), tl.int32)
+    before = tl.zeros((), tl.int32)
+    for c in range(0, C, BLOCK_C):
+        groups = c + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+        starts = tl.load(offsets_ptr + groups, mask=groups < C, other=0).to(tl.int32)
+        ends = tl.load(offsets_ptr + groups + 1, mask=groups < C, other=0).to(tl.int32)
+        counts = (ends - starts + BLOCK_M - 1) // BLOCK_M
+        past = before + tl.cumsum(counts, 0)  # (BLOCK_C,) tiles up to and with each group
+        within = tiles[:, None] - (past - counts)[None, :]  # (BLOCK_T, BLOCK_C) the tile's number in its group
+        here = (within >= 0) & (within < counts[None, :])
+        group = tl.maximum(group, tl.max(tl.where(here, groups[None, :], -1), 1))
+        start += tl.sum(tl.where(here, starts[None, :], 0), 1)
+        end += tl.sum(tl.where(here, ends[None, :], 0), 1)
+        number += tl.sum(tl.where(here, within * BLOCK_M, 0), 1)
+        before += tl.sum(counts, 0)
+    ok = tiles < T
+    tl.store(table_ptr + 4 * tiles, group, mask=ok)
+    tl.store(table_ptr + 4 * tiles + 1, start + number, mask=ok)
+    tl.store(table_ptr + 4 * tiles + 2, end, mask=ok)
+    tl.store(table_ptr + 4 * tiles + 3, number, mask=ok)
+
+
+@triton.jit
+def load_tile(table_ptr, tile):
+    """Return a tile's `(group, first row, end of its group, number of the first row in the group)`."""
+    row = table_ptr + 4 * tile
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+
+
+def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
+    """Return the table (T, 4) of tiles of at most block_m rows of one group: T = ⌊M / block_m⌋ + C are enough."""
+    count = offsets.shape[0] - 1
+    tiles = rows // block_m + count
+    table = torch.empty((tiles, 4), dtype=torch.int32, device=offsets.device)
+    with torch.cuda.device_of(offsets):
+        grouped_tiles_kernel[(triton.cdiv(tiles, _TILES_A_PROGRAM),)](
+            offsets,
+            table,
+            count,
+            tiles,
+            BLOCK_M=block_m,
+            BLOCK_T=_TILES_A_PROGRAM,
+            BLOCK_C=_GROUPS_A_STEP,
+            num_warps=1,
+        )
+    return table

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,7 +135,7 @@ def run_groups(shape: Shape, dtype: torch.dtype) -> None:
     ]
     offsets, seeds = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4))
     selected = [list(range(shape.r - 1))] * 4 if shape.indexed else None
-    form = {"bias": empty(shape.n), "scale": 2.0, "groups": offsets, "dropout_seed": seeds, "selected": selected}
+    form: dict[str, Any] = {"bias": empty(shape.n), "groups": offsets, "dropout_seed": seeds, "selected": selected}
     for unselected, p in (("folded", 0.0), ("frozen", 0.1)):
         y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], unselected=unselected, dropout_p=p, **form)
         torch.autograd.grad(y, leaves, torch.empty_like(y))

@@ -146,11 +146,11 @@ def grouped_gradient_(
     width = thin.shape[1] if index is None else index.shape[1]
     if width == 0 or d == 0:
         return
-    rows_each = max(1, rows // groups.count)
+    rows_each = max(1, rows // groups.total)
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
-    splits = max(1, min(triton.cdiv(blocks.splits, groups.count), triton.cdiv(rows_each, blocks.block_m)))
-    partial = torch.empty((groups.count * splits, width, d), dtype=torch.float32, device=wide.device)
+    splits = max(1, min(triton.cdiv(blocks.splits, groups.total), triton.cdiv(rows_each, blocks.block_m)))
+    partial = torch.empty((groups.total * splits, width, d), dtype=torch.float32, device=wide.device)
     with torch.cuda.device_of(wide):
         grouped_partial_kernel[(triton.cdiv(d, blocks.block_d), triton.cdiv(width, blocks.block_r), partial.shape[0])](
             thin,
@@ -176,7 +176,7 @@ def grouped_gradient_(
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
-        grouped_reduce_kernel[(triton.cdiv(d, 1024), width, groups.count)](
+        grouped_reduce_kernel[(triton.cdiv(d, 1024), width, groups.total)](
             partial,
             out_index if out_index is not None else groups.offsets,
             groups.scales if groups.scales is not None else partial,

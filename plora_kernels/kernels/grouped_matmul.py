@@ -162,7 +162,7 @@ def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, w
     `op` is "forward" or "input_gradient". What was measured for another design does not hold here.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
-    shape = ShapeClass(op, dtype_name(inputs.dtype), max(1, rows // groups.count), d_in, d_out, width)
+    shape = ShapeClass(op, dtype_name(inputs.dtype), max(1, rows // groups.total), d_in, d_out, width)
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if blocks.design != "tile":

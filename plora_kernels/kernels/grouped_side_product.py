@@ -99,7 +99,7 @@ def grouped_side_product(
     side = torch.empty((rows, width), dtype=inputs.dtype, device=inputs.device)
     if side.numel() == 0:
         return side
-    shape = ShapeClass("side_product", dtype_name(inputs.dtype), max(1, rows // groups.count), d_in, width, width)
+    shape = ShapeClass("side_product", dtype_name(inputs.dtype), max(1, rows // groups.total), d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
     table = grouped_tiles(groups.offsets, rows, blocks.block_m)
     selected = dropout.selected if dropout is not None else None

@@ -21,7 +21,7 @@ class Groups(NamedTuple):
     scale: float
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """C."""
         return self.offsets.shape[0] - 1
 

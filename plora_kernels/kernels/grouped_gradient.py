@@ -6,6 +6,8 @@ sums (fp32) a second launch adds in order; a group without rows gets zeros.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -149,6 +151,8 @@ def grouped_gradient_(
     rows_each = max(1, rows // groups.total)
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
+    if wide.dtype is torch.float32:  # what tells groups apart takes a few registers more: a full tile would spill
+        blocks = replace(blocks, block_d=min(blocks.block_d, 64))
     splits = max(1, min(triton.cdiv(blocks.splits, groups.total), triton.cdiv(rows_each, blocks.block_m)))
     partial = torch.empty((groups.total * splits, width, d), dtype=torch.float32, device=wide.device)
     with torch.cuda.device_of(wide):

@@ -171,8 +171,8 @@ def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, w
         default = default_blocks(shape, capability_of(inputs.device), aligned)
         assert isinstance(default, MatmulBlocks)
         blocks = default
-    # What tells groups apart takes a few registers more: in fp32 a full tile would spill.
-    return replace(blocks, block_n=min(blocks.block_n, 32)) if inputs.dtype is torch.float32 else blocks
+    # What tells groups apart takes a few registers more: in fp32 a third stage would spill.
+    return replace(blocks, num_stages=min(blocks.num_stages, 2)) if inputs.dtype is torch.float32 else blocks
 
 
 def grouped_matmul(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -194,7 +195,9 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fed", *ASKED, "--jobs", "2", "--out", str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **pipes) as process:
         for line in process.stdout:
             if line.startswith("run 1 of 4"):
                 process.send_signal(signal.SIGINT)

@@ -116,6 +116,9 @@ def run_shape(shape: Shape, dtype: torch.dtype) -> None:
     leaves = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
     y = pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=2.0)
     torch.autograd.grad(y, leaves, empty(shape.m, shape.n))
+    form = "frozen" if shape.indexed else "folded"
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, unselected=form, dropout_p=0.1, dropout_seed=1)
+    torch.autograd.grad(y, leaves, empty(shape.m, shape.n))
     with torch.no_grad():
         kept = [0] if shape.indexed and shape.r > 1 else []
         pk.fold_(weight, lora_A, lora_B, kept, scale=2.0)

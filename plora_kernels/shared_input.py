@@ -223,7 +223,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 def _circumstances(x: Tensor) -> tuple[object, ...]:
     """Return what must not change while outputs wait: the count of x's changes, the grad mode, the CUDA stream."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    return x._version, torch.is_grad_enabled(), stream
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x._version, torch.is_grad_enabled(), stream, capturing
 
 
 def _may_share(x: Tensor) -> bool:

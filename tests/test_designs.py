@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import DESIGNS, Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
 from plora_kernels.kernels import adapted_matmul
@@ -86,7 +90,6 @@ def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, walks: l
 
 
 def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
-    # The last program of a launch readies the workspace for the next: three in a row, of different sizes.
     for rows in (70, 16, 100):
         run_design("one_launch", make_problem(rows, 48, 80, 20, torch.float32, seed=rows, device=DEVICE))
     assert walks == ["one_launch"] * 6
@@ -107,3 +110,66 @@ def test_partial_gradients_are_the_same_bits_every_time() -> None:
         first, second = run(problem), run(problem)
     for a, b in zip(first, second, strict=True):
         assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_gradients_of_no_rows_are_zero(design: str) -> None:
+    x, lora_A, lora_B = (torch.zeros(s, requires_grad=True) for s in ((0, 16), (4, 16), (32, 4)))
+    with configs.forcing(blocks_of(design, 16)):
+        pk.plora_linear(x, torch.zeros(32, 16), lora_A, lora_B).sum().backward()
+    assert lora_A.grad is not None
+    assert lora_B.grad is not None
+    assert not lora_A.grad.any()
+    assert not lora_B.grad.any()
+
+
+@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor([5]))], ids=["plain", "dropout"])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_side_product_is_kept_if_asked_for_alone(design: str, dropout: tuple[float, torch.Tensor | None]) -> None:
+    x, weight, lora_A, lora_B = (torch.randn(s) for s in ((8, 16), (32, 16), (4, 16), (32, 4)))
+    with configs.forcing(blocks_of(design, 16)):
+        for keep in (False, True):
+            _, s = torch.ops.plora.linear(x, weight, lora_A, lora_B, None, None, 1.0, False, keep, *dropout)
+            assert s.shape == ((8, 4) if keep else (0,))
+
+
+def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[MatmulBlocks] = []
+    real = adapted_matmul.tile_matmul
+    monkeypatch.setattr(
+        adapted_matmul, "tile_matmul", lambda *t, blocks, **o: (taken.append(blocks), real(*t, blocks=blocks, **o))
+    )
+    problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5, device=DEVICE)
+    forced = blocks_of("one_launch", 16)
+    with configs.forcing(forced):
+        check(problem)
+    assert [blocks.design for blocks in taken] == ["tile"]
+    assert forced["input_gradient"] not in taken
+
+
+SETTINGS = """
+import torch
+from plora_kernels.kernels.launch import dot_precision
+found = [dot_precision(torch.float32)]
+{setting}
+print(*found, dot_precision(torch.float32), dot_precision(torch.float16))
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.backends.cuda.matmul.allow_tf32 = False", "ieee"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ],
+)
+def test_fp32_products_are_as_precise_as_torchs(setting: str, precision: str) -> None:
+    if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the older flag alone")
+    command = [sys.executable, "-c", SETTINGS.format(setting=setting)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["ieee", precision, "ieee"]

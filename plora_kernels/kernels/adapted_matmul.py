@@ -11,10 +11,13 @@ it in dX. `blocks.DESIGNS` names the ways to reach the side product.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..blocks import MatmulBlocks, ShapeClass
+from .. import configs
+from ..blocks import MatmulBlocks, ShapeClass, default_blocks
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
 from .persistent_matmul import persistent_matmul, takes_descriptors
@@ -81,11 +84,26 @@ def adapted_matmul(
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
+        if drop_out is not None or blocks.design != "tile":
+            blocks = _pointer_blocks(inputs, main, width, drop_out is not None)
         tile_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, dropout=drop_out, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     return out, side
+
+
+def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, drops: bool) -> MatmulBlocks:
+    """Return blocks of the "tile" design where those found are made for another, or for tiles without dropout.
+
+    A tile under dropout sums what will be masked apart, in as many registers as the rest.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    shape = ShapeClass("forward", dtype_name(inputs.dtype), rows, d_in, d_out, width)
+    capability = configs.capability_of(inputs.device)
+    blocks = default_blocks(shape, capability, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
+    assert isinstance(blocks, MatmulBlocks)
+    return replace(blocks, block_n=min(blocks.block_n, 64)) if drops and not 90 <= capability < 120 else blocks
 
 
 def is_persistent(blocks: MatmulBlocks, inputs: Tensor, main: Tensor, out: Tensor) -> bool:

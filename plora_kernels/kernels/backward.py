@@ -43,7 +43,7 @@ def backward(
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width) if need_x else None
     ds = None
-    reads_once = blocks is not None and blocks.design in ("two_launch", "algebra") and need_B
+    reads_once = blocks is not None and blocks.design in ("two_launch", "algebra") and need_B and dy.shape[0] > 0
     if reads_once:
         # dX starts with dS in any case: dB comes from the same read of dY.
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)

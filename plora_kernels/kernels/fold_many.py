@@ -115,7 +115,9 @@ def fold_batch(batch: Sequence[Arguments]) -> None:
 
 def _is_aligned(arguments: Arguments) -> bool:
     weight, lora_A, lora_B, *_, out = arguments
-    return all(is_aligned(matrix) for matrix in (weight, out, lora_A)) and lora_B.data_ptr() % 16 == 0
+    # Wide stores under one predicate would run over a line's end into what lies between two lines.
+    whole = weight.shape[1] % 16 == 0
+    return whole and all(is_aligned(matrix) for matrix in (weight, out, lora_A)) and lora_B.data_ptr() % 16 == 0
 
 
 def _is_wide(arguments: Arguments) -> bool:

@@ -38,7 +38,7 @@ def forward(
     """
     applied = None if frozen else index
     main, down = weight.t(), lora_A.t()
-    return adapted_matmul(
+    y, side = adapted_matmul(
         x,
         main,
         down,
@@ -52,3 +52,4 @@ def forward(
         keep_side=keep_s,
         blocks=find_matmul_blocks("forward", x, main, down.shape[1] if applied is None else applied.shape[0]),
     )
+    return y, side if keep_s else x.new_empty(0)

@@ -52,7 +52,17 @@ def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Return tl.dot's input precision: tf32 for fp32 only where torch's own matmuls may use it, else IEEE."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype is torch.float32 and _may_use_tf32() else "ieee"
+
+
+def _may_use_tf32() -> bool:
+    """Say whether torch's own fp32 matmuls may use tf32 on a GPU.
+
+    Where torch has `fp32_precision` the older flag must not be asked: it raises once the newer one was set.
+    """
+    asked = (getattr(place, "fp32_precision", "") for place in (torch.backends.cuda.matmul, torch.backends))
+    said = next((precision for precision in asked if precision != "none"), "none")
+    return said == "tf32" if said else torch.backends.cuda.matmul.allow_tf32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

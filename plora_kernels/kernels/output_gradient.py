@@ -4,7 +4,7 @@
     dB = s·dYᵀ S       (N, R)      partial sums over splits of the rows
 
 A program holds one chunk of columns for one split of the rows: it adds to its dB and stores its part of dS as it goes.
-Partial sums are fp32; a second launch for each adds them in order.
+Partial sums are fp32; a second launch for each adds them in order. Where those of dS outweigh dY, it is read twice.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..blocks import OutputGradientBlocks, ShapeClass
 from ..configs import find_blocks
-from .factor_gradient import reduce_partials_
+from .factor_gradient import factor_gradient_, reduce_partials_
 from .launch import cdiv, dot_precision, dtype_name, is_aligned
 from .modules import load_modules
+from .side_product import side_product
 
 
 @triton.jit
@@ -107,6 +108,10 @@ def output_gradient_(
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
     blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
     chunks = cdiv(n, blocks.block_n)
+    if 2 * 4 * chunks * width > dy.element_size() * n:  # writing and reading partial sums, or reading dY again
+        thin_index = out_index if index is None else None
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
+        return side_product(dy, lora_B, index=index, dropout=None)
     splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m

@@ -21,12 +21,6 @@ from ..blocks import MatmulBlocks
 from .launch import cdiv, dot_precision, needs_wide_offsets
 from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
 
-# Words of the workspace before the flags: the next ticket, programs that are done, the number of the launch.
-_TICKET: tl.constexpr = tl.constexpr(0)
-_DONE: tl.constexpr = tl.constexpr(1)
-_LAUNCH: tl.constexpr = tl.constexpr(2)
-_FLAGS: tl.constexpr = tl.constexpr(3)
-
 
 @triton.jit
 def _side_rows(
@@ -87,7 +81,6 @@ def persistent_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -98,15 +91,14 @@ def persistent_matmul_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute out (M, D_OUT) = in · main + bias + s·side · up, PROGRAMS programs walking over (BLOCK_M, BLOCK_N) tiles.
+    """Compute out (M, D_OUT) = in · main + bias + s·side · up, the programs walking over (BLOCK_M, BLOCK_N) tiles.
 
     in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
     down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places, all in one
     block if ONE_BLOCK. The side product is read if SIDE_GIVEN, made before the tiles if SIDE_FIRST, else recomputed in
-    every tile and, if STORE_SIDE, stored by those of the first column. workspace: int32, zeros at first, as this kernel
-    left it after.
+    every tile and, if STORE_SIDE, stored by those of the first column. workspace (1 + row tiles,) int32, zeros: the
+    next ticket, then a flag for every row tile.
     """
-    program = tl.program_id(0)
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
@@ -115,11 +107,8 @@ def persistent_matmul_kernel(
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
 
-    launch = 0
     if SIDE_FIRST:
-        # Only the last program of a launch changes the number, so all of them read the same.
-        launch = tl.load(workspace_ptr + _LAUNCH) + 1
-        ticket = tl.atomic_add(workspace_ptr + _TICKET, 1, sem="relaxed")
+        ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
         while ticket < tiles_m:
             side_base = side_ptr + (ticket * BLOCK_M).to(tl.int64) * stride_sm
             for r0 in range(0, R, BLOCK_R):
@@ -129,10 +118,10 @@ def persistent_matmul_kernel(
                 )  # fmt: skip
                 store_side(side_base, side.to(dtype), rows, rows < M - ticket * BLOCK_M, r0, R, stride_sm, BLOCK_R)
             tl.debug_barrier()  # every thread has stored before one of them publishes
-            tl.atomic_xchg(workspace_ptr + _FLAGS + ticket, launch, sem="release")
-            ticket = tl.atomic_add(workspace_ptr + _TICKET, 1, sem="relaxed")
+            tl.atomic_xchg(workspace_ptr + 1 + ticket, 1, sem="release")
+            ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
-    for tile in tl.range(program, tiles_m * tiles_n, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
         modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
@@ -155,7 +144,7 @@ def persistent_matmul_kernel(
         side_base = side_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_sm
         up_base = up_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_uo
         if SIDE_FIRST:
-            while tl.atomic_add(workspace_ptr + _FLAGS + pid_m, 0, sem="acquire") != launch:
+            while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
                 pass
         if not SIDE_GIVEN and not SIDE_FIRST:
             side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
@@ -192,31 +181,6 @@ def persistent_matmul_kernel(
         left, right = halves.split()  # (BLOCK_M, BLOCK_N // 2) fp32 each
         out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], left.to(dtype))
         out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N + BLOCK_N // 2], right.to(dtype))
-
-    if SIDE_FIRST:
-        done = tl.atomic_add(workspace_ptr + _DONE, 1, sem="acq_rel")
-        if done == tl.num_programs(0) - 1:
-            # The last program leaves the workspace as the next launch on the stream needs it: no reset by the host.
-            tl.atomic_xchg(workspace_ptr + _TICKET, 0, sem="relaxed")
-            tl.atomic_xchg(workspace_ptr + _DONE, 0, sem="relaxed")
-            tl.atomic_xchg(workspace_ptr + _LAUNCH, launch, sem="relaxed")
-
-
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _workspace(device: torch.device, tiles_m: int) -> Tensor:
-    """Return the current stream's tickets and flags: int32, zeros or as the last launch on the stream left them."""
-    words = _FLAGS.value + tiles_m
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed on any stream, beside others: it brings its own, reset by a node of its own.
-        return torch.zeros(words, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    found = _workspaces.get(key)
-    if found is None or found.numel() < words:
-        found = torch.zeros(1 << (words - 1).bit_length(), dtype=torch.int32, device=device)
-        _workspaces[key] = found
-    return found
 
 
 def takes_descriptors(*matrices: Tensor) -> bool:
@@ -268,7 +232,8 @@ def persistent_matmul(
             bias.contiguous() if bias is not None else inputs,
             index if index is not None else inputs,
             side,
-            _workspace(inputs.device, tiles_m) if first else inputs,
+            # Zeros of its own: a buffer kept between launches could end up in the memory pool of a captured graph.
+            torch.zeros(1 + tiles_m, dtype=torch.int32, device=inputs.device) if first else inputs,
             rows,
             d_in,
             d_out,
@@ -282,7 +247,6 @@ def persistent_matmul(
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
-            PROGRAMS=programs,
             MAIN_TRANSPOSED=transposed,
             ONE_BLOCK=width <= blocks.block_r,
             HAS_BIAS=bias is not None,

@@ -161,7 +161,8 @@ def projection_blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> Matmul
     """
     rows, capability = x.shape[0], configs.capability_of(x.device)
     if x.dtype.itemsize >= 4:  # twice the shared memory an element
-        return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 16, 16, 8, 4 if aligned else 8, 2)
+        most, warps = (64, 4) if aligned else (32, 8)
+        return MatmulBlocks("tile", tile(rows, most), tile(d_out, 64), 16, 16, 8, warps, 2)
     if not aligned:
         return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 32, tile(rank, 32), 8, 8, 3)
     block_m, block_n, block_r = tile(rows, 128), tile(d_out, 128), tile(rank, 32)

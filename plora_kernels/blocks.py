@@ -164,7 +164,9 @@ def _splits(rows: int, programs: int) -> int:
 def _gradient_blocks(shape: ShapeClass, wide: bool) -> GradientBlocks:
     block_d = tile(shape.d_in, 128)
     programs = -(-shape.d_in // block_d) * -(-shape.r // 64)
-    return GradientBlocks(32 if wide else 64, block_d, tile(shape.r, 64), _splits(shape.m, programs), 4, 3)
+    return GradientBlocks(
+        32 if wide else 64, block_d, tile(shape.r, 32 if wide else 64), _splits(shape.m, programs), 4, 3
+    )
 
 
 def _output_gradient_blocks(shape: ShapeClass, wide: bool, aligned: bool) -> OutputGradientBlocks:

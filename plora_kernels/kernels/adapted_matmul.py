@@ -85,7 +85,7 @@ def adapted_matmul(
         )  # fmt: skip
     else:
         if drop_out is not None or blocks.design != "tile":
-            blocks = _pointer_blocks(inputs, main, width, drop_out is not None)
+            blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, dropout=drop_out, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
@@ -93,7 +93,7 @@ def adapted_matmul(
     return out, side
 
 
-def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, drops: bool) -> MatmulBlocks:
+def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None) -> MatmulBlocks:
     """Return blocks of the "tile" design where those found are made for another, or for tiles without dropout.
 
     A tile under dropout sums what will be masked apart, in as many registers as the rest.
@@ -103,7 +103,10 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, drops: bool) -> Ma
     capability = configs.capability_of(inputs.device)
     blocks = default_blocks(shape, capability, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
     assert isinstance(blocks, MatmulBlocks)
-    return replace(blocks, block_n=min(blocks.block_n, 64)) if drops and not 90 <= capability < 120 else blocks
+    hopper = 90 <= capability < 120 and inputs.dtype.itemsize < 4
+    if dropout is None or (hopper and dropout.selected is None):
+        return blocks
+    return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))
 
 
 def is_persistent(blocks: MatmulBlocks, inputs: Tensor, main: Tensor, out: Tensor) -> bool:

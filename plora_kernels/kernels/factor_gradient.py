@@ -10,6 +10,8 @@ The rows are cut into a fixed number of splits whose partial sums (fp32) a secon
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -144,6 +146,8 @@ def factor_gradient_(
         return out
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
+    if dropout is not None and wide.dtype.itemsize >= 4:  # the mask takes registers that fp32 tiles do not leave
+        blocks = replace(blocks, block_d=min(blocks.block_d, 64))
     splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m

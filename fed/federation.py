@@ -19,7 +19,7 @@ from fed.evaluate import evaluate, evaluate_held_out
 from fed.local import Workplace, fault, module_gradients, started, train
 from fed.noise import agg_noise, agg_noise_module, end_factors, factor_noise, start_noise
 from fed.personal import accuracy_for, labels_of
-from fed.population import drawn, local_steps, populate
+from fed.population import drawn, learning_rate, local_steps, populate
 from fed.server import step
 from fed.streams import Source
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, Options, ServerState
@@ -129,8 +129,10 @@ class Federation:
             ready = self.now()
             noise = start_noise(server, start, self.work.base.changed()) if self.config.measure.noise else None
             before_training = self.now()
-            steps, measure = local_steps(self.config, client), self.config.measure.memory
-            update = train(self.work, client, start, split, train_settings, steps, rng, measure)
+            steps, rate = local_steps(self.config, client), learning_rate(self.config, client)
+            update = train(
+                self.work, client, start, split, train_settings, steps, rate, rng, self.config.measure.memory
+            )
             trained = self.now()
         fold_seconds = ready - began + self.now() - trained
         update = self.method.finish(server, start, update)

@@ -17,6 +17,7 @@ import plora_kernels as pk
 from fed.base import SharedBase
 from fed.errors import FedError
 from fed.footprint import SavedTensors, optimizer_bytes
+from fed.recomputing import recomputing
 from fed.samples import Split
 from fed.streams import Source, torch_seed
 from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
@@ -79,8 +80,8 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     """Give the model a fresh adapter, drawn from the run's seed, for as long as the body runs.
 
     The model moves to the run's device and is left with its own modules, base weights and head, bit for bit.
-    Raises `FedError` where the device is not there, `plora_kernels.PLoRAError` where the adapter does not
-    fit the model.
+    With `train.gradient_checkpointing` its layers recompute activations meanwhile. Raises `FedError` where the device
+    is not there or layers cannot recompute, `plora_kernels.PLoRAError` where the adapter does not fit the model.
     """
     device = find_device(config.device)
     model.to(device)
@@ -106,7 +107,8 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     try:
         for layer in handle.layers.values():
             layer.check_selectable(config.adapter.unselected)
-        yield work
+        with recomputing(model, config.train.gradient_checkpointing):
+            yield work
     finally:
         work.base.hold({})
         work.load(handle.factors(), original)
@@ -137,6 +139,7 @@ def train(
     split: Split,
     settings: TrainConfig,
     steps: int,
+    learning_rate: float,
     rng: Source,
     measure: bool = False,
 ) -> ClientUpdate:
@@ -149,7 +152,7 @@ def train(
     """
     compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
     parameters = [*trained_factors(compact, start.trained), *work.head.values()]
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(parameters, settings, learning_rate)
     order = batch_rows(len(split), settings.batch_size, steps, rng)
     total = torch.zeros((), device=work.device)
     saved = SavedTensors(work.model)
@@ -241,13 +244,15 @@ def fault(update: ClientUpdate) -> str | None:
     )
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], settings: TrainConfig, learning_rate: float
+) -> torch.optim.Optimizer:
     """Return AdamW or SGD over `parameters`, in torch's fused form."""
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, fused=True)
     return torch.optim.SGD(
         parameters,
-        lr=settings.learning_rate,
+        lr=learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         fused=True,

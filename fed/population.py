@@ -1,4 +1,4 @@
-"""The clients of a run: their ranks, who takes part in a round, and how many steps each of them trains."""
+"""The clients of a run: their ranks, who takes part in a round, and how long and how fast each of them trains."""
 
 from __future__ import annotations
 
@@ -52,3 +52,9 @@ def local_steps(config: RunConfig, client: Client) -> int:
     if train.client_steps:
         return train.client_steps[client.id % len(train.client_steps)]
     return train.local_steps
+
+
+def learning_rate(config: RunConfig, client: Client) -> float:
+    """Return a client's own learning rate, or that of all."""
+    rates = config.train.client_learning_rates
+    return rates[client.id % len(rates)] if rates else config.train.learning_rate

@@ -102,7 +102,7 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
         start = methods.find("fedit").start(server, client, rng)
         began = time.perf_counter()
         with started(work, start, server.head):
-            train(work, client, start, pool, config.train, steps, rng)
+            train(work, client, start, pool, config.train, steps, config.train.learning_rate, rng)
         train_seconds = time.perf_counter() - began
         metrics = evaluate_held_out(work.model, data)
     return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}

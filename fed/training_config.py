@@ -73,14 +73,17 @@ class AdapterConfig(BaseModel):
 class TrainConfig(BaseModel):
     """A client's local training, and what its update weighs. `max_grad_norm = 0` turns clipping off.
 
-    `client_steps`, dealt out to the clients in turn, or `local_epochs` above 0 stand in place of `local_steps`. The
+    `client_steps`, dealt out to the clients in turn, or `local_epochs` above 0 stand in place of `local_steps`;
+    `client_learning_rates`, dealt out in turn, in place of `learning_rate`, which centralised training keeps to. The
     head is trained and averaged ("train"), trained and kept by each client ("personal"), or left alone ("freeze").
+    With `gradient_checkpointing` the backward computes activations again instead of keeping them.
     """
 
     model_config = TABLE
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 2e-3
+    client_learning_rates: list[Positive] = []
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16
@@ -90,6 +93,7 @@ class TrainConfig(BaseModel):
     head: Literal["train", "personal", "freeze"] = "train"
     weighting: Literal["uniform", "samples"] = "uniform"
     max_grad_norm: NotNegative = 0.0
+    gradient_checkpointing: bool = False
 
 
 class ServerConfig(BaseModel):

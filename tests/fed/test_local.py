@@ -54,11 +54,13 @@ def work() -> Iterator[Workplace]:
         yield workplace
 
 
-def visit(work: Workplace, start: ClientStart, data: Split, **settings: Any) -> tuple[ClientUpdate, dict[str, Factors]]:
+def visit(work: Workplace, start: ClientStart, data: Split, **changes: Any) -> tuple[ClientUpdate, dict[str, Factors]]:
     """Train one client; return its update and all factors of the model after the selection is undone."""
-    config = make_config(train=settings)
+    settings = make_config(train=changes).train
     with started(work, start, head_of(work)):
-        update = train(work, CLIENT, start, data, config.train, config.train.local_steps, Source(0, 1, 0))
+        update = train(
+            work, CLIENT, start, data, settings, settings.local_steps, settings.learning_rate, Source(0, 1, 0)
+        )
     return update, work.handle.factors()
 
 
@@ -121,9 +123,9 @@ def test_gradients_left_in_the_model_are_not_trained_on(data: Split) -> None:
 
 def test_optimisers_are_set_as_the_run_says() -> None:
     parameters = [nn.Parameter(torch.ones(2))]
-    settings = {"learning_rate": 0.3, "weight_decay": 0.2, "momentum": 0.7}
-    sgd = make_optimizer(parameters, make_config(train={"optimizer": "sgd", **settings}).train)
-    adamw = make_optimizer(parameters, make_config(train={"optimizer": "adamw", **settings}).train)
+    settings = {"weight_decay": 0.2, "momentum": 0.7}
+    sgd = make_optimizer(parameters, make_config(train={"optimizer": "sgd", **settings}).train, 0.3)
+    adamw = make_optimizer(parameters, make_config(train={"optimizer": "adamw", **settings}).train, 0.3)
     assert isinstance(sgd, torch.optim.SGD)
     assert isinstance(adamw, torch.optim.AdamW)
     assert {name: sgd.defaults[name] for name in ("lr", "weight_decay", "momentum")} == {
@@ -155,7 +157,7 @@ def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> 
 
         def run(client: int) -> ClientUpdate:
             with started(work, start, head):
-                return train(work, replace(CLIENT, id=client), start, data, settings, 4, Source(0, 1, client))
+                return train(work, replace(CLIENT, id=client), start, data, settings, 4, 2e-2, Source(0, 1, client))
 
         first, other = run(0), run(1)
         torch.rand(3)
@@ -180,12 +182,12 @@ def test_a_factor_held_fixed_does_not_move(work: Workplace, data: Split, side: s
 
 def test_a_penalty_pulls_on_the_last_modules_alone(work: Workplace, data: Split) -> None:
     """One SGD step with and without: the difference is −η λ times the gradient of ‖A[1:]‖ ‖B[:, 1:]‖."""
-    settings = make_config(train={"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}).train
+    settings = make_config(train={"optimizer": "sgd", "weight_decay": 0.0}).train
     head, updates = head_of(work), []
     for penalty in (None, TailPenalty(first=1, weight=2.0)):
         start = replace(make_start(), penalty=penalty)
         with started(work, start, head):
-            updates.append(train(work, CLIENT, start, data, settings, 1, Source(0, 1, 0)))
+            updates.append(train(work, CLIENT, start, data, settings, 1, 0.1, Source(0, 1, 0)))
     plain, pulled = updates
     assert pulled.loss == plain.loss
     for matrix, (A, B) in make_start().factors.items():
@@ -207,7 +209,7 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
         def run(client: int) -> ClientUpdate:
             hook = layer.register_forward_pre_hook(lambda *_: seeds.setdefault(client, []).append(layer.dropout_seed))
             with started(work, start, head):
-                update = train(work, replace(CLIENT, id=client), start, data, settings, 3, Source(0, 1, client))
+                update = train(work, replace(CLIENT, id=client), start, data, settings, 3, 2e-2, Source(0, 1, client))
             hook.remove()
             return update
 
@@ -215,7 +217,7 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
         torch.rand(3)
         again = run(0)
     with adapted(make_config(), TinyClassifier(), HEAD) as work, started(work, start, head):
-        without = train(work, CLIENT, start, data, settings, 3, Source(0, 1, 0))
+        without = train(work, CLIENT, start, data, settings, 3, 2e-2, Source(0, 1, 0))
     assert first.loss == again.loss != without.loss
     assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
     assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
@@ -227,7 +229,7 @@ def test_what_training_takes_is_measured(work: Workplace, data: Split) -> None:
     """Ranks 2 and 2: 2·(7 + 11) + 2·(11 + 5) = 68 factors, 18 of the head; AdamW keeps two of each and a step count."""
     config = make_config()
     with started(work, make_start(), head_of(work)):
-        arguments = (work, CLIENT, make_start(), data, config.train, 2, Source(0, 1, 0))
+        arguments = (work, CLIENT, make_start(), data, config.train, 2, 2e-2, Source(0, 1, 0))
         footprint = train(*arguments, measure=True).footprint
         assert footprint is not None
         assert footprint.trainable_parameters == 68 + 18

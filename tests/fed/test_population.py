@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fed import methods
 from fed.config import load, parse
@@ -13,7 +15,7 @@ from fed.errors import FedError
 from fed.federation import Federation
 from fed.footprint import Estimate, estimate, ranks_within
 from fed.local import adapted
-from fed.population import drawn, local_steps, populate
+from fed.population import drawn, learning_rate, local_steps, populate
 from fed.simulate import simulate
 from fed.types import Client
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
@@ -92,6 +94,33 @@ def test_rows_say_how_many_steps_each_client_trained(tmp_path: Path) -> None:
     config = make_config(train={"client_steps": [1, 2, 3, 4]}, rounds=2)
     for row in simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path)[1:]:
         assert row["steps"] == [client + 1 for client in row["clients"]]
+
+
+def test_learning_rates_are_dealt_out_in_turn() -> None:
+    clients = [Client(number, 1, 9) for number in range(3)]
+    config = make_config(train={"client_learning_rates": [0.1, 0.2]})
+    assert [learning_rate(config, client) for client in clients] == [0.1, 0.2, 0.1]
+    assert [learning_rate(make_config(), client) for client in clients] == [2e-2] * 3
+    with pytest.raises(FedError, match=r"train.client_learning_rates\[1\] is 0.0: it should be greater than 0"):
+        load("digits", ["train.client_learning_rates=[1e-3, 0.0]"])
+
+
+def test_clients_train_at_their_own_learning_rate(tmp_path: Path) -> None:
+    """One step of SGD from one start: the clients' B move in proportion to their rates."""
+    train = {"optimizer": "sgd", "weight_decay": 0.0, "local_steps": 1, "batch_size": 30}
+    data = make_data(sizes=(9,))
+    twins = replace(data, clients=data.clients * 2)
+    config = make_config(
+        method="fedsa-lora",
+        rounds=1,
+        clients={"count": 2, "per_round": 2, "ranks": [6]},
+        train={**train, "client_learning_rates": [0.1, 0.3]},
+    )
+    with adapted(config, TinyClassifier(), HEAD) as work:
+        federation = Federation(config, twins, work, print)
+        *_, last = federation.play(federation.beginning())
+    slow, fast = (client.memory["body.first"] for client in last.standing.clients)
+    torch.testing.assert_close(fast, 3 * slow)
 
 
 def test_epochs_and_steps_by_client_exclude_each_other() -> None:

@@ -30,6 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "train": {
         "optimizer": "adamw",
         "learning_rate": 2e-2,
+        "client_learning_rates": [],
         "weight_decay": 0.01,
         "momentum": 0.0,
         "batch_size": 4,
@@ -39,6 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head": "train",
         "weighting": "uniform",
         "max_grad_norm": 0.0,
+        "gradient_checkpointing": False,
     },
     "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},

@@ -50,9 +50,9 @@ def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progres
     """
     steps, peak = config.model.pretrain_steps, config.model.pretrain_learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak, total_steps=max(steps, 2), pct_start=_WARMUP_FRACTION
-    )
+    total = max(steps, 2)
+    rising = max(_WARMUP_FRACTION, 1.5 / total)  # the schedule divides by the rise's steps less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=rising)
     batches = _batches(len(rows), config)
     model.train()
     for step in range(1, steps + 1):

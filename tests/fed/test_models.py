@@ -79,6 +79,26 @@ def test_one_step_of_central_training_is_enough(digits: FederatedData) -> None:
     models.pretrain(models.build(config, digits), digits.pretrain, config)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 14, 15])
+def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(
+    digits: FederatedData, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(optimizer: torch.optim.AdamW) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = load("digits", [f"model.pretrain_steps={steps}", "model.pretrain_batch_size=2"])
+    models.pretrain(models.build(config, digits), digits.pretrain, config)
+    assert len(rates) == steps
+    peak = rates.index(max(rates))
+    assert peak <= max(1, steps / 4)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
 def text_config(path: Path, **data: object) -> RunConfig:
     table = {"model": {"path": str(path)}, "data": {"path": "rows.jsonl", "max_length": 16, **data}}
     return parse(table, where="here")

@@ -159,7 +159,7 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     from fed.workers import at_once
 
     began, screen, bench = time.perf_counter(), Screen(), Workbench(out)
-    check(plan.cells, bench)
+    check(plan.cells, bench, screen.warn, screen.stage)
     open_grid(plan, out)
     left = [cell for cell in plan.cells if not finished(cell, out)]
     already = len(plan.cells) - len(left)

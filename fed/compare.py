@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from fed.config import RunConfig
     from fed.data import FederatedData
+    from fed.tokens import Stage
 
 # Called with a cell, what happened ("base", "row", "event", "finished", "failed"), and a line or the row.
 Tell = Callable[[Cell, str, Any], object]
@@ -72,14 +73,19 @@ class Workbench:
         self._data: tuple[str, FederatedData] | None = None
         self._model: tuple[str, nn.Module] | None = None
 
-    def data(self, config: RunConfig) -> FederatedData:
-        """Return a run's data; runs of one seed that differ in nothing the data depend on get the same object."""
+    def data(
+        self, config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
+    ) -> FederatedData:
+        """Return a run's data; runs of one seed that differ in nothing the data depend on get the same object.
+
+        `on_event` and `stage` are told what `fed.data.load` has to say.
+        """
         from fed import data
 
         key = _key(config, "data", "clients", "model")
         if self._data is None or self._data[0] != key:
             self._data = None  # frees the last before the next is made
-            self._data = key, data.load(config)
+            self._data = key, data.load(config, on_event, stage)
         return self._data[1]
 
     def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
@@ -135,18 +141,30 @@ def play(cell: Cell, bench: Workbench, tell: Tell) -> execute.Row:
     return rows[-1]
 
 
-def check(cells: Sequence[Cell], bench: Workbench) -> None:
-    """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model."""
+def check(
+    cells: Sequence[Cell], bench: Workbench, on_event: Callable[[str], object], stage: Stage | None = None
+) -> None:
+    """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model.
+
+    `on_event` gets what there is to say of the data, each line once: other seeds draw from the same rows.
+    """
     from fed import models
     from fed.trackers import require
 
     built: dict[str, nn.Module] = {}
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            on_event(line)
+
     for cell in cells:
         require(cell.config.tracker)
         if cell.seed != cells[0].seed:
             continue
         with execute.limits(cell.config.threads):
-            data, key = bench.data(cell.config), _key(cell.config, "data", "model")
+            data, key = bench.data(cell.config, once, stage), _key(cell.config, "data", "model")
             if key not in built:
                 built = {key: models.build(cell.config, data)}
             execute.check_adapter(cell.config, built[key])

@@ -83,7 +83,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "name": variant.name,
                 "label": variant.label,
                 "settings": list(variant.settings),
-                "note": variant.note,
+                "notes": list(variant.notes),
                 "figures": figures,
             }
         )

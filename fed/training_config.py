@@ -147,7 +147,7 @@ def check_clients(config: RunConfig) -> None:
 
 
 def check_method(config: RunConfig) -> None:
-    """Raise ValueError where the method is unknown, or cannot serve the ranks or the server's optimiser."""
+    """Raise ValueError where the method is unknown, or cannot serve the ranks, selection or server's optimiser."""
     from fed import methods
 
     method = methods.find(config.method)
@@ -157,6 +157,11 @@ def check_method(config: RunConfig) -> None:
         raise ValueError(
             f"clients.ranks is {ranks}: {method.title} needs every rank equal to adapter.rank ({rank}); "
             "mixed ranks take method = 'fed-plora'"
+        )
+    if config.adapter.selection != AdapterConfig.model_fields["selection"].default and not method.selects:
+        raise ValueError(
+            f"adapter.selection is {config.adapter.selection!r}: {method.title} does not select modules, so it takes "
+            "'random', the default; other ways take method = 'fed-plora'"
         )
     if config.server.optimizer != "fedavg" and not method.moves_factors:
         raise ValueError(

@@ -21,12 +21,12 @@ _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing compared: its directory's name, how it is shown, its settings, and what they do to the ranks."""
+    """One thing compared: its directory's name, how it is shown, its settings, and what of them a reader must know."""
 
     name: str
     label: str
     settings: tuple[str, ...]
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator[Variant]:
@@ -46,41 +46,48 @@ def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator
             name=f"{method.name}.{_slug(shown)}",
             label=shown if len(chosen) == 1 else f"{method.label}, {shown}",
             settings=(*method.settings, f"{key}={value}"),
-            note=method.note,
+            notes=method.notes,
         )
 
 
 def _of_method(table: dict[str, Any], asked: str) -> Variant:
     """Return a method's variant: at the configuration's ranks, at R where it needs equal ones, or at the rank given.
 
-    At another rank than R, alpha is set so that the scale s stays what it is.
+    At another rank than R, alpha is set so that the scale s stays what it is. A way to select modules is left to the
+    methods that select.
     """
     from fed import methods
 
     method, at, text = asked.partition("@")
     config = resolved(table, ("method=fed-plora",))
+    selection, usual = config.adapter.selection, type(config.adapter).model_fields["selection"].default
+    settings, notes = [f"method={method}"], []
+    if selection != usual and not methods.find(method).selects:
+        settings.append(f"adapter.selection={usual}")
+        notes.append(f"adapter.selection = {selection!r} is for Fed-PLoRA alone: other methods do not select modules")
     R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
     if at and not (text.isdecimal() and 1 <= int(text) <= R):
         raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
     mixed = bool(config.clients.memory_mib) or dealt != {R}
     if not at and not (mixed and methods.find(method).equal_ranks):
-        return Variant(method, method_name(method), (f"method={method}",))
+        return Variant(method, method_name(method), tuple(settings), tuple(notes))
     rank = int(text) if at else R
     share = rank / R
     alpha = config.adapter.alpha * (share**0.5 if config.adapter.rank_stabilized else share)
     reason = "as asked for" if at else "it needs equal ranks"
     same_scale = "" if rank == R else f", alpha {alpha:g} for the same scale"
+    at_one_rank = f"{method_name(method)} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})"
     return Variant(
         name=f"{method}@{rank}" if at else method,
         label=f"{method_name(method)} (rank {rank})",
         settings=(
-            f"method={method}",
+            *settings,
             f"clients.ranks=[{rank}]",
             "clients.memory_mib=[]",
             f"adapter.rank={rank}",
             f"adapter.alpha={alpha!r}",
         ),
-        note=f"{method_name(method)} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})",
+        notes=(at_one_rank, *notes),
     )
 
 

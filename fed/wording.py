@@ -80,7 +80,7 @@ def _apart(points: float, reference: str) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """Say what a reader of the tables must know: ranks made equal, runs that are missing, how to read intervals."""
-    lines = [f"{variant.note}." for variant in comparison.plan.variants if variant.note]
+    lines = list(dict.fromkeys(f"{note}." for variant in comparison.plan.variants for note in variant.notes))
     if comparison.missing:
         lines.append(f"{comparison.missing} of {len(comparison.plan.cells)} runs are not finished and are left out.")
     same = "share base weights, split, shards and order of batches"

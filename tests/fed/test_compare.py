@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 import fed.simulate
+from fed import grid
 from fed.cli import main
+from fed.compare import Workbench, check
 from fed.errors import FedError
 from tests.support.command_line import Outcome, rows_of, without_times
+from tests.support.text_data import PROMPT, instructions, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -176,6 +179,18 @@ def test_a_run_that_cannot_be_played_is_named_and_the_others_stay(
         "error: 1 of 4 runs could not be played: FedIT (rank 16), seed 0: the moon is full",
     ]
     assert "1 of 4 runs are not finished" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_what_there_is_to_say_of_the_data_is_said_once(tmp_path: Path, llama: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", instructions())
+    data = ("data.task=instruction", f"data.prompt={PROMPT!r}", "data.partition=iid", f"data.path={rows}")
+    short = ("data.max_length=12", "data.max_new_tokens=4", "clients.count=2", "clients.per_round=2")
+    (tmp_path / "empty.toml").touch()
+    source, methods = tmp_path / "empty.toml", ("fed-plora", "flora", "fedit@2")
+    asked = grid.request(source, (f"model.path={llama}", *data, *short), methods, (0, 1))
+    said: list[str] = []
+    check(grid.plan(asked).cells, Workbench(tmp_path / "out"), said.append)
+    assert said == ["12 of 12 rows have more than data.max_length (12) tokens and are cut"]
 
 
 @pytest.mark.slow

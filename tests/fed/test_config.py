@@ -147,6 +147,13 @@ def test_a_wrong_value_is_one_line_naming_key_and_value(override: str, message: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_way_to_select_modules_is_refused_where_nothing_selects() -> None:
+    assert load("digits", ["adapter.selection=first"]).adapter.selection == "first"
+    message = r"adapter.selection is 'first': FLoRA does not select modules, so it takes 'random', the default"
+    with pytest.raises(FedError, match=message):
+        load("digits", ["method=flora", "adapter.selection=first"])
+
+
 def test_fedit_takes_ranks_that_are_all_the_adapters() -> None:
     assert load("digits", ["method=fedit", "clients.ranks=[16]"]).method == "fedit"
     # Ranks are dealt out in turn: with two clients only the first two are.

@@ -35,9 +35,9 @@ def test_a_method_that_needs_equal_ranks_runs_at_the_full_rank_and_says_so() -> 
     mixed, equal = (cell.config for cell in plan.cells)
     assert (mixed.clients.ranks, equal.clients.ranks) == ([2, 4, 8, 16], [16])
     assert [variant.label for variant in plan.variants] == ["Fed-PLoRA", "FedIT (rank 16)"]
-    assert [variant.note for variant in plan.variants] == [
-        "",
-        "FedIT runs with every client at rank 16 of R = 16 (it needs equal ranks)",
+    assert [variant.notes for variant in plan.variants] == [
+        (),
+        ("FedIT runs with every client at rank 16 of R = 16 (it needs equal ranks)",),
     ]
     already_equal = planned("clients.ranks=[16]", methods=("fed-plora", "fedit"))
     assert [variant.label for variant in already_equal.variants] == ["Fed-PLoRA", "FedIT"]
@@ -51,7 +51,19 @@ def test_a_rank_after_the_method_keeps_the_scale(stabilised: str, alpha: float) 
     assert (high.adapter.rank, high.clients.ranks, high.adapter.alpha) == (16, [16], 32.0)
     assert (ours.method, ours.clients.ranks) == ("fed-plora", [2])
     assert [variant.name for variant in plan.variants] == ["fedit@2", "fedit@16", "fed-plora@2"]
-    assert "as asked for, alpha" in plan.variants[0].note
+    assert "as asked for, alpha" in plan.variants[0].notes[0]
+
+
+def test_a_way_to_select_modules_is_left_to_the_method_that_selects() -> None:
+    plan = planned("adapter.selection=first", methods=("fed-plora", "flora", "fedit@2"))
+    assert [cell.config.adapter.selection for cell in plan.cells] == ["first", "random", "random"]
+    ours, flora, fedit = (variant.notes for variant in plan.variants)
+    assert ours == ()
+    assert flora == ("adapter.selection = 'first' is for Fed-PLoRA alone: other methods do not select modules",)
+    assert fedit[0].startswith("FedIT runs with every client at rank 2")
+    assert fedit[1:] == flora
+    with pytest.raises(FedError, match=r"adapter.selection is 'first': FLoRA does not select modules"):
+        planned(methods=("fed-plora", "flora"), vary="adapter.selection=random,first")
 
 
 def test_a_key_is_varied_with_every_method() -> None:

@@ -139,8 +139,10 @@ def run_groups(shape: Shape, dtype: torch.dtype) -> None:
     offsets, seeds = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4))
     selected = [list(range(shape.r - 1))] * 4 if shape.indexed else None
     form: dict[str, Any] = {"bias": empty(shape.n), "groups": offsets, "dropout_seed": seeds, "selected": selected}
-    for unselected, p in (("folded", 0.0), ("frozen", 0.1)):
-        y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], unselected=unselected, dropout_p=p, **form)
+    numbers = torch.empty(shape.m, dtype=torch.int64, device="meta")
+    for unselected, p, rows in (("folded", 0.0, None), ("frozen", 0.1, None), ("frozen", 0.1, numbers)):
+        form |= {"unselected": unselected, "dropout_p": p, "dropout_rows": rows}
+        y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], **form)
         torch.autograd.grad(y, leaves, torch.empty_like(y))
 
 

@@ -34,7 +34,8 @@ def keep_mask_of_rows(seeds: Tensor, numbers: Tensor, columns: int, p: float) ->
     """Return the bool mask (rows, columns) whose rows are those of the given numbers under the given seeds.
 
     Args:
-        seeds: int64, (rows,) or one for all rows. numbers: int64 (rows,), each row's number under its seed.
+        seeds: int64, (rows,) or one for all rows.
+        numbers: int64 (rows,), each row's number under its seed; its low 32 bits count.
     """
     device, rows = numbers.device, numbers.shape[0]
     kept = torch.empty((rows, columns), dtype=torch.bool, device=device)
@@ -61,7 +62,7 @@ def multiplier(seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dty
 def _row_keys(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return a row's two 32-bit keys, where its walk begins and what is mixed into it, as int32 (rows,)."""
     low, high = seed & (2**32 - 1), (seed >> 32) & (2**32 - 1)
-    start = _mix(rows ^ _mix(low))
+    start = _mix((rows & (2**32 - 1)) ^ _mix(low))
     key = _mix((start + _mix(high ^ GOLDEN)) & (2**32 - 1))
     return _wrapped(start), _wrapped(key)
 

@@ -5,6 +5,7 @@ Nothing here reads a device tensor on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from . import grouped, ops
 from .checks import check_alike, check_dropout, check_factors, check_number, check_unselected, index_for
-from .errors import ShapeError, StateError
+from .errors import ConfigError, ShapeError, StateError
 from .group_checks import (
     GroupSelections,
+    check_dropout_rows,
     check_group_factors,
     group_index,
     group_offsets,
@@ -37,6 +39,7 @@ def plora_linear(
     unselected: str = "folded",
     dropout_p: float = 0.0,
     dropout_seed: int | Sequence[int] | Tensor | None = None,
+    dropout_rows: Tensor | None = None,
     groups: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """Return `y: (…, N)` = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
@@ -58,11 +61,12 @@ def plora_linear(
         dropout_p: 0 ≤ p < 1. It touches selected modules only, in both forms.
         dropout_seed: an integer of 64 bits, or a tensor of one int64 on x's device, which the host never reads. The
             same seed gives the same mask on every device and backend. Needed where dropout_p is not 0.
+        dropout_rows: with groups, the number of each row of x in its group's mask, (M,) int64 on x's device, so that a
+            padded group's real rows may drop what they would without the padding; None counts a group's rows from 0.
         groups: offsets (C+1,) of C groups over the rows of x, flattened: group g has rows groups[g] … groups[g+1]−1,
             perhaps none. Then lora_A is (C, R, K) and lora_B (C, N, R), one adapter a group; selected is a mask (C, R)
-            or C selections, scale one number or (C,), dropout_seed (C,), and dropout counts a group's rows from 0, so
-            that the result is that of C calls. Integers or a host tensor are validated; a tensor on x's device is not
-            read, and must rise from 0 to M.
+            or C selections, scale one number or (C,), dropout_seed (C,), so that the result is that of C calls.
+            Integers or a host tensor are validated; a tensor on x's device is not read, and must rise from 0 to M.
 
     All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
     cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.
@@ -83,8 +87,11 @@ def plora_linear(
         indices = group_index(cast(GroupSelections | None, selected), count, lora_A.shape[1], x.device)
         seeds = group_seeds(dropout_p, cast(Sequence[int] | Tensor | None, dropout_seed), count, x.device)
         return grouped_with_index(
-            x, weight, lora_A, lora_B, bias, indices, offsets, scales, scale, frozen, float(dropout_p), seeds
-        )
+            x, weight, lora_A, lora_B, bias, indices, offsets, scales, scale, frozen, float(dropout_p), seeds,
+            dropout_rows,
+        )  # fmt: skip
+    if dropout_rows is not None:
+        raise ConfigError("dropout_rows is given without groups; rows of one call count from 0")
     check_factors(weight, lora_A, lora_B)
     scale = check_number("scale", scale)
     index = index_for(cast(Selection | None, selected), lora_A.shape[0], x.device)
@@ -122,15 +129,19 @@ def grouped_with_index(
     frozen: bool,
     dropout_p: float = 0.0,
     dropout_seeds: Tensor | None = None,
+    dropout_rows: Tensor | None = None,
 ) -> Tensor:
     """Do the same for groups of rows, on index buffers (C, W), offsets (C+1,), scales (C,) times `scale` or None.
 
+    Dropout has seeds (C,) int64 and the rows' numbers in their group's mask, (M,) int64, or None to count them from 0.
     Who calls many layers on the same groups makes these once: `group_checks`' functions return them.
     """
     x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
+    check_dropout_rows(dropout_rows, math.prod(x.shape[:-1]), x.device)
     return grouped.linear(
-        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, dropout_p, dropout_seeds
-    )
+        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, dropout_p, dropout_seeds,
+        dropout_rows,
+    )  # fmt: skip
 
 
 def _checked_and_cast(

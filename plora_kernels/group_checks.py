@@ -121,6 +121,16 @@ def group_seeds(p: object, seeds: Sequence[int] | Tensor | None, groups: int, de
     return _on_device(torch.tensor(seeds, dtype=torch.int64), device)
 
 
+def check_dropout_rows(numbers: Tensor | None, rows: int, device: torch.device) -> None:
+    """Raise unless `numbers`, the rows' numbers in their group's mask, is None or (M,) int64 on `device`."""
+    if numbers is None:
+        return
+    if numbers.dtype is not torch.int64 or tuple(numbers.shape) != (rows,):
+        raise ConfigError(f"dropout_rows is {tuple(numbers.shape)} {numbers.dtype}; int64 ({rows},) is needed")
+    if numbers.device != device:
+        raise DeviceError(f"dropout_rows is on {numbers.device}, x on {device}; put it there")
+
+
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on `device`; a CUDA device is not waited for, the copy leaves pinned memory."""
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():

@@ -23,12 +23,12 @@ from .ops import _library, _rows, _watched
 _library.define(
     "grouped_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? index, "
     "Tensor offsets, Tensor? scales, float scale, bool frozen, bool keep_s, bool merged, float dropout_p, "
-    "Tensor? dropout_seeds) -> (Tensor y, Tensor s)"
+    "Tensor? dropout_seeds, Tensor? dropout_rows) -> (Tensor y, Tensor s)"
 )
 _library.define(
     "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, "
     "Tensor? index, Tensor offsets, Tensor? scales, float scale, bool frozen, bool merged, bool need_x, bool need_A, "
-    "bool need_B, bool need_bias, float dropout_p, Tensor? dropout_seeds) "
+    "bool need_B, bool need_bias, float dropout_p, Tensor? dropout_seeds, Tensor? dropout_rows) "
     "-> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
 )
 
@@ -101,10 +101,11 @@ def _linear(
     merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, s = _run_forward(
         _rows(x), weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
-        dropout_seeds,
+        dropout_seeds, dropout_rows,
     )  # fmt: skip
     # Not a view: autograd lets no one write in place to a view that a custom function returns.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), s
@@ -126,6 +127,7 @@ def _linear_fake(
     merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     s = x.new_empty((math.prod(x.shape[:-1]), _places(lora_A, index, frozen)) if keep_s else (0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), s
@@ -156,11 +158,12 @@ def _linear_backward(
     need_bias: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy_rows, x_rows = _rows(dy), _rows(x)
     d_x, d_lora_A, d_lora_B = _run_backward(
         dy_rows, x_rows, weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, merged, need_x, need_A,
-        need_B, dropout_p, dropout_seeds,
+        need_B, dropout_p, dropout_seeds, dropout_rows,
     )  # fmt: skip
     d_bias = dy_rows.sum(0) if need_bias else dy.new_empty(0)
     return d_x.view(x.shape) if need_x else d_x, d_lora_A, d_lora_B, d_bias
@@ -186,6 +189,7 @@ def _linear_backward_fake(
     need_bias: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nothing = (0,)
     return (
@@ -197,25 +201,25 @@ def _linear_backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, _, index, offsets, scales, scale, frozen, _, merged, dropout_p, seeds = inputs
+    x, weight, lora_A, lora_B, _, index, offsets, scales, scale, frozen, _, merged, dropout_p, *dropout = inputs
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lora_A, lora_B, s, index, offsets, scales, seeds)
+    ctx.save_for_backward(x, weight, lora_A, lora_B, s, index, offsets, scales, *dropout)
     ctx.scale, ctx.frozen, ctx.merged, ctx.dropout_p = scale, frozen, merged, dropout_p
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 14
-    x, weight, lora_A, lora_B, s, index, offsets, scales, seeds = ctx.saved_tensors
+        return (None,) * 15
+    x, weight, lora_A, lora_B, s, index, offsets, scales, *dropout = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     # Called with create_graph=True, the operator records itself, so as to refuse a double backward by name.
     recorded = _watched(dy) or torch.is_grad_enabled()
     backward = torch.ops.plora.grouped_linear_backward if recorded else _linear_backward
     d_x, d_lora_A, d_lora_B, d_bias = backward(
         dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, ctx.merged, need_x, need_A,
-        need_B, need_bias, ctx.dropout_p, seeds,
+        need_B, need_bias, ctx.dropout_p, *dropout,
     )  # fmt: skip
     return (
         d_x if need_x else None,
@@ -223,7 +227,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
         d_lora_A if need_A else None,
         d_lora_B if need_B else None,
         d_bias if need_bias else None,
-        *(None,) * 9,
+        *(None,) * 10,
     )
 
 
@@ -267,6 +271,7 @@ def linear(
     frozen: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -277,7 +282,7 @@ def linear(
     keep_s = grad and lora_B.requires_grad and not merged
     arguments = (
         x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
-        dropout_seeds,
+        dropout_seeds, dropout_rows,
     )  # fmt: skip
     if _watched(x, weight, lora_A, lora_B):
         y, _ = torch.ops.plora.grouped_linear(*arguments)

@@ -95,13 +95,19 @@ def _are_chosen(index: Tensor, rank: int) -> Tensor:
     return (index[:, :, None] == torch.arange(rank, dtype=index.dtype, device=index.device)).any(1)
 
 
-def _keep(bounds: Sequence[int], columns: int, p: float, seeds: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """Return what dropout keeps of x (M, K), each group by its seed and from its own row 0; None without dropout."""
+def _keep(
+    bounds: Sequence[int], columns: int, index: Tensor | None, p: float, seeds: Tensor | None, numbers: Tensor | None
+) -> Tensor | None:
+    """Return what dropout keeps of x (M, K), each group by its seed; None without dropout.
+
+    A row is known by its number (M,), by default counted from 0 in its group.
+    """
     if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
         return None
     sizes = torch.tensor([end - start for start, end in itertools.pairwise(bounds)], device=seeds.device)
-    starts = torch.tensor(bounds[:-1], device=seeds.device).repeat_interleave(sizes)
-    numbers = torch.arange(bounds[-1], device=seeds.device) - starts
+    if numbers is None:
+        starts = torch.tensor(bounds[:-1], device=seeds.device).repeat_interleave(sizes)
+        numbers = torch.arange(bounds[-1], device=seeds.device) - starts
     return keep_mask_of_rows(seeds.repeat_interleave(sizes), numbers, columns, p)
 
 
@@ -120,11 +126,13 @@ def forward(
     merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)`: y (M, N), and s (M, places) = D(x_g) A_gᵀ if `keep_s`, else without elements.
 
     Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None, bounds
-    C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64. `merged` is `is_merged`'s answer.
+    C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the
+    rows' numbers in their group's mask. `merged` is `is_merged`'s answer.
     """
     applied = None if frozen else index  # frozen modules all enter y
     A, B = _factors(lora_A, lora_B, applied, scales)
@@ -135,7 +143,7 @@ def forward(
             _product(run.of(x), mains[run.groups].mT, bias, out=run.of(y))
         return y, x.new_empty(0)
     y = functional.linear(x, weight, bias)
-    kept = _keep(bounds, x.shape[1], dropout_p, dropout_seeds, index)
+    kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
         s = _side_product(x, A.mT, applied, runs)
     else:
@@ -175,6 +183,7 @@ def backward(
     need_B: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)`, (M, K), (C, R, K) and (C, N, R); a gradient that is not needed has no elements.
 
@@ -188,7 +197,7 @@ def backward(
         d_A, d_B = _merged_factor_gradients(dy, x, A, B, runs, scale, need_A, need_B)
     else:
         d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
-        kept = _keep(bounds, x.shape[1], dropout_p, dropout_seeds, index)
+        kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
         factor = scale if kept is None else scale / (1 - dropout_p)
         ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
         if ds is not None and need_x:

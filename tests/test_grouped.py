@@ -169,6 +169,38 @@ def test_dropout_drops_the_same_elements_as_one_call_a_group(each_backend: str) 
     assert torch.equal(y != 0, kept)
 
 
+@pytest.mark.parametrize(("share", "form"), FORMS[:3])
+def test_rows_numbered_as_by_default_drop_the_same(share: float | None, form: str, each_backend: str) -> None:
+    sizes = (33, 0, 7, 20)
+    problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4, device=DEVICE)
+    numbers = torch.cat([torch.arange(size) for size in sizes]).to(DEVICE)
+    for name, told, counted in zip(NAMES, run(problem, dropout_rows=numbers), run(problem), strict=True):
+        assert torch.equal(told, counted), name
+    strided = torch.stack([numbers, numbers], 1)[:, 0]
+    assert torch.equal(run(problem, dropout_rows=strided)[0], run(problem)[0])
+    assert not torch.equal(run(problem, dropout_rows=numbers + 1)[0], run(problem)[0])
+
+
+@pytest.mark.parametrize(("share", "form"), FORMS[:3])
+def test_padding_between_rows_leaves_their_masks(share: float | None, form: str, each_backend: str) -> None:
+    # Two texts a group of 3 and 5, 7 and 2 tokens, each text padded to 9: real rows keep the numbers they had.
+    texts, longest = ((3, 5), (7, 2)), 9
+    sizes, padded_sizes = [sum(lengths) for lengths in texts], [longest * len(lengths) for lengths in texts]
+    options = {"share": share, "unselected": form, "dropout_p": 0.4, "device": DEVICE}
+    problem = draw_grouped(sizes, 24, 40, 17, torch.float32, **options)
+    padded = draw_grouped(padded_sizes, 24, 40, 17, torch.float32, seed=1, **options)
+    real = torch.cat([torch.arange(longest) < length for lengths in texts for length in lengths]).to(DEVICE)
+    numbers = torch.full((len(real),), -1, device=DEVICE)
+    numbers[real] = torch.cat([torch.arange(size) for size in sizes]).to(DEVICE)
+    padded.x[real], padded.dy[real], padded.dy[~real] = problem.x, problem.dy, 0.0
+    for name in ("weight", "lora_A", "lora_B", "bias"):
+        setattr(padded, name, getattr(problem, name))
+    padded.problems = problem.problems
+    y, dx, *gradients = run(padded, groups=padded.bounds, dropout_rows=numbers)
+    for name, result, expected in zip(NAMES, (y[real], dx[real], *gradients), run(problem), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("selected", [None, [[0, 3], [], [1]]], ids=str)
 def test_gradcheck_with_dropout(selected: list | None) -> None:
     x, weight, lora_A, lora_B, bias = inputs(torch.float64)
@@ -197,16 +229,17 @@ def inputs(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tu
 INDEX = torch.tensor([[0, 2, *[-1] * 14], [-1] * 16, [3, *[-1] * 15]], dtype=torch.int32)
 
 
-DROPOUT = (0.3, torch.tensor([5, 6, 7]))
+UNDROPPED = (0.0, None, None)
+DROPOUT = (0.3, torch.tensor([5, 6, 7]), torch.arange(15).flip(0))
 
 
 @pytest.mark.parametrize(
     ("frozen", "index", "dropout"),
-    [(False, None, (0.0, None)), (False, INDEX, DROPOUT), (True, INDEX, (0.0, None))],
-    ids=["all", "folded", "frozen"],
+    [(False, None, UNDROPPED), (False, INDEX, DROPOUT), (True, INDEX, UNDROPPED), (True, None, (*DROPOUT[:2], None))],
+    ids=["all", "folded", "frozen", "counted"],
 )
 def test_opcheck_of_the_forward_and_backward(
-    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None], each_backend: str
+    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None, Tensor | None], each_backend: str
 ) -> None:
     x, weight, lora_A, lora_B, bias = inputs()
     offsets, scales = torch.tensor(GROUPS), torch.tensor([1.0, 2.0, 0.5])
@@ -235,20 +268,22 @@ def test_compile_traces_and_new_groups_do_not_recompile() -> None:
     x, weight, lora_A, lora_B, bias = inputs()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def call(selected: Tensor, groups: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
-        form = {"bias": bias, "unselected": "frozen", "dropout_p": 0.2, "dropout_seed": seeds, "scale": scale}
+    def call(selected: Tensor, groups: Tensor, scale: Tensor, seeds: Tensor, numbers: Tensor) -> Tensor:
+        form = {"bias": bias, "unselected": "frozen", "scale": scale}
+        form |= {"dropout_p": 0.2, "dropout_seed": seeds, "dropout_rows": numbers}
         return pk.plora_linear(x, weight, lora_A, lora_B, selected, groups=groups, **form)
 
     compiled = torch.compile(call, backend=counter, fullgraph=True)
     for turn in range(12):
         chosen = torch.rand(3, 4) > 0.5
-        arguments = (chosen, torch.tensor([0, turn, turn + 1, 15]), torch.rand(3), torch.randint(99, (3,)))
+        offsets, numbers = torch.tensor([0, turn, turn + 1, 15]), torch.randperm(15)
+        arguments = (chosen, offsets, torch.rand(3), torch.randint(99, (3,)), numbers)
         y = compiled(*arguments)
         torch.testing.assert_close(y, call(*arguments))
         y.sum().backward()
     assert counter.frame_count == 1
     with pytest.raises(pk.ShapeError, match="groups falls from 9 to 8 at group 1"):
-        compiled(chosen, torch.tensor([0, 9, 8, 15]), torch.rand(3), torch.randint(99, (3,)))
+        compiled(chosen, torch.tensor([0, 9, 8, 15]), torch.rand(3), torch.randint(99, (3,)), numbers)
 
 
 @pytest.mark.parametrize("active", [torch.bfloat16, torch.float16], ids=str)
@@ -425,6 +460,9 @@ def test_wrong_groups_are_named(groups: object, error: type[Exception], message:
         ({"dropout_p": 0.1, "dropout_seed": 5}, pk.ConfigError, "dropout_seed 5; 3 integers of 64 bits are needed"),
         ({"dropout_p": 0.1, "dropout_seed": [1, 2, 2**63]}, pk.ConfigError, "3 integers of 64 bits are needed"),
         ({"dropout_p": 0.1, "dropout_seed": torch.zeros(2).long()}, pk.ConfigError, r"int64 \(3,\) is needed"),
+        ({"dropout_rows": torch.zeros(9).long()}, pk.ConfigError, r"dropout_rows is \(9,\).*int64 \(10,\) is needed"),
+        ({"dropout_rows": torch.zeros(10)}, pk.ConfigError, r"dropout_rows is \(10,\) torch.float32; int64"),
+        ({"dropout_rows": torch.zeros(10, device="meta").long()}, pk.DeviceError, "dropout_rows is on meta, x on cpu"),
         ({"unselected": "dropped"}, pk.ConfigError, "unselected is 'dropped'"),
         ({"weight": torch.zeros(6, 7, requires_grad=True)}, pk.StateError, "the base is frozen"),
     ],

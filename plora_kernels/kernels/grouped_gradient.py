@@ -16,7 +16,7 @@ from torch import Tensor
 from ..blocks import GradientBlocks, ShapeClass
 from ..configs import find_blocks
 from ..dropout import threshold
-from .grouped_tiles import Groups
+from .grouped_tiles import Groups, row_numbers
 from .launch import Dropout, dot_precision, dtype_name, is_aligned
 from .modules import keep_mask
 
@@ -28,6 +28,7 @@ def grouped_partial_kernel(
     index_ptr,
     offsets_ptr,
     seed_ptr,
+    numbers_ptr,
     partial_ptr,
     D,
     R,
@@ -44,12 +45,14 @@ def grouped_partial_kernel(
     BLOCK_R: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NUMBERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum one split of one group: partial[group·splits + split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32.
 
-    thin (M, ·), wide (M, D), offsets (C+1,), seed (C,); column(r) is index[group, r] where there is one (−1 gives
-    zero), else r. With DROPOUT the elements of `wide` that it drops count as zero.
+    thin (M, ·), wide (M, D), offsets (C+1,), seed (C,), numbers (M,) or unused unless NUMBERED; column(r) is
+    index[group, r] where there is one (−1 gives zero), else r. With DROPOUT the elements of `wide`
+    that it drops count as zero.
     """
     part = tl.program_id(2)
     group = part // splits
@@ -76,7 +79,8 @@ def grouped_partial_kernel(
         wide_tile = wide_ptr + columns[:, None] * stride_wd + rows[None, :] * stride_wm
         w = tl.load(wide_tile, mask=column_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_D, BLOCK_M)
         if DROPOUT:
-            keep = keep_mask(seed_ptr + group, m - start, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_M, BLOCK_D)
+            numbers = row_numbers(numbers_ptr + m, m - start, row_ok, BLOCK_M, NUMBERED)
+            keep = keep_mask(seed_ptr + group, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_M, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
@@ -162,6 +166,7 @@ def grouped_gradient_(
             thin_index if thin_index is not None else groups.offsets,
             groups.offsets,
             dropout.seed if dropout is not None else groups.offsets,
+            dropout.numbers if dropout is not None and dropout.numbers is not None else groups.offsets,
             partial,
             d,
             width,
@@ -176,6 +181,7 @@ def grouped_gradient_(
             BLOCK_R=blocks.block_r,
             HAS_INDEX=thin_index is not None,
             DROPOUT=dropout is not None,
+            NUMBERED=dropout is not None and dropout.numbers is not None,
             PRECISION=dot_precision(wide.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

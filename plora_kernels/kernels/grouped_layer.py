@@ -19,11 +19,14 @@ def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.
     return Groups(offsets.to(device, non_blocking=True).contiguous(), scales, 1.0 if scales is not None else scale)
 
 
-def _dropout(index: Tensor | None, frozen: bool, p: float, seeds: Tensor | None) -> Dropout | None:
+def _dropout(
+    index: Tensor | None, frozen: bool, p: float, seeds: Tensor | None, numbers: Tensor | None
+) -> Dropout | None:
     """Return the dropout of the side branch, or None where it touches nothing; see `forward.layer_dropout`."""
     if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
         return None
-    return Dropout(p, seeds.contiguous(), index if frozen else None)
+    numbers = numbers.contiguous() if numbers is not None else None
+    return Dropout(p, seeds.contiguous(), index if frozen else None, numbers)
 
 
 def forward(
@@ -40,12 +43,14 @@ def forward(
     keep_s: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)`: y (M, N), and if `keep_s` s (M, places) = D(x_g) A_gᵀ.
 
     Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None for all
-    modules, offsets (C+1,), scales (C,) times `scale` or None, dropout_seeds (C,) int64. If `frozen`, all modules enter
-    and the index names those that D, dropout, applies to.
+    modules, offsets (C+1,), scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or
+    None, the rows' numbers in their group's mask. If `frozen`, all modules enter and the index names those that D,
+    dropout, applies to.
     """
     y, s = grouped_matmul(
         x,
@@ -56,7 +61,7 @@ def forward(
         op="forward",
         bias=bias,
         index=None if frozen else index,
-        drop_in=_dropout(index, frozen, dropout_p, dropout_seeds),
+        drop_in=_dropout(index, frozen, dropout_p, dropout_seeds, dropout_rows),
         drop_out=None,
         keep_side=keep_s,
     )
@@ -80,6 +85,7 @@ def backward(
     need_B: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)`, (M, K), (C, R, K), (C, N, R); a gradient that is not needed has no elements.
 
@@ -88,7 +94,7 @@ def backward(
     d_x, d_lora_A, d_lora_B = (dy.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
     groups = _groups(offsets, scales, scale, dy.device)
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
-    dropout = _dropout(index, frozen, dropout_p, dropout_seeds)
+    dropout = _dropout(index, frozen, dropout_p, dropout_seeds, dropout_rows)
     make = torch.empty_like if index is None else torch.zeros_like
     thin_index, ds = index if frozen else None, None
     if need_x:

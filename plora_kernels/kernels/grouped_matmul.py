@@ -17,7 +17,7 @@ from ..blocks import MatmulBlocks, ShapeClass, default_blocks
 from ..configs import capability_of, find_blocks
 from ..dropout import threshold
 from .grouped_side_product import grouped_side_product
-from .grouped_tiles import Groups, grouped_tiles, load_tile
+from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 
@@ -33,6 +33,7 @@ def grouped_matmul_kernel(
     table_ptr,
     scales_ptr,
     seed_ptr,
+    numbers_ptr,
     selected_ptr,
     out_ptr,
     side_ptr,
@@ -69,15 +70,16 @@ def grouped_matmul_kernel(
     SIDE_GIVEN: tl.constexpr,
     STORE_SIDE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NUMBERED: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one tile of out, at most BLOCK_M rows of one group by BLOCK_N columns.
 
     in (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, ·), up (C, ·, D_OUT), bias (D_OUT,), index (C, R) int32 or unused,
-    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), selected (C, selected_width), out (M, D_OUT),
-    side (M, R): read if SIDE_GIVEN, else R ≤ BLOCK_R and it is made along with the tile. All else is as in
-    `tile_matmul_kernel`.
+    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), numbers (M,) of the rows in
+    their group's mask or unused unless NUMBERED, selected (C, selected_width), out (M, D_OUT), side (M, R): read if
+    SIDE_GIVEN, else R ≤ BLOCK_R and it is made along with the tile. All else is as in `tile_matmul_kernel`.
     """
     pid_m, pid_n = tile_position(tl.program_id(0), T, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
     group, first, end, number = load_tile(table_ptr, pid_m)
@@ -148,7 +150,8 @@ def grouped_matmul_kernel(
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
         if DROPOUT:
-            keep = keep_mask(seed_ptr + group, number, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
+            numbers = row_numbers(numbers_ptr + first, number, row_ok, BLOCK_M, NUMBERED)
+            keep = keep_mask(seed_ptr + group, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, low, 0.0)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
@@ -219,6 +222,7 @@ def grouped_matmul(
             table,
             groups.scales if groups.scales is not None else table,
             drop_out.seed if drop_out is not None else table,
+            drop_out.numbers if drop_out is not None and drop_out.numbers is not None else table,
             selected if selected is not None else table,
             out,
             side,
@@ -248,6 +252,7 @@ def grouped_matmul(
             SIDE_GIVEN=given,
             STORE_SIDE=keep_side and not given,
             DROPOUT=drop_out is not None,
+            NUMBERED=drop_out is not None and drop_out.numbers is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down[0], up[0], out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

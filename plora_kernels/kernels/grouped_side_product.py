@@ -10,7 +10,7 @@ from torch import Tensor
 from ..blocks import ShapeClass, SideBlocks
 from ..configs import find_blocks
 from ..dropout import threshold
-from .grouped_tiles import Groups, grouped_tiles, load_tile
+from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import are_selected, keep_mask, load_modules
 
@@ -22,6 +22,7 @@ def grouped_side_product_kernel(
     index_ptr,
     table_ptr,
     seed_ptr,
+    numbers_ptr,
     selected_ptr,
     side_ptr,
     D_IN,
@@ -41,13 +42,14 @@ def grouped_side_product_kernel(
     SELECTED_BLOCK: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NUMBERED: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store side = D(in) · down[group] for the rows of one tile and BLOCK_R places; R counts places.
 
     in (M, D_IN), down (C, D_IN, ·), index (C, R) int32 or unused, table as `grouped_tiles` makes it, seed (C,),
-    selected (C, selected_width) or unused if SELECTED_BLOCK is 0, side (M, R).
+    numbers (M,) or unused unless NUMBERED, selected (C, selected_width) or unused if SELECTED_BLOCK is 0, side (M, R).
     """
     r0 = tl.program_id(1) * BLOCK_R
     group, first, end, number = load_tile(table_ptr, tl.program_id(0))
@@ -66,6 +68,8 @@ def grouped_side_product_kernel(
         down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
         side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # of rows nothing is dropped from
+        if DROPOUT:
+            numbers = row_numbers(numbers_ptr + first, number, row_ok, BLOCK_M, NUMBERED)  # (BLOCK_M,)
         for k in range(0, D_IN, BLOCK_K):
             depth_ok = depth < D_IN - k
             a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
@@ -73,7 +77,7 @@ def grouped_side_product_kernel(
             if DROPOUT:
                 if SELECTED_BLOCK > 0:
                     whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                a = tl.where(keep_mask(seed_ptr + group, number, k, drop_threshold, BLOCK_M, BLOCK_K), a, 0.0)
+                a = tl.where(keep_mask(seed_ptr + group, numbers, k, drop_threshold, BLOCK_M, BLOCK_K), a, 0.0)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             in_base += in_step
             down_base += down_step
@@ -110,6 +114,7 @@ def grouped_side_product(
             index if index is not None else table,
             table,
             dropout.seed if dropout is not None else table,
+            dropout.numbers if dropout is not None and dropout.numbers is not None else table,
             selected if selected is not None else table,
             side,
             d_in,
@@ -126,6 +131,7 @@ def grouped_side_product(
             SELECTED_BLOCK=dropout.selected_block if dropout is not None else 0,
             HAS_INDEX=index is not None,
             DROPOUT=dropout is not None,
+            NUMBERED=dropout is not None and dropout.numbers is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, down[0]),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

@@ -73,6 +73,13 @@ def load_tile(table_ptr, tile):
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
 
 
+@triton.jit
+def row_numbers(numbers_ptr, number, row_ok, BLOCK_M: tl.constexpr, NUMBERED: tl.constexpr):
+    """Return the numbers (BLOCK_M,) rows have in a mask: those at `numbers_ptr` if NUMBERED, else number, number+1 …"""
+    rows = tl.arange(0, BLOCK_M)
+    return tl.load(numbers_ptr + rows, mask=row_ok, other=0) if NUMBERED else number + rows
+
+
 def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
     """Return the table (T, 4) of tiles of at most block_m rows of one group: T = ⌊M / block_m⌋ + C are enough."""
     count = offsets.shape[0] - 1

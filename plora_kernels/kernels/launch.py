@@ -12,12 +12,14 @@ class Dropout(NamedTuple):
     """LoRA dropout of probability `p`: `seed` one int64 number on the device.
 
     `selected` is the index of the modules it touches, None for all that enter: frozen modules that are not selected see
-    x as it is. In the grouped form there is a seed and an index for each group, (C,) and (C, W).
+    x as it is. In the grouped form there is a seed and an index for each group, (C,) and (C, W), and `numbers` (M,) are
+    the rows' numbers in their group's mask, None if they count from 0.
     """
 
     p: float
     seed: Tensor
     selected: Tensor | None
+    numbers: Tensor | None = None
 
     @property
     def selected_width(self) -> int:

@@ -113,12 +113,15 @@ def _mix(word):
 
 
 @triton.jit
-def keep_mask(seed_ptr, first_row, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.dropout`'s bits."""
+def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.dropout`'s bits.
+
+    numbers (BLOCK_M,): the rows' numbers in the mask.
+    """
     seed = tl.load(seed_ptr)
     zero = tl.zeros((BLOCK_M,), tl.uint32)  # a block: the interpreter warns of scalars that wrap around
     low, high = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
-    rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.uint32)  # (BLOCK_M,)
+    rows = numbers.to(tl.uint32)  # (BLOCK_M,)
     columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.uint32)  # (BLOCK_N,)
     start = _mix(rows ^ _mix(low))  # (BLOCK_M,)
     key = _mix(start + _mix(high ^ tl.full((), _GOLDEN, tl.uint32)))

@@ -1,7 +1,9 @@
-"""What a run needs to go on after it was stopped: the server, its clients' memories, and where it stood.
+"""What a run needs to go on after it was stopped: the server, where it stood, and which files hold its clients'.
 
-`checkpoint/round-N/` holds `state.safetensors`, every tensor by a slash-joined name, and `state.json`. A round's folder
-is complete under its name or not there: it is written under another and renamed, and older ones go after that.
+`checkpoint/round-N/` holds `state.safetensors`, the server's tensors by slash-joined names, and `state.json`, which
+names the files in `checkpoint/clients` (`fed.store`): what a client kept is written once, in the round it took part in.
+A round's folder is complete under its name or not there: it is written under another and renamed, and older ones go
+after that, then the clients' files that no checkpoint names.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fed.errors import FedError
 from fed.federation import Standing
-from fed.types import Client, Factors, ServerState
+from fed.store import ClientStore, Entry, flat_factors, group, group_factors
+from fed.types import Client, ServerState
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -41,7 +43,7 @@ def last_round(directory: Path) -> int | None:
     return max((number for number in found if number is not None), default=None)
 
 
-def save(directory: Path, config: RunConfig, standing: Standing) -> None:
+def save(directory: Path, config: RunConfig, standing: Standing, store: ClientStore) -> None:
     """Write the checkpoint of the round the run stands at, then remove older ones."""
     from safetensors.torch import save_file
 
@@ -50,26 +52,26 @@ def save(directory: Path, config: RunConfig, standing: Standing) -> None:
     for path in (temporary, target):
         shutil.rmtree(path, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(standing).items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(standing.server).items()}
     save_file(tensors, temporary / TENSORS)
-    server = standing.server
     facts = {
         "round": number,
-        "fold_bytes": server.fold_bytes,
+        "fold_bytes": standing.server.fold_bytes,
         "last_rounds": [client.last_round for client in standing.clients],
+        "kept": {client: (entry.round, *entry.fields) for client, entry in sorted(store.entries.items())},
         "settings": _settings(config),
     }
     (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     temporary.rename(target)
-    for path in folder.glob("round-*"):
-        if path != target:
-            shutil.rmtree(path)
+    _remove_others(target)
+    store.checkpointed(number)
 
 
-def load(directory: Path, config: RunConfig, beginning: Standing) -> Standing:
+def load(directory: Path, config: RunConfig, beginning: Standing, store: ClientStore) -> Standing:
     """Return where a run stood at its checkpoint; `beginning` is where it stood before its first round.
 
-    Raises FedError where there is no checkpoint, it cannot be read, or it was made with other settings.
+    The store takes over the clients' files the checkpoint names, and removes those of later rounds. Raises FedError
+    where there is no checkpoint, it or a file cannot be read, or it was made with other settings.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -84,7 +86,17 @@ def load(directory: Path, config: RunConfig, beginning: Standing) -> Standing:
     except (OSError, ValueError, SafetensorError) as error:
         raise FedError(f"the checkpoint {str(folder)!r} cannot be read: {error}") from None
     _check_settings(facts["settings"], _settings(config), folder)
-    return _standing(beginning, facts, tensors)
+    entries = {int(client): Entry(entry[0], tuple(entry[1:])) for client, entry in facts["kept"].items()}
+    store.adopt(number, entries)
+    _remove_others(folder)
+    return _standing(beginning, facts, tensors, store)
+
+
+def _remove_others(folder: Path) -> None:
+    """Remove what stands beside a checkpoint: those of other rounds, and what was left half-written."""
+    for path in folder.parent.glob("round-*"):
+        if path != folder:
+            shutil.rmtree(path)
 
 
 def _number(path: Path) -> int | None:
@@ -117,64 +129,37 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
             )
 
 
-def _tensors(standing: Standing) -> dict[str, Tensor]:
-    """Return every tensor of a standing by name: `adapter/A/MATRIX`, `clients/3/memory/NAME`, …"""
-    server = standing.server
-    named: dict[str, Tensor] = {}
-    named |= _factors("adapter", server.adapter.factors)
-    for group in ("head", "base_delta", "visits", "moments"):
-        named |= {f"{group}/{name}": value for name, value in getattr(server, group).items()}
-    for client in (client for client in standing.clients if client.last_round):
-        for group in ("memory", "head"):
-            for name, value in getattr(client, group).items():
-                named[f"clients/{client.id}/{group}/{name}"] = value
-    for number, factors in standing.ends.items():
-        named |= _factors(f"ends/{number}", factors)
+def _tensors(server: ServerState) -> dict[str, Tensor]:
+    """Return every tensor of the server by name: `adapter/A/MATRIX`, `head/NAME`, …"""
+    named = flat_factors("adapter", server.adapter.factors)
+    for field in ("head", "base_delta", "visits", "moments"):
+        named |= {f"{field}/{name}": value for name, value in getattr(server, field).items()}
     return named
 
 
-def _factors(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    return {
-        f"{prefix}/{side}/{matrix}": factor
-        for matrix, pair in factors.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }
-
-
-def _standing(beginning: Standing, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Standing:
+def _standing(
+    beginning: Standing, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], store: ClientStore
+) -> Standing:
     """Put a standing together again, tensors of the model on its device and counts on the CPU."""
     first = beginning.server
     device = next(iter(first.adapter.factors.values()))[0].device
-    matrices = list(first.adapter.factors)
-
-    def group(prefix: str, place: torch.device = device) -> dict[str, Tensor]:
-        names = (name for name in tensors if name.startswith(f"{prefix}/"))
-        return {name.removeprefix(f"{prefix}/"): tensors[name].to(place) for name in names}
-
-    def factors(prefix: str) -> dict[str, Factors]:
-        down, up = group(f"{prefix}/A"), group(f"{prefix}/B")
-        return {matrix: (down[matrix], up[matrix]) for matrix in matrices}
-
+    placed = {name: value if name.startswith("visits/") else value.to(device) for name, value in tensors.items()}
+    factors, head = group_factors(placed, "adapter"), group(placed, "head")
     server: ServerState = replace(
         first,
-        adapter=replace(first.adapter, factors=factors("adapter")),
-        head={name: group("head")[name] for name in first.head},
+        adapter=replace(first.adapter, factors={matrix: factors[matrix] for matrix in first.adapter.factors}),
+        head={name: head[name] for name in first.head},
         round=int(facts["round"]),
-        base_delta=group("base_delta"),
+        base_delta=group(placed, "base_delta"),
         fold_bytes=tuple(facts["fold_bytes"]),
-        visits=group("visits", torch.device("cpu")),
-        moments=group("moments"),
+        visits=group(placed, "visits"),
+        moments=group(placed, "moments"),
     )
-    clients: list[Client] = [
-        replace(
-            client,
-            memory=group(f"clients/{client.id}/memory"),
-            head=group(f"clients/{client.id}/head"),
-            last_round=int(seen),
-        )
-        if seen
-        else client
-        for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True)
-    ]
-    seen_before = sorted({int(name.split("/")[1]) for name in tensors if name.startswith("ends/")})
-    return Standing(server, tuple(clients), {number: factors(f"ends/{number}") for number in seen_before})
+    clients: list[Client] = []
+    for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True):
+        if client.id in store.entries:
+            kept = store.stored(client.id)
+            client = replace(client, memory=kept.memory, head=kept.head)
+        clients.append(replace(client, last_round=int(seen)))
+    ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
+    return Standing(server, tuple(clients), ends)

@@ -21,6 +21,7 @@ from fed.noise import agg_noise, agg_noise_module, end_factors, factor_noise, st
 from fed.personal import accuracy_for, labels_of
 from fed.population import drawn, learning_rate, local_steps, populate
 from fed.server import step
+from fed.store import ClientStore, Kept
 from fed.streams import Source
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, Options, ServerState
 
@@ -67,12 +68,16 @@ class Round:
 
 @dataclass(frozen=True)
 class Federation:
-    """A run's configuration, its data, and the model its clients take turns on."""
+    """A run's configuration, its data, and the model its clients take turns on.
+
+    What clients keep between rounds goes to the `store`; without one it stays in memory.
+    """
 
     config: RunConfig
     data: FederatedData
     work: Workplace
     on_event: Callable[[str], object]
+    store: ClientStore | None = None
 
     @property
     def method(self) -> methods.Method:
@@ -164,14 +169,23 @@ class Federation:
         """Return where the run stands after a round: clients remember what they keep, and that they took part."""
         clients, ends = list(before.clients), dict(before.ends)
         for visit in visits:
-            client, update = before.clients[visit.client.id], visit.update
+            client = before.clients[visit.client.id]
             if visit.fault is None:
-                personal_head = update.head if self.config.train.head == "personal" else {}
-                client = replace(client, memory=update.memory, head=personal_head)
-                if self.config.measure.noise:
-                    ends[client.id] = {matrix: end_factors(visit.start, update, matrix) for matrix in update.factors}
+                kept = self.kept(visit, server.round)
+                client = replace(client, memory=kept.memory, head=kept.head)
+                if kept.ends:
+                    ends[client.id] = kept.ends
             clients[client.id] = replace(client, last_round=server.round)
         return Standing(server, tuple(clients), ends)
+
+    def kept(self, visit: Visit, number: int) -> Kept:
+        """Return what a client keeps of its turn in round `number`, from the store where there is one."""
+        update, ends = visit.update, {}
+        head = update.head if self.config.train.head == "personal" else {}
+        if self.config.measure.noise:
+            ends = {matrix: end_factors(visit.start, update, matrix) for matrix in update.factors}
+        kept = Kept(update.memory, head, ends)
+        return kept if self.store is None else self.store.keep(visit.client.id, number, kept)
 
     def row(
         self,

@@ -19,6 +19,7 @@ from fed.local import adapted, beyond, started, train
 from fed.rundir import ADAPTER, BASE, ROUNDS
 from fed.samples import Split
 from fed.similarity import save_similarity
+from fed.store import client_store
 from fed.streams import Source
 from fed.types import Client, ServerState
 
@@ -48,11 +49,12 @@ def simulate(
     in fp32 before the adapter goes on. The directory is made only once the adapter fits the model; the model comes
     back as it was.
 
-    After every `config.checkpoint_every`-th round and the last, `directory/checkpoint` holds all that is needed to go
-    on. With `resume` the run goes on from there, given the same configuration (more rounds are fine), data and base
-    model: rows of rounds after the checkpoint are dropped and played again, and all files come out as those of a run
-    that was never stopped, times apart. The rows returned are all of the run's; `on_round` gets the new ones alone.
-    Raises FedError where there is no checkpoint, or one of another configuration.
+    What clients keep between rounds lies in `directory/checkpoint/clients` (`fed.store`). After every
+    `config.checkpoint_every`-th round and the last, `directory/checkpoint` holds all that is needed to go on. With
+    `resume` the run goes on from there, given the same configuration (more rounds are fine), data and base model: rows
+    of rounds after the checkpoint are dropped and played again, and all files come out as those of a run that was never
+    stopped, times apart. The rows returned are all of the run's; `on_round` gets the new ones alone. Raises FedError
+    where there is no checkpoint, or one of another configuration.
 
     A row holds round and the metrics of `fed.evaluate.evaluate_held_out`; init_noise, agg_noise, agg_noise_module, and
     factor_noise with its parts factor_noise_A and factor_noise_B; upload_bytes and download_bytes; trainable_parameters
@@ -61,13 +63,19 @@ def simulate(
     those skipped. What nothing was there to measure, or was not to be measured, is None, and so is a metric that is
     not finite. `directory/similarity` holds the cosines between modules in the first and the last round.
     """
-    with adapted(config, model, head_names) as work:
-        federation = Federation(config, data.to(work.device), work, on_event or _discard)
+    lasting = config.checkpoint_every > 0
+    with (
+        adapted(config, model, head_names) as work,
+        client_store(directory / checkpoint.FOLDER, work.device, lasting) as store,
+    ):
+        federation = Federation(config, data.to(work.device), work, on_event or _discard, store)
         standing = federation.beginning()
         rows: list[Row] = []
         if resume:
-            standing = checkpoint.load(directory, config, standing)
+            standing = checkpoint.load(directory, config, standing, store)
             rows = _kept_rows(directory / ROUNDS, standing.server.round or -1)  # row 0 is played anew
+        else:
+            store.clear()
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ROUNDS).open("a" if resume else "w", encoding="utf-8") as file:
             for played in federation.play(standing):
@@ -78,7 +86,7 @@ def simulate(
                 file.write(json.dumps(played.row, allow_nan=False) + "\n")
                 file.flush()
                 if checkpoint.is_due(config, number):
-                    checkpoint.save(directory, config, standing)
+                    checkpoint.save(directory, config, standing, store)
                 if on_round is not None:
                     on_round(played.row)
         pk.save_peft(work.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))

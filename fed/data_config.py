@@ -52,10 +52,10 @@ class DataConfig(BaseModel):
     empty are left out, with the column `output`, in at most `max_new_tokens` tokens.
 
     `partition` deals rows to clients by the values of `partition_by`, without it by label: "dirichlet"
-    (`clients.dirichlet_alpha`), "iid", "pathological" (`labels_per_client`), "natural" (a value is never split), or
-    the name of a partitioner of `flwr_datasets`, given `partition_options`. `train_rows` and `test_rows` draw so
-    many rows; 0 takes all. `cache` keeps tokens in the user's cache directory (true), nowhere (false), or in the
-    directory it names.
+    (`clients.dirichlet_alpha`), "iid", "pathological" (`labels_per_client`), "natural" (a value is never split), or the
+    name of a partitioner of `flwr_datasets`, given `partition_options`. With `rows_per_client` above 0 every client
+    draws so many rows, whoever else has them. `train_rows` and `test_rows` draw so many rows; 0 takes all. `cache`
+    keeps tokens in the user's cache directory (true), nowhere (false), or in the directory it names.
     """
 
     model_config = TABLE
@@ -82,6 +82,7 @@ class DataConfig(BaseModel):
     partition_by: str | None = None
     partition_options: dict[str, Any] = {}
     labels_per_client: Count = 2
+    rows_per_client: CountOrNone = 0
     pretrain_fraction: Fraction = 0.4
     validation_fraction: FractionOrNone = 0.0
     test_fraction: Fraction = 0.25
@@ -133,6 +134,11 @@ class DataConfig(BaseModel):
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:
     """Raise ValueError, one line that names the key, where the settings of data and model do not go together."""
+    if data.rows_per_client and data.partition not in ("dirichlet", "iid"):
+        raise ValueError(
+            f"data.rows_per_client is {data.rows_per_client}: it goes with data.partition = 'dirichlet' or 'iid', not "
+            f"{data.partition!r}"
+        )
     if data.name == "digits":
         _check_digits(data, model)
         return

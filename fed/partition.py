@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,11 +23,21 @@ def deal(config: RunConfig, groups: Array) -> list[Array]:
     """Return each client's sorted row indices: the rows, whose labels or groups are `groups` (n,), are dealt out once.
 
     `data.partition` says how. "iid" and "dirichlet" need nothing but this file, give the same parts wherever a run
-    is made, and leave no client empty; the others are those of `flwr_datasets`. Raises FedError where a client would
-    have no rows.
+    is made, and leave no client empty; the others are those of `flwr_datasets`. With `data.rows_per_client` rows are
+    drawn instead (`draw_rows`): clients share them, and a client's do not depend on how many clients there are. Raises
+    FedError where a client would have no rows.
     """
     data, clients = config.data, config.clients
     alpha = "iid" if data.partition == "iid" else clients.dirichlet_alpha
+    if data.rows_per_client:
+        if len(groups) < data.rows_per_client:
+            raise FedError(
+                f"data.rows_per_client is {data.rows_per_client}: there are {len(groups)} training rows to draw from; "
+                "it should be at most that"
+            )
+        by_label = [np.flatnonzero(groups == label) for label in np.unique(groups)]
+        seeds = (seed_of(config.seed, "partition", client) for client in range(clients.count))
+        return [draw_rows(by_label, data.rows_per_client, alpha, np.random.default_rng(seed)) for seed in seeds]
     if data.partition in ("iid", "dirichlet"):
         return partition_dirichlet(
             groups, clients.count, alpha, np.random.default_rng(seed_of(config.seed, "partition"))
@@ -84,7 +95,7 @@ def partition_dirichlet(
     if len(labels) < _FEWEST_ROWS * clients:
         raise FedError(
             f"clients.count is {clients}: {len(labels)} training rows allow at most "
-            f"{len(labels) // _FEWEST_ROWS} clients of {_FEWEST_ROWS} rows"
+            f"{len(labels) // _FEWEST_ROWS} clients of {_FEWEST_ROWS} rows; with data.rows_per_client they share rows"
         )
     if alpha == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients)]
@@ -104,3 +115,22 @@ def partition_dirichlet(
             part.append(parts[index].pop())
             heapq.heapreplace(largest, (size + 1, index))
     return [np.sort(np.array(part)) for part in parts]
+
+
+def draw_rows(by_label: Sequence[Array], rows: int, alpha: float | Literal["iid"], rng: np.random.Generator) -> Array:
+    """Return one client's sorted row indices, (rows,), drawn without replacement from the rows of every label.
+
+    Shares of the labels ~ Dirichlet(alpha · 1), or as the rows have them if "iid"; how many rows of each label is
+    multinomial. A label that has no more rows leaves what is missing to the others, by their shares.
+    """
+    available = np.array([len(part) for part in by_label])
+    shares = available / available.sum() if alpha == "iid" else rng.dirichlet(np.full(len(by_label), alpha))
+    counts = np.zeros_like(available)
+    while missing := rows - counts.sum():
+        left = available - counts
+        weights = np.where(left > 0, shares, 0.0)
+        if weights.sum() == 0:  # a small alpha may leave all but one label a share of nothing
+            weights = left.astype(np.float64)
+        counts += np.minimum(rng.multinomial(missing, weights / weights.sum()), left)
+    drawn = [rng.choice(part, count, replace=False) for part, count in zip(by_label, counts, strict=True) if count]
+    return np.sort(np.concatenate(drawn))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fed.config import RunConfig, parse
 from fed.errors import FedError
-from fed.partition import deal, partition_dirichlet, split_stratified
+from fed.partition import deal, draw_rows, partition_dirichlet, split_stratified
 
 LABELS = np.arange(400) % 8
 
@@ -69,8 +69,47 @@ def test_a_small_alpha_skews_labels_and_iid_does_not() -> None:
 
 
 def test_too_few_rows_for_the_clients_are_refused() -> None:
-    with pytest.raises(FedError, match=r"clients.count is 6: 11 training rows allow at most 5 clients of 2 rows"):
+    with pytest.raises(
+        FedError, match=r"clients.count is 6: 11 training rows allow at most 5 clients of 2 rows; with data.r"
+    ):
         partition_dirichlet(np.zeros(11, dtype=np.int64), 6, 0.5, rng())
+
+
+def test_clients_may_share_rows() -> None:
+    """629 rows, 1000 clients: each has different ones, and the same whoever else there is."""
+    labels = np.arange(629) % 10
+    parts = deal(config(count=1000, alpha=0.1, rows_per_client=16), labels)
+    assert {len(np.unique(part)) for part in parts} == {16}
+    assert len(np.unique(np.concatenate(parts))) == 629
+    fewer = deal(config(count=3, alpha=0.1, rows_per_client=16), labels)
+    assert all((one == other).all() for one, other in zip(fewer, parts, strict=False))
+    even = deal(config(count=1000, alpha="iid", rows_per_client=16), labels)
+    assert skew(parts, labels) > 0.6 > 0.3 > skew(even, labels)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    alpha=st.sampled_from([1e-3, 0.5, "iid"]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_a_label_without_rows_left_gives_way_to_others(sizes: list[int], alpha: float, seed: int, data: Any) -> None:
+    by_label = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    wanted = data.draw(st.integers(1, sum(sizes)))
+    drawn = draw_rows(by_label, wanted, alpha, rng(seed))
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    assert len(drawn) == wanted
+    if wanted == sum(sizes):
+        assert drawn.tolist() == list(range(wanted))
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(FedError, match=r"data.rows_per_client is 16: there are 11 training rows to draw from; it sh"):
+        deal(config(rows_per_client=16), np.zeros(11, dtype=np.int64))
+    with pytest.raises(
+        FedError, match=r"data.rows_per_client is 4: it goes with data.partition = 'dirichlet' or 'iid'"
+    ):
+        config(rows_per_client=4, partition="natural")
 
 
 def test_ten_thousand_clients_each_get_rows() -> None:

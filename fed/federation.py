@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fed import methods
+from fed.cohorts import Cohorts
 from fed.cost import download_bytes, stack_bytes, upload_bytes
 from fed.data import FederatedData
 from fed.evaluate import evaluate, evaluate_held_out
-from fed.local import Workplace, fault, module_gradients, started, train
+from fed.local import Job, Workplace, fault, module_gradients, started, train
 from fed.noise import agg_noise, agg_noise_module, end_factors, factor_noise, start_noise
 from fed.personal import accuracy_for, labels_of
 from fed.population import drawn, learning_rate, local_steps, populate
@@ -78,6 +80,12 @@ class Federation:
     work: Workplace
     on_event: Callable[[str], object]
     store: ClientStore | None = None
+    cohort_size: int | None = None  # what an earlier part of the run measured as fastest
+
+    @cached_property
+    def cohorts(self) -> Cohorts:
+        """How clients are trained together."""
+        return Cohorts(self.work, self.config, self.on_event, self.cohort_size)
 
     @property
     def method(self) -> methods.Method:
@@ -109,11 +117,7 @@ class Federation:
 
     def round(self, before: Standing) -> Round:
         """Play one round."""
-        number = before.server.round + 1
-        visits = [
-            self.visit(before, client, Source(self.config.seed, number, client.id))
-            for client in drawn(self.config, before.clients, number)
-        ]
+        visits = self.visits(before, drawn(self.config, before.clients, before.server.round + 1))
         usable = [visit for visit in visits if visit.fault is None]
         updates = [visit.update for visit in usable]
         server = self.aggregate(before.server, visits)
@@ -121,28 +125,71 @@ class Federation:
         after = self.settle(before, server, visits)
         return Round(self.row(before, after, visits, noise, module_noise), after, updates)
 
-    def visit(self, standing: Standing, client: Client, rng: Source) -> Visit:
-        """Let one client start from the server's state and train."""
-        server, train_settings = standing.server, self.config.train
-        split = self.data.clients[client.id]
+    def visits(self, standing: Standing, clients: Sequence[Client]) -> list[Visit]:
+        """Let every client start from the server's state and train, one after another or a cohort at a time."""
+        number = standing.server.round + 1
+        jobs = [self.job(standing, client, Source(self.config.seed, number, client.id)) for client in clients]
+        if self.config.execution == "cohort":
+            return self.together(standing, jobs)
+        return [self.alone(standing, job) for job in jobs]
+
+    def job(self, standing: Standing, client: Client, rng: Source) -> Job:
+        """Return what a client has to do in a round; a cohort holds unselected modules frozen."""
+        server, split = standing.server, self.data.clients[client.id]
         if self.method.selects and self.config.adapter.selection == "gradient":
-            gradients = module_gradients(self.work, server, split, train_settings.batch_size, rng)
+            gradients = module_gradients(self.work, server, split, self.config.train.batch_size, rng)
             client = replace(client, gradients=gradients)
         start = self.method.start(server, client, rng)
+        if self.config.execution == "cohort":
+            start = replace(start, unselected="frozen")
+        steps, rate = local_steps(self.config, client), learning_rate(self.config, client)
+        return Job(client, start, client.head or server.head, split, steps, rate, rng)
+
+    def alone(self, standing: Standing, job: Job) -> Visit:
+        """Let one client train by itself."""
         began = self.now()
-        with started(self.work, start, client.head or server.head, server.base_delta):
+        with started(self.work, job.start, job.head, standing.server.base_delta):
             ready = self.now()
-            noise = start_noise(server, start, self.work.base.changed()) if self.config.measure.noise else None
+            noise = self.noise_of(standing, job)
             before_training = self.now()
-            steps, rate = local_steps(self.config, client), learning_rate(self.config, client)
-            update = train(
-                self.work, client, start, split, train_settings, steps, rate, rng, self.config.measure.memory
-            )
+            update = train(self.work, job, self.config.train, self.config.measure.memory)
             trained = self.now()
         fold_seconds = ready - began + self.now() - trained
-        update = self.method.finish(server, start, update)
-        moved = factor_noise(start.factors, standing.ends[client.id]) if client.id in standing.ends else None
-        return Visit(client, start, update, noise, moved, fold_seconds, trained - before_training, fault(update))
+        return self.visit(standing, job, update, noise, fold_seconds, trained - before_training)
+
+    def together(self, standing: Standing, jobs: Sequence[Job]) -> list[Visit]:
+        """Let clients train in cohorts, on one base; each is booked an equal share of the time."""
+        began = self.now()
+        self.work.base.hold(standing.server.base_delta)
+        ready = self.now()
+        noises = [self.noise_of(standing, job) for job in jobs]
+        before_training = self.now()
+        updates = self.cohorts.train(jobs)
+        fold_seconds, train_seconds = (ready - began) / len(jobs), (self.now() - before_training) / len(jobs)
+        return [
+            self.visit(standing, job, update, noise, fold_seconds, train_seconds)
+            for job, update, noise in zip(jobs, updates, noises, strict=True)
+        ]
+
+    def noise_of(self, standing: Standing, job: Job) -> float | None:
+        """Return how far a client's start is from the server, as the base now holds it; None if not measured."""
+        if not self.config.measure.noise:
+            return None
+        return start_noise(standing.server, job.start, self.work.base.changed())
+
+    def visit(
+        self,
+        standing: Standing,
+        job: Job,
+        update: ClientUpdate,
+        noise: float | None,
+        fold_seconds: float,
+        train_seconds: float,
+    ) -> Visit:
+        """Return one client's turn, its method's last word said."""
+        update, number = self.method.finish(standing.server, job.start, update), job.client.id
+        moved = factor_noise(job.start.factors, standing.ends[number]) if number in standing.ends else None
+        return Visit(job.client, job.start, update, noise, moved, fold_seconds, train_seconds, fault(update))
 
     def aggregate(self, server: ServerState, visits: Sequence[Visit]) -> ServerState:
         """Return the next server state from the updates that can be used; without any it keeps what it has."""
@@ -216,6 +263,7 @@ class Federation:
             **_footprint(visits),
             "fold_seconds": sum(visit.fold_seconds for visit in visits),
             "train_seconds": sum(visit.train_seconds for visit in visits),
+            "cohort_size": self.cohorts.size if visits and self.config.execution == "cohort" else None,
             "client_accuracy": accuracies,
             "worst_accuracy": min(accuracies) if accuracies else None,
             "clients": [visit.client.id for visit in visits],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fed.config import RunConfig
     from fed.local import Workplace
     from fed.samples import Split
+    from fed.training_config import TrainConfig
 
 MIB = 2**20
 
@@ -24,8 +25,10 @@ MIB = 2**20
 class SavedTensors:
     """Counts the bytes a forward pass keeps for its backward: every storage once, the model's own left out."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
+        """Watch a model; `others` are left out besides."""
+        own = (*model.parameters(), *model.buffers(), *others)
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._seen: dict[int, int] = {}
 
     @property
@@ -53,6 +56,13 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of an optimiser's state: AdamW's two moments, SGD's momentum, the step counts."""
     states = optimizer.state.values()
     return tensor_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
+
+
+def state_bytes(settings: TrainConfig, numbers: int, tensors: int, width: int) -> int:
+    """Return what `optimizer_bytes` would be for so many trained numbers of `width` bytes, in so many tensors."""
+    if settings.optimizer == "adamw":
+        return 2 * numbers * width + 4 * tensors  # two moments, and a step count for each tensor
+    return numbers * width if settings.momentum else 0
 
 
 class Estimate(NamedTuple):

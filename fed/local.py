@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import plora_kernels as pk
 from fed.base import SharedBase
 from fed.errors import FedError
 from fed.footprint import SavedTensors, optimizer_bytes
+from fed.losses import client_losses
 from fed.recomputing import recomputing
 from fed.samples import Split
 from fed.streams import Source, torch_seed
@@ -73,6 +74,18 @@ def beyond(server: ServerState, rank: int) -> Mapping[str, Tensor]:
         delta = adapter.scale * (B[:, rank:].double() @ A[rank:].double())
         total[matrix] = (delta + server.base_delta[matrix] if matrix in server.base_delta else delta).float()
     return total
+
+
+class Job(NamedTuple):
+    """One client's local training: where it starts, its head, its data, how long and how fast, and its randomness."""
+
+    client: Client
+    start: ClientStart
+    head: Mapping[str, Tensor]
+    split: Split
+    steps: int
+    learning_rate: float
+    rng: Source
 
 
 @contextmanager
@@ -132,28 +145,18 @@ def started(
         work.handle.unfold()
 
 
-def train(
-    work: Workplace,
-    client: Client,
-    start: ClientStart,
-    split: Split,
-    settings: TrainConfig,
-    steps: int,
-    learning_rate: float,
-    rng: Source,
-    measure: bool = False,
-) -> ClientUpdate:
-    """Train the selected modules, and the head if it is to be, on `steps` batches of the client's samples.
+def train(work: Workplace, job: Job, settings: TrainConfig, measure: bool = False) -> ClientUpdate:
+    """Train the selected modules, and the head if it is to be, on the job's batches of the client's samples.
 
     The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
-    start holds the other fixed. The order of samples, LoRA dropout and the model's own are drawn from `rng`. Nothing is
-    read from the device before the last step is done. With `measure` the update says what memory training took; the
-    first step is watched for that.
+    start holds the other fixed. The order of samples, LoRA dropout and the model's own are drawn from the job's source.
+    Nothing is read from the device before the last step is done. With `measure` the update says what memory training
+    took; the first step is watched for that.
     """
     compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
-    parameters = [*trained_factors(compact, start.trained), *work.head.values()]
-    optimizer = make_optimizer(parameters, settings, learning_rate)
-    order = batch_rows(len(split), settings.batch_size, steps, rng)
+    parameters = [*trained_factors(compact, job.start.trained), *work.head.values()]
+    optimizer = make_optimizer(parameters, settings, job.learning_rate)
+    order, rng = batch_rows(len(job.split), settings.batch_size, job.steps, job.rng), job.rng
     total = torch.zeros((), device=work.device)
     saved = SavedTensors(work.model)
     work.model.train()
@@ -162,24 +165,38 @@ def train(
             key_dropout(work, rng, step)
             optimizer.zero_grad()
             with saved.watching(measure and step == 0):
-                loss = work.model(**split.batch(rows)).loss
-            (loss if start.penalty is None else loss + tail_penalty(compact, start.penalty)).backward()
+                loss = client_losses(work.model, job.split.batch(rows), [len(rows)]).sum()
+            (loss if job.start.penalty is None else loss + tail_penalty(compact, job.start.penalty)).backward()
             if settings.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             total += loss.detach()
     optimizer.zero_grad()
+    factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()}
+    head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
     taken = Footprint(sum(map(Tensor.numel, parameters)), optimizer_bytes(optimizer), saved.size_bytes)
+    return ended_with(job, settings, factors, head, total.item() / job.steps, taken if measure else None)
+
+
+def ended_with(
+    job: Job,
+    settings: TrainConfig,
+    factors: Mapping[str, Factors],
+    head: Mapping[str, Tensor],
+    loss: float,
+    footprint: Footprint | None,
+) -> ClientUpdate:
+    """Return the update of a client that ended with these compact factors and head."""
     return ClientUpdate(
-        client=client,
-        factors={matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()},
-        selected=start.selected,
-        head={name: parameter.detach().clone() for name, parameter in work.head.items()},
-        weight=float(client.n_samples) if settings.weighting == "samples" else 1.0,
-        steps=steps,
-        loss=total.item() / steps,
-        sent=start.trained,
-        footprint=taken if measure else None,
+        client=job.client,
+        factors=factors,
+        selected=job.start.selected,
+        head=head,
+        weight=float(job.client.n_samples) if settings.weighting == "samples" else 1.0,
+        steps=job.steps,
+        loss=loss,
+        sent=job.start.trained,
+        footprint=footprint,
     )
 
 
@@ -220,7 +237,7 @@ def module_gradients(
     (rows,) = batch_rows(len(split), batch_size, 1, rng)
     factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
     flat = [factor for pair in factors.values() for factor in pair]
-    gradients = iter(torch.autograd.grad(work.model(**split.batch(rows)).loss, flat))
+    gradients = iter(torch.autograd.grad(client_losses(work.model, split.batch(rows), [len(rows)]).sum(), flat))
     return {
         matrix: (next(gradients).double().square().sum(1) + next(gradients).double().square().sum(0)).sqrt().cpu()
         for matrix in factors

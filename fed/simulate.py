@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from fed import checkpoint, methods
 from fed.data import FederatedData
 from fed.evaluate import evaluate_held_out
 from fed.federation import Federation, Row, finite, first_state
-from fed.local import adapted, beyond, started, train
+from fed.local import Job, adapted, beyond, started, train
 from fed.rundir import ADAPTER, BASE, ROUNDS
 from fed.samples import Split
 from fed.similarity import save_similarity
@@ -59,9 +60,10 @@ def simulate(
     A row holds round and the metrics of `fed.evaluate.evaluate_held_out`; init_noise, agg_noise, agg_noise_module, and
     factor_noise with its parts factor_noise_A and factor_noise_B; upload_bytes and download_bytes; trainable_parameters
     (mean over the round's clients), optimizer_bytes and activation_bytes (of the client that needs most); fold_seconds
-    and train_seconds; client_accuracy and worst_accuracy; the ids of the round's clients, the steps each trained, and
-    those skipped. What nothing was there to measure, or was not to be measured, is None, and so is a metric that is
-    not finite. `directory/similarity` holds the cosines between modules in the first and the last round.
+    and train_seconds; cohort_size, where clients train together; client_accuracy and worst_accuracy; the ids of the
+    round's clients, the steps each trained, and those skipped. What nothing was there to measure, or was not to be
+    measured, is None, and so is a metric that is not finite. `directory/similarity` holds the cosines between modules
+    in the first and the last round.
     """
     lasting = config.checkpoint_every > 0
     with (
@@ -74,6 +76,8 @@ def simulate(
         if resume:
             standing = checkpoint.load(directory, config, standing, store)
             rows = _kept_rows(directory / ROUNDS, standing.server.round or -1)  # row 0 is played anew
+            measured = next((row["cohort_size"] for row in reversed(rows) if row.get("cohort_size")), None)
+            federation = replace(federation, cohort_size=measured)
         else:
             store.clear()
         directory.mkdir(parents=True, exist_ok=True)
@@ -109,8 +113,9 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
         server = first_state(work, config)
         start = methods.find("fedit").start(server, client, rng)
         began = time.perf_counter()
+        job = Job(client, start, server.head, pool, steps, config.train.learning_rate, rng)
         with started(work, start, server.head):
-            train(work, client, start, pool, config.train, steps, config.train.learning_rate, rng)
+            train(work, job, config.train)
         train_seconds = time.perf_counter() - began
         metrics = evaluate_held_out(work.model, data)
     return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}

@@ -19,6 +19,7 @@ from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
 from .peft import load_peft, save_peft
 from .reference import module_average
+from .row_groups import GroupModules, RowGroups
 
 __all__ = [
     "ConfigError",
@@ -26,10 +27,12 @@ __all__ = [
     "DeviceError",
     "Fold",
     "FusedPLoRALinear",
+    "GroupModules",
     "Injected",
     "PLoRAConfig",
     "PLoRAError",
     "RankError",
+    "RowGroups",
     "SelectionError",
     "ShapeError",
     "StateError",

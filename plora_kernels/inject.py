@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .checks import check_positive, check_probability
 from .errors import ConfigError, StateError, TargetError
 from .linear import ORIGINALS, FusedPLoRALinear, check_replaceable, select_in_all
+from .row_groups import GroupModules
 from .selection import Selection, check_rank, host_indices
 from .shared_input import SiblingPLoRALinear, find_siblings
 
@@ -221,6 +223,32 @@ class Injected:
         self._check_names(factors, "factors")
         for name, layer in self.layers.items():
             layer.set_factors(*factors[name])
+
+    @contextmanager
+    def grouped(self, groups: Mapping[str, GroupModules]) -> Iterator[None]:
+        """Let groups of a batch's samples meet modules of their own inside: many adapters, one pass over one base.
+
+        Every layer gets its entry of `groups`, (C, R, K) and (C, N, R); the layers' own modules take no part. Gradients
+        go to the stacked factors. Layers whose input does not keep a batch's samples one after the other, routed
+        experts for one, cannot be told from others and must not be adapted.
+
+        Raises:
+            TargetError: the mapping misses a layer or names one that does not exist.
+            StateError: a selection stands. ShapeError, RankError: factors do not fit their layer.
+        """
+        self._check_present()
+        self._check_names(groups, "groups")
+        for name, layer in self.layers.items():
+            layer.refuse_selection("run groups")
+            groups[name].check(layer.weight)
+        before = {name: layer.groups for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.groups = groups[name]
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.groups = before[name]
 
     @torch.no_grad()
     def restore(self) -> nn.Module:

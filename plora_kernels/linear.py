@@ -13,6 +13,7 @@ from .checks import check_dropout, check_factors, check_positive, check_probabil
 from .errors import ConfigError, ShapeError, StateError, TargetError
 from .folding import Fold, fold, fold_many_
 from .functional import linear_with_index, plora_linear
+from .row_groups import GroupModules
 from .selection import Selection, check_rank, complement, host_indices, index_buffer
 
 ORIGINALS = ("device", "host")
@@ -50,6 +51,7 @@ class FusedPLoRALinear(nn.Module):
     selected_index: Tensor | None
     original_weight: Tensor | None
     dropout_seed: int | Tensor | None
+    groups: GroupModules | None = None  # of `Injected.grouped`
 
     def __init__(
         self,
@@ -129,14 +131,17 @@ class FusedPLoRALinear(nn.Module):
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """Draw A Kaiming-uniform (a = √5) and set B to zero, as PEFT starts an adapter."""
-        self._refuse_selection("reset the adapter")
+        self.refuse_selection("reset the adapter")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     # ------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, N) for x (…, K)."""
+        """Return y (…, N) for x (…, K); inside `Injected.grouped` every group of samples meets its own modules."""
+        if self.groups is not None:
+            groups = self.groups if self.training else self.groups.without_dropout()
+            return groups.linear(x, self.weight, self.bias)
         frozen = self._unselected == "frozen"
         if self.lora_A.shape[0] == 0 and self.full_A is not None and self.full_B is not None and not frozen:
             # Everything is folded: the modules are there, none of them enters.
@@ -316,7 +321,8 @@ class FusedPLoRALinear(nn.Module):
         """Return the original of a folded weight, or None if nothing is folded."""
         return self._host_original if self.original == "host" else self.original_weight
 
-    def _refuse_selection(self, action: str) -> None:
+    def refuse_selection(self, action: str) -> None:
+        """Raise StateError if a selection stands; `action` says what cannot be done then."""
         if self._selected is not None:
             raise StateError(f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first")
 
@@ -335,7 +341,7 @@ class FusedPLoRALinear(nn.Module):
         Raises:
             StateError: a selection stands. ShapeError: the shapes differ from the layer's.
         """
-        self._refuse_selection("set the factors")
+        self.refuse_selection("set the factors")
         for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
             _check_same_shape(name, parameter, value)
         self.lora_A.copy_(lora_A)

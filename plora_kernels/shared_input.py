@@ -161,7 +161,7 @@ class SiblingPLoRALinear(FusedPLoRALinear):
     Parameters, state dict, selection and results are those of `FusedPLoRALinear`; every layer keeps its own rank,
     scale, bias and selection. Layers run alone inside torch.compile, under an autocast that casts, in inference mode
     (whose tensors count no changes), on tensor subclasses, where a weight is not contiguous, and while one of them
-    drops elements of x, each by a mask of its own.
+    drops elements of x, each by a mask of its own, or runs groups.
     """
 
     shared: SharedInput
@@ -177,7 +177,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K)."""
-        y = None if torch.compiler.is_compiling() else self.shared.compute(self, x)
+        alone = torch.compiler.is_compiling() or self.groups is not None
+        y = None if alone else self.shared.compute(self, x)
         return super().forward(x) if y is None else y
 
     @property

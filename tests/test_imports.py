@@ -22,6 +22,7 @@ ORDER = (
     ("ops",),
     ("folding", "projections", "grouped"),
     ("functional",),
+    ("row_groups",),
     ("linear",),
     ("shared_input",),
     ("inject",),

@@ -12,7 +12,7 @@ from torch import nn
 
 import plora_kernels as pk
 from fed.errors import FedError
-from fed.local import Workplace, adapted, batch_rows, fault, find_device, make_optimizer, started, train
+from fed.local import Job, Workplace, adapted, batch_rows, fault, find_device, make_optimizer, started, train
 from fed.noise import start_noise
 from fed.samples import Split
 from fed.streams import Source
@@ -58,9 +58,8 @@ def visit(work: Workplace, start: ClientStart, data: Split, **changes: Any) -> t
     """Train one client; return its update and all factors of the model after the selection is undone."""
     settings = make_config(train=changes).train
     with started(work, start, head_of(work)):
-        update = train(
-            work, CLIENT, start, data, settings, settings.local_steps, settings.learning_rate, Source(0, 1, 0)
-        )
+        job = Job(CLIENT, start, {}, data, settings.local_steps, settings.learning_rate, Source(0, 1, 0))
+        update = train(work, job, settings)
     return update, work.handle.factors()
 
 
@@ -157,7 +156,8 @@ def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> 
 
         def run(client: int) -> ClientUpdate:
             with started(work, start, head):
-                return train(work, replace(CLIENT, id=client), start, data, settings, 4, 2e-2, Source(0, 1, client))
+                job = Job(replace(CLIENT, id=client), start, head, data, 4, 2e-2, Source(0, 1, client))
+                return train(work, job, settings)
 
         first, other = run(0), run(1)
         torch.rand(3)
@@ -187,7 +187,7 @@ def test_a_penalty_pulls_on_the_last_modules_alone(work: Workplace, data: Split)
     for penalty in (None, TailPenalty(first=1, weight=2.0)):
         start = replace(make_start(), penalty=penalty)
         with started(work, start, head):
-            updates.append(train(work, CLIENT, start, data, settings, 1, 0.1, Source(0, 1, 0)))
+            updates.append(train(work, Job(CLIENT, start, head, data, 1, 0.1, Source(0, 1, 0)), settings))
     plain, pulled = updates
     assert pulled.loss == plain.loss
     for matrix, (A, B) in make_start().factors.items():
@@ -209,7 +209,8 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
         def run(client: int) -> ClientUpdate:
             hook = layer.register_forward_pre_hook(lambda *_: seeds.setdefault(client, []).append(layer.dropout_seed))
             with started(work, start, head):
-                update = train(work, replace(CLIENT, id=client), start, data, settings, 3, 2e-2, Source(0, 1, client))
+                job = Job(replace(CLIENT, id=client), start, head, data, 3, 2e-2, Source(0, 1, client))
+                update = train(work, job, settings)
             hook.remove()
             return update
 
@@ -217,7 +218,7 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
         torch.rand(3)
         again = run(0)
     with adapted(make_config(), TinyClassifier(), HEAD) as work, started(work, start, head):
-        without = train(work, CLIENT, start, data, settings, 3, 2e-2, Source(0, 1, 0))
+        without = train(work, Job(CLIENT, start, head, data, 3, 2e-2, Source(0, 1, 0)), settings)
     assert first.loss == again.loss != without.loss
     assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
     assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
@@ -229,7 +230,7 @@ def test_what_training_takes_is_measured(work: Workplace, data: Split) -> None:
     """Ranks 2 and 2: 2·(7 + 11) + 2·(11 + 5) = 68 factors, 18 of the head; AdamW keeps two of each and a step count."""
     config = make_config()
     with started(work, make_start(), head_of(work)):
-        arguments = (work, CLIENT, make_start(), data, config.train, 2, 2e-2, Source(0, 1, 0))
+        arguments = (work, Job(CLIENT, make_start(), {}, data, 2, 2e-2, Source(0, 1, 0)), config.train)
         footprint = train(*arguments, measure=True).footprint
         assert footprint is not None
         assert footprint.trainable_parameters == 68 + 18
@@ -237,8 +238,8 @@ def test_what_training_takes_is_measured(work: Workplace, data: Split) -> None:
     with started(work, make_start(), head_of(work)):
         assert train(*arguments).footprint is None
     # Batches of 4: x (7), tanh's output (11) which is the next x, S of both (2 each), tanh's output (5), and of the
-    # loss log-probabilities (3), a label and a total weight.
-    assert footprint.activation_bytes == 4 * 4 * (7 + 11 + 2 + 2 + 5 + 3) + 4 * 8 + 4
+    # loss log-probabilities (3), a label, a total weight and how many labels count.
+    assert footprint.activation_bytes == 4 * 4 * (7 + 11 + 2 + 2 + 5 + 3) + 4 * 8 + 4 + 8
 
 
 def test_weights_of_an_update(work: Workplace, data: Split) -> None:

@@ -14,7 +14,7 @@ from fed import methods
 from fed.errors import FedError
 from fed.federation import first_state
 from fed.footprint import estimate
-from fed.local import adapted, started, train
+from fed.local import Job, adapted, started, train
 from fed.models import head_names
 from fed.samples import DenseTable, Split
 from fed.simulate import simulate
@@ -42,7 +42,8 @@ def train_one(model: nn.Module, split: Split, on: bool) -> ClientUpdate:
         server, rng = first_state(work, config), Source(0, 1, 0)
         start = methods.find("fed-plora").start(server, client, rng)
         with started(work, start, server.head):
-            return train(work, client, start, split, config.train, 2, 2e-2, rng, measure=True)
+            job = Job(client, start, server.head, split, 2, 2e-2, rng)
+            return train(work, job, config.train, measure=True)
 
 
 @pytest.mark.parametrize(("make", "of_tokens"), [(tiny_bert, False), (tiny_llama, True)], ids=["bert", "llama"])

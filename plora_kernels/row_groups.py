@@ -1,0 +1,152 @@
+"""Groups of a batch's samples, each of which meets modules of its own in every adapted layer of a model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, ShapeError
+from .functional import grouped_with_index
+from .group_checks import (
+    GroupSelections,
+    check_group_factors,
+    group_index,
+    group_scales,
+    group_seeds,
+)
+
+
+class RowGroups:
+    """How a batch divides: group g owns `sizes[g]` of its samples, one after the other along the leading axis.
+
+    A layer sees x (samples, …, K), so many rows to each sample; all layers of a model share one object.
+    """
+
+    def __init__(self, sizes: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Make groups of `sizes` samples, C ≥ 1 of them, some perhaps 0.
+
+        `lengths`: where texts are padded to the longest of all groups, the width each group's own padding would give.
+        LoRA dropout then counts rows as it would there, so that a group's mask does not depend on its neighbours.
+
+        Raises ConfigError for no groups, a negative size, or lengths that are not one for each group.
+        """
+        if not sizes or min(sizes) < 0:
+            raise ConfigError(f"sizes is {list(sizes)}; one number of samples, 0 or more, is needed for each group")
+        if lengths is not None and len(lengths) != len(sizes):
+            raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
+        self.sizes, self.samples = tuple(sizes), sum(sizes)
+        self.lengths = None if lengths is None or len(set(lengths)) == 1 else tuple(lengths)
+        self._offsets: dict[tuple[int, torch.device], Tensor] = {}
+        self._numbers: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Return the groups' bounds (C+1,) int64 among the rows of x (samples, …, K), on x's device.
+
+        Raises ShapeError where the rows are no multiple of the samples.
+        """
+        rows = math.prod(x.shape[:-1])
+        each, rest = divmod(rows, self.samples) if self.samples else (0, rows)
+        if rest:
+            raise ShapeError(
+                f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
+                f"{self.samples}"
+            )
+        key = each, x.device
+        if key not in self._offsets:
+            bounds = [0, *itertools.accumulate(size * each for size in self.sizes)]
+            self._offsets[key] = torch.tensor(bounds).to(x.device, non_blocking=True)
+        return self._offsets[key]
+
+    def numbers(self, x: Tensor) -> Tensor | None:
+        """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
+        if self.lengths is None or x.dim() != 3 or x.shape[1] != max(self.lengths):
+            return None
+        if x.device not in self._numbers:
+            width = x.shape[1]
+            counts = [
+                (torch.arange(size)[:, None] * length + torch.arange(width)).flatten()
+                for size, length in zip(self.sizes, self.lengths, strict=True)
+            ]
+            self._numbers[x.device] = torch.cat(counts).to(x.device, non_blocking=True)
+        return self._numbers[x.device]
+
+
+@dataclass(frozen=True)
+class GroupModules:
+    """The modules that C groups have in one layer: y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) Bᵀ_g) for each group g.
+
+    Made by `of`. lora_A (C, R, K) and lora_B (C, N, R), differentiable; `index` (C, W) int32 names the modules each
+    group trains, None all; the others enter y without a gradient.
+    """
+
+    rows: RowGroups
+    lora_A: Tensor
+    lora_B: Tensor
+    index: Tensor | None
+    scale: float
+    scales: Tensor | None
+    dropout_p: float = 0.0
+    dropout_seeds: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        rows: RowGroups,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        selected: GroupSelections | None = None,
+        *,
+        scale: float | Sequence[float] | Tensor = 1.0,
+        dropout_p: float = 0.0,
+        dropout_seeds: Sequence[int] | Tensor | None = None,
+    ) -> GroupModules:
+        """Return the modules of `len(rows)` groups; arguments are those of `plora_linear` with `groups`.
+
+        Raises:
+            ShapeError, RankError, SelectionError, DeviceError, ConfigError: an argument does not fit the groups.
+        """
+        groups, device = len(rows), lora_A.device
+        if lora_A.dim() != 3 or lora_A.shape[0] != groups:
+            raise ShapeError(f"lora_A is {tuple(lora_A.shape)}; {groups} groups need ({groups}, R, K)")
+        index = group_index(selected, groups, lora_A.shape[1], device)
+        common, scales = group_scales(scale, groups, device)
+        seeds = group_seeds(dropout_p, dropout_seeds, groups, device)
+        return cls(rows, lora_A, lora_B, index, common, scales, float(dropout_p), seeds)
+
+    def with_seeds(self, seeds: Tensor) -> GroupModules:
+        """Return the same with other dropout seeds, (C,) int64 on the device."""
+        return replace(self, dropout_seeds=group_seeds(self.dropout_p, seeds, len(self.rows), self.lora_A.device))
+
+    def without_dropout(self) -> GroupModules:
+        """Return the same without dropout, as in evaluation."""
+        return replace(self, dropout_p=0.0, dropout_seeds=None) if self.dropout_p else self
+
+    def check(self, weight: Tensor) -> None:
+        """Raise ShapeError or RankError unless the factors fit a layer's weight (N, K)."""
+        check_group_factors(weight, self.lora_A, self.lora_B, len(self.rows))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y (…, N) for x (samples, …, K)."""
+        return grouped_with_index(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            bias,
+            self.index,
+            self.rows.offsets(x),
+            self.scales,
+            self.scale,
+            True,
+            self.dropout_p,
+            self.dropout_seeds,
+            self.rows.numbers(x) if self.dropout_p else None,
+        )

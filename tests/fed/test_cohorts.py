@@ -1,0 +1,124 @@
+"""How a round is divided into cohorts, and runs in which clients train together."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fed import cohorts
+from fed.cohorts import Cohorts
+from fed.errors import FedError
+from fed.federation import Federation
+from fed.footprint import MIB
+from fed.local import Job, Workplace, adapted
+from fed.simulate import simulate
+from fed.streams import Source
+from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
+
+SIX = {"clients": {"count": 6, "per_round": 6, "ranks": [1, 2, 3, 6]}}
+DATA = make_data(sizes=(9, 2, 14, 5, 9, 9))
+
+
+@pytest.fixture
+def work() -> Iterator[Workplace]:
+    with adapted(make_config(**SIX), TinyClassifier(), HEAD) as workplace:
+        yield workplace
+
+
+def jobs_of(work: Workplace, config: SimpleNamespace) -> list[Job]:
+    federation = Federation(config, DATA, work, print)
+    standing = federation.beginning()
+    return [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
+
+
+def divided(work: Workplace, **changes: Any) -> list[list[int]]:
+    config = make_config(**SIX, execution="cohort", **changes)
+    return list(Cohorts(work, config, pytest.fail).divide(jobs_of(work, config)))
+
+
+def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(work: Workplace) -> None:
+    assert divided(work, cohort_size=4) == [[0, 1, 2, 3], [4, 5]]
+    unequal = {"client_steps": [1, 3, 2]}
+    assert divided(work, cohort_size=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
+
+
+def test_a_cohort_fits_its_memory(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    divider, jobs = Cohorts(work, config, pytest.fail), jobs_of(work, config)
+    needs, fixed = divider._needs(jobs), divider._fixed_bytes()
+    assert [len(cohort) for cohort in divider.divide(jobs)] == [6]
+    # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
+    # gradients and AdamW's two moments, six step counts, and the activations of its batch.
+    assert fixed == 4 * (77 + 11 + 55 + 18)
+    activations = divider._activations(jobs[0])
+    assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
+    room = (fixed + needs[0] + needs[1] + 1) / MIB
+    for cohort in divided(work, cohort_size=6, cohort_memory_mib=room):
+        assert fixed + sum(needs[place] for place in cohort) <= room * MIB
+    assert max(map(len, divided(work, cohort_size=6, cohort_memory_mib=room))) == 2
+
+
+def test_what_fits_not_even_one_client_is_refused(work: Workplace) -> None:
+    with pytest.raises(FedError, match=r"cohort_memory_mib is 0.001: the base takes .* and client 0 alone"):
+        divided(work, cohort_size=2, cohort_memory_mib=0.001)
+
+
+def test_the_fastest_size_is_measured_once_and_said(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {1: 1.0, 2: 1.2, 5: 2.0, 6: 9.0}  # seconds a cohort; a client's share is least at 5
+    monkeypatch.setattr(Cohorts, "_seconds", lambda self, jobs: took.pop(len(jobs)))
+    config, said = make_config(**SIX, execution="cohort"), []
+    divider = Cohorts(work, config, said.append)
+    for _ in range(2):
+        assert [len(cohort) for cohort in divider.divide(jobs_of(work, config))] == [5, 1]
+    assert divider.size == 5
+    (line,) = said
+    assert (
+        line
+        == "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 300.00, 5: 200.00, 6: 750.00)"
+    )
+
+
+def test_measuring_changes_nothing(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort")
+    jobs = jobs_of(work, config)
+    measured = Cohorts(work, config, lambda line: None)
+    first = measured.train(jobs)
+    given = Cohorts(work, config, pytest.fail, measured.size).train(jobs)
+    for one, other in zip(first, given, strict=True):
+        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=0, atol=0)
+
+
+def run(directory: Path, resume: bool = False, **changes: Any) -> tuple[list[dict], list[str]]:
+    config, said = make_config(**SIX, execution="cohort", **changes), []
+    return simulate(config, DATA, TinyClassifier(), HEAD, directory, None, said.append, resume=resume), said
+
+
+def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, said = run(tmp_path, rounds=1)
+    assert re.fullmatch(r"cohorts of \d clients measure fastest here \(.*\)", said[0])
+    size = rows[1]["cohort_size"]
+    monkeypatch.setattr(cohorts, "SIZES", ())  # measuring anew would fail
+    rows, said = run(tmp_path, resume=True, rounds=3)
+    assert [row["cohort_size"] for row in rows] == [None, size, size, size]
+    assert said == []
+    written = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cohort_size"] for line in written] == [None, size, size, size]
+
+
+def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
+    table = DATA.test.table
+    broken = table.inputs["inputs"].clone()
+    broken[DATA.clients[2].rows] = float("nan")
+    data = make_data(sizes=(9, 2, 14, 5, 9, 9))
+    data.clients[2].table.inputs["inputs"].copy_(broken)
+    config, said = make_config(**SIX, execution="cohort", cohort_size=6, rounds=1), []
+    rows = simulate(config, data, TinyClassifier(), HEAD, tmp_path, None, said.append)
+    assert rows[1]["skipped"] == [2]
+    assert said == ["round 1: client 2 is left out: its training loss is nan"]

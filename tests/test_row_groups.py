@@ -1,0 +1,149 @@
+"""Groups of samples inside a model: every group meets modules of its own in every layer."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import plora_kernels as pk
+from tests.support.models import tiny_llama
+
+SIZES = (3, 0, 2, 1)
+GROUPS = len(SIZES)
+RANK = 4
+SELECTED = [[0, 2], [1], [], [0, 1, 2, 3]]
+TOKENS = torch.arange(6 * 5).view(6, 5) % 30
+
+
+def injected(dropout: float = 0.0, fuse: bool = False) -> pk.Injected:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = pk.PLoRAConfig(rank=RANK, alpha=8.0, dropout=dropout, fuse_projections=fuse)
+        return pk.inject(tiny_llama().double(), config)
+
+
+def stacks(handle: pk.Injected) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random A (C, R, K) and B (C, N, R) for every layer."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: tuple(
+            torch.randn(GROUPS, *shape, generator=generator, dtype=torch.float64).mul_(0.3).requires_grad_()
+            for shape in ((RANK, layer.in_features), (layer.out_features, RANK))
+        )
+        for name, layer in handle.layers.items()
+    }
+
+
+def run_together(handle: pk.Injected, factors: dict[str, tuple[Tensor, Tensor]], **form: object) -> Tensor:
+    rows = pk.RowGroups(SIZES)
+    groups = {
+        name: pk.GroupModules.of(rows, A, B, SELECTED, scale=handle.layers[name].scale, **form)
+        for name, (A, B) in factors.items()
+    }
+    with handle.grouped(groups):
+        return handle.model(input_ids=TOKENS).logits
+
+
+def run_apart(handle: pk.Injected, factors: dict[str, tuple[Tensor, Tensor]], seeds: list[int]) -> Tensor:
+    """The same by one forward a group, its modules selected in the layers and the others frozen."""
+    outputs = []
+    for group, tokens in enumerate(TOKENS.split(SIZES)):
+        if not len(tokens):
+            continue
+        for name, layer in handle.layers.items():
+            layer.set_factors(*(factor[group] for factor in factors[name]))
+            layer.dropout_seed = seeds[group]
+        handle.select(SELECTED[group], unselected="frozen")
+        outputs.append(handle.model(input_ids=tokens).logits)
+        handle.unfold()
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_groups_in_one_pass_are_groups_apart(fuse: bool) -> None:
+    handle = injected(fuse=fuse)
+    factors = stacks(handle)
+    alone = run_apart(handle, factors, [0] * GROUPS)
+    torch.testing.assert_close(run_together(handle, factors), alone, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_go_to_the_stacks_and_to_selected_modules_alone() -> None:
+    handle = injected()
+    factors = stacks(handle)
+    run_together(handle, factors).square().sum().backward()
+    for name, (A, B) in factors.items():
+        for group, chosen in enumerate(SELECTED):
+            rest = [module for module in range(RANK) if module not in chosen]
+            assert not A.grad[group, rest].any()
+            assert not B.grad[group][:, rest].any()
+            moved = bool(chosen) and SIZES[group] > 0
+            assert bool(A.grad[group].any()) == bool(B.grad[group].any()) == moved, name
+        assert handle.layers[name].lora_A.grad is None
+
+
+def test_dropout_is_each_groups_own_and_ends_with_training() -> None:
+    handle = injected(dropout=0.5)
+    factors, seeds = stacks(handle), [3, 1, 4, 15]
+    with_seeds = {"dropout_p": 0.5, "dropout_seeds": seeds}
+    handle.model.train()
+    together, alone = run_together(handle, factors, **with_seeds), run_apart(handle, factors, seeds)
+    torch.testing.assert_close(together, alone, rtol=1e-11, atol=1e-11)
+    handle.model.eval()
+    quiet = run_together(handle, factors, **with_seeds)
+    assert not torch.equal(quiet, together)
+    torch.testing.assert_close(quiet, run_together(handle, factors), rtol=0, atol=0)
+
+
+def test_a_texts_mask_does_not_depend_on_the_padding_of_others() -> None:
+    """Group 0 alone has 3 positions; padded to 5 for group 1's sake its real rows get the same masks."""
+    handle = injected(dropout=0.5)
+    handle.model.train()
+    generator = torch.Generator().manual_seed(2)
+    name, layer = next(iter(handle.layers.items()))
+    x = torch.randn(4, 5, layer.in_features, generator=generator, dtype=torch.float64)
+    A, B = (factor[:2] for factor in stacks(handle)[name])
+    form = {"dropout_p": 0.5, "dropout_seeds": [7, 8], "scale": 2.0}
+    together = pk.GroupModules.of(pk.RowGroups([2, 2], [3, 5]), A, B, **form).linear(x, layer.weight, None)
+    one = {"dropout_p": 0.5, "scale": 2.0}
+    alone = pk.plora_linear(x[:2, :3], layer.weight, A[0], B[0], **one, dropout_seed=7)
+    other = pk.plora_linear(x[2:], layer.weight, A[1], B[1], **one, dropout_seed=8)
+    torch.testing.assert_close(together[:2, :3], alone, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(together[2:], other, rtol=1e-11, atol=1e-11)
+
+
+def test_layers_come_back_and_can_be_pickled_inside() -> None:
+    handle = injected()
+    factors = stacks(handle)
+    before = handle.model(input_ids=TOKENS).logits
+    run_together(handle, factors)
+    assert torch.equal(handle.model(input_ids=TOKENS).logits, before)
+    assert pickle.loads(pickle.dumps(next(iter(handle.layers.values())))).groups is None
+
+
+def test_what_does_not_fit_is_named() -> None:
+    handle = injected()
+    factors = stacks(handle)
+    rows = pk.RowGroups(SIZES)
+    groups = {name: pk.GroupModules.of(rows, A, B) for name, (A, B) in factors.items()}
+    name, layer = next(iter(handle.layers.items()))
+    with pytest.raises(pk.TargetError, match=r"misses layer"), handle.grouped({name: groups[name]}):
+        pass
+    wrong = groups | {name: pk.GroupModules.of(rows, factors[name][0][:, :, 1:], factors[name][1])}
+    with pytest.raises(pk.ShapeError), handle.grouped(wrong):
+        pass
+    assert layer.groups is None
+    handle.select([0])
+    with pytest.raises(pk.StateError, match="call unfold"), handle.grouped(groups):
+        pass
+    handle.unfold()
+    with pytest.raises(pk.ShapeError, match="a multiple of 6"), handle.grouped(groups):
+        handle.model(input_ids=TOKENS[:5])
+    with pytest.raises(pk.ConfigError, match="one number of samples"):
+        pk.RowGroups([])
+    with pytest.raises(pk.ConfigError, match="4 groups need one each"):
+        pk.RowGroups(SIZES, [5, 5])
+    with pytest.raises(pk.ShapeError, match="4 groups need"):
+        pk.GroupModules.of(rows, factors[name][0][:2], factors[name][1])

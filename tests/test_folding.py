@@ -67,32 +67,6 @@ def _bits(rows: int, columns: int) -> Tensor:
     return element_bits(11, 0, rows, columns, torch.device("cpu"))
 
 
-def test_random_bits_are_even_and_unrelated_between_neighbours_and_seeds() -> None:
-    rows, columns = 512, 257
-    cpu = torch.device("cpu")
-    bits = [element_bits(seed, 0, rows, columns, cpu) for seed in (0, 1)]
-    ones = torch.stack([(bits[0] >> place) & 1 for place in range(32)]).double() * 2 - 1  # (32, rows, columns)
-    count = rows * columns
-    limit = 5 / count**0.5
-    assert ones.mean((1, 2)).abs().max().item() < limit
-    high = ones[16:]
-    other = torch.stack([(bits[1] >> place) & 1 for place in range(16, 32)]).double() * 2 - 1
-    for name, first, second in (
-        ("columns", high[:, :, 1:], high[:, :, :-1]),
-        ("rows", high[:, 1:], high[:, :-1]),
-        ("seeds", high, other),
-        ("places", high[1:], high[:-1]),
-    ):
-        assert (first * second).mean((1, 2)).abs().max().item() < limit, name
-
-
-def test_random_bits_depend_on_the_place_and_not_on_the_tiling() -> None:
-    cpu = torch.device("cpu")
-    whole = element_bits(3, 0, 20, 33, cpu)
-    assert torch.equal(element_bits(3, 7, 5, 33, cpu), whole[7:12])
-    assert torch.equal(element_bits(3, 0, 20, 9, cpu), whole[:, :9])
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_stochastic_folds_are_unbiased_where_nearest_ones_stand_still(dtype: torch.dtype) -> None:
     weight, lora_A, lora_B = torch.ones(64, 64), torch.full((1, 64), 2.0**-7), torch.full((64, 1), 2.0**-7)

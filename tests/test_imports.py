@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
-    ("errors", "blocks", "dropout"),
-    ("selection", "tables"),
+    ("errors", "blocks", "hashing"),
+    ("selection", "tables", "dropout"),
     ("configs",),
     ("reference", "rounding"),
     ("backend", "checks", "torch_path", "torch_grouped"),

@@ -74,7 +74,7 @@ def partial_gradient_kernel(
         wide_tile = wide_ptr + columns[:, None] * stride_wd + rows[None, :] * stride_wm
         w = tl.load(wide_tile, mask=column_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_D, BLOCK_M)
         if DROPOUT:
-            keep = keep_mask(seed_ptr, rows, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_M, BLOCK_D)
+            keep = keep_mask(seed_ptr, rows, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
-from ..rounding import seed_keys
+from ..hashing import seed_halves
+from .hashing import element_words
 from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import load_modules
-from .rounding import element_bits, round_stochastically
+from .rounding import round_stochastically
 
 
 @triton.jit
@@ -56,8 +57,8 @@ def fold_tile(
     K,
     R,
     scale,
-    first_key,
-    second_key,
+    seed_low,
+    seed_high,
     stride_wn,
     stride_wk,
     stride_on,
@@ -109,7 +110,7 @@ def fold_tile(
 
     total = w.to(tl.float32) + scale * delta  # (BLOCK_N, BLOCK_K) fp32
     if STOCHASTIC:
-        bits = element_bits(first_key, second_key, first_row + rows, first_column + columns)
+        bits = element_words(seed_low, seed_high, first_row + rows, first_column + columns)  # (BLOCK_N, BLOCK_K)
         result = round_stochastically(total, bits, w.dtype)
     else:
         result = total.to(w.dtype)
@@ -117,7 +118,7 @@ def fold_tile(
     tl.store(out_base + rows[:, None] * stride_on + columns[None, :] * stride_ok, result, mask=tile_ok)
 
 
-@triton.jit(do_not_specialize=["first_key", "second_key"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def fold_kernel(
     weight_ptr,
     out_ptr,
@@ -128,8 +129,8 @@ def fold_kernel(
     K,
     R,
     scale,
-    first_key,
-    second_key,
+    seed_low,
+    seed_high,
     stride_wn,
     stride_wk,
     stride_on,
@@ -149,7 +150,7 @@ def fold_kernel(
 ):
     """Fold one weight, a tile a program; see `fold_tile`."""
     fold_tile(
-        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, first_key, second_key,
+        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, seed_low, seed_high,
         stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
         BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, HAS_INDEX, STOCHASTIC, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
@@ -173,7 +174,6 @@ def fold(
         return
     shape = ShapeClass("fold", dtype_name(weight.dtype), n, k, n, width)
     blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight) and is_aligned(out))
-    first_key, second_key = (0, 0) if seed is None else seed_keys(seed)
     grid = (cdiv(n, blocks.block_n) * cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
@@ -186,8 +186,7 @@ def fold(
             k,
             width,
             scale,
-            first_key,
-            second_key,
+            *seed_halves(seed or 0),
             *weight.stride(),
             *out.stride(),
             *lora_A.stride(),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..blocks import FoldBlocks, ShapeClass
 from ..configs import find_blocks
-from ..rounding import seed_keys
 from ..selection import to_device
 from .fold import fold, fold_tile
 from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
@@ -68,8 +67,7 @@ def fold_many_kernel(
     stride_bn = tl.load(row_ptr + 11).to(stride_type)
     stride_br = tl.load(row_ptr + 12).to(stride_type)
     scale = tl.load(row_ptr + 13).to(tl.int32).to(tl.float32, bitcast=True)
-    first_key = tl.load(row_ptr + 14).to(tl.int32)
-    second_key = tl.load(row_ptr + 15).to(tl.int32)
+    seed = tl.load(row_ptr + 14)
     if ALIGNED:  # what Triton would have seen in arguments of its own
         weight_ptr, out_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(out_ptr, 16)
         a_ptr, b_ptr = tl.multiple_of(a_ptr, 16), tl.multiple_of(b_ptr, 16)
@@ -78,7 +76,7 @@ def fold_many_kernel(
         stride_ar = tl.multiple_of(stride_ar, 16)
     fold_tile(
         weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tile - tl.load(table_ptr + layer).to(tl.int32), N, K, R, scale,
-        first_key, second_key, stride_wn, 1, stride_on, 1, stride_ar, 1, stride_bn, stride_br,
+        seed, seed >> 32, stride_wn, 1, stride_on, 1, stride_ar, 1, stride_bn, stride_br,
         BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, True, STOCHASTIC, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
 
@@ -172,4 +170,4 @@ def _table_row(arguments: Arguments) -> list[int]:
     sizes = [*weight.shape, _width(arguments)]
     strides = [weight.stride(0), out.stride(0), lora_A.stride(0), *lora_B.stride()]
     scale_bits = ctypes.c_int32.from_buffer(ctypes.c_float(scale)).value
-    return [*pointers, *sizes, *strides, scale_bits, *seed_keys(seed or 0)]
+    return [*pointers, *sizes, *strides, scale_bits, seed or 0, 0]

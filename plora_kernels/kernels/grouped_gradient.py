@@ -80,7 +80,7 @@ def grouped_partial_kernel(
         w = tl.load(wide_tile, mask=column_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_D, BLOCK_M)
         if DROPOUT:
             numbers = row_numbers(numbers_ptr + m, m - start, row_ok, BLOCK_M, NUMBERED)
-            keep = keep_mask(seed_ptr + group, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_M, BLOCK_D)
+            keep = keep_mask(seed_ptr + group, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)

@@ -151,7 +151,7 @@ def grouped_matmul_kernel(
 
         if DROPOUT:
             numbers = row_numbers(numbers_ptr + first, number, row_ok, BLOCK_M, NUMBERED)
-            keep = keep_mask(seed_ptr + group, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
+            keep = keep_mask(seed_ptr + group, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
             acc += tl.where(keep, low, 0.0)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)

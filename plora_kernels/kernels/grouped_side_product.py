@@ -77,7 +77,7 @@ def grouped_side_product_kernel(
             if DROPOUT:
                 if SELECTED_BLOCK > 0:
                     whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                a = tl.where(keep_mask(seed_ptr + group, numbers, k, drop_threshold, BLOCK_M, BLOCK_K), a, 0.0)
+                a = tl.where(keep_mask(seed_ptr + group, numbers, k, drop_threshold, BLOCK_K), a, 0.0)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             in_base += in_step
             down_base += down_step

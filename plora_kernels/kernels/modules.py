@@ -5,11 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dropout import FIRST, GOLDEN, SECOND
-
-_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
-_FIRST: tl.constexpr = tl.constexpr(FIRST)
-_SECOND: tl.constexpr = tl.constexpr(SECOND)
+from .hashing import element_words
 
 
 @triton.jit
@@ -105,27 +101,11 @@ def load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _mix(word):
-    """Return uint32 words with every bit of the input spread over the output."""
-    word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
-    word = (word ^ (word >> 15)) * tl.full((), _SECOND, tl.uint32)
-    return word ^ (word >> 16)
-
-
-@triton.jit
-def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_N: tl.constexpr):
     """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.dropout`'s bits.
 
     numbers (BLOCK_M,): the rows' numbers in the mask.
     """
     seed = tl.load(seed_ptr)
-    zero = tl.zeros((BLOCK_M,), tl.uint32)  # a block: the interpreter warns of scalars that wrap around
-    low, high = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
-    rows = numbers.to(tl.uint32)  # (BLOCK_M,)
-    columns = (first_column + tl.arange(0, BLOCK_N)).to(tl.uint32)  # (BLOCK_N,)
-    start = _mix(rows ^ _mix(low))  # (BLOCK_M,)
-    key = _mix(start + _mix(high ^ tl.full((), _GOLDEN, tl.uint32)))
-    word = start[:, None] + (columns * tl.full((), _GOLDEN, tl.uint32))[None, :]  # (BLOCK_M, BLOCK_N)
-    word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
-    word = (word ^ (word >> 15) ^ key[:, None]) * tl.full((), _SECOND, tl.uint32)
-    return (word >> 1).to(tl.int32) >= threshold
+    words = element_words(seed, seed >> 32, numbers, first_column + tl.arange(0, BLOCK_N))
+    return words.to(tl.int32, bitcast=True) >= threshold

@@ -5,33 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rounding import FIRST_FACTOR, SECOND_FACTOR
-
-_FIRST = tl.constexpr(FIRST_FACTOR & 0xFFFFFFFF)
-_SECOND = tl.constexpr(SECOND_FACTOR & 0xFFFFFFFF)
-
-
-@triton.jit
-def _mixed(word, key):
-    """Return MurmurHash3's finaliser of uint32 words, `key` entering between its rounds."""
-    word = (word ^ (word >> 16)) * tl.full((), _FIRST, tl.uint32)
-    word = (word ^ (word >> 13) ^ key) * tl.full((), _SECOND, tl.uint32)
-    return word ^ (word >> 16)
-
-
-@triton.jit
-def element_bits(first_key, second_key, rows, columns):
-    """Return the 32 random bits of a tile's elements: rows (BLOCK_N,), columns (BLOCK_K,) -> (BLOCK_N, BLOCK_K)."""
-    row = rows.to(tl.uint32)  # (BLOCK_N,)
-    zero = tl.zeros((), tl.uint32)
-    first = _mixed(row ^ first_key.to(tl.uint32), zero)  # (BLOCK_N,)
-    second = _mixed(row ^ second_key.to(tl.uint32), zero)  # (BLOCK_N,)
-    return _mixed(columns.to(tl.uint32)[None, :] ^ first[:, None], second[:, None])
-
 
 @triton.jit
 def round_stochastically(values, bits, dtype: tl.constexpr):
-    """Return fp32 values in `dtype` (fp16 or bf16), rounded up or down by their random bits (uint32)."""
+    """Return fp32 values in `dtype` (fp16 or bf16), rounded up or down by their words (uint32, `hashing`)."""
     words = values.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
         rounded = ((words + (bits >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)

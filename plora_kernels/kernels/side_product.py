@@ -74,7 +74,7 @@ def side_product_kernel(
             if SELECTED_BLOCK > 0:
                 whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             numbers = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-            a = tl.where(keep_mask(seed_ptr, numbers, k, drop_threshold, BLOCK_M, BLOCK_K), a, 0.0)
+            a = tl.where(keep_mask(seed_ptr, numbers, k, drop_threshold, BLOCK_K), a, 0.0)
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         in_base += in_step
         down_base += down_step

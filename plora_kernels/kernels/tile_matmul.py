@@ -150,7 +150,7 @@ def tile_matmul_kernel(
 
     if DROPOUT:
         numbers = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-        keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_M, BLOCK_N)
+        keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
         acc += tl.where(keep, low, 0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)

@@ -1,8 +1,9 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
 
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md] [--keep]`, where RESULTS.json
-is what the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself. `--keep` adds
-the run to the history; `python -m bench.report --history [--png PATH]` shows that.
+is what the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself. What
+`python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the history; `python -m
+bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.clients_table import clients_markdown, holds_clients
 from bench.device_table import committed_section, device_markdown
 from bench.history import HISTORY, draw_history, history_markdown, keep, load_history
 from bench.picture import draw
@@ -159,6 +161,20 @@ def report_device(given: argparse.Namespace) -> str:
     return text
 
 
+def report_clients(given: argparse.Namespace) -> str:
+    """Report what `python -m bench.clients` wrote; return the table."""
+    if given.png or given.readme or given.keep:
+        raise ResultsError(f"{given.results} is about clients: it has a table, for --markdown, and nothing else")
+    return clients_markdown(given.results)
+
+
+def report(given: argparse.Namespace) -> str:
+    """Report a results file, whoever wrote it; return the table."""
+    if holds_records(given.results):
+        return report_device(given)
+    return report_clients(given) if holds_clients(given.results) else report_suites(given)
+
+
 def report_history(given: argparse.Namespace) -> str:
     """Report the kept runs; return the table."""
     if given.readme or given.keep:
@@ -181,10 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="add the run to the history")
     given = parser.parse_args(arguments)
     try:
-        if given.history:
-            text = report_history(given)
-        else:
-            text = report_device(given) if holds_records(given.results) else report_suites(given)
+        text = report_history(given) if given.history else report(given)
         if given.keep:
             print(f"kept: {keep(given.results)}", file=sys.stderr)
         if given.markdown:

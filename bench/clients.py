@@ -1,0 +1,177 @@
+"""Memory by the number of clients, and time by how many of them are drawn, each measured in a process of its own.
+
+`python -m bench.clients --out bench/results` writes `clients-<device>.json`; `python -m bench.report` tabulates it.
+Every client has taken part before and keeps something: with nothing kept, nothing could grow.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from bench.clients_table import KIND
+from bench.environment import commit_of, device_slug, environment
+from bench.live import peak_process_bytes, tensor_bytes
+from bench.results import ResultsError, write_text
+from bench.workers import outcomes
+
+if TYPE_CHECKING:
+    from fed.federation import Federation, Standing
+
+SETTINGS = (
+    "method=fedsa-lora",
+    "clients.ranks=[16]",
+    "train.head=personal",
+    "data.rows_per_client=16",
+    "measure.noise=false",
+)
+ROUNDS = 3
+SECONDS_EACH = 600.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """So many clients, so many of them a round, and whether what they keep lies on "disk" or in "memory"."""
+
+    clients: int
+    per_round: int
+    kept: str = "disk"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over rounds, of the clock's seconds and the processor's; bytes at the end, and of the process at most.
+
+    `tensor_bytes` are those of every tensor alive between two rounds, `kept_bytes` what all clients keep.
+    """
+
+    clients: int
+    per_round: int
+    kept: str
+    seconds_per_round: float
+    cpu_seconds_per_round: float
+    tensor_bytes: int
+    process_bytes: int
+    kept_bytes: int
+
+
+POINTS = (
+    *(Point(clients, 10) for clients in (100, 1000, 10_000)),
+    *(Point(1000, drawn) for drawn in (50, 100)),
+    Point(10_000, 10, kept="memory"),
+)
+
+
+def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Sequence[str] = ()) -> Measured:
+    """Play rounds of the embedded task with so many clients; what they keep goes to a directory in `folder`."""
+    from fed import checkpoint, data, models
+    from fed.config import load
+    from fed.execute import limits
+    from fed.federation import Federation
+    from fed.local import adapted
+    from fed.store import ClientStore
+
+    counts = (f"clients.count={point.clients}", f"clients.per_round={point.per_round}", f"rounds={rounds}")
+    config = load("digits", [*SETTINGS, *counts, *settings])
+    rows = data.load(config)
+    model = models.build(config, rows)
+    adapter, kept_below = adapted(config, model, models.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
+    with limits(config.threads), adapter as work, kept_below as name:
+        directory = Path(name)
+        store = ClientStore(directory / checkpoint.FOLDER, work.device) if point.kept == "disk" else None
+        federation = Federation(config, rows.to(work.device), work, print, store)
+        standing = with_past(federation, federation.beginning())
+        clock, cpu = [], []
+        began = time.perf_counter(), time.process_time()
+        for played in federation.play(standing):
+            standing = played.standing
+            if store is not None:
+                checkpoint.save(directory, config, standing, store)
+            clock.append(time.perf_counter() - began[0])
+            cpu.append(time.process_time() - began[1])
+            began = time.perf_counter(), time.process_time()
+        del played
+        return Measured(
+            **asdict(point),
+            seconds_per_round=median(clock[2:]),  # rows 0 and 1 warm up
+            cpu_seconds_per_round=median(cpu[2:]),
+            tensor_bytes=tensor_bytes(),
+            process_bytes=peak_process_bytes(),
+            kept_bytes=kept_bytes(standing),
+        )
+
+
+def with_past(federation: "Federation", standing: "Standing") -> "Standing":
+    """Give every client what it would keep had it taken part before: a B of its own, and a head."""
+    from fed.store import Kept
+
+    server, clients = standing.server, []
+    for client in standing.clients:
+        memory = {matrix: torch.full_like(B, 1e-3) for matrix, (_, B) in server.adapter.factors.items()}
+        head = {name: value.clone() for name, value in server.head.items()}
+        kept = Kept(memory, head, {})
+        if federation.store is not None:
+            kept = federation.store.keep(client.id, 0, kept)
+        clients.append(replace(client, memory=kept.memory, head=kept.head))
+    return replace(standing, clients=tuple(clients))
+
+
+def kept_bytes(standing: "Standing") -> int:
+    """Return the bytes of what one client keeps times their number: each keeps the same shapes."""
+    first = standing.clients[0]
+    tensors = [*first.memory.values(), *first.head.values()]
+    return len(standing.clients) * sum(tensor.nbytes for tensor in tensors)
+
+
+def measure_all(points: Sequence[Point], folder: Path) -> list[Measured]:
+    """Measure every point in a process of its own; ResultsError for one that fails."""
+    found = []
+    for point in points:
+        measure = functools.partial(measure_point, folder=folder)
+        ((_, outcome),) = outcomes(measure, [point], workers=1, seconds_each=SECONDS_EACH)
+        if outcome.error is not None:
+            raise ResultsError(f"{point} was not measured: {outcome.error}")
+        found.append(outcome.value)
+        print(
+            f"{point.clients} clients, {point.per_round} a round, kept on {point.kept}: "
+            f"{outcome.value.seconds_per_round:.2f} s a round, {outcome.value.process_bytes / 2**20:.0f} MiB",
+            file=sys.stderr,
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.clients", description="Memory and time by clients.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the JSON goes")
+    given = parser.parse_args(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    try:
+        measured = measure_all(POINTS, given.out)
+    except ResultsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found = {
+        "kind": KIND,
+        "machine": environment(device, threads=1),
+        "commit": commit_of(Path.cwd()),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "settings": SETTINGS,
+        "points": [asdict(point) for point in measured],
+    }
+    write_text(given.out / f"clients-{device_slug(device)}.json", json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

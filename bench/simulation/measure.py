@@ -1,0 +1,122 @@
+"""One case measured: every provider checked, weighed and timed in turn; a record for each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from bench.correctness import WrongResultError
+from bench.memory import peak_bytes
+from bench.simulation.cases import RANK, SimulationCase
+from bench.simulation.correctness import Yardstick
+from bench.simulation.problem import Problem, make_problem
+from bench.simulation.providers import PROVIDERS, make_step
+from bench.simulation.resident import peft_loop
+from bench.timing import Plan, Step, Timer, WallTimer, interleave
+from bench.workers import one_line
+
+# At least three rounds: a step may take seconds.
+PLAN = Plan(seconds_per_provider=1.0, min_rounds=3, max_rounds=40, warmup_rounds=1)
+# On the CPU memory is read from a profile of the step, which costs more than the step: at one size, in small steps.
+WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one provider: its record, and the seconds of each round where it was timed."""
+
+    record: Record
+    seconds: list[float] = field(default_factory=list)
+
+
+class SynchronisedTimer(WallTimer):
+    """Times by the host's clock from an idle device to an idle device: launches count, as they do in a simulation."""
+
+    def call(self, run: Callable[[], object]) -> None:
+        def run_and_wait() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        torch.cuda.synchronize()
+        super().call(run_and_wait)
+
+
+def measure(
+    case: SimulationCase,
+    device: torch.device,
+    plan: Plan = PLAN,
+    wanted: Sequence[str] = PROVIDERS,
+) -> dict[str, Found]:
+    """Return what was found of every provider; one that is wrong or cannot run is recorded with its cause, not timed.
+
+    The base and PEFT's loop always run: the others are divided by them.
+    """
+    problem = make_problem(case, device)
+    names = [name for name in PROVIDERS if name in wanted or name in ("base", "peft-loop")]
+    steps, causes = _checked(problem, names)
+    peaks = {name: _peak(case, device, step) for name, step in steps.items()}
+    seconds = interleave({name: Step(step, _nothing) for name, step in steps.items()}, _timer(device), _nothing, plan)
+    found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
+    for name, durations in seconds.items():
+        figures = _figures(case, seconds, name) | {"peak_bytes": peaks[name], "status": "timed"}
+        found[name] = Found(figures, durations)
+    return {name: replace(found[name], record=_facts(case, device, name) | found[name].record) for name in names}
+
+
+def _checked(
+    problem: Problem, names: Sequence[str]
+) -> tuple[dict[str, Callable[[], None]], dict[str, tuple[str, str]]]:
+    """Return the steps of the providers whose gradients are right, and why the others are left out."""
+    exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
+    yardstick = Yardstick(exact, peft_loop(problem).gradients())
+    steps, causes = {}, {}
+    for name in names:
+        try:
+            step, trainer = make_step(name, problem)
+            if trainer is not None:
+                yardstick.check(name, trainer.gradients())
+            steps[name] = step
+        except WrongResultError as error:
+            causes[name] = ("wrong", str(error))
+        except Exception as error:  # out of memory, an operator that does not run under a transform
+            if name in ("base", "peft-loop"):
+                raise
+            causes[name] = ("not available", one_line(error))
+    return steps, causes
+
+
+def _figures(case: SimulationCase, seconds: dict[str, list[float]], name: str) -> Record:
+    medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
+    first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
+    return {
+        "seconds": medians[name],
+        "spread_seconds": third - first,
+        "rounds": len(seconds[name]),
+        "clients_steps_per_second": case.cohort / medians[name],
+        "ratio_to_base": medians[name] / medians["base"],
+        "ratio_to_peft_loop": medians[name] / medians["peft-loop"],
+    }
+
+
+def _facts(case: SimulationCase, device: torch.device, provider: str) -> Record:
+    return {**case.facts(), "r": RANK, "device": device.type, "threads": torch.get_num_threads(), "provider": provider}
+
+
+def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) -> int | None:
+    """Return the most one step allocates beyond what lives before it; None where that is not read."""
+    step()  # the optimiser's state is made by the first step and stays
+    if device.type == "cpu" and (case.cohort != WEIGHED_COHORT or case.tokens > WEIGHED_TOKENS):
+        return None
+    return peak_bytes(step, device)
+
+
+def _timer(device: torch.device) -> Timer:
+    return SynchronisedTimer() if device.type == "cuda" else WallTimer()
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,106 @@
+"""The models of the cases, from transformers' configurations with weights drawn from a seed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from bench.simulation.cases import ModelShape
+
+# What is trained in full, by family.
+HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score"}
+ATTENTION = "sdpa"
+
+
+@functools.lru_cache(maxsize=1)
+def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a classifier with frozen, drawn weights and no dropout of its own, in training mode.
+
+    The next case of the same shape gets the same one: nobody changes it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model: nn.Module = _FAMILIES[shape.family](shape)
+    return model.to(dtype).requires_grad_(False).train()
+
+
+def adapted_names(model: nn.Module, head: str) -> tuple[str, ...]:
+    """Return the names of the linear layers that get an adapter: all but the head."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head)
+
+
+def sharing_weights(model: nn.Module, apart: Sequence[str]) -> nn.Module:
+    """Return a copy of a model that shares its weights, those of the modules `apart` excepted."""
+    own = {id(parameter) for name in apart for parameter in model.get_submodule(name).parameters()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
+
+
+def first_block(model: nn.Module) -> nn.Module:
+    """Return the first of a transformer's layers."""
+    return next(module[0] for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def _vit(shape: ModelShape) -> Any:
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.1,
+            **_sizes(shape),
+        )
+    )
+
+
+def _bert(shape: ModelShape) -> Any:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=shape.vocabulary,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **_sizes(shape),
+        )
+    )
+
+
+def _llama(shape: ModelShape) -> Any:
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            num_key_value_heads=shape.key_heads,
+            attention_dropout=0.0,
+            pad_token_id=0,
+            use_cache=False,
+            **_sizes(shape),
+        )
+    )
+
+
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.inner,
+        "num_labels": shape.labels,
+        "attn_implementation": ATTENTION,
+    }
+
+
+_FAMILIES = {"vit": _vit, "bert": _bert, "llama": _llama}

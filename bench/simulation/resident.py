@@ -1,0 +1,94 @@
+"""One client after another on one resident model, its adapter, head and optimiser state swapped in.
+
+The loop is the same with PEFT's layers and with this library's: nothing is copied to change clients, the model's
+layers are pointed to the client's own parameters, and each client has an optimiser over those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import plora_kernels as pk
+from bench.simulation.cases import ALPHA, RANK
+from bench.simulation.models import sharing_weights
+from bench.simulation.problem import Problem, Values, make_optimizer
+
+# Where a value lives in the model: a module and the name of its parameter.
+Slots = Mapping[str, tuple[nn.Module, str]]
+
+
+class ResidentLoop:
+    """Trains clients in turn on `model`, whose `slots` take the parameters of the client at work."""
+
+    def __init__(self, model: nn.Module, slots: Slots, problem: Problem) -> None:
+        self.model, self.slots, self.batches = model, slots, problem.batches
+        self.clients = [{name: nn.Parameter(start[name].clone()) for name in slots} for start in problem.starts]
+        self.optimizers = [make_optimizer(list(client.values())) for client in self.clients]
+
+    def step(self) -> None:
+        for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
+            self._swap_in(client)
+            optimizer.zero_grad()
+            self.model(**batch).loss.backward()
+            optimizer.step()
+
+    def gradients(self) -> list[Values]:
+        found = []
+        for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
+            self._swap_in(client)
+            optimizer.zero_grad()
+            self.model(**batch).loss.backward()
+            found.append({name: cast(Tensor, parameter.grad) for name, parameter in client.items()})
+            optimizer.zero_grad()
+        return found
+
+    def values(self) -> list[Values]:
+        return [{name: parameter.detach() for name, parameter in client.items()} for client in self.clients]
+
+    def _swap_in(self, client: Mapping[str, nn.Parameter]) -> None:
+        for (module, attribute), parameter in zip(self.slots.values(), client.values(), strict=True):
+            setattr(module, attribute, parameter)
+
+
+def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:
+    """Return the model with PEFT's LoRA in it, adapters in the weights' dtype, and where its values live."""
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=list(problem.matrices),
+        modules_to_save=[problem.head],
+    )
+    bare = sharing_weights(problem.model, [problem.head])
+    wrapped = get_peft_model(bare, config, autocast_adapter_dtype=False)
+    slots: dict[str, tuple[nn.Module, str]] = {}
+    for matrix in problem.matrices:
+        layer: Any = bare.get_submodule(matrix)
+        slots[f"{matrix}.lora_A"] = (layer.lora_A["default"], "weight")
+        slots[f"{matrix}.lora_B"] = (layer.lora_B["default"], "weight")
+    head: Any = bare.get_submodule(problem.head)
+    return wrapped, slots | _head_slots(head.modules_to_save["default"], problem.head)
+
+
+def peft_loop(problem: Problem) -> ResidentLoop:
+    """Return the loop over PEFT's layers."""
+    return ResidentLoop(*peft_model(problem), problem)
+
+
+def sequential(problem: Problem) -> ResidentLoop:
+    """Return the loop over this library's layers: what a step of the simulator's sequential executor computes."""
+    config = pk.PLoRAConfig(rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,))
+    handle = pk.inject(sharing_weights(problem.model, [problem.head]), config)
+    slots: dict[str, tuple[nn.Module, str]] = {}
+    for matrix, layer in handle.layers.items():
+        slots |= {f"{matrix}.{factor}": (layer, factor) for factor in ("lora_A", "lora_B")}
+    head = _head_slots(handle.model.get_submodule(problem.head), problem.head)
+    return ResidentLoop(handle.model, slots | head, problem)
+
+
+def _head_slots(module: nn.Module, head: str) -> dict[str, tuple[nn.Module, str]]:
+    return {f"{head}.{name}": (module, name) for name, _ in module.named_parameters()}

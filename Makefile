@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow bench lint format clean help
+.PHONY: demo test test-slow bench bench-simulation lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # torch goes first and pinned: asked for through another package, pip may take a build with CUDA for gigabytes.
 $(READY): pyproject.toml constraints-cpu.txt
@@ -29,8 +29,12 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/latest.json
+	$(BIN)/python -m pytest bench --benchmark-only -k "not simulation" --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json --keep
+
+bench-simulation: $(READY)  ## training steps of many clients, against a PEFT loop, vmap and the bare base model
+	$(BIN)/python -m pytest bench --benchmark-only -k simulation --benchmark-json=bench/results/simulation-cpu.json
+	$(BIN)/python -m bench.report bench/results/simulation-cpu.json --png docs/bench-simulation.png --readme README.md
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/python -m ruff check .

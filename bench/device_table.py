@@ -6,6 +6,9 @@ from typing import Any
 
 from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.records import Record, case_key, holds_records, load_records
+from bench.results import OPS
+from bench.simulation.saved import run_of_device
+from bench.simulation.table import simulation_table
 from bench.tables import markdown_table
 
 # The README's, as long as no device's file is committed.
@@ -31,6 +34,9 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
         if chosen:
             rows = next(iter(chosen[0].values()))["m"]
             parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
+    run = run_of_device(meta, records)
+    if run is not None:
+        parts.append(f"**Training steps of many clients**, clients·steps/s.\n\n{simulation_table(run)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -44,7 +50,7 @@ def by_case(records: Sequence[Record]) -> list[Providers]:
     """Return the timing records by case and provider, in the order measured."""
     cases: dict[tuple[object, ...], dict[str, Record]] = {}
     for record in records:
-        if record["op"] != "check":
+        if record["op"] in OPS:
             cases.setdefault(case_key(record), {})[record["provider"]] = record
     return list(cases.values())
 

@@ -1,9 +1,10 @@
 """Check and time everything on the device at hand, and write one file of records.
 
 `python -m bench.gpu --out DIR` writes DIR/<device>.json. It checks the operators in every dtype against fp64, then
-times every provider of every shape, the most important first; a shape's file is written after each, so a run that
-is cut goes on where it stopped. Times are those of the device alone: the host is kept ahead by what flushes the
-cache, and its own time a call is recorded beside them as host_us.
+times every provider of every shape, the most important first, then training steps of many clients; the file is written
+after each shape, so a run that is cut goes on where it stopped. Times are those of the device alone: the host is kept
+ahead by what flushes the cache, and its own time a call is recorded beside them as host_us. A training step is timed
+with its launches, from an idle device to an idle device.
 """
 
 import argparse
@@ -24,8 +25,11 @@ from bench.device_measure import Warmup, measure_on_device, warm_up
 from bench.device_table import summary
 from bench.environment import commit_of, device_slug, environment, source_digest, usable_cores
 from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS
-from bench.records import RecordFile, blank, case_key, open_records
+from bench.records import SIMULATION, Record, RecordFile, blank, case_key, open_records
 from bench.results import ResultsError
+from bench.simulation.cases import SimulationCase
+from bench.simulation.device import SECONDS_EACH as SIMULATION_SECONDS
+from bench.simulation.device import Simulation, device_simulations, simulate, simulation_records
 from bench.timing import Plan
 from bench.workers import Outcome, outcomes
 from plora_kernels.configs import capability_of
@@ -131,6 +135,33 @@ def time_cases(run: Run, cases: Sequence[Case]) -> list[Case]:
     return []
 
 
+def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> list[SimulationCase]:
+    """Time training steps of many clients until the time is up; return the cases left."""
+    done = run.file.done()
+    work = [Simulation(case, run.device.type) for case in cases if case_key(case.facts()) not in done]
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # the process that measures needs the memory
+    deadline = run.started + run.budget_s - RESERVE_SECONDS
+    workers = 1 if run.device.type == "cuda" else 0
+    answers = outcomes(simulate, work, workers=workers, seconds_each=SIMULATION_SECONDS, deadline=deadline)
+    measured = set()
+    for position, outcome in answers:
+        item = work[position]
+        measured.add(item.case)
+        records = simulation_records(item, outcome)
+        run.file.add(records)
+        run.say(f"[{len(measured)}/{len(work)}] {item.case.name}: {', '.join(map(_speed, records))} clients·steps/s")
+        for record in records:
+            if record["status"] != "timed":
+                run.say(f"    {str(record['status']).upper()} {record['provider']}: {record['cause']}")
+    return [item.case for item in work if item.case not in measured]
+
+
+def _speed(record: Record) -> str:
+    speed = record.get("clients_steps_per_second")
+    return f"{record['provider']} {f'{speed:.4g}' if speed else '–'}"
+
+
 def title(case: Case) -> str:
     """Return a case in words."""
     rows = f"M {case.m} " if case.m else ""
@@ -190,12 +221,14 @@ def measure_device(options: argparse.Namespace) -> int:
         run.file.save()
     run.say(", ".join(f"{name} {value:.4g}" for name, value in run.file.meta["ceilings"].items()))
     check_and_compile(run, () if options.no_checks else check_shapes(device.type), todo)
-    left = time_cases(run, todo)
+    left = [title(case) for case in time_cases(run, todo)]
+    if SIMULATION in options.ops:
+        left += [case.name for case in time_simulations(run, device_simulations(device.type))]
     print(summary(run.file.meta, run.file.records))
     wrong = [record for record in run.file.records if record.get("status") == "wrong"]
     run.say(f"{path}: {len(run.file.records)} records, {len(wrong)} wrong, {len(left)} cases left")
     if left:
-        print("left: " + "; ".join(title(case) for case in left))
+        print("left: " + "; ".join(left))
         print("the same command goes on from here")
     return 1 if wrong else 0
 
@@ -208,7 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=default, choices=["cuda", "cpu"], help="the CPU tries it out on tiny sizes")
     parser.add_argument("--budget-seconds", type=float, default=480.0, help="end by then; another call goes on")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--ops", nargs="+", default=[*OPS, SIMULATION], choices=[*OPS, SIMULATION])
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--no-checks", action="store_true", help="only check what is timed")
     parser.add_argument("--workers", type=int, help="processes that check and compile ahead (0: none)")

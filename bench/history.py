@@ -85,7 +85,7 @@ def read_run(path: Path) -> KeptRun:
     """Read what the suites save, or `python -m bench.gpu`, as a run to keep."""
     if holds_records(path):
         meta, records = load_records(path)
-        timed = [record for record in records if record.get("status") == "timed"]
+        timed = [record for record in records if record.get("status") == "timed" and record["op"] in OPS]
         ratios = tuple(_ratio(record) for record in timed)
         return KeptRun(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
     run = load_run(path)

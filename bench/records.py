@@ -2,6 +2,7 @@
 
 The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
 that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
+Training steps, op "simulation", have no matrix and no time_ms, but seconds for all clients of a cohort.
 """
 
 import json
@@ -12,6 +13,8 @@ from typing import Any
 
 from bench.results import ResultsError, write_text
 
+# The op of training steps, which have keys of their own.
+SIMULATION = "simulation"
 KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
 # What must agree for new records to stand beside old ones.
 SAME = ("device", "device_name", "versions", "source")
@@ -20,6 +23,8 @@ Record = Mapping[str, Any]
 
 def case_key(record: Record) -> tuple[object, ...]:
     """Return what tells one case from another; the providers of a case share it."""
+    if record["op"] == SIMULATION:
+        return tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 

@@ -1,9 +1,9 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
 
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md] [--keep]`, where RESULTS.json
-is what the suites save or what `python -m bench.gpu` writes: each has a section of the README to itself. What
-`python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the history; `python -m
-bench.report --history [--png PATH]` shows that.
+is what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has a section of the
+README to itself. What `python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the
+history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -19,10 +19,14 @@ from bench.history import HISTORY, draw_history, history_markdown, keep, load_hi
 from bench.picture import draw
 from bench.records import holds_records, load_records
 from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, geometric_mean, load_run, write_text
+from bench.simulation.picture import draw_simulation
+from bench.simulation.saved import holds_simulation_alone, load_simulation
+from bench.simulation.table import simulation_markdown
 from bench.tables import markdown_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+STEPS_BEGIN, STEPS_END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
 
 OP_TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "fold": "Fold"}
 OP_NOTES = {
@@ -130,13 +134,20 @@ def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END)
     return f"{before}{begin}\n\n{section.strip()}\n\n{end}{after}"
 
 
-def update_readme(readme: Path, section: str, png: Path | None, begin: str = BEGIN, end: str = END) -> None:
+def update_readme(
+    readme: Path,
+    section: str,
+    png: Path | None,
+    begin: str = BEGIN,
+    end: str = END,
+    title: str = "Time of each provider divided by the base matmul's",
+) -> None:
     """Rewrite what stands between a README's markers, with a link to the picture where there is one."""
     if not readme.is_file():
         raise ResultsError(f"{readme} does not exist; --readme needs a file with {begin} and {end}")
     if png is not None:
         link = Path(os.path.relpath(png, readme.parent)).as_posix()
-        section = f"![Time of each provider divided by the base matmul's]({link})\n\n{section}"
+        section = f"![{title}]({link})\n\n{section}"
     write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section, begin, end))
 
 
@@ -148,6 +159,19 @@ def report_suites(given: argparse.Namespace) -> str:
         draw(run, given.png)
     if given.readme:
         update_readme(given.readme, text, given.png)
+    return text
+
+
+def report_simulation(given: argparse.Namespace) -> str:
+    """Report the training steps the suites saved; return the table."""
+    run = load_simulation(given.results)
+    if given.keep:
+        raise ResultsError(f"{given.results} holds training steps; the history keeps ratios of layers")
+    text = simulation_markdown(run)
+    if given.png:
+        draw_simulation(run, given.png)
+    if given.readme:
+        update_readme(given.readme, text, given.png, STEPS_BEGIN, STEPS_END, "What a client's step costs in a cohort")
     return text
 
 
@@ -172,7 +196,10 @@ def report(given: argparse.Namespace) -> str:
     """Report a results file, whoever wrote it; return the table."""
     if holds_records(given.results):
         return report_device(given)
-    return report_clients(given) if holds_clients(given.results) else report_suites(given)
+    if holds_clients(given.results):
+        return report_clients(given)
+    # A file with layers and training steps is shown as layers.
+    return report_simulation(given) if holds_simulation_alone(given.results) else report_suites(given)
 
 
 def report_history(given: argparse.Namespace) -> str:

@@ -83,10 +83,9 @@ def load_run(path: Path) -> BenchmarkRun:
     entries: dict[Shape, dict[str, Entry]] = {}
     not_available: dict[Shape, dict[str, str]] = {}
     try:
-        for item in saved["benchmarks"]:
-            facts = item["extra_info"]
+        for facts in _of_layers([item["extra_info"] for item in saved["benchmarks"]]):
             entries.setdefault(_shape(facts), {})[facts["provider"]] = _entry(facts)
-        for facts in saved["not_available"]:
+        for facts in _of_layers(saved["not_available"]):
             not_available.setdefault(_shape(facts), {})[facts["provider"]] = facts["cause"]
         return BenchmarkRun(entries, not_available, saved["machine_info"], saved["commit_info"], saved["datetime"])
     except KeyError as error:
@@ -105,6 +104,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _of_layers(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out what the other suites save beside the layers' figures."""
+    return [facts for facts in items if facts["op"] in OPS]
 
 
 def _shape(facts: Mapping[str, Any]) -> Shape:

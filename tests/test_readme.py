@@ -11,6 +11,7 @@ import plora_kernels as pk
 from bench.device_table import committed_section
 from bench.report import markdown as bench_markdown
 from bench.results import load_run
+from bench.simulation.table import committed_simulation
 from fed.report import markdown as demo_markdown
 from fed.report import read
 from tests.support.models import tiny_bert
@@ -33,6 +34,11 @@ def test_the_demo_table_is_the_committed_run() -> None:
 def test_the_benchmark_table_is_the_committed_result() -> None:
     table = re.sub(r"^!\[.*\n\n", "", between("bench"))  # the picture stands above it
     assert table == bench_markdown(load_run(ROOT / "bench" / "results" / "cpu.json")).strip()
+
+
+def test_the_table_of_training_steps_is_the_committed_result() -> None:
+    table = re.sub(r"^!\[.*\n\n", "", between("simulation"))  # the picture stands above it
+    assert table == committed_simulation(ROOT / "bench" / "results" / "simulation-cpu.json")
 
 
 def test_the_gpu_table_is_the_committed_result() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from bench.cases import DTYPES
+from bench.records import SIMULATION
 
 RANK, ALPHA = 16, 32.0
 COHORTS = (1, 2, 5, 10, 20, 50)
@@ -65,7 +66,7 @@ class SimulationCase:
     def facts(self) -> dict[str, object]:
         """Return what tells the case from others, as records name it."""
         return {
-            "op": "simulation",
+            "op": SIMULATION,
             "model": self.model.name,
             "cohort": self.cohort,
             "batch": self.batch,

@@ -57,8 +57,7 @@ def measure(
     """
     problem = make_problem(case, device)
     names = [name for name in PROVIDERS if name in wanted or name in ("base", "peft-loop")]
-    steps, causes = _checked(problem, names)
-    peaks = {name: _peak(case, device, step) for name, step in steps.items()}
+    steps, peaks, causes = _checked(case, device, problem, names)
     seconds = interleave({name: Step(step, _nothing) for name, step in steps.items()}, _timer(device), _nothing, plan)
     found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
     for name, durations in seconds.items():
@@ -68,17 +67,18 @@ def measure(
 
 
 def _checked(
-    problem: Problem, names: Sequence[str]
-) -> tuple[dict[str, Callable[[], None]], dict[str, tuple[str, str]]]:
-    """Return the steps of the providers whose gradients are right, and why the others are left out."""
+    case: SimulationCase, device: torch.device, problem: Problem, names: Sequence[str]
+) -> tuple[dict[str, Callable[[], None]], dict[str, int | None], dict[str, tuple[str, str]]]:
+    """Return steps and peak bytes of the providers whose gradients are right, and why the others are left out."""
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     yardstick = Yardstick(exact, peft_loop(problem).gradients())
-    steps, causes = {}, {}
+    steps, peaks, causes = {}, {}, {}
     for name in names:
         try:
             step, trainer = make_step(name, problem)
             if trainer is not None:
                 yardstick.check(name, trainer.gradients())
+            peaks[name] = _peak(case, device, step)
             steps[name] = step
         except WrongResultError as error:
             causes[name] = ("wrong", str(error))
@@ -86,7 +86,7 @@ def _checked(
             if name in ("base", "peft-loop"):
                 raise
             causes[name] = ("not available", one_line(error))
-    return steps, causes
+    return steps, peaks, causes
 
 
 def _figures(case: SimulationCase, seconds: dict[str, list[float]], name: str) -> Record:
@@ -108,9 +108,9 @@ def _facts(case: SimulationCase, device: torch.device, provider: str) -> Record:
 
 def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) -> int | None:
     """Return the most one step allocates beyond what lives before it; None where that is not read."""
-    step()  # the optimiser's state is made by the first step and stays
     if device.type == "cpu" and (case.cohort != WEIGHED_COHORT or case.tokens > WEIGHED_TOKENS):
         return None
+    step()  # the optimiser's state is made by the first step and stays
     return peak_bytes(step, device)
 
 

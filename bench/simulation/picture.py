@@ -71,7 +71,6 @@ def _draw_panel(axes: Axes, setting: Setting, cohorts: Mapping[int, Mapping[str,
     axes.set_yscale("log")
     axes.set_xticks(list(cohorts), [str(size) for size in cohorts])
     axes.xaxis.set_minor_locator(NullLocator())
-    for formatter in (ScalarFormatter(),):
-        axes.yaxis.set_major_formatter(formatter)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.grid(linewidth=0.4)
     axes.set_title(setting.label, fontsize=9, loc="left")

@@ -67,7 +67,7 @@ def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 def _start(model: nn.Module, matrices: tuple[str, ...], head: str, generator: torch.Generator) -> Values:
     values = {}
     for matrix in matrices:
-        weight = model.get_submodule(matrix).weight
+        weight = model.get_parameter(f"{matrix}.weight")
         n, k = weight.shape
         values[f"{matrix}.lora_A"] = _normal(weight, (RANK, k), 1 / k, generator)
         values[f"{matrix}.lora_B"] = _normal(weight, (n, RANK), 1 / (100 * RANK), generator)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.records import holds_records, load_records
+from bench.records import SIMULATION, Record, holds_records, load_records
 from bench.results import ResultsError
 
-OP = "simulation"
 NEEDED = ("model", "cohort", "batch", "length", "dtype", "provider", "status")
 COMMAND = "pytest bench --benchmark-only -k simulation --benchmark-json="
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class SimulationRun:
 
 def simulated(records: Sequence[Record]) -> tuple[Record, ...]:
     """Return those of some records that are of training steps."""
-    return tuple(record for record in records if record.get("op") == OP)
+    return tuple(record for record in records if record.get("op") == SIMULATION)
 
 
 def run_of_device(meta: Mapping[str, Any], records: Sequence[Record]) -> SimulationRun | None:
@@ -73,10 +71,7 @@ def load_simulation(path: Path) -> SimulationRun:
     """Read a file's training steps; raises ResultsError naming the file and what is missing."""
     if not path.is_file():
         raise ResultsError(f"{path} does not exist; `{COMMAND}{path}` writes it")
-    if holds_records(path):
-        run = run_of_device(*load_records(path))
-    else:
-        run = _run_of_suites(path)
+    run = run_of_device(*load_records(path)) if holds_records(path) else _run_of_suites(path)
     if run is None:
         raise ResultsError(f"{path} holds no training steps; `{COMMAND}{path}` measures them")
     for record in run.records:
@@ -86,13 +81,12 @@ def load_simulation(path: Path) -> SimulationRun:
     return run
 
 
-def holds_simulation(path: Path) -> bool:
-    """Say whether a file of the suites holds training steps."""
-    if not path.is_file() or holds_records(path):
-        return False
+def holds_simulation_alone(path: Path) -> bool:
+    """Say whether a file of the suites holds training steps and nothing else."""
     try:
-        return _run_of_suites(path) is not None
-    except ResultsError:
+        benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        return {item["extra_info"]["op"] for item in benchmarks} == {SIMULATION}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -71,6 +71,6 @@ def _conditions(run: SimulationRun) -> str:
     return (
         f"{run.device_name}{threads}; {versions}; commit {run.commit.rstrip('+')[:12]}{state}, {run.date[:10]}. "
         f"Clients trained one step in a second, {dtypes}: forward, backward, AdamW; R {RANK} on every linear layer, "
-        f"the head trained; each client's batch is rows × tokens. Medians of interleaved rounds, in brackets the share "
-        f"of *base*'s speed: {notes}. Every client's gradients were held to PEFT's in float64 before anything was timed."
+        f"the head trained; a client's batch is rows × tokens. Medians of interleaved rounds, in brackets the share of "
+        f"*base*'s speed: {notes}. Every client's gradients were held to PEFT's in float64 before anything was timed."
     )

@@ -15,8 +15,9 @@ from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_
 from bench.device_measure import measure_on_device
 from bench.device_table import by_case, committed_section, device_markdown, summary
 from bench.providers import every_provider
-from bench.records import KEYS, load_records
+from bench.records import KEYS, SIMULATION, load_records
 from bench.report import GPU_BEGIN, GPU_END, main
+from bench.simulation.providers import PROVIDERS as SIMULATED
 from bench.timing import Plan
 from plora_kernels.blocks import DESIGNS
 from tests.test_imports import imports, sources
@@ -38,7 +39,7 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
     meta, records = load_records(results)
     assert set(meta) >= {"device_name", "versions", "commit", "source", "ceilings", "date"}
     assert meta["ceilings"]["copy_gbps"] > 0
-    timed = [record for record in records if record["status"] == "timed"]
+    timed = [record for record in records if record["status"] == "timed" and record["op"] != SIMULATION]
     assert all(name in record for record in records for name in KEYS)
     assert Counter(record["provider"] for record in timed) == {"base": 4, "peft": 4, "inplace": 4, "fused": 4}
     for record in timed:
@@ -57,9 +58,18 @@ def test_the_operators_are_checked_in_every_dtype_and_form(results: Path) -> Non
     assert {record["status"] for record in checks} == {"passed"}
 
 
+def test_training_steps_of_many_clients_are_measured_and_shown(results: Path) -> None:
+    meta, records = load_records(results)
+    steps = [record for record in records if record["op"] == SIMULATION]
+    assert [record["provider"] for record in steps] == list(SIMULATED)
+    assert all(record["status"] == "timed" and record["seconds"] > 0 for record in steps)
+    assert "**Training steps of many clients**" in device_markdown(meta, records)
+    assert "| digits-vit, 2×17 | 2 |" in device_markdown(meta, records)
+
+
 def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_records(results)
-    for name in ("run_checks", "measure_on_device", "ceilings"):
+    for name in ("run_checks", "measure_on_device", "ceilings", "simulate"):
         monkeypatch.setattr(gpu, name, lambda *given: pytest.fail("measured again"))
     assert gpu.main(["--out", str(results.parent), *QUICK]) == 0
     assert load_records(results) == before

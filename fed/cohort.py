@@ -42,7 +42,7 @@ def train_together(
     Raises FedError for a model in which one sample's result depends on others (batch norm).
     """
     check_independent(work.model)
-    cohort = _Cohort(work, jobs, settings)
+    cohort = Cohort(work, jobs, settings)
     losses = cohort.train(measure)
     return cohort.updates(losses, measure)
 
@@ -75,7 +75,7 @@ class _Plan:
         return -self.job.steps, -self.size
 
 
-class _Cohort:
+class Cohort:
     """Clients side by side, ordered so that those still training are always the first ones."""
 
     def __init__(self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig) -> None:
@@ -124,15 +124,19 @@ class _Cohort:
         self.work.model.train()
         with torch_seed(self.work.device, *key, "cohort's dropout"):
             for steps, count in self._spans():
-                span = _Span(self, count)
+                span = Span(self, count)
                 with span.running():
                     for step in steps:
-                        with span.seeded(step):  # the backward may recompute the forward
-                            with self.saved.watching(measure and step == 0):
-                                losses = client_losses(self.work.model, span.batch(step), span.sizes)
-                            self._move(losses, span)
-                        total[:count] += losses.detach()
+                        total[:count] += self.step(span, step, measure and step == 0)
         return total
+
+    def step(self, span: Span, step: int, measure: bool = False) -> Tensor:
+        """Train the clients of a running span one step; return the losses it began with, (count,)."""
+        with span.seeded(step):  # the backward may recompute the forward
+            with self.saved.watching(measure):
+                losses = client_losses(self.work.model, span.batch(step), span.sizes)
+            self._move(losses, span)
+        return losses.detach()
 
     def _spans(self) -> Iterator[tuple[range, int]]:
         """Yield ranges of steps with the number of clients that train in them."""
@@ -141,7 +145,7 @@ class _Cohort:
             yield range(begun, steps), sum(job.steps >= steps for job in self.jobs)
             begun = steps
 
-    def _move(self, losses: Tensor, span: _Span) -> None:
+    def _move(self, losses: Tensor, span: Span) -> None:
         """Take every client's step: its own gradient, clipping and optimiser."""
         count, most = len(span.sizes), self.settings.max_grad_norm
         penalty = span.penalty()
@@ -177,10 +181,10 @@ class _Cohort:
         return Footprint(numbers, state, activation_bytes)
 
 
-class _Span:
+class Span:
     """Some steps of a cohort in which its first `count` clients train."""
 
-    def __init__(self, cohort: _Cohort, count: int) -> None:
+    def __init__(self, cohort: Cohort, count: int) -> None:
         self._cohort, self._plans = cohort, cohort.plans[:count]
         self.sizes = [plan.size for plan in self._plans]
         self.trained = cohort.stacked.leaves(count)

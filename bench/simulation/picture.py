@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.results import ResultsError
 from bench.simulation.saved import Record, Setting, SimulationRun
@@ -49,7 +49,7 @@ def draw_simulation(run: SimulationRun, path: Path) -> None:
             axes.set_xlabel("clients in the cohort")
     keys = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
-    threads = f", {run.threads} threads" if run.threads else ""
+    threads = f", CPU threads: {run.threads}" if run.threads else ""
     figure.suptitle(f"{run.device_name}{threads}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
@@ -69,8 +69,10 @@ def _draw_panel(axes: Axes, setting: Setting, cohorts: Mapping[int, Mapping[str,
             axes.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=provider, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(cohorts), [str(size) for size in cohorts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.grid(linewidth=0.4)
     axes.set_title(setting.label, fontsize=9, loc="left")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench.simulation.cases import ALPHA, RANK, SimulationCase
 from bench.simulation.models import HEADS, adapted_names, build_model
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 Values = dict[str, Tensor]
 
 
@@ -61,7 +61,7 @@ def make_problem(case: SimulationCase, device: torch.device, seed: int = 0) -> P
 
 def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser of all providers: AdamW in torch's fused form."""
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def _start(model: nn.Module, matrices: tuple[str, ...], head: str, generator: torch.Generator) -> Values:

@@ -1,7 +1,8 @@
 """Who is measured, each from the same values on the same batches with the same optimiser.
 
 *base* is the bare model on the whole batch; *peft-loop* PEFT's layers, one client after another; *sequential* the same
-with this library's layers; *vmap* PEFT's model mapped over stacked adapters.
+with this library's layers and the simulator's loss; *vmap* PEFT's model mapped over stacked adapters; *cohort* the
+simulator's cohort executor.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from bench.simulation.base import BareBase
 from bench.simulation.problem import Problem
 from bench.simulation.resident import peft_loop, sequential
 from bench.simulation.stacked import StackedTrainer
+from bench.simulation.together import CohortTrainer
 from bench.simulation.trainer import Trainer
 
 TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "peft-loop": peft_loop,
     "vmap": StackedTrainer,
     "sequential": sequential,
+    "cohort": CohortTrainer,
 }
 PROVIDERS = ("base", *TRAINERS)
 

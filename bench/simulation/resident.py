@@ -6,7 +6,7 @@ layers are pointed to the client's own parameters, and each client has an optimi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
@@ -16,7 +16,9 @@ import plora_kernels as pk
 from bench.simulation.cases import ALPHA, RANK
 from bench.simulation.models import sharing_weights
 from bench.simulation.problem import Problem, Values, make_optimizer
+from fed.losses import client_losses
 
+Loss = Callable[[nn.Module, Values], Tensor]
 # Where a value lives in the model: a module and the name of its parameter.
 Slots = Mapping[str, tuple[nn.Module, str]]
 
@@ -24,8 +26,8 @@ Slots = Mapping[str, tuple[nn.Module, str]]
 class ResidentLoop:
     """Trains clients in turn on `model`, whose `slots` take the parameters of the client at work."""
 
-    def __init__(self, model: nn.Module, slots: Slots, problem: Problem) -> None:
-        self.model, self.slots, self.batches = model, slots, problem.batches
+    def __init__(self, model: nn.Module, slots: Slots, problem: Problem, loss: Loss) -> None:
+        self.model, self.slots, self.batches, self.loss = model, slots, problem.batches, loss
         self.clients = [{name: nn.Parameter(start[name].clone()) for name in slots} for start in problem.starts]
         self.optimizers = [make_optimizer(list(client.values())) for client in self.clients]
 
@@ -33,7 +35,7 @@ class ResidentLoop:
         for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
             self._swap_in(client)
             optimizer.zero_grad()
-            self.model(**batch).loss.backward()
+            self.loss(self.model, batch).backward()
             optimizer.step()
 
     def gradients(self) -> list[Values]:
@@ -41,7 +43,7 @@ class ResidentLoop:
         for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
             self._swap_in(client)
             optimizer.zero_grad()
-            self.model(**batch).loss.backward()
+            self.loss(self.model, batch).backward()
             found.append({name: cast(Tensor, parameter.grad) for name, parameter in client.items()})
             optimizer.zero_grad()
         return found
@@ -74,9 +76,20 @@ def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:
     return wrapped, slots | _head_slots(head.modules_to_save["default"], problem.head)
 
 
+def own_loss(model: nn.Module, batch: Values) -> Tensor:
+    """Return the model's own mean loss."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def simulator_loss(model: nn.Module, batch: Values) -> Tensor:
+    """Return the same mean as the simulator takes it."""
+    return client_losses(model, batch, [len(batch["labels"])]).sum()
+
+
 def peft_loop(problem: Problem) -> ResidentLoop:
     """Return the loop over PEFT's layers."""
-    return ResidentLoop(*peft_model(problem), problem)
+    return ResidentLoop(*peft_model(problem), problem, own_loss)
 
 
 def sequential(problem: Problem) -> ResidentLoop:
@@ -87,7 +100,7 @@ def sequential(problem: Problem) -> ResidentLoop:
     for matrix, layer in handle.layers.items():
         slots |= {f"{matrix}.{factor}": (layer, factor) for factor in ("lora_A", "lora_B")}
     head = _head_slots(handle.model.get_submodule(problem.head), problem.head)
-    return ResidentLoop(handle.model, slots | head, problem)
+    return ResidentLoop(handle.model, slots | head, problem, simulator_loss)
 
 
 def _head_slots(module: nn.Module, head: str) -> dict[str, tuple[nn.Module, str]]:

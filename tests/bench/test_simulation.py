@@ -182,7 +182,7 @@ def wrong_by(factor: float) -> Callable[[Problem], Trainer]:
 
     def make(problem: Problem) -> Trainer:
         loop = peft_loop(problem)
-        return Wrong(loop.model, loop.slots, problem)
+        return Wrong(loop.model, loop.slots, problem, loop.loss)
 
     return make
 

@@ -51,7 +51,7 @@ def _run_forward(
     """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
     operands, form = (x, weight, lora_A, lora_B, bias, index), (scales, scale, frozen, keep_s)
     bounds = host_bounds(offsets, x.shape[0]) if offsets.device.type == "cpu" else None
-    if runs_kernels(x) and not merged:
+    if not merged and runs_kernels(x):
         with falling_back("the grouped forward", x):
             from .kernels import grouped_layer
 
@@ -77,7 +77,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     operands, form = (dy, x, weight, lora_A, lora_B, s, index), (scales, scale, frozen)
-    if runs_kernels(dy) and not merged:
+    if not merged and runs_kernels(dy):
         with falling_back("the grouped backward", dy):
             from .kernels import grouped_layer
 

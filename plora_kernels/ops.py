@@ -234,11 +234,11 @@ class _EagerLinear(torch.autograd.Function):
 
 def _watched(*tensors: Tensor) -> bool:
     """Say whether somebody watches operators: a compiler, a dispatch mode or a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors)
-    )
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return True
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def linear(

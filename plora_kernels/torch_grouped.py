@@ -8,6 +8,7 @@ groups with equally many rows, so equal groups take one call and ragged ones a c
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,33 +21,38 @@ from .dropout import keep_mask_of_rows
 
 
 class _Run(NamedTuple):
-    """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`."""
+    """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`; `whole`: all there are.
+
+    A view less counts: beside a small layer's products, a call of torch is not short.
+    """
 
     first: int
     last: int
     row: int
     size: int
-
-    @property
-    def groups(self) -> slice:
-        """The run's groups."""
-        return slice(self.first, self.last)
+    whole: bool
 
     def of(self, rows: Tensor) -> Tensor:
         """Return the run's part of (M, D) as a view (groups, size, D)."""
         count = self.last - self.first
-        return rows.narrow(0, self.row, count * self.size).unflatten(0, (count, self.size))
+        part = rows if self.whole else rows.narrow(0, self.row, count * self.size)
+        return part.view(count, self.size, rows.shape[1])
+
+    def among(self, groups: Tensor) -> Tensor:
+        """Return the run's part of (C, …)."""
+        return groups if self.whole else groups[self.first : self.last]
 
 
-def _runs(bounds: Sequence[int]) -> list[_Run]:
+@functools.lru_cache(maxsize=256)
+def _runs(bounds: tuple[int, ...]) -> tuple[_Run, ...]:
     """Cut groups, given by their bounds (C+1), into runs of equal size."""
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
     runs, first = [], 0
     for size, same in itertools.groupby(sizes):
         last = first + len(list(same))
-        runs.append(_Run(first, last, bounds[first], size))
+        runs.append(_Run(first, last, bounds[first], size, last - first == len(sizes)))
         first = last
-    return runs
+    return tuple(runs)
 
 
 def is_merged(rows: int, groups: int, k: int, n: int, places: int, dtype: torch.dtype, dropout_p: float) -> bool:
@@ -84,15 +90,15 @@ def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequen
     side = rows.new_empty(rows.shape[0], down.shape[2])
     for run in runs:
         part = run.of(side)
-        torch.bmm(run.of(rows), down[run.groups], out=part)
+        torch.bmm(run.of(rows), run.among(down), out=part)
         if index is not None:
-            part.masked_fill_((index[run.groups] < 0)[:, None, :], 0.0)
+            part.masked_fill_((run.among(index) < 0)[:, None, :], 0.0)
     return side
 
 
-def _are_chosen(index: Tensor, rank: int) -> Tensor:
-    """Return which of the R modules each group's index names, (C, R) bool."""
-    return (index[:, :, None] == torch.arange(rank, dtype=index.dtype, device=index.device)).any(1)
+def _are_absent(index: Tensor, rank: int) -> Tensor:
+    """Return which of the R modules each group's index does not name, (C, R) bool."""
+    return (index[:, :, None] != torch.arange(rank, dtype=index.dtype, device=index.device)).all(1)
 
 
 def _keep(
@@ -136,12 +142,13 @@ def forward(
     """
     applied = None if frozen else index  # frozen modules all enter y
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = _runs(bounds)
+    runs = _runs(tuple(bounds))
     if merged:
-        y, mains = x.new_empty(x.shape[0], weight.shape[0]), torch.baddbmm(weight, B, A, alpha=scale)  # (C, N, K)
+        # Transposed, since that is what the long product takes faster.
+        y, mains = x.new_empty(x.shape[0], weight.shape[0]), _adapted(weight.t().contiguous(), A.mT, B.mT, scale)
         for run in runs:
-            _product(run.of(x), mains[run.groups].mT, bias, out=run.of(y))
-        return y, x.new_empty(0)
+            torch.bmm(run.of(x), run.among(mains), out=run.of(y))
+        return y if bias is None else y.add_(bias), x.new_empty(0)
     y = functional.linear(x, weight, bias)
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
@@ -149,20 +156,18 @@ def forward(
     else:
         s = _side_product(x.masked_fill(kept.logical_not_(), 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
         if frozen and index is not None:  # dropout touches the selected modules only
-            plain, chosen = _side_product(x, A.mT, None, runs), _are_chosen(index, A.shape[1])
+            plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
             for run in runs:
-                run.of(s).copy_(torch.where(chosen[run.groups, None, :], run.of(s), run.of(plain)))
+                run.of(s).copy_(torch.where(run.among(absent)[:, None, :], run.of(plain), run.of(s)))
     for run in runs:
-        _add_product_(run.of(y), run.of(s), B[run.groups].mT, scale)
+        _add_product_(run.of(y), run.of(s), run.among(B).mT, scale)
     return y, s if keep_s else x.new_empty(0)
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write left · right + bias into `out`, batched."""
-    if bias is None:
-        torch.bmm(left, right, out=out)
-    else:
-        torch.baddbmm(bias, left, right, out=out)
+def _adapted(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return weight + s · left · right for every group, batched."""
+    product = torch.bmm(left, right)
+    return torch.add(weight, product, alpha=scale, out=product)
 
 
 def backward(
@@ -191,7 +196,7 @@ def backward(
     """
     applied = None if frozen else index
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = _runs(bounds)
+    runs = _runs(tuple(bounds))
     if merged:
         d_x = _merged_input_gradient(dy, weight, A, B, runs, scale) if need_x else dy.new_empty(0)
         d_A, d_B = _merged_factor_gradients(dy, x, A, B, runs, scale, need_A, need_B)
@@ -201,29 +206,33 @@ def backward(
         factor = scale if kept is None else scale / (1 - dropout_p)
         ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
         if ds is not None and need_x:
-            chosen = _are_chosen(index, A.shape[1]) if kept is not None and frozen and index is not None else None
-            d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, chosen)
+            absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
+            d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
         if ds is not None and need_A:
             dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
             d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
         if need_B:
             # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
             d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
-    if need_A:
-        d_A = _at_modules(d_A, index, frozen, lora_A.shape[1]).contiguous()
-    if need_B:
-        d_B = d_B if scales is None else d_B * scales.to(d_B.dtype)[:, None, None]
-        d_B = _at_modules(d_B.mT, index, frozen, lora_A.shape[1]).mT.contiguous()
-    return d_x, d_A, d_B
+    if need_B and scales is not None:
+        d_B = d_B * scales.to(d_B.dtype)[:, None, None]
+    if index is not None and frozen and (need_A or need_B):
+        absent = _are_absent(index, lora_A.shape[1])
+        d_A = d_A.masked_fill_(absent[:, :, None], 0.0) if need_A else d_A
+        d_B = d_B.masked_fill_(absent[:, None, :], 0.0) if need_B else d_B
+    elif index is not None:
+        d_A = _at_modules(d_A, index, lora_A.shape[1]) if need_A else d_A
+        d_B = _at_modules(d_B.mT, index, lora_A.shape[1]).mT if need_B else d_B
+    return d_x, d_A.contiguous(), d_B.contiguous()
 
 
 def _merged_input_gradient(
     dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, runs: Sequence[_Run], scale: float
 ) -> Tensor:
     """Return dx (M, K) = dY_g W_g with W_g = W + s·B_g A_g made anew: cheaper than kept."""
-    d_x, mains = dy.new_empty(dy.shape[0], weight.shape[1]), torch.baddbmm(weight, B, A, alpha=scale)  # (C, N, K)
+    d_x, mains = dy.new_empty(dy.shape[0], weight.shape[1]), _adapted(weight, B, A, scale)  # (C, N, K)
     for run in runs:
-        torch.bmm(run.of(dy), mains[run.groups], out=run.of(d_x))
+        torch.bmm(run.of(dy), run.among(mains), out=run.of(d_x))
     return d_x
 
 
@@ -233,11 +242,11 @@ def _merged_factor_gradients(
     """Return dA (C, W, K) = s·B_gᵀ G_g and dB (C, N, W) = s·G_g A_gᵀ by W_g's own gradient G_g = dY_gᵀ x_g (N, K)."""
     d_A, d_B = dy.new_empty(0), dy.new_empty(0)  # an operator's outputs may not alias
     if need_A or need_B:
-        gradient = dy.new_empty(A.shape[0], dy.shape[1], x.shape[1])
+        transposed = dy.new_empty(A.shape[0], x.shape[1], dy.shape[1])  # (C, K, N): xᵀ dY runs faster than dYᵀ x
         for run in runs:
-            torch.bmm(run.of(dy).mT, run.of(x), out=gradient[run.groups])
-        d_A = _scaled_product(B.mT, gradient, scale) if need_A else d_A
-        d_B = _scaled_product(gradient, A.mT, scale) if need_B else d_B
+            torch.bmm(run.of(x).mT, run.of(dy), out=run.among(transposed))
+        d_A = torch.bmm(B.mT, transposed.mT).mul_(scale) if need_A else d_A
+        d_B = torch.bmm(transposed.mT, A.mT).mul_(scale) if need_B else d_B
     return d_A, d_B
 
 
@@ -260,7 +269,7 @@ def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[_Run], groups: i
     """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D): zero for a group without rows."""
     out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
     for run in runs:
-        _add_product_(out[run.groups], run.of(thin).mT, run.of(wide), scale, beta=0)
+        _add_product_(run.among(out), run.of(thin).mT, run.of(wide), scale, beta=0)
     return out
 
 
@@ -273,36 +282,29 @@ def _input_gradient(
     scale: float,
     factor: float,
     kept: Tensor | None,
-    chosen: Tensor | None,
+    absent: Tensor | None,
 ) -> Tensor:
-    """Return dx (M, K) = dY W + s·dS_g A_g, where `kept` drops what the `chosen` modules (None: all) add.
+    """Return dx (M, K) = dY W + s·dS_g A_g, where `kept` drops what modules that are not `absent` (C, R) add.
 
     `factor` is s, over 1−p under dropout.
     """
     d_x = dy @ weight
     for run in runs:
-        part, out, A_run = run.of(ds), run.of(d_x), A[run.groups]
+        part, out, A_run = run.of(ds), run.of(d_x), run.among(A)
         if kept is None:
             _add_product_(out, part, A_run, scale)
             continue
-        rest = None if chosen is None else chosen[run.groups, None, :]
-        low = _scaled_product(part if rest is None else part.masked_fill(~rest, 0.0), A_run, factor)
+        rest = None if absent is None else run.among(absent)[:, None, :]
+        low = _scaled_product(part if rest is None else part.masked_fill(rest, 0.0), A_run, factor)
         low.mul_(run.of(kept))
         if rest is not None:
-            _add_product_(low, part.masked_fill(rest, 0.0), A_run, scale)
+            _add_product_(low, part.masked_fill(~rest, 0.0), A_run, scale)
         out.add_(low)
     return d_x
 
 
-def _at_modules(gradient: Tensor, index: Tensor | None, frozen: bool, rank: int) -> Tensor:
-    """Return (C, R, D) with zeros for modules no index names.
-
-    Frozen, `gradient` holds a row for each module; folded, row t of it is module index[t].
-    """
-    if index is None:
-        return gradient
-    if frozen:
-        return gradient.masked_fill_(~_are_chosen(index, rank)[:, :, None], 0.0)
+def _at_modules(gradient: Tensor, index: Tensor, rank: int) -> Tensor:
+    """Return (C, R, D) with row t of `gradient` (C, W, D) at module index[t], and zeros for modules no index names."""
     # One spare row takes what belongs to no module, so that no place has to be read on the host.
     out = gradient.new_zeros(gradient.shape[0], rank + 1, gradient.shape[2])
     groups = torch.arange(index.shape[0], device=index.device)[:, None]

@@ -99,8 +99,9 @@ class Cohort:
             matrix: _mask([job.start.selected[matrix] for job in self.jobs], factors[f"A/{matrix}"])
             for matrix in work.handle.layers
         }
-        rates = [job.learning_rate for job in self.jobs]
-        self.optimizer = StackedOptimizer(self.stacked, settings, rates, self._trained())
+        rates, trained = [job.learning_rate for job in self.jobs], self._trained()
+        self.untrained = None if trained is None else ~trained
+        self.optimizer = StackedOptimizer(self.stacked, settings, rates, trained)
         self.saved = SavedTensors(work.model, (self.stacked.values, *self.fixed.values()))
 
     def _trained(self) -> Tensor | None:
@@ -150,6 +151,8 @@ class Cohort:
         count, most = len(span.sizes), self.settings.max_grad_norm
         penalty = span.penalty()
         self.stacked.differentiate((losses if penalty is None else losses + penalty).sum(), span.trained)
+        if self.untrained is not None:
+            self.stacked.gradients[:count].masked_fill_(self.untrained[:count], 0.0)
         if most > 0:
             self.stacked.clip_(count, most)
         self.optimizer.step(count)
@@ -192,8 +195,9 @@ class Span:
         self._rows = pk.RowGroups(self.sizes)
         scales = [plan.job.start.scale for plan in self._plans]
         self._groups = {}
-        for matrix in cohort.work.handle.layers:
-            mask = cohort.masks[matrix]
+        for matrix, layer in cohort.work.handle.layers.items():
+            # Dropout alone has to know who is selected; elsewhere one mask over all gradients costs less.
+            mask = cohort.masks[matrix] if layer.dropout else None
             selected = None if mask is None else mask[:count]
             A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
             self._groups[matrix] = pk.GroupModules.of(self._rows, A, B, selected, scale=scales)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+import plora_kernels as pk
 
 
 class StackedLinear(nn.Module):
@@ -20,24 +21,12 @@ class StackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
         super().__init__()
         # Plain attributes: as parameters they would no longer be the leaves the caller holds gradients of.
-        self._operands, self._sizes = (weight, bias), tuple(sizes)
+        self._operands, self._rows = (weight, bias), pk.RowGroups(sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (samples, …, N)."""
         weight, bias = self._operands
-        outputs, sample, client = [], 0, 0
-        for size, same in itertools.groupby(self._sizes):
-            count = len(list(same))
-            rows = x[sample : sample + count * size].reshape(count, -1, x.shape[-1])
-            own = slice(client, client + count)
-            product = (
-                torch.bmm(rows, weight[own].mT)
-                if bias is None
-                else torch.baddbmm(bias[own, None], rows, weight[own].mT)
-            )
-            outputs.append(product.reshape(count * size, *x.shape[1:-1], weight.shape[1]))
-            sample, client = sample + count * size, client + count
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._rows.product(x, weight.mT, bias)
 
 
 class OneByOne(nn.Module):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .backend import runs_kernels
 from .errors import ConfigError, ShapeError
 from .functional import grouped_with_index
 from .group_checks import (
@@ -19,6 +20,8 @@ from .group_checks import (
     group_scales,
     group_seeds,
 )
+
+THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
 
 
 class RowGroups:
@@ -64,6 +67,20 @@ class RowGroups:
             bounds = [0, *itertools.accumulate(size * each for size in self.sizes)]
             self._offsets[key] = torch.tensor(bounds).to(x.device, non_blocking=True)
         return self._offsets[key]
+
+    def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y_g = x_g · weights_g + bias, (samples, …, N), for x (samples, …, K) and weights (C, K, N).
+
+        `bias` is (N,), or (C, N) for one a group, or None. Neighbouring groups of one size run as one batched product.
+        """
+        runs = [(size, len(list(same))) for size, same in itertools.groupby(self.sizes)]
+        if len(runs) == 1:  # whole tensors: a slice's gradient would be a copy
+            return _batched(x, weights, bias, self.sizes[0])
+        counts = [count for _, count in runs]
+        parts, owned = x.split([size * count for size, count in runs]), weights.split(counts)
+        biases = (bias,) * len(runs) if bias is None or bias.dim() == 1 else bias.split(counts)
+        together = zip(parts, owned, biases, runs, strict=True)
+        return torch.cat([_batched(part, own, shift, size) for part, own, shift, (size, _) in together])
 
     def numbers(self, x: Tensor) -> Tensor | None:
         """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
@@ -135,6 +152,8 @@ class GroupModules:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (…, N) for x (samples, …, K)."""
+        if self._is_small(x, weight):
+            return self._by_weights(x, weight, bias)
         return grouped_with_index(
             x,
             weight,
@@ -150,3 +169,35 @@ class GroupModules:
             self.dropout_seeds,
             self.rows.numbers(x) if self.dropout_p else None,
         )
+
+    def _is_small(self, x: Tensor, weight: Tensor) -> bool:
+        """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
+
+        Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and
+        its gradient, for m rows a group. On CPU thin products run at half the speed of the others. A weight of half
+        precision would lose what is added to it.
+        """
+        if self.index is not None or self.dropout_p or x.dtype.itemsize < 4 or runs_kernels(x):
+            return False
+        if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == self.lora_A.dtype:
+            return False
+        (n, k), rank, groups = weight.shape, self.lora_A.shape[1], len(self.rows)
+        rows = math.prod(x.shape[:-1])
+        return rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
+
+    def _by_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y by every group's own W_g, whose gradient autograd takes apart: G_g = dY_gᵀ x_g, dB_g = s G_g A_gᵀ."""
+        scaled = self.lora_B if self.scales is None else self.lora_B * self.scales.to(self.lora_B.dtype)[:, None, None]
+        weights = torch.baddbmm(weight, scaled, self.lora_A, alpha=self.scale)  # (C, N, K)
+        return self.rows.product(x, weights.mT, bias)
+
+
+def _batched(x: Tensor, weights: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """Return x_g · weights_g + bias for groups of `size` samples each."""
+    count, _, width = weights.shape
+    rows = x.reshape(count, -1, x.shape[-1]) if size else x.new_empty(count, 0, x.shape[-1])
+    if bias is None:
+        product = torch.bmm(rows, weights)
+    else:
+        product = torch.baddbmm(bias if bias.dim() == 1 else bias[:, None], rows, weights)
+    return product.reshape(count * size, *x.shape[1:-1], width)

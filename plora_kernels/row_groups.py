@@ -112,6 +112,7 @@ class GroupModules:
     scales: Tensor | None
     dropout_p: float = 0.0
     dropout_seeds: Tensor | None = field(default=None, repr=False)
+    _small: dict[object, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -177,16 +178,24 @@ class GroupModules:
         its gradient, for m rows a group. On CPU thin products run at half the speed of the others. A weight of half
         precision would lose what is added to it.
         """
-        if self.index is not None or self.dropout_p or x.dtype.itemsize < 4 or runs_kernels(x):
+        if self.index is not None or self.dropout_p or torch.is_autocast_enabled(x.device.type):
             return False
-        if torch.is_autocast_enabled(x.device.type) or not x.dtype == weight.dtype == self.lora_A.dtype:
-            return False
-        (n, k), rank, groups = weight.shape, self.lora_A.shape[1], len(self.rows)
-        rows = math.prod(x.shape[:-1])
-        return rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
+        key = x.shape, x.dtype, weight.dtype, weight.requires_grad
+        if key not in self._small:
+            (n, k), rank, groups = weight.shape, self.lora_A.shape[1], len(self.rows)
+            rows = math.prod(x.shape[:-1])
+            alike = x.dtype == weight.dtype == self.lora_A.dtype == self.lora_B.dtype and x.dtype.itemsize >= 4
+            fits = (
+                x.shape[-1] == k
+                and not weight.requires_grad
+                and (not self.rows.samples or rows % self.rows.samples == 0)
+            )
+            pays = rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
+            self._small[key] = alike and fits and pays and not runs_kernels(x)  # else the operator says what is wrong
+        return self._small[key]
 
     def _by_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return y by every group's own W_g, whose gradient autograd takes apart: G_g = dY_gᵀ x_g, dB_g = s G_g A_gᵀ."""
+        """Return y by every group's own W_g, whose gradient autograd takes apart: dB_g = s·dY_gᵀ x_g A_gᵀ."""
         scaled = self.lora_B if self.scales is None else self.lora_B * self.scales.to(self.lora_B.dtype)[:, None, None]
         weights = torch.baddbmm(weight, scaled, self.lora_A, alpha=self.scale)  # (C, N, K)
         return self.rows.product(x, weights.mT, bias)

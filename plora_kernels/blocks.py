@@ -195,16 +195,29 @@ def candidates(shape: ShapeClass, capability: int) -> tuple[Blocks, ...]:
     return tuple(dict.fromkeys((default, *_variants(shape, capability))))
 
 
+def _shared_bytes(capability: int) -> int:
+    """Return the shared memory a block of programs may take, less what the compiler keeps for itself.
+
+    sm_90, sm_100 and sm_103 have 227 KiB, sm_80 and sm_87 163, sm_86, sm_89 and sm_12x 99; AMD's gfx942 (0) has 64.
+    """
+    if capability in (90, 100, 103):
+        return 227_000
+    if capability in (80, 87):
+        return 160_000
+    return 99_000 if capability > 80 else 64_000
+
+
 def _variants(shape: ShapeClass, capability: int) -> Iterator[Blocks]:
+    limit = min(200_000, _shared_bytes(capability))
     itemsize = 4 if shape.dtype == "float32" else 2
     if shape.op in ("forward", "input_gradient"):
         yield from _matmul_variants(shape, capability, itemsize)
     elif shape.op == "side_product":
         for block_m, block_k, stages in product((16, 32, 64, 128), (64, 128), (3, 4, 5)):
-            if block_m <= tile(shape.m, 128) and itemsize * block_k * (block_m + 64) * stages <= 200_000:
+            if block_m <= tile(shape.m, 128) and itemsize * block_k * (block_m + 64) * stages <= limit:
                 yield SideBlocks(block_m, block_k, tile(shape.r, 64), 4, stages)
     elif shape.op in ("output_gradient", "factor_gradient"):
-        yield from _gradient_variants(shape, capability)
+        yield from _gradient_variants(shape, capability, itemsize)
     else:
         default = default_blocks(shape, capability, aligned=True)
         assert isinstance(default, FoldBlocks)
@@ -218,7 +231,6 @@ def _matmul_variants(shape: ShapeClass, capability: int, itemsize: int) -> Itera
     assert isinstance(default, MatmulBlocks)
     yield replace(default, design="algebra")
     designs = KERNEL_DESIGNS if 90 <= capability < 120 else ("tile",)
-    limit = 227_000 if capability in (90, 100, 103) else 160_000
     tiles = (
         (16, 32),
         (16, 64),
@@ -236,17 +248,21 @@ def _matmul_variants(shape: ShapeClass, capability: int, itemsize: int) -> Itera
             continue
         block_r = tile(shape.r, 64)
         side = block_r if design in ("tile", "persistent") else 0
-        if itemsize * block_k * (block_m + block_n + side) * stages > limit or block_k * itemsize < 64:
+        if itemsize * block_k * (block_m + block_n + side) * stages > _shared_bytes(capability):
+            continue
+        if block_k * itemsize < 64:
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
 
 
-def _gradient_variants(shape: ShapeClass, capability: int) -> Iterator[Blocks]:
+def _gradient_variants(shape: ShapeClass, capability: int, itemsize: int) -> Iterator[Blocks]:
     default = default_blocks(shape, capability, aligned=True)
     assert isinstance(default, OutputGradientBlocks | GradientBlocks)
     for block_m, columns, splits, stages in product((32, 64, 128), (64, 128, 256), (1, 2, 4, 8, 16, 32), (2, 3, 4)):
         if columns > tile(shape.d_in, 256) or splits > max(1, shape.m // 256):
+            continue
+        if itemsize * block_m * (columns + default.block_r) * stages > _shared_bytes(capability):
             continue
         changed = {"block_m": block_m, "splits": splits, "num_stages": stages, "num_warps": 4 if columns < 256 else 8}
         if isinstance(default, GradientBlocks):

@@ -10,7 +10,18 @@ import torch
 
 import plora_kernels as pk
 from plora_kernels import configs
-from plora_kernels.blocks import OPS, FoldBlocks, MatmulBlocks, ShapeClass, candidates, default_blocks
+from plora_kernels.blocks import (
+    OPS,
+    Blocks,
+    FoldBlocks,
+    GradientBlocks,
+    MatmulBlocks,
+    OutputGradientBlocks,
+    ShapeClass,
+    SideBlocks,
+    candidates,
+    default_blocks,
+)
 from plora_kernels.tables import Entry, Table, device_key, load_table, save_table, user_folder
 
 GPU = torch.device("cuda", 0)
@@ -115,3 +126,25 @@ def test_candidates_begin_with_the_default_and_do_not_repeat(op: str, capability
         found = candidates(shape, capability)
         assert found[0] == default_blocks(shape, capability, True)
         assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("capability", "kibibytes"), [(0, 64), (75, 64), (80, 163), (86, 99), (90, 227), (120, 99)])
+def test_what_candidates_hold_in_shared_memory_fits_the_device(capability: int, kibibytes: int, dtype: str) -> None:
+    def held(blocks: Blocks) -> int:
+        """Return the elements of the two large tiles a program has on their way, in all stages."""
+        if isinstance(blocks, MatmulBlocks):
+            return (blocks.block_m + blocks.block_n) * blocks.block_k * blocks.num_stages
+        if isinstance(blocks, SideBlocks):
+            return (blocks.block_m + blocks.block_r) * blocks.block_k * blocks.num_stages
+        if isinstance(blocks, GradientBlocks):
+            return (blocks.block_d + blocks.block_r) * blocks.block_m * blocks.num_stages
+        if isinstance(blocks, OutputGradientBlocks):
+            return (blocks.block_n + blocks.block_r) * blocks.block_m * blocks.num_stages
+        return 0
+
+    itemsize = 4 if dtype == "float32" else 2
+    for op in OPS:
+        for blocks in candidates(ShapeClass(op, dtype, 8192, 4096, 4096, 64), capability)[1:]:
+            kernels = not isinstance(blocks, MatmulBlocks) or blocks.design != "algebra"
+            assert not kernels or itemsize * held(blocks) <= 1024 * kibibytes, blocks

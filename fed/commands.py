@@ -11,7 +11,7 @@ import fed.config as configuration
 from fed.errors import INTERRUPTED, FedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fed.data import FederatedData
     from fed.grid import Plan
     from fed.rundir import RunDirectory
+    from fed.small_model import Recipe
 
 
 def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int:
@@ -73,6 +74,46 @@ def resume(out: Path, centralised: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(out, screen)
     return _reported(out, screen, began)
+
+
+def pretrain(path: str, text: str, left_out: Sequence[str], recipe: Recipe, out: Path, threads: int) -> int:
+    """Make a small language model of the rows at `path`, written as `text` says; return the exit status."""
+    from fed import execute, small_model, texts
+    from fed.console import Screen
+    from fed.rundir import RunDirectory
+    from fed.sources import read_local
+
+    began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite=False)
+    written = texts.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
+    try:
+        with execute.limits(threads), directory:
+            with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
+                numbers, tokens = small_model.make(
+                    written, recipe, directory.path, lambda step, loss: advance(step, f"training loss {loss:.3f}")
+                )
+            directory.place()
+            directory.keep()
+    except KeyboardInterrupt:
+        screen.warn("interrupted: nothing is left of this model")
+        return INTERRUPTED
+    screen.say(f"{len(written)} texts of {tokens} tokens; a model of {numbers} numbers: --set model.path={out}")
+    screen.say(f"done in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def noise(directory: Path) -> None:
+    """Measure every way to start clients after a run, print what came out and leave it in the run's directory."""
+    from fed import execute, initialisation
+    from fed.console import Screen
+    from fed.publish import publish_initialisation
+    from fed.report import read
+
+    screen, run = Screen(), read(directory)
+    with execute.limits(run.config.threads), screen.wait("starting every client in every way"):
+        found = initialisation.measure(directory, screen.warn)
+    screen.table(initialisation.table(found))
+    written = publish_initialisation(run, found, directory)
+    screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
 
 
 def _interrupted(out: Path, screen: Screen) -> int:

@@ -33,7 +33,7 @@ def build(config: RunConfig, data: FederatedData) -> nn.Module:
     language model for instructions, else with a classification head for `data.label_names`. Raises FedError where
     there is no usable checkpoint.
     """
-    with _quiet():
+    with quiet():
         if config.model.path is None:
             model: nn.Module = _embedded_vit(config, data)
         elif config.data.task == "instruction":
@@ -68,7 +68,7 @@ def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progres
 
 def save(model: Any, config: RunConfig, directory: Path) -> None:
     """Save a base model in transformers' format, with the tokenizer of the checkpoint it came from."""
-    with _quiet():
+    with quiet():
         if config.model.path is not None:
             load_tokenizer(config).save_pretrained(directory)
         model.save_pretrained(directory)
@@ -78,7 +78,7 @@ def reopen(directory: Path) -> nn.Module:
     """Load a base model that `save` wrote, bit for bit as it was: CPU, its own dtype and labels."""
     import transformers
 
-    with _quiet(), _failing_as(f"the base model in {str(directory)!r} does not load"):
+    with quiet(), _failing_as(f"the base model in {str(directory)!r} does not load"):
         architecture = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         kind = getattr(transformers, architecture.architectures[0])
         model: nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype="auto")
@@ -102,7 +102,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
     path = _checkpoint(config)
-    with _quiet(), _failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
+    with quiet(), _failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one of nothing
         raise FedError(f"model.path is {str(path)!r}: its tokenizer knows no words; its files should lie there")
@@ -129,7 +129,7 @@ def require_positions(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
     path = _checkpoint(config)
-    with _quiet(), _failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
+    with quiet(), _failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
         architecture = AutoConfig.from_pretrained(path, local_files_only=True)
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
@@ -226,7 +226,7 @@ def _failing_as(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' notices and progress bars off the terminal inside."""
     from transformers.utils import logging
 

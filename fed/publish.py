@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fed import curves, heatmaps, pictures, wording
 from fed.comparison import Comparison, as_json
 from fed.grid import settings_of
 from fed.heatmaps import similarity_panels
+from fed.initialisation import Start, table
 from fed.metrics import COST, NOISE, OUTCOME
 from fed.page import Section, page
-from fed.report import read, summary
+from fed.report import Run, population, read, summary, task_name
 
 PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
 
@@ -42,6 +46,36 @@ def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
         _write(wording.as_markdown(comparison, [path.name for path in drawn]), directory / MARKDOWN),
         _write(comparison_page(comparison), directory / PAGE),
     ]
+
+
+def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) -> list[Path]:
+    """Write how far clients start from the server as `initialisation.json` and `initialisation.md`."""
+    config = run.config
+    facts = {
+        "task": task_name(config),
+        "population": population(config),
+        "seed": config.seed,
+        "after_round": run.rows[-1]["round"],
+        "starts": [asdict(start) for start in found],
+    }
+    return [
+        _write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", directory / "initialisation.json"),
+        _write(initialisation_markdown(facts), directory / "initialisation.md"),
+    ]
+
+
+def initialisation_markdown(facts: dict[str, Any]) -> str:
+    """Return what `initialisation.json` holds as Markdown."""
+    found = [Start(**values) for values in facts["starts"]]
+    return (
+        f"# How far clients start from the server: {facts['task']}\n\n"
+        f"{facts['population']}; seed {facts['seed']}, after round {facts['after_round']}.\n\n"
+        f"{wording.markdown_table(table(found))}\n\n"
+        "‖ΔW_i(start) − ΔW_server‖_F over all matrices, mean over all clients, in fp64 on what the layers really\n"
+        "hold; *of ΔW*: divided by ‖ΔW_server‖_F. Base and factors are cast to the dtype first, and every line starts\n"
+        "from the same ΔW. Fed-PLoRA's clients get all R modules and train r_i; those of FlexLoRA and raFLoRA get the\n"
+        "best approximation of rank r_i, those of HETLoRA the first r_i modules, as FedIT's would if they were cut.\n"
+    )
 
 
 def comparison_page(comparison: Comparison) -> str:

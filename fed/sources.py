@@ -73,9 +73,9 @@ def read(config: RunConfig) -> Rows:
     """Return the rows of the source a configuration names; FedError, one line, where they cannot be had."""
     data = config.data
     if data.name == "files":
-        return _with_test(_local(data.path or "", "data.path"), data)
+        return _with_test(read_local(data.path or "", "data.path"), data)
     if data.name in _RENAMED and data.path is not None and Path(data.path).exists():
-        return _renamed(_local(data.path, "data.path", stem="task", asked=data.tasks), data.name)
+        return _renamed(read_local(data.path, "data.path", stem="task", asked=data.tasks), data.name)
     return _from_library(data)
 
 
@@ -105,10 +105,13 @@ def _object(line: str, place: str) -> Row:
     return row
 
 
-def _local(name: str, key: str, stem: str = "file", asked: Sequence[str] = ()) -> Rows:
-    """Rows of a file, or of all files of a folder; then the column `stem` says which one a row stands in.
+def read_local(
+    name: str, key: str, stem: str = "file", asked: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> Rows:
+    """Return the rows of a file, or of all files of a folder; then the column `stem` says which one a row stands in.
 
-    With `asked` only the files called so are read.
+    With `asked` only the files called so are read, and those of `left_out` are not. Raises FedError, which names the
+    path by `key`, where they cannot be read.
     """
     path = Path(name)
     if not path.exists():
@@ -118,8 +121,11 @@ def _local(name: str, key: str, stem: str = "file", asked: Sequence[str] = ()) -
     files = sorted(file for file in path.iterdir() if file.suffix in _KINDS)
     if not files:
         raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_KINDS)} file")
-    if asked:
-        files = [files[index] for index in _of_tasks([file.stem for file in files], asked)]
+    stems = [file.stem for file in files]
+    chosen = set(_of_tasks(stems, asked) if asked else range(len(files))) - set(_of_tasks(stems, left_out, "--without"))
+    if not chosen:
+        raise FedError(f"{key} is {name!r}: no file is left of {_some(stems)}")
+    files = [files[index] for index in sorted(chosen)]
     found = [(file.stem, _file(file, key)) for file in files]
     rows = [{stem: part, **row} for part, piece in found for row in piece.rows]
     return Rows(rows, [place for _, piece in found for place in piece.places])
@@ -137,7 +143,7 @@ def _file(path: Path, key: str) -> Rows:
 def _with_test(rows: Rows, data: DataConfig) -> Rows:
     if data.test_path is None:
         return rows
-    test = _local(data.test_path, "data.test_path")
+    test = read_local(data.test_path, "data.test_path")
     return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
 
 
@@ -148,12 +154,12 @@ def _renamed(rows: Rows, name: str) -> Rows:
     return replace(rows, rows=renamed)
 
 
-def _of_tasks(names: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """Indices of the rows whose task is asked for; FedError where one asked for is not there."""
+def _of_tasks(names: Sequence[str], asked: Sequence[str], key: str = "data.tasks") -> list[int]:
+    """Indices of the names that are asked for; FedError where one asked for is not there."""
     found = sorted(set(names))
     for task in asked:
         if not any(_is_task(name, task) for name in found):
-            raise FedError(f"data.tasks names {task!r}; there are {_some(found)}")
+            raise FedError(f"{key} names {task!r}; there are {_some(found)}")
     wanted = {name for name in found if any(_is_task(name, task) for task in asked)}
     return [index for index, name in enumerate(names) if name in wanted]
 

@@ -82,19 +82,20 @@ def instruction_table(
     return InstructionTable(tokens, prompts, answers, tokenizer, data.max_new_tokens, data.generated_rows)
 
 
-def fill_in(prompt: str, rows: Rows) -> list[str]:
+def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:
     """Return the prompt of every row: {column} gives way to its value; a line whose columns are all empty goes.
 
-    Raises FedError where the prompt names no column, or one that no row has, and where a value is not a string.
+    Raises FedError, which names the prompt by `key`, where it names no column, or one that no row has, and where a
+    value is not a string.
     """
     columns = list(dict.fromkeys(_COLUMN.findall(prompt)))
     if not columns:
-        raise FedError(f"data.prompt is {prompt!r}: it should name a column in braces, e.g. '{{instruction}}'")
+        raise FedError(f"{key} is {prompt!r}: it should name a column in braces, e.g. '{{instruction}}'")
     for column in columns:
         if not any(column in row for row in rows.rows):
             there = ", ".join(rows.rows[0])
-            raise FedError(f"data.prompt names {{{column}}}; the columns of {rows.places[0]} are {there}")
-    values = [rows.column("data.prompt", column, empty=True) for column in columns]
+            raise FedError(f"{key} names {{{column}}}; the columns of {rows.places[0]} are {there}")
+    values = [rows.column(key, column, empty=True) for column in columns]
     return [
         _filled(prompt, dict(zip(columns, found, strict=True)), place)
         for place, *found in zip(rows.places, *values, strict=True)

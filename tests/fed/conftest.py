@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fed.small_model import Recipe, make
 from tests.support.command_line import Outcome
 from tests.support.text_data import PROMPT, instructions
-from tests.support.tiny_llama import make_tiny_llama
 
 
 @pytest.fixture
@@ -49,5 +49,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal language model that has read a few sentences on animals."""
+    directory = tmp_path_factory.mktemp("llama")
     texts = [PROMPT.format(**row) + row["output"] for row in instructions(24)]
-    return make_tiny_llama(tmp_path_factory.mktemp("llama"), texts, hidden=32, layers=1, vocabulary=400, steps=60)
+    recipe = Recipe(layers=1, width=32, vocabulary=400, length=64, steps=60, batch_size=8)
+    make(texts, recipe, directory)
+    return directory

@@ -20,7 +20,7 @@ import torch
 
 from bench.clients_table import KIND
 from bench.environment import commit_of, device_slug, environment
-from bench.live import peak_process_bytes, tensor_bytes
+from bench.live import tensor_bytes
 from bench.results import ResultsError, write_text
 from bench.workers import outcomes
 
@@ -77,6 +77,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     from fed.config import load
     from fed.execute import limits
     from fed.federation import Federation
+    from fed.footprint import peak_bytes
     from fed.local import adapted
     from fed.store import ClientStore
 
@@ -105,7 +106,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
             seconds_per_round=median(clock[2:]),  # rows 0 and 1 warm up
             cpu_seconds_per_round=median(cpu[2:]),
             tensor_bytes=tensor_bytes(),
-            process_bytes=peak_process_bytes(),
+            process_bytes=peak_bytes(work.device),
             kept_bytes=kept_bytes(standing),
         )
 

@@ -43,7 +43,7 @@ class _Table(BaseModel):
 
 
 class RunConfig(_Table):
-    """Everything a run depends on: the same configuration gives the same files, time fields apart.
+    """Everything a run depends on: the same configuration gives the same files, times and peak memory apart.
 
     `threads` is how many torch computes with on the CPU; 0 leaves it to torch. A checkpoint to go on from is saved
     after every `checkpoint_every`-th round, never if 0. `tracker` names where rows go besides.

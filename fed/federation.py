@@ -18,6 +18,7 @@ from fed.cohorts import Cohorts
 from fed.cost import download_bytes, stack_bytes, upload_bytes
 from fed.data import FederatedData
 from fed.evaluate import evaluate, evaluate_held_out
+from fed.footprint import peak_bytes, restart_peak
 from fed.local import Job, Workplace, fault, module_gradients, started, train
 from fed.noise import agg_noise, agg_noise_module, end_factors, factor_noise, start_noise
 from fed.personal import accuracy_for, labels_of
@@ -117,6 +118,7 @@ class Federation:
 
     def round(self, before: Standing) -> Round:
         """Play one round."""
+        restart_peak(self.work.device)
         visits = self.visits(before, drawn(self.config, before.clients, before.server.round + 1))
         usable = [visit for visit in visits if visit.fault is None]
         updates = [visit.update for visit in usable]
@@ -263,6 +265,7 @@ class Federation:
             **_footprint(visits),
             "fold_seconds": sum(visit.fold_seconds for visit in visits),
             "train_seconds": sum(visit.train_seconds for visit in visits),
+            "peak_memory_bytes": peak_bytes(self.work.device) if self.config.measure.memory else None,
             "cohort_size": self.cohorts.size if visits and self.config.execution == "cohort" else None,
             "client_accuracy": accuracies,
             "worst_accuracy": min(accuracies) if accuracies else None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fed.training_config import TrainConfig
 
 MIB = 2**20
+STATUS = Path("/proc/self/status")
 
 
 class SavedTensors:
@@ -50,6 +53,28 @@ class SavedTensors:
         if storage.data_ptr() not in self._own:
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
+
+
+def restart_peak(device: torch.device) -> None:
+    """Begin anew what `peak_bytes` looks back on; only CUDA can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory in use: on CUDA what torch allocated since `restart_peak`, else what the process ever had.
+
+    The process's is the kernel's figure where /proc holds it: getrusage's begins with that of the parent process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        peak = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

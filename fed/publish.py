@@ -15,7 +15,7 @@ from fed.heatmaps import similarity_panels
 from fed.initialisation import Start, table
 from fed.metrics import COST, NOISE, OUTCOME
 from fed.page import Section, page
-from fed.report import Run, population, read, summary, task_name
+from fed.report import Run, memory_in_use, population, read, summary, task_name
 
 PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
 
@@ -31,7 +31,7 @@ def publish_run(directory: Path) -> list[Path]:
         Section("Settings", code=f"seed = {run.config.seed}\n{settings}"),
     ]
     lead = "Round 0 is the unadapted model; noise is measured on effective weights, in fp64."
-    document = page(pictures.headline(run.config), lead, sections)
+    document = page(pictures.headline(run.config), f"{lead} {memory_in_use(run)}".strip(), sections)
     drawn = [pictures.draw(directory), heatmaps.draw(directory)]
     return [*(path for path in drawn if path is not None), _write(document, directory / PAGE)]
 

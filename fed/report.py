@@ -79,6 +79,12 @@ def summary(run: Run) -> list[tuple[str, ...]]:
     return lines
 
 
+def memory_in_use(run: Run) -> str:
+    """Say how much memory a run took, in one sentence; nothing where it was not measured."""
+    peaks = [row["peak_memory_bytes"] for row in run.rows if row.get("peak_memory_bytes")]
+    return f"At most {max(peaks) / 1e6:.0f} MB of memory were in use." if peaks else ""
+
+
 def markdown(run: Run) -> str:
     """Return the summary as a Markdown table."""
     heading, *lines = summary(run)

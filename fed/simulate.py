@@ -54,16 +54,16 @@ def simulate(
     `config.checkpoint_every`-th round and the last, `directory/checkpoint` holds all that is needed to go on. With
     `resume` the run goes on from there, given the same configuration (more rounds are fine), data and base model: rows
     of rounds after the checkpoint are dropped and played again, and all files come out as those of a run that was never
-    stopped, times apart. The rows returned are all of the run's; `on_round` gets the new ones alone. Raises FedError
-    where there is no checkpoint, or one of another configuration.
+    stopped, times and peak memory apart. The rows returned are all of the run's; `on_round` gets the new ones alone.
+    Raises FedError where there is no checkpoint, or one of another configuration.
 
     A row holds round and the metrics of `fed.evaluate.evaluate_held_out`; init_noise, agg_noise, agg_noise_module, and
     factor_noise with its parts factor_noise_A and factor_noise_B; upload_bytes and download_bytes; trainable_parameters
     (mean over the round's clients), optimizer_bytes and activation_bytes (of the client that needs most); fold_seconds
-    and train_seconds; cohort_size, where clients train together; client_accuracy and worst_accuracy; the ids of the
-    round's clients, the steps each trained, and those skipped. What nothing was there to measure, or was not to be
-    measured, is None, and so is a metric that is not finite. `directory/similarity` holds the cosines between modules
-    in the first and the last round.
+    and train_seconds; peak_memory_bytes (`fed.footprint.peak_bytes`); cohort_size, where clients train together;
+    client_accuracy and worst_accuracy; the ids of the round's clients, the steps each trained, and those skipped. What
+    nothing was there to measure, or was not to be measured, is None, and so is a metric that is not finite.
+    `directory/similarity` holds the cosines between modules in the first and the last round.
     """
     lasting = config.checkpoint_every > 0
     with (

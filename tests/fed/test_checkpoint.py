@@ -13,7 +13,7 @@ import pytest
 from fed import checkpoint, methods
 from fed.errors import FedError
 from fed.simulate import simulate
-from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
+from tests.support.tiny_federation import HEAD, MEASURED, TinyClassifier, make_config, make_data
 
 HARD = {"server": {"optimizer": "fedadam"}, "adapter": {"selection": "least-visited"}, "train": {"head": "personal"}}
 CASES = [(name, {}) for name in methods.METHODS] + [("fed-plora", HARD), ("hetlora", {"hetlora": {"prune": True}})]
@@ -38,7 +38,7 @@ def run(config: SimpleNamespace, directory: Path, stop_after: int | None = None,
 
 def timeless(directory: Path) -> list[dict]:
     rows = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.endswith(MEASURED)} for row in rows]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

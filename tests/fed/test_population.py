@@ -13,7 +13,7 @@ from fed import methods
 from fed.config import load, parse
 from fed.errors import FedError
 from fed.federation import Federation
-from fed.footprint import Estimate, estimate, ranks_within
+from fed.footprint import Estimate, estimate, peak_bytes, ranks_within, restart_peak
 from fed.local import adapted
 from fed.population import drawn, learning_rate, local_steps, populate
 from fed.simulate import simulate
@@ -153,6 +153,22 @@ def test_the_estimate_by_hand(optimizer: tuple[str, float, int]) -> None:
     with adapted(config, TinyClassifier(), HEAD) as work:
         frozen = make_config(train={"optimizer": name, "momentum": momentum}, adapter={"unselected": "frozen"})
         assert estimate(work, frozen, make_data().clients[0]).fixed_bytes == need.fixed_bytes + 6 * 34 * 4
+
+
+def test_the_peak_of_the_process_does_not_fall() -> None:
+    """The kernel counts pages in batches: two readings may differ by some."""
+    cpu, held = torch.device("cpu"), torch.ones(50 * 2**20)
+    full = peak_bytes(cpu)
+    assert full > held.nbytes
+    del held
+    restart_peak(cpu)
+    assert peak_bytes(cpu) > 0.99 * full
+
+
+def test_the_peak_where_the_kernel_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = peak_bytes(torch.device("cpu"))
+    monkeypatch.setattr("fed.footprint.STATUS", tmp_path / "none")
+    assert peak_bytes(torch.device("cpu")) > 0.5 * said
 
 
 def test_ranks_from_memory_budgets(tmp_path: Path) -> None:

@@ -21,18 +21,19 @@ from fed.samples import DenseTable, Split
 from fed.simulate import centralised, simulate
 from fed.streams import Source
 from fed.types import Client, ClientStart, ServerState
-from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, everything, make_config, make_data
+from tests.support.tiny_federation import HEAD, LABELS, MEASURED, TinyClassifier, everything, make_config, make_data
 
 FIELDS = [
     *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
     *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
-    *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds", "cohort_size"),
+    *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
+    *("peak_memory_bytes", "cohort_size"),
     *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
 ]
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if not name.endswith("_seconds")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.endswith(MEASURED)} for row in rows]
 
 
 def run(config: SimpleNamespace, directory: Path, data: FederatedData | None = None) -> list[dict[str, Any]]:
@@ -353,7 +354,7 @@ def test_what_is_not_to_be_measured_is_null(tmp_path: Path) -> None:
     assert left_out == {
         *("init_noise", "agg_noise", "agg_noise_module", "factor_noise", "factor_noise_A", "factor_noise_B"),
         *("trainable_parameters", "optimizer_bytes", "activation_bytes", "client_accuracy", "worst_accuracy"),
-        "cohort_size",  # clients train one after another
+        *("peak_memory_bytes", "cohort_size"),  # clients train one after another
     }
     assert not (tmp_path / "bare" / "similarity").exists()
     assert {path.name for path in (tmp_path / "full" / "similarity").iterdir()} == {"round-1.npz", "round-3.npz"}

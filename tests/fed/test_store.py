@@ -19,7 +19,7 @@ from fed.federation import Federation, Row
 from fed.local import adapted
 from fed.simulate import simulate
 from fed.store import ClientStore, Entry, Kept, client_store
-from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
+from tests.support.tiny_federation import HEAD, MEASURED, TinyClassifier, make_config, make_data
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_rounds_are_the_same_with_what_clients_keep_on_disk(method: str, changes
 
 
 def timeless(row: Row) -> Row:
-    return {name: value for name, value in row.items() if not name.endswith("_seconds")}
+    return {name: value for name, value in row.items() if not name.endswith(MEASURED)}
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.tiny_federation import MEASURED
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -19,4 +21,5 @@ def rows_of(directory: Path) -> list[dict]:
 
 
 def without_times(directory: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows_of(directory)]
+    """A run's rows without what is measured anew every time."""
+    return [{key: value for key, value in row.items() if not key.endswith(MEASURED)} for row in rows_of(directory)]

@@ -15,6 +15,8 @@ from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, Serve
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
 HEAD = ("head",)
 MATRICES = ("body.first", "body.second")
+# How the names of a row's fields end that are measured, and differ from one run to the next.
+MEASURED = ("_seconds", "peak_memory_bytes")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "clients": {"count": 4, "per_round": 3, "ranks": [1, 2, 3, 6], "memory_mib": []},

@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def simulated(pytestconfig: pytest.Config, device: torch.device) -> Simulate:
     """Measure a case with all its providers, once; the first of its items does, the others get the same."""
     plan = Plan(
-        seconds_per_provider=float(pytestconfig.getoption("benchmark_max_time")),
+        seconds_per_provider=PLAN.seconds_per_provider * float(pytestconfig.getoption("benchmark_max_time")),
         min_rounds=PLAN.min_rounds,
         max_rounds=PLAN.max_rounds,
         warmup_rounds=PLAN.warmup_rounds,

@@ -33,7 +33,9 @@ class Plan:
     warmup_rounds: int = 2
 
     def __post_init__(self) -> None:
-        if self.min_rounds < 2 or self.warmup_rounds < 1:
+        # Without a warm-up nothing says how many rounds there is time for.
+        least = 0 if self.min_rounds == self.max_rounds else 1
+        if self.min_rounds < 2 or self.warmup_rounds < least:
             given = f"min_rounds={self.min_rounds}, warmup_rounds={self.warmup_rounds}"
             raise ValueError(f"Plan({given}): at least 2 rounds and 1 warm-up round are needed")
 
@@ -162,7 +164,7 @@ def interleave(
         for name, duration in zip(order, timer.read(), strict=True):
             seconds[name].append(duration)
 
-    collecting = gc.isenabled()
+    collecting, pass_s = gc.isenabled(), 0.0
     gc.collect()
     gc.disable()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -42,8 +43,9 @@ class CohortTrainer:
         self.cohort = Cohort(work, [_job(problem, table, size, c) for c in range(len(problem.starts))], _settings(size))
         self.span = Span(self.cohort, len(problem.starts))
         self.number = 0
-        self.running = ExitStack()  # entered for good: a round enters it once, for all its steps
-        self.running.enter_context(self.span.running())
+        running = ExitStack()  # entered for good: a round enters it once, for all its steps
+        running.enter_context(self.span.running())
+        weakref.finalize(self, running.close)
 
     def step(self) -> None:
         self.cohort.step(self.span, self.number % STEPS)

@@ -165,6 +165,16 @@ def test_every_record_has_its_figures() -> None:
         assert case_key(record) == case_key(case.facts())
 
 
+def test_where_the_check_took_long_it_was_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    timed = measuring.interleave
+    monkeypatch.setattr(measuring, "interleave", lambda *given: (plans.append(given[3]), timed(*given))[1])
+    monkeypatch.setattr(measuring, "LONG_SECONDS", 0.0)
+    found = measure(tiny(), CPU, Plan(seconds_per_provider=9.0, min_rounds=3, warmup_rounds=1), ["base"])
+    assert [(plan.min_rounds, plan.max_rounds, plan.warmup_rounds) for plan in plans] == [(3, 3, 0)]
+    assert len(found["base"].seconds) == 3
+
+
 def test_memory_is_read_at_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "WEIGHED_COHORT", 2)
     found = measure(tiny(cohort=2), CPU, QUICK, ["base"])

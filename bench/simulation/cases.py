@@ -91,13 +91,15 @@ _CPU = (
     (BERT_BASE, 4, 32, (1, 2, 4, 10)),
     (BERT_BASE, 16, 128, (1,)),
 )
-_TEXT_BATCHES = ((16, 128), (4, 32), (1, 16))
+_TEXT_BATCHES = ((4, 32), (1, 16))
 _GPU = (
     (BERT_BASE, 16, 128, (10,)),
     (LLAMA_1B, 16, 128, (10,)),
     (DIGITS_VIT, 16, IMAGE_TOKENS, COHORTS),
+    (BERT_BASE, 16, 128, COHORTS),
+    (LLAMA_1B, 16, 128, (1, 2, 5, 10, 20)),  # 50 need more memory than there is
     *((shape, *batch, COHORTS) for batch in _TEXT_BATCHES for shape in (BERT_BASE, LLAMA_1B)),
-    *((BERT_TINY, *batch, COHORTS) for batch in _TEXT_BATCHES),
+    *((BERT_TINY, *batch, COHORTS) for batch in ((16, 128), *_TEXT_BATCHES)),
 )
 
 

@@ -19,9 +19,9 @@ from bench.simulation.resident import peft_loop
 from bench.timing import Plan, Step, Timer, WallTimer, interleave
 from bench.workers import one_line
 
-PLAN = Plan(seconds_per_provider=0.5, min_rounds=3, max_rounds=40, warmup_rounds=1)
-# Where the cohort's gradients in fp64 take this long, the check was warm-up enough and three rounds are what there is.
-LONG_SECONDS = 6.0
+PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
+# Where the cohort's gradients in fp64 take this long, the check was warm-up enough and a few rounds have to do.
+LONG_SECONDS, LONG_ROUNDS = 3.0, 3
 # On the CPU memory is read from a profile of the step, which costs more than the step: at one size, in small steps.
 WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
 Record = dict[str, object]
@@ -64,7 +64,7 @@ def measure(
     took = time.perf_counter() - began
     steps, peaks, causes = _checked(case, device, problem, names, exact)
     if took > LONG_SECONDS:
-        plan = replace(plan, max_rounds=plan.min_rounds, warmup_rounds=0)
+        plan = replace(plan, min_rounds=LONG_ROUNDS, max_rounds=LONG_ROUNDS, warmup_rounds=0)
     seconds = interleave({name: Step(step, _nothing) for name, step in steps.items()}, _timer(device), _nothing, plan)
     found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
     for name, durations in seconds.items():

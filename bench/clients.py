@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the JSON goes")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu")
+    device, commit = torch.device("cpu"), commit_of(Path.cwd())
     try:
         measured = measure_all(POINTS, given.out)
     except ResultsError as error:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {
         "kind": KIND,
         "machine": environment(device, threads=1),
-        "commit": commit_of(Path.cwd()),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "settings": SETTINGS,
         "points": [asdict(point) for point in measured],

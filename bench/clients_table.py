@@ -9,6 +9,7 @@ from bench.tables import markdown_table
 
 KIND = "clients"
 MIB = 2**20
+DISTURBED = 1.2  # the clock's seconds over the processor's of one busy thread
 HEADER = (
     "clients",
     "a round",
@@ -47,11 +48,24 @@ def _conditions(saved: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     settings = " ".join(saved["settings"])
     return (
-        f"{machine['device_name']}, one thread; {versions}; commit {str(saved['commit'])[:12]}, {saved['date'][:10]}. "
+        f"{machine['device_name']}, one thread; {versions}; {_commit(saved)}, {saved['date'][:10]}. "
         f"The preset `digits` with `{settings}`, after all clients have taken part once. Medians over rounds; "
         "*tensors* are all that live between two rounds, *process* the most memory the process ever took, *kept* what "
-        "all clients keep between rounds."
+        f"all clients keep between rounds.{_disturbed(saved['points'])}"
     )
+
+
+def _commit(saved: dict[str, Any]) -> str:
+    commit = str(saved["commit"])
+    return f"commit {commit[:12]}{' with uncommitted changes' if commit.endswith('+') else ''}"
+
+
+def _disturbed(points: list[dict[str, Any]]) -> str:
+    """Say so where the clock ran on without the process."""
+    waited = max(point["seconds_per_round"] / point["cpu_seconds_per_round"] for point in points)
+    if waited < DISTURBED:
+        return ""
+    return " The machine had other work meanwhile: the processor's seconds (CPU s) count, the clock's do not."
 
 
 def _table(points: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import plora_kernels as pk
+from bench.clients_table import clients_markdown
 from bench.device_table import committed_section
 from bench.report import markdown as bench_markdown
 from bench.results import load_run
@@ -43,6 +44,11 @@ def test_the_table_of_training_steps_is_the_committed_result() -> None:
 
 def test_the_gpu_table_is_the_committed_result() -> None:
     assert between("gpu") == committed_section(ROOT / "bench" / "results").strip()
+
+
+def test_the_table_of_clients_is_the_committed_result() -> None:
+    results = ROOT / "bench" / "results"
+    assert (results / "clients-cpu.md").read_text(encoding="utf-8") == clients_markdown(results / "clients-cpu.json")
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,12 @@ def test_the_table_says_what_one_more_client_costs(tmp_path: Path, capsys: pytes
     assert "| 1,124 | 10 | disk | 2.00 | 1.50 | 0.150 | 3.0 | 602 | 2 |" in shown
     assert "From 100 to 1,124 clients each client more costs 1.00 KiB of tensors" in shown
     assert "and 2.00 KiB of the process, and keeps 2 KiB on disk." in shown
+    assert "The machine had other work meanwhile" in shown
+    quiet = json.loads(path.read_text())
+    for point in quiet["points"]:
+        point["seconds_per_round"] = point["cpu_seconds_per_round"]
+    (tmp_path / "quiet.json").write_text(json.dumps(quiet))
+    assert "The machine had other work" not in clients_markdown(tmp_path / "quiet.json")
     assert report([str(path), "--keep"]) == 2
     assert "is about clients: it has a table" in capsys.readouterr().err
     path.write_text('{"kind": "clients"}')

@@ -8,7 +8,7 @@ from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.records import Record, case_key, holds_records, load_records
 from bench.results import OPS
 from bench.simulation.saved import run_of_device
-from bench.simulation.table import simulation_table
+from bench.simulation.table import reading, simulation_table
 from bench.tables import markdown_table
 
 # The README's, as long as no device's file is committed.
@@ -36,7 +36,7 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
             parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
     run = run_of_device(meta, records)
     if run is not None:
-        parts.append(f"**Training steps of many clients**, clients·steps/s.\n\n{simulation_table(run)}")
+        parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
     return "\n\n".join(parts) + "\n"
 
 

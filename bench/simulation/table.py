@@ -25,7 +25,7 @@ NOTES = {
 
 def simulation_markdown(run: SimulationRun) -> str:
     """Return a run as Markdown: what it ran on and how to read it, then the table."""
-    return f"{_conditions(run)}\n\n{simulation_table(run)}\n"
+    return f"{_conditions(run)} {reading(run)}\n\n{simulation_table(run)}\n"
 
 
 def committed_simulation(path: Path) -> str:
@@ -62,15 +62,19 @@ def _speed(record: Record | None) -> str:
     return f"{record['clients_steps_per_second']:.3g} ({1 / record['ratio_to_base']:.2f})"
 
 
+def reading(run: SimulationRun) -> str:
+    """Return how the table is to be read."""
+    dtypes = ", ".join(dict.fromkeys(record["dtype"] for record in run.records))
+    notes = "; ".join(NOTES[name] for name in run.providers() if name in NOTES)
+    return (
+        f"Clients trained one step in a second, {dtypes}: forward, backward, AdamW; R {RANK} on every linear layer, "
+        "the head trained; a client's batch is rows × tokens. Medians of interleaved rounds, in brackets the share of "
+        f"*base*'s speed: {notes}. Every client's gradients were held to PEFT's in float64 before anything was timed."
+    )
+
+
 def _conditions(run: SimulationRun) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if version)
     threads = f", {run.threads} CPU threads" if run.threads else ""
-    dtypes = ", ".join(dict.fromkeys(record["dtype"] for record in run.records))
     state = " with uncommitted changes" if run.commit.endswith("+") else ""
-    notes = "; ".join(NOTES[name] for name in run.providers() if name in NOTES)
-    return (
-        f"{run.device_name}{threads}; {versions}; commit {run.commit.rstrip('+')[:12]}{state}, {run.date[:10]}. "
-        f"Clients trained one step in a second, {dtypes}: forward, backward, AdamW; R {RANK} on every linear layer, "
-        f"the head trained; a client's batch is rows × tokens. Medians of interleaved rounds, in brackets the share of "
-        f"*base*'s speed: {notes}. Every client's gradients were held to PEFT's in float64 before anything was timed."
-    )
+    return f"{run.device_name}{threads}; {versions}; commit {run.commit.rstrip('+')[:12]}{state}, {run.date[:10]}."

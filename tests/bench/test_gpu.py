@@ -63,7 +63,7 @@ def test_training_steps_of_many_clients_are_measured_and_shown(results: Path) ->
     steps = [record for record in records if record["op"] == SIMULATION]
     assert [record["provider"] for record in steps] == list(SIMULATED)
     assert all(record["status"] == "timed" and record["seconds"] > 0 for record in steps)
-    assert "**Training steps of many clients**" in device_markdown(meta, records)
+    assert "**Training steps of many clients.** Clients trained one step in a second" in device_markdown(meta, records)
     assert "| digits-vit, 2×17 | 2 |" in device_markdown(meta, records)
 
 

@@ -99,20 +99,29 @@ class Cohort:
             matrix: _mask([job.start.selected[matrix] for job in self.jobs], factors[f"A/{matrix}"])
             for matrix in work.handle.layers
         }
-        rates, trained = [job.learning_rate for job in self.jobs], self._trained()
-        self.untrained = None if trained is None else ~trained
-        self.optimizer = StackedOptimizer(self.stacked, settings, rates, trained)
+        self.optimizer, self.untrained = self._optimizer(())
+        self._begun = False
         self.saved = SavedTensors(work.model, (self.stacked.values, *self.fixed.values()))
 
-    def _trained(self) -> Tensor | None:
-        """Return which numbers each client trains, (C, P) bool, or None where it is all of them."""
-        if all(mask is None for mask in self.masks.values()):
+    def _optimizer(self, unused: Sequence[str]) -> tuple[StackedOptimizer, Tensor | None]:
+        """Return an optimiser, and which numbers each client does not train, (C, P) bool or None."""
+        rates, trained = [job.learning_rate for job in self.jobs], self._trained(unused)
+        return StackedOptimizer(self.stacked, self.settings, rates, trained), None if trained is None else ~trained
+
+    def _trained(self, unused: Sequence[str]) -> Tensor | None:
+        """Return which numbers each client trains, (C, P) bool, or None where it is all of them.
+
+        A parameter the loss does not depend on is `unused`: as in training one by one, no optimiser moves it.
+        """
+        if not unused and all(mask is None for mask in self.masks.values()):
             return None
         trained = torch.ones_like(self.stacked.values, dtype=torch.bool)
         for name, part in self.stacked.split(trained).items():
             kind, _, matrix = name.partition("/")
             mask = self.masks[matrix] if kind in "AB" else None
-            if mask is not None:
+            if name in unused:
+                part.fill_(False)
+            elif mask is not None:
                 own = mask.to(part.device, non_blocking=True)
                 part &= own[:, :, None] if kind == "A" else own[:, None, :]
         return trained
@@ -150,7 +159,11 @@ class Cohort:
         """Take every client's step: its own gradient, clipping and optimiser."""
         count, most = len(span.sizes), self.settings.max_grad_norm
         penalty = span.penalty()
-        self.stacked.differentiate((losses if penalty is None else losses + penalty).sum(), span.trained)
+        objective = (losses if penalty is None else losses + penalty).sum()
+        unused = self.stacked.differentiate(objective, span.trained)
+        if unused and not self._begun:  # what nothing depends on shows only now
+            self.optimizer, self.untrained = self._optimizer(unused)
+        self._begun = True
         if self.untrained is not None:
             self.stacked.gradients[:count].masked_fill_(self.untrained[:count], 0.0)
         if most > 0:

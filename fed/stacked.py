@@ -54,14 +54,20 @@ class Stacked:
             row.grad = self.gradients[client] if client < count else None
         return {name: view.requires_grad_() for name, view in self.split(self.values[:count].detach()).items()}
 
-    def differentiate(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
-        """Write the loss's gradient by the leaves into `gradients`, zero where it does not depend on one.
+    def differentiate(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
+        """Write the loss's gradient by the leaves into `gradients`; return the names it does not depend on.
 
-        Not `backward`: leaves that are strided views would each take a copy of their own to add to.
+        Their gradient is zero. Not `backward`: leaves that are strided views would each take a copy to add to.
         """
         count = next(iter(leaves.values())).shape[0]
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        torch._foreach_copy_(list(self.split(self.gradients[:count]).values()), found)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        places = self.split(self.gradients[:count])
+        known = {name: gradient for name, gradient in zip(places, found, strict=True) if gradient is not None}
+        torch._foreach_copy_([places[name] for name in known], list(known.values()))
+        unused = [name for name in places if name not in known]
+        for name in unused:
+            places[name].zero_()
+        return unused
 
     def clip_(self, count: int, max_norm: float) -> None:
         """Scale each of the first `count` clients' gradients down to a norm of `max_norm`, as torch's clipping does."""

@@ -114,6 +114,24 @@ def test_a_texts_mask_does_not_depend_on_the_padding_of_others() -> None:
     torch.testing.assert_close(together[2:], other, rtol=1e-11, atol=1e-11)
 
 
+def test_stacks_may_be_views_of_rows_that_hold_more(each_backend: str) -> None:
+    """As a cohort keeps them: every group's numbers side by side."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(2, 200, generator=generator)
+    weight, x = torch.randn(9, 12, generator=generator), torch.randn(4, 7, 12, generator=generator)
+    results = []
+    for stack in (rows, rows.clone()):
+        A = stack[:, 5:65].unflatten(1, (5, 12))
+        B = stack[:, 100:145].unflatten(1, (9, 5))
+        if stack is not rows:
+            A, B = A.contiguous(), B.contiguous()
+        A, B = A.detach().requires_grad_(), B.detach().requires_grad_()
+        y = pk.GroupModules.of(pk.RowGroups([3, 1]), A, B, scale=[1.5, 0.5]).linear(x, weight, None)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [A, B])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_layers_come_back_and_can_be_pickled_inside() -> None:
     handle = injected()
     factors = stacks(handle)

@@ -216,6 +216,24 @@ class WithNormedHead(TinyClassifier):
         self.head = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, LABELS))
 
 
+class WithIdleLayer(TinyClassifier):
+    """A layer that is adapted and that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body["idle"] = nn.Linear(4, 3)
+
+
+def test_what_no_loss_depends_on_does_not_decay() -> None:
+    config = make_config(train={"weight_decay": 0.5}, adapter={"target_modules": ["first", "second", "idle"]})
+    with adapted(config, WithIdleLayer().double(), HEAD) as work:
+        jobs = [drawn_b(job) for job in jobs_of(work, config, double(make_data()))]
+        for job, update in zip(jobs, train_together(work, jobs, config.train), strict=True):
+            assert_same(update, alone(work, job, config.train))
+            chosen = list(job.start.selected["body.idle"])
+            assert torch.equal(update.factors["body.idle"][0], job.start.factors["body.idle"][0][chosen])
+
+
 def test_a_head_of_other_layers() -> None:
     config, data = make_config(train=UNLIKE), double(make_data())
     with adapted(config, WithNormedHead().double(), HEAD) as work:

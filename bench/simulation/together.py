@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 import plora_kernels as pk
 from bench.simulation.cases import ALPHA, RANK
@@ -36,53 +38,62 @@ class CohortTrainer:
             for name, parameter in handle.model.get_submodule(problem.head).named_parameters()
         }
         device = next(iter(head.values())).device
-        work = Workplace(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
-        rows = problem.joined()
-        table = DenseTable(rows, rows.pop("labels"))
-        size = len(table) // len(problem.starts)
-        self.cohort = Cohort(work, [_job(problem, table, size, c) for c in range(len(problem.starts))], _settings(size))
+        self.work = Workplace(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
+        self.problem, rows = problem, problem.joined()
+        self.table = DenseTable(rows, rows.pop("labels"))
+        self.cohort, self.number = self._make_cohort(list(problem.starts)), 0
         self.span = Span(self.cohort, len(problem.starts))
-        self.number = 0
-        running = ExitStack()  # entered for good: a round enters it once, for all its steps
-        running.enter_context(self.span.running())
-        weakref.finalize(self, running.close)
+        self.running = ExitStack()  # a round enters it once, for all its steps
+        self.running.enter_context(self.span.running())
+        weakref.finalize(self, self.running.close)
 
     def step(self) -> None:
         self.cohort.step(self.span, self.number % STEPS)
         self.number += 1
 
     def gradients(self) -> list[Values]:
-        """Return what a step leaves behind it; values and optimiser are put back."""
-        stacked, optimizer = self.cohort.stacked, self.cohort.optimizer.torch
-        values, state = stacked.values.clone(), copy.deepcopy(optimizer.state_dict())
-        self.cohort.step(self.span, 0)
-        stacked.values.copy_(values)
-        optimizer.load_state_dict(state)
-        return self._by_client(stacked.split(stacked.gradients.clone()))
+        """Return what the first step of another cohort that begins here leaves behind it."""
+        other = self._make_cohort(self.values())
+        with self._interrupted():
+            span = Span(other, len(other.jobs))
+            with span.running():
+                other.step(span, 0)
+        return _by_client(other, other.stacked.split(other.stacked.gradients))
 
     def values(self) -> list[Values]:
-        return self._by_client(self.cohort.stacked.split(self.cohort.stacked.values))
+        return _by_client(self.cohort, self.cohort.stacked.split(self.cohort.stacked.values))
 
-    def _by_client(self, stacks: Values) -> list[Values]:
-        """Return the clients' parts under the problem's names, in the problem's order."""
-        named = {_full_name(name): stack for name, stack in stacks.items()}
-        rows = {place: row for row, place in enumerate(self.cohort.places)}
-        return [{name: stack[rows[client]] for name, stack in named.items()} for client in range(len(rows))]
+    @contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Leave the model to others inside."""
+        self.running.close()
+        yield
+        self.running.enter_context(self.span.running())
+
+    def _make_cohort(self, values: list[Values]) -> Cohort:
+        size = len(self.table) // len(values)
+        jobs = [self._job(client, own, size) for client, own in enumerate(values)]
+        return Cohort(self.work, jobs, _settings(size))
+
+    def _job(self, client: int, values: Values, size: int) -> Job:
+        matrices, head = self.problem.matrices, f"{self.problem.head}."
+        factors = {matrix: (values[f"{matrix}.lora_A"], values[f"{matrix}.lora_B"]) for matrix in matrices}
+        return Job(
+            Client(client, RANK, size),
+            ClientStart(factors, dict.fromkeys(matrices, tuple(range(RANK))), self.problem.scale, "frozen"),
+            {name: value for name, value in values.items() if name.startswith(head)},
+            Split(self.table, torch.arange(client * size, (client + 1) * size)),
+            STEPS,
+            LEARNING_RATE,
+            Source(0, 1, client),
+        )
 
 
-def _job(problem: Problem, table: DenseTable, size: int, client: int) -> Job:
-    values = problem.starts[client]
-    factors = {matrix: (values[f"{matrix}.lora_A"], values[f"{matrix}.lora_B"]) for matrix in problem.matrices}
-    every = dict.fromkeys(problem.matrices, tuple(range(RANK)))
-    return Job(
-        Client(client, RANK, size),
-        ClientStart(factors, every, problem.scale, "frozen"),
-        {name: value for name, value in values.items() if name.startswith(f"{problem.head}.")},
-        Split(table, Split.whole(table).rows[client * size : (client + 1) * size]),
-        STEPS,
-        LEARNING_RATE,
-        Source(0, 1, client),
-    )
+def _by_client(cohort: Cohort, stacks: Values) -> list[Values]:
+    """Return a stack's rows under the problem's names, in the order of the clients."""
+    named = {_full_name(name): stack for name, stack in stacks.items()}
+    rows = {place: row for row, place in enumerate(cohort.places)}
+    return [{name: stack[rows[client]] for name, stack in named.items()} for client in range(len(rows))]
 
 
 def _settings(batch_size: int) -> Any:

@@ -5,7 +5,8 @@ Both are G = s·Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
     dA  = s·dSᵀ D(x)   (R, K)      L = dS = dY B,   X = D(x), dropout of the layer if it has one
     dBᵀ = s·Sᵀ dY      (R, N)      L = S = D(x) Aᵀ, X = dY
 
-The rows are cut into a fixed number of splits whose partial sums (fp32) a second launch adds in order.
+The rows are cut into a fixed number of splits whose partial sums (fp32) a second launch adds in order. For groups of
+rows there is one G a group, of its own rows and times its own scale; a group without rows gets zeros.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from ..blocks import GradientBlocks, ShapeClass
 from ..configs import find_blocks
-from ..dropout import threshold
-from .launch import Dropout, cdiv, dot_precision, dtype_name, is_aligned
+from .grouped_tiles import Groups, row_numbers
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
 from .modules import keep_mask
 
 
@@ -29,11 +30,14 @@ def partial_gradient_kernel(
     thin_ptr,
     wide_ptr,
     index_ptr,
+    offsets_ptr,
     seed_ptr,
+    numbers_ptr,
     partial_ptr,
     M,
     D,
     R,
+    splits,
     split_rows,
     drop_threshold,
     stride_tm,
@@ -45,16 +49,33 @@ def partial_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GROUPED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NUMBERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum one split's rows: partial[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32.
 
     thin (M, ·), wide (M, D), partial (splits, R, D); column(r) is index[r] when there is one (−1 gives zero), else r.
-    With DROPOUT the elements of `wide` that it drops count as zero.
+    With DROPOUT the elements of `wide` that it drops count as zero. If GROUPED, a group's rows are those that offsets
+    (C+1,) say, partial is (C · splits, R, D), index (C, R), seed (C,), and numbers (M,) are read if NUMBERED.
     """
-    split = tl.program_id(2)
+    part = tl.program_id(2)
+    if GROUPED:
+        group = part // splits
+        start = tl.load(offsets_ptr + group).to(tl.int32)
+        end = tl.load(offsets_ptr + group + 1).to(tl.int32)
+        # Whole blocks a split, so that no row block straddles two of them.
+        split_rows = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_M) * BLOCK_M
+        first = start + (part % splits) * split_rows
+        last = tl.minimum(first + split_rows, end)
+        index_ptr += group * R
+        seed_ptr += group
+    else:
+        start = 0
+        first = part.to(tl.int64) * split_rows
+        last = tl.minimum(first + split_rows, M)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     places = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
     column_ok, place_ok = columns < D, places < R
@@ -64,8 +85,6 @@ def partial_gradient_kernel(
         thin_ok = modules >= 0
         thin_columns = tl.where(thin_ok, modules, 0).to(tl.int64)
 
-    first = split.to(tl.int64) * split_rows
-    last = tl.minimum(first + split_rows, M)
     # Transposed, with the wide axis first: a product 16 modules high would leave three quarters of wgmma's rows empty.
     acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
     for m in range(0, split_rows, BLOCK_M):
@@ -74,12 +93,13 @@ def partial_gradient_kernel(
         wide_tile = wide_ptr + columns[:, None] * stride_wd + rows[None, :] * stride_wm
         w = tl.load(wide_tile, mask=column_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_D, BLOCK_M)
         if DROPOUT:
-            keep = keep_mask(seed_ptr, rows, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
+            numbers = row_numbers(numbers_ptr + first + m, first + m - start, row_ok, BLOCK_M, NUMBERED)
+            keep = keep_mask(seed_ptr, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)  # (BLOCK_D, BLOCK_R) fp32
-    tile = partial_ptr + split.to(tl.int64) * stride_ps + places[None, :] * stride_pr + columns[:, None]
+    tile = partial_ptr + part.to(tl.int64) * stride_ps + places[None, :] * stride_pr + columns[:, None]
     tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
 
 
@@ -87,37 +107,43 @@ def partial_gradient_kernel(
 def reduce_gradient_kernel(
     partial_ptr,
     index_ptr,
+    scales_ptr,
     out_ptr,
     D,
+    R,
     splits,
     scale,
     stride_ps,
     stride_pr,
+    stride_og,
     stride_or,
     stride_od,
     BLOCK_D: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BY_MODULE: tl.constexpr,
 ):
     """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
 
     partial (splits, R, D) fp32 with a row per place, or per module if BY_MODULE; out addressed by (module, d); a place
-    whose index is −1 stores nothing.
+    whose index is −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each its own.
     """
-    place = tl.program_id(1).to(tl.int64)
+    place, group = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     ok = columns < D
     module = place
     if HAS_INDEX:
-        module = tl.load(index_ptr + place).to(tl.int64)
+        module = tl.load(index_ptr + group * R + place).to(tl.int64)
+    if HAS_SCALES:
+        scale *= tl.load(scales_ptr + group)
     if module >= 0:
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
         row = module if BY_MODULE else place
-        tile = partial_ptr + row * stride_pr + columns
+        tile = partial_ptr + group * splits * stride_ps + row * stride_pr + columns
         for _ in range(splits):
             acc += tl.load(tile, mask=ok, other=0.0)  # (BLOCK_D,) fp32
             tile += stride_ps
-        out_tile = out_ptr + module * stride_or + columns * stride_od
+        out_tile = out_ptr + group * stride_og + module * stride_or + columns * stride_od
         tl.store(out_tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -130,41 +156,48 @@ def factor_gradient_(
     out_index: Tensor | None,
     scale: float,
     dropout: Dropout | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
-    """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it.
+    """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it; with groups, of each group into out (C, R, D).
 
     Args:
-        out: (R, D), any strides; rows that `out_index` does not name are left as they are.
+        out: any strides; rows that `out_index` does not name are left as they are.
         thin: (M, ·), the side product; `thin_index` names the columns to use, None takes all in order.
         wide: (M, D).
         out_index: int32, the row of `out` for every place; −1 stores nothing; None stores in order.
         dropout: D, of the elements of `wide`; None keeps all.
+        groups: indices are (C, W) then, seeds (C,), and `scale` comes on top of the groups' own.
     """
     (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
-    width = thin.shape[1] if index is None else index.shape[0]
+    width, count = thin.shape[1] if index is None else index.shape[-1], 1 if groups is None else groups.total
     if width == 0 or d == 0:
         return out
-    shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows, d, width, width)
+    rows_each = max(1, rows // count)
+    shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
-    if dropout is not None and wide.dtype.itemsize >= 4:  # the mask takes registers that fp32 tiles do not leave
+    if wide.dtype.itemsize >= 4 and (dropout is not None or groups is not None):
+        # The mask, or what tells groups apart, takes registers that fp32 tiles do not leave.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
-    splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
+    splits = max(1, min(cdiv(blocks.splits, count), cdiv(rows_each, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
-    partial = torch.empty((splits, width, d), dtype=torch.float32, device=wide.device)
-    grid = (cdiv(d, blocks.block_d), cdiv(width, blocks.block_r), splits)
+    partial = torch.empty((count * splits, width, d), dtype=torch.float32, device=wide.device)
+    dropped = DropoutArguments.of(dropout, wide)
     with torch.cuda.device_of(wide):
-        partial_gradient_kernel[grid](
+        partial_gradient_kernel[(cdiv(d, blocks.block_d), cdiv(width, blocks.block_r), count * splits)](
             thin,
             wide,
             thin_index if thin_index is not None else wide,
-            dropout.seed if dropout is not None else wide,
+            groups.offsets if groups is not None else wide,
+            dropped.seed,
+            dropped.numbers,
             partial,
             rows,
             d,
             width,
+            splits,
             split_rows,
-            threshold(dropout.p) if dropout is not None else 0,
+            dropped.threshold,
             *thin.stride(),
             *wide.stride(),
             partial.stride(0),
@@ -172,40 +205,48 @@ def factor_gradient_(
             BLOCK_M=blocks.block_m,
             BLOCK_D=blocks.block_d,
             BLOCK_R=blocks.block_r,
+            GROUPED=groups is not None,
             HAS_INDEX=thin_index is not None,
             DROPOUT=dropout is not None,
+            NUMBERED=dropped.numbered,
             PRECISION=dot_precision(wide.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
-    keep_scale = 1 / (1 - dropout.p) if dropout is not None else 1.0
-    reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale * keep_scale)
+    scale *= dropped.keep_scale
+    reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale, groups=groups)
     return out
 
 
-def reduce_partials_(out: Tensor, partial: Tensor, *, index: Tensor | None, by_module: bool, scale: float) -> None:
+def reduce_partials_(
+    out: Tensor, partial: Tensor, *, index: Tensor | None, by_module: bool, scale: float, groups: Groups | None = None
+) -> None:
     """Add partial (splits, R, D) fp32 over its splits into out (R, D), scaled and rounded once, any strides.
 
     With an index, place t goes to row index[t] of out and −1 nowhere; it is read from row t of `partial`, or from row
-    index[t] if `by_module`.
+    index[t] if `by_module`. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W).
     """
-    splits, width, d = partial.shape
-    places = width if index is None else index.shape[0]
+    parts, width, d = partial.shape
+    places, count = width if index is None else index.shape[-1], 1 if groups is None else groups.total
     if places == 0:
         return
+    scales = groups.scales if groups is not None else None
     with torch.cuda.device_of(out):
-        reduce_gradient_kernel[(cdiv(d, 1024), places)](
+        reduce_gradient_kernel[(cdiv(d, 1024), places, count)](
             partial,
             index if index is not None else out,
+            scales if scales is not None else out,
             out,
             d,
-            splits,
-            scale,
+            places,
+            parts // count,
+            scale * groups.scale if groups is not None else scale,
             partial.stride(0),
             partial.stride(1),
-            *out.stride(),
+            *(out.stride() if groups is not None else (0, *out.stride())),
             BLOCK_D=1024,
             HAS_INDEX=index is not None,
+            HAS_SCALES=scales is not None,
             BY_MODULE=by_module,
             num_warps=4,
         )

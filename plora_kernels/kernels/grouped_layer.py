@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grouped_gradient import grouped_gradient_
+from .factor_gradient import factor_gradient_
 from .grouped_matmul import grouped_matmul
 from .grouped_side_product import grouped_side_product
 from .grouped_tiles import Groups
@@ -115,8 +115,10 @@ def backward(
         ds = grouped_side_product(dy, lora_B, groups, index=applied, dropout=None)
     if need_A and ds is not None:
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
-        grouped_gradient_(d_lora_A, ds, x, groups, thin_index=thin_index, out_index=index, dropout=dropout)
+        factor_gradient_(
+            d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=1.0, dropout=dropout, groups=groups
+        )
     if need_B:
         d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
-        grouped_gradient_(d_lora_B.mT, s, dy, groups, thin_index=thin_index, out_index=index)
+        factor_gradient_(d_lora_B.mT, s, dy, thin_index=thin_index, out_index=index, scale=1.0, groups=groups)
     return d_x, d_lora_A, d_lora_B

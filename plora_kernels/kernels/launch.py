@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dropout import threshold
+
 
 class Dropout(NamedTuple):
     """LoRA dropout of probability `p`: `seed` one int64 number on the device.
@@ -30,6 +32,36 @@ class Dropout(NamedTuple):
     def selected_block(self) -> int:
         """The index's entries as the kernels load them, a power of two; 0 without an index."""
         return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
+
+
+class DropoutArguments(NamedTuple):
+    """What kernels take of a dropout, or of none: pointers that are not read and numbers that change nothing."""
+
+    seed: Tensor
+    numbers: Tensor
+    selected: Tensor
+    selected_width: int
+    threshold: int
+    keep_scale: float
+    selected_block: int
+    numbered: bool
+
+    @classmethod
+    def of(cls, dropout: Dropout | None, unused: Tensor) -> DropoutArguments:
+        """Return the arguments; `unused` stands where there is nothing to point at."""
+        if dropout is None:
+            return cls(unused, unused, unused, 0, 0, 1.0, 0, False)
+        p, seed, selected, numbers = dropout
+        return cls(
+            seed,
+            numbers if numbers is not None else unused,
+            selected if selected is not None else unused,
+            dropout.selected_width,
+            threshold(p),
+            1 / (1 - p),
+            dropout.selected_block,
+            numbers is not None,
+        )
 
 
 def cdiv(size: int, block: int) -> int:

@@ -25,7 +25,7 @@ from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, 
 from .modules import keep_mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def partial_gradient_kernel(
     thin_ptr,
     wide_ptr,

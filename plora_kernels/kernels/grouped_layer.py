@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .factor_gradient import factor_gradient_
 from .grouped_matmul import grouped_matmul
-from .grouped_side_product import grouped_side_product
 from .grouped_tiles import Groups
 from .launch import Dropout
+from .side_product import side_product
 
 
 def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.device) -> Groups:
@@ -112,7 +112,7 @@ def backward(
             keep_side=need_A,
         )
     elif need_A:
-        ds = grouped_side_product(dy, lora_B, groups, index=applied, dropout=None)
+        ds = side_product(dy, lora_B, index=applied, dropout=None, groups=groups)
     if need_A and ds is not None:
         d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
         factor_gradient_(

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..blocks import MatmulBlocks, ShapeClass, default_blocks
 from ..configs import capability_of, find_blocks
 from ..dropout import threshold
-from .grouped_side_product import grouped_side_product
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
+from .side_product import side_product
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def grouped_matmul(
     # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
     given = drop_in is not None or width > blocks.block_r
     if given:
-        side = grouped_side_product(inputs, down, groups, index=index, dropout=drop_in)
+        side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)
     else:
         side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
     if out.numel() == 0:

@@ -1,7 +1,7 @@
 """The side product alone: S = D(x) Aᵀ, or dS = dY B; one read of the large matrix.
 
 Where output tiles do not make it themselves: under dropout, whose mask would be hashed again in every tile, and in the
-designs that start with it.
+designs that start with it. For groups of rows a table says which rows a tile has, and of which group.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..blocks import ShapeClass, SideBlocks
 from ..configs import find_blocks
-from ..dropout import threshold
-from .launch import Dropout, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import are_selected, keep_mask, load_modules
 
 
@@ -23,7 +23,9 @@ def side_product_kernel(
     in_ptr,
     down_ptr,
     index_ptr,
+    table_ptr,
     seed_ptr,
+    numbers_ptr,
     selected_ptr,
     side_ptr,
     M,
@@ -34,6 +36,7 @@ def side_product_kernel(
     keep_scale,
     stride_im,
     stride_id,
+    stride_dg,
     stride_dd,
     stride_dr,
     stride_sm,
@@ -41,22 +44,35 @@ def side_product_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
+    GROUPED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NUMBERED: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store side (M, R) = D(in) · down for BLOCK_M rows and BLOCK_R places; R counts places.
 
     in (M, D_IN), down (D_IN, ·), index (R,) int32 or unused. With DROPOUT, D drops elements of `in` and scales the rest
-    by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names.
+    by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names. If GROUPED,
+    the tile is one of `grouped_tiles`' table; down, index, seed and selected have a leading axis (C,), and numbers (M,)
+    are read if NUMBERED.
     """
-    pid_m, r0 = tl.program_id(0), tl.program_id(1) * BLOCK_R
+    r0 = tl.program_id(1) * BLOCK_R
+    first, end, number = tl.program_id(0) * BLOCK_M, M, tl.program_id(0) * BLOCK_M
+    if GROUPED:
+        group, first, end, number = load_tile(table_ptr, tl.program_id(0))
+        if group < 0:
+            return
+        down_ptr += group.to(tl.int64) * stride_dg
+        index_ptr += group * R
+        seed_ptr += group
+        selected_ptr += group * selected_width
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
-    row_ok = rows < M - pid_m * BLOCK_M
-    first_row = (pid_m * BLOCK_M).to(tl.int64)
+    row_ok = rows < end - first
+    first_row = first.to(tl.int64)
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
 
     in_base, down_base = in_ptr + first_row * stride_im, down_ptr
@@ -66,6 +82,8 @@ def side_product_kernel(
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # of rows nothing is dropped from
+    if DROPOUT:
+        numbers = row_numbers(numbers_ptr + first_row, number, row_ok, BLOCK_M, NUMBERED)  # (BLOCK_M,)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k
         a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
@@ -73,7 +91,6 @@ def side_product_kernel(
         if DROPOUT:
             if SELECTED_BLOCK > 0:
                 whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            numbers = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
             a = tl.where(keep_mask(seed_ptr, numbers, k, drop_threshold, BLOCK_K), a, 0.0)
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         in_base += in_step
@@ -88,44 +105,54 @@ def side_product_kernel(
     tl.store(side_tile, side.to(side_ptr.dtype.element_ty), mask=row_ok[:, None] & (places < R)[None, :])
 
 
-def side_product(inputs: Tensor, down: Tensor, *, index: Tensor | None, dropout: Dropout | None) -> Tensor:
+def side_product(
+    inputs: Tensor, down: Tensor, *, index: Tensor | None, dropout: Dropout | None, groups: Groups | None = None
+) -> Tensor:
     """Return side (M, places) = D(inputs) · down in the inputs' dtype; zero at places whose index is −1.
 
-    Shapes: inputs (M, D_IN), down (D_IN, R), index int32 or None for all modules in order.
+    Shapes: inputs (M, D_IN), down (D_IN, R), index int32 or None for all modules in order. With groups, each row meets
+    its group's of down (C, D_IN, R) and index (C, places), and dropout's seed is (C,), selected (C, ·).
     """
-    (rows, d_in), width = inputs.shape, down.shape[1] if index is None else index.shape[0]
+    (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
     side = torch.empty((rows, width), dtype=inputs.dtype, device=inputs.device)
     if side.numel() == 0:
         return side
-    aligned = is_aligned(inputs)
-    shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
-    blocks = find_blocks(SideBlocks, shape, inputs.device, aligned)
-    grid = (cdiv(rows, blocks.block_m), cdiv(width, blocks.block_r))
-    selected = dropout.selected if dropout is not None else None
+    rows_each = rows if groups is None else max(1, rows // groups.total)
+    shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows_each, d_in, width, width)
+    blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
+    table = grouped_tiles(groups.offsets, rows, blocks.block_m) if groups is not None else None
+    tiles = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
+    one = down if groups is None else down[0]
+    dropped = DropoutArguments.of(dropout, inputs)
     with torch.cuda.device_of(inputs):
-        side_product_kernel[grid](
+        side_product_kernel[(tiles, cdiv(width, blocks.block_r))](
             inputs,
             down,
             index if index is not None else inputs,
-            dropout.seed if dropout is not None else inputs,
-            selected if selected is not None else inputs,
+            table if table is not None else inputs,
+            dropped.seed,
+            dropped.numbers,
+            dropped.selected,
             side,
             rows,
             d_in,
             width,
-            dropout.selected_width if dropout is not None else 0,
-            threshold(dropout.p) if dropout is not None else 0,
-            1 / (1 - dropout.p) if dropout is not None else 1.0,
+            dropped.selected_width,
+            dropped.threshold,
+            dropped.keep_scale,
             *inputs.stride(),
-            *down.stride(),
+            down.stride(0) if groups is not None else 0,
+            *one.stride(),
             width,
             BLOCK_M=blocks.block_m,
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
-            SELECTED_BLOCK=dropout.selected_block if dropout is not None else 0,
+            SELECTED_BLOCK=dropped.selected_block,
+            GROUPED=groups is not None,
             HAS_INDEX=index is not None,
             DROPOUT=dropout is not None,
-            WIDE_OFFSETS=needs_wide_offsets(256, inputs, down),
+            NUMBERED=dropped.numbered,
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

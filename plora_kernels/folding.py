@@ -16,7 +16,7 @@ from . import torch_fold
 from .backend import falling_back, runs_kernels
 from .checks import check_alike, check_factors, check_number, index_for
 from .errors import ConfigError, DTypeError, ShapeError, StateError
-from .ops import _watched
+from .operators import _watched
 from .rounding import HALF, ROUNDINGS
 from .selection import Selection, complement, host_indices, padded, to_device
 

@@ -16,9 +16,20 @@ from torch import Tensor
 
 from . import torch_grouped
 from .backend import falling_back, runs_kernels
-from .errors import UnsupportedError
 from .group_checks import host_bounds
-from .ops import _library, _rows, _watched
+from .operators import (
+    Gradients,
+    _library,
+    _rows,
+    all_gradients,
+    as_autograd_takes,
+    call,
+    fake_gradients,
+    is_recorded,
+    refuse_transforms,
+    register,
+    shaped_as,
+)
 
 _library.define(
     "grouped_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? index, "
@@ -107,8 +118,7 @@ def _linear(
         _rows(x), weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
         dropout_seeds, dropout_rows,
     )  # fmt: skip
-    # Not a view: autograd lets no one write in place to a view that a custom function returns.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0])), s
+    return shaped_as(x, y), s
 
 
 @torch.library.register_fake("plora::grouped_linear", lib=_library)
@@ -159,14 +169,13 @@ def _linear_backward(
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy_rows, x_rows = _rows(dy), _rows(x)
-    d_x, d_lora_A, d_lora_B = _run_backward(
-        dy_rows, x_rows, weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, merged, need_x, need_A,
-        need_B, dropout_p, dropout_seeds, dropout_rows,
+) -> Gradients:
+    dy_rows, needs = _rows(dy), (need_x, need_A, need_B)
+    gradients = _run_backward(
+        dy_rows, _rows(x), weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, merged, *needs, dropout_p,
+        dropout_seeds, dropout_rows,
     )  # fmt: skip
-    d_bias = dy_rows.sum(0) if need_bias else dy.new_empty(0)
-    return d_x.view(x.shape) if need_x else d_x, d_lora_A, d_lora_B, d_bias
+    return all_gradients(gradients, dy_rows, x, need_x, need_bias)
 
 
 @torch.library.register_fake("plora::grouped_linear_backward", lib=_library)
@@ -190,14 +199,8 @@ def _linear_backward_fake(
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = (0,)
-    return (
-        x.new_empty(x.shape if need_x else nothing),
-        x.new_empty(lora_A.shape if need_A else nothing),
-        x.new_empty(lora_B.shape if need_B else nothing),
-        x.new_empty((dy.shape[-1],) if need_bias else nothing),
-    )
+) -> Gradients:
+    return fake_gradients(dy, x, lora_A, lora_B, need_x, need_A, need_B, need_bias)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -211,42 +214,23 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 15
+        return as_autograd_takes(ctx, None)
     x, weight, lora_A, lora_B, s, index, offsets, scales, *dropout = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-    # Called with create_graph=True, the operator records itself, so as to refuse a double backward by name.
-    recorded = _watched(dy) or torch.is_grad_enabled()
-    backward = torch.ops.plora.grouped_linear_backward if recorded else _linear_backward
-    d_x, d_lora_A, d_lora_B, d_bias = backward(
-        dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, ctx.merged, need_x, need_A,
-        need_B, need_bias, ctx.dropout_p, *dropout,
+    needs = need_x, need_A, need_B, need_bias
+    backward = torch.ops.plora.grouped_linear_backward if is_recorded(dy) else _linear_backward
+    gradients = backward(
+        dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, ctx.merged, *needs,
+        ctx.dropout_p, *dropout,
     )  # fmt: skip
-    return (
-        d_x if need_x else None,
-        None,
-        d_lora_A if need_A else None,
-        d_lora_B if need_B else None,
-        d_bias if need_bias else None,
-        *(None,) * 10,
-    )
+    return as_autograd_takes(ctx, gradients)
 
 
-def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
-    raise UnsupportedError("plora_linear has no double backward; call backward without create_graph=True")
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
-    raise UnsupportedError("plora_linear does not run under vmap; give x a leading batch axis instead")
-
-
-for _name in ("plora::grouped_linear", "plora::grouped_linear_backward"):
-    torch.library.register_vmap(_name, _refuse_vmap, lib=_library)
-torch.library.register_autograd("plora::grouped_linear", _differentiate, setup_context=_save_for_backward, lib=_library)
-torch.library.register_autograd("plora::grouped_linear_backward", _refuse_double_backward, lib=_library)
+register("grouped_linear", _save_for_backward, _differentiate)
 
 
 class _EagerLinear(torch.autograd.Function):
-    """`plora::grouped_linear` without the operator's dispatch, which costs more than a small layer computes."""
+    """`plora::grouped_linear` without the operator's dispatch."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -274,20 +258,13 @@ def linear(
     dropout_rows: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
-    grad, (n, k) = torch.is_grad_enabled(), weight.shape
+    refuse_transforms()
     rows, groups, places = math.prod(x.shape[:-1]), lora_A.shape[0], _places(lora_A, index, frozen)
+    n, k = weight.shape
     merged = not runs_kernels(x) and torch_grouped.is_merged(rows, groups, k, n, places, x.dtype, dropout_p)
-    keep_s = grad and lora_B.requires_grad and not merged
+    keep_s = torch.is_grad_enabled() and lora_B.requires_grad and not merged
     arguments = (
         x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
         dropout_seeds, dropout_rows,
     )  # fmt: skip
-    if _watched(x, weight, lora_A, lora_B):
-        y, _ = torch.ops.plora.grouped_linear(*arguments)
-    elif grad:
-        y, _ = _EagerLinear.apply(*arguments)
-    else:
-        y, _ = _linear(*arguments)
-    return y
+    return call(torch.ops.plora.grouped_linear, _EagerLinear, _linear, arguments)

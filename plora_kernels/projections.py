@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import torch_path
 from .backend import falling_back, runs_kernels
-from .ops import _rows, _watched
+from .operators import _rows, is_recorded, shaped_as
 from .torch_path import _scaled_product, _scatter
 
 
@@ -177,7 +177,7 @@ class _Attach(torch.autograd.Function):
         need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         if dy is not None:
             x, weight, lora_A, lora_B, s, index = ctx.saved_tensors
-            if torch.is_grad_enabled() or _watched(dy):
+            if is_recorded(dy):
                 # Called with create_graph=True: the operator records itself, so as to refuse a double backward by name.
                 needs = (need_x, need_A, need_B, need_bias)
                 results = torch.ops.plora.linear_backward(
@@ -199,9 +199,7 @@ class _Attach(torch.autograd.Function):
 def attach(x: Tensor, operands: Projection, computed: Computed, joint: JointGradient) -> Tensor:
     """Return y (…, N) of x (…, K) as `forward` computed it, differentiable in x, lora_A, lora_B and bias."""
     weight, lora_A, lora_B, bias, scale, index = operands
-    if x.dim() != 2:  # not a view: autograd lets no one write in place to a view that a custom function returns
-        y = torch.ops.aten._unsafe_view(computed.y, (*x.shape[:-1], weight.shape[0]))
-        computed = Computed(y, computed.s)
+    computed = Computed(shaped_as(x, computed.y), computed.s)
     if not torch.is_grad_enabled():
         return computed.y
     return _Attach.apply(x, weight, lora_A, lora_B, bias, index, scale, computed, joint)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import FusedPLoRALinear
-from .ops import _watched
+from .operators import _watched
 from .projections import Computed, JointGradient, Projection, attach, forward
 
 # Names under which transformers keep linears that read one tensor, as they are called in a parent's forward.

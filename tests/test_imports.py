@@ -17,7 +17,7 @@ ORDER = (
     ("selection", "tables", "dropout"),
     ("configs",),
     ("reference", "rounding"),
-    ("backend", "checks", "torch_path", "torch_grouped"),
+    ("backend", "checks", "torch_path", "torch_grouped", "operators"),
     ("kernels", "torch_fold", "group_checks"),
     ("ops",),
     ("folding", "projections", "grouped"),

@@ -1,0 +1,119 @@
+"""What the package's differentiable operators share: their library, how they are called, what they refuse.
+
+Each is an operator `plora::name` with outputs (y, s) and `plora::name_backward`, registered with autograd, and a
+`torch.autograd.Function` around the same two functions for calls that nobody watches: an operator's dispatch costs
+more host time than a small layer computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .errors import UnsupportedError
+
+_library = torch.library.Library("plora", "DEF")
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, lora_A, lora_B and bias
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Say whether somebody watches operators: a compiler, a dispatch mode or a tensor subclass."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return True
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return (…, D) as (M, D)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def shaped_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y (M, N) as (…, N) for x (…, K)."""
+    # Not a view: autograd lets no one write in place to a view that a custom function returns.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+
+def all_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor], dy_rows: Tensor, x: Tensor, need_x: bool, need_bias: bool
+) -> Gradients:
+    """Return dx, dA, dB and dbias, given the first three of rows; what is not needed has no elements."""
+    d_x, d_lora_A, d_lora_B = gradients
+    d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
+    return d_x.view(x.shape) if need_x else d_x, d_lora_A, d_lora_B, d_bias
+
+
+def fake_gradients(
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, need_x: bool, need_A: bool, need_B: bool, need_bias: bool
+) -> Gradients:
+    """Return tensors of the gradients' shapes."""
+    nothing = (0,)
+    return (
+        x.new_empty(x.shape if need_x else nothing),
+        x.new_empty(lora_A.shape if need_A else nothing),
+        x.new_empty(lora_B.shape if need_B else nothing),
+        x.new_empty((dy.shape[-1],) if need_bias else nothing),
+    )
+
+
+def as_autograd_takes(ctx: Any, gradients: Gradients | None) -> tuple[Tensor | None, ...]:
+    """Return a gradient for each input: x, weight, lora_A, lora_B, bias and what has none."""
+    needs = ctx.needs_input_grad
+    if gradients is None:
+        return (None,) * len(needs)
+    d_x, d_lora_A, d_lora_B, d_bias = gradients
+    wanted = zip((d_x, None, d_lora_A, d_lora_B, d_bias), needs, strict=False)
+    return *(gradient if need else None for gradient, need in wanted), *(None,) * (len(needs) - 5)
+
+
+def is_recorded(dy: Tensor) -> bool:
+    """Say whether a backward goes through its operator, which, called with create_graph=True, refuses to go on."""
+    return _watched(dy) or torch.is_grad_enabled()
+
+
+def register(name: str, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
+    """Register `plora::name` with autograd; refuse a double backward and vmap by name."""
+    backward = f"{name}_backward"
+    torch.library.register_autograd(f"plora::{name}", differentiate, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"plora::{backward}", _refuse_double_backward, lib=_library)
+    for operator in (name, backward):
+        torch.library.register_vmap(f"plora::{operator}", _refuse_vmap, lib=_library)
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
+    raise UnsupportedError("plora_linear has no double backward; call backward without create_graph=True")
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+    raise UnsupportedError("plora_linear does not run under vmap; give x a leading batch axis instead")
+
+
+def refuse_transforms() -> None:
+    """Raise UnsupportedError inside torch.func's transforms."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
+
+
+def call(
+    operator: Any, eager: type[torch.autograd.Function], run: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Tensor:
+    """Return y of an operator's (y, s), on the shortest way there is: `operator` where somebody watches, else `eager`.
+
+    The first four arguments are x, weight, lora_A and lora_B.
+    """
+    if _watched(*arguments[:4]):
+        y, _ = operator(*arguments)
+    elif torch.is_grad_enabled():
+        y, _ = eager.apply(*arguments)
+    else:
+        y, _ = run(*arguments)
+    return y

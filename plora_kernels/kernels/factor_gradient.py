@@ -68,7 +68,7 @@ def partial_gradient_kernel(
         end = tl.load(offsets_ptr + group + 1).to(tl.int32)
         # Whole blocks a split, so that no row block straddles two of them.
         split_rows = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_M) * BLOCK_M
-        first = start + (part % splits) * split_rows
+        first = (start + (part % splits) * split_rows).to(tl.int64)
         last = tl.minimum(first + split_rows, end)
         index_ptr += group * R
         seed_ptr += group

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..blocks import MatmulBlocks, ShapeClass, default_blocks
 from ..configs import capability_of, find_blocks
-from ..dropout import threshold
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from .launch import Dropout, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 from .side_product import side_product
 
@@ -201,6 +200,8 @@ def grouped_matmul(
     width = down.shape[2] if index is None else index.shape[1]
     out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
     blocks = find_grouped_blocks(op, inputs, main, groups, width)
+    if inputs.dtype is torch.float32 and drop_out is not None and drop_out.numbers is not None:
+        blocks = replace(blocks, block_n=min(blocks.block_n, 32))  # rows' own numbers are a register too many
     # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
     given = drop_in is not None or width > blocks.block_r
     if given:
@@ -210,9 +211,9 @@ def grouped_matmul(
     if out.numel() == 0:
         return out, side
     table = grouped_tiles(groups.offsets, rows, blocks.block_m)
-    selected = drop_out.selected if drop_out is not None else None
+    dropped = DropoutArguments.of(drop_out, table)
     with torch.cuda.device_of(inputs):
-        grouped_matmul_kernel[(table.shape[0] * triton.cdiv(d_out, blocks.block_n),)](
+        grouped_matmul_kernel[(table.shape[0] * cdiv(d_out, blocks.block_n),)](
             inputs,
             main,
             down,
@@ -221,18 +222,18 @@ def grouped_matmul(
             index if index is not None else table,
             table,
             groups.scales if groups.scales is not None else table,
-            drop_out.seed if drop_out is not None else table,
-            drop_out.numbers if drop_out is not None and drop_out.numbers is not None else table,
-            selected if selected is not None else table,
+            dropped.seed,
+            dropped.numbers,
+            dropped.selected,
             out,
             side,
             table.shape[0],
             d_in,
             d_out,
             width,
-            drop_out.selected_width if drop_out is not None else 0,
-            threshold(drop_out.p) if drop_out is not None else 0,
-            1 / (1 - drop_out.p) if drop_out is not None else 1.0,
+            dropped.selected_width,
+            dropped.threshold,
+            dropped.keep_scale,
             groups.scale,
             *inputs.stride(),
             *main.stride(),
@@ -245,14 +246,14 @@ def grouped_matmul(
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
-            SELECTED_BLOCK=drop_out.selected_block if drop_out is not None else 0,
+            SELECTED_BLOCK=dropped.selected_block,
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             HAS_SCALES=groups.scales is not None,
             SIDE_GIVEN=given,
             STORE_SIDE=keep_side and not given,
             DROPOUT=drop_out is not None,
-            NUMBERED=drop_out is not None and drop_out.numbers is not None,
+            NUMBERED=dropped.numbered,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down[0], up[0], out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

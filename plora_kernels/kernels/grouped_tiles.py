@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv
+
 _GROUPS_A_STEP = 64
 _TILES_A_PROGRAM = 16
 
@@ -86,7 +88,7 @@ def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
     tiles = rows // block_m + count
     table = torch.empty((tiles, 4), dtype=torch.int32, device=offsets.device)
     with torch.cuda.device_of(offsets):
-        grouped_tiles_kernel[(triton.cdiv(tiles, _TILES_A_PROGRAM),)](
+        grouped_tiles_kernel[(cdiv(tiles, _TILES_A_PROGRAM),)](
             offsets,
             table,
             count,

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import MatmulBlocks
-from ..dropout import threshold
-from .launch import Dropout, cdiv, dot_precision, needs_wide_offsets
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 
 
@@ -179,7 +178,7 @@ def tile_matmul(
     """Write out (M, D_OUT) and, if `keep_side`, side (M, places); see `adapted_matmul` for the shapes."""
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
-    selected = dropout.selected if dropout is not None else None
+    dropped = DropoutArguments.of(dropout, inputs)
     grid = (cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         tile_matmul_kernel[grid](
@@ -189,17 +188,17 @@ def tile_matmul(
             up,
             bias.contiguous() if bias is not None else inputs,
             index if index is not None else inputs,
-            dropout.seed if dropout is not None else inputs,
-            selected if selected is not None else inputs,
+            dropped.seed,
+            dropped.selected,
             out,
             side,
             rows,
             d_in,
             d_out,
             width,
-            dropout.selected_width if dropout is not None else 0,
-            threshold(dropout.p) if dropout is not None else 0,
-            1 / (1 - dropout.p) if dropout is not None else 1.0,
+            dropped.selected_width,
+            dropped.threshold,
+            dropped.keep_scale,
             scale,
             *inputs.stride(),
             *main.stride(),
@@ -212,7 +211,7 @@ def tile_matmul(
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
-            SELECTED_BLOCK=dropout.selected_block if dropout is not None else 0,
+            SELECTED_BLOCK=dropped.selected_block,
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             SIDE_GIVEN=side_given,

@@ -48,3 +48,19 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the number of projections of every joint forward."""
+    from plora_kernels import shared_input
+
+    counts: list[int] = []
+    real = shared_input.forward
+
+    def counted(x: torch.Tensor, operands: list, keep_s: bool) -> list:
+        counts.append(len(operands))
+        return real(x, operands, keep_s)
+
+    monkeypatch.setattr(shared_input, "forward", counted)
+    return counts

@@ -122,3 +122,17 @@ def test_backend_names_what_runs_after_a_failure(monkeypatch: pytest.MonkeyPatch
     assert [pk.backend(f"cuda:{number}") for number in (0, 1)] == ["triton", "torch"]
     monkeypatch.setenv("PLORA_BACKEND", "triton")
     assert pk.backend("cuda:1") == "triton"
+
+
+def test_backend_says_and_the_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PLORA_BACKEND", raising=False)
+    assert pk.backend("cpu") == "torch"
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+    assert pk.backend("cuda") == "torch"
+    monkeypatch.setenv("PLORA_BACKEND", "numpy")
+    with pytest.raises(pk.ConfigError, match="PLORA_BACKEND is 'numpy'; it may be 'triton' or 'torch'"):
+        pk.backend()
+    monkeypatch.setenv("PLORA_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(pk.ConfigError, match="the tensors are on cpu"):
+        pk.backend("cpu")

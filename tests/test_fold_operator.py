@@ -1,0 +1,41 @@
+"""`fold_` in place: what it adds and takes out again, and what autograd makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import plora_kernels as pk
+from plora_kernels import reference
+from tests.support.layer_inputs import layer_inputs as inputs
+
+
+def test_fold_adds_the_unselected_and_takes_them_out_again(each_backend: str) -> None:
+    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    mask = torch.tensor([True, False, True, False])
+    folded = weight.clone()
+    assert pk.fold_(folded, lora_A, lora_B, mask, scale=0.5) is folded
+    torch.testing.assert_close(folded, reference.fold(weight, lora_A, lora_B, mask, scale=0.5))
+    pk.fold_(folded, lora_A, lora_B, [0, 2], scale=0.5, sign=-1)
+    torch.testing.assert_close(folded, weight)
+    assert torch.equal(pk.fold_(weight.clone(), lora_A, lora_B, None), weight)
+    assert torch.equal(pk.fold_(weight.clone(), lora_A, lora_B, range(4)), weight)
+
+
+def test_fold_counts_as_a_change_for_autograd() -> None:
+    x, weight, lora_A, lora_B, _ = inputs()
+    before = weight._version
+    y = pk.plora_linear(x, weight, lora_A, lora_B)
+    pk.fold_(weight, lora_A, lora_B, [])
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_fold_refuses_a_weight_that_trains() -> None:
+    _, weight, lora_A, lora_B, _ = inputs()
+    weight.requires_grad_()
+    with pytest.raises(pk.StateError, match="weight requires a gradient"):
+        pk.fold_(weight, lora_A, lora_B, [])
+    with torch.no_grad():
+        pk.fold_(weight, lora_A, lora_B, [])

@@ -143,12 +143,13 @@ def _legend_of_all(figure: Figure, theme: Theme) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = max(1, min(len(entries), int(figure.get_figwidth() / 2.2)))
+    rows = -(-len(entries) // max(1, int(figure.get_figwidth() / 2.2)))
+    columns = -(-len(entries) // max(1, rows))  # rows of one length
     figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=columns,
+        ncols=max(1, columns),
         frameon=False,
         fontsize=9.5,
         labelcolor=theme.ink,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,9 +112,10 @@ class Screen:
         for names in (NOISE, COST):
             if comparison.metrics(names):
                 self.table(wording.table(comparison, names))
-        self._out.print()
-        for line in [*wording.verdicts(comparison), *wording.notes(comparison)]:
-            self._out.print(line, markup=False, soft_wrap=False)
+        for sentences in (wording.verdicts(comparison), wording.notes(comparison)):
+            self._out.print()
+            for line in sentences:
+                self.say(textwrap.fill(line, self._out.width, subsequent_indent="  "))
 
 
 def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:

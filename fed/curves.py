@@ -154,13 +154,15 @@ def _differences(axes: Axes, theme: Theme, comparison: Comparison) -> None:
 
 
 def _accuracy_per_byte(axes: Axes, theme: Theme, comparison: Comparison) -> None:
+    """Accuracy over bytes, from the first round on, on a logarithmic axis: methods differ by orders of magnitude."""
     for number, variant in enumerate(comparison.plan.variants):
         _, means, deviations = band(comparison, variant, "accuracy", 100.0)
         _, up, _ = band(comparison, variant, "upload_bytes", 1e-6)
         _, down, _ = band(comparison, variant, "download_bytes", 1e-6)
         sent = _running([a + b for a, b in zip(up, down, strict=True)])
-        _plot_band(axes, theme, number, variant.label, (sent, means, deviations))
-    axes.set_xlim(left=0)
+        _plot_band(axes, theme, number, variant.label, (sent[1:], means[1:], deviations[1:]))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title("Accuracy over megabytes sent")
     axes.set_xlabel("megabytes up and down, all clients")
     axes.set_ylabel("accuracy (%)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from math import floor, log10
 from statistics import fmean, stdev
 
 from fed.comparison import Comparison
@@ -37,7 +38,7 @@ def paired_tables(comparison: Comparison) -> list[Table]:
 def paired_table(comparison: Comparison, metric: Metric) -> Table:
     """Return every variant's figure less the reference's, paired by seed, with its 95 % interval and a verdict."""
     reference = comparison.plan.reference.label
-    lines: Table = [(f"{metric.title} less {reference}'s", "difference", "95 % interval", "seeds", "")]
+    lines: Table = [(f"{metric.title} less {reference}'s", "difference", "95 % interval", "seeds", "verdict")]
     for variant in comparison.others:
         found = comparison.paired(variant, metric)
         if found is None:
@@ -118,7 +119,10 @@ def titled(metric: Metric) -> str:
 
 
 def spread(values: Sequence[float], metric: Metric) -> str:
-    """Return mean ± sample standard deviation as text, the mean alone of one value, a dash of none."""
+    """Return mean ± sample standard deviation as text, the mean alone of one value, a dash of none.
+
+    Without digits of its own the deviation has two significant ones, and the mean as many decimals as it.
+    """
     if not values:
         return "—"
     mean = fmean(values)
@@ -128,7 +132,11 @@ def spread(values: Sequence[float], metric: Metric) -> str:
     deviation = stdev(values)
     if deviation == 0:
         return shown
-    return f"{shown} ± {_number(deviation, metric.digits, significant=2)}"
+    digits = metric.digits
+    if digits is None and 1e-3 <= abs(mean) < 1e9 and deviation > 1e-6 * abs(mean):
+        digits = max(0, 1 - floor(log10(deviation)))
+        return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+    return f"{shown} ± {_number(deviation, digits, significant=2)}"
 
 
 def _number(value: float, digits: int | None, significant: int = 3) -> str:

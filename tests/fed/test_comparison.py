@@ -11,7 +11,7 @@ import pytest
 from fed import grid, wording
 from fed.comparison import Comparison, as_json, collect
 from fed.errors import FedError
-from fed.metrics import ACCURACY, COST, NOISE, OUTCOME
+from fed.metrics import ACCURACY, COST, METRICS, NOISE, OUTCOME
 from fed.publish import comparison_page, publish_comparison
 from tests.support.saved_runs import make_row, make_run
 
@@ -45,6 +45,24 @@ def test_mean_and_deviation_by_hand(comparison: Comparison) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((68.0, 142.0), "105 ± 52"),
+        ((0.84, 0.886), "0.863 ± 0.033"),
+        ((26_800.0, 28_240.0), "27,520 ± 1,018"),
+        ((0.0071, 0.0066), "0.00685 ± 0.00035"),
+        ((7.1e-7, 6.9e-7), "7e-07 ± 1.4e-08"),
+        ((3.0, 3.0), "3"),
+        ((3.14159,), "3.14"),
+        ((), "—"),
+    ],
+)
+def test_a_mean_has_the_decimals_of_its_deviation(values: tuple[float, ...], shown: str) -> None:
+    plain = next(metric for metric in METRICS if metric.name == "agg_noise")
+    assert wording.spread(values, plain) == shown
+
+
 def test_noise_is_a_mean_over_rounds_and_bytes_and_times_are_sums(comparison: Comparison) -> None:
     assert wording.table(comparison, NOISE)[1] == ("Fed-PLoRA", "5e-07", "0.5")
     assert wording.table(comparison, COST)[:2] == [
@@ -57,7 +75,7 @@ def test_differences_are_paired_by_seed_and_said_in_words(comparison: Comparison
     # +10, +10, +11: mean 31/3, s = 1/√3, half = 4.3026527 · (1/√3) / √3 = 1.4342176
     # +2, −4, +8: mean 2, s = 6, half = 4.3026527 · 6 / √3 = 14.9048
     assert wording.paired_table(comparison, ACCURACY) == [
-        ("accuracy less Fed-PLoRA's", "difference", "95 % interval", "seeds", ""),
+        ("accuracy less Fed-PLoRA's", "difference", "95 % interval", "seeds", "verdict"),
         ("FedIT (rank 16)", "+10.33 points", "+8.90 to +11.77", "3", "ahead"),
         ("FedIT (rank 2)", "+2.00 points", "-12.90 to +16.90", "3", "tie"),
     ]

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from fed.comparison import Comparison
 from fed.grid import settings_of
 from fed.metrics import COST, NOISE, OUTCOME, SCORES, Metric
-from fed.report import local_work, population, task_name
+from fed.report import local_work, method_name, population, task_name
 from fed.variants import resolved
 
 Table = list[tuple[str, ...]]
@@ -169,9 +169,12 @@ def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
 
 def title(comparison: Comparison) -> str:
     """Return the comparison's heading: what is compared, on what."""
-    labels = [variant.label for variant in comparison.plan.variants]
+    asked, labels = comparison.plan.request, [variant.label for variant in comparison.plan.variants]
+    task = task_name(comparison.plan.cells[0].config)
+    if asked.vary and len(asked.methods) == 1:
+        return f"{method_name(asked.methods[0].partition('@')[0])} by {asked.vary.partition('=')[0]} on {task}"
     names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
-    return f"{names} on {task_name(comparison.plan.cells[0].config)}"
+    return f"{names} on {task}"
 
 
 def lead(comparison: Comparison) -> str:

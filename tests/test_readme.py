@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bench.device_table import committed_section
 from bench.report import markdown as bench_markdown
 from bench.results import load_run
 from bench.simulation.table import committed_simulation
+from fed import grid
 from fed.report import markdown as demo_markdown
 from fed.report import read
 from tests.support.models import tiny_bert
@@ -72,3 +74,27 @@ def test_every_picture_and_page_it_names_is_there() -> None:
     missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
     assert targets
     assert missing == []
+
+
+def test_the_page_of_results_quotes_the_committed_comparisons() -> None:
+    folder = ROOT / "docs" / "results"
+    said = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*/comparison.md")).splitlines()
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    quoted = [line for line in page.splitlines() if line.startswith("- ")]
+    assert quoted
+    assert [line for line in quoted if line not in said] == []
+    targets = re.findall(r"\]\(([^)#]+)\)", page)
+    assert [target for target in targets if "://" not in target and not (folder / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["comparison-digits", "comparison-instructions", "selection-digits"])
+def test_a_committed_comparison_is_of_settings_there_are_and_its_words_of_its_figures(name: str) -> None:
+    folder = ROOT / "docs" / "results" / name
+    plan = grid.plan(grid.read(folder))
+    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    assert [variant["name"] for variant in found["variants"]] == [variant.name for variant in plan.variants]
+    assert found["missing_runs"] == 0
+    words = (folder / "comparison.md").read_text(encoding="utf-8")
+    for variant in found["variants"]:
+        figure = variant["figures"]["accuracy"]
+        assert f"| {variant['label']} | {figure['mean']:.1f} ± {figure['std']:.1f} |" in words

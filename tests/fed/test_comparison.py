@@ -179,3 +179,11 @@ def test_everything_is_written_and_the_same_twice(comparison: Comparison, tmp_pa
     assert "python -m fed compare digits --methods fed-plora,fedit,fedit@2 --seeds 0,1,2 --set rounds=2" in markdown
     assert "![noise](noise.png)" in markdown
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_comparison_of_values_is_called_by_its_key(tmp_path: Path) -> None:
+    asked = grid.request("digits", ["rounds=2"], ["fed-plora"], (0,), vary="train.local_steps=1,3")
+    grid.write(asked, tmp_path)
+    for cell in grid.plan(asked).cells:
+        (make_run(tmp_path / cell.path, [make_row(0), make_row(1), make_row(2)], cell.config) / "adapter").mkdir()
+    assert wording.title(collect(tmp_path)) == "Fed-PLoRA by train.local_steps on digits turned by 90°"

@@ -64,7 +64,7 @@ def test_a_comparison_leaves_every_run_and_its_reports(whole: Path) -> None:
 
 def test_methods_of_a_seed_share_the_base_and_begin_alike(whole: Path) -> None:
     assert len(list((whole / "bases").iterdir())) == 2
-    ours, theirs, other, _ = (rows_of(whole / cell)[:2] for cell in CELLS)
+    ours, theirs, other, _ = (without_times(whole / cell)[:2] for cell in CELLS)
     assert ours[0] == theirs[0]
     assert ours[1]["clients"] == theirs[1]["clients"]
     assert ours[0]["accuracy"] != other[0]["accuracy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,9 +24,15 @@ from fed.types import ClientUpdate, Factors, Footprint
 if TYPE_CHECKING:
     from fed.training_config import TrainConfig
 
+Losses = Callable[[nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
+
 
 def train_together(
-    work: Workplace, jobs: Sequence[Job], settings: TrainConfig, measure: bool = False
+    work: Workplace,
+    jobs: Sequence[Job],
+    settings: TrainConfig,
+    measure: bool = False,
+    losses: Losses = client_losses,
 ) -> list[ClientUpdate]:
     """Train every job's client, all in one forward and one backward a step, and return their updates in order.
 
@@ -36,15 +42,15 @@ def train_together(
     whose loss is not finite spoils no other's. Unselected modules are held frozen, whatever the start says. Dropout of
     the base model itself draws from the cohort's stream, so with it results depend on who trains together.
 
-    The shared base must hold the starts' `base_delta` already; the model comes back as it was. Nothing is read from the
-    device before the last step is done.
+    `losses` is `client_losses`, or that compiled. The shared base must hold the starts' `base_delta` already; the model
+    comes back as it was. Nothing is read from the device before the last step is done.
 
     Raises FedError for a model in which one sample's result depends on others (batch norm).
     """
     check_independent(work.model)
-    cohort = Cohort(work, jobs, settings)
-    losses = cohort.train(measure)
-    return cohort.updates(losses, measure)
+    cohort = Cohort(work, jobs, settings, losses)
+    total = cohort.train(measure)
+    return cohort.updates(total, measure)
 
 
 def check_independent(model: nn.Module) -> None:
@@ -78,12 +84,15 @@ class _Plan:
 class Cohort:
     """Clients side by side, ordered so that those still training are always the first ones."""
 
-    def __init__(self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig) -> None:
+    def __init__(
+        self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, losses: Losses = client_losses
+    ) -> None:
         plans = [_Plan(job, settings.batch_size) for job in jobs]
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
         self.plans = [plans[place] for place in self.places]
         self.jobs = [plan.job for plan in self.plans]
-        self.work, self.settings, self.table = work, settings, self.jobs[0].split.table
+        self.work, self.settings, self.losses = work, settings, losses
+        self.table = self.jobs[0].split.table
         self.sides = self.jobs[0].start.trained
         if any(job.split.table is not self.table or job.start.trained != self.sides for job in self.jobs):
             raise ValueError("the jobs of a cohort hold rows of one table and train the same factors")
@@ -144,7 +153,9 @@ class Cohort:
         """Train the clients of a running span one step; return the losses it began with, (count,)."""
         with span.seeded(step):  # the backward may recompute the forward
             with self.saved.watching(measure):
-                losses = client_losses(self.work.model, span.batch(step), span.sizes)
+                # A compiled forward hides what it keeps.
+                compute = client_losses if measure else self.losses
+                losses = compute(self.work.model, span.batch(step), span.sizes)
             self._move(losses, span)
         return losses.detach()
 

@@ -15,6 +15,7 @@ from fed.cost import tensor_bytes
 from fed.errors import FedError
 from fed.footprint import MIB, state_bytes
 from fed.local import Job, Workplace
+from fed.losses import client_losses
 from fed.types import ClientUpdate
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Cohorts:
         self._work, self._config, self._on_event = work, config, on_event
         self.size = config.cohort_size or size
         self._activation_bytes: dict[int, int] = {}  # by samples of a batch
+        self._losses = torch.compile(client_losses) if config.cohort_compile else client_losses
 
     def train(self, jobs: Sequence[Job]) -> list[ClientUpdate]:
         """Train every job's client and return their updates in order; see `fed.cohort.train_together`.
@@ -44,7 +46,11 @@ class Cohorts:
         updates: dict[int, ClientUpdate] = {}
         for places in self.divide(jobs):
             trained = train_together(
-                self._work, [jobs[place] for place in places], self._config.train, self._config.measure.memory
+                self._work,
+                [jobs[place] for place in places],
+                self._config.train,
+                self._config.measure.memory,
+                self._losses,
             )
             updates |= zip(places, trained, strict=True)
         return [updates[place] for place in range(len(jobs))]

@@ -50,7 +50,7 @@ class RunConfig(_Table):
 
     `execution` is how a round's clients train: one after another, or together, `cohort_size` at a time over one frozen
     base; 0 takes the size that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are no larger
-    than that holds.
+    than that holds; with `cohort_compile` torch compiles their forward and backward, which takes a minute or so first.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -63,6 +63,7 @@ class RunConfig(_Table):
     execution: Literal["sequential", "cohort"] = "sequential"
     cohort_size: Annotated[int, Field(ge=0, le=10_000)] = 0
     cohort_memory_mib: Annotated[float, Field(ge=0)] = 0.0
+    cohort_compile: bool = False
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()

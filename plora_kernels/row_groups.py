@@ -62,11 +62,17 @@ class RowGroups:
                 f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
                 f"{self.samples}"
             )
+        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
+            return self._bounds(each, x.device)
         key = each, x.device
         if key not in self._offsets:
-            bounds = [0, *itertools.accumulate(size * each for size in self.sizes)]
-            self._offsets[key] = torch.tensor(bounds).to(x.device, non_blocking=True)
+            self._offsets[key] = self._bounds(each, x.device)
         return self._offsets[key]
+
+    def _bounds(self, each: int, device: torch.device) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(size * each for size in self.sizes)]).to(
+            device, non_blocking=True
+        )
 
     def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         """Return y_g = x_g · weights_g + bias, (samples, …, N), for x (samples, …, K) and weights (C, K, N).
@@ -172,27 +178,29 @@ class GroupModules:
         )
 
     def _is_small(self, x: Tensor, weight: Tensor) -> bool:
+        """Say whether y is computed by weights of the groups' own; what fails here the operator refuses by name."""
+        if self.index is not None or self.dropout_p or torch.is_autocast_enabled(x.device.type):
+            return False
+        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
+            return self._pays(x, weight)
+        key = x.shape, x.dtype, weight.dtype, weight.requires_grad
+        if key not in self._small:
+            self._small[key] = self._pays(x, weight)
+        return self._small[key]
+
+    def _pays(self, x: Tensor, weight: Tensor) -> bool:
         """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
 
         Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and
         its gradient, for m rows a group. On CPU thin products run at half the speed of the others. A weight of half
         precision would lose what is added to it.
         """
-        if self.index is not None or self.dropout_p or torch.is_autocast_enabled(x.device.type):
+        (n, k), rank, rows = weight.shape, self.lora_A.shape[1], math.prod(x.shape[:-1])
+        alike = x.dtype == weight.dtype == self.lora_A.dtype == self.lora_B.dtype
+        fits = x.shape[-1] == k and not weight.requires_grad and rows % max(self.rows.samples, 1) == 0
+        if not alike or not fits or x.dtype.itemsize < 4 or runs_kernels(x):
             return False
-        key = x.shape, x.dtype, weight.dtype, weight.requires_grad
-        if key not in self._small:
-            (n, k), rank, groups = weight.shape, self.lora_A.shape[1], len(self.rows)
-            rows = math.prod(x.shape[:-1])
-            alike = x.dtype == weight.dtype == self.lora_A.dtype == self.lora_B.dtype and x.dtype.itemsize >= 4
-            fits = (
-                x.shape[-1] == k
-                and not weight.requires_grad
-                and (not self.rows.samples or rows % self.rows.samples == 0)
-            )
-            pays = rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
-            self._small[key] = alike and fits and pays and not runs_kernels(x)  # else the operator says what is wrong
-        return self._small[key]
+        return rows * n * k + len(self.rows) * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
 
     def _by_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y by every group's own W_g, whose gradient autograd takes apart: dB_g = s·dY_gᵀ x_g A_gᵀ."""

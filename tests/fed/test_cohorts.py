@@ -112,6 +112,31 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
     assert [json.loads(line)["cohort_size"] for line in written] == [None, size, size, size]
 
 
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(work: Workplace) -> None:
+    jobs = jobs_of(work, make_config(**SIX, execution="cohort"))
+    found = []
+    for compiled in (False, True):
+        config = make_config(**SIX, execution="cohort", cohort_size=3, cohort_compile=compiled)
+        found.append(Cohorts(work, config, pytest.fail).train(jobs))
+    for one, other in zip(*found, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(one.head), dict(other.head), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_compiled_is_what_trains(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def watched(losses: Any) -> Any:
+        return lambda *arguments: calls.append(len(arguments[2])) or losses(*arguments)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    config = make_config(**SIX, execution="cohort", cohort_size=4, cohort_compile=True, measure={"memory": False})
+    Cohorts(work, config, pytest.fail).train(jobs_of(work, config))
+    assert calls == [4, 4, 4, 2, 2, 2]
+
+
 def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
     table = DATA.test.table
     broken = table.inputs["inputs"].clone()

@@ -54,7 +54,7 @@ def make_config(**changes: Any) -> SimpleNamespace:
     """A run's configuration; `changes` set plain keys, or keys of a table by a mapping: `train={"head": "freeze"}`."""
     tables = {name: SimpleNamespace(**{**keys, **changes.pop(name, {})}) for name, keys in _DEFAULTS.items()}
     plain = {"seed": 5, "rounds": 3, "method": "fed-plora", "device": "cpu", "checkpoint_every": 1}
-    plain |= {"execution": "sequential", "cohort_size": 0, "cohort_memory_mib": 0.0}
+    plain |= {"execution": "sequential", "cohort_size": 0, "cohort_memory_mib": 0.0, "cohort_compile": False}
     return SimpleNamespace(**{**plain, **changes}, **tables)
 
 

@@ -175,8 +175,10 @@ def factor_gradient_(
     rows_each = max(1, rows // count)
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
-    if wide.dtype.itemsize >= 4 and (dropout is not None or groups is not None):
-        # The mask, or what tells groups apart, takes registers that fp32 tiles do not leave.
+    wide_tiles = wide.dtype.itemsize >= 4 or not is_aligned(wide)
+    if (groups is not None and wide_tiles) or (dropout is not None and wide.dtype.itemsize >= 4):
+        # The mask, or what tells groups apart, takes registers that fp32 tiles, or lines that start anywhere, do not
+        # leave.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
     splits = max(1, min(cdiv(blocks.splits, count), cdiv(rows_each, blocks.block_m)))
     # Whole blocks a split, so that no row block straddles two of them.

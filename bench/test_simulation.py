@@ -11,7 +11,7 @@ from bench.conftest import NOT_AVAILABLE, bench_device
 from bench.recorded import recorded_time, replay
 from bench.simulation.cases import simulation_cases
 from bench.simulation.measure import PLAN, Found, measure
-from bench.simulation.providers import PROVIDERS
+from bench.simulation.providers import providers_of
 from bench.timing import Plan
 
 pytestmark = pytest.mark.benchmark(timer=recorded_time, disable_gc=True)
@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     items = [
         pytest.param(case.name, provider, id=f"{case.name}-{provider}")
         for case in simulation_cases(bench_device().type)
-        for provider in PROVIDERS
+        for provider in providers_of(case)
     ]
     metafunc.parametrize(("case_name", "provider"), items)
 

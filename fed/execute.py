@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fed.allocator import keep_freed_memory
 from fed.errors import FedError
 from fed.report import read_rows
 from fed.rundir import ADAPTER
@@ -81,11 +82,15 @@ def ended(directory: Path, config: RunConfig) -> bool:
 
 @contextmanager
 def limits(threads: int) -> Iterator[None]:
-    """Let torch use so many threads inside, or as many as it likes if 0; FedError for what does not fit a layer."""
+    """Let torch use so many threads inside, or as many as it likes if 0; FedError for what does not fit a layer.
+
+    The process keeps the memory it frees from here on.
+    """
     import torch
 
     from plora_kernels import PLoRAError
 
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -1,13 +1,14 @@
-"""The trained numbers of several clients in one tensor, a row for each, and views of it as the model takes them."""
+"""The trained numbers of several clients side by side in one memory, as the model and torch's optimiser take them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fed.errors import FedError
 
@@ -16,98 +17,156 @@ if TYPE_CHECKING:
 
 
 class Stacked:
-    """Named tensors (C, …) of C clients held side by side in `values` (C, P), with their gradients.
+    """Named tensors (C, …) of C clients in one memory, `values`, and their gradients in another of the same layout.
 
-    A client's row is one contiguous parameter, so that torch's own optimiser keeps state, learning rate and step count
-    for each client and moves it in one call; what the model reads are strided views, (c, …) of the first c clients.
+    The C clients' tensors of one name lie together: the first c of them are one contiguous piece, which is what batched
+    products read and write fastest, and where nobody has left, all names together are one piece for the optimiser.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy `tensors`, each (C, …), all of one dtype and device."""
+    def __init__(self, tensors: Mapping[str, Tensor], columns: Collection[str] = ()) -> None:
+        """Copy `tensors`, each (C, …), all of one dtype and device; matrices named in `columns` lie column by column.
+
+        Raises FedError for tensors of several kinds.
+        """
         kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
         if len(kinds) > 1:
             raise FedError(
                 f"the trained parameters are {', '.join(sorted(map(str, kinds)))}; a cohort needs them of one dtype "
                 "and on one device; execution = 'sequential' takes them as they are"
             )
+        self.clients = len(next(iter(tensors.values())))
         self._shapes = {name: tensor.shape[1:] for name, tensor in tensors.items()}
-        self.values = torch.cat([tensor.detach().flatten(1) for tensor in tensors.values()], dim=1)
+        self._columns = frozenset(columns)
+        first = next(iter(tensors.values()))
+        self.values = torch.empty(sum(map(Tensor.numel, tensors.values())), dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros_like(self.values)
-        self.rows = [nn.Parameter(row) for row in self.values]
+        for place, tensor in zip(self.named(self.values).values(), tensors.values(), strict=True):
+            place.copy_(tensor.detach())
 
-    def __len__(self) -> int:
-        return len(self.values)
+    def named(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return the tensors (C, …) that a memory laid out as `values` holds, as views."""
+        parts = memory.split([self.clients * prod(shape) for shape in self._shapes.values()])
+        return {name: self._view(name, part) for name, part in zip(self._shapes, parts, strict=True)}
 
-    def split(self, row: Tensor) -> dict[str, Tensor]:
-        """Return the named views (…, *shape) of values, gradients or a mask (…, P)."""
-        parts = row.split([prod(shape) for shape in self._shapes.values()], dim=-1)
-        return {
-            name: part.unflatten(-1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+    def _view(self, name: str, part: Tensor) -> Tensor:
+        shape = self._shapes[name]
+        if name in self._columns:
+            rows, columns = shape
+            return part.view(self.clients, columns, rows).mT
+        return part.view(self.clients, *shape)
 
     def leaves(self, count: int) -> dict[str, Tensor]:
-        """Return the first `count` clients' tensors, (count, …), as leaves to differentiate by.
-
-        The other clients' rows have no gradient from here on, which is how an optimiser is told to leave them alone.
-        """
-        for client, row in enumerate(self.rows):
-            row.grad = self.gradients[client] if client < count else None
-        return {name: view.requires_grad_() for name, view in self.split(self.values[:count].detach()).items()}
-
-    def differentiate(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> list[str]:
-        """Write the loss's gradient by the leaves into `gradients`; return the names it does not depend on.
-
-        Their gradient is zero. Not `backward`: leaves that are strided views would each take a copy to add to.
-        """
-        count = next(iter(leaves.values())).shape[0]
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        places = self.split(self.gradients[:count])
-        known = {name: gradient for name, gradient in zip(places, found, strict=True) if gradient is not None}
-        torch._foreach_copy_([places[name] for name in known], list(known.values()))
-        unused = [name for name in places if name not in known]
-        for name in unused:
-            places[name].zero_()
-        return unused
+        """Return the first `count` clients' tensors, (count, …), as leaves to differentiate by."""
+        return {name: own[:count].requires_grad_() for name, own in self.named(self.values.detach()).items()}
 
     def clip_(self, count: int, max_norm: float) -> None:
         """Scale each of the first `count` clients' gradients down to a norm of `max_norm`, as torch's clipping does."""
-        gradients = self.gradients[:count]
-        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        gradients.mul_((max_norm / (norms + 1e-6)).clamp_(max=1.0))
+        gradients = [own[:count] for own in self.named(self.gradients).values()]
+        norms = torch.stack([torch.linalg.vector_norm(own.flatten(1), dim=1) for own in gradients])
+        factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
+        for own in gradients:
+            own.mul_(factors.view(-1, *[1] * (own.dim() - 1)))
+
+    def pieces(self, count: int, rates: Sequence[float]) -> list[Piece]:
+        """Return the memory of the first `count` clients in as few pieces as have one learning rate each."""
+        if count == self.clients and len(set(rates)) == 1:
+            return [Piece(0, len(self.values), rates[0])]
+        found, start = [], 0
+        for shape in self._shapes.values():
+            size, client = prod(shape), 0
+            for rate, same in itertools.groupby(rates[:count]):
+                many = len(list(same))
+                found.append(Piece(start + client * size, start + (client + many) * size, rate))
+                client += many
+            start += self.clients * size
+        return found
+
+
+class Piece(NamedTuple):
+    """Elements start … stop−1 of a memory, which share a learning rate."""
+
+    start: int
+    stop: int
+    rate: float
 
 
 class StackedOptimizer:
-    """torch's AdamW or SGD over the rows of `Stacked`, each client with its own learning rate.
+    """torch's AdamW or SGD over the memory of `Stacked`, each client with its own learning rate and state.
 
-    Weight decay touches only what a client trains, `trained` (C, P) bool; None: everything.
+    Weight decay touches only what a client trains, `trained` laid out as `values`; None: everything.
     """
 
     def __init__(
         self, stacked: Stacked, settings: TrainConfig, learning_rates: Sequence[float], trained: Tensor | None
     ) -> None:
-        self._stacked, self._adamw, decay = stacked, settings.optimizer == "adamw", settings.weight_decay
+        self._stacked, self._settings, self._rates = stacked, settings, list(learning_rates)
         self._decay: Tensor | None = None
-        if trained is not None and decay:  # the optimiser knows of no masks
-            rates = torch.tensor(learning_rates, dtype=stacked.values.dtype, device=stacked.values.device)[:, None]
-            self._decay = trained.to(stacked.values.dtype) * (decay * rates if self._adamw else decay)
-            decay = 0.0
-        groups = [
-            {"params": [row for row, own in zip(stacked.rows, learning_rates, strict=True) if own == rate], "lr": rate}
-            for rate in dict.fromkeys(learning_rates)
-        ]
-        self.torch: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, weight_decay=decay, fused=True)
-            if self._adamw
-            else torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
-        )
+        if trained is not None and settings.weight_decay:  # the optimiser knows of no masks
+            decay = trained.to(stacked.values.dtype) * settings.weight_decay
+            if settings.optimizer == "adamw":
+                rates = torch.tensor(learning_rates, dtype=decay.dtype, device=decay.device)
+                for own in stacked.named(decay).values():
+                    own.mul_(rates.view(-1, *[1] * (own.dim() - 1)))
+            self._decay = decay
+        self._count, self._pieces = 0, list[Piece]()
+        self._torch: torch.optim.Optimizer | None = None
 
     @torch.no_grad()
     def step(self, count: int) -> None:
-        """Move the first `count` clients."""
+        """Move the first `count` clients; who left does not come back."""
+        if self._torch is None or count != self._count:
+            self._torch = self._with(count)
         if self._decay is not None:
-            values, decay = self._stacked.values[:count], self._decay[:count]
-            if self._adamw:
-                values.addcmul_(values, decay, value=-1)
+            if self._settings.optimizer == "adamw":
+                self._stacked.values.addcmul_(self._stacked.values, self._decay, value=-1)
             else:
-                self._stacked.gradients[:count].addcmul_(values, decay)
-        self.torch.step()
+                self._stacked.gradients.addcmul_(self._stacked.values, self._decay)
+        self._torch.step()
+
+    def _with(self, count: int) -> torch.optim.Optimizer:
+        """Return an optimiser of the first `count` clients that goes on from the state of the one before."""
+        pieces = self._stacked.pieces(count, self._rates)
+        groups = [
+            {"params": [self._parameter(piece) for piece in pieces if piece.rate == rate], "lr": rate}
+            for rate in dict.fromkeys(piece.rate for piece in pieces)
+        ]
+        settings, decay = self._settings, 0.0 if self._decay is not None else self._settings.weight_decay
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+            if settings.optimizer == "adamw"
+            else torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
+        )
+        if self._torch is not None:
+            self._hand_on(self._torch, optimizer)
+        if self._decay is not None:
+            for own in self._stacked.named(self._decay).values():
+                own[count:].zero_()
+        self._count = count
+        return optimizer
+
+    def _parameter(self, piece: Piece) -> Tensor:
+        parameter = self._stacked.values[piece.start : piece.stop].requires_grad_()
+        parameter.grad = self._stacked.gradients[piece.start : piece.stop]
+        return parameter
+
+    def _hand_on(self, before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:
+        """Give an optimiser the state that another one keeps of the same memory, cut as its own parameters are."""
+        whole: dict[str, Tensor] = {}
+        for parameter in _parameters(before):
+            for key, value in before.state[parameter].items():
+                if key == "step":  # all clients began together
+                    whole[key] = value
+                    continue
+                if key not in whole:
+                    whole[key] = torch.zeros_like(self._stacked.values)
+                start = parameter.storage_offset()
+                whole[key][start : start + len(parameter)] = value
+        for parameter in _parameters(after):
+            own = slice(parameter.storage_offset(), parameter.storage_offset() + len(parameter))
+            after.state[parameter] = {
+                key: value.clone() if key == "step" else value[own] for key, value in whole.items()
+            }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

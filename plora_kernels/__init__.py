@@ -19,7 +19,7 @@ from .inject import Injected, PLoRAConfig, inject
 from .linear import FusedPLoRALinear
 from .peft import load_peft, save_peft
 from .reference import module_average
-from .row_groups import GroupModules, RowGroups
+from .row_groups import GroupModules, RowGroups, group_gradients
 
 __all__ = [
     "ConfigError",
@@ -42,6 +42,7 @@ __all__ = [
     "fold",
     "fold_",
     "fold_many_",
+    "group_gradients",
     "inject",
     "load_peft",
     "module_average",

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_grouped
+from . import group_products, torch_grouped
 from .backend import falling_back, runs_kernels
 from .group_checks import host_bounds
 from .operators import (
     Gradients,
     _library,
     _rows,
+    _watched,
     all_gradients,
     as_autograd_takes,
     call,
@@ -33,12 +34,12 @@ from .operators import (
 
 _library.define(
     "grouped_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? index, "
-    "Tensor offsets, Tensor? scales, float scale, bool frozen, bool keep_s, bool merged, float dropout_p, "
+    "Tensor offsets, Tensor? scales, float scale, bool frozen, bool keep_s, float dropout_p, "
     "Tensor? dropout_seeds, Tensor? dropout_rows) -> (Tensor y, Tensor s)"
 )
 _library.define(
     "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, "
-    "Tensor? index, Tensor offsets, Tensor? scales, float scale, bool frozen, bool merged, bool need_x, bool need_A, "
+    "Tensor? index, Tensor offsets, Tensor? scales, float scale, bool frozen, bool need_x, bool need_A, "
     "bool need_B, bool need_bias, float dropout_p, Tensor? dropout_seeds, Tensor? dropout_rows) "
     "-> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
 )
@@ -56,19 +57,18 @@ def _run_forward(
     scale: float,
     frozen: bool,
     keep_s: bool,
-    merged: bool,
     *dropout: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
     operands, form = (x, weight, lora_A, lora_B, bias, index), (scales, scale, frozen, keep_s)
     bounds = host_bounds(offsets, x.shape[0]) if offsets.device.type == "cpu" else None
-    if not merged and runs_kernels(x):
+    if runs_kernels(x):
         with falling_back("the grouped forward", x):
             from .kernels import grouped_layer
 
             return grouped_layer.forward(*operands, offsets, *form, *dropout)
     bounds = bounds or host_bounds(offsets, x.shape[0])
-    return torch_grouped.forward(*operands, bounds, *form, merged, *dropout)
+    return torch_grouped.forward(*operands, bounds, *form, *dropout)
 
 
 def _run_backward(
@@ -83,17 +83,16 @@ def _run_backward(
     scales: Tensor | None,
     scale: float,
     frozen: bool,
-    merged: bool,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     operands, form = (dy, x, weight, lora_A, lora_B, s, index), (scales, scale, frozen)
-    if not merged and runs_kernels(dy):
+    if runs_kernels(dy):
         with falling_back("the grouped backward", dy):
             from .kernels import grouped_layer
 
             return grouped_layer.backward(*operands, offsets, *form, *rest)
-    return torch_grouped.backward(*operands, host_bounds(offsets, x.shape[0]), *form, merged, *rest)
+    return torch_grouped.backward(*operands, host_bounds(offsets, x.shape[0]), *form, *rest)
 
 
 @torch.library.impl(_library, "grouped_linear", "CompositeExplicitAutograd")
@@ -109,13 +108,12 @@ def _linear(
     scale: float,
     frozen: bool,
     keep_s: bool,
-    merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, s = _run_forward(
-        _rows(x), weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
+        _rows(x), weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, dropout_p,
         dropout_seeds, dropout_rows,
     )  # fmt: skip
     return shaped_as(x, y), s
@@ -134,7 +132,6 @@ def _linear_fake(
     scale: float,
     frozen: bool,
     keep_s: bool,
-    merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
@@ -161,7 +158,6 @@ def _linear_backward(
     scales: Tensor | None,
     scale: float,
     frozen: bool,
-    merged: bool,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -172,7 +168,7 @@ def _linear_backward(
 ) -> Gradients:
     dy_rows, needs = _rows(dy), (need_x, need_A, need_B)
     gradients = _run_backward(
-        dy_rows, _rows(x), weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, merged, *needs, dropout_p,
+        dy_rows, _rows(x), weight, lora_A, lora_B, s, index, offsets, scales, scale, frozen, *needs, dropout_p,
         dropout_seeds, dropout_rows,
     )  # fmt: skip
     return all_gradients(gradients, dy_rows, x, need_x, need_bias)
@@ -191,7 +187,6 @@ def _linear_backward_fake(
     scales: Tensor | None,
     scale: float,
     frozen: bool,
-    merged: bool,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -204,12 +199,12 @@ def _linear_backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, _, index, offsets, scales, scale, frozen, _, merged, dropout_p, *dropout = inputs
+    x, weight, lora_A, lora_B, _, index, offsets, scales, scale, frozen, _, dropout_p, *dropout = inputs
     _, s = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, lora_A, lora_B, s, index, offsets, scales, *dropout)
-    ctx.scale, ctx.frozen, ctx.merged, ctx.dropout_p = scale, frozen, merged, dropout_p
+    ctx.scale, ctx.frozen, ctx.dropout_p = scale, frozen, dropout_p
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -220,7 +215,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
     needs = need_x, need_A, need_B, need_bias
     backward = torch.ops.plora.grouped_linear_backward if is_recorded(dy) else _linear_backward
     gradients = backward(
-        dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, ctx.merged, *needs,
+        dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, *needs,
         ctx.dropout_p, *dropout,
     )  # fmt: skip
     return as_autograd_takes(ctx, gradients)
@@ -259,12 +254,14 @@ def linear(
 ) -> Tensor:
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
     refuse_transforms()
-    rows, groups, places = math.prod(x.shape[:-1]), lora_A.shape[0], _places(lora_A, index, frozen)
-    n, k = weight.shape
-    merged = not runs_kernels(x) and torch_grouped.is_merged(rows, groups, k, n, places, x.dtype, dropout_p)
-    keep_s = torch.is_grad_enabled() and lora_B.requires_grad and not merged
+    operands = x, weight, lora_A, lora_B
+    if index is None and dropout_p == 0.0 and group_products.takes(*operands) and not _watched(*operands):
+        bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))
+        form = group_products.Form.of(bounds, scale, scales, x)
+        return group_products.linear(*operands, bias, form)
+    keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     arguments = (
-        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, merged, dropout_p,
+        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, dropout_p,
         dropout_seeds, dropout_rows,
     )  # fmt: skip
     return call(torch.ops.plora.grouped_linear, _EagerLinear, _linear, arguments)

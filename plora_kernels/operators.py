@@ -7,6 +7,7 @@ more host time than a small layer computes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,31 @@ def register(name: str, save: Callable[..., None], differentiate: Callable[..., 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
     raise UnsupportedError("plora_linear has no double backward; call backward without create_graph=True")
+
+
+class _Final(torch.autograd.Function):
+    """Hands on gradients, told what they were computed from, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *computed_from: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    backward = staticmethod(_refuse_double_backward)
+
+
+def refused_twice(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Let a Function's `backward` run without a graph, and refuse to differentiate what it returns."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():  # as it is but under create_graph=True
+            return backward(ctx, dy)
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        final: tuple[Tensor | None, ...] = _Final.apply(gradients, dy, *ctx.saved_tensors)
+        return final
+
+    return run
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:

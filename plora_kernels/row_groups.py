@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .backend import runs_kernels
+from . import group_products
 from .errors import ConfigError, ShapeError
 from .functional import grouped_with_index
 from .group_checks import (
@@ -20,8 +22,9 @@ from .group_checks import (
     group_scales,
     group_seeds,
 )
-
-THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
+from .group_memory import GradientMemory
+from .group_products import Form, pays, takes
+from .operators import _watched, refuse_transforms
 
 
 class RowGroups:
@@ -50,8 +53,8 @@ class RowGroups:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def offsets(self, x: Tensor) -> Tensor:
-        """Return the groups' bounds (C+1,) int64 among the rows of x (samples, …, K), on x's device.
+    def bounds(self, x: Tensor) -> tuple[int, ...]:
+        """Return the groups' C+1 bounds among the rows of x (samples, …, K).
 
         Raises ShapeError where the rows are no multiple of the samples.
         """
@@ -62,17 +65,16 @@ class RowGroups:
                 f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
                 f"{self.samples}"
             )
-        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
-            return self._bounds(each, x.device)
-        key = each, x.device
-        if key not in self._offsets:
-            self._offsets[key] = self._bounds(each, x.device)
-        return self._offsets[key]
+        return 0, *itertools.accumulate(size * each for size in self.sizes)
 
-    def _bounds(self, each: int, device: torch.device) -> Tensor:
-        return torch.tensor([0, *itertools.accumulate(size * each for size in self.sizes)]).to(
-            device, non_blocking=True
-        )
+    def offsets(self, x: Tensor) -> Tensor:
+        """Return `bounds` as a tensor (C+1,) int64 on x's device."""
+        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
+            return torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
+        key = math.prod(x.shape[:-1]), x.device
+        if key not in self._offsets:
+            self._offsets[key] = torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
+        return self._offsets[key]
 
     def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         """Return y_g = x_g · weights_g + bias, (samples, …, N), for x (samples, …, K) and weights (C, K, N).
@@ -118,7 +120,8 @@ class GroupModules:
     scales: Tensor | None
     dropout_p: float = 0.0
     dropout_seeds: Tensor | None = field(default=None, repr=False)
-    _small: dict[object, bool] = field(default_factory=dict, repr=False)
+    memory: GradientMemory | None = field(default=None, repr=False)
+    _ways: dict[object, _Way | None] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -131,8 +134,12 @@ class GroupModules:
         scale: float | Sequence[float] | Tensor = 1.0,
         dropout_p: float = 0.0,
         dropout_seeds: Sequence[int] | Tensor | None = None,
+        gradients: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> GroupModules:
         """Return the modules of `len(rows)` groups; arguments are those of `plora_linear` with `groups`.
+
+        `gradients` is memory of the factors' shapes and dtype for dA and dB (None for a factor that does not train),
+        to be filled by `group_gradients`, which must then take the place of `backward`.
 
         Raises:
             ShapeError, RankError, SelectionError, DeviceError, ConfigError: an argument does not fit the groups.
@@ -143,7 +150,8 @@ class GroupModules:
         index = group_index(selected, groups, lora_A.shape[1], device)
         common, scales = group_scales(scale, groups, device)
         seeds = group_seeds(dropout_p, dropout_seeds, groups, device)
-        return cls(rows, lora_A, lora_B, index, common, scales, float(dropout_p), seeds)
+        memory = None if gradients is None else GradientMemory(lora_A, lora_B, *gradients)
+        return cls(rows, lora_A, lora_B, index, common, scales, float(dropout_p), seeds, memory)
 
     def with_seeds(self, seeds: Tensor) -> GroupModules:
         """Return the same with other dropout seeds, (C,) int64 on the device."""
@@ -159,8 +167,17 @@ class GroupModules:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (…, N) for x (samples, …, K)."""
-        if self._is_small(x, weight):
-            return self._by_weights(x, weight, bias)
+        if torch.compiler.is_compiling():
+            if self._is_plain(x, weight):
+                return self._traced(x, weight, bias)
+        elif not _watched(x):
+            refuse_transforms()
+            key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
+            if key not in self._ways:
+                self._ways[key] = self._way(x, weight)
+            way = self._ways[key]
+            if way is not None:
+                return self._by(way, x, weight, bias)
         return grouped_with_index(
             x,
             weight,
@@ -177,36 +194,87 @@ class GroupModules:
             self.rows.numbers(x) if self.dropout_p else None,
         )
 
-    def _is_small(self, x: Tensor, weight: Tensor) -> bool:
-        """Say whether y is computed by weights of the groups' own; what fails here the operator refuses by name."""
+    def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
+        """Say whether plain products of torch compute y; what fails here the operator refuses by name."""
         if self.index is not None or self.dropout_p or torch.is_autocast_enabled(x.device.type):
             return False
-        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
-            return self._pays(x, weight)
-        key = x.shape, x.dtype, weight.dtype, weight.requires_grad
-        if key not in self._small:
-            self._small[key] = self._pays(x, weight)
-        return self._small[key]
+        return (
+            x.shape[-1] == weight.shape[1]
+            and math.prod(x.shape[:-1]) % max(self.rows.samples, 1) == 0
+            and not weight.requires_grad
+            and takes(x, weight, self.lora_A, self.lora_B)
+        )
+
+    def _way(self, x: Tensor, weight: Tensor) -> _Way | None:
+        """Return how plain products compute y, None where the operator has to run."""
+        if not self._is_plain(x, weight):
+            return None
+        form = Form.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
+        return _Way(form, self._pays(x, weight))
+
+    def _by(self, way: _Way, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not way.by_weights:
+            return group_products.by_factors(x, weight, self.lora_A, self.lora_B, bias, way.form)
+        if self.memory is not None and torch.is_grad_enabled():
+            weights = self.memory.weights(weight, way.form)
+        else:
+            weights = group_products.own_weights(weight, self.lora_A, self.lora_B, way.form)
+        return group_products.by_weights(x, weights, bias, way.form)
+
+    def _traced(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y by operations a compiler can take apart."""
+        scaled = self.lora_B if self.scales is None else self.lora_B * self.scales.to(self.lora_B.dtype)[:, None, None]
+        if self._pays(x, weight):
+            weights = torch.baddbmm(weight, scaled, self.lora_A, alpha=self.scale)  # (C, N, K)
+            return self.rows.product(x, weights.mT, bias)
+        low = self.rows.product(self.rows.product(x, self.lora_A.mT, None), scaled.mT, None)
+        return torch.add(functional.linear(x, weight, bias), low, alpha=self.scale)
 
     def _pays(self, x: Tensor, weight: Tensor) -> bool:
-        """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
+        return pays(math.prod(x.shape[:-1]), len(self.rows), weight, self.lora_A.shape[1])
 
-        Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and
-        its gradient, for m rows a group. On CPU thin products run at half the speed of the others. A weight of half
-        precision would lose what is added to it.
-        """
-        (n, k), rank, rows = weight.shape, self.lora_A.shape[1], math.prod(x.shape[:-1])
-        alike = x.dtype == weight.dtype == self.lora_A.dtype == self.lora_B.dtype
-        fits = x.shape[-1] == k and not weight.requires_grad and rows % max(self.rows.samples, 1) == 0
-        if not alike or not fits or x.dtype.itemsize < 4 or runs_kernels(x):
-            return False
-        return rows * n * k + len(self.rows) * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k)
 
-    def _by_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return y by every group's own W_g, whose gradient autograd takes apart: dB_g = s·dY_gᵀ x_g A_gᵀ."""
-        scaled = self.lora_B if self.scales is None else self.lora_B * self.scales.to(self.lora_B.dtype)[:, None, None]
-        weights = torch.baddbmm(weight, scaled, self.lora_A, alpha=self.scale)  # (C, N, K)
-        return self.rows.product(x, weights.mT, bias)
+class _Way(NamedTuple):
+    """How plain products of torch compute one layer at one shape of x."""
+
+    form: Form
+    by_weights: bool
+
+
+def group_gradients(
+    loss: Tensor, groups: Mapping[str, GroupModules], others: Sequence[Tensor] = ()
+) -> tuple[tuple[Tensor | None, ...], list[str]]:
+    """Write a loss's gradients by all groups' factors to the memory that was given for them; read nothing back.
+
+    This is `backward` for groups made with `gradients`: small layers are differentiated by each group's own weight
+    W_g = W + s_g·B_g A_g, whose gradient is taken apart once, dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
+
+    Args:
+        loss: a scalar made in one forward, by layers that met `groups`.
+        groups: one for each layer, as `Injected.grouped` takes them.
+        others: tensors to differentiate by as well.
+
+    Returns:
+        The gradients by `others`, None where the loss does not depend on one, and the names of the layers whose
+        factors it does not depend on: their memory holds zeros.
+
+    Raises ConfigError where a layer's groups were made without `gradients`.
+    """
+    memories = {}
+    for name, own in groups.items():
+        if own.memory is None:
+            raise ConfigError(f"the groups of layer {name} have no memory for gradients; make them with gradients=…")
+        memories[name] = own.memory
+    leaves = [memory.leaves() for memory in memories.values()]
+    inputs = [*others, *itertools.chain.from_iterable(leaves)]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+    place, unused = len(others), []
+    with torch.no_grad():
+        for (name, memory), own_leaves in zip(memories.items(), leaves, strict=True):
+            if not memory.collect(found[place : place + len(own_leaves)]):
+                unused.append(name)
+            place += len(own_leaves)
+    return found[: len(others)], unused
 
 
 def _batched(x: Tensor, weights: Tensor, bias: Tensor | None, size: int) -> Tensor:

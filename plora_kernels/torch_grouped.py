@@ -20,7 +20,7 @@ from torch.nn import functional
 from .dropout import keep_mask_of_rows
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`; `whole`: all there are.
 
     A view less counts: beside a small layer's products, a call of torch is not short.
@@ -31,6 +31,11 @@ class _Run(NamedTuple):
     row: int
     size: int
     whole: bool
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one group."""
+        return self.last - self.first == 1
 
     def of(self, rows: Tensor) -> Tensor:
         """Return the run's part of (M, D) as a view (groups, size, D)."""
@@ -44,27 +49,15 @@ class _Run(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _runs(bounds: tuple[int, ...]) -> tuple[_Run, ...]:
+def runs_of(bounds: tuple[int, ...]) -> tuple[Run, ...]:
     """Cut groups, given by their bounds (C+1), into runs of equal size."""
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
     runs, first = [], 0
     for size, same in itertools.groupby(sizes):
         last = first + len(list(same))
-        runs.append(_Run(first, last, bounds[first], size, last - first == len(sizes)))
+        runs.append(Run(first, last, bounds[first], size, last - first == len(sizes)))
         first = last
     return tuple(runs)
-
-
-def is_merged(rows: int, groups: int, k: int, n: int, places: int, dtype: torch.dtype, dropout_p: float) -> bool:
-    """Say whether W_g = W + s·B_g A_g, made for each group and call, takes fewer multiplications than rank-R products.
-
-    Forward and backward add m·3R(N+K) to the base by rank-R products, or m·NK + 4·NKR by W_g and its gradient, for m
-    rows a group. That is for small layers; the C weights then hold fewer elements than the activations. A weight of
-    half precision would lose what is added to it.
-    """
-    if dropout_p > 0.0 or dtype.itemsize < 4 or places == 0:
-        return False
-    return rows * n * k + groups * 4 * n * k * places <= rows * 3 * places * (n + k)
 
 
 def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +78,7 @@ def _factors(lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tenso
     return A, B if scales is None else B * scales.to(B.dtype)[:, None, None]
 
 
-def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[_Run]) -> Tensor:
+def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[Run]) -> Tensor:
     """Return rows · down (M, W) for down (C, D, W), zero at places without a module even where a row holds infinity."""
     side = rows.new_empty(rows.shape[0], down.shape[2])
     for run in runs:
@@ -129,7 +122,6 @@ def forward(
     scale: float,
     frozen: bool,
     keep_s: bool,
-    merged: bool,
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
@@ -138,17 +130,11 @@ def forward(
 
     Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None, bounds
     C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the
-    rows' numbers in their group's mask. `merged` is `is_merged`'s answer.
+    rows' numbers in their group's mask.
     """
     applied = None if frozen else index  # frozen modules all enter y
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = _runs(tuple(bounds))
-    if merged:
-        # Transposed, since that is what the long product takes faster.
-        y, mains = x.new_empty(x.shape[0], weight.shape[0]), _adapted(weight.t().contiguous(), A.mT, B.mT, scale)
-        for run in runs:
-            torch.bmm(run.of(x), run.among(mains), out=run.of(y))
-        return y if bias is None else y.add_(bias), x.new_empty(0)
+    runs = runs_of(tuple(bounds))
     y = functional.linear(x, weight, bias)
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
@@ -164,12 +150,6 @@ def forward(
     return y, s if keep_s else x.new_empty(0)
 
 
-def _adapted(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return weight + s · left · right for every group, batched."""
-    product = torch.bmm(left, right)
-    return torch.add(weight, product, alpha=scale, out=product)
-
-
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -182,7 +162,6 @@ def backward(
     scales: Tensor | None,
     scale: float,
     frozen: bool,
-    merged: bool,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -196,24 +175,20 @@ def backward(
     """
     applied = None if frozen else index
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = _runs(tuple(bounds))
-    if merged:
-        d_x = _merged_input_gradient(dy, weight, A, B, runs, scale) if need_x else dy.new_empty(0)
-        d_A, d_B = _merged_factor_gradients(dy, x, A, B, runs, scale, need_A, need_B)
-    else:
-        d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
-        kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
-        factor = scale if kept is None else scale / (1 - dropout_p)
-        ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
-        if ds is not None and need_x:
-            absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
-            d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
-        if ds is not None and need_A:
-            dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
-            d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
-        if need_B:
-            # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
-            d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
+    runs = runs_of(tuple(bounds))
+    d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
+    kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
+    factor = scale if kept is None else scale / (1 - dropout_p)
+    ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
+    if ds is not None and need_x:
+        absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
+        d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
+    if ds is not None and need_A:
+        dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
+        d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
+    if need_B:
+        # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
+        d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
     if need_B and scales is not None:
         d_B = d_B * scales.to(d_B.dtype)[:, None, None]
     if index is not None and frozen and (need_A or need_B):
@@ -224,30 +199,6 @@ def backward(
         d_A = _at_modules(d_A, index, lora_A.shape[1]) if need_A else d_A
         d_B = _at_modules(d_B.mT, index, lora_A.shape[1]).mT if need_B else d_B
     return d_x, d_A.contiguous(), d_B.contiguous()
-
-
-def _merged_input_gradient(
-    dy: Tensor, weight: Tensor, A: Tensor, B: Tensor, runs: Sequence[_Run], scale: float
-) -> Tensor:
-    """Return dx (M, K) = dY_g W_g with W_g = W + s·B_g A_g made anew: cheaper than kept."""
-    d_x, mains = dy.new_empty(dy.shape[0], weight.shape[1]), _adapted(weight, B, A, scale)  # (C, N, K)
-    for run in runs:
-        torch.bmm(run.of(dy), run.among(mains), out=run.of(d_x))
-    return d_x
-
-
-def _merged_factor_gradients(
-    dy: Tensor, x: Tensor, A: Tensor, B: Tensor, runs: Sequence[_Run], scale: float, need_A: bool, need_B: bool
-) -> tuple[Tensor, Tensor]:
-    """Return dA (C, W, K) = s·B_gᵀ G_g and dB (C, N, W) = s·G_g A_gᵀ by W_g's own gradient G_g = dY_gᵀ x_g (N, K)."""
-    d_A, d_B = dy.new_empty(0), dy.new_empty(0)  # an operator's outputs may not alias
-    if need_A or need_B:
-        transposed = dy.new_empty(A.shape[0], x.shape[1], dy.shape[1])  # (C, K, N): xᵀ dY runs faster than dYᵀ x
-        for run in runs:
-            torch.bmm(run.of(x).mT, run.of(dy), out=run.among(transposed))
-        d_A = torch.bmm(B.mT, transposed.mT).mul_(scale) if need_A else d_A
-        d_B = torch.bmm(transposed.mT, A.mT).mul_(scale) if need_B else d_B
-    return d_A, d_B
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -265,7 +216,7 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: 
     return out
 
 
-def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[_Run], groups: int, scale: float) -> Tensor:
+def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[Run], groups: int, scale: float) -> Tensor:
     """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D): zero for a group without rows."""
     out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
     for run in runs:
@@ -278,7 +229,7 @@ def _input_gradient(
     weight: Tensor,
     ds: Tensor,
     A: Tensor,
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     scale: float,
     factor: float,
     kept: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
-from plora_kernels import torch_grouped
+from plora_kernels import group_products
 from plora_kernels.dropout import keep_mask, keep_mask_of_rows
 from tests.support.groups import GroupedProblem, draw_grouped
 from tests.support.numerics import NAMES, assert_within_bound
@@ -51,7 +51,7 @@ def check(problem: GroupedProblem) -> None:
             assert_within_bound(result, plain, truth, name)
 
 
-# Groups' rows, K, N, R. The first takes the merged form where dropout is off and the dtype is full.
+# Groups' rows, K, N, R.
 SHAPES = (
     ((70, 70, 70), 12, 9, 8),
     ((1,), 1, 1, 1),
@@ -135,17 +135,28 @@ def test_groups_at_once_equal_one_call_a_group(shape: tuple, share: float | None
         torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_both_forms_of_the_torch_path_are_reached() -> None:
-    reached = {
-        torch_grouped.is_merged(sum(sizes), len(sizes), k, n, rank, torch.float32, 0.0) for sizes, k, n, rank in SHAPES
-    }
-    assert reached == {True, False}
-    # Ten clients of 16 × 17 rows and 64 features: 272·64² + 4·64²·16 multiplications against 272·3·16·128.
-    assert torch_grouped.is_merged(2720, 10, 64, 64, 16, torch.float32, 0.0)
-    assert not torch_grouped.is_merged(2720, 10, 64, 64, 16, torch.float32, 0.1)
-    assert not torch_grouped.is_merged(2720, 10, 64, 64, 16, torch.bfloat16, 0.0)
-    assert not torch_grouped.is_merged(1000, 10, 64, 64, 16, torch.float32, 0.0)
-    assert not torch_grouped.is_merged(20480, 10, 768, 768, 16, torch.float32, 0.0)
+def test_when_weights_of_their_own_pay() -> None:
+    def pays(rows: int, groups: int, n: int, k: int, rank: int) -> bool:
+        return group_products.pays(rows, groups, torch.empty(n, k, device="meta"), rank)
+
+    # Ten clients of 16 × 17 rows and 64 features: 272·64² + 4·64²·16 multiplications against 2·272·3·16·128.
+    assert pays(2720, 10, 64, 64, 16)
+    assert pays(16, 1, 128, 128, 16)  # more of them, but fewer calls
+    assert not pays(7, 1, 128, 128, 16)
+    assert not pays(160, 10, 512, 128, 16)
+    assert not pays(20480, 10, 768, 768, 16)
+
+
+@pytest.mark.parametrize("by_weights", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_ways_of_plain_products_are_within_the_bound(
+    shape: tuple, by_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+    monkeypatch.setattr(group_products, "pays", lambda *_: by_weights)
+    scales = [0.5 + g for g in range(len(shape[0]))]
+    for scale in (0.5, scales):
+        check(draw_grouped(*shape, torch.float32, scale=scale, device=DEVICE))
 
 
 # ------------------------------------------------------------------------------------------------------- dropout
@@ -243,14 +254,13 @@ def test_opcheck_of_the_forward_and_backward(
 ) -> None:
     x, weight, lora_A, lora_B, bias = inputs()
     offsets, scales = torch.tensor(GROUPS), torch.tensor([1.0, 2.0, 0.5])
-    merged = each_backend == "torch" and index is None and dropout[1] is None
-    arguments = (x, weight, lora_A, lora_B, bias, index, offsets, scales, 0.5, frozen, not merged, merged, *dropout)
+    arguments = (x, weight, lora_A, lora_B, bias, index, offsets, scales, 0.5, frozen, True, *dropout)
     torch.library.opcheck(torch.ops.plora.grouped_linear.default, arguments)
     _, s = torch.ops.plora.grouped_linear(*arguments)
     dy = torch.randn(3, 5, 6)
     for needs in ((True, True, True, True), (False, True, False, False)):
         tensors = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, offsets, scales)
-        backward = (*tensors, 0.5, frozen, merged, *needs, *dropout)
+        backward = (*tensors, 0.5, frozen, *needs, *dropout)
         torch.library.opcheck(torch.ops.plora.grouped_linear_backward.default, backward)
 
 
@@ -297,7 +307,8 @@ def test_autocast_behaves_as_for_linear(active: torch.dtype) -> None:
     assert lora_A.grad.dtype is torch.float32
 
 
-def test_double_backward_and_transforms_say_so() -> None:
+def test_double_backward_and_transforms_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_products, "pays", lambda *_: False)  # small layers consist of torch's own operations
     x, weight, lora_A, lora_B, _ = inputs()
     y = pk.plora_linear(x, weight, lora_A, lora_B, groups=GROUPS)
     (gradient,) = torch.autograd.grad(y.sum(), lora_A, create_graph=True)

@@ -14,10 +14,11 @@ from bench.memory import peak_bytes
 from bench.simulation.cases import RANK, SimulationCase
 from bench.simulation.correctness import Yardstick
 from bench.simulation.problem import Problem, Values, make_problem
-from bench.simulation.providers import PROVIDERS, make_step
+from bench.simulation.providers import make_step, providers_of
 from bench.simulation.resident import peft_loop
 from bench.timing import Plan, Step, Timer, WallTimer, interleave
 from bench.workers import one_line
+from fed.allocator import keep_freed_memory
 
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
 # Where the cohort's gradients in fp64 take this long, the check was warm-up enough and a few rounds have to do.
@@ -51,14 +52,16 @@ def measure(
     case: SimulationCase,
     device: torch.device,
     plan: Plan = PLAN,
-    wanted: Sequence[str] = PROVIDERS,
+    wanted: Sequence[str] | None = None,
 ) -> dict[str, Found]:
     """Return what was found of every provider; one that is wrong or cannot run is recorded with its cause, not timed.
 
     The base and PEFT's loop always run: the others are divided by them.
     """
+    keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
-    names = [name for name in PROVIDERS if name in wanted or name in ("base", "peft-loop")]
+    known = providers_of(case)
+    names = [name for name in known if wanted is None or name in wanted or name in ("base", "peft-loop")]
     began = time.perf_counter()
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began

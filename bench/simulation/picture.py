@@ -21,6 +21,7 @@ STYLES = {
     "vmap": ("#E69F00", "D"),
     "sequential": ("#56B4E9", "^"),
     "cohort": ("#0072B2", "o"),
+    "cohort-compiled": ("#009E73", "v"),
 }
 COLUMNS = 3
 

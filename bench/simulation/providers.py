@@ -2,7 +2,7 @@
 
 *base* is the bare model on the whole batch; *peft-loop* PEFT's layers, one client after another; *sequential* the same
 with this library's layers and the simulator's loss; *vmap* PEFT's model mapped over stacked adapters; *cohort* the
-simulator's cohort executor.
+simulator's cohort executor, and *cohort-compiled* the same with `cohort_compile`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.simulation.base import BareBase
+from bench.simulation.cases import SimulationCase
 from bench.simulation.problem import Problem
 from bench.simulation.resident import peft_loop, sequential
 from bench.simulation.stacked import StackedTrainer
-from bench.simulation.together import CohortTrainer
+from bench.simulation.together import CohortTrainer, compiled
 from bench.simulation.trainer import Trainer
 
 TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
@@ -21,8 +22,16 @@ TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "vmap": StackedTrainer,
     "sequential": sequential,
     "cohort": CohortTrainer,
+    "cohort-compiled": compiled,
 }
 PROVIDERS = ("base", *TRAINERS)
+# Compiling takes longer than all the rest of a case: it is measured for a client alone and for the usual cohort.
+COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
+
+
+def providers_of(case: SimulationCase) -> tuple[str, ...]:
+    """Return who is measured in a case."""
+    return tuple(name for name in PROVIDERS if name != COMPILED or case.cohort in COMPILED_COHORTS)
 
 
 def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer | None]:

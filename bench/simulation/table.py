@@ -20,6 +20,7 @@ NOTES = {
     "vmap": "*vmap* `torch.func.vmap` over stacked adapters of that model",
     "sequential": "*sequential* the loop with this library's layers",
     "cohort": "*cohort* the simulator's cohort executor",
+    "cohort-compiled": "*cohort-compiled* the same with `cohort_compile`, compiled before it is timed",
 }
 
 

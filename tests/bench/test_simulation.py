@@ -27,7 +27,7 @@ from bench.simulation.correctness import Yardstick
 from bench.simulation.measure import measure
 from bench.simulation.models import HEADS, adapted_names, build_model, sharing_weights
 from bench.simulation.problem import Problem, Values, make_problem
-from bench.simulation.providers import PROVIDERS, TRAINERS
+from bench.simulation.providers import COMPILED, PROVIDERS, TRAINERS, providers_of
 from bench.simulation.resident import ResidentLoop, peft_loop
 from bench.simulation.trainer import Trainer
 from bench.timing import Plan
@@ -40,7 +40,9 @@ TINY = {
     "bert": ModelShape("tiny", "bert", 2, 12, 20, 2, 2, 31, 3),
     "llama": ModelShape("tiny", "llama", 2, 16, 20, 4, 2, 31, 3),
 }
-OTHERS = [name for name in TRAINERS if name != "peft-loop"]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == COMPILED else name for name in TRAINERS if name != "peft-loop"
+]
 
 
 def tiny(family: str = "vit", cohort: int = 3) -> SimulationCase:
@@ -151,7 +153,7 @@ def test_the_small_vit_is_the_simulators() -> None:
 def test_every_record_has_its_figures() -> None:
     case = tiny(cohort=2)
     found = measure(case, CPU, QUICK)
-    assert list(found) == list(PROVIDERS)
+    assert list(found) == [name for name in PROVIDERS if name != COMPILED]
     for provider, one in found.items():
         record: dict[str, Any] = one.record
         assert (record["provider"], record["status"], record["rounds"]) == (provider, "timed", len(one.seconds))
@@ -163,6 +165,12 @@ def test_every_record_has_its_figures() -> None:
             assert record[key] == pytest.approx(record["seconds"] / found[other].record["seconds"])  # type: ignore[operator]
         assert record["peak_bytes"] is None
         assert case_key(record) == case_key(case.facts())
+
+
+def test_compiled_steps_are_measured_at_two_sizes() -> None:
+    cases = {cohort: SimulationCase(DIGITS_VIT, 16, 17, cohort, "float32") for cohort in COHORTS}
+    assert [cohort for cohort, case in cases.items() if COMPILED in providers_of(case)] == [1, 10]
+    assert providers_of(cases[10]) == PROVIDERS
 
 
 def test_where_the_check_took_long_it_was_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.numerics import Problem, make_problem, random_mask
+import plora_kernels as pk
+from tests.support.numerics import NAMES, Problem, assert_within_bound, make_problem, random_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Shares of the modules that are selected (None: all), and the form.
+FORMS = [(None, "folded"), (0.4, "folded"), (0.4, "frozen"), (0.0, "folded"), (0.0, "frozen")]
 
 
 @dataclass
@@ -83,3 +88,47 @@ def draw_grouped(
             problem.weight, problem.bias = problems[0].weight, problems[0].bias
         problems.append(problem)
     return GroupedProblem(problems, scale)
+
+
+def run_groups(problem: GroupedProblem, **changes: object) -> tuple[Tensor, ...]:
+    """Return y, dx, dA, dB, dbias of the operator."""
+    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
+    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
+    x, lora_A, lora_B = leaves
+    y = pk.plora_linear(x, problem.weight, lora_A, lora_B, **problem.form() | {"bias": bias} | changes)
+    y.backward(problem.dy)
+    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
+
+
+def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
+    """Return the same by one call a group."""
+    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
+    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
+    x, lora_A, lora_B = leaves
+    parts = []
+    for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
+        form = problem.form_of(g) | {"bias": bias}
+        parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
+    y = torch.cat(parts)
+    y.backward(problem.dy)
+    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
+
+
+def check_groups(problem: GroupedProblem) -> None:
+    """Hold the operator's results to the reference's."""
+    exact, same_dtype = problem.reference_results(torch.float64), problem.reference_results(problem.x.dtype)
+    for name, result, plain, truth in zip(NAMES, run_groups(problem), same_dtype, exact, strict=True):
+        if result is not None:
+            assert_within_bound(result, plain, truth, name)
+
+
+GROUPS = [0, 6, 6, 15]
+
+
+def inputs(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tuple[Tensor, ...]:
+    """Return x (3, 5, 7), weight (6, 7), lora_A (3, 4, 7), lora_B (3, 6, 4), bias (6,)."""
+    shapes = ((3, 5, 7), (6, 7), (3, 4, 7), (3, 6, 4), (6,))
+    x, weight, lora_A, lora_B, bias = (torch.randn(s, dtype=dtype) for s in shapes)
+    for tensor in (x, lora_A, lora_B, bias):
+        tensor.requires_grad_(requires_grad)
+    return x, weight, lora_A, lora_B, bias

@@ -66,15 +66,22 @@ class GradientMemory:
             self._made[form.runs] = cuts
         return [cut.leaf for cut in cuts]
 
-    def collect(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Bring dA and dB into their memory, given the gradients of `leaves`; say whether there were any."""
+    def collect(self, gradients: Sequence[Tensor | None], copies: list[tuple[Tensor, Tensor]]) -> bool:
+        """Bring dA and dB into their memory, given the gradients of `leaves`; say whether there were any.
+
+        What has yet to be copied, to where and from where, is added to `copies`.
+        """
         left, begun = list(gradients), [False, False]
         for which, (factor, own) in enumerate(zip(self._factors, self._gradients, strict=True)):
             if factor.requires_grad and own is not None:
                 gradient = left.pop(0)
                 begun[which] = gradient is not None
-                if gradient is not None and gradient.data_ptr() != own.data_ptr():
+                if gradient is None or gradient.data_ptr() == own.data_ptr():
+                    continue
+                if self._made:
                     own.copy_(gradient)
+                else:
+                    copies.append((own, gradient))
         for cuts in self._made.values():
             parts = [left.pop(0) for _ in cuts]
             if all(part is None for part in parts):

@@ -268,12 +268,14 @@ def group_gradients(
     leaves = [memory.leaves() for memory in memories.values()]
     inputs = [*others, *itertools.chain.from_iterable(leaves)]
     found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
-    place, unused = len(others), []
+    place, unused, copies = len(others), [], list[tuple[Tensor, Tensor]]()
     with torch.no_grad():
         for (name, memory), own_leaves in zip(memories.items(), leaves, strict=True):
-            if not memory.collect(found[place : place + len(own_leaves)]):
+            if not memory.collect(found[place : place + len(own_leaves)], copies):
                 unused.append(name)
             place += len(own_leaves)
+        if copies:  # on a device one launch, not two for every layer
+            torch._foreach_copy_([own for own, _ in copies], [gradient for _, gradient in copies])
     return found[: len(others)], unused
 
 

@@ -17,6 +17,7 @@ from ..blocks import MatmulBlocks, ShapeClass, default_blocks
 from ..configs import capability_of, find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .main_product import multiply
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 from .side_product import side_product
 
@@ -92,33 +93,14 @@ def grouped_matmul_kernel(
         index_base = index_ptr + group * R
         modules, module_ok = load_modules(index_base, 0, R, BLOCK_R, HAS_INDEX, offset_type)
 
-        in_base = in_ptr + first_row * stride_im
-        down_base = down_ptr + group.to(tl.int64) * stride_dg
-        in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
-        main_base = main_ptr + first_column * stride_wo
-        main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
-        down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
-        in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
-        main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
-        down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k in range(0, D_IN, BLOCK_K):
-            depth_ok = depth < D_IN - k
-            a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-            w = tl.load(
-                main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
-            )  # (BLOCK_K, BLOCK_N)
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-            if not SIDE_GIVEN:
-                d = tl.load(
-                    down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
-                )  # (BLOCK_K, BLOCK_R)
-                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                down_base += down_step
-            in_base += in_step
-            main_base += main_step
-
+        acc, side = multiply(
+            in_ptr + first_row * stride_im,
+            main_ptr + first_column * stride_wo,
+            down_ptr + group.to(tl.int64) * stride_dg,
+            rows, columns, depth, modules, row_ok, column_ok, module_ok,
+            D_IN, stride_im, stride_id, stride_wd, stride_wo, stride_dd, stride_dr,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_GIVEN, PRECISION,
+        )  # fmt: skip
         dtype = in_ptr.dtype.element_ty
         if HAS_SCALES:
             scale = tl.load(scales_ptr + group)

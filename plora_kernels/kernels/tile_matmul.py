@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blocks import MatmulBlocks
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
+from .main_product import multiply
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 
 
@@ -79,32 +80,14 @@ def tile_matmul_kernel(
     first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
     modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
 
-    in_base, down_base = in_ptr + first_row * stride_im, down_ptr
-    in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
-    main_base = main_ptr + first_column * stride_wo
-    main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
-    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
-    in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
-    main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
-    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, D_IN, BLOCK_K):
-        depth_ok = depth < D_IN - k
-        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        w = tl.load(
-            main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
-        )  # (BLOCK_K, BLOCK_N)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        if not SIDE_GIVEN:
-            d = tl.load(
-                down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
-            )  # (BLOCK_K, BLOCK_R)
-            side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            down_base += down_step
-        in_base += in_step
-        main_base += main_step
-
+    acc, side = multiply(
+        in_ptr + first_row * stride_im,
+        main_ptr + first_column * stride_wo,
+        down_ptr,
+        rows, columns, depth, modules, row_ok, column_ok, module_ok,
+        D_IN, stride_im, stride_id, stride_wd, stride_wo, stride_dd, stride_dr,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_GIVEN, PRECISION,
+    )  # fmt: skip
     dtype = in_ptr.dtype.element_ty
     up_base = up_ptr + first_column * stride_uo
     side_base = side_ptr + first_row * stride_sm
@@ -127,6 +110,9 @@ def tile_matmul_kernel(
         else:
             # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
             in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+            in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+            in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+            down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
             down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
             side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for k in range(0, D_IN, BLOCK_K):

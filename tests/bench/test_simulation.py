@@ -70,7 +70,9 @@ def test_every_provider_has_the_gradients_of_the_peft_loop(provider: str, family
     problem = exact(family)
     expected = peft_loop(problem).gradients()
     assert min(value.abs().max() for client in expected for value in client.values()) > 1e-9, "a gradient is zero"
-    assert largest_difference(TRAINERS[provider](problem).gradients(), expected) < 1e-13
+    # Llama's norms compute in float32 even here, and a compiler adds up in another order.
+    bound = 1e-6 if (provider, family) == (COMPILED, "llama") else 1e-13
+    assert largest_difference(TRAINERS[provider](problem).gradients(), expected) < bound
 
 
 @pytest.mark.parametrize("provider", OTHERS)

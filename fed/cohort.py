@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,15 +17,16 @@ from fed.footprint import SavedTensors, state_bytes
 from fed.heads import stacked_head
 from fed.local import Job, Workplace, batch_rows, ended_with
 from fed.losses import client_losses
+from fed.samples import IGNORED
 from fed.stacked import Stacked, StackedOptimizer
 from fed.streams import torch_seed
 from fed.types import ClientUpdate, Factors, Footprint
 
 if TYPE_CHECKING:
+    from fed.compiled import CompiledLosses
     from fed.training_config import TrainConfig
 
 WIDE = 256  # features from which a product with A pays for a layout of its own
-Losses = Callable[[nn.Module, dict[str, Tensor], Sequence[int]], Tensor]
 
 
 def train_together(
@@ -33,7 +34,7 @@ def train_together(
     jobs: Sequence[Job],
     settings: TrainConfig,
     measure: bool = False,
-    losses: Losses = client_losses,
+    compiled: CompiledLosses | None = None,
 ) -> list[ClientUpdate]:
     """Train every job's client, all in one forward and one backward a step, and return their updates in order.
 
@@ -43,13 +44,13 @@ def train_together(
     whose loss is not finite spoils no other's. Unselected modules are held frozen, whatever the start says. Dropout of
     the base model itself draws from the cohort's stream, so with it results depend on who trains together.
 
-    `losses` is `client_losses`, or that compiled. The shared base must hold the starts' `base_delta` already; the model
-    comes back as it was. Nothing is read from the device before the last step is done.
+    With `compiled` torch compiles the steps. The shared base must hold the starts' `base_delta` already; the model
+    comes back as it was. Nothing is read from the device before the last step is done, but to check what was compiled.
 
     Raises FedError for a model in which one sample's result depends on others (batch norm).
     """
     check_independent(work.model)
-    cohort = Cohort(work, jobs, settings, losses)
+    cohort = Cohort(work, jobs, settings, compiled)
     total = cohort.train(measure)
     return cohort.updates(total, measure)
 
@@ -65,11 +66,14 @@ def check_independent(model: nn.Module) -> None:
 
 
 class _Plan:
-    """One job and the batches ahead of it: `rows` (steps, b) int64 are rows of the table."""
+    """One job and the batches ahead: `rows` (steps, b) int64 are rows of the table; the last `unused` only fill up."""
 
-    def __init__(self, job: Job, batch_size: int) -> None:
+    def __init__(self, job: Job, batch_size: int, full: bool) -> None:
+        """With `full` a batch is of `batch_size` rows, however few the client has."""
         self.job = job
-        self.rows = job.split.rows[batch_rows(len(job.split), batch_size, job.steps, job.rng)]
+        rows = job.split.rows[batch_rows(len(job.split), batch_size, job.steps, job.rng)]
+        self.unused = batch_size - rows.shape[1] if full else 0
+        self.rows = torch.cat([rows, rows[:, :1].expand(-1, self.unused)], 1) if self.unused else rows
 
     @property
     def size(self) -> int:
@@ -86,13 +90,15 @@ class Cohort:
     """Clients side by side, ordered so that those still training are always the first ones."""
 
     def __init__(
-        self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, losses: Losses = client_losses
+        self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
     ) -> None:
-        plans = [_Plan(job, settings.batch_size) for job in jobs]
+        # What is compiled is compiled for one shape, so all cohorts are given the same: full batches, R modules.
+        plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
+        rank = 0 if compiled is None else work.rank
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
         self.plans = [plans[place] for place in self.places]
         self.jobs = [plan.job for plan in self.plans]
-        self.work, self.settings, self.losses = work, settings, losses
+        self.work, self.settings, self.compiled = work, settings, compiled
         self.table = self.jobs[0].split.table
         self.sides = self.jobs[0].start.trained
         if any(job.split.table is not self.table or job.start.trained != self.sides for job in self.jobs):
@@ -100,7 +106,7 @@ class Cohort:
         factors = {
             f"{side}/{matrix}": stack
             for matrix in work.handle.layers
-            for side, stack in zip("AB", _stack([job.start.factors[matrix] for job in self.jobs]), strict=True)
+            for side, stack in zip("AB", _stack([job.start.factors[matrix] for job in self.jobs], rank), strict=True)
         }
         heads = {f"head/{name}": torch.stack([job.head[name] for job in self.jobs]) for name in work.head}
         self.fixed = {name: stack for name, stack in factors.items() if name[0] not in self.sides}
@@ -156,9 +162,11 @@ class Cohort:
         """Train the clients of a running span one step; return the losses it began with, (count,)."""
         with span.seeded(step):  # the backward may recompute the forward
             with self.saved.watching(measure):
-                # A compiled forward hides what it keeps.
-                compute = client_losses if measure else self.losses
-                losses = compute(self.work.model, span.batch(step), span.sizes)
+                batch = span.batch(step)
+                if self.compiled is None or measure:  # a compiled forward hides what it keeps
+                    losses = client_losses(self.work.model, batch, span.sizes)
+                else:
+                    losses = self.compiled(self.work.model, batch, span.sizes, span.all_gradients)
             self._move(losses, span)
         return losses.detach()
 
@@ -220,6 +228,10 @@ class Span:
         self.gradients = {name: own[:count] for name, own in cohort.stacked.named(cohort.stacked.gradients).items()}
         self._leaves = self.trained | {name: stack[:count] for name, stack in cohort.fixed.items()}
         self._rows = pk.RowGroups(self.sizes)
+        self._unused: Tensor | None = None  # which samples of a batch only fill it, (samples,)
+        if any(plan.unused for plan in self._plans):
+            unused = [torch.arange(plan.size) >= plan.size - plan.unused for plan in self._plans]
+            self._unused = torch.cat(unused).to(cohort.work.device)
         scales = [plan.job.start.scale for plan in self._plans]
         self._groups = {}
         for matrix, layer in cohort.work.handle.layers.items():
@@ -254,9 +266,18 @@ class Span:
                 self.gradients[name].copy_(gradient)
         return unused
 
+    def all_gradients(self, loss: Tensor) -> Tensor:
+        """Return a copy of the loss's gradients by all these clients train, one after the other."""
+        self.differentiate(loss)
+        return torch.cat([own.flatten() for own in self.gradients.values()])
+
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return all clients' samples of a step as one batch."""
-        return self._cohort.table.batch(torch.cat([plan.rows[step] for plan in self._plans]))
+        batch = self._cohort.table.batch(torch.cat([plan.rows[step] for plan in self._plans]))
+        if self._unused is not None:
+            labels = batch["labels"]
+            batch["labels"] = labels.masked_fill(self._unused.view(-1, *[1] * (labels.dim() - 1)), IGNORED)
+        return batch
 
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:
@@ -297,9 +318,12 @@ class Span:
         return weights.to(device, non_blocking=True) * total
 
 
-def _stack(factors: Sequence[Factors]) -> Factors:
-    """Return clients' A (m, K) and B (N, m) as (C, R, K) and (C, N, R), zeros where a client has fewer modules."""
-    most = max(A.shape[0] for A, _ in factors)
+def _stack(factors: Sequence[Factors], fewest: int) -> Factors:
+    """Return clients' A (m, K) and B (N, m) as (C, R, K) and (C, N, R), zeros where a client has fewer modules.
+
+    R is that of the client with most, and at least `fewest`.
+    """
+    most = max(fewest, *(A.shape[0] for A, _ in factors))
     if all(A.shape[0] == most for A, _ in factors):
         return torch.stack([A for A, _ in factors]), torch.stack([B for _, B in factors])
     first_A, first_B = factors[0]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fed.cohort import train_together
+from fed.compiled import CompiledLosses
 from fed.cost import tensor_bytes
 from fed.errors import FedError
 from fed.footprint import MIB, state_bytes
 from fed.local import Job, Workplace
-from fed.losses import client_losses
 from fed.types import ClientUpdate
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Cohorts:
         self._work, self._config, self._on_event = work, config, on_event
         self.size = config.cohort_size or size
         self._activation_bytes: dict[int, int] = {}  # by samples of a batch
-        self._losses = torch.compile(client_losses) if config.cohort_compile else client_losses
+        self._compiled = CompiledLosses(on_event) if config.cohort_compile else None
 
     def train(self, jobs: Sequence[Job]) -> list[ClientUpdate]:
         """Train every job's client and return their updates in order; see `fed.cohort.train_together`.
@@ -50,7 +50,7 @@ class Cohorts:
                 [jobs[place] for place in places],
                 self._config.train,
                 self._config.measure.memory,
-                self._losses,
+                self._compiled,
             )
             updates |= zip(places, trained, strict=True)
         return [updates[place] for place in range(len(jobs))]

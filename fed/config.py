@@ -50,7 +50,7 @@ class RunConfig(_Table):
 
     `execution` is how a round's clients train: one after another, or together, `cohort_size` at a time over one frozen
     base; 0 takes the size that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are no larger
-    than that holds. `cohort_compile` is refused for now: what torch compiles gives some cohorts wrong gradients.
+    than that holds; with `cohort_compile` torch compiles their forward and backward, which takes a minute or so first.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -75,10 +75,6 @@ class RunConfig(_Table):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.cohort_compile:
-            raise ValueError(
-                "cohort_compile is true; compiled steps give some cohorts wrong gradients: it must be false"
-            )
         check_method(self)
         check_clients(self)
         check_data(self.data, self.model)

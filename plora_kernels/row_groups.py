@@ -25,6 +25,7 @@ from .group_checks import (
 from .group_memory import GradientMemory
 from .group_products import Form, pays, takes
 from .operators import _watched, refuse_transforms
+from .torch_grouped import runs_of
 
 
 class RowGroups:
@@ -46,6 +47,7 @@ class RowGroups:
         if lengths is not None and len(lengths) != len(sizes):
             raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
         self.sizes, self.samples = tuple(sizes), sum(sizes)
+        self._runs = runs_of((0, *itertools.accumulate(sizes)))
         self.lengths = None if lengths is None or len(set(lengths)) == 1 else tuple(lengths)
         self._offsets: dict[tuple[int, torch.device], Tensor] = {}
         self._numbers: dict[torch.device, Tensor] = {}
@@ -81,14 +83,16 @@ class RowGroups:
 
         `bias` is (N,), or (C, N) for one a group, or None. Neighbouring groups of one size run as one batched product.
         """
-        runs = [(size, len(list(same))) for size, same in itertools.groupby(self.sizes)]
-        if len(runs) == 1:  # whole tensors: a slice's gradient would be a copy
+        if len(self._runs) == 1:  # whole tensors: a slice's gradient would be a copy
             return _batched(x, weights, bias, self.sizes[0])
-        counts = [count for _, count in runs]
-        parts, owned = x.split([size * count for size, count in runs]), weights.split(counts)
-        biases = (bias,) * len(runs) if bias is None or bias.dim() == 1 else bias.split(counts)
-        together = zip(parts, owned, biases, runs, strict=True)
-        return torch.cat([_batched(part, own, shift, size) for part, own, shift, (size, _) in together])
+        # Slices, not `split`: inductor recomputes those in the backward; what `split` gave it keeps beside the whole,
+        # and then writes over the whole while the parts are still to be read.
+        parts = []
+        for run in self._runs:
+            samples = x.narrow(0, run.row, run.size * (run.last - run.first))
+            shift = bias if bias is None or bias.dim() == 1 else run.among(bias)
+            parts.append(_batched(samples, run.among(weights), shift, run.size))
+        return torch.cat(parts)
 
     def numbers(self, x: Tensor) -> Tensor | None:
         """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
@@ -223,12 +227,14 @@ class GroupModules:
 
     def _traced(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y by operations a compiler can take apart."""
-        scaled = self.lora_B if self.scales is None else self.lora_B * self.scales.to(self.lora_B.dtype)[:, None, None]
+        # No `alpha`: inductor fuses products with additions and leaves it out (pytorch issue 167313).
+        scaled = self.lora_B * self.scale
+        if self.scales is not None:
+            scaled = scaled * self.scales.to(scaled.dtype)[:, None, None]
         if self._pays(x, weight):
-            weights = torch.baddbmm(weight, scaled, self.lora_A, alpha=self.scale)  # (C, N, K)
-            return self.rows.product(x, weights.mT, bias)
+            return self.rows.product(x, torch.baddbmm(weight, scaled, self.lora_A).mT, bias)
         low = self.rows.product(self.rows.product(x, self.lora_A.mT, None), scaled.mT, None)
-        return torch.add(functional.linear(x, weight, bias), low, alpha=self.scale)
+        return functional.linear(x, weight, bias) + low
 
     def _pays(self, x: Tensor, weight: Tensor) -> bool:
         return pays(math.prod(x.shape[:-1]), len(self.rows), weight, self.lora_A.shape[1])

@@ -188,8 +188,3 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         configuration.RunConfig().train.learning_rate = 1.0
-
-
-def test_compiled_cohorts_are_refused() -> None:
-    with pytest.raises(FedError, match="cohort_compile is true; compiled steps give some cohorts wrong gradients"):
-        load("digits", ["cohort_compile=true"])

@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo
+# A process for each core, of one thread: Triton's interpreter is Python.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow bench bench-simulation lint format clean help
 .DEFAULT_GOAL := help
@@ -23,10 +25,10 @@ demo: $(READY)  ## a federated run on handwritten digits, start to finish
 	$(BIN)/python -m fed run digits --out $(RUN) --overwrite
 
 test: $(READY)  ## the default tests
-	$(BIN)/python -m pytest
+	$(PARALLEL)
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) -m slow
 
 bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
 	$(BIN)/python -m pytest bench --benchmark-only -k "not simulation" --benchmark-json=bench/results/latest.json

@@ -82,9 +82,13 @@ class Cohorts:
         """Return each client's bytes: its numbers, their gradients and optimiser state, and its batch's activations."""
         needs = []
         for job in jobs:
-            trained = [factor for pair in job.start.factors.values() for factor in pair] + list(job.head.values())
-            numbers, width = sum(map(Tensor.numel, trained)), trained[0].element_size()
-            state = state_bytes(self._config.train, numbers, len(trained), width)
+            factors = [factor for pair in job.start.factors.values() for factor in pair]
+            # A compiled cohort holds R modules a client, whoever it is.
+            places = max(_modules(job), 0 if self._compiled is None else self._work.rank)
+            numbers = sum(map(Tensor.numel, factors)) * places // _modules(job)
+            numbers += sum(map(Tensor.numel, job.head.values()))
+            width = factors[0].element_size()
+            state = state_bytes(self._config.train, numbers, len(factors) + len(job.head), width)
             needs.append(2 * numbers * width + state + self._activations(job))
         fixed, budget = self._fixed_bytes(), self._config.cohort_memory_mib * MIB
         for job, need in zip(jobs, needs, strict=True):
@@ -97,9 +101,11 @@ class Cohorts:
         return needs
 
     def _activations(self, job: Job) -> int:
-        samples = min(self._config.train.batch_size, len(job.split))
+        samples = self._config.train.batch_size
+        if self._compiled is None:  # else batches are full
+            samples = min(samples, len(job.split))
         if samples not in self._activation_bytes:
-            (update,) = train_together(self._work, [job._replace(steps=1)], self._config.train, measure=True)
+            (update,) = train_together(self._work, [job._replace(steps=1)], self._config.train, True, self._compiled)
             assert update.footprint is not None  # measured
             self._activation_bytes[samples] = update.footprint.activation_bytes
         return self._activation_bytes[samples]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fed.losses import client_losses
 
-# How much of their norm the gradients of a compiled step may be off: it adds up in another order.
-BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-3}
+# How much of their norm the gradients of a compiled step may be off: it adds up in another order, and in a model of
+# float64 some layers compute in float32 all the same, as Llama's norms do.
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
 BOUND_OF_HALF_PRECISION = 0.1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.simulation.base import BareBase
-from bench.simulation.cases import SimulationCase
+from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SimulationCase
 from bench.simulation.problem import Problem
 from bench.simulation.resident import peft_loop, sequential
 from bench.simulation.stacked import StackedTrainer
@@ -25,13 +25,16 @@ TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "cohort-compiled": compiled,
 }
 PROVIDERS = ("base", *TRAINERS)
-# Compiling takes longer than all the rest of a case: it is measured for a client alone and for the usual cohort.
+# Compiling takes longer than all the rest of a case: for most models, and on a GPU, whose time is short, it is measured
+# for a client alone and for the usual cohort.
 COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
 
 
 def providers_of(case: SimulationCase) -> tuple[str, ...]:
     """Return who is measured in a case."""
-    return tuple(name for name in PROVIDERS if name != COMPILED or case.cohort in COMPILED_COHORTS)
+    at_every_size = case.dtype == "float32" and case.model in (DIGITS_VIT, BERT_BASE)
+    compiles = at_every_size or case.cohort in COMPILED_COHORTS
+    return tuple(name for name in PROVIDERS if name != COMPILED or compiles)
 
 
 def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer | None]:

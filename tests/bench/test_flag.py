@@ -27,8 +27,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "saved.json"
     options = ["-k", "bert-base-query and not backward", "--benchmark-max-time=0.01", f"--benchmark-json={path}"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", *options]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PATH": str(directory)}
-    environment.pop("CXX", None)
+    # Under pytest-xdist a worker's variables would tell pytest-benchmark to time nothing.
+    environment = {
+        name: value for name, value in os.environ.items() if name != "CXX" and not name.startswith("PYTEST_XDIST")
+    }
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PATH": str(directory)}
     # torch.compile keeps what it compiled before; an empty cache makes it look for the compiler.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(directory / "compiled")
     finished = subprocess.run(

@@ -15,6 +15,7 @@ from bench.simulation import measure as measuring
 from bench.simulation.base import BareBase
 from bench.simulation.cases import (
     BERT_BASE,
+    BERT_TINY,
     COHORTS,
     DIGITS_VIT,
     LLAMA_1B,
@@ -169,10 +170,14 @@ def test_every_record_has_its_figures() -> None:
         assert case_key(record) == case_key(case.facts())
 
 
-def test_compiled_steps_are_measured_at_two_sizes() -> None:
-    cases = {cohort: SimulationCase(DIGITS_VIT, 16, 17, cohort, "float32") for cohort in COHORTS}
-    assert [cohort for cohort, case in cases.items() if COMPILED in providers_of(case)] == [1, 10]
-    assert providers_of(cases[10]) == PROVIDERS
+def test_compiled_steps_are_measured_where_compiling_is_worth_the_time() -> None:
+    def sizes(model: ModelShape, dtype: str) -> list[int]:
+        cases = [SimulationCase(model, 16, 17, cohort, dtype) for cohort in COHORTS]
+        return [case.cohort for case in cases if COMPILED in providers_of(case)]
+
+    assert sizes(DIGITS_VIT, "float32") == sizes(BERT_BASE, "float32") == list(COHORTS)
+    assert sizes(DIGITS_VIT, "bfloat16") == sizes(BERT_TINY, "float32") == [1, 10]
+    assert providers_of(SimulationCase(DIGITS_VIT, 16, 17, 10, "float32")) == PROVIDERS
 
 
 def test_where_the_check_took_long_it_was_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,16 @@ def test_a_cohort_fits_its_memory(work: Workplace) -> None:
     assert max(map(len, divided(work, cohort_size=6, cohort_memory_mib=room))) == 2
 
 
+def test_compiled_clients_take_alike(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    plain = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    config.cohort_compile = True
+    needs = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    assert (
+        needs == [plain[3]] * 6 and plain[1] < plain[3]
+    )  # client 3 has all modules and a full batch, client 1 neither
+
+
 def test_what_fits_not_even_one_client_is_refused(work: Workplace) -> None:
     with pytest.raises(FedError, match=r"cohort_memory_mib is 0.001: the base takes .* and client 0 alone"):
         divided(work, cohort_size=2, cohort_memory_mib=0.001)

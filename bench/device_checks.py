@@ -15,17 +15,25 @@ from torch import Tensor
 import plora_kernels as pk
 from bench.audit import Shape as AuditShape
 from bench.audit import design_blocks
-from bench.correctness import Results, WrongResultError, check
+from bench.check_inputs import (
+    DROPOUT_P,
+    DROPOUT_SEED,
+    DTYPES,
+    SCALE,
+    Inputs,
+    draw,
+    expected,
+    hold,
+    require_equal,
+)
+from bench.correctness import Results, WrongResultError
+from bench.group_checks import check_grouped, check_siblings
 from bench.records import blank
 from bench.workers import one_line
 from plora_kernels import reference
 from plora_kernels.blocks import DESIGNS, Blocks
 from plora_kernels.configs import capability_of, forcing
-from plora_kernels.dropout import multiplier
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
-# tf32 keeps ten bits of the mantissa.
-TF32_EPS = 2.0**-10
 # M, K, N, R: aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
 SHAPES = {
     "cuda": (
@@ -52,9 +60,11 @@ FORMS = (
     "fold",
     "folds agree",
     "deterministic",
+    "grouped",
+    "grouped mask dropout",
+    "siblings",
 )
 CUDA_FORMS = ("graph replay", "no synchronisation")
-SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
 
 
 @dataclass(frozen=True)
@@ -70,30 +80,18 @@ class CheckShape:
 
     def forms(self) -> tuple[str, ...]:
         """Return what is checked; designs, on a GPU that has them, where lines start at multiples of 16."""
+        forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is no groups
         if self.device != "cuda":
-            return FORMS
+            return forms
         capability = capability_of(torch.device("cuda", torch.cuda.current_device()))
         aligned = self.k % 16 == 0 and self.n % 16 == 0
         designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, capability)]
-        return FORMS + CUDA_FORMS + tuple(designs)
+        return forms + CUDA_FORMS + tuple(designs)
 
     def blocks(self, design: str, capability: int) -> dict[str, Blocks]:
         """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
         dtype = "float32" if self.dtype == "tf32" else self.dtype
         return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, capability)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host."""
-
-    x: Tensor
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    bias: Tensor
-    dy: Tensor
-    mask: Tensor
 
 
 def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
@@ -104,7 +102,7 @@ def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
 
 def run_checks(shape: CheckShape) -> list[dict[str, object]]:
     """Run every form of one shape and return a record for each; a failure is a record, not an exception."""
-    inputs = _draw(shape)
+    inputs = draw(shape)
     records = []
     with _tf32(shape.dtype == "tf32"):
         for form in shape.forms():
@@ -148,30 +146,6 @@ def _is_wrong(error: Exception) -> bool:
     return isinstance(error, WrongResultError)
 
 
-def _draw(shape: CheckShape) -> Inputs:
-    seed = hash((shape.m, shape.k, shape.n, shape.r)) % 2**31
-    generator = torch.Generator(shape.device).manual_seed(seed)
-
-    def normal(*size: int, spread: float = 1.0) -> Tensor:
-        drawn = torch.randn(size, generator=generator, device=shape.device) * spread
-        return drawn.to(DTYPES[shape.dtype])
-
-    m, k, n, r = shape.m, shape.k, shape.n, shape.r
-    return Inputs(
-        x=normal(m, k),
-        weight=normal(n, k, spread=k**-0.5),
-        A=normal(r, k, spread=k**-0.5),
-        B=normal(n, r, spread=r**-0.5),
-        bias=normal(n),
-        dy=normal(m, n, spread=n**-0.5),
-        mask=torch.arange(r) % 3 == 0,
-    )
-
-
-def _hold(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
-    check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
-
-
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
     """Return what a form selects and what becomes of the rest."""
     if form in ("all", "strided") or form.startswith("design"):
@@ -179,20 +153,6 @@ def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
     if form == "none selected":
         return torch.zeros_like(mask), "folded"
     return mask, "frozen" if form.startswith("frozen") else "folded"
-
-
-def _reference(
-    inputs: Inputs, dtype: torch.dtype, mask: Tensor | None, unselected: str, dropout_p: float = 0.0
-) -> Results:
-    x, weight, A, B, bias, dy = (
-        t.to(dtype) for t in (inputs.x, inputs.weight, inputs.A, inputs.B, inputs.bias, inputs.dy)
-    )
-    mask = None if mask is None else mask.to(x.device)
-    seed = torch.tensor(DROPOUT_SEED, device=x.device)
-    dropped = multiplier(seed, x.shape[0], x.shape[1], dropout_p, dtype) if dropout_p else None
-    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected, dropout=dropped)
-    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected, dropout=dropped)
-    return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
 
 
 def _fused(inputs: Inputs, mask: Tensor | None, unselected: str, dropout_p: float = 0.0) -> Results:
@@ -225,9 +185,9 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
         given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
     dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
     exact, plain = (
-        _reference(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
+        expected(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
     )
-    _hold(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+    hold(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
 
 
 def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -242,7 +202,7 @@ def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
         for dtype in (torch.float64, DTYPES[shape.dtype])
     )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
-    _hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+    hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
 
 
 def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -253,12 +213,12 @@ def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
     many = [inputs.weight.clone(), inputs.weight.clone()]
     pk.fold_many_([pk.Fold(weight, *factors, scale=SCALE) for weight in many])
     for other in (out_of_place, *many):
-        _require_equal(form, {"weight": in_place}, {"weight": other})
+        require_equal(form, {"weight": in_place}, {"weight": other})
 
 
 def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
     first, second = (_fused(inputs, None, "folded") for _ in range(2))
-    _require_equal(form, first, second)
+    require_equal(form, first, second)
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -277,7 +237,7 @@ def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
         static.x.copy_(inputs.x * sign)
         static.dy.copy_(inputs.dy * sign)
         graph.replay()
-        _require_equal(form, captured, _fused(static, None, "folded"))
+        require_equal(form, captured, _fused(static, None, "folded"))
 
 
 def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -297,19 +257,15 @@ def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> N
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _require_equal(form: str, first: Results, second: Results) -> None:
-    for name, value in first.items():
-        if not torch.equal(value, second[name]):
-            distance = (value.double() - second[name].double()).abs().max().item()
-            raise WrongResultError(f"{form}: {name} of two runs differ by {distance:.3g}")
-
-
 _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
     "folds agree": _check_folds_agree,
     "deterministic": _check_deterministic,
     "graph replay": _check_replay,
     "no synchronisation": _check_no_synchronisation,
+    "grouped": check_grouped,
+    "grouped mask dropout": check_grouped,
+    "siblings": check_siblings,
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import plora_kernels as pk
+from plora_kernels.tables import user_folder
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
@@ -57,12 +58,15 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def source_digest(*, tables: bool = True) -> str:
-    """Return a digest of the code that is measured and that measures, the packaged tables of block sizes included."""
+    """Return a digest of the code that is measured and that measures, the tables of block sizes included."""
     digest = hashlib.sha256()
     for package in (Path(pk.__file__).parent, Path(__file__).parent):
         for path in sorted([*package.rglob("*.py"), *(package.glob("tables/*.json") if tables else ())]):
             digest.update(path.relative_to(package.parent).as_posix().encode())
             digest.update(path.read_bytes())
+    for path in sorted(user_folder().glob("*.json")) if tables else ():
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -141,9 +141,11 @@ def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> list[Simulati
     work = [Simulation(case, run.device.type) for case in cases if case_key(case.facts()) not in done]
     if run.device.type == "cuda":
         torch.cuda.empty_cache()  # the process that measures needs the memory
-    deadline = run.started + run.budget_s - RESERVE_SECONDS
+    end = run.started + run.budget_s
     workers = 1 if run.device.type == "cuda" else 0
-    answers = outcomes(simulate, work, workers=workers, seconds_each=SIMULATION_SECONDS, deadline=deadline)
+    answers = outcomes(
+        simulate, work, workers=workers, seconds_each=SIMULATION_SECONDS, deadline=end - RESERVE_SECONDS, end=end
+    )
     measured = set()
     for position, outcome in answers:
         item = work[position]

@@ -165,7 +165,7 @@ def _show(
 
 
 def resume(tuning: Tuning) -> None:
-    """Take up the entries of the table and the measurements of the log."""
+    """Take up the entries of the table, each of which stays until a new one takes its place, and the log's figures."""
     if tuning.tables[0].is_file():
         tuning.entries = {entry.shape: entry for entry in load_table(tuning.tables[0]).entries}
     for record in tuning.log.records:
@@ -191,8 +191,7 @@ def tune(options: argparse.Namespace) -> int:
         started=options.started,
         deadline=options.started + options.budget_seconds - RESERVE_SECONDS,
     )
-    if not options.fresh:
-        resume(tuning)
+    resume(tuning)
     classes = [shape for shape in shape_classes(device.type) if shape.op in options.ops]
     todo = [shape for shape in classes if shape not in tuning.searched]
     tuning.say(f"{meta['device_name']}: {len(todo)} of {len(classes)} classes to tune; table {tables[0]}, log {log}")
@@ -228,7 +227,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where every measurement goes")
-    parser.add_argument("--fresh", action="store_true", help="start over: a new table, a new log")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure everything anew; an entry of the table stays until then"
+    )
     parser.add_argument("--candidates", type=int, default=96, help="how many to try where nothing like it was searched")
     parser.add_argument("--workers", type=int, help="processes that compile and check (0: none)")
     parser.add_argument("--commit", help="what to call the code where git does not know")

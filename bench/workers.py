@@ -35,10 +35,11 @@ def outcomes(
     workers: int,
     seconds_each: float,
     deadline: float = float("inf"),
+    end: float = float("inf"),
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield `(position, outcome)` of function(item) for every item, by a `Workers` of its own."""
     with Workers(function, min(workers, len(items)), seconds_each) as pool:
-        yield from pool.outcomes(items, deadline)
+        yield from pool.outcomes(items, deadline, end)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
@@ -82,7 +83,7 @@ class Workers:
         self._workers: list[_Worker] = []
         self._items: Sequence[Any] = ()
         self._next = 0
-        self._deadline = float("inf")
+        self._deadline = self._end = float("inf")
 
     def __enter__(self) -> "Workers":
         return self
@@ -91,10 +92,13 @@ class Workers:
         for worker in self._workers:
             self._stop(worker)
 
-    def outcomes(self, items: Sequence[Any], deadline: float = float("inf")) -> Iterator[tuple[int, Outcome]]:
+    def outcomes(
+        self, items: Sequence[Any], deadline: float = float("inf"), end: float = float("inf")
+    ) -> Iterator[tuple[int, Outcome]]:
         """Yield `(position, outcome)` of every item, as they are finished.
 
-        After `deadline`, a `time.monotonic()`, nothing new is begun; items left then are not yielded.
+        After `deadline`, a `time.monotonic()`, nothing new is begun, and at `end` processes are stopped with what they
+        have begun; items left then are not yielded.
         """
         if self.size == 0:
             for position, item in enumerate(items):
@@ -102,7 +106,7 @@ class Workers:
                     return
                 yield position, attempt(self.function, item)
             return
-        self._items, self._next, self._deadline = items, 0, deadline
+        self._items, self._next, self._deadline, self._end = items, 0, min(deadline, end), end
         if items and not self._workers:
             self._workers = [self._start() for _ in range(self.size)]
         for worker in self._workers:
@@ -131,6 +135,10 @@ class Workers:
             else:
                 worker.ready = True
                 self._give(worker)
+        elif time.monotonic() > self._end:
+            self._workers.remove(worker)
+            self._stop(worker)
+            return
         elif self._overdue(worker):
             answer = Outcome(error=f"not done after {self.seconds_each:.0f} s; its process was stopped")
             self._replace(worker)

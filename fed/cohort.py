@@ -92,7 +92,7 @@ class Cohort:
     def __init__(
         self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
     ) -> None:
-        # What is compiled is compiled for one shape, so all cohorts are given the same: full batches, R modules.
+        # What is compiled is compiled for a shape, so cohorts are given the same: full batches, at least R modules.
         plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
         rank = 0 if compiled is None else work.rank
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
@@ -166,7 +166,7 @@ class Cohort:
                 if self.compiled is None or measure:  # a compiled forward hides what it keeps
                     losses = client_losses(self.work.model, batch, span.sizes)
                 else:
-                    losses = self.compiled(self.work.model, batch, span.sizes, span.all_gradients)
+                    losses = self.compiled(self.work.model, batch, span.sizes, span.own_gradients)
             self._move(losses, span)
         return losses.detach()
 
@@ -266,10 +266,10 @@ class Span:
                 self.gradients[name].copy_(gradient)
         return unused
 
-    def all_gradients(self, loss: Tensor) -> Tensor:
-        """Return a copy of the loss's gradients by all these clients train, one after the other."""
-        self.differentiate(loss)
-        return torch.cat([own.flatten() for own in self.gradients.values()])
+    def own_gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return copies of the loss's gradients by what these clients train and it depends on, (count, …) by name."""
+        unused = self.differentiate(loss)
+        return {name: own.clone() for name, own in self.gradients.items() if name not in unused}
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return all clients' samples of a step as one batch."""

@@ -116,7 +116,12 @@ class Cohorts:
         tried: dict[int, float] = {}
         train_together(self._work, brief[:1], self._config.train)  # what only the first run takes
         for size in sorted({min(size, len(brief)) for size in SIZES}):
-            seconds = self._seconds(brief[:size])
+            try:
+                seconds = self._seconds(brief[:size])
+            except torch.OutOfMemoryError:
+                if not tried:
+                    raise
+                break
             tried[size] = seconds / sum(job.steps for job in brief[:size])
             if tried[size] > ENOUGH * min(tried.values()):
                 break

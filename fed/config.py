@@ -50,7 +50,8 @@ class RunConfig(_Table):
 
     `execution` is how a round's clients train: one after another, or together, `cohort_size` at a time over one frozen
     base; 0 takes the size that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are no larger
-    than that holds; with `cohort_compile` torch compiles their forward and backward, which takes a minute or so first.
+    than that holds. With `cohort_compile` torch compiles their forward and backward, which takes a minute or so first;
+    batches are then filled up to `batch_size`, and the step in which memory is measured stays uncompiled.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -75,6 +76,8 @@ class RunConfig(_Table):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.cohort_compile and self.execution != "cohort":
+            raise ValueError(f"cohort_compile is true, but execution is {self.execution!r}; 'cohort' would be right")
         check_method(self)
         check_clients(self)
         check_data(self.data, self.model)

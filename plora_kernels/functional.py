@@ -66,7 +66,8 @@ def plora_linear(
         groups: offsets (C+1,) of C groups over the rows of x, flattened: group g has rows groups[g] … groups[g+1]−1,
             perhaps none. Then lora_A is (C, R, K) and lora_B (C, N, R), one adapter a group; selected is a mask (C, R)
             or C selections, scale one number or (C,), dropout_seed (C,), so that the result is that of C calls.
-            Integers or a host tensor are validated; a tensor on x's device is not read, and must rise from 0 to M.
+            Integers or a host tensor are validated; a tensor on x's device must rise from 0 to M: the kernels do not
+            read it on the host, the torch path does.
 
     All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
     cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.

@@ -22,6 +22,7 @@ from .operators import _rows, refused_twice, shaped_as
 from .torch_grouped import Run, runs_of
 
 THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
+LARGEST = 2**18  # elements of a weight that groups may have of their own: there is one base, whatever the ranks
 FEWEST_ROWS = 8  # a group, below which dB taken out of dW_g is less exact than by itself
 CALLS = 5_000_000  # multiplications that take as long as what rank-R products need more calls for
 
@@ -78,7 +79,7 @@ def pays(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
     gradient, for m rows a group. On CPU thin products run at half the speed of the others.
     """
     n, k = weight.shape
-    if rows < FEWEST_ROWS * groups:
+    if rows < FEWEST_ROWS * groups or n * k > LARGEST:
         return False
     return rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k) + CALLS
 

@@ -48,9 +48,9 @@ class RowGroups:
             raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
         self.sizes, self.samples = tuple(sizes), sum(sizes)
         self._runs = runs_of((0, *itertools.accumulate(sizes)))
-        self.lengths = None if lengths is None or len(set(lengths)) == 1 else tuple(lengths)
+        # A tensor, for a compiler takes every other list of lengths for something new.
+        self._numbers = None if lengths is None or len(set(lengths)) == 1 else _numbered(sizes, lengths)
         self._offsets: dict[tuple[int, torch.device], Tensor] = {}
-        self._numbers: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -96,16 +96,19 @@ class RowGroups:
 
     def numbers(self, x: Tensor) -> Tensor | None:
         """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
-        if self.lengths is None or x.dim() != 3 or x.shape[1] != max(self.lengths):
+        if self._numbers is None or x.dim() != 3 or x.shape[0] * x.shape[1] != self._numbers.shape[0]:
             return None
-        if x.device not in self._numbers:
-            width = x.shape[1]
-            counts = [
-                (torch.arange(size)[:, None] * length + torch.arange(width)).flatten()
-                for size, length in zip(self.sizes, self.lengths, strict=True)
-            ]
-            self._numbers[x.device] = torch.cat(counts).to(x.device, non_blocking=True)
-        return self._numbers[x.device]
+        numbers = self._numbers.to(x.device, non_blocking=True)
+        if not torch.compiler.is_compiling():
+            self._numbers = numbers
+        return numbers
+
+
+def _numbered(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the numbers rows have among their group's own, were its samples no longer than `lengths` says."""
+    places = torch.arange(max(lengths))
+    counts = [(torch.arange(size)[:, None] * own + places).flatten() for size, own in zip(sizes, lengths, strict=True)]
+    return torch.cat(counts)
 
 
 @dataclass(frozen=True)

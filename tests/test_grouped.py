@@ -105,6 +105,7 @@ def test_when_weights_of_their_own_pay() -> None:
     assert not pays(7, 1, 128, 128, 16)
     assert not pays(160, 10, 512, 128, 16)
     assert not pays(20480, 10, 768, 768, 16)
+    assert not pays(20480, 10, 768, 768, 128)  # fewer multiplications, but a base for each client
 
 
 @pytest.mark.parametrize("by_weights", [False, True])

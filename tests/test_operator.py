@@ -116,17 +116,29 @@ def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
     torch.testing.assert_close(leaves[1].grad, d_B)
 
 
+def far_apart(values: Tensor) -> Tensor:
+    """Return four rows so far apart in memory that the last starts at element 3·2³⁰ > 2³¹.
+
+    Offsets inside a tile then need 64 bits. The pages between the rows are never touched, so they are never there.
+    """
+    rows, width = values.shape
+    storage = torch.empty(2**30 * (rows - 1) + width, dtype=values.dtype)
+    return storage.as_strided((rows, width), (2**30, 1)).copy_(values)
+
+
 @pytest.mark.usefixtures("kernels")
-def test_strides_beyond_what_32_bits_hold() -> None:
-    # The last row starts at element 3·2³⁰ > 2³¹: offsets inside the tile need 64 bits. The storage is never touched
-    # but for the rows themselves, so the pages between them are never there.
-    rows, stride = 4, 2**30
-    storage = torch.empty(stride * (rows - 1) + 7, dtype=torch.float16)
-    x = storage.as_strided((rows, 7), (stride, 1))
-    x.copy_(torch.randn(rows, 7))
-    weight, lora_A, lora_B = (torch.randn(s).half() for s in ((6, 7), (4, 7), (6, 4)))
-    y = pk.plora_linear(x, weight, lora_A, lora_B)
-    assert torch.equal(y, pk.plora_linear(x.contiguous(), weight, lora_A, lora_B))
+@pytest.mark.parametrize("groups", [None, [0, 1, 4]])
+def test_strides_beyond_what_32_bits_hold(groups: list[int] | None) -> None:
+    several = () if groups is None else (2,)
+    x, dy, weight = (torch.randn(shape).half() for shape in ((4, 7), (4, 6), (6, 7)))
+    factors = [torch.randn(*several, *shape).half() for shape in ((4, 7), (6, 4))]
+    found = []
+    for own_x, own_dy in ((far_apart(x), far_apart(dy)), (x, dy)):
+        leaves = [own_x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
+        y = pk.plora_linear(leaves[0], weight, *leaves[1:], groups=groups)
+        found.append((y, *torch.autograd.grad(y, leaves, own_dy)))
+    for far, near in zip(*found, strict=True):
+        assert torch.equal(far, near)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.simulation.base import BareBase
-from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SimulationCase
+from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SimulationCase, simulation_cases
 from bench.simulation.problem import Problem
 from bench.simulation.resident import peft_loop, sequential
 from bench.simulation.stacked import StackedTrainer
@@ -32,7 +32,7 @@ COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
 
 def providers_of(case: SimulationCase) -> tuple[str, ...]:
     """Return who is measured in a case."""
-    at_every_size = case.dtype == "float32" and case.model in (DIGITS_VIT, BERT_BASE)
+    at_every_size = case.model in (DIGITS_VIT, BERT_BASE) and case in simulation_cases("cpu")
     compiles = at_every_size or case.cohort in COMPILED_COHORTS
     return tuple(name for name in PROVIDERS if name != COMPILED or compiles)
 

@@ -9,6 +9,7 @@ import torch
 import plora_kernels as pk
 from bench import gpu
 from bench.cases import Case
+from bench.check_inputs import draw
 from bench.correctness import WrongResultError
 from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
 from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_checks
@@ -55,7 +56,10 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
 def test_the_operators_are_checked_in_every_dtype_and_form(results: Path) -> None:
     checks = [record for record in load_records(results)[1] if record["op"] == "check"]
     assert {record["dtype"] for record in checks} == {"bfloat16", "float16", "float32"}
-    assert {record["form"] for record in checks} >= {"all", "folded mask", "frozen mask", "none selected", "fold"}
+    assert {record["form"] for record in checks} >= {
+        *("all", "folded mask", "frozen mask", "none selected", "fold"),
+        *("grouped", "grouped mask dropout", "siblings"),
+    }
     assert {record["status"] for record in checks} == {"passed"}
 
 
@@ -218,4 +222,4 @@ def test_a_difference_between_two_runs_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(device_checks, "_fused", lambda *given: {"y": fused(*given)["y"] + next(drift)}, raising=True)
     shape = CheckShape("cpu", "float32", 4, 4, 4, 2)
     with pytest.raises(WrongResultError, match="y of two runs differ by"):
-        device_checks._check_deterministic(shape, device_checks._draw(shape), "deterministic")
+        device_checks._check_deterministic(shape, draw(shape), "deterministic")

@@ -171,12 +171,17 @@ def test_every_record_has_its_figures() -> None:
 
 
 def test_compiled_steps_are_measured_where_compiling_is_worth_the_time() -> None:
-    def sizes(model: ModelShape, dtype: str) -> list[int]:
-        cases = [SimulationCase(model, 16, 17, cohort, dtype) for cohort in COHORTS]
-        return [case.cohort for case in cases if COMPILED in providers_of(case)]
+    def sizes(model: ModelShape, device_type: str) -> dict[bool, set[int]]:
+        cases = [case for case in simulation_cases(device_type) if case.model == model]
+        return {
+            wanted: {case.cohort for case in cases if (COMPILED in providers_of(case)) is wanted}
+            for wanted in (True, False)
+        }
 
-    assert sizes(DIGITS_VIT, "float32") == sizes(BERT_BASE, "float32") == list(COHORTS)
-    assert sizes(DIGITS_VIT, "bfloat16") == sizes(BERT_TINY, "float32") == [1, 10]
+    assert sizes(DIGITS_VIT, "cpu") == {True: set(COHORTS), False: set()}
+    assert sizes(BERT_BASE, "cpu") == {True: {1, 2, 4, 10}, False: set()}
+    for model, device_type in ((BERT_TINY, "cpu"), (DIGITS_VIT, "cuda"), (BERT_BASE, "cuda")):
+        assert sizes(model, device_type) == {True: {1, 10}, False: set(COHORTS) - {1, 10}}
     assert providers_of(SimulationCase(DIGITS_VIT, 16, 17, 10, "float32")) == PROVIDERS
 
 

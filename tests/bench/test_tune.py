@@ -64,6 +64,16 @@ def test_the_table_and_the_log_are_written_and_a_second_run_does_nothing(
     assert (cache / "cpu.json").read_bytes() == before
 
 
+def test_measuring_anew_keeps_what_is_known_until_then(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(FOLD, d_in=32)
+    for shape, options in ((other, ()), (FOLD, ("--fresh",))):
+        monkeypatch.setattr(tune, "shape_classes", lambda device_type, shape=shape: [shape])
+        assert run("--out", str(tmp_path / "out"), *options) == 0
+    assert {entry.shape for entry in load_table(cache / "cpu.json").entries} == {other, FOLD}
+
+
 @pytest.mark.usefixtures("cache")
 def test_a_wrong_candidate_is_dropped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

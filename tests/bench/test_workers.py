@@ -32,6 +32,13 @@ def test_nothing_is_begun_after_the_deadline() -> None:
         assert list(outcomes(act, ["a"], workers=workers, seconds_each=1.0, deadline=time.monotonic() - 1)) == []
 
 
+def test_what_is_not_done_at_the_end_is_stopped_and_left() -> None:
+    began = time.monotonic()
+    found = list(outcomes(act, ["a", "hang", "b"], workers=1, seconds_each=600.0, end=began + 8.0))
+    assert found == [(0, Outcome("A"))]
+    assert time.monotonic() - began < 30.0
+
+
 def test_a_failure_a_death_and_a_hang_cost_one_item_each() -> None:
     items = ["a", "fail", "die", "hang", "b", "c"]
     found = dict(outcomes(act, items, workers=2, seconds_each=2.0))

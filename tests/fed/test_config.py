@@ -188,3 +188,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         configuration.RunConfig().train.learning_rate = 1.0
+
+
+def test_only_cohorts_are_compiled() -> None:
+    assert load("digits", ["execution=cohort", "cohort_compile=true"]).cohort_compile
+    with pytest.raises(
+        FedError, match="cohort_compile is true, but execution is 'sequential'; 'cohort' would be right"
+    ):
+        load("digits", ["cohort_compile=true"])

@@ -1,0 +1,88 @@
+"""What checks on a device run on and are held against: one layer's tensors, drawn, and its results in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bench.correctness import Results, WrongResultError, check
+from plora_kernels import reference
+from plora_kernels.dropout import multiplier
+
+if TYPE_CHECKING:
+    from bench.device_checks import CheckShape
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+# tf32 keeps ten bits of the mantissa.
+TF32_EPS = 2.0**-10
+SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor
+    dy: Tensor
+    mask: Tensor
+
+
+def draw(shape: CheckShape) -> Inputs:
+    """Draw a shape's tensors, always the same."""
+    seed = hash((shape.m, shape.k, shape.n, shape.r)) % 2**31
+    generator = torch.Generator(shape.device).manual_seed(seed)
+
+    def normal(*size: int, spread: float = 1.0) -> Tensor:
+        drawn = torch.randn(size, generator=generator, device=shape.device) * spread
+        return drawn.to(DTYPES[shape.dtype])
+
+    m, k, n, r = shape.m, shape.k, shape.n, shape.r
+    return Inputs(
+        x=normal(m, k),
+        weight=normal(n, k, spread=k**-0.5),
+        A=normal(r, k, spread=k**-0.5),
+        B=normal(n, r, spread=r**-0.5),
+        bias=normal(n),
+        dy=normal(m, n, spread=n**-0.5),
+        mask=torch.arange(r) % 3 == 0,
+    )
+
+
+def expected(
+    inputs: Inputs,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    unselected: str,
+    dropout_p: float = 0.0,
+    dropout_seed: int = DROPOUT_SEED,
+) -> Results:
+    """Return y and every gradient of ⟨y, dy⟩ by plain torch in a dtype."""
+    x, weight, A, B, bias, dy = (
+        t.to(dtype) for t in (inputs.x, inputs.weight, inputs.A, inputs.B, inputs.bias, inputs.dy)
+    )
+    mask = None if mask is None else mask.to(x.device)
+    seed = torch.tensor(dropout_seed, device=x.device)
+    dropped = multiplier(seed, x.shape[0], x.shape[1], dropout_p, dtype) if dropout_p else None
+    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected, dropout=dropped)
+    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected, dropout=dropped)
+    return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
+
+
+def hold(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
+    """Raise WrongResultError where results are worse than `bench.correctness` allows."""
+    check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
+
+
+def require_equal(form: str, first: Results, second: Results) -> None:
+    """Raise WrongResultError where two runs differ by a bit."""
+    for name, value in first.items():
+        if not torch.equal(value, second[name]):
+            distance = (value.double() - second[name].double()).abs().max().item()
+            raise WrongResultError(f"{form}: {name} of two runs differ by {distance:.3g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from fed.compiled import CompiledLosses
 from fed.cost import tensor_bytes
 from fed.errors import FedError
 from fed.footprint import MIB, state_bytes
-from fed.local import Job, Workplace
+from fed.local import Job, Workplace, batch_rows
 from fed.types import ClientUpdate
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Cohorts:
         """`size` is what an earlier part of the run settled on, if the configuration leaves it to be measured."""
         self._work, self._config, self._on_event = work, config, on_event
         self.size = config.cohort_size or size
-        self._activation_bytes: dict[int, int] = {}  # by samples of a batch
+        self._token_bytes: dict[int, float] = {}  # of a batch's activations, a column of tokens, by its samples
         self._compiled = CompiledLosses(on_event) if config.cohort_compile else None
 
     def train(self, jobs: Sequence[Job]) -> list[ClientUpdate]:
@@ -81,6 +82,7 @@ class Cohorts:
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
         """Return each client's bytes: its numbers, their gradients and optimiser state, and its batch's activations."""
         needs = []
+        longest = max(int(job.split.table.lengths(job.split.rows).max()) for job in jobs)
         for job in jobs:
             factors = [factor for pair in job.start.factors.values() for factor in pair]
             # A compiled cohort holds R modules a client, whoever it is.
@@ -89,7 +91,7 @@ class Cohorts:
             numbers += sum(map(Tensor.numel, job.head.values()))
             width = factors[0].element_size()
             state = state_bytes(self._config.train, numbers, len(factors) + len(job.head), width)
-            needs.append(2 * numbers * width + state + self._activations(job))
+            needs.append(2 * numbers * width + state + self._activations(job, longest))
         fixed, budget = self._fixed_bytes(), self._config.cohort_memory_mib * MIB
         for job, need in zip(jobs, needs, strict=True):
             if fixed + need > budget:
@@ -100,15 +102,18 @@ class Cohorts:
                 )
         return needs
 
-    def _activations(self, job: Job) -> int:
+    def _activations(self, job: Job, longest: int) -> int:
+        """Return the bytes a client's batch takes where texts are padded to `longest` tokens."""
         samples = self._config.train.batch_size
         if self._compiled is None:  # else batches are full
             samples = min(samples, len(job.split))
-        if samples not in self._activation_bytes:
+        if samples not in self._token_bytes:
             (update,) = train_together(self._work, [job._replace(steps=1)], self._config.train, True, self._compiled)
             assert update.footprint is not None  # measured
-            self._activation_bytes[samples] = update.footprint.activation_bytes
-        return self._activation_bytes[samples]
+            (first,) = batch_rows(len(job.split), samples, 1, job.rng)
+            padded = int(job.split.lengths(first).max())
+            self._token_bytes[samples] = update.footprint.activation_bytes / padded
+        return math.ceil(self._token_bytes[samples] * longest)
 
     def _fastest(self, jobs: Sequence[Job]) -> int:
         """Return the size at which a client's step takes least, of those up to `len(jobs)`; say so."""

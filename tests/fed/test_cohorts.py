@@ -13,15 +13,20 @@ import pytest
 import torch
 
 from fed import cohorts
+from fed.cohort import train_together
 from fed.cohorts import Cohorts
 from fed.compiled import CompiledLosses
+from fed.data import FederatedData
 from fed.errors import FedError
 from fed.federation import Federation
 from fed.footprint import MIB
 from fed.local import Job, Workplace, adapted
+from fed.models import head_names
+from fed.samples import Sequences, Split, TextTable
 from fed.simulate import simulate
 from fed.streams import Source
 from plora_kernels import row_groups
+from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 SIX = {"clients": {"count": 6, "per_round": 6, "ranks": [1, 2, 3, 6]}}
@@ -59,7 +64,7 @@ def test_a_cohort_fits_its_memory(work: Workplace) -> None:
     # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
     # gradients and AdamW's two moments, six step counts, and the activations of its batch.
     assert fixed == 4 * (77 + 11 + 55 + 18)
-    activations = divider._activations(jobs[0])
+    activations = divider._activations(jobs[0], 1)
     assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
     room = (fixed + needs[0] + needs[1] + 1) / MIB
     for cohort in divided(work, cohort_size=6, cohort_memory_mib=room):
@@ -74,6 +79,31 @@ def test_compiled_clients_take_alike(work: Workplace) -> None:
     needs = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
     assert needs == [plain[3]] * 6  # who has all modules and a full batch
     assert plain[1] < plain[3]
+
+
+def test_texts_are_counted_as_long_as_the_longest() -> None:
+    rows = [[1] * (2 if client < 9 else 9) for client in range(18)]  # the second client's are longer
+    table = TextTable({"input_ids": Sequences.of(rows)}, torch.arange(18) % 3, pad=0)
+    clients = tuple(Split(table, part) for part in torch.arange(18).split(9))
+    config = make_config(
+        clients={"count": 2, "ranks": [2]},
+        adapter={"target_modules": "all-linear"},
+        execution="cohort",
+        cohort_size=2,
+        cohort_memory_mib=1000.0,
+    )
+    model = tiny_bert()
+    with adapted(config, model, head_names(model)) as work:
+        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), work, print)
+        standing = federation.beginning()
+        jobs = [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
+        needs = Cohorts(work, config, pytest.fail)._needs(jobs)
+        assert needs[0] == needs[1]
+        (short,) = train_together(work, jobs[:1], config.train, measure=True)
+        taken = sum(
+            update.footprint.activation_bytes for update in train_together(work, jobs, config.train, measure=True)
+        )
+        assert 2 * short.footprint.activation_bytes < 0.5 * taken <= sum(needs)
 
 
 def test_what_fits_not_even_one_client_is_refused(work: Workplace) -> None:

@@ -40,11 +40,15 @@ SECONDS_EACH = 600.0
 
 @dataclass(frozen=True)
 class Point:
-    """So many clients, so many of them a round, and whether what they keep lies on "disk" or in "memory"."""
+    """So many clients, so many of them a round, and whether what they keep lies on "disk" or in "memory".
+
+    `execution` is the run's: "sequential", or "cohort" in cohorts of the size that measures fastest.
+    """
 
     clients: int
     per_round: int
     kept: str = "disk"
+    execution: str = "sequential"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Measured:
     clients: int
     per_round: int
     kept: str
+    execution: str
     seconds_per_round: float
     cpu_seconds_per_round: float
     tensor_bytes: int
@@ -67,6 +72,7 @@ class Measured:
 POINTS = (
     *(Point(clients, 10) for clients in (100, 1000, 10_000)),
     *(Point(1000, drawn) for drawn in (50, 100)),
+    *(Point(1000, drawn, execution="cohort") for drawn in (10, 50, 100)),
     Point(10_000, 10, kept="memory"),
 )
 
@@ -82,7 +88,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     from fed.store import ClientStore
 
     counts = (f"clients.count={point.clients}", f"clients.per_round={point.per_round}", f"rounds={rounds}")
-    config = load("digits", [*SETTINGS, *counts, *settings])
+    config = load("digits", [*SETTINGS, *counts, f"execution={point.execution}", *settings])
     rows = data.load(config)
     model = models.build(config, rows)
     adapter, kept_below = adapted(config, model, models.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
@@ -143,7 +149,7 @@ def measure_all(points: Sequence[Point], folder: Path) -> list[Measured]:
             raise ResultsError(f"{point} was not measured: {outcome.error}")
         found.append(outcome.value)
         print(
-            f"{point.clients} clients, {point.per_round} a round, kept on {point.kept}: "
+            f"{point.clients} clients, {point.per_round} a round, {point.execution}, kept on {point.kept}: "
             f"{outcome.value.seconds_per_round:.2f} s a round, {outcome.value.process_bytes / 2**20:.0f} MiB",
             file=sys.stderr,
         )

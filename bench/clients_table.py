@@ -14,6 +14,7 @@ HEADER = (
     "clients",
     "a round",
     "kept on",
+    "trained",
     "s a round",
     "CPU s a round",
     "CPU s a client drawn",
@@ -74,6 +75,7 @@ def _table(points: list[dict[str, Any]]) -> str:
             f"{point['clients']:,}",
             str(point["per_round"]),
             point["kept"],
+            {"sequential": "one by one", "cohort": "in cohorts"}[point["execution"]],
             f"{point['seconds_per_round']:.2f}",
             f"{point['cpu_seconds_per_round']:.2f}",
             f"{point['cpu_seconds_per_round'] / point['per_round']:.3f}",
@@ -89,9 +91,10 @@ def _table(points: list[dict[str, Any]]) -> str:
 def _growth(points: list[dict[str, Any]]) -> str:
     """Say what one more client costs, on disk and in memory, at the number drawn that was measured at most counts."""
     lines = []
-    for kept in dict.fromkeys(point["kept"] for point in points):
-        drawn = min(point["per_round"] for point in points)
-        same = [point for point in points if (point["kept"], point["per_round"]) == (kept, drawn)]
+    for kept, execution in dict.fromkeys((point["kept"], point["execution"]) for point in points):
+        alike = [point for point in points if (point["kept"], point["execution"]) == (kept, execution)]
+        drawn = min(point["per_round"] for point in alike)
+        same = [point for point in alike if point["per_round"] == drawn]
         few, many = min(same, key=_clients), max(same, key=_clients)
         if few is not many:
             more = _clients(many) - _clients(few)

@@ -50,13 +50,14 @@ def test_a_thousand_clients_of_the_embedded_task_need_the_memory_of_a_hundred(tm
 
 def test_a_point_that_fails_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        ResultsError, match=r"Point\(clients=2, per_round=3, kept='disk'\) was not measured: FedError: c"
+        ResultsError,
+        match=r"Point\(clients=2, per_round=3, kept='disk', execution='sequential'\) was not measured: FedError: c",
     ):
         measure_all([Point(2, 3)], tmp_path)
 
 
 def make_results(path: Path) -> Path:
-    first = Measured(100, 10, "disk", 2.0, 1.5, 2 * 2**20, 600 * 2**20, 10 * 2**20)
+    first = Measured(100, 10, "disk", "sequential", 2.0, 1.5, 2 * 2**20, 600 * 2**20, 10 * 2**20)
     second = replace(first, clients=1124, tensor_bytes=3 * 2**20, process_bytes=602 * 2**20, kept_bytes=1124 * 2048)
     points = [asdict(first), asdict(second), asdict(replace(second, kept="memory"))]
     machine = {"device_name": "cpu x", "versions": {"torch": "2", "triton": None}}
@@ -69,7 +70,7 @@ def test_the_table_says_what_one_more_client_costs(tmp_path: Path, capsys: pytes
     path = make_results(tmp_path / "clients-cpu.json")
     assert report([str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "| 1,124 | 10 | disk | 2.00 | 1.50 | 0.150 | 3.0 | 602 | 2 |" in shown
+    assert "| 1,124 | 10 | disk | one by one | 2.00 | 1.50 | 0.150 | 3.0 | 602 | 2 |" in shown
     assert "From 100 to 1,124 clients each client more costs 1.00 KiB of tensors" in shown
     assert "and 2.00 KiB of the process, and keeps 2 KiB on disk." in shown
     assert "The machine had other work meanwhile" in shown
@@ -86,7 +87,7 @@ def test_the_table_says_what_one_more_client_costs(tmp_path: Path, capsys: pytes
 
 
 def test_the_command_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = Measured(2, 1, "disk", 1.0, 1.0, 1, 1, 1)
+    only = Measured(2, 1, "disk", "cohort", 1.0, 1.0, 1, 1, 1)
     monkeypatch.setattr("bench.clients.measure_all", lambda points, folder: [only])
     assert main(["--out", str(tmp_path)]) == 0
-    assert "| 2 | 1 | disk |" in clients_markdown(tmp_path / "clients-cpu.json")
+    assert "| 2 | 1 | disk | in cohorts |" in clients_markdown(tmp_path / "clients-cpu.json")

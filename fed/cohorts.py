@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fed.config import RunConfig
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # those that are tried
-TRIAL_STEPS = 2
-ENOUGH = 1.1  # a size this much slower than the best ends the trials: larger ones only get slower
+TRIAL_STEPS, TRIALS = 2, 2  # of which the faster counts
+ENOUGH = 1.1  # two sizes in a row this much slower than the best end the trials: larger ones only get slower
 
 
 class Cohorts:
@@ -122,13 +122,13 @@ class Cohorts:
         train_together(self._work, brief[:1], self._config.train)  # what only the first run takes
         for size in sorted({min(size, len(brief)) for size in SIZES}):
             try:
-                seconds = self._seconds(brief[:size])
+                seconds = min(self._seconds(brief[:size]) for _ in range(TRIALS))
             except torch.OutOfMemoryError:
                 if not tried:
                     raise
                 break
             tried[size] = seconds / sum(job.steps for job in brief[:size])
-            if tried[size] > ENOUGH * min(tried.values()):
+            if min(list(tried.values())[-2:]) > ENOUGH * min(tried.values()):
                 break
         best = min(tried, key=lambda size: tried[size])
         others = ", ".join(f"{size}: {1e3 * took:.2f}" for size, took in tried.items())

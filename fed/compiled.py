@@ -134,7 +134,7 @@ def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 def _norms(stacked: Tensor) -> Tensor:
     """Return the norm of each client's part of (C, …), (C,) float64."""
-    return torch.linalg.vector_norm(stacked.double().view(stacked.shape[0], -1), dim=1)
+    return torch.linalg.vector_norm(stacked.double().reshape(stacked.shape[0], -1), dim=1)
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

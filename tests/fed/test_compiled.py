@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fed.compiled import COMPARED_STEPS, CompiledLosses
+from fed.compiled import COMPARED_STEPS, CompiledLosses, _difference
 from fed.losses import client_losses
 
 SIZES = [3, 2]
@@ -181,3 +181,14 @@ class TestCompiledLosses:
 
         with pytest.raises(RuntimeError, match="the step's own"):
             compiled(model, batch, SIZES, failing)
+
+
+def test_matrices_may_lie_column_by_column() -> None:
+    """As A does from `fed.cohort.WIDE` features on."""
+    expected = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).mT
+    assert _difference({"A": expected.clone()}, {"A": expected}) is None
+    found = expected.clone()
+    found[1] *= 1.01
+    assert (
+        _difference({"A": found}, {"A": expected}) == "A of client 1 of the cohort is off by 1.0e-02 (0.001 is allowed)"
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +201,17 @@ def texts(table: type, count: int = 24) -> tuple[Split, ...]:
     return tuple(Split(whole, part) for part in torch.arange(count).split([3, 10, 11]))
 
 
+@contextmanager
+def reading_texts(make: Any, table: type, config: SimpleNamespace) -> Iterator[tuple[Workplace, list[Job]]]:
+    """Give a small model in float64, and a job for each of three clients whose texts are unlike in length."""
+    clients = texts(table)
+    data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
+    torch.manual_seed(0)
+    model = make().double()
+    with adapted(config, model, head_names(model)) as work:
+        yield work, [drawn_b(job) for job in jobs_of(work, config, data)]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("make", "table"), [(tiny_bert, TextTable), (tiny_llama, InstructionTable)])
@@ -210,12 +222,7 @@ def test_texts_of_unequal_length(make: Any, table: type, dropout: float, checkpo
         # Not Adam, which makes whole steps of gradients that are nothing but rounding.
         train={"optimizer": "sgd", "client_steps": [2, 3, 1], "gradient_checkpointing": checkpointing},
     )
-    clients = texts(table)
-    data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
-    torch.manual_seed(0)
-    model = make().double()
-    with adapted(config, model, head_names(model)) as work:
-        jobs = [drawn_b(job) for job in jobs_of(work, config, data)]
+    with reading_texts(make, table, config) as (work, jobs):
         for job, update in zip(jobs, train_together(work, jobs, config.train), strict=True):
             assert_same(update, alone(work, job, config.train))
 
@@ -231,12 +238,7 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
         adapter={"dropout": 0.4, "target_modules": "all-linear"},
         train={"optimizer": "sgd", "local_steps": 7, "batch_size": 4},
     )
-    clients = texts(table)
-    data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
-    torch.manual_seed(0)
-    model = make().double()
-    with adapted(config, model, head_names(model)) as work:
-        jobs = [drawn_b(job) for job in jobs_of(work, config, data)]
+    with reading_texts(make, table, config) as (work, jobs):
         compiled = CompiledLosses(pytest.fail)
         for job, update in zip(jobs, train_together(work, jobs, config.train, compiled=compiled), strict=True):
             assert_same(update, alone(work, job, config.train))

@@ -26,7 +26,8 @@ from bench.machine_code import LIMITS, instructions_of, resident_blocks, usage_o
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.results import write_text
 from bench.workers import one_line, outcomes
-from plora_kernels.blocks import DESIGNS, Blocks, MatmulBlocks, ShapeClass, candidates
+from plora_kernels.blocks import DESIGNS, Blocks, Hardware, MatmulBlocks, ShapeClass
+from plora_kernels.candidates import candidates
 from plora_kernels.configs import forcing
 from plora_kernels.tables import PACKAGED, load_table
 
@@ -55,6 +56,7 @@ SHAPES = (
     Shape(8192, 2048, 8192, 32),
     Shape(8192, 1000, 1000, 16, indexed=True),
     Shape(8192, 4096, 4096, 5),
+    Shape(512, 4096, 1024, 16),
     Shape(37, 50, 29, 5),
     Shape(1, 4096, 4096, 16),
 )
@@ -167,16 +169,16 @@ def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence
 def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
     """Yield every design that is a candidate on a target beside the default, "tile"."""
     for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
-        blocks = design_blocks(design, shape, dtype, target.capability) if design != "tile" else {}
+        blocks = design_blocks(design, shape, dtype, target.hardware) if design != "tile" else {}
         if len(blocks) == 2:
             yield Job(shape, dtype, target, design, tuple(blocks.items()), candidate=True)
 
 
-def design_blocks(design: str, shape: Shape, dtype: str, capability: int) -> dict[str, Blocks]:
+def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, Blocks]:
     """Return a design's blocks for the forward and dX; empty where it is no candidate."""
     found: dict[str, Blocks] = {}
     for op, d_in, d_out in (("forward", shape.k, shape.n), ("input_gradient", shape.n, shape.k)):
-        known = candidates(ShapeClass(op, dtype, shape.m, d_in, d_out, shape.r), capability)
+        known = candidates(ShapeClass(op, dtype, shape.m, d_in, d_out, shape.r), hardware)
         same = [blocks for blocks in known if isinstance(blocks, MatmulBlocks) and blocks.design == design]
         if same:
             found[op] = min(same, key=_distance_from_design_tiles)

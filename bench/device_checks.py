@@ -31,8 +31,8 @@ from bench.group_checks import check_grouped, check_siblings
 from bench.records import blank
 from bench.workers import one_line
 from plora_kernels import reference
-from plora_kernels.blocks import DESIGNS, Blocks
-from plora_kernels.configs import capability_of, forcing
+from plora_kernels.blocks import DESIGNS, Blocks, Hardware
+from plora_kernels.configs import forcing, hardware_of
 
 # M, K, N, R: aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
 SHAPES = {
@@ -83,15 +83,15 @@ class CheckShape:
         forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is no groups
         if self.device != "cuda":
             return forms
-        capability = capability_of(torch.device("cuda", torch.cuda.current_device()))
+        hardware = hardware_of(torch.device("cuda", torch.cuda.current_device()))
         aligned = self.k % 16 == 0 and self.n % 16 == 0
-        designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, capability)]
+        designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, hardware)]
         return forms + CUDA_FORMS + tuple(designs)
 
-    def blocks(self, design: str, capability: int) -> dict[str, Blocks]:
+    def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
         """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
         dtype = "float32" if self.dtype == "tf32" else self.dtype
-        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, capability)
+        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, hardware)
 
 
 def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
@@ -191,7 +191,7 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    with forcing(shape.blocks(form.removeprefix("design "), capability_of(inputs.x.device))):
+    with forcing(shape.blocks(form.removeprefix("design "), hardware_of(inputs.x.device))):
         _check_linear(shape, inputs, form)
 
 

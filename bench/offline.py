@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 
+from plora_kernels.blocks import Hardware
+
 
 @dataclass(frozen=True)
 class Target:
@@ -31,6 +33,11 @@ class Target:
     warp_size: int
     capability: int
     multiprocessors: int
+
+    @property
+    def hardware(self) -> Hardware:
+        """Return what blocks are chosen by."""
+        return Hardware(self.capability, self.multiprocessors)
 
 
 TARGETS = {

@@ -1,7 +1,7 @@
 """What the tuner runs: for every op whose blocks are chosen by shape, the call that takes them and what it must give.
 
 A forward, a whole backward (for the blocks of dX: designs differ in how dS and dB come about) and a fold run through
-the public functions, the skinny products through their launchers.
+the public functions, the skinny products and projections that share their input through their launchers.
 """
 
 from __future__ import annotations
@@ -160,6 +160,85 @@ def _fold(shape: ShapeClass, device: torch.device) -> Trial:
     return Trial(shape, run, results, lambda dtype: plain_results(case, problem, dtype, adapted=True))
 
 
+def projection_widths(total: int) -> tuple[int, ...]:
+    """Return widths that add up to `total`: one and two of a quarter of it, as q, k and v have, or else two halves."""
+    return (total // 6 * 4, total // 6, total // 6) if total % 96 == 0 else (total // 2, total - total // 2)
+
+
+@dataclass(frozen=True)
+class _Projections:
+    """Layers over one input: x (M, K), a weight, A and B each, their joint dy and what both launchers need."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    As: tuple[Tensor, ...]
+    Bs: tuple[Tensor, ...]
+    grad_ys: tuple[Tensor, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, k: int, total: int, shape: ShapeClass, device: torch.device) -> _Projections:
+        """Draw them; `total` is the sum of their widths."""
+        _, problem = _problem("forward", shape.m, k, total, shape, device)
+        widths = projection_widths(total)
+        return cls(
+            problem.x,
+            tuple(part.contiguous() for part in problem.weight.split(widths)),
+            tuple(problem.A.clone() for _ in widths),
+            tuple(part.contiguous() for part in problem.B.split(widths)),
+            tuple(part.contiguous() for part in problem.grad_y.split(widths, dim=1)),
+            problem.scale,
+        )
+
+    @property
+    def scales(self) -> list[float]:
+        """Return every layer's scale."""
+        return [self.scale] * len(self.weights)
+
+
+def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
+    from plora_kernels.kernels.projections_forward import forward
+
+    of = _Projections.of(shape.d_in, shape.d_out, shape, device)
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        return forward(of.x, of.weights, of.As, of.Bs, [None] * len(of.weights), of.scales, keep_s=True)
+
+    def expected(dtype: torch.dtype) -> Results:
+        x = of.x.to(dtype)
+        found: dict[str, Tensor] = {}
+        for place, (weight, A, B) in enumerate(zip(of.weights, of.As, of.Bs, strict=True)):
+            side = x @ A.to(dtype).t()
+            found |= {f"y{place}": x @ weight.to(dtype).t() + of.scale * side @ B.to(dtype).t(), f"s{place}": side}
+        return found
+
+    def results() -> Results:
+        named: dict[str, Tensor] = {}
+        for place, (y, side) in enumerate(zip(*run(), strict=True)):
+            named |= {f"y{place}": y, f"s{place}": side}
+        return named
+
+    return Trial(shape, run, results, expected)
+
+
+def _projections_input_gradient(shape: ShapeClass, device: torch.device) -> Trial:
+    from plora_kernels.kernels.projections_backward import input_gradient
+
+    of = _Projections.of(shape.d_out, shape.d_in, shape, device)
+    sides = [grad_y @ B for grad_y, B in zip(of.grad_ys, of.Bs, strict=True)]
+
+    def run() -> Tensor:
+        return input_gradient(of.grad_ys, of.weights, sides, of.As, of.scales)
+
+    def expected(dtype: torch.dtype) -> Results:
+        dx = torch.zeros_like(of.x, dtype=dtype)
+        for grad_y, weight, side, A in zip(of.grad_ys, of.weights, sides, of.As, strict=True):
+            dx += grad_y.to(dtype) @ weight.to(dtype) + of.scale * side.to(dtype) @ A.to(dtype)
+        return {"dx": dx}
+
+    return Trial(shape, run, lambda: {"dx": run()}, expected)
+
+
 _MAKERS: dict[str, Callable[[ShapeClass, torch.device], Trial]] = {
     "forward": _forward,
     "input_gradient": _input_gradient,
@@ -167,4 +246,6 @@ _MAKERS: dict[str, Callable[[ShapeClass, torch.device], Trial]] = {
     "output_gradient": _output_gradient,
     "factor_gradient": _factor_gradient,
     "fold": _fold,
+    "projections_forward": _projections_forward,
+    "projections_input_gradient": _projections_input_gradient,
 }

@@ -29,13 +29,16 @@ from bench.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.trials import Trial, for_checking, make_trial
 from bench.workers import Outcome, Workers, one_line
 from plora_kernels.backend import backend
-from plora_kernels.blocks import KINDS, OPS, Blocks, ShapeClass, candidates
-from plora_kernels.configs import capability_of, forget_tables
+from plora_kernels.blocks import KINDS, OPS, Blocks, Hardware, ShapeClass
+from plora_kernels.candidates import candidates
+from plora_kernels.configs import forget_tables, hardware_of
 from plora_kernels.errors import ConfigError
 from plora_kernels.tables import PACKAGED, Entry, load_table, save_table, user_folder
 
 SECONDS_EACH = 60.0
 OTHER_RANKS = (128, 256)
+# Inputs, and the outputs of q, k and v of Llama 3.1 8B, of its gate and up, and of q, k and v of Llama 3.2 1B.
+SHARED_INPUTS = ((4096, 6144), (4096, 28672), (2048, 3072))
 LOGS = Path(__file__).parent / "results" / "tune"
 
 
@@ -53,7 +56,7 @@ class Tuning:
     """A run's settings and what it has found."""
 
     device: torch.device
-    capability: int
+    hardware: Hardware
     tables: tuple[Path, ...]
     log: RecordFile
     most: int
@@ -77,10 +80,19 @@ def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass
     ]
 
 
+def projection_classes(m: int, k: int, total: int, r: int, dtype: str) -> list[ShapeClass]:
+    """Return the classes of layers that share their input, `total` outputs together."""
+    return [
+        ShapeClass("projections_forward", dtype, m, k, total, r),
+        ShapeClass("projections_input_gradient", dtype, m, total, k, r),
+    ]
+
+
 def shape_classes(device_type: str) -> list[ShapeClass]:
     """List what is tuned, the most important first, each once; on a CPU one tiny layer that tries everything."""
     if device_type != "cuda":
-        return [*layer_classes(32, 64, 48, 16, "float32"), ShapeClass("fold", "float32", 48, 64, 48, 16)]
+        fold = ShapeClass("fold", "float32", 48, 64, 48, 16)
+        return [*layer_classes(32, 64, 48, 16, "float32"), fold, *projection_classes(32, 64, 96, 16, "float32")]
     found = []
     for r in TABLE_RANKS:
         for projection in TABLE:
@@ -88,6 +100,8 @@ def shape_classes(device_type: str) -> list[ShapeClass]:
         if r == TABLE_RANKS[0]:
             found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, r) for p in TABLE]
             found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, r) for m in DECODE_ROWS for p in TABLE[:3]]
+            for k, total in SHARED_INPUTS:
+                found += projection_classes(TABLE_ROWS, k, total, r, "bfloat16")
     gate = TABLE[0]
     for r in OTHER_RANKS:
         found += layer_classes(TABLE_ROWS, gate.k, gate.n, r, "bfloat16")
@@ -111,7 +125,7 @@ def attempt_candidate(attempt: Attempt) -> None:
 
 def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers) -> bool:
     """Search one class, log every candidate and write the table; return whether there was time to."""
-    known = candidates(shape, tuning.capability)
+    known = candidates(shape, tuning.hardware)
     tried = narrowed(shape, known, tuning.searched, tuning.most)
     attempts = [Attempt(shape, blocks, tuning.device.type) for blocks in tried]
     answers = dict(workers.outcomes(attempts, tuning.deadline))
@@ -184,7 +198,7 @@ def tune(options: argparse.Namespace) -> int:
     meta = describe(device, options.commit) | {"source": source_digest(tables=False)}
     tuning = Tuning(
         device=device,
-        capability=capability_of(device),
+        hardware=hardware_of(device),
         tables=tables,
         log=open_records(log, meta, fresh=options.fresh),
         most=options.candidates,

@@ -15,22 +15,25 @@ from typing import TypeVar
 
 import torch
 
-from .blocks import Blocks, ShapeClass, default_blocks
+from .blocks import Blocks, Hardware, ShapeClass, default_blocks, shared_bytes, staged_bytes
 from .errors import ConfigError
 from .tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
 B = TypeVar("B", bound=Blocks)
 
 _forced: dict[str, Blocks] = {}
+_taken: dict[str, Blocks] | None = None
 
 
 def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
     """Return the blocks, of the class `kind`, that a launch of this shape takes on a device.
 
     In this order: what `forcing` says; the nearest entry of the user's table for the device, of the packaged one, or of
-    a packaged table for a device of the same capability; the default. Tables hold aligned shapes alone.
+    the packaged table of the device most like it; the default. Tables hold aligned shapes alone.
     """
     blocks = _forced.get(shape.op) or _chosen(shape, device, aligned)
+    if _taken is not None:
+        _taken[shape.op] = blocks
     if not isinstance(blocks, kind):
         raise ConfigError(f"blocks of {shape.op} are {blocks!r}; {kind.__name__} is needed")
     return blocks
@@ -48,6 +51,17 @@ def forcing(blocks: Mapping[str, Blocks]) -> Iterator[None]:
         _forced.update(before)
 
 
+@contextmanager
+def noting() -> Iterator[dict[str, Blocks]]:
+    """Yield a dictionary that receives the blocks of every op launched meanwhile, those of its last launch."""
+    global _taken
+    before, _taken = _taken, {}
+    try:
+        yield _taken
+    finally:
+        _taken = before
+
+
 @functools.cache
 def capability_of(device: torch.device) -> int:
     """Return 10·major + minor of a CUDA device, and 0 for a ROCm device or the interpreter's CPU."""
@@ -61,6 +75,11 @@ def capability_of(device: torch.device) -> int:
 def multiprocessors_of(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU, and 1 for the interpreter's CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def hardware_of(device: torch.device) -> Hardware:
+    """Return what blocks depend on of a device."""
+    return Hardware(capability_of(device), multiprocessors_of(device))
 
 
 def table_paths(name: str) -> tuple[Path, Path]:
@@ -77,9 +96,9 @@ def forget_tables() -> None:
 
 @functools.lru_cache(maxsize=8192)
 def _chosen(shape: ShapeClass, device: torch.device, aligned: bool) -> Blocks:
-    table = _table_of(device) if aligned else None
-    entry = nearest(table, shape) if table is not None else None
-    return entry.blocks if entry is not None else default_blocks(shape, capability_of(device), aligned)
+    hardware, table = hardware_of(device), _table_of(device) if aligned else None
+    entry = nearest(table, shape, hardware) if table is not None else None
+    return entry.blocks if entry is not None else default_blocks(shape, hardware, aligned)
 
 
 @functools.cache
@@ -87,28 +106,56 @@ def _table_of(device: torch.device) -> Table | None:
     """Return the table for a device, or None where there is none; an unreadable one is passed over with a warning."""
     if device.type != "cuda":
         return None
-    capability = capability_of(device)
-    known = (path for path in sorted(PACKAGED.glob("*.json")))
-    own = table_paths(torch.cuda.get_device_name(device))
-    for path in (*own, *known):
-        if not path.is_file():
-            continue
-        try:
-            table = load_table(path)
-        except ConfigError as error:
-            warnings.warn(str(error), stacklevel=2)
-            continue
-        if path in own or table.meta.get("capability") == capability:
+    for path in table_paths(torch.cuda.get_device_name(device)):
+        table = _readable(path)
+        if table is not None:
             return table
-    return None
+    hardware = hardware_of(device)
+    packaged = (_readable(path) for path in sorted(PACKAGED.glob("*.json")))
+    known = [table for table in packaged if table is not None and _is_like(table, hardware)]
+    return min(known, key=lambda table: _difference(table, hardware), default=None)
 
 
-def nearest(table: Table, shape: ShapeClass) -> Entry | None:
+def _readable(path: Path) -> Table | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_table(path)
+    except ConfigError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+
+
+def _is_like(table: Table, hardware: Hardware) -> bool:
+    """Say whether blocks measured on a table's device are worth more than a default: its matrix units work alike.
+
+    sm_90 to sm_11x multiply from shared memory, older GPUs and sm_12x from registers; AMD's are a family of their own.
+    """
+    capability = table.meta.get("capability")
+    if not isinstance(capability, int):
+        return False
+    other = Hardware(capability, 1)
+    return (other.capability == 0, other.has_tma) == (hardware.capability == 0, hardware.has_tma)
+
+
+def _difference(table: Table, hardware: Hardware) -> tuple[int, float]:
+    count = table.meta.get("multiprocessors") or hardware.multiprocessors
+    return abs(table.meta["capability"] - hardware.capability), abs(math.log2(count / hardware.multiprocessors))
+
+
+def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None:
     """Return the table's entry of the same op and dtype whose sizes are nearest, in powers of two; None without one.
 
-    A smaller r counts heavily: blocks made for fewer modules read the large input again for the rest.
+    A smaller r counts heavily: blocks made for fewer modules read the large input again for the rest. In the table of
+    a device with more shared memory, entries that need it are passed over.
     """
-    same = [entry for entry in table.entries if (entry.shape.op, entry.shape.dtype) == (shape.op, shape.dtype)]
+    limit = shared_bytes(hardware.capability)
+    same = [
+        entry
+        for entry in table.entries
+        if (entry.shape.op, entry.shape.dtype) == (shape.op, shape.dtype)
+        and staged_bytes(entry.blocks, shape.dtype) <= limit
+    ]
     return min(same, key=lambda entry: _distance(entry.shape, shape), default=None)
 
 

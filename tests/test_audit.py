@@ -105,12 +105,12 @@ def test_occupancy_by_hand(target: str, usage: Usage, warps: int, blocks: int) -
 
 def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
     shape = Shape(8192, 4096, 4096, 16)
-    for capability in (90, 100):
+    for target in ("sm_90", "sm_100"):
         for design in DESIGNS:
-            blocks = design_blocks(design, shape, "bfloat16", capability)
+            blocks = design_blocks(design, shape, "bfloat16", TARGETS[target].hardware)
             assert set(blocks) == {"forward", "input_gradient"}
             assert all(isinstance(found, MatmulBlocks) and found.design == design for found in blocks.values())
-    assert design_blocks("one_launch", shape, "bfloat16", 80) == {}
+    assert design_blocks("one_launch", shape, "bfloat16", TARGETS["sm_80"].hardware) == {}
 
 
 def test_the_entries_of_the_tables_are_compiled_for_their_device(tmp_path: Path) -> None:

@@ -15,15 +15,17 @@ from plora_kernels.blocks import (
     Blocks,
     FoldBlocks,
     GradientBlocks,
+    Hardware,
     MatmulBlocks,
     OutputGradientBlocks,
     ShapeClass,
     SideBlocks,
-    candidates,
     default_blocks,
 )
+from plora_kernels.candidates import candidates
 from plora_kernels.tables import Entry, Table, device_key, load_table, save_table, user_folder
 
+H200 = Hardware(90, 132)
 GPU = torch.device("cuda", 0)
 
 
@@ -39,7 +41,7 @@ def entry(shape: ShapeClass, block_m: int) -> Entry:
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Pretend that there is an sm_90 device called Thing 1; return the user's folder."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Thing 1")
-    monkeypatch.setattr(configs, "capability_of", lambda device: 90)
+    monkeypatch.setattr(configs, "hardware_of", lambda device: H200)
     monkeypatch.setattr(configs, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path / "user"))
     configs.forget_tables()
@@ -68,16 +70,16 @@ def test_the_nearest_shape_wins_and_fewer_modules_lose() -> None:
     few, many = entry(forward_class(r=16), 32), entry(forward_class(r=64), 64)
     other = entry(forward_class(m=16), 16)
     table = Table({}, (few, many, other))
-    assert configs.nearest(table, forward_class(r=16)) == few
-    assert configs.nearest(table, forward_class(r=20)) == many  # 16 modules at a time would read x twice
-    assert configs.nearest(table, forward_class(m=1, d_in=2048)) == other
-    assert configs.nearest(table, ShapeClass("fold", "bfloat16", 8, 8, 8, 8)) is None
+    assert configs.nearest(table, forward_class(r=16), H200) == few
+    assert configs.nearest(table, forward_class(r=20), H200) == many  # 16 modules at a time would read x twice
+    assert configs.nearest(table, forward_class(m=1, d_in=2048), H200) == other
+    assert configs.nearest(table, ShapeClass("fold", "bfloat16", 8, 8, 8, 8), H200) is None
 
 
 def test_the_users_table_goes_before_the_packaged_one(gpu: Path) -> None:
     shape = forward_class()
     default = configs.find_blocks(MatmulBlocks, shape, GPU, True)
-    assert default == default_blocks(shape, 90, True)
+    assert default == default_blocks(shape, H200, True)
     save_table(gpu / "packaged" / "other-device.json", [entry(shape, 16)], {"capability": 90})
     save_table(gpu / "packaged" / "older.json", [entry(shape, 128)], {"capability": 80})
     assert configs.find_blocks(MatmulBlocks, shape, GPU, True) == default  # tables are read once
@@ -89,7 +91,90 @@ def test_the_users_table_goes_before_the_packaged_one(gpu: Path) -> None:
     save_table(gpu / "user" / "thing-1.json", [entry(shape, 64)], {"capability": 90})
     configs.forget_tables()
     assert configs.find_blocks(MatmulBlocks, shape, GPU, True).block_m == 64
-    assert configs.find_blocks(MatmulBlocks, shape, GPU, False) == default_blocks(shape, 90, False)
+    assert configs.find_blocks(MatmulBlocks, shape, GPU, False) == default_blocks(shape, H200, False)
+
+
+def packaged(gpu: Path, name: str, block_m: int, capability: object, multiprocessors: int | None = None) -> None:
+    meta = {"capability": capability} | ({"multiprocessors": multiprocessors} if multiprocessors else {})
+    save_table(gpu / "packaged" / f"{name}.json", [entry(forward_class(), block_m)], meta)
+    configs.forget_tables()
+
+
+def found(monkeypatch: pytest.MonkeyPatch, capability: int, multiprocessors: int = 132) -> int | None:
+    """Return block_m of the table's entry that a device gets, or None for the default."""
+    hardware = Hardware(capability, multiprocessors)
+    monkeypatch.setattr(configs, "hardware_of", lambda device: hardware)
+    configs.forget_tables()
+    blocks = configs.find_blocks(MatmulBlocks, forward_class(), GPU, True)
+    return None if blocks == default_blocks(forward_class(), hardware, True) else blocks.block_m
+
+
+def test_an_unknown_device_gets_the_table_of_the_one_most_like_it(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged(gpu, "a-hopper", 32, 90, 132)
+    assert found(monkeypatch, 90) == 32
+    assert found(monkeypatch, 100, 148) == found(monkeypatch, 103) == 32  # they multiply alike
+    for other in (80, 86, 120, 0):
+        assert found(monkeypatch, other) is None
+    packaged(gpu, "b-blackwell", 64, 100, 148)
+    assert found(monkeypatch, 103) == 64
+    assert found(monkeypatch, 90) == 32
+    packaged(gpu, "c-small-hopper", 16, 90, 78)
+    assert found(monkeypatch, 90, 84) == 16
+    assert found(monkeypatch, 90, 128) == 32
+    packaged(gpu, "d-ampere", 64, 80, 108)
+    assert found(monkeypatch, 86) == found(monkeypatch, 120) == 64
+    packaged(gpu, "e-nothing-said", 128, None)
+    assert found(monkeypatch, 90) == 32
+
+
+def test_blocks_that_do_not_fit_a_smaller_device_are_passed_over(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = forward_class()
+    large = Entry(shape, MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3), 0.5)  # 150 KiB on their way
+    small = Entry(forward_class(m=1024), MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3), 0.5)
+    save_table(gpu / "packaged" / "a-thing.json", [large, small], {"capability": 80})
+    assert found(monkeypatch, 80) == 128
+    assert found(monkeypatch, 86) == 64
+
+
+def test_blocks_that_launches_take_can_be_noted() -> None:
+    cpu = torch.device("cpu")
+    with configs.noting() as taken:
+        blocks = configs.find_blocks(MatmulBlocks, forward_class(), cpu, False)
+    configs.find_blocks(FoldBlocks, ShapeClass("fold", "float32", 8, 8, 8, 8), cpu, False)
+    assert taken == {"forward": blocks}
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (8192, 4096, (128, 128)),
+        (1, 4096, (16, 32)),  # 128 tiles of 132
+        (16, 1024, (16, 32)),
+        (512, 1024, (64, 64)),  # 32 tiles become 128
+        (512, 4096, (128, 128)),  # 128 already
+        (37, 29, (32, 32)),
+    ],
+)
+def test_small_products_are_cut_into_tiles_for_most_of_the_device(m: int, n: int, tile: tuple[int, int]) -> None:
+    blocks = default_blocks(forward_class(m=m, d_out=n), H200, True)
+    assert isinstance(blocks, MatmulBlocks)
+    assert (blocks.block_m, blocks.block_n) == tile
+
+
+@pytest.mark.parametrize(
+    ("shape", "design"),
+    [
+        (forward_class(), "tile_two_launch"),  # 32 columns of tiles would make the product again
+        (forward_class(d_in=768, d_out=768), "tile"),
+        (forward_class(d_in=768, d_out=768, r=64), "tile_two_launch"),
+        (forward_class(m=512), "tile"),  # too short to fill the device with a launch of its own
+        (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch"),
+    ],
+)
+def test_the_default_makes_the_side_product_first_where_that_costs_less(shape: ShapeClass, design: str) -> None:
+    blocks = default_blocks(shape, H200, True)
+    assert isinstance(blocks, MatmulBlocks)
+    assert blocks.design == design
 
 
 def test_an_unreadable_table_is_passed_over_with_a_warning(gpu: Path) -> None:
@@ -97,7 +182,7 @@ def test_an_unreadable_table_is_passed_over_with_a_warning(gpu: Path) -> None:
     (gpu / "user" / "thing-1.json").write_text("{")
     with pytest.warns(UserWarning, match=r"thing-1\.json is not a table"):
         blocks = configs.find_blocks(MatmulBlocks, forward_class(), GPU, True)
-    assert blocks == default_blocks(forward_class(), 90, True)
+    assert blocks == default_blocks(forward_class(), H200, True)
 
 
 def test_forcing_holds_inside_its_block_alone() -> None:
@@ -123,8 +208,8 @@ def test_names_and_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_candidates_begin_with_the_default_and_do_not_repeat(op: str, capability: int) -> None:
     for m, r in ((8192, 16), (1, 256)):
         shape = ShapeClass(op, "bfloat16", m, 4096, 2048, r)
-        found = candidates(shape, capability)
-        assert found[0] == default_blocks(shape, capability, True)
+        found = candidates(shape, Hardware(capability, 100))
+        assert found[0] == default_blocks(shape, Hardware(capability, 100), True)
         assert len(set(found)) == len(found) > 1
 
 
@@ -145,6 +230,6 @@ def test_what_candidates_hold_in_shared_memory_fits_the_device(capability: int, 
 
     itemsize = 4 if dtype == "float32" else 2
     for op in OPS:
-        for blocks in candidates(ShapeClass(op, dtype, 8192, 4096, 4096, 64), capability)[1:]:
+        for blocks in candidates(ShapeClass(op, dtype, 8192, 4096, 4096, 64), Hardware(capability, 100))[1:]:
             kernels = not isinstance(blocks, MatmulBlocks) or blocks.design != "algebra"
             assert not kernels or itemsize * held(blocks) <= 1024 * kibibytes, blocks

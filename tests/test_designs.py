@@ -26,7 +26,7 @@ def blocks_of(design: str, block_r: int) -> dict[str, Blocks]:
         "forward": matmul,
         "input_gradient": matmul,
         "side_product": SideBlocks(16, 16, block_r, 4, 2),
-        "output_gradient": OutputGradientBlocks(16, 32, block_r, 3, 4, 2),
+        "output_gradient": OutputGradientBlocks(16, 32, block_r, 6, 4, 2),
     }
 
 

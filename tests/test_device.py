@@ -10,7 +10,8 @@ from torch import Tensor
 
 import plora_kernels as pk
 from plora_kernels import configs
-from plora_kernels.blocks import DESIGNS, MatmulBlocks, ShapeClass, candidates
+from plora_kernels.blocks import DESIGNS, MatmulBlocks, ShapeClass
+from plora_kernels.candidates import candidates
 from tests.support.numerics import make_problem, random_mask
 from tests.test_numerics import check, run
 
@@ -33,8 +34,8 @@ def layer_and_input(dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0) -
 
 def first_of(design: str, shape: ShapeClass) -> MatmulBlocks | None:
     """Return the first candidate of a design on this device, or None."""
-    capability = configs.capability_of(torch.device("cuda", torch.cuda.current_device()))
-    same = (b for b in candidates(shape, capability) if isinstance(b, MatmulBlocks) and b.design == design)
+    hardware = configs.hardware_of(torch.device("cuda", torch.cuda.current_device()))
+    same = (b for b in candidates(shape, hardware) if isinstance(b, MatmulBlocks) and b.design == design)
     return next(same, None)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import MatmulBlocks, ShapeClass, default_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, default_blocks
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
 from .persistent_matmul import persistent_matmul, takes_descriptors
@@ -64,7 +64,7 @@ def adapted_matmul(
     width = down.shape[1] if index is None else index.shape[0]
     # Every tile of a row block would hash the same mask again: under dropout the side product goes first.
     by_algebra = blocks.design == "algebra" and index is None and drop_out is None
-    if side is None and (drop_in is not None or by_algebra or blocks.design == "two_launch"):
+    if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
         # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
         few = by_algebra and drop_in is None and rows <= FEW_ROWS
         side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in)
@@ -84,7 +84,7 @@ def adapted_matmul(
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
-        if drop_out is not None or blocks.design != "tile":
+        if drop_out is not None or blocks.design not in POINTER_DESIGNS:
             blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,
@@ -94,17 +94,16 @@ def adapted_matmul(
 
 
 def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None) -> MatmulBlocks:
-    """Return blocks of the "tile" design where those found are made for another, or for tiles without dropout.
+    """Return blocks for pointer loads where those found are made for another design, or for tiles without dropout.
 
     A tile under dropout sums what will be masked apart, in as many registers as the rest.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     shape = ShapeClass("forward", dtype_name(inputs.dtype), rows, d_in, d_out, width)
-    capability = configs.capability_of(inputs.device)
-    blocks = default_blocks(shape, capability, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
+    hardware = configs.hardware_of(inputs.device)
+    blocks = default_blocks(shape, hardware, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
     assert isinstance(blocks, MatmulBlocks)
-    hopper = 90 <= capability < 120 and inputs.dtype.itemsize < 4
-    if dropout is None or (hopper and dropout.selected is None):
+    if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
         return blocks
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks import SIDE_FIRST
 from .adapted_matmul import adapted_matmul, find_matmul_blocks
 from .factor_gradient import factor_gradient_
 from .forward import layer_dropout
@@ -43,9 +44,9 @@ def backward(
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width) if need_x else None
     ds = None
-    reads_once = blocks is not None and blocks.design in ("two_launch", "algebra") and need_B and dy.shape[0] > 0
+    # Where dS has a launch of its own, dB comes from the same read of dY.
+    reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
     if reads_once:
-        # dX starts with dS in any case: dB comes from the same read of dY.
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
     if blocks is not None:
         d_x, ds = adapted_matmul(
@@ -62,7 +63,7 @@ def backward(
             keep_side=need_A,
             blocks=blocks,
         )
-    elif need_A:
+    elif need_A and ds is None:
         ds = side_product(dy, lora_B, index=applied, dropout=None)
     thin_index = index if frozen else None
     if need_A:

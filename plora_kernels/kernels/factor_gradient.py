@@ -5,8 +5,8 @@ Both are G = s·Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
     dA  = s·dSᵀ D(x)   (R, K)      L = dS = dY B,   X = D(x), dropout of the layer if it has one
     dBᵀ = s·Sᵀ dY      (R, N)      L = S = D(x) Aᵀ, X = dY
 
-The rows are cut into a fixed number of splits whose partial sums (fp32) a second launch adds in order. For groups of
-rows there is one G a group, of its own rows and times its own scale; a group without rows gets zeros.
+The rows are cut into as many splits as fill the device, whose partial sums (fp32) a second launch adds in order. For
+groups of rows there is one G a group, of its own rows and times its own scale; a group without rows gets zeros.
 """
 
 from __future__ import annotations
@@ -18,11 +18,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import GradientBlocks, ShapeClass
+from .. import configs
+from ..blocks import GradientBlocks, ShapeClass, row_splits
 from ..configs import find_blocks
 from .grouped_tiles import Groups, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
 from .modules import keep_mask
+
+
+@triton.jit
+def store_gradient(
+    out_ptr,
+    index_ptr,
+    acc,
+    places,
+    place_ok,
+    columns,
+    column_ok,
+    scale,
+    stride_or,
+    stride_od,
+    HAS_INDEX: tl.constexpr,
+):
+    """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed at the modules' rows of out: out[module(r), d].
+
+    module(r) is index[r] when there is an index (−1 stores nothing), else r.
+    """
+    modules = places
+    if HAS_INDEX:
+        modules = tl.load(index_ptr + places, mask=place_ok, other=-1)
+        place_ok = modules >= 0
+        modules = tl.where(place_ok, modules, 0).to(tl.int64)
+    tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
+    tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & place_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -30,36 +58,45 @@ def partial_gradient_kernel(
     thin_ptr,
     wide_ptr,
     index_ptr,
+    out_index_ptr,
     offsets_ptr,
+    scales_ptr,
     seed_ptr,
     numbers_ptr,
-    partial_ptr,
+    out_ptr,
     M,
     D,
     R,
     splits,
     split_rows,
     drop_threshold,
+    scale,
     stride_tm,
     stride_tr,
     stride_wm,
     stride_wd,
-    stride_ps,
-    stride_pr,
+    stride_og,
+    stride_or,
+    stride_od,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_OUT_INDEX: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     NUMBERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum one split's rows: partial[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32.
+    """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
 
-    thin (M, ·), wide (M, D), partial (splits, R, D); column(r) is index[r] when there is one (−1 gives zero), else r.
+    thin (M, ·), wide (M, D), out (splits, R, D); column(r) is index[r] when there is one (−1 gives zero), else r. If
+    WHOLE there is one split, and out is the gradient itself: see `store_gradient`, with out_index (R,).
     With DROPOUT the elements of `wide` that it drops count as zero. If GROUPED, a group's rows are those that offsets
-    (C+1,) say, partial is (C · splits, R, D), index (C, R), seed (C,), and numbers (M,) are read if NUMBERED.
+    (C+1,) say, out is (C · splits, R, D), the indices (C, R), seed (C,), scales (C,), and numbers (M,) are read if
+    NUMBERED.
     """
     part = tl.program_id(2)
     if GROUPED:
@@ -71,7 +108,10 @@ def partial_gradient_kernel(
         first = (start + (part % splits) * split_rows).to(tl.int64)
         last = tl.minimum(first + split_rows, end)
         index_ptr += group * R
+        out_index_ptr += group * R
         seed_ptr += group
+        if HAS_SCALES:
+            scale *= tl.load(scales_ptr + group)
     else:
         start = 0
         first = part.to(tl.int64) * split_rows
@@ -99,8 +139,24 @@ def partial_gradient_kernel(
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)  # (BLOCK_D, BLOCK_R) fp32
-    tile = partial_ptr + part.to(tl.int64) * stride_ps + places[None, :] * stride_pr + columns[:, None]
-    tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
+    out_ptr += part.to(tl.int64) * stride_og
+    if WHOLE:
+        store_gradient(
+            out_ptr,
+            out_index_ptr,
+            acc,
+            places,
+            place_ok,
+            columns,
+            column_ok,
+            scale,
+            stride_or,
+            stride_od,
+            HAS_OUT_INDEX,
+        )
+    else:
+        tile = out_ptr + places[None, :] * stride_or + columns[:, None]
+        tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
 
 
 @triton.jit
@@ -180,17 +236,23 @@ def factor_gradient_(
         # The mask, or what tells groups apart, takes registers that fp32 tiles, or lines that start anywhere, do not
         # leave.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
-    splits = max(1, min(cdiv(blocks.splits, count), cdiv(rows_each, blocks.block_m)))
+    tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
+    multiprocessors = configs.multiprocessors_of(wide.device)
+    splits = row_splits(rows_each, width, tiles_d * tiles_r * count, blocks.block_m, blocks.waves, multiprocessors)
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
-    partial = torch.empty((count * splits, width, d), dtype=torch.float32, device=wide.device)
-    dropped = DropoutArguments.of(dropout, wide)
+    whole, dropped = splits == 1, DropoutArguments.of(dropout, wide)
+    partial = out if whole else torch.empty((count * splits, width, d), dtype=torch.float32, device=wide.device)
+    scale *= dropped.keep_scale
+    scales = groups.scales if groups is not None and whole else None
     with torch.cuda.device_of(wide):
-        partial_gradient_kernel[(cdiv(d, blocks.block_d), cdiv(width, blocks.block_r), count * splits)](
+        partial_gradient_kernel[(tiles_d, tiles_r, count * splits)](
             thin,
             wide,
             thin_index if thin_index is not None else wide,
+            out_index if out_index is not None else wide,
             groups.offsets if groups is not None else wide,
+            scales if scales is not None else wide,
             dropped.seed,
             dropped.numbers,
             partial,
@@ -200,23 +262,26 @@ def factor_gradient_(
             splits,
             split_rows,
             dropped.threshold,
+            scale * groups.scale if groups is not None else scale,
             *thin.stride(),
             *wide.stride(),
-            partial.stride(0),
-            partial.stride(1),
+            *(partial.stride() if partial.dim() == 3 else (0, *partial.stride())),
             BLOCK_M=blocks.block_m,
             BLOCK_D=blocks.block_d,
             BLOCK_R=blocks.block_r,
             GROUPED=groups is not None,
             HAS_INDEX=thin_index is not None,
+            HAS_OUT_INDEX=out_index is not None,
+            HAS_SCALES=scales is not None,
+            WHOLE=whole,
             DROPOUT=dropout is not None,
             NUMBERED=dropped.numbered,
             PRECISION=dot_precision(wide.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
-    scale *= dropped.keep_scale
-    reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale, groups=groups)
+    if not whole:
+        reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale, groups=groups)
     return out
 
 

@@ -4,7 +4,8 @@
     dB = s·dYᵀ S       (N, R)      partial sums over splits of the rows
 
 A program holds one chunk of columns for one split of the rows: it adds to its dB and stores its part of dS as it goes.
-Partial sums are fp32; a second launch for each adds them in order. Where those of dS outweigh dY, it is read twice.
+Partial sums are fp32; a second launch for each adds them in order, unless there is but one. Where those of dS outweigh
+dY, it is read twice.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import OutputGradientBlocks, ShapeClass
+from .. import configs
+from ..blocks import OutputGradientBlocks, ShapeClass, row_splits
 from ..configs import find_blocks
-from .factor_gradient import factor_gradient_, reduce_partials_
+from .factor_gradient import factor_gradient_, reduce_partials_, store_gradient
 from .launch import cdiv, dot_precision, dtype_name, is_aligned
 from .modules import load_modules
 from .side_product import side_product
@@ -28,12 +30,14 @@ def output_gradient_kernel(
     b_ptr,
     s_ptr,
     index_ptr,
+    out_index_ptr,
     ds_ptr,
     db_ptr,
     M,
     N,
     R,
     split_rows,
+    scale,
     stride_ym,
     stride_yn,
     stride_bn,
@@ -44,16 +48,20 @@ def output_gradient_kernel(
     stride_dsm,
     stride_dbs,
     stride_dbr,
+    stride_dbn,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_OUT_INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store ds[chunk] (M, R) = dY[:, chunk] B[chunk] for the split's rows and db[split] (R, chunk) = (dYᵀ S)ᵀ.
 
     dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32; R counts
-    places, and places without a module hold zeros.
+    places, and places without a module hold zeros. One chunk's ds is rounded to dS. If WHOLE there is one split, and
+    db is dBᵀ itself: see `store_gradient`, with out_index (R,).
     """
     chunk, r0, split = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
     columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
@@ -77,9 +85,24 @@ def output_gradient_kernel(
         ds = tl.dot(d, b, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         ds = tl.where(module_ok[None, :], ds, 0.0)  # 0 · infinity at places without a module
         ds_tile = ds_ptr + chunk.to(tl.int64) * stride_dsc + rows[:, None] * stride_dsm + places[None, :]
-        tl.store(ds_tile, ds, mask=row_ok[:, None] & place_ok[None, :])
-    db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
-    tl.store(db_tile, db, mask=column_ok[:, None] & place_ok[None, :])
+        tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=row_ok[:, None] & place_ok[None, :])
+    if WHOLE:
+        store_gradient(
+            db_ptr,
+            out_index_ptr,
+            db,
+            places,
+            place_ok,
+            columns,
+            column_ok,
+            scale,
+            stride_dbr,
+            stride_dbn,
+            HAS_OUT_INDEX,
+        )
+    else:
+        db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
+        tl.store(db_tile, db, mask=column_ok[:, None] & place_ok[None, :])
 
 
 def output_gradient_(
@@ -108,40 +131,49 @@ def output_gradient_(
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
     blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
     chunks = cdiv(n, blocks.block_n)
-    if 2 * 4 * chunks * width > dy.element_size() * n:  # writing and reading partial sums, or reading dY again
+    if 2 * 4 * width > dy.element_size() * blocks.block_n:  # writing and reading partial sums, or reading dY again
         thin_index = out_index if index is None else None
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
         return side_product(dy, lora_B, index=index, dropout=None)
-    splits = max(1, min(blocks.splits, cdiv(rows, blocks.block_m)))
+    tiles_r, multiprocessors = cdiv(width, blocks.block_r), configs.multiprocessors_of(dy.device)
+    splits = row_splits(rows, width, chunks * tiles_r, blocks.block_m, blocks.waves, multiprocessors)
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
-    ds_parts = torch.empty((chunks, rows, width), dtype=torch.float32, device=dy.device)
-    db_parts = torch.empty((splits, width, n), dtype=torch.float32, device=dy.device)
+    gradient, by_module = d_lora_B.t(), index is None and out_index is not None
+    whole = splits == 1 and not by_module
+    ds_parts = ds[None] if chunks == 1 else torch.empty((chunks, rows, width), dtype=torch.float32, device=dy.device)
+    db_parts = gradient if whole else torch.empty((splits, width, n), dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
-        output_gradient_kernel[(chunks, cdiv(width, blocks.block_r), splits)](
+        output_gradient_kernel[(chunks, tiles_r, splits)](
             dy,
             lora_B,
             s,
             index if index is not None else dy,
+            out_index if out_index is not None else dy,
             ds_parts,
             db_parts,
             rows,
             n,
             width,
             split_rows,
+            scale,
             *dy.stride(),
             *lora_B.stride(),
             *s.stride(),
             *ds_parts.stride()[:2],
-            *db_parts.stride()[:2],
+            *((0, *db_parts.stride()) if whole else db_parts.stride()),
             BLOCK_M=blocks.block_m,
             BLOCK_N=blocks.block_n,
             BLOCK_R=blocks.block_r,
             HAS_INDEX=index is not None,
+            HAS_OUT_INDEX=out_index is not None,
+            WHOLE=whole,
             PRECISION=dot_precision(dy.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
-    reduce_partials_(d_lora_B.t(), db_parts, index=out_index, by_module=index is None, scale=scale)
-    reduce_partials_(ds.view(1, -1), ds_parts.view(chunks, 1, -1), index=None, by_module=False, scale=1.0)
+    if not whole:
+        reduce_partials_(gradient, db_parts, index=out_index, by_module=by_module, scale=scale)
+    if chunks > 1:
+        reduce_partials_(ds.view(1, -1), ds_parts.view(chunks, 1, -1), index=None, by_module=False, scale=1.0)
     return ds

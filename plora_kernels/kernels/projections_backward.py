@@ -18,7 +18,7 @@ from .factor_gradient import factor_gradient_
 from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
 from .output_gradient import output_gradient_
-from .projections_forward import projection_blocks
+from .projections_forward import find_projection_blocks
 from .side_product import side_product
 
 
@@ -114,7 +114,7 @@ def input_gradient(
     if rows == 0:
         return dx
     aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
-    blocks = projection_blocks(dx, k, max(ranks), aligned)
+    blocks = find_projection_blocks("projections_input_gradient", dx, sum(widths), k, max(ranks), aligned)
     with torch.cuda.device_of(dx):
         projections_input_gradient_kernel[(cdiv(rows, blocks.block_m) * cdiv(k, blocks.block_n),)](
             tuple(dys),

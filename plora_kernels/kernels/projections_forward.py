@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from ..blocks import MatmulBlocks, tile
-from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
+from ..blocks import MatmulBlocks, ShapeClass, tile
+from ..configs import find_blocks
+from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
 
 
@@ -154,24 +154,13 @@ def projections_forward_kernel(
     tl.store(y_base + y_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
-def projection_blocks(x: Tensor, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
-    """Return blocks for tiles of (rows of x, d_out) that fit shared memory and registers on sm_80 and sm_90.
+def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
+    """Return the blocks of projections that share their input: `d_in` and `d_out` as in `ShapeClass`, rank the largest.
 
-    Where lines start anywhere, elements are addressed one by one, which takes registers: tiles are smaller.
+    `op` is "projections_forward" or "projections_input_gradient"; inputs has the rows and the dtype.
     """
-    rows, capability = x.shape[0], configs.capability_of(x.device)
-    if x.dtype.itemsize >= 4:  # twice the shared memory an element
-        most, warps = (64, 4) if aligned else (32, 8)
-        return MatmulBlocks("tile", tile(rows, most), tile(d_out, 64), 16, 16, 8, warps, 2)
-    if not aligned:
-        return MatmulBlocks("tile", tile(rows, 64), tile(d_out, 64), 32, tile(rank, 32), 8, 8, 3)
-    block_m, block_n, block_r = tile(rows, 128), tile(d_out, 128), tile(rank, 32)
-    if 90 <= capability < 120:
-        # Few rows are bound by the reading of weights: deeper steps keep more of it in flight.
-        deep = block_m == 16 or (block_m == 32 and capability >= 100)
-        warps = 8 if block_m * block_n >= 128 * 128 else 4
-        return MatmulBlocks("tile", block_m, block_n, 128 if deep else 64, block_r, 8, warps, 3)
-    return MatmulBlocks("tile", block_m, block_n, 32, block_r, 8, 8 if block_m * block_n >= 64 * 128 else 4, 3)
+    shape = ShapeClass(op, dtype_name(inputs.dtype), inputs.shape[0], d_in, d_out, rank)
+    return find_blocks(MatmulBlocks, shape, inputs.device, aligned)
 
 
 def forward(
@@ -195,8 +184,9 @@ def forward(
     if rows == 0:
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
-    blocks = projection_blocks(x, max(widths), max(ranks), aligned)
-    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, blocks.block_n) for n in widths),)
+    blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned)
+    block_n = tile(max(widths), blocks.block_n)  # chosen for their sum, no wider than any
+    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, block_n) for n in widths),)
     with torch.cuda.device_of(x):
         projections_forward_kernel[grid](
             x,
@@ -213,7 +203,7 @@ def forward(
             tuple(scales),
             *x.stride(),
             BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
+            BLOCK_N=block_n,
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,

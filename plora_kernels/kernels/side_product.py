@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import ShapeClass, SideBlocks
+from ..blocks import ShapeClass, SideBlocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
@@ -117,11 +117,12 @@ def side_product(
     side = torch.empty((rows, width), dtype=inputs.dtype, device=inputs.device)
     if side.numel() == 0:
         return side
-    rows_each = rows if groups is None else max(1, rows // groups.total)
-    shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows_each, d_in, width, width)
+    shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
-    table = grouped_tiles(groups.offsets, rows, blocks.block_m) if groups is not None else None
-    tiles = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
+    # Tiles no higher than the mean group.
+    block_m = blocks.block_m if groups is None else tile(rows // max(1, groups.total), blocks.block_m)
+    table = grouped_tiles(groups.offsets, rows, block_m) if groups is not None else None
+    tiles = cdiv(rows, block_m) if table is None else table.shape[0]
     one = down if groups is None else down[0]
     dropped = DropoutArguments.of(dropout, inputs)
     with torch.cuda.device_of(inputs):
@@ -144,7 +145,7 @@ def side_product(
             down.stride(0) if groups is not None else 0,
             *one.stride(),
             width,
-            BLOCK_M=blocks.block_m,
+            BLOCK_M=block_m,
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             SELECTED_BLOCK=dropped.selected_block,

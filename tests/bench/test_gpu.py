@@ -21,7 +21,7 @@ from bench.report import GPU_BEGIN, GPU_END, main
 from bench.simulation.providers import COMPILED
 from bench.simulation.providers import PROVIDERS as SIMULATED
 from bench.timing import Plan
-from plora_kernels.blocks import DESIGNS
+from plora_kernels.blocks import DESIGNS, Hardware
 from tests.test_imports import imports, run_python, sources
 
 CPU = torch.device("cpu")
@@ -138,8 +138,12 @@ print("imported")
 def test_every_design_is_checked_where_it_runs() -> None:
     aligned, odd = CheckShape("cpu", "bfloat16", 64, 512, 384, 16), CheckShape("cpu", "tf32", 64, 512, 384, 16)
     for design in DESIGNS:
-        assert set(aligned.blocks(design, 90)) == set(odd.blocks(design, 90)) == {"forward", "input_gradient"}
-    assert aligned.blocks("persistent", 80) == {}
+        assert (
+            set(aligned.blocks(design, Hardware(90, 132)))
+            == set(odd.blocks(design, Hardware(90, 132)))
+            == {"forward", "input_gradient"}
+        )
+    assert aligned.blocks("persistent", Hardware(80, 108)) == {}
 
 
 def test_an_element_that_is_not_written_is_found() -> None:

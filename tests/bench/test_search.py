@@ -4,8 +4,10 @@ import torch
 
 from bench.search import Timed, best_of_each_design, narrowed, search, survivors
 from bench.trials import Trial
-from plora_kernels.blocks import DESIGNS, KERNEL_DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass, candidates
+from plora_kernels.blocks import DESIGNS, KERNEL_DESIGNS, FoldBlocks, Hardware, MatmulBlocks, ShapeClass
+from plora_kernels.candidates import candidates
 
+H200 = Hardware(90, 132)
 GATE = ShapeClass("forward", "bfloat16", 8192, 4096, 4096, 16)
 
 
@@ -35,27 +37,27 @@ def test_a_longer_measurement_counts_before_a_shorter() -> None:
 
 
 def test_a_new_class_tries_the_designs_in_turns_the_default_first() -> None:
-    known = candidates(GATE, 90)
-    tried = narrowed(GATE, known, {}, most=10)
+    known = candidates(GATE, H200)
+    tried = narrowed(GATE, known, {}, most=12)
     assert tried[0] == known[0]
-    assert len(tried) == 10
+    assert len(tried) == 12
     designs = [blocks.design for blocks in tried[1:] if isinstance(blocks, MatmulBlocks)]
-    assert set(designs[:5]) == set(DESIGNS)
-    assert set(designs[5:]) == set(KERNEL_DESIGNS)  # torch's matmul has no blocks to vary
+    assert set(designs[:6]) == set(DESIGNS)
+    assert set(designs[6:]) == set(KERNEL_DESIGNS)  # torch's matmul has no blocks to vary
     ours = [blocks for blocks in tried[1:] if isinstance(blocks, MatmulBlocks) and blocks.design != "algebra"]
     assert all(blocks.block_m * blocks.block_n == 128 * 256 for blocks in ours)
 
 
 def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules() -> None:
-    known = candidates(GATE, 90)
+    known = candidates(GATE, H200)
     searched = {GATE: [Timed(blocks, float(place), 4) for place, blocks in enumerate(known)]}
     near = ShapeClass("forward", "bfloat16", 8192, 2048, 2048, 64)
-    tried = narrowed(near, candidates(near, 90), searched, most=100)
-    assert tried[0] == candidates(near, 90)[0]
-    assert 8 < len(tried) <= 1 + 4 * 8
+    tried = narrowed(near, candidates(near, H200), searched, most=100)
+    assert tried[0] == candidates(near, H200)[0]
+    assert 8 < len(tried) <= 1 + 5 * 8
     assert {blocks.block_r for blocks in tried} == {64}
     backward = ShapeClass("input_gradient", "bfloat16", 8192, 4096, 4096, 16)
-    assert len(narrowed(backward, candidates(backward, 90), searched, most=100)) <= 1 + 4 * 8
+    assert len(narrowed(backward, candidates(backward, H200), searched, most=100)) <= 1 + 5 * 8
 
 
 def test_few_rows_other_dtypes_and_other_ops_are_not_alike() -> None:
@@ -65,7 +67,7 @@ def test_few_rows_other_dtypes_and_other_ops_are_not_alike() -> None:
         ShapeClass("forward", "float16", 8192, 4096, 4096, 16),
         ShapeClass("fold", "bfloat16", 8192, 4096, 4096, 16),
     ):
-        known = candidates(other, 90)
+        known = candidates(other, H200)
         assert len(narrowed(other, known, searched, most=10**6)) == len(known)
 
 

@@ -10,11 +10,13 @@ from bench import search, trials, tune
 from bench.correctness import WrongResultError
 from bench.records import load_records
 from bench.trials import Trial, for_checking, make_trial
-from plora_kernels.blocks import OPS, Blocks, FoldBlocks, ShapeClass, candidates, default_blocks
+from plora_kernels.blocks import OPS, Blocks, FoldBlocks, Hardware, ShapeClass, default_blocks
+from plora_kernels.candidates import candidates
 from plora_kernels.tables import load_table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's sizes")
 CPU = torch.device("cpu")
+CPU_ALONE = Hardware(0, 1)
 FOLD = ShapeClass("fold", "float32", 48, 64, 48, 16)
 
 
@@ -37,7 +39,7 @@ def run(*options: str) -> int:
 def test_every_op_is_right_with_its_default_and_a_wrong_result_is_not(op: str) -> None:
     shape = next(shape for shape in tune.shape_classes("cpu") if shape.op == op)
     trial = make_trial(replace(shape, m=16) if op != "fold" else shape, CPU)
-    blocks = default_blocks(shape, 0, aligned=True)
+    blocks = default_blocks(shape, CPU_ALONE, aligned=True)
     trial.check(blocks)
     name, value = next(iter(trial.expected(torch.float64).items()))
     off = replace(trial, expected=lambda dtype: {**trial.expected(dtype), name: value * 1.001})
@@ -51,7 +53,7 @@ def test_the_table_and_the_log_are_written_and_a_second_run_does_nothing(
     assert run("--out", str(tmp_path / "out")) == 0
     table = load_table(cache / "cpu.json")
     assert [entry.shape for entry in table.entries] == [FOLD]
-    assert table.entries[0].blocks in candidates(FOLD, 0)
+    assert table.entries[0].blocks in candidates(FOLD, CPU_ALONE)
     assert load_table(tmp_path / "out" / "tables" / "cpu.json").entries == table.entries
     meta, records = load_records(tmp_path / "out" / "tune" / "cpu.json")
     assert meta["device_name"]
@@ -78,7 +80,7 @@ def test_measuring_anew_keeps_what_is_known_until_then(
 def test_a_wrong_candidate_is_dropped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    default = default_blocks(FOLD, 0, aligned=True)
+    default = default_blocks(FOLD, CPU_ALONE, aligned=True)
     check = Trial.check
 
     def refuse(self: Trial, blocks: Blocks) -> None:
@@ -139,4 +141,4 @@ def test_what_is_tuned_stands_once_and_the_gate_first() -> None:
 def test_a_check_needs_fewer_rows_but_a_fold_all_of_its_weight() -> None:
     assert for_checking(ShapeClass("forward", "bfloat16", 8192, 64, 64, 16)).m == trials.CHECK_ROWS
     assert for_checking(ShapeClass("fold", "bfloat16", 8192, 64, 8192, 16)).m == 8192
-    assert isinstance(default_blocks(FOLD, 0, aligned=True), FoldBlocks)
+    assert isinstance(default_blocks(FOLD, CPU_ALONE, aligned=True), FoldBlocks)

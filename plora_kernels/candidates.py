@@ -1,0 +1,96 @@
+"""Which block sizes a tuner may try on a device: what fits its shared memory, by design and tile size.
+
+Plain host arithmetic: nothing is compiled or measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from .blocks import (
+    KERNEL_DESIGNS,
+    LAYER_OPS,
+    POINTER_DESIGNS,
+    Blocks,
+    FoldBlocks,
+    GradientBlocks,
+    Hardware,
+    MatmulBlocks,
+    OutputGradientBlocks,
+    ShapeClass,
+    SideBlocks,
+    default_blocks,
+    shared_bytes,
+    staged_bytes,
+    tile,
+)
+
+# Row and column sizes of an output tile.
+TILES = (
+    (16, 32),
+    (16, 64),
+    (16, 128),
+    (32, 128),
+    (64, 64),
+    (64, 128),
+    (128, 64),
+    (128, 128),
+    (64, 256),
+    (128, 256),
+)
+
+
+def candidates(shape: ShapeClass, hardware: Hardware) -> tuple[Blocks, ...]:
+    """Return the blocks worth measuring for an aligned shape, the default first, without repeats.
+
+    What would overflow the shared memory of the device is left out by estimate; what is left may still fail to compile.
+    """
+    default, limit = default_blocks(shape, hardware, aligned=True), shared_bytes(hardware.capability)
+    fitting = (blocks for blocks in _variants(shape, hardware, default) if staged_bytes(blocks, shape.dtype) <= limit)
+    return tuple(dict.fromkeys((default, *fitting)))
+
+
+def _variants(shape: ShapeClass, hardware: Hardware, default: Blocks) -> Iterator[Blocks]:
+    match default:
+        case MatmulBlocks():
+            yield from _matmul_variants(shape, hardware, default)
+        case SideBlocks():
+            for block_m, block_k, stages in product((16, 32, 64, 128), (64, 128), (3, 4, 5)):
+                if block_m <= tile(shape.m, 128):
+                    yield SideBlocks(block_m, block_k, tile(shape.r, 64), 4, stages)
+        case OutputGradientBlocks() | GradientBlocks():
+            yield from _gradient_variants(shape, default)
+        case FoldBlocks():
+            for block_n, block_k, warps in product((16, 32, 64, 128), (64, 128, 256), (4, 8)):
+                fits = block_n <= tile(shape.d_out, 128) and block_k <= tile(shape.d_in, 256)
+                if fits and block_n * block_k <= 16384:
+                    yield replace(default, block_n=block_n, block_k=block_k, num_warps=warps)
+
+
+def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    designs: tuple[str, ...] = ("tile",)
+    if shape.op in LAYER_OPS:
+        yield replace(default, design="algebra")
+        designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
+    block_r = tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
+    depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
+    for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
+        if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
+            continue
+        if block_m < 64 and design not in POINTER_DESIGNS:
+            continue
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+
+
+def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:
+    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256), (1, 2, 4), (2, 3, 4)):
+        if columns > tile(shape.d_in, 256) or block_m > max(32, tile(shape.m, 128)):
+            continue
+        changed = {"block_m": block_m, "waves": waves, "num_stages": stages, "num_warps": 4 if columns < 256 else 8}
+        if isinstance(default, GradientBlocks):
+            yield replace(default, block_d=columns, **changed)
+        else:
+            yield replace(default, block_n=columns, **changed)

@@ -7,8 +7,7 @@ import importlib.util
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
@@ -31,6 +30,12 @@ def has_triton() -> bool:
 def interpreted() -> bool:
     """Say whether Triton's interpreter is switched on, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _interpreted_from_the_start() -> bool:
+    """Say the same without asking the environment anew: Triton asks it once, where a kernel is defined."""
+    return interpreted()
 
 
 def backend(device: str | torch.device | None = None) -> str:
@@ -71,35 +76,52 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     Interpreted bfloat16 takes the torch path: the interpreter multiplies bfloat16 wrongly and says nothing. So do
     tensors without storage.
     """
-    if tensor.is_cpu and not os.environ.get("PLORA_BACKEND"):
-        return False  # asked for at every call of a layer: the short way to the same answer
+    if not os.environ.get("PLORA_BACKEND"):  # asked for at every call of a layer: the short ways to the same answer
+        if tensor.is_cpu:
+            return False
+        if tensor.is_cuda and (tensor.dtype is not torch.bfloat16 or not _interpreted_from_the_start()):
+            return tensor.dtype in KERNEL_DTYPES and has_triton() and tensor.device not in _given_up
     if tensor.is_meta or tensor.dtype not in KERNEL_DTYPES or backend(tensor.device) != "triton":
         return False
     return not (tensor.dtype is torch.bfloat16 and interpreted())
 
 
-@contextmanager
-def falling_back(kernel: str, tensor: torch.Tensor) -> Iterator[None]:
+class FallingBack:
     """Run kernels in the body; where one does not compile, warn once, give the device up and go on after the body.
 
     The body ends with a return, what follows it is the torch path. Errors of a running kernel are raised, and so is
     everything where PLORA_BACKEND=triton asks for the kernels.
     """
-    try:
-        yield
-    except Exception as error:
+
+    __slots__ = ("_kernel", "_tensor")
+
+    def __init__(self, kernel: str, tensor: torch.Tensor) -> None:
+        """Name the kernel and a tensor on its device for the warning."""
+        self._kernel, self._tensor = kernel, tensor
+
+    def __enter__(self) -> None:
+        """Begin the body."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Say that an error of the compiler's is dealt with."""
+        if error is None:
+            return False
         if os.environ.get("PLORA_BACKEND") == "triton" or not _is_of_the_compiler(error):
-            raise
-        _given_up.add(_with_index(tensor.device))
+            return False
+        device = _with_index(self._tensor.device)
+        _given_up.add(device)
         cause = " ".join(str(error).split()) or type(error).__name__
         warnings.warn(
-            f"the Triton kernel of {kernel} does not compile on {_name_of(tensor.device)}: {cause[:300]}; torch "
+            f"the Triton kernel of {self._kernel} does not compile on {_name_of(device)}: {cause[:300]}; torch "
             "computes on this device from now on (PLORA_BACKEND=triton raises the error instead)",
-            stacklevel=4,
+            stacklevel=3,
         )
+        return True
 
 
-def _is_of_the_compiler(error: Exception) -> bool:
+def _is_of_the_compiler(error: BaseException) -> bool:
     """Say whether an error means that there is no kernel, rather than that a kernel went wrong."""
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "triton"}
     if names:

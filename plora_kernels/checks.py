@@ -44,8 +44,9 @@ def check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
     assert leader is not None
     if leader.dtype not in DTYPES:
         raise DTypeError(f"{first} is {leader.dtype}; float16, bfloat16, float32 or float64 is needed")
+    device, dtype = leader.device, leader.dtype
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or (tensor.dtype is dtype and tensor.device == device):
             continue
         if tensor.device != leader.device:
             raise DeviceError(f"{name} is on {tensor.device}, {first} on {leader.device}; put them on one device")

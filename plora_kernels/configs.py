@@ -23,6 +23,7 @@ B = TypeVar("B", bound=Blocks)
 
 _forced: dict[str, Blocks] = {}
 _taken: dict[str, Blocks] | None = None
+_generation = 0
 
 
 def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
@@ -88,8 +89,15 @@ def table_paths(name: str) -> tuple[Path, Path]:
     return user_folder() / file, PACKAGED / file
 
 
+def tables_state() -> int | None:
+    """Return a number that changes whenever launches may take other blocks; None while they are forced or noted."""
+    return None if _forced or _taken is not None else _generation
+
+
 def forget_tables() -> None:
     """Read the tables anew at the next launch: after one was written."""
+    global _generation
+    _generation += 1
     _table_of.cache_clear()
     _chosen.cache_clear()
 

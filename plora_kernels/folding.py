@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import torch_fold
-from .backend import falling_back, runs_kernels
+from .backend import FallingBack, runs_kernels
 from .checks import check_alike, check_factors, check_number, index_for
 from .errors import ConfigError, DTypeError, ShapeError, StateError
 from .operators import _watched
@@ -195,7 +195,7 @@ def _fold_together(jobs: Sequence[Job]) -> None:
     from .kernels.fold_many import batches, fold_batch
 
     for batch in batches(jobs):
-        with falling_back("many folds", batch[0][0]):
+        with FallingBack("many folds", batch[0][0]):
             fold_batch(batch)
             continue
         for job in batch:
@@ -302,7 +302,7 @@ def _fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     if runs_kernels(weight):
-        with falling_back("the fold", weight):
+        with FallingBack("the fold", weight):
             from .kernels import fold as kernel
 
             return kernel.fold(weight, lora_A, lora_B, index, scale, seed, out)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import group_products, torch_grouped
-from .backend import falling_back, runs_kernels
+from .backend import FallingBack, runs_kernels
 from .group_checks import host_bounds
 from .operators import (
     Gradients,
@@ -63,7 +63,7 @@ def _run_forward(
     operands, form = (x, weight, lora_A, lora_B, bias, index), (scales, scale, frozen, keep_s)
     bounds = host_bounds(offsets, x.shape[0]) if offsets.device.type == "cpu" else None
     if runs_kernels(x):
-        with falling_back("the grouped forward", x):
+        with FallingBack("the grouped forward", x):
             from .kernels import grouped_layer
 
             return grouped_layer.forward(*operands, offsets, *form, *dropout)
@@ -88,7 +88,7 @@ def _run_backward(
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     operands, form = (dy, x, weight, lora_A, lora_B, s, index), (scales, scale, frozen)
     if runs_kernels(dy):
-        with falling_back("the grouped backward", dy):
+        with FallingBack("the grouped backward", dy):
             from .kernels import grouped_layer
 
             return grouped_layer.backward(*operands, offsets, *form, *rest)

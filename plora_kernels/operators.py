@@ -50,7 +50,7 @@ def all_gradients(
     """Return dx, dA, dB and dbias, given the first three of rows; what is not needed has no elements."""
     d_x, d_lora_A, d_lora_B = gradients
     d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
-    return d_x.view(x.shape) if need_x else d_x, d_lora_A, d_lora_B, d_bias
+    return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
 
 
 def fake_gradients(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import torch_path
-from .backend import falling_back, runs_kernels
+from .backend import FallingBack, runs_kernels
 from .operators import (
     Gradients,
     _library,
@@ -46,7 +46,7 @@ def _places(lora_A: Tensor, index: Tensor | None, frozen: bool) -> int:
 def _run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
     if runs_kernels(x):
-        with falling_back("the forward", x):
+        with FallingBack("the forward", x):
             from .kernels import forward
 
             return forward.forward(x, *arguments)
@@ -56,10 +56,11 @@ def _run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     if runs_kernels(dy):
-        with falling_back("the backward", dy):
+        with FallingBack("the backward", dy):
             from .kernels import backward
 
-            return backward.backward(dy, *arguments)
+            d_x, d_lora_A, d_lora_B = backward.backward(dy, *arguments)
+            return d_x, d_lora_A, d_lora_B
     return torch_path.backward(dy, *arguments)
 
 
@@ -160,12 +161,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
     x, weight, lora_A, lora_B, s, index, seed = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     needs = need_x, need_A, need_B, need_bias
-    backward = torch.ops.plora.linear_backward if is_recorded(dy) else _linear_backward
+    backward = _BACKWARD if is_recorded(dy) else _linear_backward
     gradients = backward(dy, x, weight, lora_A, lora_B, s, index, ctx.scale, ctx.frozen, *needs, ctx.dropout_p, seed)
     return as_autograd_takes(ctx, gradients)
 
 
 register("linear", _save_for_backward, _differentiate)
+# Found once: looking an operator up at every call takes as long as checking its arguments.
+_FORWARD, _BACKWARD = torch.ops.plora.linear, torch.ops.plora.linear_backward
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -197,4 +200,4 @@ def linear(
     refuse_transforms()
     keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
-    return call(torch.ops.plora.linear, _EagerLinear, _linear, arguments)
+    return call(_FORWARD, _EagerLinear, _linear, arguments)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import torch_path
-from .backend import falling_back, runs_kernels
+from .backend import FallingBack, runs_kernels
 from .operators import _rows, is_recorded, shaped_as
 from .torch_path import _scaled_product, _scatter
 
@@ -60,7 +60,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
     """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
     rows = _rows(x)
     if runs_kernels(x):
-        with falling_back("joint projections", x):
+        with FallingBack("joint projections", x):
             from .kernels import projections_forward as kernels
 
             weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
@@ -72,7 +72,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
     """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
     if runs_kernels(parts[0].dy):
-        with falling_back("the joint input gradient", parts[0].dy):
+        with FallingBack("the joint input gradient", parts[0].dy):
             from .kernels import projections_backward as kernels
 
             return kernels.input_gradient(*zip(*parts, strict=True))
@@ -90,7 +90,7 @@ def _factor_gradients(
     """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
     _, lora_A, lora_B, _, scale, index = operands
     if runs_kernels(dy):
-        with falling_back("the factor gradients", dy):
+        with FallingBack("the factor gradients", dy):
             from .kernels import projections_backward as kernels
 
             return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)

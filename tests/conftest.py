@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from plora_kernels.configs import forget_tables
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -20,8 +22,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Start every test from the same global random state."""
+    """Start every test from the same global random state, without launches recorded by another."""
     torch.manual_seed(0)
+    forget_tables()
 
 
 @pytest.fixture(params=["torch", "triton"])

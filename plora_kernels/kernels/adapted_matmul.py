@@ -21,6 +21,7 @@ from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, defa
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
 from .persistent_matmul import persistent_matmul, takes_descriptors
+from .replay import empty
 from .side_product import side_product
 from .tile_matmul import tile_matmul
 
@@ -71,11 +72,11 @@ def adapted_matmul(
     if by_algebra and side is not None:
         whole = inputs @ main if bias is None else torch.addmm(bias, inputs, main)
         return whole.addmm_(side, up, alpha=scale), side
-    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
+    out = empty((rows, d_out), inputs.dtype, inputs.device)
     given = side is not None
     if side is None:
         stored = keep_side or blocks.design == "one_launch"
-        side = torch.empty((rows, width) if stored else (0,), dtype=inputs.dtype, device=inputs.device)
+        side = empty((rows, width) if stored else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side
     if is_persistent(blocks, inputs, main, out) and drop_out is None:

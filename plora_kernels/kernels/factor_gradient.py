@@ -24,6 +24,7 @@ from ..configs import find_blocks
 from .grouped_tiles import Groups, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
 from .modules import keep_mask
+from .replay import empty, launch
 
 
 @triton.jit
@@ -242,11 +243,13 @@ def factor_gradient_(
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     whole, dropped = splits == 1, DropoutArguments.of(dropout, wide)
-    partial = out if whole else torch.empty((count * splits, width, d), dtype=torch.float32, device=wide.device)
+    partial = out if whole else empty((count * splits, width, d), torch.float32, wide.device)
     scale *= dropped.keep_scale
     scales = groups.scales if groups is not None and whole else None
     with torch.cuda.device_of(wide):
-        partial_gradient_kernel[(tiles_d, tiles_r, count * splits)](
+        launch(
+            partial_gradient_kernel,
+            (tiles_d, tiles_r, count * splits),
             thin,
             wide,
             thin_index if thin_index is not None else wide,
@@ -299,7 +302,9 @@ def reduce_partials_(
         return
     scales = groups.scales if groups is not None else None
     with torch.cuda.device_of(out):
-        reduce_gradient_kernel[(cdiv(d, 1024), places, count)](
+        launch(
+            reduce_gradient_kernel,
+            (cdiv(d, 1024), places, count),
             partial,
             index if index is not None else out,
             scales if scales is not None else out,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .adapted_matmul import adapted_matmul, find_matmul_blocks
 from .launch import Dropout
+from .replay import empty, replayed
 
 
 def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Dropout | None:
@@ -18,6 +19,7 @@ def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | N
     return Dropout(p, seed, index if frozen else None)
 
 
+@replayed
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -52,4 +54,4 @@ def forward(
         keep_side=keep_s,
         blocks=find_matmul_blocks("forward", x, main, down.shape[1] if applied is None else applied.shape[0]),
     )
-    return y, side if keep_s else x.new_empty(0)
+    return y, side if keep_s or side.numel() == 0 else empty((0,), x.dtype, x.device)

@@ -21,6 +21,7 @@ from ..configs import find_blocks
 from .factor_gradient import factor_gradient_, reduce_partials_, store_gradient
 from .launch import cdiv, dot_precision, dtype_name, is_aligned
 from .modules import load_modules
+from .replay import empty, launch, zeros
 from .side_product import side_product
 
 
@@ -125,9 +126,8 @@ def output_gradient_(
         out_index: the modules whose gradient is wanted, int32: `index`, or some of them where that is None.
     """
     (rows, n), width = dy.shape, s.shape[1]
-    ds = torch.empty((rows, width), dtype=dy.dtype, device=dy.device)
-    if ds.numel() == 0 or n == 0:
-        return ds.zero_()
+    if rows * width * n == 0:
+        return zeros((rows, width), dy.dtype, dy.device)
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
     blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
     chunks = cdiv(n, blocks.block_n)
@@ -141,10 +141,13 @@ def output_gradient_(
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     gradient, by_module = d_lora_B.t(), index is None and out_index is not None
     whole = splits == 1 and not by_module
-    ds_parts = ds[None] if chunks == 1 else torch.empty((chunks, rows, width), dtype=torch.float32, device=dy.device)
-    db_parts = gradient if whole else torch.empty((splits, width, n), dtype=torch.float32, device=dy.device)
+    ds = empty((rows, width), dy.dtype, dy.device)
+    ds_parts = ds[None] if chunks == 1 else empty((chunks, rows, width), torch.float32, dy.device)
+    db_parts = gradient if whole else empty((splits, width, n), torch.float32, dy.device)
     with torch.cuda.device_of(dy):
-        output_gradient_kernel[(chunks, tiles_r, splits)](
+        launch(
+            output_gradient_kernel,
+            (chunks, tiles_r, splits),
             dy,
             lora_B,
             s,

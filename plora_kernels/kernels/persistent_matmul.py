@@ -20,6 +20,7 @@ from .. import configs
 from ..blocks import MatmulBlocks
 from .launch import cdiv, dot_precision, needs_wide_offsets
 from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
+from .replay import launch, zeros
 
 
 @triton.jit
@@ -223,7 +224,9 @@ def persistent_matmul(
     matrix = main.t() if transposed else main
     main_block = [blocks.block_n, blocks.block_k] if transposed else [blocks.block_k, blocks.block_n]
     with torch.cuda.device_of(inputs):
-        persistent_matmul_kernel[(programs,)](
+        launch(
+            persistent_matmul_kernel,
+            (programs,),
             TensorDescriptor(inputs, inputs.shape, inputs.stride(), [blocks.block_m, blocks.block_k]),
             TensorDescriptor(matrix, matrix.shape, matrix.stride(), main_block),
             TensorDescriptor(out, out.shape, out.stride(), [blocks.block_m, blocks.block_n // 2]),
@@ -233,7 +236,7 @@ def persistent_matmul(
             index if index is not None else inputs,
             side,
             # Zeros of its own: a buffer kept between launches could end up in the memory pool of a captured graph.
-            torch.zeros(1 + tiles_m, dtype=torch.int32, device=inputs.device) if first else inputs,
+            zeros((1 + tiles_m,), torch.int32, inputs.device) if first else inputs,
             rows,
             d_in,
             d_out,

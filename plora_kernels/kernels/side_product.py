@@ -16,6 +16,7 @@ from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import are_selected, keep_mask, load_modules
+from .replay import empty, launch
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def side_product(
     its group's of down (C, D_IN, R) and index (C, places), and dropout's seed is (C,), selected (C, ·).
     """
     (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
-    side = torch.empty((rows, width), dtype=inputs.dtype, device=inputs.device)
+    side = empty((rows, width), inputs.dtype, inputs.device)
     if side.numel() == 0:
         return side
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
@@ -126,7 +127,9 @@ def side_product(
     one = down if groups is None else down[0]
     dropped = DropoutArguments.of(dropout, inputs)
     with torch.cuda.device_of(inputs):
-        side_product_kernel[(tiles, cdiv(width, blocks.block_r))](
+        launch(
+            side_product_kernel,
+            (tiles, cdiv(width, blocks.block_r)),
             inputs,
             down,
             index if index is not None else inputs,

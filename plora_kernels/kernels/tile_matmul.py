@@ -11,6 +11,7 @@ from ..blocks import MatmulBlocks
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
 from .main_product import multiply
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
+from .replay import launch
 
 
 @triton.jit
@@ -167,7 +168,9 @@ def tile_matmul(
     dropped = DropoutArguments.of(dropout, inputs)
     grid = (cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
-        tile_matmul_kernel[grid](
+        launch(
+            tile_matmul_kernel,
+            grid,
             inputs,
             main,
             down,

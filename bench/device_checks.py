@@ -60,6 +60,7 @@ FORMS = (
     "fold",
     "folds agree",
     "deterministic",
+    "replayed",
     "grouped",
     "grouped mask dropout",
     "siblings",
@@ -221,6 +222,14 @@ def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
     require_equal(form, first, second)
 
 
+def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
+    _fused(inputs, None, "folded")
+    other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
+    exact, plain = (expected(other, dtype, None, "folded", 0.0) for dtype in (torch.float64, DTYPES[shape.dtype]))
+    hold(shape, form, _fused(other, None, "folded"), exact, plain)
+
+
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Capture forward and backward in a CUDA graph, replay it on other inputs and compare with plain calls."""
     static = Inputs(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
@@ -261,6 +270,7 @@ _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
     "folds agree": _check_folds_agree,
     "deterministic": _check_deterministic,
+    "replayed": _check_replayed,
     "graph replay": _check_replay,
     "no synchronisation": _check_no_synchronisation,
     "grouped": check_grouped,

@@ -130,6 +130,22 @@ def test_every_replay_drops_anew() -> None:
     assert not torch.equal(results[1], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [(4500, 2048, 2048, 16), (37, 50, 29, 5), (600, 256, 512, 64)], ids=str)
+def test_a_call_of_a_known_form_is_right_on_any_stream(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    configs.forget_tables()
+    for seed in range(2):
+        check(make_problem(*size, dtype, seed=seed, device="cuda"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check(make_problem(*size, dtype, seed=2, device="cuda"))
+    problem = make_problem(*size, dtype, device="cuda")
+    replayed = run(problem)
+    configs.forget_tables()
+    for a, b in zip(replayed, run(problem), strict=True):
+        assert a is None or torch.equal(a, b)
+
+
 def test_gradients_are_the_same_bits_every_time() -> None:
     problem = make_problem(5000, 512, 768, 16, torch.bfloat16, device="cuda")
     first, second = run(problem), run(problem)

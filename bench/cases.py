@@ -1,31 +1,56 @@
 """What is measured: projections of real models, the passes over them, and the sizes a device can carry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Op = Literal["forward", "forward_backward", "fold"]
+Op = Literal[
+    "forward",
+    "forward_backward",
+    "fold",
+    "dropout",
+    "projections_forward",
+    "projections",
+    "fold_out",
+    "fold_many",
+]
 
-OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
+# The passes over one projection, at every shape; then what fewer shapes are enough for.
+MAIN_OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
+OPS: tuple[Op, ...] = (*MAIN_OPS, "dropout", "projections_forward", "projections", "fold_out", "fold_many")
+# Those that end in gradients, and those that have no rows.
+BACKWARD: tuple[Op, ...] = ("forward_backward", "dropout", "projections")
+FOLDS: tuple[Op, ...] = ("fold", "fold_out", "fold_many")
+# The probability of LoRA dropout in op "dropout".
+DROPOUT_P = 0.1
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map of a public model, (…, k) to (…, n): `model` and `name` say which."""
+    """A linear map of a public model, (…, k) to (…, n): `model` and `name` say which.
+
+    Several of one input have `widths`, whose sum is n; one has none.
+    """
 
     model: str
     name: str
     k: int
     n: int
+    widths: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many projections it is."""
+        return len(self.widths) or 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pass (`op`) over one projection: m rows of x, rank r, one dtype; fold has no rows (m = 0)."""
+    """One pass (`op`) over one projection, or several of one input: m rows of x (0 for folds), rank r each, a dtype."""
 
     op: Op
     projection: Projection
@@ -36,13 +61,29 @@ class Case:
     @property
     def name(self) -> str:
         """A key unique among the cases of one op on one device, readable in a test id."""
-        where = f"{self.projection.model}-{self.projection.name}-{self.projection.k}x{self.projection.n}"
+        name = self.projection.name.replace(", ", "-")
+        where = f"{self.projection.model}-{name}-{self.projection.k}x{self.projection.n}"
         rows = f"-m{self.m}" if self.m else ""
         return f"{where}{rows}-r{self.r}-{self.dtype}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    def facts(self) -> dict[str, object]:
+        """Return what is measured, as saved figures name it; several projections with their widths."""
+        where = self.projection
+        found: dict[str, object] = {
+            "op": self.op,
+            "model": where.model,
+            "projection": where.name,
+            "m": self.m,
+            "k": where.k,
+            "n": where.n,
+            "r": self.r,
+            "dtype": self.dtype,
+        }
+        return found | {"widths": list(where.widths)} if where.widths else found
 
 
 @dataclass(frozen=True)
@@ -52,7 +93,7 @@ class Problem:
     x (m, k), weight (n, k), A (r, k), B (n, r) and grad_y (m, n) of the case's dtype, for y = x Wᵀ +
     scale·(x Aᵀ) Bᵀ. B is not zero and the update is about as large as the base output, so an error in either
     shows. `more` holds further (x, grad_y) that timed calls take in turn, so that no call finds the last one's in a
-    cache.
+    cache. Several projections have `widths`, their weights, B and grad_y in one tensor, and A (r each, k).
     """
 
     x: Tensor
@@ -62,10 +103,25 @@ class Problem:
     grad_y: Tensor
     scale: float
     more: tuple[tuple[Tensor, Tensor], ...] = ()
+    widths: tuple[int, ...] = ()
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return every (x, grad_y), the first of which is what results are checked on."""
         return ((self.x, self.grad_y), *self.more)
+
+    def parts(self) -> tuple["Problem", ...]:
+        """Return the problem of each projection, all of the one x, on what results are checked on."""
+        widths = list(self.widths or self.weight.shape[:1])
+        each = zip(
+            self.weight.split(widths),
+            self.A.split(self.B.shape[1]),
+            self.B.split(widths),
+            self.grad_y.split(widths, 1),
+            strict=True,
+        )
+        return tuple(
+            replace(self, weight=weight, A=A, B=B, grad_y=grad_y, more=(), widths=()) for weight, A, B, grad_y in each
+        )
 
 
 # Attention and feed-forward projections of BERT-base, Llama 3.2 1B and Llama 3.1 8B.
@@ -83,6 +139,25 @@ PROJECTIONS = (
     Projection("llama-8b", "down", 14336, 4096),
 )
 
+
+def several(model: str, name: str, k: int, *widths: int) -> Projection:
+    """Return several projections of one input as one."""
+    return Projection(model, name, k, sum(widths), widths)
+
+
+# What an attention asks of one input, and with what folds beside them; a gated feed-forward layer's two.
+QKV = (
+    several("bert-base", "q, k, v", 768, 768, 768, 768),
+    several("llama-1b", "q, k, v", 2048, 2048, 512, 512),
+    several("llama-8b", "q, k, v", 4096, 4096, 1024, 1024),
+)
+QKVO = (
+    several("bert-base", "q, k, v, o", 768, 768, 768, 768, 768),
+    several("llama-1b", "q, k, v, o", 2048, 2048, 512, 512, 2048),
+    several("llama-8b", "q, k, v, o", 4096, 4096, 1024, 1024, 4096),
+)
+GATE_UP = several("llama-1b", "gate, up", 2048, 8192, 8192)
+
 RANK = 16
 ALPHA_PER_RANK = 2.0
 WIDER_RANKS = (32, 64)
@@ -94,17 +169,28 @@ def cases(device_type: str) -> tuple[Case, ...]:
     m, dtype = (8192, "bfloat16") if device_type == "cuda" else (512, "float32")
     found = []
     for op in OPS:
-        for projection in PROJECTIONS:
-            wide = (projection.model, projection.name) == WIDER_RANKS_AT
+        for projection in _measured_by(op, device_type):
+            wide = op in MAIN_OPS and (projection.model, projection.name) == WIDER_RANKS_AT
             for r in (RANK, *WIDER_RANKS) if wide else (RANK,):
-                found.append(Case(op, projection, 0 if op == "fold" else m, r, dtype))
+                found.append(Case(op, projection, 0 if op in FOLDS else m, r, dtype))
     return tuple(found)
+
+
+def _measured_by(op: Op, device_type: str) -> tuple[Projection, ...]:
+    """Return an op's projections: every one of the main ops, one of each model of the others."""
+    if op in MAIN_OPS:
+        return PROJECTIONS
+    if op == "fold_many":
+        return QKVO
+    if op in ("projections", "projections_forward"):
+        return (*QKV, GATE_UP) if device_type == "cuda" else QKV
+    return tuple(projection for projection in PROJECTIONS if projection.name == "query")
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0, sets: int = 1) -> Problem:
     """Draw a case's tensors on `device` from `seed`, x and grad_y `sets` times; other devices draw other values."""
     generator = torch.Generator(device).manual_seed(seed)
-    k, n, r = case.projection.k, case.projection.n, case.r
+    k, n, r, count = case.projection.k, case.projection.n, case.r, case.projection.count
 
     def normal(rows: int, columns: int, variance: float = 1.0) -> Tensor:
         drawn = torch.randn(rows, columns, generator=generator, device=device).mul_(variance**0.5)
@@ -113,9 +199,10 @@ def make_problem(case: Case, device: torch.device, seed: int = 0, sets: int = 1)
     return Problem(
         x=normal(case.m, k),
         weight=normal(n, k, 1 / k),
-        A=normal(r, k, 1 / k),
+        A=normal(count * r, k, 1 / k),
         B=normal(n, r, 1 / (ALPHA_PER_RANK**2 * r)),
         grad_y=normal(case.m, n),
         scale=ALPHA_PER_RANK,
         more=tuple((normal(case.m, k), normal(case.m, n)) for _ in range(sets - 1)),
+        widths=case.projection.widths,
     )

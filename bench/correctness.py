@@ -1,12 +1,13 @@
 """Whether a provider's results may be timed at all: held against the same mathematics in fp64."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, Problem
+from bench.cases import BACKWARD, DROPOUT_P, FOLDS, Case, Problem
 
 Results = Mapping[str, Tensor]
 
@@ -15,28 +16,66 @@ class WrongResultError(Exception):
     """A provider's result that is too far from the fp64 reference; nothing of its case is timed."""
 
 
-def plain_results(case: Case, problem: Problem, dtype: torch.dtype, *, adapted: bool) -> Results:
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a provider must give: the case's results with the adapter or without.
+
+    `kept` (m, k) bool is what dropout leaves the adapter of x; None drops nothing.
+    """
+
+    adapted: bool
+    kept: Tensor | None = None
+
+
+WITHOUT_ADAPTER, WITH_ADAPTER = Expected(adapted=False), Expected(adapted=True)
+
+
+def plain_results(
+    case: Case, problem: Problem, dtype: torch.dtype, *, adapted: bool, kept: Tensor | None = None
+) -> Results:
     """Return a case's results by plain torch at `dtype`; `adapted=False` leaves the adapter out.
 
-    forward: y (m, n) = x Wᵀ + scale·(x Aᵀ) Bᵀ; forward_backward: y and the gradients of ⟨y, grad_y⟩, that is
-    dx (m, k) and, where adapted, dA (r, k) and dB (n, r); fold: weight (n, k) = W + scale·B A.
+    For each projection y (m, n) = x Wᵀ + scale·(D(x) Aᵀ) Bᵀ, D(x) = x ⊙ kept/(1 − p) or x; where the case has a
+    backward also the gradients of Σ⟨y, grad_y⟩, that is dx (m, k) and, where adapted, dA (r, k) and dB (n, r) of each.
+    Folds: each weight (n, k) = W + scale·B A.
     """
-    weight, A, B = (tensor.to(dtype) for tensor in (problem.weight, problem.A, problem.B))
-    if case.op == "fold":
-        return {"weight": weight + problem.scale * (B @ A) if adapted else weight}
-    leaves = {"dx": problem.x.to(dtype, copy=True)}
+    parts = problem.parts()
+    weights = [part.weight.to(dtype) for part in parts]
+    factors = [(part.A.to(dtype, copy=True), part.B.to(dtype, copy=True)) for part in parts]
+    if case.op in FOLDS:
+        updates = [problem.scale * (B @ A) if adapted else 0 for A, B in factors]
+        return numbered("weight", [weight + update for weight, update in zip(weights, updates, strict=True)])
+    x = problem.x.to(dtype, copy=True)
+    leaves = {"dx": x}
     if adapted:
-        leaves |= {"dA": A.clone(), "dB": B.clone()}
-    if case.op == "forward_backward":
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-    y = F.linear(leaves["dx"], weight)
+        leaves |= numbered("dA", [A for A, _ in factors]) | numbered("dB", [B for _, B in factors])
+    for leaf in leaves.values():
+        leaf.requires_grad_(case.op in BACKWARD)
+    dropped = x if kept is None else x * kept.to(dtype).mul_(1 / (1 - DROPOUT_P))
+    ys = [F.linear(x, weight) for weight in weights]
     if adapted:
-        y = y + problem.scale * F.linear(F.linear(leaves["dx"], leaves["dA"]), leaves["dB"])
-    if case.op == "forward":
-        return {"y": y}
-    gradients = torch.autograd.grad(y, list(leaves.values()), problem.grad_y.to(dtype))
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+        ys = [y + problem.scale * F.linear(F.linear(dropped, A), B) for y, (A, B) in zip(ys, factors, strict=True)]
+    outputs = numbered("y", [y.detach() for y in ys])
+    if case.op not in BACKWARD:
+        return outputs
+    gradients = torch.autograd.grad(ys, list(leaves.values()), [part.grad_y.to(dtype) for part in parts])
+    return outputs | dict(zip(leaves, gradients, strict=True))
+
+
+def references(case: Case, problem: Problem, expected: Expected) -> tuple[Results, Results]:
+    """Return what is expected in fp64 and, for the bound, by plain torch at the case's dtype."""
+    exact, plain = (
+        plain_results(case, problem, dtype, adapted=expected.adapted, kept=expected.kept)
+        for dtype in (torch.float64, case.torch_dtype)
+    )
+    return exact, plain
+
+
+def numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name a result: that of one projection by itself, those of several with their numbers."""
+    if len(tensors) == 1:
+        return {name: tensors[0]}
+    return {f"{name} {number}": tensor for number, tensor in enumerate(tensors)}
 
 
 def check(provider: str, results: Results, exact: Results, plain: Results, eps: float | None = None) -> None:

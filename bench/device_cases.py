@@ -1,6 +1,6 @@
 """What `python -m bench.gpu` times and in which order: what matters most stands first, for a run may be cut."""
 
-from bench.cases import PROJECTIONS, Case, Op, Projection, cases
+from bench.cases import FOLDS, GATE_UP, OPS, PROJECTIONS, QKV, QKVO, Case, Op, Projection, cases, several
 
 # Square and feed-forward projections of Llama 3.2 1B and Llama 3.1 8B: the shapes the kernels are designed for.
 TABLE = tuple(
@@ -13,22 +13,43 @@ GATE, TABLE_ROWS, TABLE_RANKS = TABLE[0], 8192, (16, 32, 64)
 OTHER_RANKS, OTHER_ROWS = (8, 128, 256), (2048, 512)
 DECODE_ROWS = (1, 16)
 TINY = Projection("tiny", "query", 64, 48)
+TINY_SEVERAL = several("tiny", "q, k, v", 64, 48, 16, 16)
 LINEAR: tuple[Op, ...] = ("forward", "forward_backward")
 
 
 def device_cases(device_type: str) -> tuple[Case, ...]:
     """List a device's cases in order of importance, each once; on the CPU a few tiny ones that try everything."""
     if device_type != "cuda":
-        small = [Case(op, TINY, 0 if op == "fold" else 32, 4, "float32") for op in (*LINEAR, "fold")]
-        return (*small, Case("forward", TINY, 1, 4, "bfloat16"))
+        return _tiny_cases()
     found = [Case(op, GATE, TABLE_ROWS, 16, "bfloat16") for op in LINEAR]
     found += [Case("fold", projection, 0, 16, "bfloat16") for projection in TABLE]
     for r in TABLE_RANKS:
         found += [Case(op, projection, TABLE_ROWS, r, "bfloat16") for projection in TABLE for op in LINEAR]
     found += [Case("forward", projection, m, 16, "bfloat16") for m in DECODE_ROWS for projection in TABLE[:3]]
+    found += _beyond_one_pass()
     found += [Case(op, GATE, TABLE_ROWS, r, "bfloat16") for r in OTHER_RANKS for op in LINEAR]
     found += [Case(op, GATE, m, 16, "bfloat16") for m in OTHER_ROWS for op in LINEAR]
     found += [Case("fold", GATE, 0, r, "bfloat16") for r in (64, 256)]
     found += [Case(op, GATE, TABLE_ROWS, 16, dtype) for dtype in ("float16", "float32") for op in LINEAR]
     found += cases(device_type)
     return tuple(dict.fromkeys(found))
+
+
+def _beyond_one_pass() -> list[Case]:
+    """List dropout, projections of one input and the other forms of folds, where they matter."""
+    (_, qkv_1b, qkv_8b), (_, _, qkvo_8b) = QKV, QKVO
+    found = [Case("dropout", GATE, TABLE_ROWS, 16, "bfloat16")]
+    for projection in (qkv_8b, GATE_UP, qkv_1b):
+        found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for op in ("projections", "projections_forward")]
+    found += [Case("projections_forward", qkv_8b, m, 16, "bfloat16") for m in DECODE_ROWS]
+    found += [Case("fold_out", GATE, 0, 16, "bfloat16"), Case("fold_many", qkvo_8b, 0, 16, "bfloat16")]
+    return found
+
+
+def _tiny_cases() -> tuple[Case, ...]:
+    """List one small case of every op, and a decode step."""
+    over_several: tuple[Op, ...] = ("projections", "projections_forward", "fold_many")
+    small = [
+        Case(op, TINY_SEVERAL if op in over_several else TINY, 0 if op in FOLDS else 32, 4, "float32") for op in OPS
+    ]
+    return (*small, Case("forward", TINY, 1, 4, "bfloat16"))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import Case, Problem, make_problem
-from bench.correctness import WrongResultError, check, plain_results
+from bench.cases import FOLDS, Case, Problem, make_problem
+from bench.correctness import WrongResultError, check, references
 from bench.counting import least_bytes, operations
 from bench.device_checks import poisoned_outputs
 from bench.memory import peak_bytes
-from bench.providers import Provider, ProviderUnavailableError, every_provider, make_provider
+from bench.provider import Provider, ProviderUnavailableError
+from bench.providers import every_provider, is_ours, make_provider
 from bench.records import blank
 from bench.timing import Plan, cache_flush, host_seconds, interleave, timer_for
 from bench.workers import one_line
@@ -60,9 +61,12 @@ def measure_on_device(
 ) -> list[dict[str, object]]:
     """Return a record per provider of a case; what is wrong, absent or named in `failed` is recorded and not timed."""
     problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
+    chosen = chosen_providers(case, wanted)
     causes = {name: ("wrong", cause) for name, cause in failed.items()}
+    if "fused" in failed:  # where a process ended, this is the only name for whichever of ours ended it
+        causes = {name: ("wrong", failed["fused"]) for name in chosen if is_ours(name)} | causes
     providers: dict[str, Provider] = {}
-    for name in chosen_providers(case, wanted):
+    for name in chosen:
         if name in causes:
             continue
         try:
@@ -77,20 +81,19 @@ def measure_on_device(
     records = {name: _untimed(case, device, name, *cause) for name, cause in causes.items()}
     if "base" in providers:
         records |= _time(case, device, plan, providers)
-    return [records[name] for name in chosen_providers(case, wanted) if name in records]
+    return [records[name] for name in chosen if name in records]
 
 
 def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> dict[str, str]:
     """Return why each provider is wrong that is, its outputs poisoned before it runs."""
     found = {}
-    for adapted in sorted({provider.adapted for provider in providers.values()}):
-        exact = plain_results(case, problem, torch.float64, adapted=adapted)
-        plain = plain_results(case, problem, case.torch_dtype, adapted=adapted)
+    for expected in dict.fromkeys(provider.expected for provider in providers.values()):
+        exact, plain = references(case, problem, expected)
         for name, provider in providers.items():
-            if provider.adapted is not adapted:
+            if provider.expected is not expected:
                 continue
             try:
-                with poisoned_outputs() if name == "fused" else nullcontext():
+                with poisoned_outputs() if is_ours(name) else nullcontext():
                     results = provider.results()
                 check(name, results, exact, plain)
             except WrongResultError as error:
@@ -109,13 +112,13 @@ def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, 
         if device.type == "cuda":
             host[name] = host_seconds(step)
     lead_s = LEAD_FACTOR * max(host.values()) + LEAD_SECONDS if host else 0.0
-    flush = cache_flush(device, cold=case.op == "fold", lead_s=lead_s)
+    flush = cache_flush(device, cold=case.op in FOLDS, lead_s=lead_s)
     seconds = interleave(steps, timer_for(device), flush, plan)
     medians = {name: statistics.median(durations) for name, durations in seconds.items()}
     records = {}
     for name, durations in seconds.items():
         first, _, third = statistics.quantiles(durations, n=4, method="inclusive")
-        adapted = providers[name].adapted
+        adapted = providers[name].expected.adapted
         records[name] = _facts(case, device, name) | {
             "time_ms": medians[name] * 1e3,
             "spread_ms": (third - first) * 1e3,
@@ -136,15 +139,4 @@ def _untimed(case: Case, device: torch.device, name: str, status: str, cause: st
 
 
 def _facts(case: Case, device: torch.device, provider: str) -> dict[str, object]:
-    return blank(
-        op=case.op,
-        model=case.projection.model,
-        projection=case.projection.name,
-        m=case.m,
-        k=case.projection.k,
-        n=case.projection.n,
-        r=case.r,
-        dtype=case.dtype,
-        device=device.type,
-        provider=provider,
-    )
+    return blank(**case.facts(), device=device.type, provider=provider)

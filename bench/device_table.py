@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cases import DROPOUT_P, MAIN_OPS, OPS
 from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.records import Record, case_key, holds_records, load_records
-from bench.results import OPS
+from bench.results import width_text
 from bench.simulation.saved import run_of_device
 from bench.simulation.table import reading, simulation_table
 from bench.tables import markdown_table
@@ -22,6 +23,24 @@ TITLES = {
     "forward_backward": "**Forward + backward**, M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
     "fold": "**Fold**, in place; *base* copies W, *peft* is its `merge`.",
     "decode": "**Decode**: a forward of one row and of sixteen.",
+    "dropout": f"**LoRA dropout**, p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
+    "projections_forward": "**Projections of one input, forward**: *base* is the plain linears one after another, "
+    "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
+    "projections": "**Projections of one input, forward + backward**, M = {rows}: gradients of x, every A and B.",
+    "fold_out": "**Fold out of place**, into a buffer; *base* copies W into it, *peft* does and merges there, "
+    "*fused-inplace* is `fold_`.",
+    "fold_many": "**Fold of many weights**, in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is "
+    "`fold_many_`.",
+}
+# The terminal's columns of time ÷ base, under these names.
+SUMMARY = {
+    "fused": "fused",
+    "fused-apart": "apart",
+    "fused-inplace": "place",
+    "inplace": "inpl",
+    "peft-compiled": "comp",
+    "peft": "peft",
+    "peft-autocast": "auto",
 }
 Providers = Mapping[str, Record]
 
@@ -76,16 +95,13 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return a table for the terminal: a line a case, times ÷ base, the host time of PEFT and fused."""
-    header = " ".join(f"{name:>6}" for name in ("fused", "inpl", "comp", "peft", "auto"))
+    header = " ".join(f"{name:>6}" for name in SUMMARY.values())
     lines = [f"{'case':<52} {'base ms':>8} {header} {'host µs':>11}"]
     for providers in by_case(records):
         any_record = next(iter(providers.values()))
         name = " ".join(str(any_record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
         base = providers.get("base", {}).get("time_ms")
-        ratios = (
-            f"{_ratio(providers.get(provider)):>6}"
-            for provider in ("fused", "inplace", "peft-compiled", "peft", "peft-autocast")
-        )
+        ratios = (f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
         lines.append(
             f"{name:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(ratios)} {_hosts(providers):>11}".rstrip()
         )
@@ -96,6 +112,8 @@ def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 def _section(record: Record) -> str | None:
     """Return which table a case stands in, or None: the file holds more than the README shows."""
+    if record["op"] not in MAIN_OPS:
+        return record["op"]
     shape = (record["k"], record["n"])
     if shape not in {(projection.k, projection.n) for projection in (*TABLE, TINY)}:
         return None
@@ -116,7 +134,7 @@ def _table(cases: Sequence[Providers]) -> str:
     for providers in cases:
         record = next(iter(providers.values()))
         m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
-        label = f"{record['k']}×{record['n']}, {m}R {record['r']}"
+        label = f"{record['k']}×{width_text(record['n'], record.get('widths', ()))}, {m}R {record['r']}"
         times = [_time(providers.get(name)) for name in names]
         rows.append([label, *times, _against_peft(providers), _hosts(providers)])
     return markdown_table(["shape", *names, "fused ÷ peft", "host peft / fused"], rows)

@@ -17,13 +17,23 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bench.cases import MAIN_OPS, OPS
 from bench.records import holds_records, load_records
-from bench.results import OPS, ResultsError, geometric_mean, load_run, write_text
+from bench.results import ResultsError, geometric_mean, load_run, write_text
 from bench.tables import markdown_table
 from plora_kernels.tables import device_key
 
 HISTORY = Path(__file__).parent / "results" / "history"
-TITLES = {"forward": "forward", "forward_backward": "forward + backward", "fold": "fold"}
+TITLES = {
+    "forward": "forward",
+    "forward_backward": "forward + backward",
+    "fold": "fold",
+    "dropout": "dropout",
+    "projections_forward": "projections, forward",
+    "projections": "projections",
+    "fold_out": "fold out of place",
+    "fold_many": "fold of many",
+}
 
 
 @dataclass(frozen=True)
@@ -165,15 +175,15 @@ def by_device(runs: Iterable[KeptRun]) -> dict[str, list[KeptRun]]:
 
 
 def draw_history(runs: Sequence[KeptRun], path: Path) -> None:
-    """Draw the means over the runs, a row of panels per device and one panel per op, and write a PNG."""
+    """Draw the means over the runs, a row of panels per device and one panel per main op, and write a PNG."""
     devices = by_device(runs)
     figure = Figure(figsize=(11, 0.8 + 3.0 * len(devices)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(len(devices), len(OPS), squeeze=False)
+    panels = figure.subplots(len(devices), len(MAIN_OPS), squeeze=False)
     for row, (device, own) in zip(panels, devices.items(), strict=True):
-        for axes, op in zip(row, OPS, strict=True):
+        for axes, op in zip(row, MAIN_OPS, strict=True):
             _draw_panel(axes, means(own, op))
-            axes.set_title(f"{TITLES[op]}, {device}" if op == OPS[0] else TITLES[op], fontsize=9, loc="left")
+            axes.set_title(f"{TITLES[op]}, {device}" if op == MAIN_OPS[0] else TITLES[op], fontsize=9, loc="left")
         row[0].set_ylabel("fused time ÷")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

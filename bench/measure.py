@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.cases import Case, Problem, make_problem
-from bench.correctness import check, plain_results
+from bench.cases import FOLDS, Case, Problem, make_problem
+from bench.correctness import check, references
 from bench.memory import peak_bytes
-from bench.providers import Provider, ProviderUnavailableError, make_provider, provider_names
+from bench.provider import Provider, ProviderUnavailableError
+from bench.providers import make_provider, provider_names
 from bench.timing import Plan, cache_flush, interleave, timer_for
 
 
@@ -24,18 +25,7 @@ class Measurement:
 
     def facts(self) -> dict[str, object]:
         """Return what was measured, as the saved JSON names it."""
-        case = self.case
-        return {
-            "op": case.op,
-            "model": case.projection.model,
-            "projection": case.projection.name,
-            "m": case.m,
-            "k": case.projection.k,
-            "n": case.projection.n,
-            "r": case.r,
-            "dtype": case.dtype,
-            "device": self.device,
-        }
+        return {**self.case.facts(), "device": self.device}
 
     def entry(self, provider: str) -> dict[str, object]:
         """Return the facts and one provider's median and interquartile range, ratios, peak bytes."""
@@ -76,7 +66,7 @@ def measure(case: Case, device: torch.device, plan: Plan) -> Measurement:
     seconds = interleave(
         {name: provider.step for name, provider in providers.items()},
         timer_for(device),
-        cache_flush(device, cold=case.op == "fold"),
+        cache_flush(device, cold=case.op in FOLDS),
         plan,
     )
     return Measurement(case, device.type, seconds, peaks, not_available)
@@ -93,9 +83,8 @@ def _make_providers(case: Case, problem: Problem) -> tuple[dict[str, Provider], 
 
 
 def _check_all(case: Case, problem: Problem, providers: dict[str, Provider]) -> None:
-    for adapted in {provider.adapted for provider in providers.values()}:
-        exact = plain_results(case, problem, torch.float64, adapted=adapted)
-        plain = plain_results(case, problem, case.torch_dtype, adapted=adapted)
+    for expected in dict.fromkeys(provider.expected for provider in providers.values()):
+        exact, plain = references(case, problem, expected)
         for name, provider in providers.items():
-            if provider.adapted is adapted:
+            if provider.expected is expected:
                 check(name, provider.results(), exact, plain)

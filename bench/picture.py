@@ -1,4 +1,4 @@
-"""The picture of a benchmark run: time ÷ base, one panel per op, one row per shape."""
+"""The picture of a benchmark run: time ÷ base, one panel per pass over one projection, one row per shape."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.results import BenchmarkRun, Entry
+from bench.results import BenchmarkRun, Entry, ResultsError
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each for print.
 STYLES = {
@@ -15,17 +15,24 @@ STYLES = {
     "peft-compiled": ("#E69F00", "D"),
     "fused": ("#0072B2", "o"),
 }
+# The ops drawn; tables alone show the others, whose shapes are their own.
 TITLES = {"forward": "forward", "forward_backward": "forward + backward", "fold": "fold"}
 BASES = {"forward": "base matmul", "forward_backward": "base matmuls", "fold": "a copy of W"}
 
 
 def draw(run: BenchmarkRun, path: Path) -> None:
-    """Draw each provider's time ÷ base (dots, interquartile range as bars) and write it as PNG."""
-    labels = list(dict.fromkeys(shape.label for shape in run.shapes()))
-    figure = Figure(figsize=(1.8 + 3.4 * len(run.ops), 1.6 + 0.3 * len(labels)), layout="constrained")
+    """Draw each provider's time ÷ base (dots, interquartile range as bars) and write it as PNG.
+
+    Raises ResultsError if none of the drawn ops was measured.
+    """
+    ops = [op for op in run.ops if op in TITLES]
+    if not ops:
+        raise ResultsError(f"there is nothing to draw: the picture shows {', '.join(TITLES)} alone")
+    labels = list(dict.fromkeys(shape.label for op in ops for shape in run.shapes(op)))
+    figure = Figure(figsize=(1.8 + 3.4 * len(ops), 1.6 + 0.3 * len(labels)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(run.ops), squeeze=False, sharey=True)[0]
-    for axes, op in zip(panels, run.ops, strict=True):
+    panels = figure.subplots(1, len(ops), squeeze=False, sharey=True)[0]
+    for axes, op in zip(panels, ops, strict=True):
         _draw_op(axes, run, op, labels)
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()

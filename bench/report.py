@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.cases import DROPOUT_P
 from bench.clients_table import clients_markdown, holds_clients
 from bench.device_table import committed_section, device_markdown
 from bench.history import HISTORY, draw_history, history_markdown, keep, load_history
@@ -28,12 +29,31 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 STEPS_BEGIN, STEPS_END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
 
-OP_TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "fold": "Fold"}
+OP_TITLES = {
+    "forward": "Forward",
+    "forward_backward": "Forward + backward",
+    "fold": "Fold",
+    "dropout": "LoRA dropout",
+    "projections_forward": "Projections of one input, forward",
+    "projections": "Projections of one input, forward + backward",
+    "fold_out": "Fold out of place",
+    "fold_many": "Fold of many weights",
+}
 OP_NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
     "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
+    "dropout": f"Forward + backward in training, p = {DROPOUT_P:g}, another mask at every call; *base* drops nothing.",
+    "projections_forward": "Every projection of one x without a graph; *base* is the plain linears one after another, "
+    "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
+    "projections": "The same with the gradients of x and of every A and B.",
+    "fold_out": "W + s B A into a buffer, W left as it is, caches cold; *base* copies W into it, *peft* does and "
+    "merges there, *fused-inplace* is `fold_`.",
+    "fold_many": "All weights of an attention in place, caches cold; *base* copies each, *peft* merges each, "
+    "*fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
+# What else this library could have been called for, to be compared with.
+OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 MIB = 2**20
 
 
@@ -84,27 +104,33 @@ def conditions(run: BenchmarkRun) -> str:
 def _op_section(run: BenchmarkRun, op: str) -> str:
     shapes = run.shapes(op)
     providers = [name for name in PROVIDERS if any(name in _measured_or_not(run, shape) for shape in shapes)]
-    header = ["shape", *providers, "fused ÷ peft", "peak peft", "peak fused"]
-    rows = [_row(run, shape, providers) for shape in shapes]
-    rows.append(_mean_row(run, op, providers))
+    others = [name for name in OTHER_WAYS if name in providers]
+    ratios = ["fused ÷ peft", *(OTHER_WAYS[name] for name in others)]
+    header = ["shape", *providers, *ratios, "peak peft", "peak fused"]
+    rows = [_row(run, shape, providers, others) for shape in shapes]
+    rows.append(_mean_row(run, op, providers, others))
     return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
-def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str]) -> list[str]:
+def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str], others: Sequence[str]) -> list[str]:
     entries = run.entries.get(shape, {})
     causes = run.not_available.get(shape, {})
     times = [_time(entries.get(name), causes.get(name)) for name in providers]
     fused = entries.get("fused")
-    ratio = f"{fused.ratio_to_peft:.2f}" if fused else "–"
-    return [shape.label, *times, ratio, _peak(entries.get("peft")), _peak(fused)]
+    ratios = [f"{fused.ratio_to_peft:.2f}" if fused else "–"]
+    for name in others:
+        ratios.append(f"{fused.time_ms / entries[name].time_ms:.2f}" if fused and name in entries else "–")
+    return [shape.label, *times, *ratios, _peak(entries.get("peft")), _peak(fused)]
 
 
-def _mean_row(run: BenchmarkRun, op: str, providers: Sequence[str]) -> list[str]:
+def _mean_row(run: BenchmarkRun, op: str, providers: Sequence[str], others: Sequence[str]) -> list[str]:
     rank = common_rank(run, op)
     means = mean_ratios(run, op, rank)
     cells = [f"({means[name][0]:.2f})" if name in means else "–" for name in providers]
-    against_peft = f"{means['fused'][1]:.2f}" if "fused" in means else "–"
-    return [f"geometric mean, R {rank}", *cells, against_peft, "", ""]
+    against = [f"{means['fused'][1]:.2f}" if "fused" in means else "–"]
+    for name in others:
+        against.append(f"{means['fused'][0] / means[name][0]:.2f}" if {"fused", name} <= means.keys() else "–")
+    return [f"geometric mean, R {rank}", *cells, *against, "", ""]
 
 
 def _time(entry: Entry | None, cause: str | None) -> str:

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-OPS = ("forward", "forward_backward", "fold")
-PROVIDERS = ("base", "peft", "peft-compiled", "fused")
+from bench.cases import OPS
+
+# In the order of tables.
+PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
 
 
 class ResultsError(ValueError):
@@ -17,7 +19,7 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What was measured: one pass over one projection. `m` is 0 for fold."""
+    """What was measured: one pass over one projection, or several of `widths` whose sum is n. `m` is 0 for folds."""
 
     op: str
     model: str
@@ -27,11 +29,12 @@ class Shape:
     n: int
     r: int
     dtype: str
+    widths: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
-        """Return the shape in words: model, projection, K×N, and the rank."""
-        return f"{self.model} {self.projection} {self.k}×{self.n}, R {self.r}"
+        """Return the shape in words: model, projection, K×N with every width of several, and the rank."""
+        return f"{self.model} {self.projection} {self.k}×{width_text(self.n, self.widths)}, R {self.r}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class BenchmarkRun:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Return the measured ops: forward, forward and backward, fold."""
+        """Return the measured ops in the order of tables."""
         return tuple(op for op in OPS if self.shapes(op))
 
     def shapes(self, op: str | None = None) -> list[Shape]:
@@ -98,6 +101,11 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
+def width_text(n: int, widths: Sequence[int] = ()) -> str:
+    """Return N, or the widths of several projections as a sum: (4096+1024+1024)."""
+    return f"({'+'.join(map(str, widths))})" if widths else str(n)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: under a temporary name first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +120,8 @@ def _of_layers(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _shape(facts: Mapping[str, Any]) -> Shape:
-    return Shape(**{field.name: facts[field.name] for field in fields(Shape)})
+    named = {field.name: facts[field.name] for field in fields(Shape) if field.name != "widths"}
+    return Shape(**named, widths=tuple(facts.get("widths", ())))
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry:

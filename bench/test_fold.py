@@ -1,4 +1,4 @@
-"""Folding every module into the weight, in place: fused, PEFT's merge, a bare copy of the weight."""
+"""Folding every module into the weight, in place, into a buffer and many at once: fused, PEFT's merge, a bare copy."""
 
 from collections.abc import Callable
 
@@ -10,4 +10,12 @@ pytestmark = pytest.mark.benchmark(timer=recorded_time, disable_gc=True)
 
 
 def test_fold(record: Callable[[], None]) -> None:
+    record()
+
+
+def test_fold_out(record: Callable[[], None]) -> None:
+    record()
+
+
+def test_fold_many(record: Callable[[], None]) -> None:
     record()

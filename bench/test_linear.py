@@ -1,4 +1,4 @@
-"""Forward and forward+backward of one projection: base, PEFT, compiled PEFT, fused."""
+"""Forward, forward+backward and that under LoRA dropout of one projection: base, PEFT, compiled PEFT, fused."""
 
 from collections.abc import Callable
 
@@ -14,4 +14,8 @@ def test_forward(record: Callable[[], None]) -> None:
 
 
 def test_forward_backward(record: Callable[[], None]) -> None:
+    record()
+
+
+def test_dropout(record: Callable[[], None]) -> None:
     record()

@@ -5,15 +5,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import OPS, PROJECTIONS, RANK, Case, Projection, cases, make_problem
+from bench.cases import FOLDS, MAIN_OPS, OPS, PROJECTIONS, RANK, Case, Projection, cases, make_problem, several
+from bench.device_cases import device_cases
+from bench.records import case_key
 
 TINY = Case("forward", Projection("tiny", "query", 29, 13), 37, 5, "float32")
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_every_projection_meets_every_op_at_the_default_rank(device_type: str) -> None:
-    found = {(case.op, case.projection) for case in cases(device_type) if case.r == RANK}
-    assert found == {(op, projection) for op in OPS for projection in PROJECTIONS}
+def test_every_projection_meets_every_main_op_at_the_default_rank(device_type: str) -> None:
+    found = {(case.op, case.projection) for case in cases(device_type) if case.r == RANK and case.op in MAIN_OPS}
+    assert found == {(op, projection) for op in MAIN_OPS for projection in PROJECTIONS}
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("listed", [cases, device_cases])
+def test_every_op_is_measured_and_several_projections_where_it_is_about_them(listed, device_type: str) -> None:
+    found = listed(device_type)
+    assert {case.op for case in found} == set(OPS)
+    for case in found:
+        about_several = case.op in ("projections", "projections_forward", "fold_many")
+        assert (case.projection.count > 1) is about_several, case
+        assert (case.m == 0) is (case.op in FOLDS), case
+        assert case.projection.n == sum(case.projection.widths or (case.projection.n,))
+        # A file of records tells cases apart by these alone.
+    assert len({case_key(case.facts()) for case in found}) == len(found)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -23,8 +39,8 @@ def test_names_are_unique_within_an_op(device_type: str) -> None:
 
 
 def test_rows_and_dtype_follow_the_device() -> None:
-    assert {(case.m, case.dtype) for case in cases("cpu") if case.op != "fold"} == {(512, "float32")}
-    assert {(case.m, case.dtype) for case in cases("cuda") if case.op != "fold"} == {(8192, "bfloat16")}
+    assert {(case.m, case.dtype) for case in cases("cpu") if case.op not in FOLDS} == {(512, "float32")}
+    assert {(case.m, case.dtype) for case in cases("cuda") if case.op not in FOLDS} == {(8192, "bfloat16")}
 
 
 def test_a_problem_has_the_case_s_shapes_and_a_nonzero_update() -> None:
@@ -35,6 +51,21 @@ def test_a_problem_has_the_case_s_shapes_and_a_nonzero_update() -> None:
     assert problem.B.shape == (13, 5)
     assert problem.grad_y.shape == (37, 13)
     assert problem.B.abs().min() > 0
+
+
+def test_several_projections_share_x_and_have_all_else_to_themselves() -> None:
+    case = Case("projections", several("tiny", "q, k, v", 29, 13, 5, 7), 37, 3, "float32")
+    problem = make_problem(case, torch.device("cpu"), sets=2)
+    parts = problem.parts()
+    assert [part.weight.shape for part in parts] == [(13, 29), (5, 29), (7, 29)]
+    assert [part.A.shape for part in parts] == [(3, 29)] * 3
+    assert [part.B.shape for part in parts] == [(13, 3), (5, 3), (7, 3)]
+    assert [part.grad_y.shape for part in parts] == [(37, 13), (37, 5), (37, 7)]
+    assert all(part.x is problem.x for part in parts)
+    assert torch.equal(torch.cat([part.grad_y for part in parts], 1), problem.grad_y)
+    assert torch.equal(torch.cat([part.weight for part in parts]), problem.weight)
+    assert [part.parts()[0].B.shape for part in parts] == [(13, 3), (5, 3), (7, 3)]
+    assert case.name == "tiny-q-k-v-29x25-m37-r3-float32"
 
 
 def test_the_same_seed_draws_the_same_problem() -> None:

@@ -8,7 +8,7 @@ import torch
 
 import plora_kernels as pk
 from bench import gpu
-from bench.cases import Case
+from bench.cases import FOLDS, OPS, Case
 from bench.check_inputs import draw
 from bench.correctness import WrongResultError
 from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
@@ -25,7 +25,7 @@ from plora_kernels.blocks import DESIGNS, Hardware
 from tests.test_imports import imports, run_python, sources
 
 CPU = torch.device("cpu")
-QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused"]
+QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused-apart", "fused-inplace", "fused"]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,16 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
     assert meta["ceilings"]["copy_gbps"] > 0
     timed = [record for record in records if record["status"] == "timed" and record["op"] != SIMULATION]
     assert all(name in record for record in records for name in KEYS)
-    assert Counter(record["provider"] for record in timed) == {"base": 4, "peft": 4, "inplace": 4, "fused": 4}
+    assert {record["op"] for record in timed} == set(OPS)
+    assert Counter(record["provider"] for record in timed) == {
+        **{"base": 9, "peft": 9, "fused": 9},
+        **{"inplace": 6, "fused-apart": 3, "fused-inplace": 1},
+    }
     for record in timed:
         assert record["time_ms"] > 0
         assert record["ratio_to_base"] > 0
         assert record["peak_bytes"] >= 0
-        copies = record["op"] == "fold" and record["provider"] == "base"
+        copies = record["op"] in FOLDS and record["provider"] == "base"
         assert (record["tflops"] > 0) is not copies
         assert record["gbps"] > 0
 

@@ -4,10 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.cases import FOLDS
+
 TIMES_MS = {
     ("forward", 16): {"base": 2.0, "peft": 4.0, "peft-compiled": 3.0, "fused": 2.2},
     ("forward", 32): {"base": 2.0, "peft": 8.0, "peft-compiled": 8.0, "fused": 4.0},
     ("fold", 16): {"base": 1.0, "peft": 9.0, "fused": 1.5},
+}
+# Passes beyond one projection's: of one weight, or of three that are 64, 32 and 32 wide.
+MORE_MS = {
+    "dropout": {"base": 2.0, "peft": 5.0, "peft-compiled": 4.0, "fused": 3.0},
+    "projections_forward": {"base": 2.0, "peft": 6.0, "peft-compiled": 4.0, "fused-apart": 4.0, "fused": 3.0},
+    "projections": {"base": 4.0, "peft": 12.0, "peft-compiled": 8.0, "fused-apart": 8.0, "fused": 6.0},
+    "fold_out": {"base": 1.0, "peft": 8.0, "fused-inplace": 1.6, "fused": 2.0},
+    "fold_many": {"base": 4.0, "peft": 16.0, "fused-apart": 10.0, "fused": 5.0},
 }
 SECOND_FORWARD_MS = {"base": 100.0, "peft": 400.0, "fused": 440.0}
 
@@ -32,6 +42,18 @@ def saved_run(commit: str = "0123456789abcdef") -> dict[str, Any]:
         "benchmarks": items,
         "not_available": [missing],
     }
+
+
+def saved_run_of_every_op() -> dict[str, Any]:
+    """Return the same run with the other ops, as they are saved since they are measured."""
+    run = saved_run()
+    for op, times in MORE_MS.items():
+        for provider in times:
+            item = _item(op, "query", 16, provider, times)
+            if op not in ("dropout", "fold_out"):
+                item["extra_info"] |= {"projection": "q, k, v", "widths": [64, 32, 32]}
+            run["benchmarks"].append(item)
+    return run
 
 
 def write_run(path: Path, run: dict[str, Any]) -> Path:
@@ -60,7 +82,7 @@ def _facts(op: str, projection: str, rank: int) -> dict[str, Any]:
         "op": op,
         "model": "tiny",
         "projection": projection,
-        "m": 0 if op == "fold" else 512,
+        "m": 0 if op in FOLDS else 512,
         "k": 64,
         "n": 128,
         "r": rank,

@@ -201,6 +201,22 @@ def test_the_readme_section_is_made_from_the_file(results: Path, tmp_path: Path)
     assert "nothing was wrong" in text
 
 
+def test_every_op_has_a_section_and_several_projections_their_widths(results: Path) -> None:
+    meta, records = load_records(results)
+    text = device_markdown(meta, records)
+    for title in ("LoRA dropout", "Projections of one input, forward", "Fold out of place", "Fold of many weights"):
+        assert text.count(f"**{title}**") == 1
+    lines = [line for line in text.splitlines() if line.startswith("| 64×(48+16+16), R 4 |")]
+    assert len(lines) == 3
+    apart = next(p["fused-apart"] for p in by_case(records) if "fused-apart" in p)
+    assert apart["widths"] == [48, 16, 16]
+    assert f"({apart['ratio_to_base']:.2f})" in "".join(lines)
+    header, *rows = summary(meta, records).splitlines()
+    assert header.split()[3:] == ["fused", "apart", "place", "inpl", "comp", "peft", "auto", "host", "µs"]
+    several = next(row for row in rows if row.startswith("projections_forward 32 64 80 4 float32"))
+    assert f"{apart['ratio_to_base']:.3f}" in several
+
+
 def test_a_readme_without_a_device_says_so(tmp_path: Path) -> None:
     (tmp_path / "cpu.json").write_text("{}", encoding="utf-8")
     assert committed_section(tmp_path).startswith("GPU: not yet measured.")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.history import HISTORY, history_markdown, keep, load_history, means, read_run
+from bench.history import HISTORY, draw_history, history_markdown, keep, load_history, means, read_run
 from bench.records import blank, open_records
 from bench.results import ResultsError
-from tests.bench.saved import saved_run, write_run
+from tests.bench.saved import saved_run, saved_run_of_every_op, write_run
 
 
 def run_of(day: int, commit: str, factor: float = 1.0, **changes: Any) -> dict[str, Any]:
@@ -60,6 +60,18 @@ def test_the_table_has_a_line_a_run(history: Path) -> None:
     assert lines[0].startswith("**Example CPU**, fused")
     assert "| 2026-01-02 aaaaaaa+ | 2.13.0 | 1.483 / 0.524 | 1.500 / 0.167 |" in lines
     assert "| 2026-01-05 bbbbbbb+ | 2.13.0 | 2.966 / 1.049 | 3.000 / 0.333 |" in lines
+
+
+def test_the_other_ops_are_kept_and_have_columns(history: Path, tmp_path: Path) -> None:
+    newer = saved_run_of_every_op() | {"datetime": "2026-01-07T03:04:05+00:00"}
+    keep(write_run(tmp_path / "newer.json", newer), history)
+    runs = load_history(history)
+    lines = history_markdown(runs).splitlines()
+    assert lines[2].endswith("| fold out of place ÷ base / ÷ PEFT | fold of many ÷ base / ÷ PEFT |")
+    assert lines[-1].endswith("| 1.500 / 0.600 | 1.500 / 0.500 | 1.500 / 0.500 | 2.000 / 0.250 | 1.250 / 0.312 |")
+    assert lines[-2].endswith("| 3.000 / 0.333 | – | – | – | – | – |")
+    draw_history(runs, tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 0
 
 
 def test_devices_do_not_mix(history: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from bench.cases import Case, Op, Projection
+from bench.cases import OPS, Case, Op, Projection, several
 from bench.correctness import WrongResultError
 from bench.measure import Measurement, measure
 from bench.providers import provider_names
@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 
 def tiny(op: Op) -> Case:
-    return Case(op, Projection("tiny", "query", 50, 29), 37, 5, "float32")
+    about_several = op in ("projections", "projections_forward", "fold_many")
+    projection = several("tiny", "q, k, v", 50, 29, 7, 11) if about_several else Projection("tiny", "query", 50, 29)
+    return Case(op, projection, 37, 5, "float32")
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def compiled_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled_by_hand")
-@pytest.mark.parametrize("op", ["forward", "forward_backward", "fold"])
+@pytest.mark.parametrize("op", OPS)
 def test_every_provider_is_checked_and_timed(op: Op) -> None:
     measurement = measure(tiny(op), CPU, PLAN)
     assert tuple(measurement.seconds) == provider_names(op)
@@ -42,6 +44,7 @@ def test_every_provider_is_checked_and_timed(op: Op) -> None:
         assert entry["rounds"] == 3
         assert entry["time_ms"] > 0
         assert entry["op"] == op
+        assert entry.get("widths", []) == list(tiny(op).projection.widths)
     assert measurement.entry("base")["ratio_to_base"] == 1
     assert measurement.entry("peft")["ratio_to_peft"] == 1
 

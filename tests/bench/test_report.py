@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from bench.cases import MAIN_OPS, OPS
+from bench.picture import draw
 from bench.report import BEGIN, END, common_rank, main, markdown, mean_ratios, rewrite_section
 from bench.results import ResultsError, geometric_mean, load_run
-from tests.bench.saved import saved_run, write_run
+from tests.bench.saved import saved_run, saved_run_of_every_op, write_run
 
 
 @pytest.fixture
@@ -44,15 +46,64 @@ def test_the_table_holds_times_ratios_means_and_causes(results: Path) -> None:
     assert "| tiny query 64×128, R 16 | 1 (1.00) | 9 (9.00) | 1.5 (1.50) | 0.17 | 3.0 | 3.0 |" in lines
 
 
+def test_the_other_ops_have_sections_of_their_own(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "every.json", saved_run_of_every_op()))
+    assert run.ops == tuple(op for op in OPS if op != "forward_backward")
+    text = markdown(run)
+    lines = text.splitlines()
+    assert text.index("**Fold.**") < text.index("**LoRA dropout.**") < text.index("**Fold of many weights.**")
+    assert "training, p = 0.1" in text
+    apart = "| shape | base | peft | peft-compiled | fused-apart | fused | fused ÷ peft | fused ÷ apart | peak peft | "
+    assert lines.count(apart + "peak fused |") == 2
+    label = "tiny q, k, v 64×(64+32+32), R 16"
+    assert f"| {label} | 2 (1.00) | 6 (3.00) | 4 (2.00) | 4 (2.00) | 3 (1.50) | 0.50 | 0.75 | 3.0 | 3.0 |" in lines
+    assert (
+        "| tiny query 64×128, R 16 | 1 (1.00) | 8 (8.00) | 1.6 (1.60) | 2 (2.00) | 0.25 | 1.25 | 3.0 | 3.0 |" in lines
+    )
+    assert f"| {label} | 4 (1.00) | 16 (4.00) | 10 (2.50) | 5 (1.25) | 0.31 | 0.50 | 3.0 | 3.0 |" in lines
+    assert "| geometric mean, R 16 | (1.00) | (4.00) | (2.50) | (1.25) | 0.31 | 0.50 |  |  |" in lines
+
+
+def test_a_run_without_the_other_ops_is_shown_as_ever(results: Path, tmp_path: Path) -> None:
+    every = markdown(load_run(write_run(tmp_path / "every.json", saved_run_of_every_op())))
+    assert every.startswith(markdown(load_run(results)).strip())
+    assert "fused ÷ apart" not in markdown(load_run(results))
+
+
+def test_a_way_of_ours_that_was_not_measured_leaves_a_dash(tmp_path: Path) -> None:
+    saved = saved_run_of_every_op()
+    lost = next(item for item in saved["benchmarks"] if item["extra_info"]["provider"] == "fused-inplace")
+    saved["benchmarks"].remove(lost)
+    saved["not_available"].append(lost["extra_info"] | {"cause": "none"})
+    lines = markdown(load_run(write_run(tmp_path / "every.json", saved))).splitlines()
+    row = "| 1 (1.00) | 8 (8.00) | not available: none | 2 (2.00) | 0.25 | – | 3.0 | 3.0 |"
+    assert f"| tiny query 64×128, R 16 {row}" in lines
+
+
+def test_the_picture_shows_the_main_ops_or_says_that_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = write_run(tmp_path / "every.json", saved_run_of_every_op())
+    draw(load_run(every), tmp_path / "every.png")
+    draw(load_run(write_run(tmp_path / "main.json", saved_run())), tmp_path / "main.png")
+    assert (tmp_path / "every.png").read_bytes() == (tmp_path / "main.png").read_bytes()
+    saved = saved_run_of_every_op()
+    saved["benchmarks"] = [item for item in saved["benchmarks"] if item["extra_info"]["op"] not in MAIN_OPS]
+    saved["not_available"] = []
+    assert main([str(write_run(tmp_path / "rest.json", saved)), "--png", str(tmp_path / "rest.png")]) == 2
+    assert "the picture shows forward, forward_backward, fold alone" in capsys.readouterr().err
+
+
 def test_every_row_of_a_table_has_as_many_cells(results: Path) -> None:
-    widths: set[int] = set()
-    for line in markdown(load_run(results)).splitlines():
-        if line.startswith("|"):
-            widths.add(line.replace("\\|", "").count("|"))
-        else:
-            assert len(widths) <= 1
-            widths.clear()
-    assert len(widths) == 1
+    for run in (saved_run(), saved_run_of_every_op()):
+        widths: set[int] = set()
+        for line in markdown(load_run(write_run(results, run))).splitlines():
+            if line.startswith("|"):
+                widths.add(line.replace("\\|", "").count("|"))
+            else:
+                assert len(widths) <= 1
+                widths.clear()
+        assert len(widths) == 1
 
 
 def test_the_command_writes_table_picture_and_readme(results: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from bench.cases import DROPOUT_P, MAIN_OPS, OPS
 from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.records import Record, case_key, holds_records, load_records
-from bench.results import width_text
+from bench.results import OTHER_WAYS, width_text
 from bench.simulation.saved import run_of_device
 from bench.simulation.table import reading, simulation_table
 from bench.tables import markdown_table
@@ -130,14 +130,17 @@ def _section(record: Record) -> str | None:
 
 def _table(cases: Sequence[Providers]) -> str:
     names = list(dict.fromkeys(name for providers in cases for name in providers))
+    others = [name for name in OTHER_WAYS if name in names]
     rows = []
     for providers in cases:
         record = next(iter(providers.values()))
         m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
         label = f"{record['k']}×{width_text(record['n'], record.get('widths', ()))}, {m}R {record['r']}"
         times = [_time(providers.get(name)) for name in names]
-        rows.append([label, *times, _against_peft(providers), _hosts(providers)])
-    return markdown_table(["shape", *names, "fused ÷ peft", "host peft / fused"], rows)
+        ratios = [_against(providers, name) for name in ("peft", *others)]
+        rows.append([label, *times, *ratios, _hosts(providers)])
+    header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "host peft / fused"]
+    return markdown_table(header, rows)
 
 
 def _time(record: Record | None) -> str:
@@ -154,9 +157,9 @@ def _ratio(record: Record | None) -> str:
     return f"{record['ratio_to_base']:.3f}"
 
 
-def _against_peft(providers: Providers) -> str:
-    ratio = providers.get("fused", {}).get("ratio_to_peft")
-    return f"{ratio:.2f}" if ratio else "–"
+def _against(providers: Providers, other: str) -> str:
+    fused_ms, other_ms = (providers.get(name, {}).get("time_ms") for name in ("fused", other))
+    return f"{fused_ms / other_ms:.2f}" if fused_ms and other_ms else "–"
 
 
 def _hosts(providers: Providers) -> str:

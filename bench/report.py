@@ -19,7 +19,17 @@ from bench.device_table import committed_section, device_markdown
 from bench.history import HISTORY, draw_history, history_markdown, keep, load_history
 from bench.picture import draw
 from bench.records import holds_records, load_records
-from bench.results import PROVIDERS, BenchmarkRun, Entry, ResultsError, Shape, geometric_mean, load_run, write_text
+from bench.results import (
+    OTHER_WAYS,
+    PROVIDERS,
+    BenchmarkRun,
+    Entry,
+    ResultsError,
+    Shape,
+    geometric_mean,
+    load_run,
+    write_text,
+)
 from bench.simulation.picture import draw_simulation
 from bench.simulation.saved import holds_simulation_alone, load_simulation
 from bench.simulation.table import simulation_markdown
@@ -52,8 +62,6 @@ OP_NOTES = {
     "fold_many": "All weights of an attention in place, caches cold; *base* copies each, *peft* merges each, "
     "*fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
-# What else this library could have been called for, to be compared with.
-OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 MIB = 2**20
 
 

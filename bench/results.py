@@ -11,6 +11,8 @@ from bench.cases import OPS
 
 # In the order of tables.
 PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
+# What else this library could have been called for, to be compared with.
+OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 
 
 class ResultsError(ValueError):

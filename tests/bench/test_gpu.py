@@ -208,6 +208,11 @@ def test_every_op_has_a_section_and_several_projections_their_widths(results: Pa
         assert text.count(f"**{title}**") == 1
     lines = [line for line in text.splitlines() if line.startswith("| 64×(48+16+16), R 4 |")]
     assert len(lines) == 3
+    assert text.count("| fused ÷ peft | fused ÷ apart | host peft / fused |") == 3
+    out = next(providers for providers in by_case(records) if "fused-inplace" in providers)
+    in_place = out["fused"]["time_ms"] / out["fused-inplace"]["time_ms"]
+    section = text.split("**Fold out of place**")[1].split("**Fold of many")[0]
+    assert f"| {out['fused']['ratio_to_peft']:.2f} | {in_place:.2f} | – / – |" in section
     apart = next(p["fused-apart"] for p in by_case(records) if "fused-apart" in p)
     assert apart["widths"] == [48, 16, 16]
     assert f"({apart['ratio_to_base']:.2f})" in "".join(lines)

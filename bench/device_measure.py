@@ -2,8 +2,8 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -17,6 +17,7 @@ from bench.providers import every_provider, is_ours, make_provider
 from bench.records import blank
 from bench.timing import Plan, cache_flush, host_seconds, interleave, timer_for
 from bench.workers import one_line
+from plora_kernels.configs import noting
 
 INPUT_SETS = 3
 # Longer than the slowest call keeps the host, by this factor and this much.
@@ -63,8 +64,6 @@ def measure_on_device(
     problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
     chosen = chosen_providers(case, wanted)
     causes = {name: ("wrong", cause) for name, cause in failed.items()}
-    if "fused" in failed:  # where a process ended, this is the only name for whichever of ours ended it
-        causes = {name: ("wrong", failed["fused"]) for name in chosen if is_ours(name)} | causes
     providers: dict[str, Provider] = {}
     for name in chosen:
         if name in causes:
@@ -75,13 +74,21 @@ def measure_on_device(
             causes[name] = ("not available", str(error))
         except Exception as error:  # out of memory, a kernel that does not compile
             causes[name] = ("wrong", one_line(error))
+    blocks = {name: _blocks(provider) for name, provider in providers.items() if is_ours(name)}
     for name, cause in _wrong(case, problem, providers).items():
         causes[name] = ("wrong", cause)
         del providers[name]
     records = {name: _untimed(case, device, name, *cause) for name, cause in causes.items()}
     if "base" in providers:
         records |= _time(case, device, plan, providers)
-    return [records[name] for name in chosen if name in records]
+    return [records[name] | blocks.get(name, {}) for name in chosen if name in records]
+
+
+def _blocks(provider: Provider) -> dict[str, object]:
+    """Return the blocks, designs among them, that a provider's kernels take, by op; none where it fails."""
+    with noting() as taken, suppress(Exception):  # what fails here is found wrong next
+        provider.results()
+    return {"blocks": {op: asdict(blocks) for op, blocks in taken.items()}}
 
 
 def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> dict[str, str]:
@@ -94,7 +101,8 @@ def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> d
                 continue
             try:
                 with poisoned_outputs() if is_ours(name) else nullcontext():
-                    results = provider.results()
+                    # Calls after the first replay what it recorded: it is those that are timed.
+                    results = [provider.results() for _ in range(2)][-1]
                 check(name, results, exact, plain)
             except WrongResultError as error:
                 found[name] = str(error)

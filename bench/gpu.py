@@ -21,10 +21,10 @@ from bench.cases import OPS, Case
 from bench.ceilings import ceilings
 from bench.device_cases import device_cases
 from bench.device_checks import CheckShape, check_shapes, run_checks
-from bench.device_measure import Warmup, measure_on_device, warm_up
+from bench.device_measure import Warmup, chosen_providers, measure_on_device, warm_up
 from bench.device_table import summary
 from bench.environment import commit_of, device_slug, environment, source_digest, usable_cores
-from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS
+from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
 from bench.records import SIMULATION, Record, RecordFile, blank, case_key, open_records
 from bench.results import ResultsError
 from bench.simulation.cases import SimulationCase
@@ -105,8 +105,10 @@ def _record_check(run: Run, shape: CheckShape, outcome: Outcome, count: str) -> 
 
 def _note_failures(run: Run, work: Warmup, outcome: Outcome) -> None:
     """Keep what failed ahead from being run in this process, where a crash or a hang would end everything."""
-    # Where the whole process ended it was the fused kernel: the others are plain torch.
-    failed = outcome.value if outcome.error is None else {"fused": outcome.error}
+    failed = outcome.value
+    if outcome.error is not None:  # where the whole process ended it was one of our kernels: the others are plain torch
+        chosen = chosen_providers(work.case, work.providers)
+        failed = {name: outcome.error for name in chosen if is_ours(name)}
     if failed:
         run.failed[case_key(_case_facts(work.case))] = failed
         run.say(f"    FAILED {title(work.case)}: " + "; ".join(f"{name}: {cause}" for name, cause in failed.items()))

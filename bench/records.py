@@ -2,7 +2,8 @@
 
 The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
 that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
-Several projections of one input have `widths`, whose sum is n. Training steps, op "simulation", have no matrix and no
+Several projections of one input have `widths`, whose sum is n. This library's providers have `blocks`, by op: the
+designs and sizes its kernels took. Training steps, op "simulation", have no matrix and no
 time_ms, but seconds for all clients of a cohort.
 """
 

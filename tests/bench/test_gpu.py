@@ -13,15 +13,18 @@ from bench.check_inputs import draw
 from bench.correctness import WrongResultError
 from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
 from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_checks
-from bench.device_measure import measure_on_device
+from bench.device_measure import Warmup, measure_on_device
 from bench.device_table import by_case, committed_section, device_markdown, summary
 from bench.providers import every_provider
-from bench.records import KEYS, SIMULATION, load_records
+from bench.records import KEYS, SIMULATION, case_key, load_records, open_records
 from bench.report import GPU_BEGIN, GPU_END, main
 from bench.simulation.providers import COMPILED
 from bench.simulation.providers import PROVIDERS as SIMULATED
 from bench.timing import Plan
+from bench.workers import Outcome
+from plora_kernels import configs
 from plora_kernels.blocks import DESIGNS, Hardware
+from plora_kernels.kernels import replay
 from tests.test_imports import imports, run_python, sources
 
 CPU = torch.device("cpu")
@@ -113,6 +116,36 @@ def test_a_wrong_provider_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPa
     assert records["inplace"]["cause"] == "its process ended"
     assert records["peft-autocast"]["status"] == "not available"
     assert records["peft"]["status"] == records["base"]["status"] == "timed"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_records_name_the_blocks_and_replayed_calls_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, wanted, plan = Case("forward", TINY, 8, 4, "float32"), ("fused", "inplace"), Plan(0.0, 2)
+    records = {r["provider"]: r for r in measure_on_device(case, CPU, plan, wanted, {})}
+    assert records["fused"]["status"] == "timed"
+    blocks = records["fused"]["blocks"]
+    assert isinstance(blocks, dict)
+    assert set(blocks) == {"forward"}
+    assert blocks["forward"]["design"] == "tile"
+    assert "blocks" not in records["inplace"]
+    real = replay._Launch.run
+
+    def off(self: replay._Launch, slots: list, device: torch.device) -> None:
+        real(self, slots, device)
+        slots[4].mul_(1.001)
+
+    monkeypatch.setattr(replay._Launch, "run", off)
+    configs.forget_tables()
+    records = {r["provider"]: r for r in measure_on_device(case, CPU, plan, wanted, {})}
+    assert records["fused"]["status"] == "wrong"
+
+
+def test_where_a_process_ends_ahead_all_of_ours_are_left_out(tmp_path: Path) -> None:
+    case = Case("fold_many", TINY, 0, 4, "float32")
+    file = open_records(tmp_path / "cpu.json", {}, fresh=True)
+    run = gpu.Run(CPU, file, gpu.PROVIDERS, 0, 0.0, 1.0)
+    gpu._note_failures(run, Warmup(case, "cpu", gpu.PROVIDERS), Outcome(error="its process ended"))
+    assert run.failed == {case_key(gpu._case_facts(case)): dict.fromkeys(("fused-apart", "fused"), "its process ended")}
 
 
 def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(

@@ -91,7 +91,8 @@ def _run_backward(
         with FallingBack("the grouped backward", dy):
             from .kernels import grouped_layer
 
-            return grouped_layer.backward(*operands, offsets, *form, *rest)
+            d_x, d_lora_A, d_lora_B = grouped_layer.backward(*operands, offsets, *form, *rest)
+            return d_x, d_lora_A, d_lora_B
     return torch_grouped.backward(*operands, host_bounds(offsets, x.shape[0]), *form, *rest)
 
 

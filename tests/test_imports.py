@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # plora_kernels: each file imports only what stands left of it.
 ORDER = (
     ("errors", "blocks", "hashing"),
-    ("selection", "tables", "dropout"),
+    ("selection", "tables", "dropout", "candidates"),
     ("configs",),
     ("reference", "rounding"),
     ("backend", "checks", "torch_path", "torch_grouped", "operators"),

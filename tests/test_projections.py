@@ -36,14 +36,14 @@ def name_of(shape: tuple) -> str:
     return f"M{shape[0]}K{shape[1]}N{shape[2]}"
 
 
-def make_problems(shape: tuple, dtype: torch.dtype, device: str = "cpu") -> list[Problem]:
+def make_problems(shape: tuple, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Problem]:
     """Return one problem a projection, all of one x, each with a scale of its own."""
     rows, k, widths, ranks, biases, frozen = shape
     problems: list[Problem] = []
     for p, (n, r) in enumerate(zip(widths, ranks, strict=True)):
         mask = random_mask(r, seed=p).to(device) if frozen[p] else None
-        form = {"mask": mask, "unselected": "frozen", "scale": 0.5 + p, "bias": biases[p], "seed": p, "device": device}
-        problem = make_problem(rows, k, n, max(r, 1), dtype, **form)
+        form = {"mask": mask, "unselected": "frozen", "scale": 0.5 + p, "bias": biases[p], "device": device}
+        problem = make_problem(rows, k, n, max(r, 1), dtype, seed=seed + p, **form)
         problem = dataclasses.replace(problem, lora_A=problem.lora_A[:r], lora_B=problem.lora_B[:, :r].contiguous())
         problems.append(dataclasses.replace(problem, x=problems[0].x if problems else problem.x))
     return problems

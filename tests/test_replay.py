@@ -10,10 +10,20 @@ import torch
 
 import plora_kernels as pk
 from plora_kernels import configs
-from plora_kernels.kernels import adapted_matmul, factor_gradient, replay
+from plora_kernels.kernels import (
+    adapted_matmul,
+    factor_gradient,
+    grouped_matmul,
+    projections_forward,
+    replay,
+    side_product,
+)
+from tests.support.groups import check_groups, draw_grouped
 from tests.support.numerics import Problem, make_problem, random_mask
 from tests.test_designs import blocks_of
 from tests.test_numerics import DEVICE, check, run
+from tests.test_projections import check as check_projections
+from tests.test_projections import make_problems
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 
@@ -22,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the op of every launch whose blocks are looked up: what a replay does not."""
     found: list[str] = []
-    for module in (adapted_matmul, factor_gradient):
+    for module in (adapted_matmul, factor_gradient, grouped_matmul, projections_forward, side_product):
         real = module.find_blocks
 
         def noted(kind: type, shape: object, *rest: object, real: Callable = real) -> object:
@@ -120,6 +130,31 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
             worked_out.clear()
     # torch's own product in between is nothing that can be recorded.
     assert worked_out.count("forward") == (2 if design == "algebra" else 0)
+
+
+@pytest.mark.parametrize(("share", "unselected"), [(None, "folded"), (0.5, "folded"), (0.5, "frozen")])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_groups_are_replayed_with_other_bounds(
+    share: float | None, unselected: str, p: float, worked_out: list[str]
+) -> None:
+    form = {"share": share, "unselected": unselected, "dropout_p": p, "device": DEVICE}
+    for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
+        check_groups(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
+        if number == 0:
+            assert "forward" in worked_out
+            worked_out.clear()
+    assert worked_out == []
+
+
+def test_projections_of_one_input_are_replayed(worked_out: list[str]) -> None:
+    for seed in (0, 10):
+        shape = (7, 20, (24, 16), (3, 2), (True, False), (False, True))
+        check_projections(make_problems(shape, torch.float32, DEVICE, seed), f"seed {seed}")
+        if seed == 0:
+            assert "projections_forward" in worked_out
+            assert "projections_input_gradient" in worked_out
+            worked_out.clear()
+    assert worked_out == []
 
 
 def test_one_tensor_in_two_places_is_not_recorded(worked_out: list[str]) -> None:

@@ -9,6 +9,7 @@ from .factor_gradient import factor_gradient_
 from .grouped_matmul import grouped_matmul
 from .grouped_tiles import Groups
 from .launch import Dropout
+from .replay import empty, replayed, zeros
 from .side_product import side_product
 
 
@@ -29,6 +30,7 @@ def _dropout(
     return Dropout(p, seeds.contiguous(), index if frozen else None, numbers)
 
 
+@replayed
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -65,9 +67,10 @@ def forward(
         drop_out=None,
         keep_side=keep_s,
     )
-    return y, s if keep_s else x.new_empty(0)
+    return y, s if keep_s or s.numel() == 0 else empty((0,), x.dtype, x.device)
 
 
+@replayed
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -86,16 +89,16 @@ def backward(
     dropout_p: float,
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return `(dx, dA, dB)`, (M, K), (C, R, K), (C, N, R); a gradient that is not needed has no elements.
 
     Unselected modules get zeros; s is what the forward kept.
     """
-    d_x, d_lora_A, d_lora_B = (dy.new_empty(0) for _ in range(3))  # an operator's outputs may not alias
+    d_x, d_lora_A, d_lora_B = None, None, None
     groups = _groups(offsets, scales, scale, dy.device)
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
     dropout = _dropout(index, frozen, dropout_p, dropout_seeds, dropout_rows)
-    make = torch.empty_like if index is None else torch.zeros_like
+    make = empty if index is None else zeros
     thin_index, ds = index if frozen else None, None
     if need_x:
         d_x, ds = grouped_matmul(
@@ -114,11 +117,12 @@ def backward(
     elif need_A:
         ds = side_product(dy, lora_B, index=applied, dropout=None, groups=groups)
     if need_A and ds is not None:
-        d_lora_A = make(lora_A, memory_format=torch.contiguous_format)
+        d_lora_A = make(lora_A.shape, dy.dtype, dy.device)
         factor_gradient_(
             d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=1.0, dropout=dropout, groups=groups
         )
     if need_B:
-        d_lora_B = make(lora_B, memory_format=torch.contiguous_format)
+        d_lora_B = make(lora_B.shape, dy.dtype, dy.device)
         factor_gradient_(d_lora_B.mT, s, dy, thin_index=thin_index, out_index=index, scale=1.0, groups=groups)
-    return d_x, d_lora_A, d_lora_B
+    # An operator's outputs may not alias.
+    return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

@@ -20,6 +20,7 @@ from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .main_product import multiply
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
+from .replay import empty, launch
 from .side_product import side_product
 
 
@@ -181,7 +182,7 @@ def grouped_matmul(
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[2] if index is None else index.shape[1]
-    out = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
+    out = empty((rows, d_out), inputs.dtype, inputs.device)
     blocks = find_grouped_blocks(op, inputs, main, groups, width)
     if inputs.dtype is torch.float32 and drop_out is not None and drop_out.numbers is not None:
         blocks = replace(blocks, block_n=min(blocks.block_n, 32))  # rows' own numbers are a register too many
@@ -190,13 +191,15 @@ def grouped_matmul(
     if given:
         side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)
     else:
-        side = torch.empty((rows, width) if keep_side else (0,), dtype=inputs.dtype, device=inputs.device)
+        side = empty((rows, width) if keep_side else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side
     table = grouped_tiles(groups.offsets, rows, blocks.block_m)
     dropped = DropoutArguments.of(drop_out, table)
     with torch.cuda.device_of(inputs):
-        grouped_matmul_kernel[(table.shape[0] * cdiv(d_out, blocks.block_n),)](
+        launch(
+            grouped_matmul_kernel,
+            (table.shape[0] * cdiv(d_out, blocks.block_n),),
             inputs,
             main,
             down,

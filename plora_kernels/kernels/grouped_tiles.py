@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv
+from .replay import empty, launch
 
 _GROUPS_A_STEP = 64
 _TILES_A_PROGRAM = 16
@@ -86,9 +87,11 @@ def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
     """Return the table (T, 4) of tiles of at most block_m rows of one group: T = ⌊M / block_m⌋ + C are enough."""
     count = offsets.shape[0] - 1
     tiles = rows // block_m + count
-    table = torch.empty((tiles, 4), dtype=torch.int32, device=offsets.device)
+    table = empty((tiles, 4), torch.int32, offsets.device)
     with torch.cuda.device_of(offsets):
-        grouped_tiles_kernel[(cdiv(tiles, _TILES_A_PROGRAM),)](
+        launch(
+            grouped_tiles_kernel,
+            (cdiv(tiles, _TILES_A_PROGRAM),),
             offsets,
             table,
             count,

@@ -19,6 +19,7 @@ from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
 from .output_gradient import output_gradient_
 from .projections_forward import find_projection_blocks
+from .replay import empty, launch, replayed, zeros
 from .side_product import side_product
 
 
@@ -97,6 +98,7 @@ def projections_input_gradient_kernel(
     tl.store(dx_base + dx_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
+@replayed
 def input_gradient(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -110,13 +112,15 @@ def input_gradient(
     """
     rows, k = dys[0].shape[0], weights[0].shape[1]
     widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
-    dx = torch.empty((rows, k), dtype=dys[0].dtype, device=dys[0].device)
+    dx = empty((rows, k), dys[0].dtype, dys[0].device)
     if rows == 0:
         return dx
     aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
     blocks = find_projection_blocks("projections_input_gradient", dx, sum(widths), k, max(ranks), aligned)
     with torch.cuda.device_of(dx):
-        projections_input_gradient_kernel[(cdiv(rows, blocks.block_m) * cdiv(k, blocks.block_n),)](
+        launch(
+            projections_input_gradient_kernel,
+            (cdiv(rows, blocks.block_m) * cdiv(k, blocks.block_n),),
             tuple(dys),
             tuple(weights),
             tuple(ds.contiguous() for ds in dss),
@@ -143,6 +147,7 @@ def input_gradient(
     return dx
 
 
+@replayed
 def factor_gradients(
     dy: Tensor,
     x: Tensor,
@@ -159,9 +164,9 @@ def factor_gradients(
     Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules: dA and dB of the others are zero; None
     where not needed. dS and dB come from one read of dY.
     """
-    make = torch.empty_like if index is None else torch.zeros_like
-    d_lora_A = make(lora_A, memory_format=torch.contiguous_format) if need_A else None
-    d_lora_B = make(lora_B, memory_format=torch.contiguous_format) if need_B else None
+    make = empty if index is None else zeros
+    d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
+    d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     if d_lora_B is not None:
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
     else:

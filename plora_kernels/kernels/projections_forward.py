@@ -19,6 +19,7 @@ from ..blocks import MatmulBlocks, ShapeClass, tile
 from ..configs import find_blocks
 from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from .modules import add_scaled_product, tile_position
+from .replay import empty, launch, replayed
 
 
 @triton.jit
@@ -163,6 +164,7 @@ def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank:
     return find_blocks(MatmulBlocks, shape, inputs.device, aligned)
 
 
+@replayed
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -179,8 +181,8 @@ def forward(
     """
     rows, k = x.shape
     widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
-    ys = [torch.empty((rows, n), dtype=x.dtype, device=x.device) for n in widths]
-    ss = [torch.empty((rows, r) if keep_s else (0,), dtype=x.dtype, device=x.device) for r in ranks]
+    ys = [empty((rows, n), x.dtype, x.device) for n in widths]
+    ss = [empty((rows, r) if keep_s else (0,), x.dtype, x.device) for r in ranks]
     if rows == 0:
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
@@ -188,7 +190,9 @@ def forward(
     block_n = tile(max(widths), blocks.block_n)  # chosen for their sum, no wider than any
     grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, block_n) for n in widths),)
     with torch.cuda.device_of(x):
-        projections_forward_kernel[grid](
+        launch(
+            projections_forward_kernel,
+            grid,
             x,
             tuple(weights),
             tuple(a.contiguous() for a in lora_As),

@@ -4,15 +4,15 @@ Between two calls of one form (sizes, strides, dtypes, alignments, numbers) only
 making views, and binding forty arguments in Triton keeps the host longer than a small layer keeps the device; a replay
 puts the new tensors in the old places and hands the compiled kernels to the driver.
 
-What runs in a recorded function must come through `empty`, `zeros` and `launch`, and return its arguments or what those
-made. A tensor from anywhere else is found by its address, and such a call is never replayed.
+What runs in a recorded function comes through `empty`, `zeros` and `launch`, and what it returns is made by those. A
+tensor from anywhere else is found by its address, and such a call is never replayed.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import configs
 from .launch import dot_precision
 
-F = TypeVar("F", bound=Callable[..., tuple[Tensor, ...]])
+F = TypeVar("F", bound=Callable[..., Any])
 
 # More forms than a model has; what makes more has rows that keep changing.
 MOST_FORMS = 4096
@@ -48,25 +48,46 @@ class _Descriptor(NamedTuple):
     strides: list[int]
     block_shape: list[int]
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
+
     def of(self, slots: Sequence[Tensor | None]) -> TensorDescriptor:
         return TensorDescriptor(slots[self.slot], self.shape, self.strides, self.block_shape)
 
 
+class _Tuple(NamedTuple):
+    """A tuple of arguments, those of `places` what lies in slots."""
+
+    items: list[Any]
+    places: list[tuple[int, int]]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(slot for _, slot in self.places)
+
+    def of(self, slots: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        items = self.items.copy()
+        for place, slot in self.places:
+            items[place] = slots[slot]
+        return tuple(items)
+
+
 class _Launch(NamedTuple):
-    """A compiled kernel on its grid, and its arguments; `places` says which are tensors of which slots."""
+    """A compiled kernel on its grid, and its arguments; `places` says which are what lies in which slots."""
 
     kernel: Callable[..., None]
     arguments: list[Any]
     places: list[tuple[int, int]]
-    descriptors: list[tuple[int, _Descriptor]]
+    made: list[tuple[int, _Descriptor | _Tuple]]
     last: tuple[int, ...]  # slots that nothing uses after this
 
     def run(self, slots: list[Tensor | None], device: torch.device) -> None:
         arguments = self.arguments.copy()
         for place, slot in self.places:
             arguments[place] = slots[slot]
-        for place, descriptor in self.descriptors:
-            arguments[place] = descriptor.of(slots)
+        for place, one in self.made:
+            arguments[place] = one.of(slots)
         self.kernel(*arguments)
         for slot in self.last:
             slots[slot] = None
@@ -89,11 +110,20 @@ class _Interpreted:
         return run
 
 
+def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Yield what arguments hold, sequences opened."""
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from _flat(argument)
+        else:
+            yield argument
+
+
 class _Recording:
     """What a call does: slots hold its arguments' tensors, then what it allocates."""
 
     def __init__(self, arguments: Sequence[object]) -> None:
-        self.tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.tensors = [argument for argument in _flat(arguments) if isinstance(argument, Tensor)]
         self.given = len(self.tensors)
         self.steps: list[_Allocation | _Launch] = []
         addresses = [tensor.data_ptr() for tensor in self.tensors if tensor.numel()]
@@ -107,32 +137,44 @@ class _Recording:
         return tensor
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-        places, descriptors, kept = [], [], list(arguments)
+        made: list[tuple[int, _Descriptor | _Tuple]] = []
+        kept, places = self._places(arguments)
         for place, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                kept[place] = None
-                places.append((place, self._slot(argument)))
-            elif isinstance(argument, TensorDescriptor):
-                kept[place] = None
+            if isinstance(argument, TensorDescriptor):
                 sizes = [list(part) for part in (argument.shape, argument.strides, argument.block_shape)]
-                descriptors.append((place, _Descriptor(self._slot(argument.base), *sizes)))
+                made.append((place, _Descriptor(self._slot(argument.base), *sizes)))
+                kept[place] = None
+            elif isinstance(argument, tuple):
+                made.append((place, _Tuple(*self._places(argument))))
+                kept[place] = None
         x, y, z = (*grid, 1, 1)[:3]
-        self.steps.append(_Launch(compiled[x, y, z], kept, places, descriptors, ()))
+        self.steps.append(_Launch(compiled[x, y, z], kept, places, made, ()))
 
-    def replay(self, outputs: Sequence[Tensor]) -> _Replay | None:
+    def _places(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
+        """Return the arguments without tensors, and where which slots' go."""
+        places = [(place, self._slot(one)) for place, one in enumerate(arguments) if isinstance(one, Tensor)]
+        return [None if isinstance(one, Tensor) else one for one in arguments], places
+
+    def replay(self, outputs: Any) -> _Replay | None:
         """Return the replay, or None where a tensor came from somewhere else."""
-        kept = [self._slot(output) for output in outputs]
+        form = self._form(outputs)
         if not self.usable:
             return None
-        seen = set(kept)
+        seen = {self._slot(output) for output in _flat([outputs]) if output is not None}
         steps: list[_Allocation | _Launch] = []
         for step in reversed(self.steps):
             if isinstance(step, _Launch):
-                used = {slot for _, slot in step.places} | {descriptor.slot for _, descriptor in step.descriptors}
+                used = {slot for _, slot in step.places}.union(*(one.slots for _, one in step.made))
                 step = step._replace(last=tuple(sorted(slot for slot in used - seen if slot >= self.given)))
                 seen |= used
             steps.append(step)
-        return _Replay(steps[::-1], len(self.tensors) - self.given, kept)
+        return _Replay(steps[::-1], len(self.tensors) - self.given, form)
+
+    def _form(self, outputs: Any) -> Any:
+        """Return the outputs with slots in the tensors' places."""
+        if isinstance(outputs, Tensor):
+            return self._slot(outputs)
+        return outputs if outputs is None else type(outputs)(map(self._form, outputs))
 
     def _slot(self, tensor: Tensor) -> int:
         """Return whose memory a tensor is: the tensor itself, or a view that begins where it does."""
@@ -150,9 +192,9 @@ class _Recording:
 class _Replay(NamedTuple):
     steps: list[_Allocation | _Launch]
     allocations: int
-    outputs: list[int]
+    outputs: Any
 
-    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Sequence[Tensor]) -> Any:
         device, slots = tensors[0].device, [*tensors, *[None] * self.allocations]
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -161,7 +203,14 @@ class _Replay(NamedTuple):
         else:
             for step in self.steps:
                 step.run(slots, device)
-        return tuple(slots[slot] for slot in self.outputs)  # type: ignore[misc]
+        return _filled(self.outputs, slots)
+
+
+def _filled(form: Any, slots: Sequence[Tensor | None]) -> Any:
+    """Return outputs of this form, the slots' tensors in their places."""
+    if isinstance(form, int):
+        return slots[form]
+    return form if form is None else type(form)([_filled(part, slots) for part in form])
 
 
 class _Local(threading.local):
@@ -176,24 +225,21 @@ _local = _Local()
 def replayed(function: F) -> F:
     """Record what `function` does at the first call of a form, and replay it at the next.
 
-    Its arguments are tensors, at least one, all of one device, numbers and None; it returns tensors. Nothing is
-    replayed while blocks are forced or noted.
+    Its arguments are tensors of one device, numbers, None, and sequences of such; the first is a tensor or begins with
+    one. It returns tensors, None and sequences of them. Nothing is replayed while blocks are forced or noted.
     """
     replays: dict[tuple[object, ...], _Replay] = {}
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
+    def call(*arguments: Any) -> Any:
         state, first = configs.tables_state(), arguments[0]
+        if not isinstance(first, Tensor):
+            first = first[0]
         if state is None or first.is_meta:
             return function(*arguments)
         form: list[object] = [state, first.device, dot_precision(first.dtype)]
-        tensors = []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                tensors.append(argument)
-                form += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16)
-            else:
-                form.append(argument)
+        tensors: list[Tensor] = []
+        _look_at(arguments, form, tensors)
         key = tuple(form)
         replay = replays.get(key)
         if replay is not None:
@@ -212,6 +258,19 @@ def replayed(function: F) -> F:
         return outputs
 
     return cast(F, call)
+
+
+def _look_at(arguments: Sequence[Any], form: list[object], tensors: list[Tensor]) -> None:
+    """Add what the arguments have in common with others of their form to `form`, and the tensors to `tensors`."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            form += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16)
+        elif isinstance(argument, list | tuple):
+            form.append(len(argument))
+            _look_at(argument, form, tensors)
+        else:
+            form.append(argument)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -44,6 +44,9 @@ def multiply(
     in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
     main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+    # The steps of `down` add to an offset, not to its pointer. For AMD GPUs Triton 3.6 compiles no pointer that a loop
+    # carries and its pipeline still steps and loads from behind the loop, as it does with narrow matrices.
+    down_start = tl.full((), 0, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, D_IN, BLOCK_K):
@@ -55,10 +58,10 @@ def multiply(
         acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if not SIDE_GIVEN:
             d = tl.load(
-                down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+                down_base + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
             )  # (BLOCK_K, BLOCK_R)
             side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            down_base += down_step
+            down_start += down_step
         in_base += in_step
         main_base += main_step
     return acc, side

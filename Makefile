@@ -7,7 +7,14 @@ RUN ?= runs/demo
 # A process for each core, of one thread: Triton's interpreter is Python.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow bench bench-simulation lint format clean help
+# Packages that `test-oldest` finds before the environment's own; found by their absolute path from any folder.
+OLDEST := $(abspath $(VENV))/oldest
+OLDEST_READY := $(OLDEST)/.ready
+# Every kernel compiled for every target, then interpreted: results, tiles, rounding, the checks and the tuner.
+OLDEST_TESTS := $(addprefix tests/,test_audit.py test_hashing.py test_designs.py test_numerics.py test_grouped.py \
+	test_projections.py test_replay.py test_folding.py bench/test_gpu.py bench/test_tune.py)
+
+.PHONY: demo test test-slow test-oldest bench bench-simulation lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
@@ -21,6 +28,13 @@ $(READY): pyproject.toml constraints-cpu.txt
 	@$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
 	@touch $@
 
+# Without what they depend on: that is in the environment already.
+$(OLDEST_READY): constraints-oldest.txt | $(READY)
+	@echo "installing into $(OLDEST) (once; a minute)"
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m pip install --quiet --no-deps -c constraints-oldest.txt --target $(OLDEST) triton numpy
+	@touch $@
+
 demo: $(READY)  ## a federated run on handwritten digits, start to finish
 	$(BIN)/python -m fed run digits --out $(RUN) --overwrite
 
@@ -29,6 +43,12 @@ test: $(READY)  ## the default tests
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(PARALLEL) -m slow
+
+# Tests of the torch path alone have nothing to do with Triton.
+test-oldest: $(OLDEST_READY)  ## the kernels with the oldest Triton they are held to
+	PYTHONPATH=$(OLDEST) $(PARALLEL) --triton $$(sed -n 's/^triton==//p' constraints-oldest.txt) \
+		-k "not [torch- and not [torch] and not torch_path" $(OLDEST_TESTS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m bench.audit --targets gfx942 --no-designs  # what it once did not compile
 
 bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
 	$(BIN)/python -m pytest bench --benchmark-only -k "not simulation" --benchmark-json=bench/results/latest.json

@@ -1,4 +1,4 @@
-"""The `--benchmark` flag: the same as `pytest bench --benchmark-only`."""
+"""`--benchmark`, the same as `pytest bench --benchmark-only`, and `--triton`, the version that is to be tested."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the benchmark suites; the same as `pytest bench --benchmark-only`",
     )
+    parser.addoption("--triton", metavar="VERSION", help="refuse to run the tests with any other Triton")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,17 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from plora_kernels.configs import forget_tables
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse to run with another Triton than `--triton` names: found first is not always what was meant."""
+    wanted = session.config.getoption("triton")
+    if wanted is None:
+        return
+    import triton
+
+    if triton.__version__ != wanted:
+        raise pytest.UsageError(f"--triton {wanted}: found {triton.__version__} at {triton.__file__}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

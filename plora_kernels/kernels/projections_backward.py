@@ -84,14 +84,15 @@ def projections_input_gradient_kernel(
         ds_base = ds_ptrs[p] + first_row * ranks[p]
         ds_offsets = rows[:, None] * ranks[p] + modules[None, :]
         a_base = a_ptrs[p] + first_column
+        ds_start, a_start = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
         a_offsets = modules[:, None] * K + columns[None, :]
         for r0 in range(0, ranks[p], BLOCK_R):
             module_ok = modules < ranks[p] - r0
-            ds = tl.load(ds_base + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
-            a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            ds = tl.load(ds_base + ds_start + ds_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)
+            a = tl.load(a_base + a_start + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
             acc = add_scaled_product(ds.to(tl.float32), a, acc, scales[p], dtype, PRECISION)  # (BLOCK_M, BLOCK_K) fp32
-            ds_base += BLOCK_R
-            a_base += tl.full((), BLOCK_R, tl.int64) * K
+            ds_start += BLOCK_R
+            a_start += tl.full((), BLOCK_R, tl.int64) * K
 
     dx_base = dx_ptr + first_row * K + first_column
     dx_offsets = rows[:, None] * K + columns[None, :]

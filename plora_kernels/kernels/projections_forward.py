@@ -95,7 +95,7 @@ def projections_forward_kernel(
 
     modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
     module_ok = modules < R
-    a_base = a_ptr
+    a_start = tl.full((), 0, tl.int64)
     a_offsets = modules[None, :] * K + depth[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -105,12 +105,14 @@ def projections_forward_kernel(
         w = tl.load(
             weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
         )  # (BLOCK_K, BLOCK_N)
-        a = tl.load(a_base + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_K, BLOCK_R)
+        a = tl.load(
+            a_ptr + a_start + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_R)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         x_base += x_step
         weight_base += BLOCK_K
-        a_base += BLOCK_K
+        a_start += BLOCK_K
 
     dtype = x_ptr.dtype.element_ty
     s_base = s_ptr + first_row * R
@@ -128,16 +130,16 @@ def projections_forward_kernel(
     for r0 in range(BLOCK_R, R, BLOCK_R):
         module_ok = modules < R - r0
         a_ptr += tl.full((), BLOCK_R, tl.int64) * K
-        a_base = a_ptr
+        a_start = tl.full((), 0, tl.int64)
         x_base = x_ptr + first_row * stride_xm
         side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             depth_ok = depth < K - k
             x = tl.load(x_base + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-            a = tl.load(a_base + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+            a = tl.load(a_ptr + a_start + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
             side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             x_base += x_step
-            a_base += BLOCK_K
+            a_start += BLOCK_K
         side = tl.where(module_ok[None, :], side, 0.0)
         b = tl.load(b_base + r0 + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
         acc = add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32

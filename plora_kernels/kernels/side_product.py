@@ -76,7 +76,8 @@ def side_product_kernel(
     first_row = first.to(tl.int64)
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
 
-    in_base, down_base = in_ptr + first_row * stride_im, down_ptr
+    in_base = in_ptr + first_row * stride_im
+    in_start, down_start = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
     down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
     in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
@@ -87,15 +88,17 @@ def side_product_kernel(
         numbers = row_numbers(numbers_ptr + first_row, number, row_ok, BLOCK_M, NUMBERED)  # (BLOCK_M,)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k
-        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        d = tl.load(down_base + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+        a = tl.load(
+            in_base + in_start + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+        )  # (BLOCK_M, BLOCK_K)
+        d = tl.load(down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
         if DROPOUT:
             if SELECTED_BLOCK > 0:
                 whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             a = tl.where(keep_mask(seed_ptr, numbers, k, drop_threshold, BLOCK_K), a, 0.0)
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-        in_base += in_step
-        down_base += down_step
+        in_start += in_step
+        down_start += down_step
     if DROPOUT:
         side *= keep_scale
         if SELECTED_BLOCK > 0:

@@ -1,4 +1,4 @@
-"""`pytest --benchmark`, run as a user runs it, and what it saves."""
+"""`pytest --benchmark`, run as a user runs it, and what it saves; `pytest --triton`, which refuses another version."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from bench.report import markdown
 from bench.results import load_run
 from bench.simulation.cases import simulation_cases
 from bench.simulation.providers import providers_of
+from tests.conftest import pytest_sessionstart
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,12 @@ def test_without_the_flag_nothing_changes(pytestconfig: pytest.Config) -> None:
     config = configured(pytestconfig, pytest.Config.ArgsSource.TESTPATHS, flag=False)
     assert not config.option.benchmark_only
     assert config.args == ["tests"]
+
+
+def test_another_triton_than_the_one_asked_for_is_refused() -> None:
+    session: Any = SimpleNamespace(config=SimpleNamespace(getoption={"triton": "3.6.0.dev1"}.get))
+    with pytest.raises(pytest.UsageError, match=r"--triton 3\.6\.0\.dev1: found \d"):
+        pytest_sessionstart(session)
 
 
 @pytest.mark.parametrize("op", ["forward", "fold"])

@@ -78,8 +78,8 @@ def fold(
 ) -> Tensor:
     """Return W + sign·s·Σ_{j∉selected} b_j a_jᵀ (N, K) in `out` or a new tensor; the weight stays as it is.
 
-    Arguments, numbers and errors are those of `fold_`; it costs what `fold_` costs, one read of W and one write of the
-    result, and gives the same bits. The result has no autograd.
+    Arguments, numbers and errors are those of `fold_`, and so are the bits. The kernel reads W once and writes the
+    result once, as `fold_` does; on CPU torch's `addmm` copies an fp32 W first. The result has no autograd.
 
     Args:
         out: (N, K) of the weight's dtype and device, written whole; it may be the weight itself, and must not overlap

@@ -171,6 +171,22 @@ def test_one_tensor_in_two_places_is_not_recorded(worked_out: list[str]) -> None
     torch.testing.assert_close(y, x @ x.t() + x @ A.t() @ B.t())
 
 
+def test_an_output_that_is_a_view_is_not_recorded() -> None:
+    calls: list[str] = []
+
+    @replay.replayed
+    def made(x: torch.Tensor, form: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        calls.append(form)
+        y = replay.zeros((4, 6), x.dtype, x.device)
+        return None, [y if form == "whole" else y.view(-1)]
+
+    for form, shape, worked_out in (("whole", (4, 6), 1), ("view", (24,), 2)):
+        results = [made(torch.ones(3, device=DEVICE), form) for _ in range(2)]
+        assert [(nothing, [y.shape for y in ys]) for nothing, ys in results] == [(None, [shape])] * 2
+        assert calls.count(form) == worked_out
+        assert not any(y.any() for _, ys in results for y in ys)
+
+
 def test_a_call_that_fails_leaves_no_recording_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("no")

@@ -160,7 +160,7 @@ class _Recording:
         form = self._form(outputs)
         if not self.usable:
             return None
-        seen = {self._slot(output) for output in _flat([outputs]) if output is not None}
+        seen = {slot for slot in _flat([form]) if slot is not None}
         steps: list[_Allocation | _Launch] = []
         for step in reversed(self.steps):
             if isinstance(step, _Launch):
@@ -171,8 +171,9 @@ class _Recording:
         return _Replay(steps[::-1], len(self.tensors) - self.given, form)
 
     def _form(self, outputs: Any) -> Any:
-        """Return the outputs with slots in the tensors' places."""
+        """Return the outputs with slots in the tensors' places; of a view only its beginning would be known."""
         if isinstance(outputs, Tensor):
+            self.usable &= any(known is outputs for known in self.tensors)
             return self._slot(outputs)
         return outputs if outputs is None else type(outputs)(map(self._form, outputs))
 

@@ -202,7 +202,7 @@ def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
     of = _Projections.of(shape.d_in, shape.d_out, shape, device)
 
     def run() -> tuple[list[Tensor], list[Tensor]]:
-        return forward(of.x, of.weights, of.As, of.Bs, [None] * len(of.weights), of.scales, keep_s=True)
+        return forward(of.x, of.weights, of.As, of.Bs, [None] * len(of.weights), of.scales, True)
 
     def expected(dtype: torch.dtype) -> Results:
         x = of.x.to(dtype)

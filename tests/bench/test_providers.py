@@ -100,10 +100,3 @@ def test_folds_start_from_the_original_every_time() -> None:
                 provider.step.run()
             check(name, provider.results(), *references(case, problem, provider.expected))
             assert torch.equal(problem.weight, before), name
-
-
-def test_where_the_process_of_fused_ended_none_of_ours_is_run() -> None:
-    wanted = ("peft", "fused-apart", "fused")
-    failed = {"fused": "its process ended"}
-    records = {r["provider"]: r for r in measure_on_device(tiny("projections"), CPU, Plan(0.0, 2), wanted, failed)}
-    assert [records[name]["status"] for name in ("base", *wanted)] == ["timed", "timed", "wrong", "wrong"]

@@ -147,9 +147,10 @@ def tile(size: int, most: int) -> int:
 def shared_bytes(capability: int) -> int:
     """Return the shared memory a block of programs may take, less what the compiler keeps for itself.
 
-    sm_90, sm_100 and sm_103 have 227 KiB, sm_80 and sm_87 163, sm_86, sm_89 and sm_12x 99; AMD's gfx942 (0) has 64.
+    sm_90 and sm_10x have 227 KiB, and so has sm_110; sm_80 and sm_87 163, sm_86, sm_89 and sm_12x 99; AMD's gfx942 (0)
+    has 64.
     """
-    if capability in (90, 100, 103):
+    if 90 <= capability < 120:
         return 227_000
     if capability in (80, 87):
         return 160_000

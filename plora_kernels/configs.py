@@ -97,31 +97,32 @@ def tables_state() -> int | None:
 def forget_tables() -> None:
     """Read the tables anew at the next launch: after one was written."""
     global _generation
-    _generation += 1
-    _table_of.cache_clear()
+    _tables_of.cache_clear()
     _chosen.cache_clear()
+    _generation += 1  # last: what is looked up from now on is new
 
 
 @functools.lru_cache(maxsize=8192)
 def _chosen(shape: ShapeClass, device: torch.device, aligned: bool) -> Blocks:
-    hardware, table = hardware_of(device), _table_of(device) if aligned else None
-    entry = nearest(table, shape, hardware) if table is not None else None
+    hardware = hardware_of(device)
+    found = (nearest(table, shape, hardware) for table in (_tables_of(device) if aligned else ()))
+    entry = next((entry for entry in found if entry is not None), None)
     return entry.blocks if entry is not None else default_blocks(shape, hardware, aligned)
 
 
 @functools.cache
-def _table_of(device: torch.device) -> Table | None:
-    """Return the table for a device, or None where there is none; an unreadable one is passed over with a warning."""
+def _tables_of(device: torch.device) -> tuple[Table, ...]:
+    """Return a device's tables in the order they are looked at; an unreadable one is passed over with a warning.
+
+    They are the user's, the packaged one, and, of the other packaged ones, that of the device most like it.
+    """
     if device.type != "cuda":
-        return None
-    for path in table_paths(torch.cuda.get_device_name(device)):
-        table = _readable(path)
-        if table is not None:
-            return table
-    hardware = hardware_of(device)
-    packaged = (_readable(path) for path in sorted(PACKAGED.glob("*.json")))
+        return ()
+    hardware, own = hardware_of(device), table_paths(torch.cuda.get_device_name(device))
+    packaged = (_readable(path) for path in sorted(PACKAGED.glob("*.json")) if path not in own)
     known = [table for table in packaged if table is not None and _is_like(table, hardware)]
-    return min(known, key=lambda table: _difference(table, hardware), default=None)
+    tables = [*map(_readable, own), min(known, key=lambda table: _difference(table, hardware), default=None)]
+    return tuple(table for table in tables if table is not None)
 
 
 def _readable(path: Path) -> Table | None:
@@ -157,12 +158,12 @@ def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None
     A smaller r counts heavily: blocks made for fewer modules read the large input again for the rest. In the table of
     a device with more shared memory, entries that need it are passed over.
     """
-    limit = shared_bytes(hardware.capability)
+    limit, theirs = shared_bytes(hardware.capability), shared_bytes(table.meta.get("capability") or 0)
     same = [
         entry
         for entry in table.entries
         if (entry.shape.op, entry.shape.dtype) == (shape.op, shape.dtype)
-        and staged_bytes(entry.blocks, shape.dtype) <= limit
+        and (theirs <= limit or staged_bytes(entry.blocks, shape.dtype) <= limit)
     ]
     return min(same, key=lambda entry: _distance(entry.shape, shape), default=None)
 

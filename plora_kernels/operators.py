@@ -25,10 +25,14 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, lora_A, lora_B and bi
 
 
 def _watched(*tensors: Tensor) -> bool:
-    """Say whether somebody watches operators: a compiler, a dispatch mode or a tensor subclass."""
+    """Say whether a call must go through torch's dispatcher.
+
+    So it must where somebody watches operators, a compiler, a dispatch mode or a tensor subclass, and for a tensor that
+    stands for its negative (`x.conj().imag`), which the dispatcher resolves.
+    """
     for tensor in tensors:
         kind = type(tensor)
-        if kind is not Tensor and kind is not Parameter:
+        if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
             return True
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
@@ -134,9 +138,9 @@ def call(
 ) -> Tensor:
     """Return y of an operator's (y, s), on the shortest way there is: `operator` where somebody watches, else `eager`.
 
-    The first four arguments are x, weight, lora_A and lora_B.
+    The first five arguments are x, weight, lora_A, lora_B, and bias or None.
     """
-    if _watched(*arguments[:4]):
+    if _watched(*arguments[: 4 if arguments[4] is None else 5]):
         y, _ = operator(*arguments)
     elif torch.is_grad_enabled():
         y, _ = eager.apply(*arguments)

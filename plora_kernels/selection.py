@@ -101,7 +101,8 @@ def index_from_mask(mask: Tensor) -> Tensor:
     rank = mask.shape[-1]
     numbers = torch.arange(rank, dtype=torch.int32, device=mask.device)
     index = torch.where(mask, numbers, -1)
-    return torch.nn.functional.pad(index, (0, -rank % INDEX_MULTIPLE), value=-1)
+    # Contiguous, as the kernels read it: where nothing is padded the index has the mask's strides.
+    return torch.nn.functional.pad(index, (0, -rank % INDEX_MULTIPLE), value=-1).contiguous()
 
 
 def mask_from_indices(indices: Tensor, rank: int) -> Tensor:

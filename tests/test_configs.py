@@ -136,6 +136,24 @@ def test_blocks_that_do_not_fit_a_smaller_device_are_passed_over(gpu: Path, monk
     assert found(monkeypatch, 86) == 64
 
 
+def test_what_a_table_lacks_is_looked_up_in_the_next(gpu: Path) -> None:
+    shape = forward_class()
+    fold = Entry(ShapeClass("fold", "bfloat16", 64, 32, 64, 8), FoldBlocks(16, 64, 16, 4, 2), 0.25)
+    save_table(gpu / "user" / "thing-1.json", [fold], {"capability": 90})
+    packaged(gpu, "a-hopper", 32, 90)
+    assert configs.find_blocks(MatmulBlocks, shape, GPU, True).block_m == 32
+    assert configs.find_blocks(FoldBlocks, fold.shape, GPU, True) == fold.blocks
+
+
+def test_a_device_s_own_entries_are_never_too_large(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ShapeClass("factor_gradient", "bfloat16", 8192, 4096, 64, 64)
+    own = Entry(shape, GradientBlocks(64, 128, 64, 4, 4, 3), 0.5)  # an estimate of 72 KiB, where LDS has 64
+    save_table(gpu / "user" / "thing-1.json", [own], {"capability": 0})
+    monkeypatch.setattr(configs, "hardware_of", lambda device: Hardware(0, 304))
+    configs.forget_tables()
+    assert configs.find_blocks(GradientBlocks, shape, GPU, True) == own.blocks
+
+
 def test_blocks_that_launches_take_can_be_noted() -> None:
     cpu = torch.device("cpu")
     with configs.noting() as taken:

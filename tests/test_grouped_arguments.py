@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
+from plora_kernels.selection import index_from_mask
 
 GOOD = {"x": (10, 7), "weight": (6, 7), "lora_A": (3, 4, 7), "lora_B": (3, 6, 4)}
 
@@ -68,3 +69,9 @@ def test_wrong_groups_are_named(groups: object, error: type[Exception], message:
 def test_other_wrong_arguments_are_named(changes: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call_with(**changes)
+
+
+def test_a_mask_may_lie_the_other_way_round() -> None:
+    mask = torch.rand(16, 3) < 0.5
+    assert torch.equal(index_from_mask(mask.t()), index_from_mask(mask.t().contiguous()))
+    assert index_from_mask(mask.t()).is_contiguous()

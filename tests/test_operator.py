@@ -245,3 +245,21 @@ def test_gradients_of_the_kernels_are_deterministic() -> None:
         results.append((lora_A.grad, lora_B.grad))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str) -> None:
+    def negative(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.complex64).conj().imag
+
+    x, weight, lora_A, lora_B, bias = negative(5, 7), negative(6, 7), negative(4, 7), negative(6, 4), negative(6)
+    assert all(tensor.is_neg() for tensor in (x, weight, lora_A, lora_B, bias))
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    dy = negative(5, 6)
+    y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
+    torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
+    pk.plora_linear(leaves[0], weight, lora_A, lora_B, bias=bias).backward(dy)
+    (leaves[1] @ (weight + lora_B @ lora_A).t()).backward(dy)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    clean = [tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B)]
+    y = pk.plora_linear(*clean, bias=bias)
+    torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)

@@ -333,3 +333,19 @@ def test_non_finite_values_stay_in_their_projection(each_backend: str) -> None:
     assert ys[1][..., 0].isposinf().all()
     assert ys[1][..., 1:].isfinite().all()
     assert ys[2].isfinite().all()
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("some", [False, True])
+def test_factor_gradients_of_no_rows_are_zero(some: bool, each_backend: str) -> None:
+    lora_A, lora_B = torch.randn(4, 20), torch.randn(24, 4)
+    index = index_from_mask(torch.tensor([True, False, True, False])) if some else None
+    operands = Projection(torch.randn(24, 20), lora_A, lora_B, None, 0.5, index)
+    ds, d_A, d_B = projections._factor_gradients(
+        torch.empty(0, 24), torch.empty(0, 20), torch.empty(0, 4), operands, True, True
+    )
+    assert ds.shape == (0, 4)
+    assert d_A is not None
+    assert d_B is not None
+    assert not d_A.any()
+    assert not d_B.any()

@@ -187,6 +187,34 @@ def test_an_output_that_is_a_view_is_not_recorded() -> None:
         assert not any(y.any() for _, ys in results for y in ys)
 
 
+def test_tensors_on_another_device_are_another_form() -> None:
+    here, there = torch.zeros(3), torch.zeros(3, device="meta")
+    forms: list[list[object]] = [[], []]
+    for form, tensor in zip(forms, (here, there), strict=True):
+        replay._look_at([tensor], form, [])
+    assert forms[0] != forms[1]
+    assert replay._Recording([here, torch.ones(3)]).usable
+    assert not replay._Recording([here, there]).usable
+
+
+def test_what_cannot_be_replayed_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[object] = []
+    real = replay._Recording.__init__
+    monkeypatch.setattr(
+        replay._Recording, "__init__", lambda self, given: (recorded.append(given), real(self, given))[1]
+    )
+    x, A, B = (torch.randn(s, device=DEVICE) for s in ((16, 16), (4, 16), (16, 4)))
+    for _ in range(3):
+        pk.plora_linear(x, x, A, B)
+    assert len(recorded) == 1
+
+
+def test_a_kernel_that_is_still_compiled_is_not_recorded() -> None:
+    recording = replay._Recording([torch.zeros(3)])
+    recording.launched(object(), (1,), ())
+    assert not recording.usable
+
+
 def test_a_call_that_fails_leaves_no_recording_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("no")

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, default_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, default_blocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
@@ -147,18 +147,23 @@ def grouped_matmul_kernel(
 def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int) -> MatmulBlocks:
     """Return blocks for out = inputs · main with `width` places, tiles as high as the mean group; always pointer loads.
 
-    `op` is "forward" or "input_gradient". What was measured for another design does not hold here.
+    They are those of all rows together, which is what fills the device. `op` is "forward" or "input_gradient". What was
+    measured for another design does not hold here.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
-    shape = ShapeClass(op, dtype_name(inputs.dtype), max(1, rows // groups.total), d_in, d_out, width)
+    shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if blocks.design not in POINTER_DESIGNS:
         default = default_blocks(shape, configs.hardware_of(inputs.device), aligned)
         assert isinstance(default, MatmulBlocks)
         blocks = default
-    # What tells groups apart takes a few registers more: in fp32 a third stage would spill.
-    return replace(blocks, num_stages=min(blocks.num_stages, 2)) if inputs.dtype is torch.float32 else blocks
+    block_m = tile(rows // max(1, groups.total), blocks.block_m)
+    if inputs.dtype is torch.float32:
+        # What tells groups apart takes a few registers more: a third stage would spill.
+        return replace(blocks, block_m=block_m, num_stages=min(blocks.num_stages, 2))
+    small = aligned and block_m * blocks.block_n < 128 * 128
+    return replace(blocks, block_m=block_m, num_warps=4 if small else blocks.num_warps)
 
 
 def grouped_matmul(

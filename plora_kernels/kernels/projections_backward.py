@@ -168,10 +168,12 @@ def factor_gradients(
     make = empty if index is None else zeros
     d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
-    if d_lora_B is not None:
+    if d_lora_B is not None and dy.shape[0] > 0:
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
     else:
         ds = side_product(dy, lora_B, index=None, dropout=None)
+        if d_lora_B is not None:
+            factor_gradient_(d_lora_B.t(), s, dy, thin_index=index, out_index=index, scale=scale)
     if d_lora_A is not None:
         factor_gradient_(d_lora_A, ds, x, thin_index=index, out_index=index, scale=scale)
     return ds, d_lora_A, d_lora_B

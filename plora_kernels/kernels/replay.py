@@ -127,8 +127,9 @@ class _Recording:
         self.given = len(self.tensors)
         self.steps: list[_Allocation | _Launch] = []
         addresses = [tensor.data_ptr() for tensor in self.tensors if tensor.numel()]
-        # Of two arguments at one address nobody could tell which a view belongs to.
-        self.usable = len(set(addresses)) == len(addresses)
+        # Of two arguments at one address nobody could tell which a view belongs to. One on the host is copied.
+        alone = len(set(addresses)) == len(addresses)
+        self.usable = alone and len({tensor.device for tensor in self.tensors}) == 1
 
     def allocated(self, tensor: Tensor, zeros: bool) -> Tensor:
         # Held until the recording ends, so that no other tensor takes its address.
@@ -147,6 +148,9 @@ class _Recording:
             elif isinstance(argument, tuple):
                 made.append((place, _Tuple(*self._places(argument))))
                 kept[place] = None
+        if not hasattr(compiled, "__getitem__"):  # what Triton still compiles in the background
+            self.usable = False
+            return
         x, y, z = (*grid, 1, 1)[:3]
         self.steps.append(_Launch(compiled[x, y, z], kept, places, made, ()))
 
@@ -229,7 +233,7 @@ def replayed(function: F) -> F:
     Its arguments are tensors of one device, numbers, None, and sequences of such; the first is a tensor or begins with
     one. It returns tensors, None and sequences of them. Nothing is replayed while blocks are forced or noted.
     """
-    replays: dict[tuple[object, ...], _Replay] = {}
+    replays: dict[tuple[object, ...], _Replay | None] = {}  # None: what cannot be replayed
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -238,24 +242,22 @@ def replayed(function: F) -> F:
             first = first[0]
         if state is None or first.is_meta:
             return function(*arguments)
-        form: list[object] = [state, first.device, dot_precision(first.dtype)]
+        form: list[object] = [state, dot_precision(first.dtype)]
         tensors: list[Tensor] = []
         _look_at(arguments, form, tensors)
         key = tuple(form)
-        replay = replays.get(key)
-        if replay is not None:
-            return replay.run(tensors)
+        if key in replays:
+            replay = replays[key]
+            return function(*arguments) if replay is None else replay.run(tensors)
         recording = _Recording(arguments)
         outer, _local.recording = _local.recording, recording
         try:
             outputs = function(*arguments)
         finally:
             _local.recording = outer
-        replay = recording.replay(outputs)
-        if replay is not None:
-            if len(replays) >= MOST_FORMS:
-                replays.clear()
-            replays[key] = replay
+        if len(replays) >= MOST_FORMS:
+            replays.clear()
+        replays[key] = recording.replay(outputs)
         return outputs
 
     return cast(F, call)
@@ -266,7 +268,8 @@ def _look_at(arguments: Sequence[Any], form: list[object], tensors: list[Tensor]
     for argument in arguments:
         if isinstance(argument, Tensor):
             tensors.append(argument)
-            form += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() % 16)
+            place = argument.device, argument.data_ptr() % 16
+            form += (argument.shape, argument.stride(), argument.dtype, place)
         elif isinstance(argument, list | tuple):
             form.append(len(argument))
             _look_at(argument, form, tensors)

@@ -30,11 +30,13 @@ def _watched(*tensors: Tensor) -> bool:
     So it must where somebody watches operators, a compiler, a dispatch mode or a tensor subclass, and for a tensor that
     stands for its negative (`x.conj().imag`), which the dispatcher resolves.
     """
+    if torch.compiler.is_compiling():  # first: a compiler cannot trace what is asked next
+        return True
     for tensor in tensors:
         kind = type(tensor)
         if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
             return True
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return is_in_torch_dispatch_mode()
 
 
 def _rows(tensor: Tensor) -> Tensor:

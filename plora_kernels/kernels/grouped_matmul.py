@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, default_blocks, tile
+from ..blocks import MatmulBlocks, ShapeClass, default_blocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
@@ -154,7 +154,7 @@ def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, w
     shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
-    if blocks.design not in POINTER_DESIGNS:
+    if blocks.design != "tile":
         default = default_blocks(shape, configs.hardware_of(inputs.device), aligned)
         assert isinstance(default, MatmulBlocks)
         blocks = default
@@ -192,7 +192,7 @@ def grouped_matmul(
     if inputs.dtype is torch.float32 and drop_out is not None and drop_out.numbers is not None:
         blocks = replace(blocks, block_n=min(blocks.block_n, 32))  # rows' own numbers are a register too many
     # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
-    given = drop_in is not None or width > blocks.block_r or blocks.design in SIDE_FIRST
+    given = drop_in is not None or width > blocks.block_r
     if given:
         side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)
     else:

@@ -186,7 +186,10 @@ def default_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> Bloc
     wide = shape.dtype == "float32"  # through FMA or tf32: twice the shared memory an element, smaller tiles
     if shape.op in LAYER_OPS:
         blocks = _filling(_matmul_blocks(shape, hardware, wide, aligned), shape, hardware)
-        return replace(blocks, design=_pointer_design(shape, blocks.block_n, hardware))
+        design = _pointer_design(shape, blocks.block_n, hardware)
+        # A side product that is read takes registers beside the tile: a third stage, or 64 modules, would spill.
+        few = {"block_r": min(blocks.block_r, 32), "num_stages": 2 if wide else blocks.num_stages}
+        return replace(blocks, design=design, **(few if design in SIDE_FIRST else {}))
     if shape.op in PROJECTION_OPS:
         return _filling(_projection_blocks(shape, hardware, wide, aligned), shape, hardware)
     if shape.op == "side_product":
@@ -273,7 +276,9 @@ def _side_blocks(shape: ShapeClass, wide: bool, hardware: Hardware) -> SideBlock
 
 
 def _gradient_blocks(shape: ShapeClass, wide: bool) -> GradientBlocks:
-    return GradientBlocks(32 if wide else 64, tile(shape.d_in, 128), tile(shape.r, 32 if wide else 64), 2, 4, 3)
+    return GradientBlocks(
+        32 if wide else 64, tile(shape.d_in, 128), tile(shape.r, 32 if wide else 64), 2, 4, 2 if wide else 3
+    )
 
 
 def _output_gradient_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: bool) -> OutputGradientBlocks:

@@ -187,9 +187,9 @@ def default_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> Bloc
     if shape.op in LAYER_OPS:
         blocks = _filling(_matmul_blocks(shape, hardware, wide, aligned), shape, hardware)
         design = _pointer_design(shape, blocks.block_n, hardware)
-        # A side product that is read takes registers beside the tile: a third stage, or 64 modules, would spill.
-        few = {"block_r": min(blocks.block_r, 32), "num_stages": 2 if wide else blocks.num_stages}
-        return replace(blocks, design=design, **(few if design in SIDE_FIRST else {}))
+        # A side product that is read takes registers beside the tile: 64 modules of it would spill.
+        block_r = min(blocks.block_r, 32) if design in SIDE_FIRST else blocks.block_r
+        return replace(blocks, design=design, block_r=block_r)
     if shape.op in PROJECTION_OPS:
         return _filling(_projection_blocks(shape, hardware, wide, aligned), shape, hardware)
     if shape.op == "side_product":
@@ -263,7 +263,9 @@ def _pointer_design(shape: ShapeClass, block_n: int, hardware: Hardware) -> str:
     operations of half precision (30 of fp32) in the time of one byte. It must also be long enough to fill the device.
     """
     recomputed = shape.r * -(-shape.d_out // block_n)
-    dearer = recomputed >= (64 if shape.dtype == "float32" else 192)
+    wide = shape.dtype == "float32"
+    # Of float32 more than sixteen modules, read sixteen at a time, would spill.
+    dearer = (recomputed >= 64 and shape.r <= 16) if wide else recomputed >= 192
     return "tile_two_launch" if dearer and shape.m >= 32 * hardware.multiprocessors else "tile"
 
 

@@ -80,19 +80,21 @@ def narrowed(
     """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
 
     Like this are a class of the same op, and the forward for dX, of the same dtype and with rows that differ by no
-    more than four times; of several the nearest counts, with the number of modules at a time changed to this class's.
+    more than four times; of several the nearest counts. How many modules are taken at a time is this class's own.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:
         return _in_turns(known)[:most]
     nearest = min(like, key=lambda other: (other.op != shape.op, _distance(shape, other)))
-    block_r = known[0].block_r
-    allowed, chosen, counts = set(known), {known[0]: None}, Counter[str]()
+    own: dict[Blocks, list[Blocks]] = {}
+    for blocks in known:
+        own.setdefault(replace(blocks, block_r=0), []).append(blocks)
+    chosen, counts = {known[0]: None}, Counter[str]()
     for timed in sorted(searched[nearest], key=lambda timed: (-timed.rounds, timed.time_ms)):
-        blocks = replace(timed.blocks, block_r=block_r)
-        if blocks in allowed and counts[timed.design] < INHERITED:
-            counts[timed.design] += 1
-            chosen[blocks] = None
+        for blocks in own.pop(replace(timed.blocks, block_r=0), ()):
+            if counts[timed.design] < INHERITED:
+                counts[timed.design] += 1
+                chosen[blocks] = None
     return tuple(chosen)
 
 

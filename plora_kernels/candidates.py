@@ -13,6 +13,7 @@ from .blocks import (
     KERNEL_DESIGNS,
     LAYER_OPS,
     POINTER_DESIGNS,
+    SIDE_FIRST,
     Blocks,
     FoldBlocks,
     GradientBlocks,
@@ -74,7 +75,7 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
     if shape.op in LAYER_OPS:
         yield replace(default, design="algebra")
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
-    block_r = tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
+    narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
     depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
@@ -82,7 +83,9 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         if block_m < 64 and design not in POINTER_DESIGNS:
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+        # A side product that is read lies in registers beside the tile: half of it at a time may leave it room.
+        for block_r in sorted({narrow, wide}) if design in SIDE_FIRST else (wide,):
+            yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
 
 
 def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:

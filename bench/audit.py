@@ -167,9 +167,9 @@ def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence
 
 
 def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
-    """Yield every design that is a candidate on a target beside the default, "tile"."""
+    """Yield every design that is a candidate on a target."""
     for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
-        blocks = design_blocks(design, shape, dtype, target.hardware) if design != "tile" else {}
+        blocks = design_blocks(design, shape, dtype, target.hardware)
         if len(blocks) == 2:
             yield Job(shape, dtype, target, design, tuple(blocks.items()), candidate=True)
 

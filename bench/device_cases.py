@@ -12,6 +12,8 @@ TABLE = tuple(
 GATE, TABLE_ROWS, TABLE_RANKS = TABLE[0], 8192, (16, 32, 64)
 OTHER_RANKS, OTHER_ROWS = (8, 128, 256), (2048, 512)
 DECODE_ROWS = (1, 16)
+# Projections of one input: q, k and v of Llama 3.1 8B, gate and up and then q, k and v of Llama 3.2 1B.
+SHARED_INPUTS = (QKV[2], GATE_UP, QKV[1])
 TINY = Projection("tiny", "query", 64, 48)
 TINY_SEVERAL = several("tiny", "q, k, v", 64, 48, 16, 16)
 LINEAR: tuple[Op, ...] = ("forward", "forward_backward")
@@ -37,12 +39,11 @@ def device_cases(device_type: str) -> tuple[Case, ...]:
 
 def _beyond_one_pass() -> list[Case]:
     """List dropout, projections of one input and the other forms of folds, where they matter."""
-    (_, qkv_1b, qkv_8b), (_, _, qkvo_8b) = QKV, QKVO
     found = [Case("dropout", GATE, TABLE_ROWS, 16, "bfloat16")]
-    for projection in (qkv_8b, GATE_UP, qkv_1b):
+    for projection in SHARED_INPUTS:
         found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for op in ("projections", "projections_forward")]
-    found += [Case("projections_forward", qkv_8b, m, 16, "bfloat16") for m in DECODE_ROWS]
-    found += [Case("fold_out", GATE, 0, 16, "bfloat16"), Case("fold_many", qkvo_8b, 0, 16, "bfloat16")]
+    found += [Case("projections_forward", SHARED_INPUTS[0], m, 16, "bfloat16") for m in DECODE_ROWS]
+    found += [Case("fold_out", GATE, 0, 16, "bfloat16"), Case("fold_many", QKVO[2], 0, 16, "bfloat16")]
     return found
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
-from bench.cases import Case, Op, Problem, Projection, make_problem
-from bench.correctness import Results, check, plain_results
+from bench.cases import Case, Op, Problem, Projection, make_problem, several
+from bench.correctness import Results, check, numbered, plain_results
 from bench.device_checks import poisoned_outputs
 from plora_kernels.blocks import Blocks, ShapeClass
 from plora_kernels.configs import forcing
@@ -165,58 +165,28 @@ def projection_widths(total: int) -> tuple[int, ...]:
     return (total // 6 * 4, total // 6, total // 6) if total % 96 == 0 else (total // 2, total - total // 2)
 
 
-@dataclass(frozen=True)
-class _Projections:
-    """Layers over one input: x (M, K), a weight, A and B each, their joint dy and what both launchers need."""
-
-    x: Tensor
-    weights: tuple[Tensor, ...]
-    As: tuple[Tensor, ...]
-    Bs: tuple[Tensor, ...]
-    grad_ys: tuple[Tensor, ...]
-    scale: float
-
-    @classmethod
-    def of(cls, k: int, total: int, shape: ShapeClass, device: torch.device) -> _Projections:
-        """Draw them; `total` is the sum of their widths."""
-        _, problem = _problem("forward", shape.m, k, total, shape, device)
-        widths = projection_widths(total)
-        return cls(
-            problem.x,
-            tuple(part.contiguous() for part in problem.weight.split(widths)),
-            tuple(problem.A.clone() for _ in widths),
-            tuple(part.contiguous() for part in problem.B.split(widths)),
-            tuple(part.contiguous() for part in problem.grad_y.split(widths, dim=1)),
-            problem.scale,
-        )
-
-    @property
-    def scales(self) -> list[float]:
-        """Return every layer's scale."""
-        return [self.scale] * len(self.weights)
+def _projections(op: Op, k: int, total: int, shape: ShapeClass, device: torch.device) -> tuple[Case, Problem]:
+    case = Case(op, several("tuned", shape.op, k, *projection_widths(total)), shape.m, shape.r, shape.dtype)
+    return case, make_problem(case, device)
 
 
 def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.projections_forward import forward
 
-    of = _Projections.of(shape.d_in, shape.d_out, shape, device)
+    case, problem = _projections("projections_forward", shape.d_in, shape.d_out, shape, device)
+    parts = problem.parts()
+    weights, As, Bs = ([getattr(part, name) for part in parts] for name in ("weight", "A", "B"))
 
     def run() -> tuple[list[Tensor], list[Tensor]]:
-        return forward(of.x, of.weights, of.As, of.Bs, [None] * len(of.weights), of.scales, True)
-
-    def expected(dtype: torch.dtype) -> Results:
-        x = of.x.to(dtype)
-        found: dict[str, Tensor] = {}
-        for place, (weight, A, B) in enumerate(zip(of.weights, of.As, of.Bs, strict=True)):
-            side = x @ A.to(dtype).t()
-            found |= {f"y{place}": x @ weight.to(dtype).t() + of.scale * side @ B.to(dtype).t(), f"s{place}": side}
-        return found
+        return forward(problem.x, weights, As, Bs, [None] * len(parts), [problem.scale] * len(parts), True)
 
     def results() -> Results:
-        named: dict[str, Tensor] = {}
-        for place, (y, side) in enumerate(zip(*run(), strict=True)):
-            named |= {f"y{place}": y, f"s{place}": side}
-        return named
+        ys, sides = run()
+        return numbered("y", ys) | numbered("s", sides)
+
+    def expected(dtype: torch.dtype) -> Results:
+        sides = [problem.x.to(dtype) @ A.to(dtype).t() for A in As]
+        return {**plain_results(case, problem, dtype, adapted=True), **numbered("s", sides)}
 
     return Trial(shape, run, results, expected)
 
@@ -224,17 +194,17 @@ def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
 def _projections_input_gradient(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.projections_backward import input_gradient
 
-    of = _Projections.of(shape.d_out, shape.d_in, shape, device)
-    sides = [grad_y @ B for grad_y, B in zip(of.grad_ys, of.Bs, strict=True)]
+    case, problem = _projections("projections", shape.d_out, shape.d_in, shape, device)
+    parts = problem.parts()
+    grad_ys = [part.grad_y.contiguous() for part in parts]
+    sides = [grad_y @ part.B for grad_y, part in zip(grad_ys, parts, strict=True)]
+    weights, As = [part.weight for part in parts], [part.A for part in parts]
 
     def run() -> Tensor:
-        return input_gradient(of.grad_ys, of.weights, sides, of.As, of.scales)
+        return input_gradient(grad_ys, weights, sides, As, [problem.scale] * len(parts))
 
     def expected(dtype: torch.dtype) -> Results:
-        dx = torch.zeros_like(of.x, dtype=dtype)
-        for grad_y, weight, side, A in zip(of.grad_ys, of.weights, sides, of.As, strict=True):
-            dx += grad_y.to(dtype) @ weight.to(dtype) + of.scale * side.to(dtype) @ A.to(dtype)
-        return {"dx": dx}
+        return {"dx": plain_results(case, problem, dtype, adapted=True)["dx"]}
 
     return Trial(shape, run, lambda: {"dx": run()}, expected)
 

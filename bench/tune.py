@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.device_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS
+from bench.device_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
 from bench.environment import device_slug, source_digest
 from bench.gpu import RESERVE_SECONDS, default_workers, describe, measure_kernels
 from bench.records import RecordFile, blank, open_records
@@ -37,8 +37,6 @@ from plora_kernels.tables import PACKAGED, Entry, load_table, save_table, user_f
 
 SECONDS_EACH = 60.0
 OTHER_RANKS = (128, 256)
-# Inputs, and the outputs of q, k and v of Llama 3.1 8B, of its gate and up, and of q, k and v of Llama 3.2 1B.
-SHARED_INPUTS = ((4096, 6144), (4096, 28672), (2048, 3072))
 LOGS = Path(__file__).parent / "results" / "tune"
 
 
@@ -100,8 +98,10 @@ def shape_classes(device_type: str) -> list[ShapeClass]:
         if r == TABLE_RANKS[0]:
             found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, r) for p in TABLE]
             found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, r) for m in DECODE_ROWS for p in TABLE[:3]]
-            for k, total in SHARED_INPUTS:
-                found += projection_classes(TABLE_ROWS, k, total, r, "bfloat16")
+            for shared in SHARED_INPUTS:
+                found += projection_classes(TABLE_ROWS, shared.k, shared.n, r, "bfloat16")
+            first = SHARED_INPUTS[0]
+            found += [ShapeClass("projections_forward", "bfloat16", m, first.k, first.n, r) for m in DECODE_ROWS]
     gate = TABLE[0]
     for r in OTHER_RANKS:
         found += layer_classes(TABLE_ROWS, gate.k, gate.n, r, "bfloat16")

@@ -23,6 +23,10 @@ from .modules import add_low_rank, keep_mask, load_modules, load_side, store_sid
 from .replay import empty, launch
 from .side_product import side_product
 
+# Elements of a tile, at most, of which a mask drops the low-rank part: that is summed apart, in registers or tensor
+# memory of its own. Of twice as many sm_90 spills, and for sm_100 Triton 3.9 compiles a kernel that does nothing.
+MASKED_TILE = 128 * 128
+
 
 @triton.jit
 def grouped_matmul_kernel(
@@ -191,6 +195,8 @@ def grouped_matmul(
     blocks = find_grouped_blocks(op, inputs, main, groups, width)
     if inputs.dtype is torch.float32 and drop_out is not None and drop_out.numbers is not None:
         blocks = replace(blocks, block_n=min(blocks.block_n, 32))  # rows' own numbers are a register too many
+    if drop_out is not None and blocks.block_m * blocks.block_n > MASKED_TILE:
+        blocks = replace(blocks, block_n=MASKED_TILE // blocks.block_m)
     # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
     given = drop_in is not None or width > blocks.block_r
     if given:

@@ -12,6 +12,7 @@ import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import (
     OPS,
+    POINTER_DESIGNS,
     Blocks,
     FoldBlocks,
     GradientBlocks,
@@ -21,6 +22,7 @@ from plora_kernels.blocks import (
     ShapeClass,
     SideBlocks,
     default_blocks,
+    pointer_blocks,
 )
 from plora_kernels.candidates import candidates
 from plora_kernels.tables import Entry, Table, device_key, load_table, save_table, user_folder
@@ -165,11 +167,13 @@ def test_blocks_that_launches_take_can_be_noted() -> None:
 @pytest.mark.parametrize(
     ("m", "n", "tile"),
     [
-        (8192, 4096, (128, 128)),
+        (8192, 4096, (128, 256)),
+        (1024, 4096, (128, 256)),  # 128 large tiles of 132
         (1, 4096, (16, 32)),  # 128 tiles of 132
         (16, 1024, (16, 32)),
         (512, 1024, (64, 64)),  # 32 tiles become 128
         (512, 4096, (128, 128)),  # 128 already
+        (4096, 1280, (128, 128)),  # 160 large tiles would leave most of a second round empty
         (37, 29, (32, 32)),
     ],
 )
@@ -177,22 +181,30 @@ def test_small_products_are_cut_into_tiles_for_most_of_the_device(m: int, n: int
     blocks = default_blocks(forward_class(m=m, d_out=n), H200, True)
     assert isinstance(blocks, MatmulBlocks)
     assert (blocks.block_m, blocks.block_n) == tile
+    assert (blocks.design in POINTER_DESIGNS) == (tile != (128, 256))
 
 
 @pytest.mark.parametrize(
-    ("shape", "design"),
+    ("shape", "pointers", "descriptors"),
     [
-        (forward_class(), "tile_two_launch"),  # 32 columns of tiles would make the product again
-        (forward_class(d_in=768, d_out=768), "tile"),
-        (forward_class(d_in=768, d_out=768, r=64), "tile_two_launch"),
-        (forward_class(m=512), "tile"),  # too short to fill the device with a launch of its own
-        (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch"),
+        (forward_class(), "tile_two_launch", "two_launch"),  # 32 or 16 columns of tiles would make the product again
+        (forward_class(d_in=768, d_out=768), "tile", "persistent"),
+        (forward_class(d_in=768, d_out=768, r=64), "tile_two_launch", "two_launch"),
+        (forward_class(d_in=2048, d_out=2048), "tile_two_launch", "persistent"),
+        (forward_class(m=2048, r=32), "tile", "two_launch"),  # 32 modules made in the loop would spill a large tile
+        (forward_class(m=512), "tile", None),  # too short to fill the device with a launch of its own
+        (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch", None),
     ],
 )
-def test_the_default_makes_the_side_product_first_where_that_costs_less(shape: ShapeClass, design: str) -> None:
-    blocks = default_blocks(shape, H200, True)
-    assert isinstance(blocks, MatmulBlocks)
-    assert blocks.design == design
+def test_the_default_makes_the_side_product_first_where_that_costs_less(
+    shape: ShapeClass, pointers: str, descriptors: str | None
+) -> None:
+    assert pointer_blocks(shape, H200, True).design == pointers
+    default = default_blocks(shape, H200, True)
+    assert isinstance(default, MatmulBlocks)
+    assert default.design == (descriptors or pointers)
+    assert default_blocks(shape, Hardware(100, 132), True) == pointer_blocks(shape, Hardware(100, 132), True)
+    assert default_blocks(shape, H200, False) == pointer_blocks(shape, H200, False)
 
 
 def test_an_unreadable_table_is_passed_over_with_a_warning(gpu: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, default_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, pointer_blocks
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
 from .persistent_matmul import persistent_matmul, takes_descriptors
@@ -102,8 +102,7 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     shape = ShapeClass("forward", dtype_name(inputs.dtype), rows, d_in, d_out, width)
     hardware = configs.hardware_of(inputs.device)
-    blocks = default_blocks(shape, hardware, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
-    assert isinstance(blocks, MatmulBlocks)
+    blocks = pointer_blocks(shape, hardware, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
     if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
         return blocks
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..blocks import MatmulBlocks, ShapeClass, default_blocks, tile
+from ..blocks import MatmulBlocks, ShapeClass, pointer_blocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
@@ -159,9 +159,7 @@ def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, w
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if blocks.design != "tile":
-        default = default_blocks(shape, configs.hardware_of(inputs.device), aligned)
-        assert isinstance(default, MatmulBlocks)
-        blocks = default
+        blocks = pointer_blocks(shape, configs.hardware_of(inputs.device), aligned)
     block_m = tile(rows // max(1, groups.total), blocks.block_m)
     if inputs.dtype is torch.float32:
         # What tells groups apart takes a few registers more: a third stage would spill.

@@ -187,7 +187,8 @@ def _detached(job: Job) -> Job:
 
 
 def _takes_kernel(job: Job) -> bool:
-    return runs_kernels(job[0]) and not _is_observed(*_detached(job)[:3])
+    *operands, _, _, _, out = _detached(job)
+    return runs_kernels(job[0]) and not _is_observed(*operands, out)
 
 
 def _fold_together(jobs: Sequence[Job]) -> None:
@@ -280,6 +281,13 @@ def run_fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     """Fold checked tensors: by the operators where somebody watches them, else directly, which costs less host time."""
+    if not torch.compiler.is_compiling() and out.is_neg():
+        # One that stands for its negative (`z.conj().imag`): no operator writes through that.
+        plain = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        run_fold(weight.detach().resolve_neg(), lora_A, lora_B, index, scale, seed, plain)
+        with torch.no_grad():
+            out.copy_(plain)
+        return
     in_place, written = out is weight, out
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     out = weight if in_place else out.detach()

@@ -208,13 +208,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.scale, ctx.frozen, ctx.dropout_p = scale, frozen, dropout_p
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None, recorded: bool = False) -> tuple[Tensor | None, ...]:
     if dy is None:
         return as_autograd_takes(ctx, None)
     x, weight, lora_A, lora_B, s, index, offsets, scales, *dropout = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     needs = need_x, need_A, need_B, need_bias
-    backward = torch.ops.plora.grouped_linear_backward if is_recorded(dy) else _linear_backward
+    backward = torch.ops.plora.grouped_linear_backward if recorded or is_recorded(dy) else _linear_backward
     gradients = backward(
         dy, x, weight, lora_A, lora_B, s, index, offsets, scales, ctx.scale, ctx.frozen, *needs,
         ctx.dropout_p, *dropout,
@@ -254,7 +254,7 @@ def linear(
     dropout_rows: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
-    refuse_transforms()
+    refuse_transforms(x, lora_A, lora_B)
     operands = x, weight, lora_A, lora_B
     if index is None and dropout_p == 0.0 and group_products.takes(*operands) and not _watched(*operands):
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))

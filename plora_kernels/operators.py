@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -83,14 +84,22 @@ def as_autograd_takes(ctx: Any, gradients: Gradients | None) -> tuple[Tensor | N
 
 
 def is_recorded(dy: Tensor) -> bool:
-    """Say whether a backward goes through its operator, which, called with create_graph=True, refuses to go on."""
-    return _watched(dy) or torch.is_grad_enabled()
+    """Say whether a backward goes through its operator.
+
+    It refuses create_graph=True, and takes a batch of gradients (is_grads_batched=True) apart.
+    """
+    return _watched(dy) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def register(name: str, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
-    """Register `plora::name` with autograd; refuse a double backward and vmap by name."""
+    """Register `plora::name` with autograd; refuse a double backward and vmap by name.
+
+    Whoever had reason to watch the forward, or tensors only the dispatcher reads right, has it in the backward too:
+    `differentiate` is told to take the operator.
+    """
     backward = f"{name}_backward"
-    torch.library.register_autograd(f"plora::{name}", differentiate, setup_context=save, lib=_library)
+    by_operator = functools.partial(differentiate, recorded=True)
+    torch.library.register_autograd(f"plora::{name}", by_operator, setup_context=save, lib=_library)
     torch.library.register_autograd(f"plora::{backward}", _refuse_double_backward, lib=_library)
     for operator in (name, backward):
         torch.library.register_vmap(f"plora::{operator}", _refuse_vmap, lib=_library)
@@ -115,6 +124,10 @@ def refused_twice(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) 
 
     @functools.wraps(backward)
     def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch._C._functorch.is_legacy_batchedtensor(dy):
+            raise UnsupportedError(
+                "groups take no batch of gradients (is_grads_batched=True); go through them one by one"
+            )
         if not torch.is_grad_enabled():  # as it is but under create_graph=True
             return backward(ctx, dy)
         with torch.no_grad():
@@ -129,10 +142,15 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     raise UnsupportedError("plora_linear does not run under vmap; give x a leading batch axis instead")
 
 
-def refuse_transforms() -> None:
-    """Raise UnsupportedError inside torch.func's transforms."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise UnsupportedError inside torch.func's transforms, and for tensors with a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
         raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
+    # Asked first, as it costs nothing: outside dual_level no tensor has one.
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise UnsupportedError("plora_linear has no forward-mode derivative; use autograd's backward")
 
 
 def call(

@@ -155,13 +155,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.scale, ctx.frozen, ctx.dropout_p = scale, frozen, dropout_p
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None, recorded: bool = False) -> tuple[Tensor | None, ...]:
     if dy is None:
         return as_autograd_takes(ctx, None)
     x, weight, lora_A, lora_B, s, index, seed = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     needs = need_x, need_A, need_B, need_bias
-    backward = _BACKWARD if is_recorded(dy) else _linear_backward
+    backward = _BACKWARD if recorded or is_recorded(dy) else _linear_backward
     gradients = backward(dy, x, weight, lora_A, lora_B, s, index, ctx.scale, ctx.frozen, *needs, ctx.dropout_p, seed)
     return as_autograd_takes(ctx, gradients)
 
@@ -197,7 +197,7 @@ def linear(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
-    refuse_transforms()
+    refuse_transforms(x, lora_A, lora_B)
     keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
     return call(_FORWARD, _EagerLinear, _linear, arguments)

@@ -75,7 +75,8 @@ class RowGroups:
             return torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
         key = math.prod(x.shape[:-1]), x.device
         if key not in self._offsets:
-            self._offsets[key] = torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
+            with torch.inference_mode(False):  # a later call may train
+                self._offsets[key] = torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
         return self._offsets[key]
 
     def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,17 +99,19 @@ class RowGroups:
         """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
         if self._numbers is None or x.dim() != 3 or x.shape[0] * x.shape[1] != self._numbers.shape[0]:
             return None
-        numbers = self._numbers.to(x.device, non_blocking=True)
-        if not torch.compiler.is_compiling():
-            self._numbers = numbers
-        return numbers
+        if torch.compiler.is_compiling():
+            return self._numbers.to(x.device, non_blocking=True)
+        with torch.inference_mode(False):  # as above
+            self._numbers = self._numbers.to(x.device, non_blocking=True)
+        return self._numbers
 
 
 def _numbered(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Return the numbers rows have among their group's own, were its samples no longer than `lengths` says."""
-    places = torch.arange(max(lengths))
-    counts = [(torch.arange(size)[:, None] * own + places).flatten() for size, own in zip(sizes, lengths, strict=True)]
-    return torch.cat(counts)
+    with torch.inference_mode(False):
+        places = torch.arange(max(lengths))
+        parts = [torch.arange(size)[:, None] * own + places for size, own in zip(sizes, lengths, strict=True)]
+        return torch.cat([part.flatten() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,10 @@ class GroupModules:
         groups, device = len(rows), lora_A.device
         if lora_A.dim() != 3 or lora_A.shape[0] != groups:
             raise ShapeError(f"lora_A is {tuple(lora_A.shape)}; {groups} groups need ({groups}, R, K)")
-        index = group_index(selected, groups, lora_A.shape[1], device)
-        common, scales = group_scales(scale, groups, device)
-        seeds = group_seeds(dropout_p, dropout_seeds, groups, device)
+        with torch.inference_mode(False):
+            index = group_index(selected, groups, lora_A.shape[1], device)
+            common, scales = group_scales(scale, groups, device)
+            seeds = group_seeds(dropout_p, dropout_seeds, groups, device)
         memory = None if gradients is None else GradientMemory(lora_A, lora_B, *gradients)
         return cls(rows, lora_A, lora_B, index, common, scales, float(dropout_p), seeds, memory)
 
@@ -178,10 +182,11 @@ class GroupModules:
             if self._is_plain(x, weight):
                 return self._traced(x, weight, bias)
         elif not _watched(x):
-            refuse_transforms()
+            refuse_transforms(x, self.lora_A, self.lora_B)
             key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
             if key not in self._ways:
-                self._ways[key] = self._way(x, weight)
+                with torch.inference_mode(False):  # what it keeps may be met in training
+                    self._ways[key] = self._way(x, weight)
             way = self._ways[key]
             if way is not None:
                 return self._by(way, x, weight, bias)

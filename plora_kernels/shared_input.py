@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .linear import FusedPLoRALinear
 from .operators import _watched
@@ -109,9 +110,9 @@ class SharedInput:
 
     def leave_round(self) -> None:
         """Forget outputs that were computed and not taken."""
-        if self._round is not None:
-            self._round.drop()
-            self._round = None
+        current, self._round = self._round, None
+        if current is not None:
+            current.drop()
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
         """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
@@ -131,9 +132,10 @@ class SharedInput:
 
     def _begin(self, x: Tensor) -> _Round | None:
         """Compute every member's output of x and return the new round; None if they do not fit together."""
-        if self._round is not None:
-            self._misses += self._round.untaken > 0
-            self.leave_round()
+        before, self._round = self._round, None
+        if before is not None:
+            self._misses += before.untaken > 0
+            before.drop()
         members = [reference() for reference in self._members if reference is not None]
         if self._misses >= MISSES_ALLOWED or len(members) < len(self._members):
             return None
@@ -144,8 +146,9 @@ class SharedInput:
             return None
         computed = forward(x, operands, keep_s=torch.is_grad_enabled())
         states = (member.state() for member in able)
-        self._round = _Round(x, dict(enumerate(map(_Waiting, states, operands, computed))))
-        return self._round
+        # Kept for the layers to come; this one goes on with its own, whatever another thread puts there meanwhile.
+        self._round = begun = _Round(x, dict(enumerate(map(_Waiting, states, operands, computed))))
+        return begun
 
     def __getstate__(self) -> int:
         """Copy and pickle the size alone: the copied layers enter by themselves."""
@@ -230,7 +233,9 @@ def _circumstances(x: Tensor) -> tuple[object, ...]:
 
 def _may_share(x: Tensor) -> bool:
     """Say whether an output computed now would be the same at a later call, and nobody watches what is computed."""
-    if x.numel() == 0 or x.dim() == 0 or x.is_inference() or torch._C._are_functorch_transforms_active():
+    if x.numel() == 0 or x.dim() == 0 or x.is_inference():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     kind = x.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import plora_kernels as pk
-from plora_kernels import reference
+from plora_kernels import group_products, reference
 from plora_kernels.selection import index_buffer
 from tests.support.layer_inputs import layer_inputs as inputs
 
@@ -260,6 +261,57 @@ def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str)
     pk.plora_linear(leaves[0], weight, lora_A, lora_B, bias=bias).backward(dy)
     (leaves[1] @ (weight + lora_B @ lora_A).t()).backward(dy)
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
-    clean = [tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B)]
+    *operands, dy = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B, dy))
+    for place, one in enumerate((x, weight, lora_A, lora_B)):  # the backward reads what the forward kept
+        given = [*operands[:place], one, *operands[place + 1 :]]
+        for groups in (None, [0, 2, 5]):
+            leaves = [tensor.detach().requires_grad_(number != 1) for number, tensor in enumerate(given)]
+            factors = leaves[2:] if groups is None else [leaf[None].expand(2, -1, -1) for leaf in leaves[2:]]
+            pk.plora_linear(*leaves[:2], *factors, groups=groups).backward(dy)
+            expected = [tensor.clone().requires_grad_(number != 1) for number, tensor in enumerate(operands)]
+            (expected[0] @ (expected[1] + expected[3] @ expected[2]).t()).backward(dy)
+            for got, wanted in zip(leaves, expected, strict=True):
+                assert (got.grad is None) == (wanted.grad is None)
+                if got.grad is not None:
+                    torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-5)
+    clean = operands
     y = pk.plora_linear(*clean, bias=bias)
     torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch takes the batch apart
+def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
+    each_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_products, "pays", lambda *_: False)  # small layers consist of torch's own operations
+    x, weight, lora_A, lora_B, _ = inputs()
+    dys = torch.randn(2, 3, 5, 6)
+    y = pk.plora_linear(x, weight, lora_A, lora_B)
+    found = torch.autograd.grad(y, (x, lora_A, lora_B), dys, is_grads_batched=True, retain_graph=True)
+    for place, dy in enumerate(dys):
+        one = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
+        for batch, alone in zip(found, one, strict=True):
+            torch.testing.assert_close(batch[place], alone)
+    y = pk.plora_linear(x, weight, lora_A[None], lora_B[None], groups=[0, 15])
+    if each_backend == "torch":  # products in place
+        with pytest.raises(pk.UnsupportedError, match="is_grads_batched=True"):
+            torch.autograd.grad(y, x, dys, is_grads_batched=True)
+    else:
+        (batch,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+        torch.testing.assert_close(batch[0], torch.autograd.grad(y, x, dys[0])[0])
+
+
+@pytest.mark.parametrize("groups", [None, [0, 15]])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_tangent_of_forward_mode_is_refused_by_name(
+    enabled: bool, groups: list[int] | None, each_backend: str
+) -> None:
+    x, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    factors = (lora_A, lora_B) if groups is None else (lora_A[None], lora_B[None])
+    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        pk.plora_linear(x, weight, *factors, groups=groups)  # without a tangent nothing is lost
+        for place in range(3):
+            given = [x, *factors]
+            given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+            with pytest.raises(pk.UnsupportedError, match="no forward-mode derivative"):
+                pk.plora_linear(given[0], weight, *given[1:], groups=groups)

@@ -165,3 +165,22 @@ def test_what_does_not_fit_is_named() -> None:
         pk.RowGroups(SIZES, [5, 5])
     with pytest.raises(pk.ShapeError, match="4 groups need"):
         pk.GroupModules.of(rows, factors[name][0][:2], factors[name][1])
+
+
+@pytest.mark.parametrize("form", [{}, {"selected": [[0], [1]]}, {"scale": [1.0, 2.0]}, {"dropout_p": 0.3}], ids=str)
+@pytest.mark.parametrize("lengths", [None, [2, 3]])
+def test_groups_first_met_in_inference_mode_train_afterwards(
+    form: dict[str, object], lengths: list[int] | None, each_backend: str
+) -> None:
+    layer = pk.FusedPLoRALinear(7, 6, rank=RANK)
+    A, B = torch.randn(2, RANK, 7, requires_grad=True), torch.randn(2, 6, RANK, requires_grad=True)
+    x = torch.randn(2, 3, 7)
+    seeds = {"dropout_seeds": [1, 2]} if "dropout_p" in form else {}
+    with torch.inference_mode():
+        layer.groups = pk.GroupModules.of(pk.RowGroups([1, 1], lengths), A, B, **form, **seeds)
+        expected = layer(x).clone()
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert A.grad is not None
+    assert B.grad is not None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from pathlib import Path
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import plora_kernels as pk
 from plora_kernels import shared_input
+from plora_kernels.shared_input import SharedInput
 from tests.support.attention import make
 from tests.support.models import tiny_bert
 
@@ -133,3 +136,23 @@ def test_states_files_and_restoring_are_as_without(tmp_path: Path) -> None:
     assert all(type(restored.get_submodule(name)) is nn.Linear for name in handle.layers)
     for name, value in restored.state_dict().items():
         assert torch.equal(value, original[name]), name
+
+
+def test_another_thread_in_between_leaves_each_its_own_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make(True)
+    alone, _ = make(False)
+    mine, theirs = (torch.randn(3, 7, dtype=torch.float64) for _ in range(2))
+    found: list[Tensor] = []
+
+    def put(shared: SharedInput, name: str, value: object) -> None:
+        object.__setattr__(shared, name, value)
+        if name == "_round" and value is not None and threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: found.append(model.k_proj(theirs)))
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(SharedInput, "__setattr__", put)
+    y = model.q_proj(mine)
+    monkeypatch.undo()
+    torch.testing.assert_close(y, alone.q_proj(mine))
+    torch.testing.assert_close(found[0], alone.k_proj(theirs))

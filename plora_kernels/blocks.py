@@ -194,7 +194,7 @@ def default_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> Bloc
     if shape.op in PROJECTION_OPS:
         return _filling(_projection_blocks(shape, hardware, wide, aligned), shape, hardware)
     if shape.op == "side_product":
-        return _side_blocks(shape, wide, hardware)
+        return _side_blocks(shape, hardware, wide, aligned)
     if shape.op == "output_gradient":
         return _output_gradient_blocks(shape, hardware, wide, aligned)
     if shape.op == "factor_gradient":
@@ -296,12 +296,15 @@ def _side_goes_first(shape: ShapeClass, block_n: int, hardware: Hardware) -> boo
     return dearer and shape.m >= 32 * hardware.multiprocessors
 
 
-def _side_blocks(shape: ShapeClass, wide: bool, hardware: Hardware) -> SideBlocks:
+def _side_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: bool) -> SideBlocks:
     block_r = tile(shape.r, 32 if wide else 64)
     block_m, programs_each = tile(shape.m, 32 if wide else 64), -(-shape.r // block_r)
     while block_m > 16 and 2 * -(-shape.m // block_m) * programs_each <= hardware.multiprocessors:
         block_m //= 2
-    return SideBlocks(block_m, 32 if wide else 64, block_r, 4, 3)
+    # A read of the input by one program a multiprocessor or two, each of which must have 32 KiB on its way to keep a
+    # memory of 4 TB/s busy. More modules, or lines that start anywhere, would spill.
+    block_k = 128 if hardware.has_tma and aligned and shape.r <= 32 else 64
+    return SideBlocks(block_m, 32 if wide else block_k, block_r, 4, 3)
 
 
 def _gradient_blocks(shape: ShapeClass, wide: bool) -> GradientBlocks:

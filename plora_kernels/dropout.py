@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .hashing import column_steps, element_words, row_keys
 
-_CHUNK_ELEMENTS = 1 << 16  # int32 words that stay in a core's cache through the dozen passes over them
+_CHUNK_ELEMENTS = 1 << 17  # int32 words that stay in a core's cache through the dozen passes over them
 
 
 def threshold(p: float) -> int:
@@ -38,7 +38,9 @@ def keep_mask_of_rows(seeds: Tensor, numbers: Tensor, columns: int, p: float) ->
     device, rows = numbers.device, numbers.shape[0]
     kept = torch.empty((rows, columns), dtype=torch.bool, device=device)
     steps, (starts, keys) = column_steps(columns, device), row_keys(seeds, numbers)
-    chunk = max(1, _CHUNK_ELEMENTS // max(1, columns)) if device.type == "cpu" else max(1, rows)
+    chunk = max(1, rows)
+    if device.type == "cpu":
+        chunk = max(1, torch.get_num_threads() * _CHUNK_ELEMENTS // max(1, columns))
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         torch.ge(element_words(starts[part], keys[part], steps), threshold(p), out=kept[part])

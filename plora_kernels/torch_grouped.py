@@ -140,7 +140,7 @@ def forward(
     if kept is None:
         s = _side_product(x, A.mT, applied, runs)
     else:
-        s = _side_product(x.masked_fill(kept.logical_not_(), 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
+        s = _side_product(torch.where(kept, x, 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
         if frozen and index is not None:  # dropout touches the selected modules only
             plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
             for run in runs:
@@ -184,7 +184,7 @@ def backward(
         absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
         d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
     if ds is not None and need_A:
-        dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
+        dropped = x if kept is None else torch.where(kept, x, 0.0)
         d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
     if need_B:
         # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
@@ -247,7 +247,7 @@ def _input_gradient(
             continue
         rest = None if absent is None else run.among(absent)[:, None, :]
         low = _scaled_product(part if rest is None else part.masked_fill(rest, 0.0), A_run, factor)
-        low.mul_(run.of(kept))
+        low = torch.where(run.of(kept), low, 0.0)
         if rest is not None:
             _add_product_(low, part.masked_fill(~rest, 0.0), A_run, scale)
         out.add_(low)

@@ -34,7 +34,7 @@ def _dropped(x: Tensor, index: Tensor | None, frozen: bool, p: float, seed: Tens
     """Return D(x) without its factor 1/(1−p): x (M, K) where kept and 0 where dropped; x itself without dropout."""
     if seed is None or p == 0.0 or (index is not None and index.shape[0] == 0):
         return x
-    return x.masked_fill(keep_mask(seed, x.shape[0], x.shape[1], p).logical_not_(), 0.0)
+    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, 0.0)
 
 
 def _is_chosen(index: Tensor, rank: int) -> Tensor:
@@ -112,7 +112,7 @@ def backward(
     picked = index.clamp_min(0) if frozen and index is not None else None
     if need_A:
         ds = ds if picked is None else ds.index_select(1, picked)
-        dropped = x if kept is None else x.masked_fill(kept.logical_not_(), 0.0)
+        dropped = x if kept is None else torch.where(kept, x, 0.0)
         d_lora_A = _scatter(_scaled_product(ds.t(), dropped, factor), index, lora_A.shape[0])
     if need_B:
         s = s if picked is None else s.index_select(1, picked)
@@ -140,7 +140,8 @@ def _input_gradient(
     half = dy.dtype.itemsize < 4  # as in the forward
     if kept is None:
         return (dy @ weight).addmm_(ds, A, alpha=scale) if half else _scaled_product(ds, A, scale).addmm_(dy, weight)
-    low = _scaled_product(ds if chosen is None else ds.masked_fill(~chosen, 0.0), A, factor).mul_(kept)  # (M, K)
+    dropped = _scaled_product(ds if chosen is None else ds.masked_fill(~chosen, 0.0), A, factor)
+    low = torch.where(kept, dropped, 0.0)  # (M, K)
     if chosen is not None:
         low.addmm_(ds.masked_fill(chosen, 0.0), A, alpha=scale)
     return (dy @ weight).add_(low) if half else low.addmm_(dy, weight)

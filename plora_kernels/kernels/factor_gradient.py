@@ -23,7 +23,7 @@ from ..blocks import GradientBlocks, ShapeClass, row_splits
 from ..configs import find_blocks
 from .grouped_tiles import Groups, row_numbers
 from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
-from .modules import keep_mask
+from .modules import keep_mask, load_modules
 from .replay import empty, launch
 
 
@@ -32,26 +32,23 @@ def store_gradient(
     out_ptr,
     index_ptr,
     acc,
-    places,
-    place_ok,
+    r0,
+    R,
     columns,
     column_ok,
     scale,
     stride_or,
     stride_od,
+    BLOCK_R: tl.constexpr,
     HAS_INDEX: tl.constexpr,
 ):
     """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed at the modules' rows of out: out[module(r), d].
 
-    module(r) is index[r] when there is an index (−1 stores nothing), else r.
+    The places are r0 … r0+BLOCK_R−1; module(r) is index[r] when there is an index (−1 stores nothing), else r.
     """
-    modules = places
-    if HAS_INDEX:
-        modules = tl.load(index_ptr + places, mask=place_ok, other=-1)
-        place_ok = modules >= 0
-        modules = tl.where(place_ok, modules, 0).to(tl.int64)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
     tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
-    tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & place_ok[None, :])
+    tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & module_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -118,13 +115,9 @@ def partial_gradient_kernel(
         first = part.to(tl.int64) * split_rows
         last = tl.minimum(first + split_rows, M)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
-    places = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
-    column_ok, place_ok = columns < D, places < R
-    thin_ok, thin_columns = place_ok, places
-    if HAS_INDEX:
-        modules = tl.load(index_ptr + places, mask=place_ok, other=-1)
-        thin_ok = modules >= 0
-        thin_columns = tl.where(thin_ok, modules, 0).to(tl.int64)
+    r0 = tl.program_id(1) * BLOCK_R
+    thin_columns, thin_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
+    column_ok = columns < D
 
     # Transposed, with the wide axis first: a product 16 modules high would leave three quarters of wgmma's rows empty.
     acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
@@ -146,16 +139,19 @@ def partial_gradient_kernel(
             out_ptr,
             out_index_ptr,
             acc,
-            places,
-            place_ok,
+            r0,
+            R,
             columns,
             column_ok,
             scale,
             stride_or,
             stride_od,
+            BLOCK_R,
             HAS_OUT_INDEX,
         )
     else:
+        places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
+        place_ok = places < R
         tile = out_ptr + places[None, :] * stride_or + columns[:, None]
         tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
 

@@ -92,13 +92,14 @@ def output_gradient_kernel(
             db_ptr,
             out_index_ptr,
             db,
-            places,
-            place_ok,
+            r0,
+            R,
             columns,
             column_ok,
             scale,
             stride_dbr,
             stride_dbn,
+            BLOCK_R,
             HAS_OUT_INDEX,
         )
     else:

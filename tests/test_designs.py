@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import plora_kernels as pk
 from plora_kernels import configs
-from plora_kernels.blocks import DESIGNS, Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
+from plora_kernels.blocks import DESIGNS, Blocks, Hardware, MatmulBlocks, OutputGradientBlocks, SideBlocks
 from plora_kernels.kernels import adapted_matmul
+from tests.support.groups import check_groups, draw_grouped
 from tests.support.numerics import Problem, make_problem, random_mask
 from tests.test_numerics import DEVICE, check
 
@@ -100,6 +102,40 @@ def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pyt
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: programs)
     for design in WALKING:
         run_design(design, make_problem(70, 48, 104, 5, torch.float32, device=DEVICE))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the blocks be those of an sm_90, as large as they are there."""
+    monkeypatch.setattr(configs, "hardware_of", lambda device: Hardware(90, 2))
+    monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 2)
+    configs.forget_tables()
+    yield
+    monkeypatch.undo()
+    configs.forget_tables()
+
+
+@pytest.mark.parametrize("form", [None, "folded", "frozen"])
+@pytest.mark.parametrize(("rank", "dropout_p"), [(5, 0.0), (20, 0.0), (5, 0.3)])
+@pytest.mark.usefixtures("hopper")
+def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, walks: list[str]) -> None:
+    mask = None if form is None else random_mask(rank, rank).to(DEVICE)
+    check(
+        make_problem(
+            200, 64, 528, rank, torch.float16, mask=mask, unselected=form or "folded", dropout_p=dropout_p, seed=rank,
+            device=DEVICE,
+        )
+    )  # fmt: skip
+    width = rank if form != "folded" else int(random_mask(rank, rank).sum())
+    design = "two_launch" if width > 16 else "persistent"
+    # The dX of dropout masks what it adds, tile by tile: those have pointer loads.
+    assert walks == [design] * (1 if dropout_p else 2)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_groups_on_a_hopper_take_pointer_loads() -> None:
+    for dropout_p in (0.0, 0.3):
+        check_groups(draw_grouped((130, 0, 70), 64, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))
 
 
 def test_partial_gradients_are_the_same_bits_every_time() -> None:

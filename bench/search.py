@@ -91,10 +91,10 @@ def narrowed(
         own.setdefault(replace(blocks, block_r=0), []).append(blocks)
     chosen, counts = {known[0]: None}, Counter[str]()
     for timed in sorted(searched[nearest], key=lambda timed: (-timed.rounds, timed.time_ms)):
-        for blocks in own.pop(replace(timed.blocks, block_r=0), ()):
-            if counts[timed.design] < INHERITED:
-                counts[timed.design] += 1
-                chosen[blocks] = None
+        same = own.pop(replace(timed.blocks, block_r=0), ())
+        if same and counts[timed.design] < INHERITED:
+            counts[timed.design] += 1
+            chosen |= dict.fromkeys(same)
     return tuple(chosen)
 
 

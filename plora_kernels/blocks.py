@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 #   algebra          the side product first, torch's own matmul, and the low-rank part added in place: y is read and
 #                    written once more and half precision rounded once more, but where that is fastest it is
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-KERNEL_DESIGNS = (*POINTER_DESIGNS, "persistent", "two_launch", "one_launch")
+WALKING_DESIGNS = ("persistent", "two_launch", "one_launch")
+KERNEL_DESIGNS = (*POINTER_DESIGNS, *WALKING_DESIGNS)
 DESIGNS = (*KERNEL_DESIGNS, "algebra")
 # Those that start with a launch of the side product, which in the backward gives dB as well.
 SIDE_FIRST = ("tile_two_launch", "two_launch", "algebra")
@@ -272,7 +273,7 @@ def _hopper_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: b
     The plain matmul so made is the fastest published one of Triton on an H100: 13 % ahead of the same tiles by pointer
     loads in fp16 at M = N = 8192, K = 4096 (triton-lang/triton, pull request 5461).
     """
-    if wide or not aligned or not hardware.is_hopper:
+    if wide or not aligned or not hardware.is_hopper or shape.m <= 64:  # rows that a tile would be half empty of
         return None
     tiles = -(-shape.m // 128) * -(-shape.d_out // 256)
     places = -(-tiles // hardware.multiprocessors) * hardware.multiprocessors  # of all rounds, the last one included

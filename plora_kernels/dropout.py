@@ -40,7 +40,8 @@ def keep_mask_of_rows(seeds: Tensor, numbers: Tensor, columns: int, p: float) ->
     steps, (starts, keys) = column_steps(columns, device), row_keys(seeds, numbers)
     chunk = max(1, rows)
     if device.type == "cpu":
-        chunk = max(1, torch.get_num_threads() * _CHUNK_ELEMENTS // max(1, columns))
+        threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # a compiler cannot ask
+        chunk = max(1, threads * _CHUNK_ELEMENTS // max(1, columns))
     for first in range(0, rows, chunk):
         part = slice(first, first + chunk)
         torch.ge(element_words(starts[part], keys[part], steps), threshold(p), out=kept[part])

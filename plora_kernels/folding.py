@@ -285,7 +285,7 @@ def run_fold(
         # One that stands for its negative (`z.conj().imag`): no operator writes through that.
         plain = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         run_fold(weight.detach().resolve_neg(), lora_A, lora_B, index, scale, seed, plain)
-        with torch.no_grad():
+        with torch.inference_mode() if out.is_inference() else torch.no_grad():
             out.copy_(plain)
         return
     in_place, written = out is weight, out

@@ -75,7 +75,8 @@ def plora_linear(
     Raises:
         ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
         StateError: weight requires a gradient; the base is frozen.
-        UnsupportedError: double backward; torch.func transforms.
+        UnsupportedError: double backward; torch.func transforms; a forward-mode tangent; a batch of gradients
+            (is_grads_batched) by groups that torch's own products make.
 
     Source: arXiv 2602.16936.
     """

@@ -254,7 +254,7 @@ def linear(
     dropout_rows: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
-    refuse_transforms(x, lora_A, lora_B)
+    refuse_transforms(x, weight, lora_A, lora_B, bias)
     operands = x, weight, lora_A, lora_B
     if index is None and dropout_p == 0.0 and group_products.takes(*operands) and not _watched(*operands):
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))

@@ -124,7 +124,7 @@ def refused_twice(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) 
 
     @functools.wraps(backward)
     def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch._C._functorch.is_legacy_batchedtensor(dy):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):
             raise UnsupportedError(
                 "groups take no batch of gradients (is_grads_batched=True); go through them one by one"
             )
@@ -142,14 +142,15 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     raise UnsupportedError("plora_linear does not run under vmap; give x a leading batch axis instead")
 
 
-def refuse_transforms(*tensors: Tensor) -> None:
+def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raise UnsupportedError inside torch.func's transforms, and for tensors with a forward-mode tangent."""
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
     # Asked first, as it costs nothing: outside dual_level no tensor has one.
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    given = (t for t in tensors if t is not None)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise UnsupportedError("plora_linear has no forward-mode derivative; use autograd's backward")
 
 

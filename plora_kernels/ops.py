@@ -197,7 +197,7 @@ def linear(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
-    refuse_transforms(x, lora_A, lora_B)
+    refuse_transforms(x, weight, lora_A, lora_B, bias)
     keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     arguments = (x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
     return call(_FORWARD, _EagerLinear, _linear, arguments)

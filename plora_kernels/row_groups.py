@@ -182,7 +182,7 @@ class GroupModules:
             if self._is_plain(x, weight):
                 return self._traced(x, weight, bias)
         elif not _watched(x):
-            refuse_transforms(x, self.lora_A, self.lora_B)
+            refuse_transforms(x, weight, self.lora_A, self.lora_B, bias)
             key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
             if key not in self._ways:
                 with torch.inference_mode(False):  # what it keeps may be met in training

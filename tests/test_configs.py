@@ -171,6 +171,7 @@ def test_blocks_that_launches_take_can_be_noted() -> None:
         (1024, 4096, (128, 256)),  # 128 large tiles of 132
         (1, 4096, (16, 32)),  # 128 tiles of 132
         (16, 1024, (16, 32)),
+        (16, 32000, (16, 128)),  # 125 tiles of 128 by 256 would be all but empty
         (512, 1024, (64, 64)),  # 32 tiles become 128
         (512, 4096, (128, 128)),  # 128 already
         (4096, 1280, (128, 128)),  # 160 large tiles would leave most of a second round empty

@@ -5,21 +5,30 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import plora_kernels as pk
 from plora_kernels import configs
-from plora_kernels.blocks import DESIGNS, Blocks, Hardware, MatmulBlocks, OutputGradientBlocks, SideBlocks
-from plora_kernels.kernels import adapted_matmul
+from plora_kernels.blocks import (
+    DESIGNS,
+    WALKING_DESIGNS,
+    Blocks,
+    Hardware,
+    MatmulBlocks,
+    OutputGradientBlocks,
+    SideBlocks,
+)
+from plora_kernels.kernels import adapted_matmul, grouped_matmul
+from plora_kernels.kernels.replay import launch
 from tests.support.groups import check_groups, draw_grouped
 from tests.support.numerics import Problem, make_problem, random_mask
 from tests.test_numerics import DEVICE, check
 
 # The blocks of TMA are at least 16 bytes wide; sizes are small, so that edges fall inside tiles.
 DTYPES = [torch.float16, torch.float32]
-WALKING = ("persistent", "two_launch", "one_launch")
 
 
 def blocks_of(design: str, block_r: int) -> dict[str, Blocks]:
@@ -70,7 +79,7 @@ def test_designs_are_within_the_bound(
         rows, k, n, rank, dtype, mask=mask, unselected=form or "folded", bias=rank != 5, seed=rank, device=DEVICE
     )
     run_design(design, problem)
-    assert walks == [design] * (2 if design in WALKING else 0)
+    assert walks == [design] * (2 if design in WALKING_DESIGNS else 0)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -85,7 +94,7 @@ def test_dropout_in_every_design(design: str) -> None:
         )
 
 
-@pytest.mark.parametrize("design", WALKING)
+@pytest.mark.parametrize("design", WALKING_DESIGNS)
 def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, walks: list[str]) -> None:
     run_design(design, make_problem(7, 50, 29, 5, torch.float16, device=DEVICE))
     assert walks == []
@@ -100,13 +109,15 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
 @pytest.mark.parametrize("programs", [1, 3])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: programs)
-    for design in WALKING:
+    for design in WALKING_DESIGNS:
         run_design(design, make_problem(70, 48, 104, 5, torch.float32, device=DEVICE))
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the blocks be those of an sm_90, as large as they are there."""
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let the blocks be those of an sm_90 without a table, as large as they are there."""
+    monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(configs, "PACKAGED", tmp_path)
     monkeypatch.setattr(configs, "hardware_of", lambda device: Hardware(90, 2))
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: 2)
     configs.forget_tables()
@@ -128,14 +139,29 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
     )  # fmt: skip
     width = rank if form != "folded" else int(random_mask(rank, rank).sum())
     design = "two_launch" if width > 16 else "persistent"
-    # The dX of dropout masks what it adds, tile by tile: those have pointer loads.
+    # The dX of dropout masks what it adds, in tiles of pointer loads.
     assert walks == [design] * (1 if dropout_p else 2)
 
 
 @pytest.mark.usefixtures("hopper")
-def test_groups_on_a_hopper_take_pointer_loads() -> None:
-    for dropout_p in (0.0, 0.3):
-        check_groups(draw_grouped((130, 0, 70), 64, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
+    dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles: list[int] = []
+
+    def noted(kernel: object, grid: tuple[int, ...], *arguments: object, **named: int) -> None:
+        if kernel is grouped_matmul.grouped_matmul_kernel:
+            tiles.append(named["BLOCK_M"] * named["BLOCK_N"])
+        launch(kernel, grid, *arguments, **named)
+
+    monkeypatch.setattr(grouped_matmul, "launch", noted)
+    wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
+    with configs.forcing({"forward": wide, "input_gradient": wide} if measured else {}):
+        check_groups(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))
+    large, small = 128 * 256, 128 * 128
+    assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
 
 
 def test_partial_gradients_are_the_same_bits_every_time() -> None:

@@ -175,3 +175,9 @@ def test_a_compiled_layer_draws_anew_at_every_call() -> None:
     assert not torch.equal(compiled(x), compiled(x))
     layer.dropout_seed = torch.tensor([4])
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_compiler_traces_the_mask() -> None:
+    seed = torch.tensor(3)
+    traced = torch.compile(lambda seed: keep_mask(seed, 8, 16, 0.3), backend="eager", fullgraph=True)
+    assert torch.equal(traced(seed), keep_mask(seed, 8, 16, 0.3))

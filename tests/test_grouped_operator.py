@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
@@ -97,6 +100,22 @@ def test_double_backward_and_transforms_say_so(monkeypatch: pytest.MonkeyPatch) 
     for transform in (torch.func.grad(call), lambda x: torch.func.jvp(call, (x,), (x,))):
         with pytest.raises(pk.UnsupportedError, match=r"does not run under torch\.func transforms"):
             transform(x.detach())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks every tensor it fakes
+def test_a_compiler_traces_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_products, "pays", lambda *_: False)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        x, weight, lora_A, lora_B, _ = inputs()
+        y = pk.plora_linear(x, weight, lora_A, lora_B, groups=GROUPS)
+        whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
+        with compiled_autograd._enable(whole) if compiled else nullcontext():
+            y.square().sum().backward()
+        found.append((x.grad, lora_A.grad, lora_B.grad))
+    for traced, eager in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager)
 
 
 # ------------------------------------------------------------------------------------------------ forms of input

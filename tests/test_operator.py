@@ -306,12 +306,12 @@ def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
 def test_a_tangent_of_forward_mode_is_refused_by_name(
     enabled: bool, groups: list[int] | None, each_backend: str
 ) -> None:
-    x, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    x, weight, lora_A, lora_B, bias = inputs(requires_grad=False)
     factors = (lora_A, lora_B) if groups is None else (lora_A[None], lora_B[None])
     with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
         pk.plora_linear(x, weight, *factors, groups=groups)  # without a tangent nothing is lost
-        for place in range(3):
-            given = [x, *factors]
+        for place in range(5):
+            given = [x, weight, *factors, bias]
             given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
             with pytest.raises(pk.UnsupportedError, match="no forward-mode derivative"):
-                pk.plora_linear(given[0], weight, *given[1:], groups=groups)
+                pk.plora_linear(*given[:4], bias=given[4], groups=groups)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, MatmulBlocks, ShapeClass, pointer_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, WALKING_DESIGNS, MatmulBlocks, ShapeClass, pointer_blocks
 from ..configs import find_blocks
 from .launch import Dropout, dtype_name, is_aligned
 from .persistent_matmul import persistent_matmul, takes_descriptors
@@ -28,15 +28,21 @@ from .tile_matmul import tile_matmul
 FEW_ROWS = 64
 
 
-def find_matmul_blocks(op: str, inputs: Tensor, main: Tensor, width: int) -> MatmulBlocks:
+def find_matmul_blocks(
+    op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None
+) -> MatmulBlocks:
     """Return the blocks, design included, of out = inputs · main with `width` module places.
 
-    `op` is "forward" or "input_gradient": what the blocks are looked up by.
+    `op` is "forward" or "input_gradient": what the blocks are looked up by. Where descriptors cannot fetch the
+    matrices, or `drop_out` masks what is added to out, the design is one of pointer loads.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
-    return find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    if drop_out is not None or (blocks.design in WALKING_DESIGNS and not _takes_walking(inputs, main)):
+        return _pointer_blocks(inputs, main, width, drop_out)
+    return blocks
 
 
 def adapted_matmul(
@@ -79,13 +85,13 @@ def adapted_matmul(
         side = empty((rows, width) if stored else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side
-    if is_persistent(blocks, inputs, main, out) and drop_out is None:
+    if blocks.design in WALKING_DESIGNS:
         persistent_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
-        if drop_out is not None or blocks.design not in POINTER_DESIGNS:
+        if blocks.design not in POINTER_DESIGNS:  # algebra, of an index
             blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,
@@ -108,11 +114,7 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))
 
 
-def is_persistent(blocks: MatmulBlocks, inputs: Tensor, main: Tensor, out: Tensor) -> bool:
-    """Say whether the blocks' design walks over tiles by descriptors and the matrices allow it."""
-    return (
-        blocks.design in ("persistent", "two_launch", "one_launch")
-        and inputs.stride(1) == 1
-        and inputs.shape[1] > 0
-        and takes_descriptors(inputs, main, out)
-    )
+def _takes_walking(inputs: Tensor, main: Tensor) -> bool:
+    """Say whether descriptors can fetch both matrices and store their product, in lines of its own."""
+    lines = main.shape[1] * inputs.element_size() % 16 == 0
+    return lines and inputs.stride(1) == 1 and inputs.shape[1] > 0 and takes_descriptors(inputs, main)

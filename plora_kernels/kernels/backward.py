@@ -42,7 +42,7 @@ def backward(
     make = empty if index is None else zeros
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
-    blocks = find_matmul_blocks("input_gradient", dy, weight, width) if need_x else None
+    blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
     ds = None
     # Where dS has a launch of its own, dB comes from the same read of dY.
     reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, WALKING_DESIGNS, MatmulBlocks, ShapeClass, pointer_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, WALKING_DESIGNS, MatmulBlocks, pointer_blocks
 from ..configs import find_blocks
-from .launch import Dropout, dtype_name, is_aligned
+from .launch import Dropout, layer_class
 from .persistent_matmul import persistent_matmul, takes_descriptors
 from .replay import empty
 from .side_product import side_product
@@ -36,9 +36,7 @@ def find_matmul_blocks(
     `op` is "forward" or "input_gradient": what the blocks are looked up by. Where descriptors cannot fetch the
     matrices, or `drop_out` masks what is added to out, the design is one of pointer loads.
     """
-    (rows, d_in), d_out = inputs.shape, main.shape[1]
-    shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
-    aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
+    shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if drop_out is not None or (blocks.design in WALKING_DESIGNS and not _takes_walking(inputs, main)):
         return _pointer_blocks(inputs, main, width, drop_out)
@@ -105,10 +103,9 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
 
     A tile under dropout sums what will be masked apart, in as many registers as the rest.
     """
-    (rows, d_in), d_out = inputs.shape, main.shape[1]
-    shape = ShapeClass("forward", dtype_name(inputs.dtype), rows, d_in, d_out, width)
     hardware = configs.hardware_of(inputs.device)
-    blocks = pointer_blocks(shape, hardware, is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0)
+    shape, aligned = layer_class("forward", inputs, main, width)  # or dX: the defaults are the same
+    blocks = pointer_blocks(shape, hardware, aligned)
     if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
         return blocks
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..blocks import MatmulBlocks, ShapeClass, pointer_blocks, tile
+from ..blocks import MatmulBlocks, pointer_blocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, layer_class, needs_wide_offsets
 from .main_product import multiply
 from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
 from .replay import empty, launch
@@ -148,24 +148,30 @@ def grouped_matmul_kernel(
         tl.store(out_base + out_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
-def find_grouped_blocks(op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int) -> MatmulBlocks:
+def find_grouped_blocks(
+    op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int, drop_out: Dropout | None
+) -> MatmulBlocks:
     """Return blocks for out = inputs · main with `width` places, tiles as high as the mean group; always pointer loads.
 
     They are those of all rows together, which is what fills the device. `op` is "forward" or "input_gradient". What was
     measured for another design does not hold here.
     """
-    (rows, d_in), d_out = inputs.shape, main.shape[1]
-    shape = ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width)
-    aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
+    shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if blocks.design != "tile":
         blocks = pointer_blocks(shape, configs.hardware_of(inputs.device), aligned)
-    block_m = tile(rows // max(1, groups.total), blocks.block_m)
+    block_m, block_n = tile(shape.m // max(1, groups.total), blocks.block_m), blocks.block_n
+    warps, stages = blocks.num_warps, blocks.num_stages
     if inputs.dtype is torch.float32:
         # What tells groups apart takes a few registers more: a third stage would spill.
-        return replace(blocks, block_m=block_m, num_stages=min(blocks.num_stages, 2))
-    small = aligned and block_m * blocks.block_n < 128 * 128
-    return replace(blocks, block_m=block_m, num_warps=4 if small else blocks.num_warps)
+        stages = min(stages, 2)
+        if drop_out is not None and drop_out.numbers is not None:
+            block_n = min(block_n, 32)  # rows' own numbers are a register too many
+    elif aligned and block_m * block_n < 128 * 128:
+        warps = 4
+    if drop_out is not None:
+        block_n = min(block_n, MASKED_TILE // block_m)
+    return replace(blocks, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
 def grouped_matmul(
@@ -190,11 +196,7 @@ def grouped_matmul(
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[2] if index is None else index.shape[1]
     out = empty((rows, d_out), inputs.dtype, inputs.device)
-    blocks = find_grouped_blocks(op, inputs, main, groups, width)
-    if inputs.dtype is torch.float32 and drop_out is not None and drop_out.numbers is not None:
-        blocks = replace(blocks, block_n=min(blocks.block_n, 32))  # rows' own numbers are a register too many
-    if drop_out is not None and blocks.block_m * blocks.block_n > MASKED_TILE:
-        blocks = replace(blocks, block_n=MASKED_TILE // blocks.block_m)
+    blocks = find_grouped_blocks(op, inputs, main, groups, width, drop_out)
     # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
     given = drop_in is not None or width > blocks.block_r
     if given:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks import ShapeClass
 from ..dropout import threshold
 
 
@@ -77,6 +78,13 @@ def is_aligned(matrix: Tensor) -> bool:
     """
     short, long = sorted(matrix.stride())
     return short == 1 and long % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def layer_class(op: str, inputs: Tensor, main: Tensor, width: int) -> tuple[ShapeClass, bool]:
+    """Return what blocks of inputs · main with `width` module places are looked up by, and whether all is aligned."""
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
+    return ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width), aligned
 
 
 def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:

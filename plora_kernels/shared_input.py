@@ -108,11 +108,13 @@ class SharedInput:
         """Make a layer the member at this place."""
         self._members[place] = weakref.ref(layer)
 
-    def leave_round(self) -> None:
-        """Forget outputs that were computed and not taken."""
-        current, self._round = self._round, None
-        if current is not None:
-            current.drop()
+    def leave_round(self) -> int:
+        """Forget outputs that were computed and not taken; return how many."""
+        current, self._round = self._round, None  # at once: another thread may begin a round meanwhile
+        if current is None:
+            return 0
+        current.drop()
+        return current.untaken
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
         """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
@@ -132,10 +134,7 @@ class SharedInput:
 
     def _begin(self, x: Tensor) -> _Round | None:
         """Compute every member's output of x and return the new round; None if they do not fit together."""
-        before, self._round = self._round, None
-        if before is not None:
-            self._misses += before.untaken > 0
-            before.drop()
+        self._misses += self.leave_round() > 0
         members = [reference() for reference in self._members if reference is not None]
         if self._misses >= MISSES_ALLOWED or len(members) < len(self._members):
             return None

@@ -1,7 +1,7 @@
 """Block sizes of the kernels: what they are, and a safe choice for any device.
 
-Plain data and host arithmetic: no Triton, no device query beyond what a caller passes. Every default fits the shared
-memory of sm_80 (163 KiB a block) and sm_90 and compiles without a register spill; a test holds that.
+Plain data and host arithmetic: no Triton, no device query beyond what a caller passes. At the shapes of `bench.audit`
+every default fits the shared memory of its devices and compiles without a register spill; a test holds that.
 """
 
 from __future__ import annotations
@@ -270,8 +270,8 @@ def _filling(blocks: MatmulBlocks, shape: ShapeClass, hardware: Hardware) -> Mat
 def _hopper_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: bool) -> MatmulBlocks | None:
     """Return persistent tiles fed by descriptors where large tiles keep an sm_90 busy, else None.
 
-    The plain matmul so made is the fastest published one of Triton on an H100: 13 % ahead of the same tiles by pointer
-    loads in fp16 at M = N = 8192, K = 4096 (triton-lang/triton, pull request 5461).
+    Triton's authors found the plain matmul so made 13 % ahead of a persistent one by pointer loads on an H100, in fp16
+    at M = N = 8192, K = 4096 (triton-lang/triton, pull request 5461). Nobody has measured it here.
     """
     if wide or not aligned or not hardware.is_hopper or shape.m <= 64:  # rows that a tile would be half empty of
         return None

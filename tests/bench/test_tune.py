@@ -8,6 +8,7 @@ import torch
 
 from bench import search, trials, tune
 from bench.correctness import WrongResultError
+from bench.device_cases import SHARED_INPUTS
 from bench.records import load_records
 from bench.trials import Trial, for_checking, make_trial
 from plora_kernels.blocks import OPS, Blocks, FoldBlocks, Hardware, ShapeClass, default_blocks
@@ -136,6 +137,11 @@ def test_what_is_tuned_stands_once_and_the_gate_first() -> None:
     )
     assert {shape.dtype for shape in classes} == {"bfloat16", "float16", "float32"}
     assert {shape.m for shape in classes if shape.op == "forward"} >= {1, 16, 8192}
+
+
+def test_projections_are_tuned_at_the_widths_they_are_timed_at() -> None:
+    for shared in SHARED_INPUTS:
+        assert trials.projection_widths(shared.n) == shared.widths
 
 
 def test_a_check_needs_fewer_rows_but_a_fold_all_of_its_weight() -> None:

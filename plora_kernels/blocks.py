@@ -15,14 +15,23 @@ from dataclasses import dataclass, replace
 #   persistent       as tile, in a persistent launch fed by tensor descriptors (TMA)
 #   two_launch       as tile_two_launch, the tiles those of persistent
 #   one_launch       side tiles first, then output tiles that wait for them, in one persistent launch
+#   drawn            as one_launch, but the side tiles are made by the programs that have a tile less than the others,
+#                    and by whoever would have to wait for one that nobody has begun
 #   algebra          the side product first, torch's own matmul, and the low-rank part added in place: y is read and
 #                    written once more and half precision rounded once more, but where that is fastest it is
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-WALKING_DESIGNS = ("persistent", "two_launch", "one_launch")
+WALKING_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn")
 KERNEL_DESIGNS = (*POINTER_DESIGNS, *WALKING_DESIGNS)
 DESIGNS = (*KERNEL_DESIGNS, "algebra")
 # Those that start with a launch of the side product, which in the backward gives dB as well.
 SIDE_FIRST = ("tile_two_launch", "two_launch", "algebra")
+# Those that make the side product in the launch of the output tiles, and hand it over through memory.
+SIDE_WITHIN = ("one_launch", "drawn")
+# How a walking program hides what lies between two tiles, beside its stages:
+#   none     not at all
+#   flatten  the loads of a tile begin under the end of the one before
+#   early    up, and a side product that is given, are loaded before the long product
+OVERLAPS = ("none", "flatten", "early")
 
 LAYER_OPS = ("forward", "input_gradient")
 PROJECTION_OPS = ("projections_forward", "projections_input_gradient")
@@ -33,7 +42,9 @@ OPS = (*LAYER_OPS, "side_product", "output_gradient", "factor_gradient", "fold",
 class MatmulBlocks:
     """Forward and dX: out tile (block_m, block_n), depth block_k, modules block_r at a time, by `design`.
 
-    Of projections that share their input the design is "tile".
+    Of projections that share their input the design is "tile". Walking designs have an `overlap`, one of OVERLAPS, and
+    `resident` programs a multiprocessor. `dependent`: where the side product has a launch of its own, this one begins
+    before that has ended (programmatic dependent launch).
     """
 
     design: str
@@ -44,6 +55,9 @@ class MatmulBlocks:
     group_m: int
     num_warps: int
     num_stages: int
+    overlap: str = "none"
+    resident: int = 1
+    dependent: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from itertools import product
 from .blocks import (
     KERNEL_DESIGNS,
     LAYER_OPS,
+    OVERLAPS,
     POINTER_DESIGNS,
     SIDE_FIRST,
+    SIDE_WITHIN,
+    WALKING_DESIGNS,
     Blocks,
     FoldBlocks,
     GradientBlocks,
@@ -80,12 +83,22 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
-        if block_m < 64 and design not in POINTER_DESIGNS:
-            continue
+        if design in WALKING_DESIGNS and (block_m < 64 or block_m * block_n < 128 * 128 or block_k * stages < 192):
+            continue  # what stays on its multiprocessor has long lines on their way
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         # A side product that is read lies in registers beside the tile: half of it at a time may leave it room.
-        for block_r in sorted({narrow, wide}) if design in SIDE_FIRST else (wide,):
-            yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+        for block_r in sorted({narrow, wide}) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
+            blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+            yield from _walking_variants(blocks) if design in WALKING_DESIGNS else (blocks,)
+
+
+def _walking_variants(blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
+    overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
+    large = blocks.block_m * blocks.block_n > 128 * 128
+    dependents = (False, True) if blocks.design in SIDE_FIRST else (False,)
+    for overlap, resident, dependent in product(overlaps, (1,) if large else (1, 2), dependents):
+        yield replace(blocks, overlap=overlap, resident=resident, dependent=dependent)
 
 
 def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:

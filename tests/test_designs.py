@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import (
     DESIGNS,
+    OVERLAPS,
     WALKING_DESIGNS,
     Blocks,
     Hardware,
@@ -106,7 +108,28 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
     assert walks == ["one_launch"] * 6
 
 
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("overlap", OVERLAPS[1:])
+@pytest.mark.parametrize("design", WALKING_DESIGNS)
+def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks: list[str]) -> None:
+    for rank, form in ((5, None), (33, "frozen")):
+        blocks = blocks_of(design, 16)
+        for op in ("forward", "input_gradient"):
+            matmul = blocks[op]
+            assert isinstance(matmul, MatmulBlocks)
+            blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True)
+        mask = None if form is None else random_mask(rank, rank).to(DEVICE)
+        with configs.forcing(blocks):
+            check(
+                make_problem(
+                    70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
+                    device=DEVICE,
+                )
+            )  # fmt: skip
+    assert walks == [design] * 4
+
+
+# Twelve tiles: of five programs, two have a tile more than the others, and wait for side tiles.
+@pytest.mark.parametrize("programs", [1, 3, 5])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: programs)
     for design in WALKING_DESIGNS:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, WALKING_DESIGNS, MatmulBlocks, pointer_blocks
+from ..blocks import POINTER_DESIGNS, SIDE_FIRST, SIDE_WITHIN, WALKING_DESIGNS, MatmulBlocks, pointer_blocks
 from ..configs import find_blocks
 from .launch import Dropout, layer_class
 from .persistent_matmul import persistent_matmul, takes_descriptors
@@ -79,7 +79,7 @@ def adapted_matmul(
     out = empty((rows, d_out), inputs.dtype, inputs.device)
     given = side is not None
     if side is None:
-        stored = keep_side or blocks.design == "one_launch"
+        stored = keep_side or blocks.design in SIDE_WITHIN
         side = empty((rows, width) if stored else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side

@@ -22,7 +22,7 @@ from .. import configs
 from ..blocks import GradientBlocks, ShapeClass, row_splits
 from ..configs import find_blocks
 from .grouped_tiles import Groups, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, launches_dependents
 from .modules import keep_mask, load_modules
 from .replay import empty, launch
 
@@ -175,12 +175,15 @@ def reduce_gradient_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BY_MODULE: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
     """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
 
     partial (splits, R, D) fp32 with a row per place, or per module if BY_MODULE; out addressed by (module, d); a place
     whose index is −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each its own.
     """
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     place, group = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     ok = columns < D
@@ -316,5 +319,6 @@ def reduce_partials_(
             HAS_INDEX=index is not None,
             HAS_SCALES=scales is not None,
             BY_MODULE=by_module,
+            LAUNCHES_DEPENDENTS=launches_dependents(out.device),
             num_warps=4,
         )

@@ -17,14 +17,17 @@ from dataclasses import dataclass, replace
 #   one_launch       side tiles first, then output tiles that wait for them, in one persistent launch
 #   drawn            as one_launch, but the side tiles are made by the programs that have a tile less than the others,
 #                    and by whoever would have to wait for one that nobody has begun
+#   specialised      as two_launch, with warps that load and others that multiply; half precision on sm_90
 #   algebra          the side product first, torch's own matmul, and the low-rank part added in place: y is read and
 #                    written once more and half precision rounded once more, but where that is fastest it is
+#   algebra_first    the same with the low-rank part made first and torch's matmul added to it
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-WALKING_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn")
+WALKING_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
+ALGEBRA_DESIGNS = ("algebra", "algebra_first")
 KERNEL_DESIGNS = (*POINTER_DESIGNS, *WALKING_DESIGNS)
-DESIGNS = (*KERNEL_DESIGNS, "algebra")
+DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
 # Those that start with a launch of the side product, which in the backward gives dB as well.
-SIDE_FIRST = ("tile_two_launch", "two_launch", "algebra")
+SIDE_FIRST = ("tile_two_launch", "two_launch", "specialised", *ALGEBRA_DESIGNS)
 # Those that make the side product in the launch of the output tiles, and hand it over through memory.
 SIDE_WITHIN = ("one_launch", "drawn")
 # How a walking program hides what lies between two tiles, beside its stages:
@@ -43,8 +46,9 @@ class MatmulBlocks:
     """Forward and dX: out tile (block_m, block_n), depth block_k, modules block_r at a time, by `design`.
 
     Of projections that share their input the design is "tile". Walking designs have an `overlap`, one of OVERLAPS, and
-    `resident` programs a multiprocessor. `dependent`: where the side product has a launch of its own, this one begins
-    before that has ended (programmatic dependent launch).
+    `resident` programs a multiprocessor. Where the side product has a launch of its own, one that is `dependent` begins
+    before that has ended, and with `gradient_beside` the launch of dA begins before this one of dX has, on
+    multiprocessors without a tile in the last round (programmatic dependent launch).
     """
 
     design: str
@@ -58,6 +62,7 @@ class MatmulBlocks:
     overlap: str = "none"
     resident: int = 1
     dependent: bool = False
+    gradient_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
     """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared."""
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
-        case MatmulBlocks(design="algebra") | FoldBlocks():
+        case MatmulBlocks(design="algebra" | "algebra_first") | FoldBlocks():
             return 0
         case MatmulBlocks():
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0

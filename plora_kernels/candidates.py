@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import product
 
 from .blocks import (
+    ALGEBRA_DESIGNS,
     KERNEL_DESIGNS,
     LAYER_OPS,
     OVERLAPS,
@@ -76,7 +77,7 @@ def _variants(shape: ShapeClass, hardware: Hardware, default: Blocks) -> Iterato
 def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlocks) -> Iterator[MatmulBlocks]:
     designs: tuple[str, ...] = ("tile",)
     if shape.op in LAYER_OPS:
-        yield replace(default, design="algebra")
+        yield from (replace(default, design=design) for design in ALGEBRA_DESIGNS)
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
     narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
     depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
@@ -85,20 +86,35 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
             continue
         if design in WALKING_DESIGNS and (block_m < 64 or block_m * block_n < 128 * 128 or block_k * stages < 192):
             continue  # what stays on its multiprocessor has long lines on their way
+        if design == "specialised":
+            # Two groups of warps multiply 64 rows each.
+            if hardware.is_hopper and shape.dtype != "float32" and block_m == 128 and block_n >= 128:
+                blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
+                yield from _beside_other_launches(shape, hardware, blocks)
+            continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         # A side product that is read lies in registers beside the tile: half of it at a time may leave it room.
         for block_r in sorted({narrow, wide}) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
-            yield from _walking_variants(blocks) if design in WALKING_DESIGNS else (blocks,)
+            yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
 
 
-def _walking_variants(blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
     large = blocks.block_m * blocks.block_n > 128 * 128
-    dependents = (False, True) if blocks.design in SIDE_FIRST else (False,)
-    for overlap, resident, dependent in product(overlaps, (1,) if large else (1, 2), dependents):
-        yield replace(blocks, overlap=overlap, resident=resident, dependent=dependent)
+    for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
+        yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))
+
+
+def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield blocks as they are and, where the side product has a launch of its own, beside that and beside dA's."""
+    yield blocks
+    if blocks.design in SIDE_FIRST and hardware.capability >= 90:
+        yield replace(blocks, dependent=True)
+        if shape.op == "input_gradient":
+            yield replace(blocks, gradient_beside=True)
+            yield replace(blocks, dependent=True, gradient_beside=True)
 
 
 def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:

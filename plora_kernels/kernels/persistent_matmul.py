@@ -179,6 +179,7 @@ def persistent_matmul_kernel(
     FLATTEN: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -212,9 +213,11 @@ def persistent_matmul_kernel(
                 )  # fmt: skip
                 ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
-    # Launched while the side product's own launch still runs: nothing of it may be read, nothing written before it ends.
+    # Where the side product's own launch still runs, nothing of it may be read, and nothing written, before it ends.
     if DEPENDENT and (FLATTEN or EARLY):
         tl.extra.cuda.gdc_wait()
+    if LAUNCHES_DEPENDENTS and (FLATTEN or EARLY or not DEPENDENT):
+        tl.extra.cuda.gdc_launch_dependents()
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
@@ -246,6 +249,8 @@ def persistent_matmul_kernel(
 
         if DEPENDENT and not (FLATTEN or EARLY):
             tl.extra.cuda.gdc_wait()
+            if LAUNCHES_DEPENDENTS:
+                tl.extra.cuda.gdc_launch_dependents()
         if SIDE_FIRST:
             while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
                 # Nobody waits for a tile that no program has drawn.
@@ -271,15 +276,19 @@ def persistent_matmul_kernel(
             for block in tl.static_range(1, MODULE_BLOCKS):
                 acc = _add_modules(
                     acc, block * BLOCK_R, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
-                    rows, columns, row_ok, column_ok, D_IN, R, scale, stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE, offset_type, dtype, PRECISION,
+                    rows, columns, row_ok, column_ok, D_IN, R, scale,
+                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    offset_type, dtype, PRECISION,
                 )  # fmt: skip
         else:
             for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):
                 acc = _add_modules(
                     acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
-                    rows, columns, row_ok, column_ok, D_IN, R, scale, stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE, offset_type, dtype, PRECISION,
+                    rows, columns, row_ok, column_ok, D_IN, R, scale,
+                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    offset_type, dtype, PRECISION,
                 )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
@@ -373,6 +382,8 @@ def persistent_matmul(
             FLATTEN=flatten,
             EARLY=blocks.overlap == "early" and (side_given or makes_side),
             DEPENDENT=dependent,
+            # Who depends on this launch may read the side product at once.
+            LAUNCHES_DEPENDENTS=side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

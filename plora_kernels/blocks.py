@@ -183,14 +183,20 @@ def shared_bytes(capability: int) -> int:
 
 
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
-    """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared."""
+    """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared.
+
+    Walking designs hold half a tile of the output beside them, which is being stored while the next loads come in.
+    """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
         case MatmulBlocks(design="algebra" | "algebra_first") | FoldBlocks():
             return 0
         case MatmulBlocks():
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
-            elements = blocks.block_k * (blocks.block_m + blocks.block_n + side)
+            depth = blocks.block_k + (blocks.block_r if blocks.design == "specialised" else 0)
+            elements = depth * (blocks.block_m + blocks.block_n) + blocks.block_k * side
+            stored = blocks.block_m * blocks.block_n // 2 if blocks.design in WALKING_DESIGNS else 0
+            return itemsize * (elements * blocks.num_stages + stored)
         case SideBlocks():
             elements = blocks.block_k * (blocks.block_m + blocks.block_r)
         case OutputGradientBlocks():

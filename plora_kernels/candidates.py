@@ -118,8 +118,8 @@ def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: Matmul
 
 
 def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:
-    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256), (1, 2, 4), (2, 3, 4)):
-        if columns > tile(shape.d_in, 256) or block_m > max(32, tile(shape.m, 128)):
+    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256, 512), (1, 2, 4), (2, 3, 4)):
+        if columns > tile(shape.d_in, 512) or block_m > max(32, tile(shape.m, 128)):
             continue
         changed = {"block_m": block_m, "waves": waves, "num_stages": stages, "num_warps": 4 if columns < 256 else 8}
         if isinstance(default, GradientBlocks):

@@ -60,8 +60,10 @@ SHAPES = (
     Shape(37, 50, 29, 5),
     Shape(1, 4096, 4096, 16),
 )
-# Every design is compiled with the candidates nearest to these tiles, which are known to be fast on Hopper.
-DESIGN_TILES = (128, 256, 64)
+# Every design is compiled with the candidates nearest to these tiles: those of half precision are known to be fast on
+# Hopper; in float32 products go through FMA, where more than this spills, or through tf32 ("tf32").
+DESIGN_TILES = {"float32": (64, 64, 32), "tf32": (64, 128, 32)}
+HALF_PRECISION_TILES = (128, 256, 64)
 DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexed=True))
 
 
@@ -175,19 +177,23 @@ def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Jo
 
 
 def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, Blocks]:
-    """Return a design's blocks for the forward and dX; empty where it is no candidate."""
+    """Return a design's blocks for the forward and dX; empty where it is no candidate.
+
+    `dtype` is a name of torch's or "tf32", float32 by that precision.
+    """
+    tiles, name = DESIGN_TILES.get(dtype, HALF_PRECISION_TILES), "float32" if dtype == "tf32" else dtype
     found: dict[str, Blocks] = {}
     for op, d_in, d_out in (("forward", shape.k, shape.n), ("input_gradient", shape.n, shape.k)):
-        known = candidates(ShapeClass(op, dtype, shape.m, d_in, d_out, shape.r), hardware)
+        known = candidates(ShapeClass(op, name, shape.m, d_in, d_out, shape.r), hardware)
         same = [blocks for blocks in known if isinstance(blocks, MatmulBlocks) and blocks.design == design]
         if same:
-            found[op] = min(same, key=_distance_from_design_tiles)
+            found[op] = min(same, key=lambda blocks: _distance(blocks, tiles))
     return found
 
 
-def _distance_from_design_tiles(blocks: MatmulBlocks) -> tuple[int, int]:
+def _distance(blocks: MatmulBlocks, tiles: tuple[int, int, int]) -> tuple[int, int]:
     sizes = (blocks.block_m, blocks.block_n, blocks.block_k)
-    return sum(abs(size - wanted) for size, wanted in zip(sizes, DESIGN_TILES, strict=True)), abs(blocks.num_stages - 3)
+    return sum(abs(size - wanted) for size, wanted in zip(sizes, tiles, strict=True)), abs(blocks.num_stages - 3)
 
 
 def table_jobs(targets: Sequence[Target], folder: Path = PACKAGED) -> Iterator[Job]:

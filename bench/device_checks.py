@@ -91,8 +91,7 @@ class CheckShape:
 
     def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
         """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
-        dtype = "float32" if self.dtype == "tf32" else self.dtype
-        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, hardware)
+        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), self.dtype, hardware)
 
 
 def check_shapes(device_type: str) -> tuple[CheckShape, ...]:

@@ -45,6 +45,8 @@ TILES = (
     (64, 256),
     (128, 256),
 )
+# The most elements of one in float32: through FMA a larger one spills kilobytes and takes half a minute to compile.
+WIDE_TILE = 64 * 128
 
 
 def candidates(shape: ShapeClass, hardware: Hardware) -> tuple[Blocks, ...]:
@@ -84,8 +86,12 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
-        if design in WALKING_DESIGNS and (block_m < 64 or block_m * block_n < 128 * 128 or block_k * stages < 192):
+        if shape.dtype == "float32" and block_m * block_n > WIDE_TILE:
+            continue
+        if design in WALKING_DESIGNS and (block_m < 64 or (shape.dtype != "float32" and block_k * stages < 192)):
             continue  # what stays on its multiprocessor has long lines on their way
+        if design in WALKING_DESIGNS and shape.dtype != "float32" and block_m * block_n < 128 * 128:
+            continue
         if design == "specialised":
             # Two groups of warps multiply 64 rows each.
             if hardware.is_hopper and shape.dtype != "float32" and block_m == 128 and block_n >= 128:

@@ -13,7 +13,7 @@ import pytest
 from bench.audit import Job, Shape, design_blocks, table_jobs
 from bench.machine_code import LIMITS, Usage, resident_blocks
 from bench.offline import TARGETS
-from plora_kernels.blocks import DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass
+from plora_kernels.blocks import DESIGNS, KERNEL_DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass
 from plora_kernels.tables import Entry, save_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,13 @@ def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
             assert set(blocks) == {"forward", "input_gradient"}
             assert all(isinstance(found, MatmulBlocks) and found.design == design for found in blocks.values())
     assert design_blocks("one_launch", shape, "bfloat16", TARGETS["sm_80"].hardware) == {}
+
+
+@pytest.mark.parametrize(("dtype", "tile"), [("float32", (64, 64)), ("tf32", (64, 128)), ("float16", (128, 256))])
+def test_designs_are_compiled_with_tiles_that_their_dtype_can_hold(dtype: str, tile: tuple[int, int]) -> None:
+    for design in KERNEL_DESIGNS:
+        blocks = design_blocks(design, Shape(8192, 4096, 4096, 16), dtype, TARGETS["sm_90"].hardware)
+        assert [(found.block_m, found.block_n) for found in blocks.values()] == [tile, tile]
 
 
 def test_the_entries_of_the_tables_are_compiled_for_their_device(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import (
+    KINDS,
     OPS,
     POINTER_DESIGNS,
     Blocks,
@@ -261,6 +262,16 @@ def test_candidates_begin_with_the_default_and_do_not_repeat(op: str, capability
         found = candidates(shape, Hardware(capability, 100))
         assert found[0] == default_blocks(shape, Hardware(capability, 100), True)
         assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if KINDS[op] is MatmulBlocks])
+def test_candidates_of_float32_are_tiles_that_compile_in_seconds(op: str) -> None:
+    def largest(dtype: str) -> int:
+        found = candidates(ShapeClass(op, dtype, 8192, 4096, 4096, 16), Hardware(90, 132))
+        return max(blocks.block_m * blocks.block_n for blocks in found if isinstance(blocks, MatmulBlocks))
+
+    assert largest("float32") == 64 * 128
+    assert largest("bfloat16") == 128 * 256
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

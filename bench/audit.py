@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import plora_kernels as pk
-from bench.environment import usable_cores
+from bench.environment import settle_compilers, usable_cores
 from bench.machine_code import LIMITS, instructions_of, resident_blocks, usage_of
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.results import write_text
@@ -219,7 +219,7 @@ def _layer(shape: ShapeClass) -> Shape:
 
 def audit_job(job: Job) -> list[Row]:
     """Compile everything a job launches and read it; what does not compile is a row that says so."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks for a choice; it is what it always did
+    settle_compilers()
     failed = []
     with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
         try:

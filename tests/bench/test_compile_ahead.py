@@ -73,7 +73,7 @@ def launched(root: Path, cache: Path, device: str, kind: str) -> list[str]:
 
 
 def copy_of_the_code(folder: Path) -> Path:
-    for package in ("plora_kernels", "bench"):
+    for package in ("plora_kernels", "bench", "fed"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
     return folder
 

@@ -62,7 +62,7 @@ SHAPES = (
 )
 # Every design is compiled with the candidates nearest to these tiles: those of half precision are known to be fast on
 # Hopper; in float32 products go through FMA, where more than this spills, or through tf32 ("tf32").
-DESIGN_TILES = {"float32": (64, 64, 32), "tf32": (64, 128, 32)}
+DESIGN_TILES = {"float32": (64, 64, 16), "tf32": (64, 128, 32)}
 HALF_PRECISION_TILES = (128, 256, 64)
 DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexed=True))
 

@@ -85,7 +85,7 @@ class Work:
 
 @dataclass
 class Found:
-    """What pieces launch: kernels' names by the hash they are cached under, what those that were read use, causes."""
+    """What pieces launch: kernels, with the first piece, by the hash they are cached under; what they use; failures."""
 
     kernels: dict[str, str] = field(default_factory=dict)
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def compile_piece(work: Work) -> Found:
     """Compile everything a piece launches; what fails is among what is found."""
     with compiling_for(work.target) as launches:
         failed = [f"{work.name}: {cause}" for cause in _causes(work.what)]
-    kernels = {launch.compiled.hash: launch.kernel for launch in launches}
+    kernels = {launch.compiled.hash: f"{launch.kernel} of {work.name}" for launch in launches}
     usage = _usage(launches) if work.with_usage else {}
     return Found(kernels, usage, failed)
 
@@ -163,7 +163,7 @@ def compile_all(work: Sequence[Work], workers: int) -> Found:
     ):
         found = outcome.value or Found(failed=[f"{work[position].name}: {outcome.error}"])
         new = found.kernels.keys() - all_of_them.kernels.keys()
-        all_of_them.kernels |= found.kernels
+        all_of_them.kernels = found.kernels | all_of_them.kernels
         all_of_them.usage |= found.usage
         all_of_them.failed += found.failed
         seconds = time.monotonic() - started
@@ -215,7 +215,7 @@ def fill(options: argparse.Namespace) -> int:
     for key, usage in sorted(found.usage.items(), key=lambda item: -item[1].spill_bytes):
         if usage.spill_bytes:
             figures = f"{usage.spill_bytes} bytes a thread, {usage.registers} registers"
-            print(f"    SPILLS {found.kernels[key]} {key[:12]}: {figures}")
+            print(f"    SPILLS {found.kernels[key]}: {figures}")
     if options.pack is not None:
         pack(options.cache, options.pack)
         print(f"{options.pack}: {options.pack.stat().st_size / 1e6:.1f} MB")

@@ -169,26 +169,42 @@ def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence
 
 
 def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
-    """Yield every design that is a candidate on a target."""
+    """Yield every design that is a candidate on a target, in each of its ways to overlap."""
     for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
-        blocks = design_blocks(design, shape, dtype, target.hardware)
-        if len(blocks) == 2:
-            yield Job(shape, dtype, target, design, tuple(blocks.items()), candidate=True)
+        for way, blocks in design_ways(design, shape, dtype, target.hardware).items():
+            yield Job(shape, dtype, target, way, tuple(blocks.items()), candidate=True)
 
 
 def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, Blocks]:
-    """Return a design's blocks for the forward and dX; empty where it is no candidate.
+    """Return a design's blocks for the forward and dX, without overlap; empty where it is no candidate.
 
     `dtype` is a name of torch's or "tf32", float32 by that precision.
     """
+    return next(iter(design_ways(design, shape, dtype, hardware).values()), {})
+
+
+def design_ways(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, dict[str, Blocks]]:
+    """Return a design's blocks for the forward and dX in each way to overlap, by the way in words, the plain one first.
+
+    All have the same tiles. Where the forward begins beside the launch before it, dX lets dA begin beside itself.
+    """
     tiles, name = DESIGN_TILES.get(dtype, HALF_PRECISION_TILES), "float32" if dtype == "tf32" else dtype
-    found: dict[str, Blocks] = {}
+    found: dict[str, dict[str, Blocks]] = {}
     for op, d_in, d_out in (("forward", shape.k, shape.n), ("input_gradient", shape.n, shape.k)):
         known = candidates(ShapeClass(op, name, shape.m, d_in, d_out, shape.r), hardware)
         same = [blocks for blocks in known if isinstance(blocks, MatmulBlocks) and blocks.design == design]
-        if same:
-            found[op] = min(same, key=lambda blocks: _distance(blocks, tiles))
-    return found
+        nearest = min((_distance(blocks, tiles) for blocks in same), default=None)
+        for blocks in same:
+            if _distance(blocks, tiles) == nearest and (op == "forward" or blocks.dependent == blocks.gradient_beside):
+                found.setdefault(_way(blocks), {}).setdefault(op, blocks)
+    return {way: both for way, both in found.items() if len(both) == 2}
+
+
+def _way(blocks: MatmulBlocks) -> str:
+    """Return a design and how its programs and launches overlap, in words."""
+    words = [blocks.design, *([blocks.overlap] if blocks.overlap != "none" else [])]
+    words += [f"{blocks.resident} resident"] if blocks.resident > 1 else []
+    return " ".join([*words, *(["dependent"] if blocks.dependent else [])])
 
 
 def _distance(blocks: MatmulBlocks, tiles: tuple[int, int, int]) -> tuple[int, int]:

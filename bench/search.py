@@ -80,7 +80,8 @@ def narrowed(
     """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
 
     Like this are a class of the same op, and the forward for dX, of the same dtype and with rows that differ by no
-    more than four times; of several the nearest counts. How many modules are taken at a time, and what dX does for dA, is this class's own.
+    more than four times; of several the nearest counts. How many modules are taken at a time, and what dX does for dA,
+    is this class's own.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:

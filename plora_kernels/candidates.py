@@ -81,20 +81,22 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
     if shape.op in LAYER_OPS:
         yield from (replace(default, design=design) for design in ALGEBRA_DESIGNS)
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
+    wide_dtype = shape.dtype == "float32"
     narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
     depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
-        if shape.dtype == "float32" and block_m * block_n > WIDE_TILE:
+        if wide_dtype and block_m * block_n > WIDE_TILE:
             continue
-        if design in WALKING_DESIGNS and (block_m < 64 or (shape.dtype != "float32" and block_k * stages < 192)):
-            continue  # what stays on its multiprocessor has long lines on their way
-        if design in WALKING_DESIGNS and shape.dtype != "float32" and block_m * block_n < 128 * 128:
+        # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
+        large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
+        small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
+        if design in WALKING_DESIGNS and small:
             continue
         if design == "specialised":
             # Two groups of warps multiply 64 rows each.
-            if hardware.is_hopper and shape.dtype != "float32" and block_m == 128 and block_n >= 128:
+            if hardware.is_hopper and not wide_dtype and block_m == 128 and block_n >= 128:
                 blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
                 yield from _beside_other_launches(shape, hardware, blocks)
             continue

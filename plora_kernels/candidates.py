@@ -101,8 +101,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
                 yield from _beside_other_launches(shape, hardware, blocks)
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        # A side product that is read lies in registers beside the tile: half of it at a time may leave it room.
-        for block_r in sorted({narrow, wide}) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
+        # A side product that is read lies in registers beside the tile: half of it at a time may leave it room, and a
+        # large tile of walking programs leaves no room for more.
+        halves = {tile(shape.r, 16), narrow} if design in WALKING_DESIGNS else {narrow, wide}
+        for block_r in sorted(halves) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
             yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
 
@@ -110,6 +112,8 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
+    if blocks.design == "persistent" and blocks.block_r > 32:
+        overlaps = ("none",)  # registers for no more modules made in the loop
     large = blocks.block_m * blocks.block_n > 128 * 128
     for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
         yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))

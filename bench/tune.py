@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.device_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
-from bench.environment import device_slug, source_digest
+from bench.environment import device_slug
 from bench.gpu import RESERVE_SECONDS, default_workers, describe, measure_kernels
 from bench.records import RecordFile, blank, open_records
 from bench.results import ResultsError
@@ -194,8 +194,7 @@ def tune(options: argparse.Namespace) -> int:
     """Tune what there is time for; return 0, or 1 if a class has no candidate that is right."""
     device = torch.device(options.device)
     tables, log = paths(options, device)
-    # The tables are what this changes: they do not make it other code.
-    meta = describe(device, options.commit) | {"source": source_digest(tables=False)}
+    meta = describe(device, options.commit)
     tuning = Tuning(
         device=device,
         hardware=hardware_of(device),

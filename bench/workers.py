@@ -135,7 +135,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends; where there is no Linux, go without."""
+    """Have the kernel kill this process when its parent ends, however that ends; without Linux do nothing."""
     with suppress(OSError, AttributeError):
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -175,8 +175,7 @@ class Workers:
 
     def start(self) -> None:
         """Start the processes now, so that they are there when items come."""
-        if not self._workers:
-            self._workers = [self._start() for _ in range(self.size)]
+        self._workers += [self._start() for _ in range(self.size - len(self._workers))]
 
     def outcomes(
         self, items: Sequence[Any], deadline: float = float("inf"), end: float = float("inf")

@@ -184,10 +184,10 @@ def _show(
     tuning.say(f"{name}: {best or 'nothing runs'} ({len(found)} of {known} candidates timed, {len(dropped)} dropped)")
     if found:
         sizes = ", ".join(f"{key} {value}" for key, value in asdict(found[0].blocks).items())
-        print(f"          best: {sizes}")
+        print(f"          best: {sizes}", flush=True)
     for cause in dict.fromkeys(outcome.error for _, outcome in dropped):
         same = [blocks for blocks, outcome in dropped if outcome.error == cause]
-        print(f"          DROPPED {len(same)}, first {same[0]}: {cause}")
+        print(f"          DROPPED {len(same)}, first {same[0]}: {cause}", flush=True)
 
 
 def resume(tuning: Tuning) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import plora_kernels as pk
-from bench.environment import usable_cores
+from bench.environment import settle_compilers, usable_cores
 from bench.machine_code import LIMITS, instructions_of, resident_blocks, usage_of
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.results import write_text
@@ -60,8 +60,10 @@ SHAPES = (
     Shape(37, 50, 29, 5),
     Shape(1, 4096, 4096, 16),
 )
-# Every design is compiled with the candidates nearest to these tiles, which are known to be fast on Hopper.
-DESIGN_TILES = (128, 256, 64)
+# Every design is compiled with the candidates nearest to these tiles: those of half precision are known to be fast on
+# Hopper; in float32 products go through FMA, where more than this spills, or through tf32 ("tf32").
+DESIGN_TILES = {"float32": (64, 64, 16), "tf32": (64, 128, 32)}
+HALF_PRECISION_TILES = (128, 256, 64)
 DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexed=True))
 
 
@@ -167,27 +169,47 @@ def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence
 
 
 def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
-    """Yield every design that is a candidate on a target."""
+    """Yield every design that is a candidate on a target, in each of its ways to overlap."""
     for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
-        blocks = design_blocks(design, shape, dtype, target.hardware)
-        if len(blocks) == 2:
-            yield Job(shape, dtype, target, design, tuple(blocks.items()), candidate=True)
+        for way, blocks in design_ways(design, shape, dtype, target.hardware).items():
+            yield Job(shape, dtype, target, way, tuple(blocks.items()), candidate=True)
 
 
 def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, Blocks]:
-    """Return a design's blocks for the forward and dX; empty where it is no candidate."""
-    found: dict[str, Blocks] = {}
+    """Return a design's blocks for the forward and dX, without overlap; empty where it is no candidate.
+
+    `dtype` is a name of torch's or "tf32", float32 by that precision.
+    """
+    return next(iter(design_ways(design, shape, dtype, hardware).values()), {})
+
+
+def design_ways(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, dict[str, Blocks]]:
+    """Return a design's blocks for the forward and dX in each way to overlap, by the way in words, the plain one first.
+
+    All have the same tiles. Where the forward begins beside the launch before it, dX lets dA begin beside itself.
+    """
+    tiles, name = DESIGN_TILES.get(dtype, HALF_PRECISION_TILES), "float32" if dtype == "tf32" else dtype
+    found: dict[str, dict[str, Blocks]] = {}
     for op, d_in, d_out in (("forward", shape.k, shape.n), ("input_gradient", shape.n, shape.k)):
-        known = candidates(ShapeClass(op, dtype, shape.m, d_in, d_out, shape.r), hardware)
+        known = candidates(ShapeClass(op, name, shape.m, d_in, d_out, shape.r), hardware)
         same = [blocks for blocks in known if isinstance(blocks, MatmulBlocks) and blocks.design == design]
-        if same:
-            found[op] = min(same, key=_distance_from_design_tiles)
-    return found
+        nearest = min((_distance(blocks, tiles) for blocks in same), default=None)
+        for blocks in same:
+            if _distance(blocks, tiles) == nearest and (op == "forward" or blocks.dependent == blocks.gradient_beside):
+                found.setdefault(_way(blocks), {}).setdefault(op, blocks)
+    return {way: both for way, both in found.items() if len(both) == 2}
 
 
-def _distance_from_design_tiles(blocks: MatmulBlocks) -> tuple[int, int]:
+def _way(blocks: MatmulBlocks) -> str:
+    """Return a design and how its programs and launches overlap, in words."""
+    words = [blocks.design, *([blocks.overlap] if blocks.overlap != "none" else [])]
+    words += [f"{blocks.resident} resident"] if blocks.resident > 1 else []
+    return " ".join([*words, *(["dependent"] if blocks.dependent else [])])
+
+
+def _distance(blocks: MatmulBlocks, tiles: tuple[int, int, int]) -> tuple[int, int]:
     sizes = (blocks.block_m, blocks.block_n, blocks.block_k)
-    return sum(abs(size - wanted) for size, wanted in zip(sizes, DESIGN_TILES, strict=True)), abs(blocks.num_stages - 3)
+    return sum(abs(size - wanted) for size, wanted in zip(sizes, tiles, strict=True)), abs(blocks.num_stages - 3)
 
 
 def table_jobs(targets: Sequence[Target], folder: Path = PACKAGED) -> Iterator[Job]:
@@ -213,7 +235,7 @@ def _layer(shape: ShapeClass) -> Shape:
 
 def audit_job(job: Job) -> list[Row]:
     """Compile everything a job launches and read it; what does not compile is a row that says so."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 asks for a choice; it is what it always did
+    settle_compilers()
     failed = []
     with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
         try:

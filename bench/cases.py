@@ -193,9 +193,14 @@ def _measured_by(op: Op, device_type: str) -> tuple[Projection, ...]:
     return tuple(projection for projection in found if op in FOLDS or projection.k <= CPU_WIDEST_K)
 
 
+def generator_on(device: torch.device, seed: int) -> torch.Generator | None:
+    """Return a generator that starts from a seed; None on "meta", where nothing is drawn."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 def make_problem(case: Case, device: torch.device, seed: int = 0, sets: int = 1) -> Problem:
     """Draw a case's tensors on `device` from `seed`, x and grad_y `sets` times; other devices draw other values."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = generator_on(device, seed)
     k, n, r, count = case.projection.k, case.projection.n, case.r, case.projection.count
 
     def normal(rows: int, columns: int, variance: float = 1.0) -> Tensor:

@@ -5,7 +5,7 @@ first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.corre
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from unittest import mock
 
@@ -75,7 +75,10 @@ CUDA_FORMS = ("graph replay", "no synchronisation")
 
 @dataclass(frozen=True)
 class CheckShape:
-    """One dtype ("tf32" is float32 with tf32 allowed) and shape on one device type; all forms of it."""
+    """One dtype ("tf32" is float32 with tf32 allowed) and shape on one device type; all forms of it.
+
+    On "meta" nothing is compared: the forms of a GPU are run for what they launch.
+    """
 
     device: str
     dtype: str
@@ -87,17 +90,18 @@ class CheckShape:
     def forms(self) -> tuple[str, ...]:
         """Return what is checked; designs, on a GPU that has them, where lines start at multiples of 16."""
         forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is no groups
-        if self.device != "cuda":
+        if self.device == "cpu":
             return forms
-        hardware = hardware_of(torch.device("cuda", torch.cuda.current_device()))
+        here = torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device(self.device)
+        hardware = hardware_of(here)
         aligned = self.k % 16 == 0 and self.n % 16 == 0
         designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, hardware)]
-        return forms + CUDA_FORMS + tuple(designs)
+        # A graph launches what any call does: without a device there is nothing to learn of it.
+        return forms + (CUDA_FORMS if self.device == "cuda" else CUDA_FORMS[1:]) + tuple(designs)
 
     def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
         """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
-        dtype = "float32" if self.dtype == "tf32" else self.dtype
-        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), dtype, hardware)
+        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), self.dtype, hardware)
 
 
 def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
@@ -111,21 +115,30 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
 
     Each record is noted as it is made. Raises LostProcessError if a form leaves a device that does no more work.
     """
-    inputs = draw(shape)
     records = []
+    for form, error in run_each_form(shape, forms):
+        found: dict[str, object] = {"status": "passed"}
+        if error is not None:
+            found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
+        records.append(check_record(shape, form) | found)
+        note(records[-1])
+    return records
+
+
+def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
+    """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
+    inputs = draw(shape)
     with _tf32(shape.dtype == "tf32"):
         for form in shape.forms() if forms is None else forms:
-            found: dict[str, object] = {"status": "passed"}
             try:
                 for _ in range(2):  # the second call of a form replays what the first recorded
                     with poisoned_outputs():
                         _check_of(form)(shape, inputs, form)
             except Exception as error:  # a kernel that does not compile is as wrong as one that errs
                 require_device(shape.device, error)
-                found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
-            records.append(check_record(shape, form) | found)
-            note(records[-1])
-    return records
+                yield form, error
+            else:
+                yield form, None
 
 
 def check_record(shape: CheckShape, form: str) -> dict[str, object]:
@@ -213,9 +226,9 @@ def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    mask = inputs.mask.to(inputs.weight.device)
+    # The mask stays on the host: how many modules it leaves is known there.
     exact, plain = (
-        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), mask, scale=SCALE)
+        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), inputs.mask, scale=SCALE)
         for dtype in (torch.float64, DTYPES[shape.dtype])
     )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
@@ -272,12 +285,18 @@ def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> N
     layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
+    with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():
+        _fused(inputs, inputs.mask.to(inputs.x.device, non_blocking=True), "folded")
+        layer.select([0])
+        layer(inputs.x).backward(inputs.dy)
+
+
+@contextmanager
+def _synchronisation_refused() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _fused(inputs, inputs.mask.to("cuda", non_blocking=True), "folded")
-        layer.select([0])
-        layer(inputs.x).backward(inputs.dy)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -22,6 +23,21 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def settle_compilers() -> None:
+    """Let Triton compile alike in every process: what is set here is part of the key that a kernel is cached under.
+
+    What the environment says already stands. Triton 3.9 asks for a choice of fused multiply-add; it is what it always
+    did. `torch.compile` points Triton at torch's ptxas, of another CUDA, from the first kernel on that it makes in a
+    process: named here, Triton's own stays the one.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    found = importlib.util.find_spec("triton")
+    for folder in found.submodule_search_locations or () if found is not None else ():
+        ptxas = Path(folder) / "backends" / "nvidia" / "bin" / "ptxas"
+        if ptxas.is_file():
+            os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
 
 
 def environment(device: torch.device, threads: int) -> dict[str, object]:

@@ -31,6 +31,7 @@ from bench.environment import (
     commit_of,
     device_slug,
     environment,
+    settle_compilers,
     source_digest,
     tables_digest,
     usable_cores,
@@ -208,8 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 for a wrong result, 2 for input that cannot be used."""
     started = time.monotonic()
-    # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    settle_compilers()  # as what compiled ahead did
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)
     options.started = started

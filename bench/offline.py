@@ -91,7 +91,10 @@ def _asking_for_kernels() -> list[ModuleType]:
 
 @contextmanager
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
-    """Compile every launch for `target` instead of making it, and list them; operators take tensors on "meta"."""
+    """Compile every launch for `target` instead of making it, and list them; operators take tensors on "meta".
+
+    What the compiler raises bears the name of the kernel as a note.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -101,7 +104,11 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        compiled = run(self, *arguments, grid=grid, warmup=True, **named)
+        try:
+            compiled = run(self, *arguments, grid=grid, warmup=True, **named)
+        except Exception as error:
+            error.add_note(self.fn.__name__)
+            raise
         launches.append(Launch(self.fn.__name__, compiled, compiled.metadata.num_warps))
         return compiled
 

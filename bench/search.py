@@ -90,7 +90,8 @@ def narrowed(
     """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
 
     Like this are a class of the same op, and the forward for dX, of the same dtype and with rows that differ by no
-    more than four times; of several the nearest counts. How many modules are taken at a time is this class's own.
+    more than four times; of several the nearest counts. How many modules are taken at a time, and what dX does for dA,
+    is this class's own.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:
@@ -98,14 +99,20 @@ def narrowed(
     nearest = min(like, key=lambda other: (other.op != shape.op, _distance(shape, other)))
     own: dict[Blocks, list[Blocks]] = {}
     for blocks in known:
-        own.setdefault(replace(blocks, block_r=0), []).append(blocks)
+        own.setdefault(_regardless(blocks), []).append(blocks)
     chosen, counts = {known[0]: None}, Counter[str]()
     for timed in sorted(searched[nearest], key=lambda timed: (-timed.rounds, timed.time_ms)):
-        same = own.pop(replace(timed.blocks, block_r=0), ())
+        same = own.pop(_regardless(timed.blocks), ())
         if same and counts[timed.design] < INHERITED:
             counts[timed.design] += 1
             chosen |= dict.fromkeys(same)
     return tuple(chosen)
+
+
+def _regardless(blocks: Blocks) -> Blocks:
+    """Return blocks without what is a class's own."""
+    same = replace(blocks, block_r=0)
+    return replace(same, gradient_beside=False) if isinstance(same, MatmulBlocks) else same
 
 
 def _alike(shape: ShapeClass, other: ShapeClass) -> bool:
@@ -120,18 +127,21 @@ def _distance(shape: ShapeClass, other: ShapeClass) -> float:
 
 
 def _in_turns(known: Sequence[Blocks]) -> tuple[Blocks, ...]:
-    """Return the default, then the designs' candidates in turns, large tiles first: time may not last for all."""
+    """Return the default, then the designs' candidates in turns, the likeliest first: time may not last for all."""
     by_design: dict[str, list[Blocks]] = {}
-    for blocks in sorted(known[1:], key=_small):
+    for blocks in sorted(known[1:], key=_unlikely):
         by_design.setdefault(design_of(blocks), []).append(blocks)
     longest = max((len(own) for own in by_design.values()), default=0)
     turns = [own[turn] for turn in range(longest) for own in by_design.values() if turn < len(own)]
     return tuple(dict.fromkeys([known[0], *turns]))
 
 
-def _small(blocks: Blocks) -> int:
-    """Return the negative size of a matmul's tile; other blocks keep their order."""
-    return -blocks.block_m * blocks.block_n if isinstance(blocks, MatmulBlocks) else 0
+def _unlikely(blocks: Blocks) -> tuple[float, ...]:
+    """Return what sorts a matmul's large tiles first, of equal ones those of common depth; others keep their order."""
+    if not isinstance(blocks, MatmulBlocks):
+        return ()
+    depth = abs(math.log2(blocks.block_k / 64)) if blocks.block_k else 0.0
+    return -blocks.block_m * blocks.block_n, depth, abs(blocks.num_stages - 3)
 
 
 def _nothing() -> None:

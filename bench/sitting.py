@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from bench.environment import settle_compilers
 from bench.results import write_text
 from bench.sitting_table import sitting_table
 from bench.workers import end_on_termination, leave
@@ -237,6 +238,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: the first of its steps' that is not 0, 3 where one was stopped."""
     started = time.monotonic()
+    settle_compilers()  # the tests too find what was compiled ahead
     options = parse(arguments)
     limit_s = LIMITS[options.sitting] if options.limit_seconds is None else options.limit_seconds
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bench.device_health import require_device
-from bench.environment import device_slug
+from bench.environment import device_slug, settle_compilers
 from bench.gpu import RESERVE_SECONDS, at_least, default_workers, describe, measure_kernels
 from bench.records import RecordFile, blank, open_records
 from bench.results import ResultsError
@@ -297,8 +296,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
     started = time.monotonic()
-    # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    settle_compilers()  # as what compiled ahead did
     options = parse(arguments)
     options.started = started
     if options.device == "cuda" and torch.cuda.is_available():

@@ -15,14 +15,26 @@ from dataclasses import dataclass, replace
 #   persistent       as tile, in a persistent launch fed by tensor descriptors (TMA)
 #   two_launch       as tile_two_launch, the tiles those of persistent
 #   one_launch       side tiles first, then output tiles that wait for them, in one persistent launch
+#   drawn            as one_launch, but the side tiles are made by the programs that have a tile less than the others,
+#                    and by whoever would have to wait for one that nobody has begun
+#   specialised      as two_launch, with warps that load and others that multiply; half precision on sm_90
 #   algebra          the side product first, torch's own matmul, and the low-rank part added in place: y is read and
 #                    written once more and half precision rounded once more, but where that is fastest it is
+#   algebra_first    the same with the low-rank part made first and torch's matmul added to it
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-WALKING_DESIGNS = ("persistent", "two_launch", "one_launch")
+WALKING_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
+ALGEBRA_DESIGNS = ("algebra", "algebra_first")
 KERNEL_DESIGNS = (*POINTER_DESIGNS, *WALKING_DESIGNS)
-DESIGNS = (*KERNEL_DESIGNS, "algebra")
+DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
 # Those that start with a launch of the side product, which in the backward gives dB as well.
-SIDE_FIRST = ("tile_two_launch", "two_launch", "algebra")
+SIDE_FIRST = ("tile_two_launch", "two_launch", "specialised", *ALGEBRA_DESIGNS)
+# Those that make the side product in the launch of the output tiles, and hand it over through memory.
+SIDE_WITHIN = ("one_launch", "drawn")
+# How a walking program hides what lies between two tiles, beside its stages:
+#   none     not at all
+#   flatten  the loads of a tile begin under the end of the one before
+#   early    up, and a side product that is given, are loaded before the long product
+OVERLAPS = ("none", "flatten", "early")
 
 LAYER_OPS = ("forward", "input_gradient")
 PROJECTION_OPS = ("projections_forward", "projections_input_gradient")
@@ -33,7 +45,10 @@ OPS = (*LAYER_OPS, "side_product", "output_gradient", "factor_gradient", "fold",
 class MatmulBlocks:
     """Forward and dX: out tile (block_m, block_n), depth block_k, modules block_r at a time, by `design`.
 
-    Of projections that share their input the design is "tile".
+    Of projections that share their input the design is "tile". Walking designs have an `overlap`, one of OVERLAPS, and
+    `resident` programs a multiprocessor. Where the side product has a launch of its own, one that is `dependent` begins
+    before that has ended, and with `gradient_beside` the launch of dA begins before this one of dX has, on
+    multiprocessors without a tile in the last round (programmatic dependent launch).
     """
 
     design: str
@@ -44,6 +59,10 @@ class MatmulBlocks:
     group_m: int
     num_warps: int
     num_stages: int
+    overlap: str = "none"
+    resident: int = 1
+    dependent: bool = False
+    gradient_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,14 +183,20 @@ def shared_bytes(capability: int) -> int:
 
 
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
-    """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared."""
+    """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared.
+
+    Walking designs hold half a tile of the output beside them, which is being stored while the next loads come in.
+    """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
-        case MatmulBlocks(design="algebra") | FoldBlocks():
+        case MatmulBlocks(design="algebra" | "algebra_first") | FoldBlocks():
             return 0
         case MatmulBlocks():
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
-            elements = blocks.block_k * (blocks.block_m + blocks.block_n + side)
+            depth = blocks.block_k + (blocks.block_r if blocks.design == "specialised" else 0)
+            elements = depth * (blocks.block_m + blocks.block_n) + blocks.block_k * side
+            stored = blocks.block_m * blocks.block_n // 2 if blocks.design in WALKING_DESIGNS else 0
+            return itemsize * (elements * blocks.num_stages + stored)
         case SideBlocks():
             elements = blocks.block_k * (blocks.block_m + blocks.block_r)
         case OutputGradientBlocks():

@@ -10,10 +10,14 @@ from dataclasses import replace
 from itertools import product
 
 from .blocks import (
+    ALGEBRA_DESIGNS,
     KERNEL_DESIGNS,
     LAYER_OPS,
+    OVERLAPS,
     POINTER_DESIGNS,
     SIDE_FIRST,
+    SIDE_WITHIN,
+    WALKING_DESIGNS,
     Blocks,
     FoldBlocks,
     GradientBlocks,
@@ -41,6 +45,8 @@ TILES = (
     (64, 256),
     (128, 256),
 )
+# The most elements of one in float32: through FMA a larger one spills kilobytes and takes half a minute to compile.
+WIDE_TILE = 64 * 128
 
 
 def candidates(shape: ShapeClass, hardware: Hardware) -> tuple[Blocks, ...]:
@@ -73,24 +79,55 @@ def _variants(shape: ShapeClass, hardware: Hardware, default: Blocks) -> Iterato
 def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlocks) -> Iterator[MatmulBlocks]:
     designs: tuple[str, ...] = ("tile",)
     if shape.op in LAYER_OPS:
-        yield replace(default, design="algebra")
+        yield from (replace(default, design=design) for design in ALGEBRA_DESIGNS)
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
+    wide_dtype = shape.dtype == "float32"
     narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
     depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
-        if block_m < 64 and design not in POINTER_DESIGNS:
+        if wide_dtype and block_m * block_n > WIDE_TILE:
+            continue
+        # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
+        large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
+        small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
+        if design in WALKING_DESIGNS and small:
+            continue
+        if design == "specialised":
+            # Two groups of warps multiply 64 rows each.
+            if hardware.is_hopper and not wide_dtype and block_m == 128 and block_n >= 128:
+                blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
+                yield from _beside_other_launches(shape, hardware, blocks)
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         # A side product that is read lies in registers beside the tile: half of it at a time may leave it room.
-        for block_r in sorted({narrow, wide}) if design in SIDE_FIRST else (wide,):
-            yield MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+        for block_r in sorted({narrow, wide}) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
+            blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+            yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
+
+
+def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
+    overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
+    large = blocks.block_m * blocks.block_n > 128 * 128
+    for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
+        yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))
+
+
+def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield blocks as they are and, where the side product has a launch of its own, beside that and beside dA's."""
+    yield blocks
+    if blocks.design in SIDE_FIRST and hardware.capability >= 90:
+        yield replace(blocks, dependent=True)
+        if shape.op == "input_gradient":
+            yield replace(blocks, gradient_beside=True)
+            yield replace(blocks, dependent=True, gradient_beside=True)
 
 
 def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:
-    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256), (1, 2, 4), (2, 3, 4)):
-        if columns > tile(shape.d_in, 256) or block_m > max(32, tile(shape.m, 128)):
+    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256, 512), (1, 2, 4), (2, 3, 4)):
+        if columns > tile(shape.d_in, 512) or block_m > max(32, tile(shape.m, 128)):
             continue
         changed = {"block_m": block_m, "waves": waves, "num_stages": stages, "num_warps": 4 if columns < 256 else 8}
         if isinstance(default, GradientBlocks):

@@ -20,6 +20,8 @@ from .errors import ConfigError
 from .tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
 B = TypeVar("B", bound=Blocks)
+# How far from a shape an entry may be measured, in powers of two: its rows, and all its sizes together.
+MOST_ROW_STEPS, MOST_STEPS = 2, 4
 
 _forced: dict[str, Blocks] = {}
 _taken: dict[str, Blocks] | None = None
@@ -155,23 +157,42 @@ def _difference(table: Table, hardware: Hardware) -> tuple[int, float]:
 def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None:
     """Return the table's entry of the same op and dtype whose sizes are nearest, in powers of two; None without one.
 
-    A smaller r counts heavily: blocks made for fewer modules read the large input again for the rest. In the table of
-    a device with more shared memory, entries that need it are passed over.
+    An entry whose rows differ by more than four times, or whose sizes by more than sixteen in all, says nothing of this
+    shape: what is fastest for 8,192 rows is not for one. A smaller r counts heavily: blocks made for fewer modules read
+    the large input again for the rest. In the table of a device with more shared memory, entries that need it are
+    passed over.
     """
     limit, theirs = shared_bytes(hardware.capability), shared_bytes(table.meta.get("capability") or 0)
     same = [
         entry
         for entry in table.entries
         if (entry.shape.op, entry.shape.dtype) == (shape.op, shape.dtype)
+        and _is_near(entry.shape, shape)
         and (theirs <= limit or staged_bytes(entry.blocks, shape.dtype) <= limit)
     ]
     return min(same, key=lambda entry: _distance(entry.shape, shape), default=None)
 
 
-def _distance(entry: ShapeClass, wanted: ShapeClass) -> float:
-    def steps(a: int, b: int) -> float:
-        return math.log2(max(a, 1) / max(b, 1))
+def _steps(a: int, b: int) -> float:
+    """Return how many powers of two a is above b."""
+    return math.log2(max(a, 1) / max(b, 1))
 
-    sizes = abs(steps(entry.m, wanted.m)) + abs(steps(entry.d_in, wanted.d_in)) + abs(steps(entry.d_out, wanted.d_out))
-    modules = steps(entry.r, wanted.r)
+
+def _is_near(entry: ShapeClass, wanted: ShapeClass) -> bool:
+    # Fewer than sixteen rows fill one tile as sixteen do.
+    pairs = (
+        (max(entry.m, 16), max(wanted.m, 16)),
+        (entry.d_in, wanted.d_in),
+        (entry.d_out, wanted.d_out),
+        (entry.r, wanted.r),
+    )
+    rows, *others = (abs(_steps(*pair)) for pair in pairs)
+    return rows <= MOST_ROW_STEPS and rows + sum(others) <= MOST_STEPS
+
+
+def _distance(entry: ShapeClass, wanted: ShapeClass) -> float:
+    sizes = sum(
+        abs(_steps(*pair)) for pair in ((entry.m, wanted.m), (entry.d_in, wanted.d_in), (entry.d_out, wanted.d_out))
+    )
+    modules = _steps(entry.r, wanted.r)
     return sizes + (2 * modules if modules >= 0 else 4 - 8 * modules)

@@ -11,6 +11,7 @@ import torch
 import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import (
+    KINDS,
     OPS,
     POINTER_DESIGNS,
     Blocks,
@@ -78,6 +79,25 @@ def test_the_nearest_shape_wins_and_fewer_modules_lose() -> None:
     assert configs.nearest(table, ShapeClass("fold", "bfloat16", 8, 8, 8, 8), H200) is None
 
 
+@pytest.mark.parametrize(
+    ("wanted", "is_found"),
+    [
+        ({"m": 2048}, True),
+        ({"m": 32768}, True),
+        ({"m": 2047}, False),
+        ({"m": 1}, False),
+        ({"d_in": 14336, "d_out": 14336}, True),
+        ({"d_in": 1024, "d_out": 1024}, True),
+        ({"d_in": 512, "d_out": 1024}, False),
+        ({"r": 256}, True),
+        ({"r": 256, "d_in": 2048}, False),
+    ],
+)
+def test_an_entry_of_another_world_is_no_entry(wanted: dict[str, int], is_found: bool) -> None:
+    table = Table({}, (Entry(forward_class(r=16), MatmulBlocks("two_launch", 128, 256, 64, 16, 8, 8, 3), 0.5),))
+    assert (configs.nearest(table, forward_class(**{"r": 16, **wanted}), H200) is not None) == is_found
+
+
 def test_the_users_table_goes_before_the_packaged_one(gpu: Path) -> None:
     shape = forward_class()
     default = configs.find_blocks(MatmulBlocks, shape, GPU, True)
@@ -132,7 +152,7 @@ def test_an_unknown_device_gets_the_table_of_the_one_most_like_it(gpu: Path, mon
 def test_blocks_that_do_not_fit_a_smaller_device_are_passed_over(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = forward_class()
     large = Entry(shape, MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3), 0.5)  # 150 KiB on their way
-    small = Entry(forward_class(m=1024), MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3), 0.5)
+    small = Entry(forward_class(m=2048), MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3), 0.5)
     save_table(gpu / "packaged" / "a-thing.json", [large, small], {"capability": 80})
     assert found(monkeypatch, 80) == 128
     assert found(monkeypatch, 86) == 64
@@ -242,6 +262,16 @@ def test_candidates_begin_with_the_default_and_do_not_repeat(op: str, capability
         found = candidates(shape, Hardware(capability, 100))
         assert found[0] == default_blocks(shape, Hardware(capability, 100), True)
         assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if KINDS[op] is MatmulBlocks])
+def test_candidates_of_float32_are_tiles_that_compile_in_seconds(op: str) -> None:
+    def largest(dtype: str) -> int:
+        found = candidates(ShapeClass(op, dtype, 8192, 4096, 4096, 16), Hardware(90, 132))
+        return max(blocks.block_m * blocks.block_n for blocks in found if isinstance(blocks, MatmulBlocks))
+
+    assert largest("float32") == 64 * 128
+    assert largest("bfloat16") == 128 * 256
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import (
     DESIGNS,
+    OVERLAPS,
     WALKING_DESIGNS,
     Blocks,
     Hardware,
@@ -32,7 +34,8 @@ DTYPES = [torch.float16, torch.float32]
 
 
 def blocks_of(design: str, block_r: int) -> dict[str, Blocks]:
-    matmul = MatmulBlocks(design, 32, 32, 16, block_r, 2, 4, 2)
+    rows = 128 if design == "specialised" else 32  # two groups of warps, 64 rows each
+    matmul = MatmulBlocks(design, rows, 32, 16, block_r, 2, 4, 2)
     return {
         "forward": matmul,
         "input_gradient": matmul,
@@ -55,13 +58,16 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the design of every launch that walks over tiles."""
     designs: list[str] = []
-    real = adapted_matmul.persistent_matmul
 
-    def counted(*tensors: torch.Tensor, blocks: MatmulBlocks, **options: object) -> None:
-        designs.append(blocks.design)
-        real(*tensors, blocks=blocks, **options)  # type: ignore[arg-type]
+    def counting(real: Callable[..., None]) -> Callable[..., None]:
+        def counted(*tensors: torch.Tensor, blocks: MatmulBlocks, **options: object) -> None:
+            designs.append(blocks.design)
+            real(*tensors, blocks=blocks, **options)
 
-    monkeypatch.setattr(adapted_matmul, "persistent_matmul", counted)
+        return counted
+
+    for name in ("persistent_matmul", "specialised_matmul"):
+        monkeypatch.setattr(adapted_matmul, name, counting(getattr(adapted_matmul, name)))
     return designs
 
 
@@ -79,7 +85,40 @@ def test_designs_are_within_the_bound(
         rows, k, n, rank, dtype, mask=mask, unselected=form or "folded", bias=rank != 5, seed=rank, device=DEVICE
     )
     run_design(design, problem)
-    assert walks == [design] * (2 if design in WALKING_DESIGNS else 0)
+    # Lines of 1, 5, 17 or 33 modules are not what a descriptor fetches.
+    walking = "two_launch" if design == "specialised" else design
+    assert walks == [walking] * (2 if design in WALKING_DESIGNS else 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "rank", "bias"), [(1, 16, 16, 8, False), (300, 104, 168, 16, True), (128, 64, 64, 40, False)]
+)
+def test_warps_of_two_kinds_are_within_the_bound(
+    rows: int, k: int, n: int, rank: int, bias: bool, walks: list[str]
+) -> None:
+    for form in (None, "frozen"):
+        mask = None if form is None else random_mask(rank, rank).to(DEVICE)
+        run_design(
+            "specialised",
+            make_problem(
+                rows, k, n, rank, torch.float16, mask=mask, unselected=form or "folded", bias=bias, seed=rank,
+                device=DEVICE,
+            ),
+        )  # fmt: skip
+    assert walks == ["specialised"] * 4
+
+
+@pytest.mark.parametrize("what", ["float32", "an index", "tiles of 64 rows"])
+def test_what_warps_of_two_kinds_do_not_take_is_walked_over(what: str, walks: list[str]) -> None:
+    mask = random_mask(16, 16).to(DEVICE) if what == "an index" else None
+    dtype = torch.float32 if what == "float32" else torch.float16
+    blocks = blocks_of("specialised", 16)
+    if what == "tiles of 64 rows":
+        matmul = MatmulBlocks("specialised", 64, 32, 16, 16, 2, 4, 2)
+        blocks |= {"forward": matmul, "input_gradient": matmul}
+    with configs.forcing(blocks):
+        check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1, device=DEVICE))
+    assert walks == ["two_launch"] * 2
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -106,7 +145,28 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
     assert walks == ["one_launch"] * 6
 
 
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("overlap", OVERLAPS[1:])
+@pytest.mark.parametrize("design", WALKING_DESIGNS)
+def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks: list[str]) -> None:
+    for rank, form in ((5, None), (33, "frozen")):
+        blocks = blocks_of(design, 16)
+        for op in ("forward", "input_gradient"):
+            matmul = blocks[op]
+            assert isinstance(matmul, MatmulBlocks)
+            blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
+        mask = None if form is None else random_mask(rank, rank).to(DEVICE)
+        with configs.forcing(blocks):
+            check(
+                make_problem(
+                    70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
+                    device=DEVICE,
+                )
+            )  # fmt: skip
+    assert walks == ["two_launch" if design == "specialised" else design] * 4
+
+
+# Twelve tiles: of five programs, two have a tile more than the others, and wait for side tiles.
+@pytest.mark.parametrize("programs", [1, 3, 5])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "multiprocessors_of", lambda device: programs)
     for design in WALKING_DESIGNS:

@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 
 from .. import configs
-from ..blocks import POINTER_DESIGNS, SIDE_FIRST, WALKING_DESIGNS, MatmulBlocks, pointer_blocks
+from ..blocks import (
+    ALGEBRA_DESIGNS,
+    POINTER_DESIGNS,
+    SIDE_FIRST,
+    SIDE_WITHIN,
+    WALKING_DESIGNS,
+    MatmulBlocks,
+    pointer_blocks,
+)
 from ..configs import find_blocks
 from .launch import Dropout, layer_class
 from .persistent_matmul import persistent_matmul, takes_descriptors
 from .replay import empty
 from .side_product import side_product
+from .specialised_matmul import specialised_matmul, takes_specialised
 from .tile_matmul import tile_matmul
 
 FEW_ROWS = 64
@@ -68,28 +77,38 @@ def adapted_matmul(
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     # Every tile of a row block would hash the same mask again: under dropout the side product goes first.
-    by_algebra = blocks.design == "algebra" and index is None and drop_out is None
+    by_algebra = blocks.design in ALGEBRA_DESIGNS and index is None and drop_out is None
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
         # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
         few = by_algebra and drop_in is None and rows <= FEW_ROWS
         side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in)
     if by_algebra and side is not None:
+        if blocks.design == "algebra_first":
+            # Not by `replay.empty`: what torch computes is not replayed.
+            whole = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
+            start, beta = (whole, 0) if bias is None else (bias, 1)
+            return torch.addmm(start, side, up, beta=beta, alpha=scale, out=whole).addmm_(inputs, main), side
         whole = inputs @ main if bias is None else torch.addmm(bias, inputs, main)
         return whole.addmm_(side, up, alpha=scale), side
     out = empty((rows, d_out), inputs.dtype, inputs.device)
     given = side is not None
     if side is None:
-        stored = keep_side or blocks.design == "one_launch"
+        stored = keep_side or blocks.design in SIDE_WITHIN
         side = empty((rows, width) if stored else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side
+    if blocks.design == "specialised":
+        if index is None and takes_specialised(inputs, main, up, side, blocks):
+            specialised_matmul(out, side, inputs, main, up, bias=bias, scale=scale, blocks=blocks)
+            return out, side
+        blocks = replace(blocks, design="two_launch", num_warps=8)
     if blocks.design in WALKING_DESIGNS:
         persistent_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
-        if blocks.design not in POINTER_DESIGNS:  # algebra, of an index
+        if blocks.design not in POINTER_DESIGNS:  # those of algebra, of an index
             blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..blocks import SIDE_FIRST
+from ..blocks import SIDE_FIRST, WALKING_DESIGNS
 from .adapted_matmul import adapted_matmul, find_matmul_blocks
 from .factor_gradient import factor_gradient_
 from .forward import layer_dropout
@@ -43,12 +43,14 @@ def backward(
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
-    ds = None
+    ds, beside = None, False
     # Where dS has a launch of its own, dB comes from the same read of dY.
     reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
     if reads_once and d_lora_B is not None:
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
     if blocks is not None:
+        # Of walking programs those without a tile in the last round leave their multiprocessors to dA.
+        beside = blocks.gradient_beside and ds is not None and blocks.design in WALKING_DESIGNS
         d_x, ds = adapted_matmul(
             dy,
             weight,
@@ -69,7 +71,9 @@ def backward(
     if need_A:
         assert ds is not None
         d_lora_A = make(lora_A.shape, dy.dtype, dy.device)
-        factor_gradient_(d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout)
+        factor_gradient_(
+            d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout, beside=beside
+        )
     if d_lora_B is not None and not reads_once:
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
     # An operator's outputs may not alias.

@@ -22,7 +22,7 @@ from .. import configs
 from ..blocks import GradientBlocks, ShapeClass, row_splits
 from ..configs import find_blocks
 from .grouped_tiles import Groups, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned
+from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, launches_dependents
 from .modules import keep_mask, load_modules
 from .replay import empty, launch
 
@@ -86,6 +86,7 @@ def partial_gradient_kernel(
     WHOLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     NUMBERED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
@@ -154,6 +155,10 @@ def partial_gradient_kernel(
         place_ok = places < R
         tile = out_ptr + places[None, :] * stride_or + columns[:, None]
         tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
+    if DEPENDENT:
+        # Beside the launch before, whose results this one does not read: but what follows both may.
+        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+            tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -175,12 +180,15 @@ def reduce_gradient_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BY_MODULE: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
     """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
 
     partial (splits, R, D) fp32 with a row per place, or per module if BY_MODULE; out addressed by (module, d); a place
     whose index is −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each its own.
     """
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     place, group = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     ok = columns < D
@@ -210,6 +218,7 @@ def factor_gradient_(
     scale: float,
     dropout: Dropout | None = None,
     groups: Groups | None = None,
+    beside: bool = False,
 ) -> Tensor:
     """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it; with groups, of each group into out (C, R, D).
 
@@ -220,6 +229,8 @@ def factor_gradient_(
         out_index: int32, the row of `out` for every place; −1 stores nothing; None stores in order.
         dropout: D, of the elements of `wide`; None keeps all.
         groups: indices are (C, W) then, seeds (C,), and `scale` comes on top of the groups' own.
+        beside: begin beside the launch before this one, which lets its dependents begin and does not make `thin` or
+            `wide`; only where there is programmatic dependent launch.
     """
     (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
     width, count = thin.shape[1] if index is None else index.shape[-1], 1 if groups is None else groups.total
@@ -242,6 +253,7 @@ def factor_gradient_(
     partial = out if whole else empty((count * splits, width, d), torch.float32, wide.device)
     scale *= dropped.keep_scale
     scales = groups.scales if groups is not None and whole else None
+    dependent = beside and launches_dependents(wide.device)
     with torch.cuda.device_of(wide):
         launch(
             partial_gradient_kernel,
@@ -275,9 +287,11 @@ def factor_gradient_(
             WHOLE=whole,
             DROPOUT=dropout is not None,
             NUMBERED=dropped.numbered,
+            DEPENDENT=dependent,
             PRECISION=dot_precision(wide.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            **({"launch_pdl": True} if dependent else {}),
         )
     if not whole:
         reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale, groups=groups)
@@ -316,5 +330,6 @@ def reduce_partials_(
             HAS_INDEX=index is not None,
             HAS_SCALES=scales is not None,
             BY_MODULE=by_module,
+            LAUNCHES_DEPENDENTS=launches_dependents(out.device),
             num_warps=4,
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import configs
 from ..blocks import ShapeClass
 from ..dropout import threshold
 
@@ -63,6 +64,11 @@ class DropoutArguments(NamedTuple):
             dropout.selected_block,
             numbers is not None,
         )
+
+
+def launches_dependents(device: torch.device) -> bool:
+    """Say whether a launch may begin before the one it depends on has ended: CUDA devices from sm_90 on."""
+    return configs.capability_of(device) >= 90
 
 
 def cdiv(size: int, block: int) -> int:

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import configs
-from ..blocks import MatmulBlocks
-from .launch import cdiv, dot_precision, needs_wide_offsets
+from ..blocks import SIDE_WITHIN, MatmulBlocks
+from .launch import cdiv, dot_precision, launches_dependents, needs_wide_offsets
 from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
 from .replay import launch, zeros
 
@@ -57,6 +57,92 @@ def _side_rows(
 
 
 @triton.jit
+def _add_modules(
+    acc,
+    r0,
+    in_desc,
+    down_ptr,
+    up_base,
+    side_base,
+    index_ptr,
+    first_row,
+    is_first_column,
+    rows,
+    columns,
+    row_ok,
+    column_ok,
+    D_IN,
+    R,
+    scale,
+    stride_dd,
+    stride_dr,
+    stride_ur,
+    stride_uo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    SIDE_STORED: tl.constexpr,
+    STORE_SIDE: tl.constexpr,
+    offset_type: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return acc + s · side · up of places r0 … r0+BLOCK_R−1, the side product read if SIDE_STORED, else made."""
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+    if SIDE_STORED:
+        side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+    else:
+        # Modules beyond one block read `in` again: registers hold BLOCK_R of the side product.
+        side = _side_rows(
+            in_desc, down_ptr, index_ptr, first_row, r0, D_IN, R, stride_dd, stride_dr,
+            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+        )  # fmt: skip
+        if STORE_SIDE:
+            if is_first_column:
+                store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+    up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+    u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+    return add_scaled_product(side, u, acc, scale, dtype, PRECISION)
+
+
+@triton.jit
+def _make_side_tile(
+    in_desc,
+    down_ptr,
+    index_ptr,
+    side_ptr,
+    workspace_ptr,
+    side_tile,
+    rows,
+    M,
+    D_IN,
+    R,
+    stride_dd,
+    stride_dr,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    offset_type: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store in · down of the rows of one side tile, all places, and raise the tile's flag in the workspace."""
+    side_base = side_ptr + (side_tile * BLOCK_M).to(tl.int64) * stride_sm
+    for r0 in range(0, R, BLOCK_R):
+        side = _side_rows(
+            in_desc, down_ptr, index_ptr, side_tile * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
+            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+        )  # fmt: skip
+        store_side(side_base, side.to(dtype), rows, rows < M - side_tile * BLOCK_M, r0, R, stride_sm, BLOCK_R)
+    tl.debug_barrier()  # every thread has stored before one of them publishes
+    tl.atomic_xchg(workspace_ptr + 1 + side_tile, 1, sem="release")
+
+
+@triton.jit
 def persistent_matmul_kernel(
     in_desc,
     main_desc,
@@ -71,6 +157,7 @@ def persistent_matmul_kernel(
     D_IN,
     D_OUT,
     R,
+    drawing_from,
     scale,
     stride_dd,
     stride_dr,
@@ -83,22 +170,28 @@ def persistent_matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    MODULE_BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
     SIDE_FIRST: tl.constexpr,
     STORE_SIDE: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute out (M, D_OUT) = in · main + bias + s·side · up, the programs walking over (BLOCK_M, BLOCK_N) tiles.
 
     in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
-    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places, all in one
-    block if ONE_BLOCK. The side product is read if SIDE_GIVEN, made before the tiles if SIDE_FIRST, else recomputed in
-    every tile and, if STORE_SIDE, stored by those of the first column. workspace (1 + row tiles,) int32, zeros: the
-    next ticket, then a flag for every row tile.
+    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places, in
+    MODULE_BLOCKS blocks. The side product is read if SIDE_GIVEN, made in this launch by whoever draws its tiles if
+    SIDE_FIRST (programs from `drawing_from` on before anything else, all others when they would wait for one), else
+    recomputed in every tile and, if STORE_SIDE, stored by those of the first column. workspace (1 + row tiles,) int32,
+    zeros: the next ticket, then a flag for every row tile. FLATTEN asks for the loads of a tile under the end of the
+    one before, EARLY for those of up, and of a given side, ahead of the long product; together they are wrong.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
@@ -108,28 +201,40 @@ def persistent_matmul_kernel(
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
 
+    ticket = tl.full((), 0, tl.int32)
     if SIDE_FIRST:
-        ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
-        while ticket < tiles_m:
-            side_base = side_ptr + (ticket * BLOCK_M).to(tl.int64) * stride_sm
-            for r0 in range(0, R, BLOCK_R):
-                side = _side_rows(
-                    in_desc, down_ptr, index_ptr, ticket * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
-                )  # fmt: skip
-                store_side(side_base, side.to(dtype), rows, rows < M - ticket * BLOCK_M, r0, R, stride_sm, BLOCK_R)
-            tl.debug_barrier()  # every thread has stored before one of them publishes
-            tl.atomic_xchg(workspace_ptr + 1 + ticket, 1, sem="release")
+        if tl.program_id(0) >= drawing_from:
             ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
+            while ticket < tiles_m:
+                _make_side_tile(
+                    in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
+                    stride_dd, stride_dr, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, dtype, PRECISION,
+                )  # fmt: skip
+                ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+    # Where the side product's own launch still runs, nothing of it may be read, and nothing written, before it ends.
+    if DEPENDENT and (FLATTEN or EARLY):
+        tl.extra.cuda.gdc_wait()
+    if LAUNCHES_DEPENDENTS and (FLATTEN or EARLY or not DEPENDENT):
+        tl.extra.cuda.gdc_launch_dependents()
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
         modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
         down_base = down_ptr
         down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+        side_base = side_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_sm
+        up_base = up_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_uo
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        up_ok = module_ok[:, None] & column_ok[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        if EARLY:  # on their way while the long product runs
+            u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
+        if EARLY and SIDE_GIVEN:
+            side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
+        else:
+            side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
             if MAIN_TRANSPOSED:  # noqa: SIM108
@@ -142,38 +247,49 @@ def persistent_matmul_kernel(
                 side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
                 down_base += down_step
 
-        side_base = side_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_sm
-        up_base = up_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_uo
+        if DEPENDENT and not (FLATTEN or EARLY):
+            tl.extra.cuda.gdc_wait()
+            if LAUNCHES_DEPENDENTS:
+                tl.extra.cuda.gdc_launch_dependents()
         if SIDE_FIRST:
             while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
-                pass
+                # Nobody waits for a tile that no program has drawn.
+                if ticket < tiles_m:
+                    ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
+                    if ticket < tiles_m:
+                        _make_side_tile(
+                            in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
+                            stride_dd, stride_dr, stride_sm,
+                            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, dtype, PRECISION,
+                        )  # fmt: skip
         if not SIDE_GIVEN and not SIDE_FIRST:
             side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
             if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        else:
+        elif not EARLY or SIDE_FIRST:
             side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
-        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        if not EARLY:
+            u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
         acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        if not ONE_BLOCK:
-            for r0 in range(BLOCK_R, R, BLOCK_R):
-                modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
-                if not SIDE_GIVEN and not SIDE_FIRST:
-                    # Modules beyond one block read `in` again: registers hold BLOCK_R of the side product.
-                    side = _side_rows(
-                        in_desc, down_ptr, index_ptr, pid_m * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
-                        BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
-                    )  # fmt: skip
-                    if STORE_SIDE:
-                        if pid_n == 0:
-                            store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
-                else:
-                    side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
-                up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
-                u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
-                acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if FLATTEN:  # a loop inside would keep the tiles from being flattened
+            for block in tl.static_range(1, MODULE_BLOCKS):
+                acc = _add_modules(
+                    acc, block * BLOCK_R, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
+                    rows, columns, row_ok, column_ok, D_IN, R, scale,
+                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    offset_type, dtype, PRECISION,
+                )  # fmt: skip
+        else:
+            for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):
+                acc = _add_modules(
+                    acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
+                    rows, columns, row_ok, column_ok, D_IN, R, scale,
+                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    offset_type, dtype, PRECISION,
+                )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
@@ -218,8 +334,12 @@ def persistent_matmul(
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     tiles_m, tiles_n = cdiv(rows, blocks.block_m), cdiv(d_out, blocks.block_n)
-    programs = min(configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
-    first = blocks.design == "one_launch" and not side_given
+    programs = min(blocks.resident * configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
+    makes_side = blocks.design in SIDE_WITHIN and not side_given
+    module_blocks = cdiv(width, blocks.block_r)
+    dependent = blocks.dependent and side_given and launches_dependents(inputs.device)
+    # Only where no loop over modules is left inside a tile.
+    flatten = blocks.overlap == "flatten" and (side_given or (module_blocks == 1 and not makes_side))
     transposed = main.stride(1) != 1
     matrix = main.t() if transposed else main
     main_block = [blocks.block_n, blocks.block_k] if transposed else [blocks.block_k, blocks.block_n]
@@ -236,11 +356,13 @@ def persistent_matmul(
             index if index is not None else inputs,
             side,
             # Zeros of its own: a buffer kept between launches could end up in the memory pool of a captured graph.
-            zeros((1 + tiles_m,), torch.int32, inputs.device) if first else inputs,
+            zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else inputs,
             rows,
             d_in,
             d_out,
             width,
+            # With as many full rounds as there are, the last programs have a tile less.
+            tiles_m * tiles_n % programs if blocks.design == "drawn" else 0,
             scale,
             *down.stride(),
             *up.stride(),
@@ -251,14 +373,20 @@ def persistent_matmul(
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
             MAIN_TRANSPOSED=transposed,
-            ONE_BLOCK=width <= blocks.block_r,
+            MODULE_BLOCKS=module_blocks,
             HAS_BIAS=bias is not None,
             HAS_INDEX=index is not None,
             SIDE_GIVEN=side_given,
-            SIDE_FIRST=first,
-            STORE_SIDE=keep_side and not side_given and not first,
+            SIDE_FIRST=makes_side,
+            STORE_SIDE=keep_side and not side_given and not makes_side,
+            FLATTEN=flatten,
+            EARLY=blocks.overlap == "early" and (side_given or makes_side),
+            DEPENDENT=dependent,
+            # Who depends on this launch may read the side product at once.
+            LAUNCHES_DEPENDENTS=side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            **({"launch_pdl": True} if dependent else {}),
         )

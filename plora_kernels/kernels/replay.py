@@ -10,6 +10,7 @@ tensor from anywhere else is found by its address, and such a call is never repl
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -137,7 +139,7 @@ class _Recording:
         self.tensors.append(tensor)
         return tensor
 
-    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], scratch: bool = False) -> None:
         made: list[tuple[int, _Descriptor | _Tuple]] = []
         kept, places = self._places(arguments)
         for place, argument in enumerate(arguments):
@@ -152,7 +154,8 @@ class _Recording:
             self.usable = False
             return
         x, y, z = (*grid, 1, 1)[:3]
-        self.steps.append(_Launch(compiled[x, y, z], kept, places, made, ()))
+        run = _with_scratch(compiled[x, y, z]) if scratch else compiled[x, y, z]
+        self.steps.append(_Launch(run, kept, places, made, ()))
 
     def _places(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
         """Return the arguments without tensors, and where which slots' go."""
@@ -289,12 +292,32 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return tensor if recording is None else recording.allocated(tensor, zeros=True)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """Run a kernel: its arguments in order, its constants and Triton's options by name, as `kernel[grid](…)` does."""
-    compiled, recording = kernel[grid](*arguments, **named), _local.recording
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:
+    """Run a kernel: its arguments in order, its constants and Triton's options by name, as `kernel[grid](…)` does.
+
+    With `scratch` it may ask Triton's allocator for device memory, as one does that makes tensor descriptors.
+    """
+    run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
+    compiled, recording = run(*arguments, **named), _local.recording
     if recording is not None:
         names = tuple(kernel.arg_names[len(arguments) :])
         constants = [named.pop(name) for name in names]
         if compiled is None:
             compiled = _Interpreted(kernel, names, named)
-        recording.launched(compiled, grid, (*arguments, *constants))
+        recording.launched(compiled, grid, (*arguments, *constants), scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Return memory for a kernel of this thread's device and stream: torch's blocks are aligned to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with torch as Triton's allocator, which others in this thread keep as they have set it."""
+
+    def with_scratch(*arguments: Any, **named: Any) -> Any:
+        context = contextvars.copy_context()
+        context.run(triton.set_allocator, _scratch)
+        return context.run(run, *arguments, **named)
+
+    return with_scratch

@@ -14,7 +14,16 @@ from torch import Tensor
 from ..blocks import ShapeClass, SideBlocks, tile
 from ..configs import find_blocks
 from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from .launch import (
+    Dropout,
+    DropoutArguments,
+    cdiv,
+    dot_precision,
+    dtype_name,
+    is_aligned,
+    launches_dependents,
+    needs_wide_offsets,
+)
 from .modules import are_selected, keep_mask, load_modules
 from .replay import empty, launch
 
@@ -49,6 +58,7 @@ def side_product_kernel(
     HAS_INDEX: tl.constexpr,
     DROPOUT: tl.constexpr,
     NUMBERED: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -59,6 +69,8 @@ def side_product_kernel(
     the tile is one of `grouped_tiles`' table; down, index, seed and selected have a leading axis (C,), and numbers (M,)
     are read if NUMBERED.
     """
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     r0 = tl.program_id(1) * BLOCK_R
     first, end, number = tl.program_id(0) * BLOCK_M, M, tl.program_id(0) * BLOCK_M
     if GROUPED:
@@ -159,6 +171,7 @@ def side_product(
             HAS_INDEX=index is not None,
             DROPOUT=dropout is not None,
             NUMBERED=dropped.numbered,
+            LAUNCHES_DEPENDENTS=launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

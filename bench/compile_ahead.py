@@ -1,0 +1,273 @@
+"""Compile for a GPU that is not there what a run on it would, into a Triton cache that the run then finds it in.
+
+`python -m bench.compile_ahead CACHE_DIR --check-dtypes bfloat16 --cases 12 --classes 5` runs what `python -m bench.gpu`
+checks and times and `python -m bench.tune` tries, on tensors without storage, in as many processes as there are cores.
+On the device set TRITON_CACHE_DIR=CACHE_DIR.
+
+A kernel is found where these are the same: Triton's files, what its ptxas calls itself, the kernel's source and line,
+what arguments are specialised on, constants and options. Neither the folder of the code nor the machine counts, but
+files of a cache name each other by absolute paths: carry CACHE_DIR to the same path, or `--pack FILE` here and
+`--unpack FILE` there, which writes them anew. What is not found is compiled as ever: of a cache made by another Triton,
+or for other blocks or other sources, nothing is used and nothing is wrong. Binaries alone are kept
+(TRITON_STORE_BINARY_ONLY), no text of what led to them.
+
+Block sizes are defaults and candidates, not what tables say; what a tuner writes there is one of the candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from bench.audit import SECONDS_EACH
+from bench.check_inputs import DTYPES
+from bench.device_cases import device_cases
+from bench.device_checks import CheckShape, check_shapes, run_each_form
+from bench.device_measure import Warmup, warm_up
+from bench.environment import settle_compilers, usable_cores
+from bench.machine_code import Usage, usage_of
+from bench.offline import TARGETS, Launch, Target, compiling_for
+from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
+from bench.search import narrowed
+from bench.trials import Trial, for_checking, make_trial
+from bench.tune import shape_classes
+from bench.workers import one_line, outcomes
+from plora_kernels.blocks import Blocks, ShapeClass
+from plora_kernels.candidates import candidates
+
+OURS = tuple(filter(is_ours, dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS])))
+# Tensors of this device have sizes and no storage.
+NOWHERE = torch.device("meta")
+# A group of a cached kernel's files, which names them by absolute paths.
+GROUP = "__grp__"
+# What a cache holds beside binaries: the first text of a kernel, which nothing reads.
+UNREAD = ".source"
+
+
+@dataclass(frozen=True)
+class Trying:
+    """A candidate of a class: what the tuner checks on fewer rows and then times."""
+
+    shape: ShapeClass
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece: a shape with all its forms, a case with this library's providers, or a candidate."""
+
+    what: CheckShape | Warmup | Trying
+    target: Target
+    with_usage: bool
+
+    @property
+    def name(self) -> str:
+        """Return the piece in words."""
+        match self.what:
+            case CheckShape(dtype=dtype, m=m, k=k, n=n, r=r):
+                return f"check {dtype} M {m} K {k} N {n} R {r}"
+            case Warmup(case=case):
+                return f"case {case.op} {case.name}"
+            case Trying(shape=shape, blocks=blocks):
+                return f"candidate {shape} {blocks}"
+
+
+@dataclass
+class Found:
+    """What pieces launch: kernels, with the first piece, by the hash they are cached under; what they use; failures."""
+
+    kernels: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, Usage] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+
+def pieces(options: argparse.Namespace, target: Target) -> list[Work]:
+    """List what is asked for: checks, cases, candidates of classes, then defaults of the other classes."""
+    what: list[CheckShape | Warmup | Trying] = [
+        replace(shape, device=NOWHERE.type) for shape in check_shapes("cuda") if shape.dtype in options.check_dtypes
+    ]
+    what += [Warmup(case, NOWHERE.type, OURS) for case in device_cases("cuda")[: options.cases]]
+    for number, shape in enumerate(shape_classes("cuda")):
+        most = options.candidates if number < options.classes else int(options.defaults)
+        known = narrowed(shape, candidates(shape, target.hardware), {}, most)
+        what += [Trying(shape, blocks) for blocks in known]
+    return [Work(one, target, options.spills) for one in what]
+
+
+def compile_piece(work: Work) -> Found:
+    """Compile everything a piece launches; what fails is among what is found."""
+    with compiling_for(work.target) as launches:
+        failed = [f"{work.name}: {cause}" for cause in _causes(work.what)]
+    kernels = {launch.compiled.hash: f"{launch.kernel} of {work.name}" for launch in launches}
+    usage = _usage(launches) if work.with_usage else {}
+    return Found(kernels, usage, failed)
+
+
+def _causes(what: CheckShape | Warmup | Trying) -> Iterator[str]:
+    """Run a piece and yield the causes of what fails."""
+    match what:
+        case CheckShape():
+            for form, error in run_each_form(what):
+                if error is not None:
+                    yield f"{form}: {_cause(error)}"
+        case Warmup():
+            for name, cause in warm_up(what).items():
+                yield f"{name}: {cause}"
+        case Trying(shape=shape, blocks=blocks):
+            try:
+                _trial(for_checking(shape)).check(blocks)
+                _trial(shape).with_blocks(blocks)()
+            except Exception as error:  # whatever the compiler raises is a finding
+                yield _cause(error)
+
+
+@functools.lru_cache(maxsize=2)
+def _trial(shape: ShapeClass) -> Trial:
+    return make_trial(shape, NOWHERE)
+
+
+def _cause(error: Exception) -> str:
+    return "; ".join([one_line(error), *getattr(error, "__notes__", ())])
+
+
+@functools.cache
+def _usage_known() -> dict[str, Usage]:
+    """Return what this process has read: a tool of CUDA's runs for every kernel."""
+    return {}
+
+
+def _usage(launches: Sequence[Launch]) -> dict[str, Usage]:
+    known = _usage_known()
+    for launch in launches:
+        if launch.compiled.hash not in known:
+            known[launch.compiled.hash] = usage_of(launch.compiled)
+    return {launch.compiled.hash: known[launch.compiled.hash] for launch in launches}
+
+
+def compile_all(work: Sequence[Work], workers: int) -> Found:
+    """Compile the pieces in processes of their own, a line for each, and return what they launch together."""
+    all_of_them, started = Found(), time.monotonic()
+    for count, (position, outcome) in enumerate(
+        outcomes(compile_piece, work, workers=workers, seconds_each=SECONDS_EACH), 1
+    ):
+        found = outcome.value or Found(failed=[f"{work[position].name}: {outcome.error}"])
+        new = found.kernels.keys() - all_of_them.kernels.keys()
+        all_of_them.kernels = found.kernels | all_of_them.kernels
+        all_of_them.usage |= found.usage
+        all_of_them.failed += found.failed
+        seconds = time.monotonic() - started
+        kernels = f"{len(found.kernels)} kernels, {len(new)} of them new"
+        print(f"{seconds:6.1f} s  [{count}/{len(work)}] {work[position].name}: {kernels}", flush=True)
+        for cause in found.failed:
+            print(f"    FAILED {cause}", flush=True)
+    return all_of_them
+
+
+def size_mb(folder: Path) -> float:
+    """Return the size of the files in a folder, in 10⁶ bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def pack(cache: Path, file: Path) -> None:
+    """Write what is read of a cache to a compressed tar."""
+    with tarfile.open(file, "w:gz") as archive:
+        for path in sorted(cache.rglob("*")):
+            if path.is_file() and path.suffix != UNREAD:
+                archive.add(path, path.relative_to(cache).as_posix())
+
+
+def unpack(file: Path, cache: Path) -> None:
+    """Put a packed cache into a folder; its groups name the files where they lie now."""
+    with tarfile.open(file) as archive:
+        archive.extractall(cache, filter="data")
+        groups = [cache / name for name in archive.getnames() if Path(name).name.startswith(GROUP)]
+    for group in groups:
+        names = [name for name in json.loads(group.read_text())["child_paths"] if (group.parent / name).is_file()]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
+
+
+def settle_cache(cache: Path) -> None:
+    """Let Triton of this process, and of those it starts, compile into a folder, alike everywhere."""
+    settle_compilers()
+    os.environ.update(TRITON_CACHE_DIR=str(cache), TRITON_STORE_BINARY_ONLY="1")
+
+
+def fill(options: argparse.Namespace) -> int:
+    """Compile what is asked for and say what came of it; return 1 if something does not compile."""
+    import triton
+
+    target = TARGETS[options.target]
+    if options.multiprocessors is not None:
+        target = replace(target, multiprocessors=options.multiprocessors)
+    started = time.monotonic()
+    found = compile_all(pieces(options, target), options.workers)
+    for key, usage in sorted(found.usage.items(), key=lambda item: -item[1].spill_bytes):
+        if usage.spill_bytes:
+            figures = f"{usage.spill_bytes} bytes a thread, {usage.registers} registers"
+            print(f"    SPILLS {found.kernels[key]}: {figures}")
+    if options.pack is not None:
+        pack(options.cache, options.pack)
+        print(f"{options.pack}: {options.pack.stat().st_size / 1e6:.1f} MB")
+    versions = f"Triton {triton.__version__}, Python {platform.python_version()}, {target.name}"
+    what = f"{len(found.kernels)} kernels for {versions}, {target.multiprocessors} multiprocessors"
+    seconds = time.monotonic() - started
+    print(
+        f"{options.cache}: {what}; {size_mb(options.cache):.1f} MB, {len(found.failed)} failures, {seconds:.0f} s",
+        flush=True,
+    )
+    return 1 if found.failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_ahead", description=__doc__)
+    parser.add_argument("cache", type=Path, metavar="CACHE_DIR", help="what is TRITON_CACHE_DIR on the device")
+    parser.add_argument("--target", default="sm_90", choices=list(TARGETS))
+    parser.add_argument("--multiprocessors", type=int, help="of the device, which persistent launches are sized to")
+    parser.add_argument("--check-dtypes", nargs="+", default=[], choices=list(DTYPES), help="checks in these dtypes")
+    parser.add_argument("--cases", type=int, default=0, help="how many of the cases that are timed, the first ones")
+    parser.add_argument("--classes", type=int, default=0, help="how many of the tuner's classes, the first ones")
+    parser.add_argument("--candidates", type=int, default=96, help="how many of a class, as many as the tuner tries")
+    parser.add_argument("--defaults", action="store_true", help="the other classes too, with their default alone")
+    parser.add_argument("--spills", action="store_true", help="say which kernels spill registers")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes to compile in (0: this one)")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="write the whole folder to this .tar.gz at the end")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="compile nothing: put such a file into the folder")
+    options = parser.parse_args(arguments)
+    if options.spills and TARGETS[options.target].backend != "cuda":
+        parser.error(f"--spills reads cubins, of which {options.target} has none")
+    options.cache = options.cache.absolute()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 1 for what does not compile, 2 for input that cannot be used."""
+    options = parse(arguments)
+    if options.unpack is not None:
+        try:
+            unpack(options.unpack, options.cache)
+        except (OSError, tarfile.TarError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"{options.cache}: {size_mb(options.cache):.1f} MB")
+        return 0
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+        return 2
+    settle_cache(options.cache)
+    return fill(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

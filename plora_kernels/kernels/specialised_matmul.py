@@ -1,0 +1,164 @@
+"""The adapted matmul with warps of two kinds in a persistent launch: some load, some multiply (sm_90, half precision).
+
+One group of warps does nothing but fetch tiles by tensor descriptors, two others multiply 64 rows each: while these
+finish a tile and store it, that one is already at the next. The side product is given; it enters as the first step of
+the sum, fetched like every other:
+
+    acc = s · side · up,  then  acc += in · main  over the depth
+
+Descriptors are made in the kernel: Triton 3.6 cuts what a descriptor of the host fetches in two for the two groups, and
+goes on waiting for the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import configs
+from ..blocks import MatmulBlocks
+from .launch import cdiv, launches_dependents
+from .modules import tile_position
+from .persistent_matmul import takes_descriptors
+from .replay import launch
+
+
+@triton.jit
+def specialised_matmul_kernel(
+    in_ptr,
+    main_ptr,
+    up_ptr,
+    side_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    D_IN,
+    D_OUT,
+    R,
+    scale,
+    stride_im,
+    stride_w,
+    stride_u,
+    stride_sm,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    MAIN_TRANSPOSED: tl.constexpr,
+    UP_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
+):
+    """Compute out (M, D_OUT) = in · main + bias + s·side · up, the programs walking over (BLOCK_M, BLOCK_N) tiles.
+
+    in (M, D_IN), side (M, R) and out row-major; main (D_IN, D_OUT) and up (R, D_OUT), given as their transposes if
+    *_TRANSPOSED; bias (D_OUT,) or unused. The stride of each is that of its lines. Sums run in fp32.
+    """
+    in_desc = tl.make_tensor_descriptor(in_ptr, [M, D_IN], [stride_im, 1], [BLOCK_M, BLOCK_K])
+    side_desc = tl.make_tensor_descriptor(side_ptr, [M, R], [stride_sm, 1], [BLOCK_M, BLOCK_R])
+    if MAIN_TRANSPOSED:
+        main_desc = tl.make_tensor_descriptor(main_ptr, [D_OUT, D_IN], [stride_w, 1], [BLOCK_N, BLOCK_K])
+    else:
+        main_desc = tl.make_tensor_descriptor(main_ptr, [D_IN, D_OUT], [stride_w, 1], [BLOCK_K, BLOCK_N])
+    if UP_TRANSPOSED:
+        up_desc = tl.make_tensor_descriptor(up_ptr, [D_OUT, R], [stride_u, 1], [BLOCK_N, BLOCK_R])
+    else:
+        up_desc = tl.make_tensor_descriptor(up_ptr, [R, D_OUT], [stride_u, 1], [BLOCK_R, BLOCK_N])
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
+    if DEPENDENT:  # until the launch that makes the side product has ended
+        tl.extra.cuda.gdc_wait()
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), warp_specialize=True):
+        pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for r0 in tl.range(0, R, BLOCK_R):
+            side = side_desc.load([pid_m * BLOCK_M, r0])  # (BLOCK_M, BLOCK_R)
+            if UP_TRANSPOSED:  # noqa: SIM108
+                u = up_desc.load([pid_n * BLOCK_N, r0]).T  # (BLOCK_R, BLOCK_N)
+            else:
+                u = up_desc.load([r0, pid_n * BLOCK_N])  # (BLOCK_R, BLOCK_N)
+            acc = tl.dot(side, u, acc)  # (BLOCK_M, BLOCK_N) fp32
+        acc *= scale
+        for k in tl.range(0, D_IN, BLOCK_K):
+            a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
+            if MAIN_TRANSPOSED:  # noqa: SIM108
+                w = main_desc.load([pid_n * BLOCK_N, k]).T  # (BLOCK_K, BLOCK_N)
+            else:
+                w = main_desc.load([k, pid_n * BLOCK_N])  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(a, w, acc)  # (BLOCK_M, BLOCK_N) fp32
+        columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + columns, mask=columns < D_OUT, other=0.0)  # (BLOCK_N,)
+            acc += bias.to(tl.float32)[None, :]
+        rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+        out_tile = out_ptr + rows[:, None].to(tl.int64) * stride_om + columns[None, :]
+        tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < D_OUT)[None, :])
+
+
+def takes_specialised(inputs: Tensor, main: Tensor, up: Tensor, side: Tensor, blocks: MatmulBlocks) -> bool:
+    """Say whether this kernel takes a product: half precision, descriptors for all matrices, tiles that halve."""
+    halves = blocks.block_m % 128 == 0 and inputs.dtype.itemsize == 2
+    return halves and side.numel() > 0 and takes_descriptors(inputs, main, up, side)
+
+
+def specialised_matmul(
+    out: Tensor,
+    side: Tensor,
+    inputs: Tensor,
+    main: Tensor,
+    up: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    blocks: MatmulBlocks,
+) -> None:
+    """Write out (M, D_OUT) = inputs · main + bias + scale · side · up, where `takes_specialised` says so.
+
+    Shapes: inputs (M, D_IN) and side (M, R) row-major, main (D_IN, D_OUT), up (R, D_OUT), either way round.
+    """
+    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    tiles = cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n)
+    main_transposed, up_transposed = main.stride(1) != 1, up.stride(1) != 1
+    dependents = launches_dependents(inputs.device)
+    dependent = blocks.dependent and dependents
+    with torch.cuda.device_of(inputs):
+        launch(
+            specialised_matmul_kernel,
+            (min(configs.multiprocessors_of(inputs.device), tiles),),
+            inputs,
+            main.t() if main_transposed else main,
+            up.t() if up_transposed else up,
+            side,
+            bias.contiguous() if bias is not None else inputs,
+            out,
+            rows,
+            d_in,
+            d_out,
+            side.shape[1],
+            scale,
+            inputs.stride(0),
+            max(main.stride()),
+            max(up.stride()),
+            side.stride(0),
+            out.stride(0),
+            BLOCK_M=blocks.block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=blocks.block_k,
+            BLOCK_R=blocks.block_r,
+            GROUP_M=blocks.group_m,
+            MAIN_TRANSPOSED=main_transposed,
+            UP_TRANSPOSED=up_transposed,
+            HAS_BIAS=bias is not None,
+            DEPENDENT=dependent,
+            LAUNCHES_DEPENDENTS=dependents,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            scratch=True,
+            **({"launch_pdl": True} if dependent else {}),
+        )

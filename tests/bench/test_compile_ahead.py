@@ -1,0 +1,189 @@
+"""A cache that is filled without a GPU holds what a run on one asks for, wherever code and cache lie by then."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compile_ahead
+from bench.compile_ahead import Trying, Work, pieces
+from bench.device_checks import FORMS, CheckShape
+from bench.environment import settle_compilers
+from bench.offline import TARGETS, compiling_for
+from plora_kernels.blocks import ShapeClass
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# Runs pieces of work on tensors of the device that is named, and prints the hashes of what they launch. With storage
+# (on "cpu", as on a GPU) tensors lie where an allocator puts them, and operators take the way of a real call; what has
+# to be compiled there, or is another kernel than without storage, ends it.
+LAUNCHED = """
+import json, os, sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+from bench import compile_ahead
+from bench.cases import Case, Projection
+from bench.device_checks import CheckShape, run_each_form
+from bench.device_measure import Warmup, warm_up
+from bench.offline import TARGETS, compiling_for
+from plora_kernels.blocks import ShapeClass
+from plora_kernels.configs import noting
+from triton.backends.nvidia.compiler import CUDABackend
+
+cache, device, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+compile_ahead.settle_cache(cache)
+compiled = []
+
+def refuse(*arguments, **named):
+    compiled.append(arguments)
+    raise RuntimeError("not in the cache")
+
+seen = mock.patch.object(CUDABackend, "add_stages", refuse) if device == "cpu" else nullcontext()
+with compiling_for(TARGETS["sm_90"]) as launches, noting(), seen:  # what is noted is not replayed: nothing can launch
+    if kind == "case":
+        for op, projection in (("forward_backward", Projection("a", "b", 256, 384)),):
+            causes = warm_up(Warmup(Case(op, projection, 512, 16, "bfloat16"), device, compile_ahead.OURS))
+            assert not causes, causes
+    else:
+        sizes = [(256, 512, 384, 16), (37, 50, 29, 5), (1, 1024, 1024, 16), (300, 1000, 520, 128)]
+        for shape in [CheckShape(device, kind, *size) for size in sizes]:
+            with mock.patch.object(CheckShape, "forms", lambda shape: FORMS if shape.m > 1 else FORMS[:9]):
+                list(run_each_form(shape))  # results are those of kernels that never ran
+assert not compiled
+print(json.dumps(sorted({launch.compiled.hash for launch in launches})))
+""".replace("FORMS", repr(FORMS))
+
+
+def launched(root: Path, cache: Path, device: str, kind: str) -> list[str]:
+    """Return what a process that runs the code in `root` finds or puts in the cache."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    command = [sys.executable, "-c", LAUNCHED, str(cache), device, kind]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    for package in ("plora_kernels", "bench", "fed"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    return folder
+
+
+def assert_found_elsewhere(folder: Path, kind: str) -> None:
+    """Fill a cache, carry it to another folder and find there, from other code, all that real tensors launch."""
+    here, there = folder / "here", folder / "there"
+    ahead = launched(ROOT, here, "meta", kind)
+    compile_ahead.pack(here, folder / "cache.tar.gz")
+    shutil.rmtree(here)
+    compile_ahead.unpack(folder / "cache.tar.gz", there)
+    assert launched(copy_of_the_code(folder / "code"), there, "cpu", kind) == ahead
+    assert ahead
+
+
+def test_what_is_compiled_ahead_is_found_by_other_processes_of_code_elsewhere(tmp_path: Path) -> None:
+    assert_found_elsewhere(tmp_path, "case")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_checks_launch_is_found_too(tmp_path: Path, dtype: str) -> None:
+    assert_found_elsewhere(tmp_path, dtype)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_compiled_and_for_what(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compile_ahead", str(tmp_path / "cache")]
+    command += ["--cases", "2", "--classes", "1", "--candidates", "2", "--spills", "--workers", "2"]
+    command += ["--pack", str(tmp_path / "cache.tar.gz")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "[4/4]" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert "kernels for Triton" in last
+    assert "sm_90, 132 multiprocessors" in last
+    assert "0 failures" in last
+    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == int(last.split(": ")[-1].split()[0])
+    compile_ahead.unpack(tmp_path / "cache.tar.gz", tmp_path / "unpacked")
+    assert len(list((tmp_path / "unpacked").rglob("*.cubin"))) == len(list((tmp_path / "cache").rglob("*.cubin")))
+
+
+def test_what_does_not_compile_is_named_with_its_kernel_and_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(shape: ShapeClass, device: torch.device) -> None:
+        error = RuntimeError("out of resource: shared memory")
+        error.add_note("fold_kernel")
+        raise error
+
+    monkeypatch.setattr(compile_ahead, "compiling_for", lambda target: nullcontext([]))
+    monkeypatch.setattr(compile_ahead, "make_trial", fail)
+    compile_ahead._trial.cache_clear()
+    options = compile_ahead.parse(["cache", "--classes", "1", "--candidates", "1"])
+    work = pieces(options, TARGETS["sm_90"])
+    assert len(work) == 1
+    found = compile_ahead.compile_all(work, workers=0)
+    assert found.failed == [f"{work[0].name}: RuntimeError: out of resource: shared memory; fold_kernel"]
+    assert "side_product" in work[0].name
+    assert f"    FAILED {found.failed[0]}\n" in capsys.readouterr().out
+    monkeypatch.setattr(compile_ahead, "compile_all", lambda work, workers: found)
+    assert compile_ahead.fill(options) == 1
+
+
+def test_pieces_are_what_is_asked_for() -> None:
+    def asked(*options: str) -> list[Work]:
+        return pieces(compile_ahead.parse(["cache", *options]), TARGETS["sm_90"])
+
+    assert asked() == []
+    checks = asked("--check-dtypes", "tf32")
+    assert {(piece.what.device, piece.what.dtype) for piece in checks} == {("meta", "tf32")}
+    assert len(asked("--cases", "3")) == 3
+    tried = asked("--classes", "2", "--candidates", "5")
+    assert [piece.what.shape.op for piece in tried] == ["side_product"] * 5 + ["output_gradient"] * 5
+    classes = {piece.what.shape for piece in asked("--classes", "1", "--candidates", "5", "--defaults")}
+    assert len(asked("--defaults")) == len(classes) > 30
+    assert all(isinstance(piece.what, Trying) for piece in tried)
+
+
+def test_forms_without_storage_are_those_of_a_gpu_but_for_graphs() -> None:
+    pytest.importorskip("triton")
+    with compiling_for(TARGETS["sm_90"]):
+        forms = CheckShape("meta", "bfloat16", 256, 512, 384, 16).forms()
+    assert forms[: len(FORMS)] == FORMS
+    assert {"no synchronisation", "design persistent", "design algebra"} <= set(forms)
+    assert "graph replay" not in forms
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert compile_ahead.main(["cache", "--cases", "1"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_cache_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no tar")
+    assert compile_ahead.main([str(tmp_path / "cache"), "--unpack", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_compilers_are_settled_once_and_what_is_said_already_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for name in ("TRITON_DEFAULT_FP_FUSION", "TRITON_PTXAS_PATH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    settle_compilers()
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
+    assert Path(os.environ["TRITON_PTXAS_PATH"]).is_file()
+    assert Path(os.environ["TRITON_PTXAS_PATH"]).parts[-5:] == ("triton", "backends", "nvidia", "bin", "ptxas")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "another")
+    settle_compilers()
+    assert os.environ["TRITON_PTXAS_PATH"] == "another"

@@ -4,7 +4,7 @@ Each check runs `plora_linear` forward and backward, or `fold_`, on fresh random
 first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.correctness`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from unittest import mock
@@ -27,27 +27,32 @@ from bench.check_inputs import (
     require_equal,
 )
 from bench.correctness import Results, WrongResultError
+from bench.device_health import require_device
 from bench.group_checks import check_grouped, check_siblings
 from bench.records import blank
-from bench.workers import one_line
+from bench.workers import note, one_line
 from plora_kernels import reference
 from plora_kernels.blocks import DESIGNS, Blocks, Hardware
 from plora_kernels.configs import forcing, hardware_of
 
-# M, K, N, R: aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
+# M, K, N, R. What is timed first, with no more rows than fill every multiprocessor; a small one; a decode step.
+GATE_SHAPES = {
+    "cuda": ((2048, 4096, 4096, 16), (256, 512, 384, 16), (1, 1024, 1024, 16)),
+    "cpu": ((37, 50, 29, 5),),
+}
+# Aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
 SHAPES = {
     "cuda": (
-        (256, 512, 384, 16),
+        *GATE_SHAPES["cuda"],
         (37, 50, 29, 5),
         (1, 1, 1, 1),
-        (1, 1024, 1024, 16),
         (16, 512, 1536, 64),
         (257, 1001, 513, 33),
         (300, 1000, 520, 128),
         (512, 512, 512, 256),
         (4100, 2048, 2048, 32),
     ),
-    "cpu": ((37, 50, 29, 5), (1, 1, 1, 1)),
+    "cpu": (*GATE_SHAPES["cpu"], (1, 1, 1, 1)),
 }
 FORMS = (
     "all",
@@ -105,31 +110,41 @@ def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
     return tuple(CheckShape(device_type, name, *shape) for name in names for shape in SHAPES[device_type])
 
 
-def run_checks(shape: CheckShape) -> list[dict[str, object]]:
-    """Run every form of one shape and return a record for each; a failure is a record, not an exception."""
+def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[dict[str, object]]:
+    """Run every form of one shape, or some, and return a record for each; a failure is a record, not an exception.
+
+    Each record is noted as it is made. Raises LostProcessError if a form leaves a device that does no more work.
+    """
     records = []
-    for form, error in run_each_form(shape):
+    for form, error in run_each_form(shape, forms):
         found: dict[str, object] = {"status": "passed"}
         if error is not None:
             found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
-        facts = {name: value for name, value in asdict(shape).items() if name != "device"}
-        records.append(blank(op="check", form=form, provider="fused", device=shape.device, **facts) | found)
+        records.append(check_record(shape, form) | found)
+        note(records[-1])
     return records
 
 
-def run_each_form(shape: CheckShape) -> Iterator[tuple[str, Exception | None]]:
-    """Run every form of one shape and yield its name with what is wrong, None if nothing is."""
+def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
+    """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
     inputs = draw(shape)
     with _tf32(shape.dtype == "tf32"):
-        for form in shape.forms():
+        for form in shape.forms() if forms is None else forms:
             try:
                 for _ in range(2):  # the second call of a form replays what the first recorded
                     with poisoned_outputs():
                         _check_of(form)(shape, inputs, form)
             except Exception as error:  # a kernel that does not compile is as wrong as one that errs
+                require_device(shape.device, error)
                 yield form, error
             else:
                 yield form, None
+
+
+def check_record(shape: CheckShape, form: str) -> dict[str, object]:
+    """Return the record of one form of a shape, without what was found."""
+    facts = {name: value for name, value in asdict(shape).items() if name != "device"}
+    return blank(op="check", form=form, provider="fused", device=shape.device, **facts)
 
 
 @contextmanager

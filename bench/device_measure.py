@@ -11,12 +11,13 @@ from bench.cases import FOLDS, Case, Problem, make_problem
 from bench.correctness import WrongResultError, check, references
 from bench.counting import least_bytes, operations
 from bench.device_checks import poisoned_outputs
+from bench.device_health import require_device
 from bench.memory import peak_bytes
 from bench.provider import Provider, ProviderUnavailableError
 from bench.providers import every_provider, is_ours, make_provider
 from bench.records import blank
 from bench.timing import Plan, cache_flush, host_seconds, interleave, timer_for
-from bench.workers import one_line
+from bench.workers import note, one_line
 from plora_kernels.configs import noting
 
 INPUT_SETS = 3
@@ -34,11 +35,15 @@ class Warmup:
 
 
 def warm_up(work: Warmup) -> dict[str, str]:
-    """Build every provider and run it once; return the causes of those that fail for another reason than absence."""
+    """Build every provider and run it once; return the causes of those that fail for another reason than absence.
+
+    Notes each provider's name before it runs.
+    """
     device = torch.device(work.device)
     problem = make_problem(work.case, device)
     failed = {}
     for name in chosen_providers(work.case, work.providers):
+        note(name)
         try:
             provider = make_provider(name, work.case, problem)
             provider.step.reset()
@@ -48,6 +53,7 @@ def warm_up(work: Warmup) -> dict[str, str]:
         except ProviderUnavailableError:
             continue
         except Exception as error:  # a finding about the provider, whatever it is
+            require_device(work.device, error)
             failed[name] = one_line(error)
     return failed
 
@@ -60,28 +66,42 @@ def chosen_providers(case: Case, wanted: Sequence[str]) -> tuple[str, ...]:
 def measure_on_device(
     case: Case, device: torch.device, plan: Plan, wanted: Sequence[str], failed: Mapping[str, str]
 ) -> list[dict[str, object]]:
-    """Return a record per provider of a case; what is wrong, absent or named in `failed` is recorded and not timed."""
+    """Return a record per provider of a case; what is wrong, absent or named in `failed` is recorded and not timed.
+
+    Notes each provider's name before it runs alone, and None before what is nobody's own, the timing in turn above all.
+    Raises LostProcessError if one leaves a device that does no more work.
+    """
     problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
     chosen = chosen_providers(case, wanted)
-    causes = {name: ("wrong", cause) for name, cause in failed.items()}
+    # Ours are wrong where their process ends; of the others nothing is known.
+    causes = {name: ("wrong" if is_ours(name) else "not available", cause) for name, cause in failed.items()}
     providers: dict[str, Provider] = {}
     for name in chosen:
         if name in causes:
             continue
+        note(name)
         try:
             providers[name] = make_provider(name, case, problem)
         except ProviderUnavailableError as error:
             causes[name] = ("not available", str(error))
         except Exception as error:  # out of memory, a kernel that does not compile
+            require_device(device.type, error)
             causes[name] = ("wrong", one_line(error))
-    blocks = {name: _blocks(provider) for name, provider in providers.items() if is_ours(name)}
+    blocks = {}
+    for name, provider in providers.items():
+        if is_ours(name):
+            note(name)
+            blocks[name] = _blocks(provider)
     for name, cause in _wrong(case, problem, providers).items():
         causes[name] = ("wrong", cause)
         del providers[name]
-    records = {name: _untimed(case, device, name, *cause) for name, cause in causes.items()}
-    if "base" in providers:
+    if "base" not in providers:
+        causes |= dict.fromkeys(providers, ("not available", "there was no base to divide by"))
+        providers = {}
+    records = {name: untimed(case, device.type, name, *cause) for name, cause in causes.items()}
+    if providers:
         records |= _time(case, device, plan, providers)
-    return [records[name] | blocks.get(name, {}) for name in chosen if name in records]
+    return [records[name] | blocks.get(name, {}) for name in chosen]
 
 
 def _blocks(provider: Provider) -> dict[str, object]:
@@ -95,10 +115,12 @@ def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> d
     """Return why each provider is wrong that is, its outputs poisoned before it runs."""
     found = {}
     for expected in dict.fromkeys(provider.expected for provider in providers.values()):
+        note(None)
         exact, plain = references(case, problem, expected)
         for name, provider in providers.items():
             if provider.expected is not expected:
                 continue
+            note(name)
             try:
                 with poisoned_outputs() if is_ours(name) else nullcontext():
                     # Calls after the first replay what it recorded: it is those that are timed.
@@ -107,6 +129,7 @@ def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> d
             except WrongResultError as error:
                 found[name] = str(error)
             except Exception as error:  # a provider that fails while it runs is not timed either
+                require_device(problem.x.device.type, error)
                 found[name] = one_line(error)
     return found
 
@@ -115,11 +138,13 @@ def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, 
     steps = {name: provider.step for name, provider in providers.items()}
     peaks, host = {}, {}
     for name, step in steps.items():
+        note(name)
         step.reset()
         peaks[name] = peak_bytes(step.run, device)
         if device.type == "cuda":
             host[name] = host_seconds(step)
     lead_s = LEAD_FACTOR * max(host.values()) + LEAD_SECONDS if host else 0.0
+    note(None)
     flush = cache_flush(device, cold=case.op in FOLDS, lead_s=lead_s)
     seconds = interleave(steps, timer_for(device), flush, plan)
     medians = {name: statistics.median(durations) for name, durations in seconds.items()}
@@ -127,10 +152,11 @@ def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, 
     for name, durations in seconds.items():
         first, _, third = statistics.quantiles(durations, n=4, method="inclusive")
         adapted = providers[name].expected.adapted
-        records[name] = _facts(case, device, name) | {
+        records[name] = _facts(case, device.type, name) | {
             "time_ms": medians[name] * 1e3,
             "spread_ms": (third - first) * 1e3,
             "rounds": len(durations),
+            "base_ms": medians["base"] * 1e3,
             "ratio_to_base": medians[name] / medians["base"],
             "ratio_to_peft": medians[name] / medians["peft"] if "peft" in medians else None,
             "host_us": host[name] * 1e6 if name in host else None,
@@ -142,9 +168,10 @@ def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, 
     return records
 
 
-def _untimed(case: Case, device: torch.device, name: str, status: str, cause: str) -> dict[str, object]:
-    return _facts(case, device, name) | {"status": status, "cause": cause}
+def untimed(case: Case, device_type: str, name: str, status: str, cause: str) -> dict[str, object]:
+    """Return the record of a provider that was not timed."""
+    return _facts(case, device_type, name) | {"status": status, "cause": cause}
 
 
-def _facts(case: Case, device: torch.device, provider: str) -> dict[str, object]:
-    return blank(**case.facts(), device=device.type, provider=provider)
+def _facts(case: Case, device_type: str, provider: str) -> dict[str, object]:
+    return blank(**case.facts(), device=device_type, provider=provider)

@@ -158,8 +158,9 @@ def _ratio(record: Record | None) -> str:
 
 
 def _against(providers: Providers, other: str) -> str:
-    fused_ms, other_ms = (providers.get(name, {}).get("time_ms") for name in ("fused", other))
-    return f"{fused_ms / other_ms:.2f}" if fused_ms and other_ms else "–"
+    # Each against the base of its own loop: they may have been timed in different ones.
+    fused, others = (providers.get(name, {}).get("ratio_to_base") for name in ("fused", other))
+    return f"{fused / others:.2f}" if fused and others else "–"
 
 
 def _hosts(providers: Providers) -> str:

@@ -7,12 +7,13 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 import plora_kernels as pk
-from plora_kernels.tables import user_folder
+from plora_kernels.tables import PACKAGED, user_folder
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
@@ -73,17 +74,28 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def source_digest(*, tables: bool = True) -> str:
-    """Return a digest of the code that is measured and that measures, the tables of block sizes included."""
+def source_digest() -> str:
+    """Return a digest of the code that is measured and that measures; tables of block sizes have their own."""
     digest = hashlib.sha256()
     for package in (Path(pk.__file__).parent, Path(__file__).parent):
-        for path in sorted([*package.rglob("*.py"), *(package.glob("tables/*.json") if tables else ())]):
-            digest.update(path.relative_to(package.parent).as_posix().encode())
-            digest.update(path.read_bytes())
-    for path in sorted(user_folder().glob("*.json")) if tables else ():
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+        _add(digest, package.parent, package.rglob("*.py"))
     return digest.hexdigest()[:16]
+
+
+def tables_digest() -> str:
+    """Return a digest of the tables of block sizes, the packaged ones and the user's; "none" where there are none."""
+    digest = hashlib.sha256()
+    tables = [_add(digest, folder, folder.glob("*.json")) for folder in (PACKAGED, user_folder())]
+    return digest.hexdigest()[:16] if any(tables) else "none"
+
+
+def _add(digest: "hashlib._Hash", folder: Path, paths: Iterable[Path]) -> int:
+    """Add files to a digest, by their names in a folder and their content; return how many."""
+    files = sorted(paths)
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return len(files)
 
 
 def _version(package: str) -> str | None:

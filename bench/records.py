@@ -5,6 +5,14 @@ that there are not are null and `status` says why ("wrong", "not available"; "pa
 Several projections of one input have `widths`, whose sum is n. This library's providers have `blocks`, by op: the
 designs and sizes its kernels took. Training steps, op "simulation", have no matrix and no
 time_ms, but seconds for all clients of a cohort.
+
+A case's providers may come from several runs, or several loops of one: each provider has one record a case, and what
+is missing is timed in a loop of its own with *base* and *peft*, which have their records already. So every ratio is of
+one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the record's own loop, and `ratio_to_peft` is
+against PEFT in it. Ratios of a case compare where times of different loops do not.
+
+Every record says in `tables` which tables of block sizes it ran with, as a digest: tables may change from one run to
+the next, the code may not. Under `--defaults` it is null, and the records have a file of their own.
 """
 
 import json
@@ -30,6 +38,11 @@ def case_key(record: Record) -> tuple[object, ...]:
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 
+def check_key(record: Record, form: str) -> tuple[object, ...]:
+    """Return the key of one form of a checked shape."""
+    return case_key({**record, "op": "check", "form": form})
+
+
 def blank(**known: object) -> dict[str, object]:
     """Return a record with every key there must be, null unless known."""
     return dict.fromkeys(KEYS) | known
@@ -37,15 +50,16 @@ def blank(**known: object) -> dict[str, object]:
 
 @dataclass
 class RecordFile:
-    """Records and the file that holds them."""
+    """Records and the file that holds them; each that is added says `stamp` too."""
 
     path: Path
     meta: dict[str, Any]
     records: list[Record] = field(default_factory=list)
+    stamp: dict[str, Any] = field(default_factory=dict)
 
     def add(self, records: Iterable[Record]) -> None:
         """Append records and write the file."""
-        self.records.extend(records)
+        self.records.extend({**record, **self.stamp} for record in records)
         self.save()
 
     def save(self) -> None:
@@ -59,20 +73,29 @@ class RecordFile:
         """Return the keys of the cases that have records."""
         return {case_key(record) for record in self.records}
 
+    def of_case(self, facts: Record) -> dict[str, Record]:
+        """Return a case's records by provider."""
+        key = case_key(facts)
+        return {record["provider"]: record for record in self.records if case_key(record) == key}
 
-def open_records(path: Path, meta: Mapping[str, Any], *, fresh: bool) -> RecordFile:
+
+def open_records(
+    path: Path, meta: Mapping[str, Any], *, fresh: bool, stamp: Mapping[str, Any] | None = None
+) -> RecordFile:
     """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
+
+    Records added from now on say what `stamp` says; those of the file keep what they say.
 
     Raises ResultsError if the file was made by another device, other versions or other code.
     """
     if fresh or not path.exists():
-        return RecordFile(path, dict(meta))
+        return RecordFile(path, dict(meta), stamp=dict(stamp or {}))
     old, records = load_records(path)
     for name in SAME:
         if old.get(name) != meta.get(name):
             was, now = old.get(name), meta.get(name)
             raise ResultsError(f"{path} was made with {name} {was!r}, now it is {now!r}; --fresh starts over")
-    return RecordFile(path, old, list(records))
+    return RecordFile(path, old, list(records), dict(stamp or {}))
 
 
 def holds_records(path: Path) -> bool:

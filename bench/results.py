@@ -109,11 +109,15 @@ def width_text(n: int, widths: Sequence[int] = ()) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: under a temporary name first, then renamed."""
+    """Write a file whole: under a temporary name first, then renamed; where that fails the old one stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _of_layers(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

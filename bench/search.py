@@ -12,6 +12,7 @@ import torch
 
 from bench.timing import Plan, Step, cache_flush, host_seconds, interleave, timer_for
 from bench.trials import Trial
+from bench.workers import note
 from plora_kernels.blocks import Blocks, MatmulBlocks, ShapeClass
 
 # Rounds of each stage; between two stages this share goes on, the best of every design at least.
@@ -40,11 +41,15 @@ def design_of(blocks: Blocks) -> str:
 
 
 def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> list[Timed]:
-    """Time the candidates by successive halving; return all of them, the fastest of the longest stage first."""
+    """Time the candidates by successive halving; return all of them, the fastest of the longest stage first.
+
+    Notes each candidate's place before its first call at full size, and None once they run in turn.
+    """
     steps = {str(number): Step(trial.with_blocks(blocks), _nothing) for number, blocks in enumerate(candidates)}
     timer, lead_s = timer_for(device), 0.0
     if device.type == "cuda":
-        lead_s = 1.5 * max(host_seconds(step, calls=3) for step in steps.values()) + 100e-6
+        lead_s = 1.5 * max(_host_seconds(int(name), step) for name, step in steps.items()) + 100e-6
+    note(None)
     flush = cache_flush(device, cold=False, lead_s=lead_s)
     found: dict[str, Timed] = {}
     for rounds in STAGES:
@@ -54,6 +59,11 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
         going_on = survivors({name: found[name] for name in steps})
         steps = {name: steps[name] for name in going_on}
     return sorted(found.values(), key=lambda timed: (-timed.rounds, timed.time_ms))
+
+
+def _host_seconds(place: int, step: Step) -> float:
+    note(place)
+    return host_seconds(step, calls=3)
 
 
 def survivors(timed: Mapping[str, Timed]) -> list[str]:

@@ -147,11 +147,16 @@ def round_order(names: list[str], number: int) -> list[str]:
 
 
 def interleave(
-    steps: Mapping[str, Step], timer: Timer, flush: Callable[[], None], plan: Plan
+    steps: Mapping[str, Step],
+    timer: Timer,
+    flush: Callable[[], None],
+    plan: Plan,
+    after_round: Callable[[Mapping[str, list[float]]], None] | None = None,
 ) -> dict[str, list[float]]:
     """Time every step in every round and return each provider's seconds, one per round.
 
-    All steps are warmed up first; the garbage collector is off while the clock runs.
+    All steps are warmed up first; the garbage collector is off while the clock runs. `after_round` is called between
+    rounds with what was timed so far.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -176,6 +181,8 @@ def interleave(
             durations.clear()
         for number in range(plan.rounds(pass_s, len(steps))):
             one_round(number)
+            if after_round is not None:
+                after_round(seconds)
     finally:
         if collecting:
             gc.enable()

@@ -2,7 +2,8 @@
 
 `python -m bench.tune` goes through the shape classes, the most important first. Candidates are compiled and checked
 against fp64 in processes of their own (one that hangs, crashes or errs is reported and dropped), then timed with the
-cache flushed, all of them briefly and the best longer. After each class the table is written: the user's
+cache flushed, all of them briefly and the best longer. Each is said as it is known. After each class the table is
+written: the user's
 ($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one that comes with the package. The log
 beside it holds every measurement; the same command goes on where it was cut.
 """
@@ -11,23 +12,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.device_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
-from bench.environment import device_slug, source_digest
-from bench.gpu import RESERVE_SECONDS, default_workers, describe, measure_kernels
+from bench.device_health import require_device
+from bench.environment import device_slug, settle_compilers
+from bench.gpu import RESERVE_SECONDS, at_least, default_workers, describe, measure_kernels
 from bench.records import RecordFile, blank, open_records
 from bench.results import ResultsError
 from bench.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.trials import Trial, for_checking, make_trial
-from bench.workers import Outcome, Workers, one_line
+from bench.tuned_classes import belongs, layer_size, shape_classes
+from bench.workers import Outcome, Workers, end_on_termination, leave
 from plora_kernels.backend import backend
 from plora_kernels.blocks import KINDS, OPS, Blocks, Hardware, ShapeClass
 from plora_kernels.candidates import candidates
@@ -36,7 +38,8 @@ from plora_kernels.errors import ConfigError
 from plora_kernels.tables import PACKAGED, Entry, load_table, save_table, user_folder
 
 SECONDS_EACH = 60.0
-OTHER_RANKS = (128, 256)
+# A candidate that is being checked when its class's time is up gets this much longer.
+GRACE_SECONDS = 2.0
 LOGS = Path(__file__).parent / "results" / "tune"
 
 
@@ -49,9 +52,18 @@ class Attempt:
     device: str
 
 
+@dataclass(frozen=True)
+class Search:
+    """Candidates that are right, to time in a process of its own."""
+
+    shape: ShapeClass
+    candidates: tuple[Blocks, ...]
+    device: str
+
+
 @dataclass
 class Tuning:
-    """A run's settings and what it has found."""
+    """A run's settings and what it has found. After `deadline` nothing is begun, at `end` everything is stopped."""
 
     device: torch.device
     hardware: Hardware
@@ -60,56 +72,13 @@ class Tuning:
     most: int
     started: float
     deadline: float
+    end: float
+    class_seconds: float
     entries: dict[ShapeClass, Entry] = field(default_factory=dict)
     searched: dict[ShapeClass, list[Timed]] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
-
-
-def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass]:
-    """Return the classes of one layer: the skinny products first, which the designs of the others build on."""
-    return [
-        ShapeClass("side_product", dtype, m, k, r, r),
-        ShapeClass("output_gradient", dtype, m, n, r, r),
-        *(ShapeClass("factor_gradient", dtype, m, d, r, r) for d in dict.fromkeys((k, n))),
-        ShapeClass("forward", dtype, m, k, n, r),
-        ShapeClass("input_gradient", dtype, m, n, k, r),
-    ]
-
-
-def projection_classes(m: int, k: int, total: int, r: int, dtype: str) -> list[ShapeClass]:
-    """Return the classes of layers that share their input, `total` outputs together."""
-    return [
-        ShapeClass("projections_forward", dtype, m, k, total, r),
-        ShapeClass("projections_input_gradient", dtype, m, total, k, r),
-    ]
-
-
-def shape_classes(device_type: str) -> list[ShapeClass]:
-    """List what is tuned, the most important first, each once; on a CPU one tiny layer that tries everything."""
-    if device_type != "cuda":
-        fold = ShapeClass("fold", "float32", 48, 64, 48, 16)
-        return [*layer_classes(32, 64, 48, 16, "float32"), fold, *projection_classes(32, 64, 96, 16, "float32")]
-    found = []
-    for r in TABLE_RANKS:
-        for projection in TABLE:
-            found += layer_classes(TABLE_ROWS, projection.k, projection.n, r, "bfloat16")
-        if r == TABLE_RANKS[0]:
-            found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, r) for p in TABLE]
-            found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, r) for m in DECODE_ROWS for p in TABLE[:3]]
-            for shared in SHARED_INPUTS:
-                found += projection_classes(TABLE_ROWS, shared.k, shared.n, r, "bfloat16")
-            first = SHARED_INPUTS[0]
-            found += [ShapeClass("projections_forward", "bfloat16", m, first.k, first.n, r) for m in DECODE_ROWS]
-    gate = TABLE[0]
-    for r in OTHER_RANKS:
-        found += layer_classes(TABLE_ROWS, gate.k, gate.n, r, "bfloat16")
-    for dtype in ("float16", "float32"):
-        found += layer_classes(TABLE_ROWS, gate.k, gate.n, 16, dtype)
-        found.append(ShapeClass("fold", dtype, gate.n, gate.k, gate.n, 16))
-    found += layer_classes(512, gate.k, gate.n, 16, "bfloat16")
-    return list(dict.fromkeys(found))
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,24 +89,41 @@ def _trial(shape: ShapeClass, device: str) -> Trial:
 def attempt_candidate(attempt: Attempt) -> None:
     """Compile a candidate, run it on fewer rows and check it; raises whatever is wrong with it."""
     # Candidates of a class come one after another: the tensors and the fp64 reference are made once.
-    _trial(for_checking(attempt.shape), attempt.device).check(attempt.blocks)
+    try:
+        _trial(for_checking(attempt.shape), attempt.device).check(attempt.blocks)
+    except Exception as error:
+        require_device(attempt.device, error)
+        raise
 
 
-def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers) -> bool:
-    """Search one class, log every candidate and write the table; return whether there was time to."""
+def time_candidates(work: Search) -> list[Timed]:
+    """Time candidates at full size."""
+    device = torch.device(work.device)
+    return search(make_trial(work.shape, device), work.candidates, device)
+
+
+def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Workers) -> bool:
+    """Search one class, log every candidate and write the table; return whether there was time to.
+
+    Candidates that are not checked within `class_seconds` are not timed either.
+    """
     known = candidates(shape, tuning.hardware)
     tried = narrowed(shape, known, tuning.searched, tuning.most)
     attempts = [Attempt(shape, blocks, tuning.device.type) for blocks in tried]
-    answers = dict(workers.outcomes(attempts, tuning.deadline))
+    limit = min(tuning.deadline, time.monotonic() + tuning.class_seconds)
+    answers: dict[int, Outcome] = {}
+    for position, outcome in workers.outcomes(attempts, limit, limit + GRACE_SECONDS):
+        answers[position] = outcome
+        known_now = f"[{len(answers)}/{len(attempts)}] {shape.op} {attempts[position].blocks}"
+        tuning.say(f"{known_now}: {outcome.error or 'right'}")
     right = [attempts[position].blocks for position in sorted(answers) if answers[position].error is None]
-    if len(answers) < len(attempts) or time.monotonic() > tuning.deadline:
-        return False
     dropped = [(attempts[position].blocks, answer) for position, answer in answers.items() if answer.error is not None]
-    try:
-        found = search(make_trial(shape, tuning.device), right, tuning.device) if right else []
-    except Exception as error:  # out of memory at full size, or a kernel that fails only there
-        found = []
-        dropped += [(blocks, Outcome(error=one_line(error))) for blocks in right]
+    too_late = time.monotonic() > tuning.deadline
+    if not answers or (too_late and len(answers) < len(attempts)):
+        return False
+    found = _time(tuning, shape, right, dropped, timer)
+    if found is None:
+        return False
     tuning.searched[shape] = found
     tuning.log.add(_records(shape, found, dropped))
     if found:
@@ -147,6 +133,31 @@ def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers) -> bool:
         forget_tables()
     _show(tuning, shape, found, dropped, len(known))
     return True
+
+
+def _time(
+    tuning: Tuning, shape: ShapeClass, right: Sequence[Blocks], dropped: list[tuple[Blocks, Outcome]], timer: Workers
+) -> list[Timed] | None:
+    """Time the candidates that are right; add those that fail at full size to `dropped`. None if the time was up."""
+    if not right:
+        return []
+    items = [Search(shape, tuple(right), tuning.device.type)]
+    for position, outcome in timer.outcomes(items, tuning.deadline, tuning.end):
+        if outcome.value is not None:
+            return outcome.value
+        if outcome.cut:
+            return None
+        tried = items[position].candidates
+        ran = outcome.notes[-1] if outcome.notes else None
+        lost = tried if ran is None else (tried[ran],)
+        dropped += [(blocks, outcome) for blocks in lost]
+        for blocks in lost:
+            tuning.say(f"{shape.op} {blocks}: {outcome.error}")
+        rest = tuple(blocks for blocks in tried if blocks not in lost)
+        if not rest:
+            return []
+        items.append(replace(items[position], candidates=rest))
+    return None
 
 
 def _records(
@@ -172,10 +183,10 @@ def _show(
     tuning.say(f"{name}: {best or 'nothing runs'} ({len(found)} of {known} candidates timed, {len(dropped)} dropped)")
     if found:
         sizes = ", ".join(f"{key} {value}" for key, value in asdict(found[0].blocks).items())
-        print(f"          best: {sizes}")
+        print(f"          best: {sizes}", flush=True)
     for cause in dict.fromkeys(outcome.error for _, outcome in dropped):
         same = [blocks for blocks, outcome in dropped if outcome.error == cause]
-        print(f"          DROPPED {len(same)}, first {same[0]}: {cause}")
+        print(f"          DROPPED {len(same)}, first {same[0]}: {cause}", flush=True)
 
 
 def resume(tuning: Tuning) -> None:
@@ -194,8 +205,7 @@ def tune(options: argparse.Namespace) -> int:
     """Tune what there is time for; return 0, or 1 if a class has no candidate that is right."""
     device = torch.device(options.device)
     tables, log = paths(options, device)
-    # The tables are what this changes: they do not make it other code.
-    meta = describe(device, options.commit) | {"source": source_digest(tables=False)}
+    meta = describe(device, options.commit)
     tuning = Tuning(
         device=device,
         hardware=hardware_of(device),
@@ -204,15 +214,23 @@ def tune(options: argparse.Namespace) -> int:
         most=options.candidates,
         started=options.started,
         deadline=options.started + options.budget_seconds - RESERVE_SECONDS,
+        end=options.started + options.budget_seconds,
+        class_seconds=options.class_seconds,
     )
     resume(tuning)
-    classes = [shape for shape in shape_classes(device.type) if shape.op in options.ops]
+    classes = choose_classes(options)
     todo = [shape for shape in classes if shape not in tuning.searched]
     tuning.say(f"{meta['device_name']}: {len(todo)} of {len(classes)} classes to tune; table {tables[0]}, log {log}")
     left = list(todo)
     count = default_workers(device) if options.workers is None else options.workers
-    with Workers(attempt_candidate, count, SECONDS_EACH) as workers:
-        while left and time.monotonic() < tuning.deadline and tune_class(tuning, left[0], workers):
+    workers, timer = (
+        Workers(attempt_candidate, count, SECONDS_EACH),
+        Workers(time_candidates, min(count, 1), SECONDS_EACH),
+    )
+    with workers, timer:
+        if left:
+            timer.start()
+        while left and time.monotonic() < tuning.deadline and tune_class(tuning, left[0], workers, timer):
             left.pop(0)
     tuning.say(f"{len(tuning.entries)} entries in {tables[0]}; {len(left)} classes left")
     if left:
@@ -221,12 +239,26 @@ def tune(options: argparse.Namespace) -> int:
     return 1 if without else 0
 
 
+def choose_classes(options: argparse.Namespace) -> list[ShapeClass]:
+    """Return what is asked for of what can be tuned, the most important first."""
+    chosen = [
+        shape
+        for shape in shape_classes(options.device)
+        if shape.op in options.ops
+        and (options.ranks is None or shape.r in options.ranks)
+        and (options.shapes is None or any(belongs(shape, k, n) for k, n in options.shapes))
+    ]
+    return chosen[: options.classes]
+
+
 def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path, ...], Path]:
     """Return where the table goes, the one that is looked up first, and the log."""
     file = f"{device_slug(device)}.json"
     own = PACKAGED if options.package else user_folder()
     if options.out is not None:
-        return (own / file, options.out / "tables" / file), options.log or options.out / "tune" / file
+        # The user's tables may be those of DIR.
+        tables = dict.fromkeys(path.absolute() for path in (own / file, options.out / "tables" / file))
+        return tuple(tables), options.log or options.out / "tune" / file
     logs = LOGS if options.package else user_folder() / "tune"
     return (own / file,), options.log or logs / file
 
@@ -237,6 +269,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument(
+        "--shapes", nargs="+", type=layer_size, metavar="KxN", help="only classes of layers from K to N features"
+    )
+    parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="only classes of these ranks")
+    parser.add_argument("--classes", type=partial(at_least, 1), metavar="N", help="only the first N of these classes")
+    parser.add_argument(
+        "--class-seconds",
+        type=float,
+        default=float("inf"),
+        help="time what is checked of a class's candidates by then (default: all)",
+    )
     parser.add_argument("--budget-seconds", type=float, default=240.0, help="end by then; another call goes on")
     parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
@@ -253,8 +296,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
     started = time.monotonic()
-    # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    settle_compilers()  # as what compiled ahead did
     options = parse(arguments)
     options.started = started
     if options.device == "cuda" and torch.cuda.is_available():
@@ -270,4 +312,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_on_termination()
+    leave(main())

@@ -1,25 +1,57 @@
 """Work done in processes of its own, several at once: to compile in parallel, and so that a crash or a kernel that
 never ends costs one piece of work and not the run.
+
+What a piece of work finds on its way it may `note`: that outlives its process.
 """
 
+import ctypes
 import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import Any, NoReturn
 
 # Until a new process has imported torch and opened the device.
 STARTUP_SECONDS = 120.0
+# How long the processes that are stopped are waited for, all together.
+STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one piece of work: its value, or why there is none."""
+    """What became of one piece of work: its value, or why there is none; and what it noted on its way.
+
+    One that was `cut` failed for want of time: nothing is known against it.
+    """
 
     value: Any = None
     error: str | None = None
+    notes: tuple[Any, ...] = ()
+    cut: bool = False
+
+
+class LostProcessError(Exception):
+    """Raised by work whose process can do no more, such as one whose device gave up: another takes its place."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    value: Any
+
+
+_listener: Callable[[Any], None] | None = None
+
+
+def note(value: object) -> None:
+    """Send what is known so far to whoever waits for this piece of work: `Outcome.notes`, even if it never ends."""
+    if _listener is not None:
+        _listener(value)
 
 
 def one_line(error: BaseException) -> str:
@@ -43,22 +75,70 @@ def outcomes(
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
-    """Return function(item), or its exception as one line."""
+    """Return function(item) and what it noted, or its exception as one line."""
+    notes: list[Any] = []
+    try:
+        outcome = _listened(function, item, notes.append)
+    except LostProcessError as error:
+        outcome = Outcome(error=str(error))
+    return replace(outcome, notes=tuple(notes))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once: neither a device's driver nor a process that cannot be stopped is waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+def end_on_termination() -> None:
+    """Let SIGTERM end this process as an exception does, so that what it started is stopped with it."""
+
+    def leave_blocks(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave_blocks)
+
+
+def _listened(function: Callable[[Any], Any], item: Any, listener: Callable[[Any], None]) -> Outcome:
+    global _listener
+    before, _listener = _listener, listener
     try:
         return Outcome(function(item))
+    except LostProcessError:
+        raise
     except Exception as error:  # whatever a provider or a compiler raises is a finding, not an end
         return Outcome(error=one_line(error))
+    finally:
+        _listener = before
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """Answer items until the pipe closes."""
+    _end_with_parent()
+
+    def send_note(value: object) -> None:
+        connection.send(_Note(value))
+
     connection.send("ready")
     while True:
         try:
             item = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(function, item))
+        try:
+            connection.send(_listened(function, item, send_note))
+        except LostProcessError as error:
+            connection.send(error)
+            leave(1)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends; without Linux do nothing."""
+    with suppress(OSError, AttributeError):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 @dataclass
@@ -68,6 +148,7 @@ class _Worker:
     position: int | None = None
     since: float = 0.0
     ready: bool = False
+    notes: list[Any] = field(default_factory=list)
 
 
 class Workers:
@@ -89,33 +170,40 @@ class Workers:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for worker in self._workers:
-            self._stop(worker)
+        self._stop(self._workers)
+        self._workers = []
+
+    def start(self) -> None:
+        """Start the processes now, so that they are there when items come."""
+        self._workers += [self._start() for _ in range(self.size - len(self._workers))]
 
     def outcomes(
         self, items: Sequence[Any], deadline: float = float("inf"), end: float = float("inf")
     ) -> Iterator[tuple[int, Outcome]]:
-        """Yield `(position, outcome)` of every item, as they are finished.
+        """Yield `(position, outcome)` of every item, as they are finished; a list may grow meanwhile.
 
         After `deadline`, a `time.monotonic()`, nothing new is begun, and at `end` processes are stopped with what they
-        have begun; items left then are not yielded.
+        have begun. Of items left then only those that noted something are yielded, as `cut`. In this process nothing
+        can be stopped.
         """
         if self.size == 0:
             for position, item in enumerate(items):
-                if time.monotonic() > deadline:
+                if time.monotonic() > min(deadline, end):
                     return
                 yield position, attempt(self.function, item)
             return
         self._items, self._next, self._deadline, self._end = items, 0, min(deadline, end), end
-        if items and not self._workers:
-            self._workers = [self._start() for _ in range(self.size)]
-        for worker in self._workers:
-            if worker.ready:
-                self._give(worker)
-        while self._more() or any(worker.position is not None for worker in self._workers):
+        if items:
+            self.start()
+        while True:
+            for worker in list(self._workers):
+                if worker.ready and worker.position is None and self._more():
+                    self._give(worker)
             if not self._workers:  # none of them ever came up
                 return
-            ready = wait([worker.connection for worker in self._workers], timeout=0.5)
+            if not self._more() and all(worker.position is None for worker in self._workers):
+                return
+            ready = wait([worker.connection for worker in self._workers], timeout=0.2)
             for worker in list(self._workers):
                 yield from self._look_at(worker, worker.connection in ready)
 
@@ -123,29 +211,41 @@ class Workers:
         return self._next < len(self._items) and time.monotonic() < self._deadline
 
     def _look_at(self, worker: _Worker, spoke: bool) -> Iterator[tuple[int, Outcome]]:
-        """Take a worker's answer, or its death or silence for one, and give it the next item."""
-        position = worker.position
-        if spoke:
-            try:
-                answer = worker.connection.recv()
-            except (EOFError, OSError):
-                worker.process.join(5.0)
-                answer = Outcome(error=f"its process ended with status {worker.process.exitcode}")
-                self._replace(worker)
+        """Take a worker's answer, or its death or silence for one."""
+        position, cut = worker.position, False
+        answer = self._hear(worker) if spoke else None
+        if answer is None:
+            if time.monotonic() > self._end and (position is not None or not worker.ready):
+                answer = Outcome(error="the time was up")
+                cut = True
+            elif self._overdue(worker):
+                answer = Outcome(error=f"not done after {self.seconds_each:.0f} s; its process was stopped")
             else:
+                return
+            self._replace(worker, again=not cut)
+        worker.position = None
+        if position is not None and (worker.notes or not cut):
+            yield position, replace(answer, notes=tuple(worker.notes), cut=cut)
+
+    def _hear(self, worker: _Worker) -> Outcome | None:
+        """Take all that a worker sent; return its answer, if that is among it."""
+        try:
+            while worker.connection.poll():
+                told = worker.connection.recv()
                 worker.ready = True
-                self._give(worker)
-        elif time.monotonic() > self._end:
-            self._workers.remove(worker)
-            self._stop(worker)
-            return
-        elif self._overdue(worker):
-            answer = Outcome(error=f"not done after {self.seconds_each:.0f} s; its process was stopped")
+                if isinstance(told, _Note):
+                    worker.notes.append(told.value)
+                elif isinstance(told, Outcome):
+                    return told
+                elif isinstance(told, LostProcessError):
+                    self._replace(worker)
+                    return Outcome(error=str(told))
+        except (EOFError, OSError):
+            worker.process.join(STOP_SECONDS)
+            status = worker.process.exitcode
             self._replace(worker)
-        else:
-            return
-        if position is not None:
-            yield position, answer
+            return Outcome(error=f"its process ended with status {status}")
+        return None
 
     def _overdue(self, worker: _Worker) -> bool:
         waited = time.monotonic() - worker.since
@@ -162,25 +262,26 @@ class Workers:
         return _Worker(process, ours, since=time.monotonic())
 
     def _give(self, worker: _Worker) -> None:
-        worker.position = None
-        if not self._more():
+        try:
+            worker.connection.send(self._items[self._next])
+        except OSError:  # it ended while it had nothing to do
+            self._replace(worker)
             return
-        worker.position, worker.since = self._next, time.monotonic()
-        worker.connection.send(self._items[self._next])
+        worker.position, worker.since, worker.notes = self._next, time.monotonic(), []
         self._next += 1
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, *, again: bool = True) -> None:
         """Stop a worker and start another; one that never came up is not tried again."""
         self._workers.remove(worker)
-        self._stop(worker)
-        if worker.ready:
+        self._stop([worker])
+        if worker.ready and again:
             self._workers.append(self._start())
 
-    def _stop(self, worker: _Worker) -> None:
-        worker.connection.close()
-        if worker.position is not None:
+    def _stop(self, workers: Sequence[_Worker]) -> None:
+        """Kill processes; one that its driver does not let go yet is not waited for any longer than `STOP_SECONDS`."""
+        for worker in workers:
             worker.process.kill()
-        worker.process.join(10.0)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+            worker.connection.close()
+        end = time.monotonic() + STOP_SECONDS
+        for worker in workers:
+            worker.process.join(max(0.0, end - time.monotonic()))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from bench.correctness import WrongResultError
+from bench.device_health import require_device
 from bench.memory import peak_bytes
 from bench.simulation.cases import RANK, SimulationCase
 from bench.simulation.correctness import Yardstick
@@ -17,7 +18,7 @@ from bench.simulation.problem import Problem, Values, make_problem
 from bench.simulation.providers import make_step, providers_of
 from bench.simulation.resident import peft_loop
 from bench.timing import Plan, Step, Timer, WallTimer, interleave
-from bench.workers import one_line
+from bench.workers import note, one_line
 from fed.allocator import keep_freed_memory
 
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
@@ -56,7 +57,8 @@ def measure(
 ) -> dict[str, Found]:
     """Return what was found of every provider; one that is wrong or cannot run is recorded with its cause, not timed.
 
-    The base and PEFT's loop always run: the others are divided by them.
+    The base and PEFT's loop always run: the others are divided by them. Notes each provider's name before it runs
+    alone, None before all are timed in turn, and after every round the records as they would be without further ones.
     """
     keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
@@ -68,12 +70,21 @@ def measure(
     steps, peaks, causes = _checked(case, device, problem, names, exact)
     if took > LONG_SECONDS:
         plan = replace(plan, min_rounds=LONG_ROUNDS, max_rounds=LONG_ROUNDS, warmup_rounds=0)
-    seconds = interleave({name: Step(step, _nothing) for name, step in steps.items()}, _timer(device), _nothing, plan)
-    found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
-    for name, durations in seconds.items():
-        figures = _figures(case, seconds, name) | {"peak_bytes": peaks[name], "status": "timed"}
-        found[name] = Found(figures, durations)
-    return {name: replace(found[name], record=_facts(case, device, name) | found[name].record) for name in names}
+
+    def summed_up(seconds: Mapping[str, list[float]]) -> dict[str, Found]:
+        found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
+        for name, durations in seconds.items():
+            figures = _figures(case, seconds, name) | {"peak_bytes": peaks[name], "status": "timed"}
+            found[name] = Found(figures, durations)
+        return {name: replace(found[name], record=_facts(case, device, name) | found[name].record) for name in names}
+
+    def tell(seconds: Mapping[str, list[float]]) -> None:
+        if len(seconds["base"]) > 1:
+            note([one.record for one in summed_up(seconds).values()])
+
+    note(None)
+    timed = {name: Step(step, _nothing) for name, step in steps.items()}
+    return summed_up(interleave(timed, _timer(device), _nothing, plan, tell))
 
 
 def _checked(
@@ -83,6 +94,7 @@ def _checked(
     yardstick = Yardstick(exact, peft_loop(problem).gradients())
     steps, peaks, causes = {}, {}, {}
     for name in names:
+        note(name)
         try:
             step, trainer = make_step(name, problem)
             if trainer is not None and name != "peft-loop":  # whose own gradients made the yardstick
@@ -92,13 +104,14 @@ def _checked(
         except WrongResultError as error:
             causes[name] = ("wrong", str(error))
         except Exception as error:  # out of memory, an operator that does not run under a transform
+            require_device(device.type, error)
             if name in ("base", "peft-loop"):
                 raise
             causes[name] = ("not available", one_line(error))
     return steps, peaks, causes
 
 
-def _figures(case: SimulationCase, seconds: dict[str, list[float]], name: str) -> Record:
+def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> Record:
     medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
     first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
     return {

@@ -7,21 +7,20 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from bench import gpu
+from bench import device_run, device_steps, gpu
 from bench.cases import FOLDS, OPS, Case
 from bench.check_inputs import draw
 from bench.correctness import WrongResultError
 from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
 from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_checks
-from bench.device_measure import Warmup, measure_on_device
+from bench.device_measure import measure_on_device
 from bench.device_table import by_case, committed_section, device_markdown, summary
 from bench.providers import every_provider
-from bench.records import KEYS, SIMULATION, case_key, load_records, open_records
+from bench.records import KEYS, SIMULATION, load_records
 from bench.report import GPU_BEGIN, GPU_END, main
 from bench.simulation.providers import COMPILED
 from bench.simulation.providers import PROVIDERS as SIMULATED
 from bench.timing import Plan
-from bench.workers import Outcome
 from plora_kernels import configs
 from plora_kernels.blocks import DESIGNS, Hardware
 from plora_kernels.kernels import replay
@@ -81,8 +80,8 @@ def test_training_steps_of_many_clients_are_measured_and_shown(results: Path) ->
 
 def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_records(results)
-    for name in ("run_checks", "measure_on_device", "ceilings", "simulate"):
-        monkeypatch.setattr(gpu, name, lambda *given: pytest.fail("measured again"))
+    for module, name in ((gpu, "ceilings"), (device_run, "perform"), (device_steps, "perform")):
+        monkeypatch.setattr(module, name, lambda *given: pytest.fail("measured again"))
     assert gpu.main(["--out", str(results.parent), *QUICK]) == 0
     assert load_records(results) == before
 
@@ -90,7 +89,9 @@ def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest
 def test_without_time_it_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path), *QUICK, "--budget-seconds", "0"]) == 0
     shown = capsys.readouterr().out
-    assert "left: forward 64×48 M 32 R 4 float32; " in shown
+    assert "left: forward 64×48 M 32 R 4 float32 (base, peft, inplace, fused); " in shown
+    assert "digits-vit-2x17-c2-float32 (base, peft-loop, vmap, sequential, cohort); " in shown
+    assert "check float32 M 1 K 1 N 1 R 1\n" in shown
     assert "goes on from here" in shown
     assert load_records(tmp_path / "cpu.json")[1] == []
 
@@ -140,14 +141,6 @@ def test_records_name_the_blocks_and_replayed_calls_are_checked(monkeypatch: pyt
     assert records["fused"]["status"] == "wrong"
 
 
-def test_where_a_process_ends_ahead_all_of_ours_are_left_out(tmp_path: Path) -> None:
-    case = Case("fold_many", TINY, 0, 4, "float32")
-    file = open_records(tmp_path / "cpu.json", {}, fresh=True)
-    run = gpu.Run(CPU, file, gpu.PROVIDERS, 0, 0.0, 1.0)
-    gpu._note_failures(run, Warmup(case, "cpu", gpu.PROVIDERS), Outcome(error="its process ended"))
-    assert run.failed == {case_key(gpu._case_facts(case)): dict.fromkeys(("fused-apart", "fused"), "its process ended")}
-
-
 def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +148,9 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     records = run_checks(CheckShape("cpu", "float32", 37, 50, 29, 5))
     assert [record["form"] for record in records if record["status"] == "wrong"] == ["fold", "folds agree"]
     assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", "fold"]) == 1
-    assert "WRONG fold: fold: weight is off by" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "WRONG fold: fold: weight is off by" in shown
+    assert shown.splitlines()[-1].startswith("WRONG check m 37 k 50 n 29 r 5 dtype float32, folds agree")
 
 
 def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:

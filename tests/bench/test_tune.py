@@ -1,5 +1,7 @@
 """`python -m bench.tune` on interpreted kernels: it checks, times, writes, resumes and says what it dropped."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import torch
 from bench import search, trials, tune
 from bench.correctness import WrongResultError
 from bench.device_cases import SHARED_INPUTS
-from bench.records import load_records
+from bench.records import load_records, open_records
 from bench.trials import Trial, for_checking, make_trial
+from bench.workers import Outcome
 from plora_kernels.blocks import OPS, Blocks, FoldBlocks, Hardware, ShapeClass, default_blocks
 from plora_kernels.candidates import candidates
 from plora_kernels.tables import load_table
@@ -148,3 +151,80 @@ def test_a_check_needs_fewer_rows_but_a_fold_all_of_its_weight() -> None:
     assert for_checking(ShapeClass("forward", "bfloat16", 8192, 64, 64, 16)).m == trials.CHECK_ROWS
     assert for_checking(ShapeClass("fold", "bfloat16", 8192, 64, 8192, 16)).m == 8192
     assert isinstance(default_blocks(FOLD, CPU_ALONE, aligned=True), FoldBlocks)
+
+
+def chosen(*options: str) -> list[ShapeClass]:
+    return tune.choose_classes(tune.parse(["--device", "cuda", *options]))
+
+
+def test_the_gate_alone_is_chosen_by_shape_and_rank() -> None:
+    gate = chosen("--shapes", "4096x4096", "--ranks", "16")
+    assert [shape.op for shape in gate[:5]] == [
+        *("side_product", "output_gradient", "factor_gradient", "forward", "input_gradient")
+    ]
+    assert chosen("--shapes", "4096x4096", "--ranks", "16", "--classes", "5") == gate[:5]
+    assert {(shape.d_in, shape.d_out, shape.r) for shape in gate} == {(4096, 4096, 16), (4096, 16, 16)}
+    assert {shape.op for shape in gate} >= {"fold"}
+    assert [shape.op for shape in chosen("--ops", "forward", "--classes", "2")] == ["forward"] * 2
+    assert chosen() == tune.shape_classes("cuda")
+
+
+@pytest.mark.parametrize("option", [("--shapes", "4096"), ("--classes", "0")])
+def test_what_is_no_choice_is_refused(option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.parse([*option])
+    assert option[1] in capsys.readouterr().err
+
+
+def test_the_user_s_tables_may_be_those_of_the_folder(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path / "out" / "tables"))
+    assert run("--out", str(tmp_path / "out")) == 0
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.json")) == [
+        *("out/tables/cpu.json", "out/tune/cpu.json")
+    ]
+
+
+@pytest.mark.usefixtures("cache")
+def test_every_candidate_is_said_as_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    shown = capsys.readouterr().out
+    assert "[1/2] fold FoldBlocks(" in shown
+    assert "[2/2] fold FoldBlocks(" in shown
+    assert shown.count(": right\n") == 2
+
+
+def test_what_is_not_checked_within_a_class_s_time_is_not_timed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Trial.check
+
+    def slow(self: Trial, blocks: Blocks) -> None:
+        check(self, blocks)
+        time.sleep(1.0)
+
+    monkeypatch.setattr(Trial, "check", slow)
+    assert run("--class-seconds", "0.5", "--log", str(tmp_path / "log.json")) == 0
+    (record,) = load_records(tmp_path / "log.json")[1]
+    assert record["status"] == "best"
+    assert load_table(cache / "cpu.json").entries
+
+
+def test_a_candidate_that_ends_its_process_at_full_size_is_dropped_and_the_others_timed(tmp_path: Path) -> None:
+    known = candidates(FOLD, CPU_ALONE)[:3]
+
+    class Timer:
+        """Answers twice: the second candidate ends its process, then the others are timed."""
+
+        def outcomes(self, items: list, deadline: float, end: float) -> Iterator[tuple[int, Outcome]]:
+            yield 0, Outcome(error="its process ended", notes=(0, 1))
+            yield 1, Outcome([search.Timed(blocks, 1.0, 2) for blocks in items[1].candidates])
+
+    log = open_records(tmp_path / "log.json", {}, fresh=True)
+    tuning = tune.Tuning(CPU, CPU_ALONE, (), log, 9, 0.0, float("inf"), float("inf"), 1.0)
+    dropped: list = []
+    found = tune._time(tuning, FOLD, known, dropped, Timer())  # type: ignore[arg-type]
+    assert found is not None
+    assert [timed.blocks for timed in found] == [known[0], known[2]]
+    assert [blocks for blocks, _ in dropped] == [known[1]]

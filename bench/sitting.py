@@ -1,0 +1,262 @@
+"""Two sittings on a GPU that is lent by the minute: everything worth measuring, in an order that may be cut anywhere.
+
+`python -m bench.sitting first --out DIR` writes down the device and its ceilings, runs the tests of bfloat16, tunes the
+launches of the layer that matters most, and times the first cases with the tables so found and with default blocks:
+five minutes. `python -m bench.sitting second --out DIR` times all the rest and training steps of many clients: seven.
+The same command goes on where it was cut; `--earlier` names the folder of a sitting whose machine is gone.
+
+Every step is a process with a time limit, so that a hang costs its share and no more; what one leaves unused goes to
+the next. DIR receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),
+tune/<device>.json, sitting.log with all that was printed and sitting.json with what became of every step. Triton's
+cache is where $TRITON_CACHE_DIR says, and is left as it is. `--device cpu` rehearses both under Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from bench.environment import settle_compilers
+from bench.results import write_text
+from bench.sitting_table import sitting_table
+from bench.workers import end_on_termination, leave
+
+# How long each sitting may take, and what starting it and the last table take of that.
+LIMITS = {"first": 300.0, "second": 420.0}
+OVERHEAD_SECONDS = 8.0
+# A step is asked to end this long before its limit, and its processes are killed at it.
+ASKED_SECONDS = 3.0
+# What `--budget-seconds` leaves of a step's limit: importing torch, and the last table.
+MARGIN_SECONDS = 10.0
+LOG_BYTES = 2 * 2**20
+SHOWN_LINES = 3
+FIRST_CASES = 12
+LAYER_OPS = ("forward", "forward_backward", "fold")
+EAGER = ("base", "peft", "inplace", "fused-apart", "fused-inplace", "fused")
+REFUSED = "--fresh starts over"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module to run with arguments: how long it should take, and after how long it is stopped.
+
+    One that has a `budget` is told how long it has.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    seconds: float
+    limit_s: float
+    budget: bool = True
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a step: its exit status, None where it was stopped; seconds it took and might have taken."""
+
+    sitting: str
+    step: str
+    status: int | None
+    seconds: float
+    limit_s: float
+
+
+def plan(sitting: str, out: Path, device: str) -> tuple[Step, ...]:
+    """Return the steps of a sitting, in order."""
+    return (_first if sitting == "first" else _second)(("--out", str(out), "--device", device), device)
+
+
+def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
+    cuda = device == "cuda"
+    workers = () if cuda else ("--workers", "1")
+    some = (*common, *workers, "--ops", *LAYER_OPS, "--cases", str(FIRST_CASES if cuda else 2))
+    gate = ("--shapes", "4096x4096", "--ranks", "16", "--classes", "6", "--class-seconds", "5")
+    tuned = gate if cuda else ("--classes", "2", "--candidates", "2")
+    checks = ("--check-dtypes", "bfloat16", "--check-shapes", "gate")
+    eager = () if cuda else ("--providers", *EAGER)
+    return (
+        Step("facts", "bench.gpu", (*common, "--no-checks", "--ops", "fold", "--cases", "0"), 20, 35),
+        Step("tests", "pytest", _tests(device), 35, 45, budget=False),
+        Step("tuner", "bench.tune", (*common, *workers, *tuned), 60, 65),
+        Step("tuned", "bench.gpu", (*some, *checks, *eager), 85, 92),
+        Step("defaults", "bench.gpu", (*some, "--defaults", "--no-checks", "--providers", *EAGER), 45, 55),
+    )
+
+
+def _second(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
+    # One product of one number in float32 is off by its last bit, which the bound does not leave, interpreted.
+    checks = ("--check-dtypes", "bfloat16", "float16")
+    quick = () if device == "cuda" else ("--workers", "1", "--rounds", "3", *checks, "--providers", *EAGER)
+    return (Step("all", "bench.gpu", (*common, *quick), 400, 410),)
+
+
+def _tests(device: str) -> tuple[str, ...]:
+    """Return pytest's arguments: every design in bfloat16 at one shape; on the CPU a few interpreted ones."""
+    quiet = ("-p", "no:cacheprovider", "-v", "--maxfail", "5")
+    if device == "cuda":
+        chosen = "designs_are_within and bfloat16 and 384 or streams"
+        return (*quiet, "-m", "gpu", "tests/test_device.py", "-k", chosen)
+    return (*quiet, "tests/test_numerics.py", "-k", "kernels_on_the_odd_shapes")
+
+
+def environment_of(out: Path, device: str) -> dict[str, str]:
+    """Return what the steps' environment has beside that of this process."""
+    found = {"PLORA_KERNELS_CACHE": str((out / "tables").absolute()), "PYTHONUNBUFFERED": "1"}
+    return found if device == "cuda" else found | {"PLORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+
+
+def sit(sitting: str, steps: Sequence[Step], out: Path, device: str, end: float) -> list[Done]:
+    """Run the steps in order, each as long as the later ones can spare; write down what became of each."""
+    environment = {**os.environ, **environment_of(out, device)}
+    done: list[Done] = []
+    for number, step in enumerate(steps):
+        later = sum(other.limit_s for other in steps[number + 1 :])
+        step_end = max(end - later, min(end, time.monotonic() + step.limit_s))
+        found, lines = run_step(sitting, step, out, environment, step_end)
+        if found.status == 2 and any(REFUSED in line for line in lines):
+            print(f"{step.name}: what is in {out} was made by other code or versions; it is set aside", flush=True)
+            set_aside(out)
+            found, lines = run_step(sitting, step, out, environment, step_end)
+        done.append(found)
+        write_text(out / "sitting.json", json.dumps([*_earlier(out, sitting), *map(asdict, done)], indent=1) + "\n")
+    return done
+
+
+def run_step(
+    sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float
+) -> tuple[Done, Sequence[str]]:
+    """Run one step until it ends or its time is up; return what became of it and the last it said."""
+    began = time.monotonic()
+    limit_s = end - began
+    budget = ("--budget-seconds", f"{max(0.0, limit_s - MARGIN_SECONDS):.0f}") if step.budget else ()
+    command = [sys.executable, "-m", step.module, *step.arguments, *budget]
+    print(f"{step.name}: {limit_s:.0f} s at most: python {' '.join(command[1:])}", flush=True)
+    with (out / "sitting.log").open("ab") as log:
+        log.write(f"\n{sitting}, {step.name}: {' '.join(command[1:])}\n".encode())
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        assert process.stdout is not None
+        last: list[str] = []
+        reader = threading.Thread(target=_keep, args=(process.stdout, log, last), daemon=True)
+        reader.start()
+        try:
+            status = _wait(process, end)
+        finally:
+            _kill(process)
+        reader.join(1.0)
+        if not reader.is_alive():
+            process.stdout.close()
+    seconds = time.monotonic() - began
+    print(f"{step.name}: {'stopped' if status is None else f'status {status}'} after {seconds:.0f} s")
+    print("".join(f"    {line}\n" for line in last[-SHOWN_LINES:]), end="", flush=True)
+    return Done(sitting, step.name, status, round(seconds, 1), round(limit_s, 1)), last
+
+
+def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
+    """Return a process's exit status, or None where it does not end in time, asked shortly before or not."""
+    try:
+        return process.wait(max(0.0, end - ASKED_SECONDS - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(ASKED_SECONDS)
+        return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those it started; one that its driver does not let go is not waited for."""
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)
+
+
+def _keep(said: IO[bytes], log: IO[bytes], last: list[str]) -> None:
+    """Write what a process says to the log, up to its share of it, and keep its last lines."""
+    left = LOG_BYTES
+    with suppress(ValueError, OSError):  # closed because the time was up, or a full disk
+        for line in said:
+            last.append(line.decode(errors="replace").rstrip())
+            del last[:-20]
+            if left > 0:
+                log.write(line)
+                log.flush()
+                left -= len(line)
+                if left <= 0:
+                    log.write(b"(the rest is left out)\n")
+    for _ in said:  # whoever writes must not wait
+        pass
+
+
+def _earlier(out: Path, sitting: str) -> list[dict[str, object]]:
+    """Return what became of other sittings' steps, as written before."""
+    path = out / "sitting.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [step for step in found if step["sitting"] != sitting]
+
+
+def set_aside(out: Path) -> None:
+    """Rename records that no others may be added to."""
+    logs = sorted((out / "tune").glob("*.json"))
+    for path in [*(path for path in sorted(out.glob("*.json")) if path.name != "sitting.json"), *logs]:
+        if not path.stem.endswith("-before"):
+            path.rename(path.with_name(f"{path.stem}-before.json"))
+
+
+def take_up(earlier: Path, out: Path) -> None:
+    """Copy what an earlier sitting left, where there is nothing in its place."""
+    for path in [*earlier.glob("*.json"), *earlier.glob("tables/*.json"), *earlier.glob("tune/*.json")]:
+        target = out / path.relative_to(earlier)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's settings."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sitting", description=__doc__)
+    parser.add_argument("sitting", choices=list(LIMITS))
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="the CPU rehearses on tiny sizes")
+    parser.add_argument("--earlier", type=Path, metavar="DIR", help="go on from what another sitting left there")
+    parser.add_argument("--limit-seconds", type=float, help="the whole sitting's limit (default: 300 and 420)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: the first of its steps' that is not 0, 3 where one was stopped."""
+    started = time.monotonic()
+    settle_compilers()  # the tests too find what was compiled ahead
+    options = parse(arguments)
+    limit_s = LIMITS[options.sitting] if options.limit_seconds is None else options.limit_seconds
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if options.earlier is not None:
+            take_up(options.earlier, options.out)
+        steps = plan(options.sitting, options.out, options.device)
+        done = sit(options.sitting, steps, options.out, options.device, started + limit_s - OVERHEAD_SECONDS)
+        for path in options.out.rglob("*.tmp"):  # of a process that was killed while it wrote
+            path.unlink()
+        print(sitting_table(options.out, [asdict(step) for step in done]), flush=True)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    statuses = [3 if step.status is None else step.status for step in done]
+    return next((status for status in statuses if status), 0)
+
+
+if __name__ == "__main__":
+    end_on_termination()
+    leave(main())

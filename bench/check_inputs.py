@@ -40,11 +40,13 @@ def draw(shape: CheckShape) -> Inputs:
     seed = hash((shape.m, shape.k, shape.n, shape.r)) % 2**31
     generator = generator_on(torch.device(shape.device), seed)
 
+    m, k, n, r = shape.m, shape.k, shape.n, shape.r
+
     def normal(*size: int, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(size, generator=generator, device=shape.device) * spread
-        return drawn.to(DTYPES[shape.dtype])
+        # An output that is one number has no other that gives its scale: nothing in it may cancel.
+        return (drawn.abs() if m * n * k == 1 else drawn).to(DTYPES[shape.dtype])
 
-    m, k, n, r = shape.m, shape.k, shape.n, shape.r
     return Inputs(
         x=normal(m, k),
         weight=normal(n, k, spread=k**-0.5),

@@ -29,7 +29,7 @@ from bench.results import ResultsError
 from bench.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.trials import Trial, for_checking, make_trial
 from bench.tuned_classes import belongs, layer_size, shape_classes
-from bench.workers import Outcome, Workers, end_on_termination, leave
+from bench.workers import STARTUP_SECONDS, Outcome, Workers, end_on_termination, leave
 from plora_kernels.backend import backend
 from plora_kernels.blocks import KINDS, OPS, Blocks, Hardware, ShapeClass
 from plora_kernels.candidates import candidates
@@ -39,7 +39,7 @@ from plora_kernels.tables import PACKAGED, Entry, load_table, save_table, user_f
 
 SECONDS_EACH = 60.0
 # A candidate that is being checked when its class's time is up gets this much longer.
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 8.0
 LOGS = Path(__file__).parent / "results" / "tune"
 
 
@@ -228,8 +228,9 @@ def tune(options: argparse.Namespace) -> int:
         Workers(time_candidates, min(count, 1), SECONDS_EACH),
     )
     with workers, timer:
-        if left:
+        if left:  # a class's seconds are not those of starting Python
             timer.start()
+            workers.await_ready(min(STARTUP_SECONDS, tuning.deadline - time.monotonic()))
         while left and time.monotonic() < tuning.deadline and tune_class(tuning, left[0], workers, timer):
             left.pop(0)
     tuning.say(f"{len(tuning.entries)} entries in {tables[0]}; {len(left)} classes left")

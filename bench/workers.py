@@ -177,6 +177,16 @@ class Workers:
         """Start the processes now, so that they are there when items come."""
         self._workers += [self._start() for _ in range(self.size - len(self._workers))]
 
+    def await_ready(self, seconds: float) -> None:
+        """Start the processes and wait until all of them take items, for so long at most."""
+        self.start()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not all(worker.ready for worker in self._workers):
+            spoke = wait([worker.connection for worker in self._workers], timeout=0.2)
+            for worker in list(self._workers):
+                if worker.connection in spoke:
+                    self._hear(worker)
+
     def outcomes(
         self, items: Sequence[Any], deadline: float = float("inf"), end: float = float("inf")
     ) -> Iterator[tuple[int, Outcome]]:

@@ -168,8 +168,12 @@ print("imported")
 
 
 def test_every_design_is_checked_where_it_runs() -> None:
-    aligned, odd = CheckShape("cpu", "bfloat16", 64, 512, 384, 16), CheckShape("cpu", "tf32", 64, 512, 384, 16)
+    aligned, odd = CheckShape("cpu", "bfloat16", 128, 512, 384, 16), CheckShape("cpu", "tf32", 128, 512, 384, 16)
     for design in DESIGNS:
+        if design == "specialised":  # of half precision alone
+            assert set(aligned.blocks(design, Hardware(90, 132))) == {"forward", "input_gradient"}
+            assert odd.blocks(design, Hardware(90, 132)) == {}
+            continue
         assert (
             set(aligned.blocks(design, Hardware(90, 132)))
             == set(odd.blocks(design, Hardware(90, 132)))

@@ -55,6 +55,21 @@ def test_a_failure_a_death_and_a_hang_cost_one_item_each() -> None:
     assert found[3].error == "not done after 2 s; its process was stopped"
 
 
+def test_a_list_s_time_need_not_be_that_of_starting_python() -> None:
+    with Workers(act, 2, seconds_each=60.0) as workers:
+        workers.await_ready(60.0)
+        limit = time.monotonic() + 1.0
+        found = dict(workers.outcomes(["a", "b"], limit, limit))
+    assert found == {0: Outcome("A"), 1: Outcome("B")}
+
+
+def test_waiting_for_processes_ends() -> None:
+    began = time.monotonic()
+    with Workers(act, 1, seconds_each=60.0) as workers:
+        workers.await_ready(0.0)
+    assert time.monotonic() - began < 10.0
+
+
 @pytest.mark.parametrize(("error", "line"), [(ValueError("\n a \n b"), "ValueError: a"), (KeyError(), "KeyError")])
 def test_errors_become_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
     """Raise where the host would wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says once in a process that it cannot find every place
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 

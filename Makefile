@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CONSTRAINTS ?= constraints-cpu.txt
 RUN ?= runs/demo
 # A process for each core, of one thread: Triton's interpreter is Python.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -14,18 +15,22 @@ OLDEST_READY := $(OLDEST)/.ready
 OLDEST_TESTS := $(addprefix tests/,test_audit.py test_hashing.py test_designs.py test_numerics.py test_grouped.py \
 	test_projections.py test_replay.py test_folding.py bench/test_gpu.py bench/test_tune.py)
 
-.PHONY: demo test test-slow test-oldest bench bench-simulation lint format clean help
+# An environment beside the other, with the versions of a GPU machine.
+DEVICE_VENV ?= .venv-device
+DEVICE_PYTHON ?= python3.12
+
+.PHONY: demo test test-slow test-oldest test-device-versions bench bench-simulation lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 # torch goes first and pinned: asked for through another package, pip may take a build with CUDA for gigabytes.
-$(READY): pyproject.toml constraints-cpu.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; a few minutes)"
-	@$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
-	@$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	@$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 # Without what they depend on: that is in the environment already.
@@ -50,6 +55,10 @@ test-oldest: $(OLDEST_READY)  ## the kernels with the oldest Triton they are hel
 		-k "not [torch- and not [torch] and not torch_path" $(OLDEST_TESTS)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m bench.audit --targets gfx942 --no-designs  # what it once did not compile
 
+# By hand, not in CI: torch's build for GPUs and what comes with it are several GB. It needs no GPU.
+test-device-versions:  ## the default tests with the versions of a GPU machine
+	$(MAKE) test VENV=$(DEVICE_VENV) PYTHON=$(DEVICE_PYTHON) CONSTRAINTS=constraints-device.txt
+
 bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
 	$(BIN)/python -m pytest bench --benchmark-only -k "not simulation" --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json --keep
@@ -67,5 +76,5 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(DEVICE_VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -32,7 +32,8 @@ def _cuda_peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak_bytes(run: Callable[[], object]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # There is one cycle to record; torch 2.11 warns that it forgets those before it, unless asked not to.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         kept = run()
     del kept
     with tempfile.TemporaryDirectory() as directory:

@@ -3,7 +3,8 @@
 `python -m bench.sitting first --out DIR` writes down the device and its ceilings, tunes the launches of the layer that
 matters most, every candidate held to float64 first, times the first cases with the tables so found and with default
 blocks, and runs tests of bfloat16: five minutes. `python -m bench.sitting second --out DIR` times all the rest and
-training steps of many clients: seven. The same command goes on where it was cut; `--earlier` names the folder of a sitting whose machine is gone.
+training steps of many clients: seven. The same command goes on where it was cut; `--earlier` names the folder of a
+sitting whose machine is gone.
 
 Every step is a process with a time limit, so that a hang costs its share and no more; what one leaves unused goes to
 the next. DIR receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),

@@ -14,6 +14,10 @@ from fed.losses import client_losses
 # some layers compute in float32 all the same, as Llama's norms do.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
 BOUND_OF_HALF_PRECISION = 0.1
+# Nothing is closer than what it was made of: in a model of bfloat16 the loss is float32, of logits that were rounded to
+# bfloat16, where compiled layers round less often than plain ones. A logit off by δ moves a loss by less than 2 δ of
+# itself; this many eps of the model's coarsest dtype leave δ three roundings of a logit of 4.
+ROUNDINGS = 12
 # A gradient that is as good as nothing beside the client's others is all rounding.
 NOTHING = 1e-3
 # In the first step most methods' B is zero: neither what the modules add nor dA could be wrong.
@@ -105,7 +109,8 @@ class CompiledLosses:
                 self._on_event("the model draws numbers (dropout of its own): compiled steps go unchecked")
             self._has_drawn = True
             return
-        cause = _difference({"loss": losses}, {"loss": plain.detach()}) or _difference(found, expected)
+        least = ROUNDINGS * _coarsest_eps(model)
+        cause = _difference({"loss": losses}, {"loss": plain.detach()}, least) or _difference(found, expected, least)
         if cause is not None:
             self._give_up(f"the compiled step is wrong: {cause}")
 
@@ -114,14 +119,20 @@ class CompiledLosses:
         self._losses = client_losses
 
 
-def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Say where tensors (C, …) of C clients differ by more than rounding, or return None."""
+def _coarsest_eps(model: nn.Module) -> float:
+    """Return the largest eps of a dtype that a model computes in; weights of fewer than 16 bits are only stored so."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize >= 2), default=0.0)
+
+
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], least: float = 0.0) -> str | None:
+    """Say where tensors (C, …) of C clients differ by more than rounding, or return None; `least` is always allowed."""
     if found.keys() != expected.keys():
         return f"{', '.join(sorted(found.keys() ^ expected.keys()))} has a gradient in one of them alone"
     sizes = {name: _norms(own) for name, own in expected.items()}
     whole = torch.linalg.vector_norm(torch.stack(list(sizes.values())), dim=0).nan_to_num(0.0, 0.0)  # (C,)
     for name, own in expected.items():
-        bound = BOUNDS.get(own.dtype, BOUND_OF_HALF_PRECISION)
+        bound = max(BOUNDS.get(own.dtype, BOUND_OF_HALF_PRECISION), least)
         other, size = found[name], torch.maximum(sizes[name], NOTHING * whole)
         off = _norms(other.double() - own.double()) / size.clamp_min(torch.finfo(torch.float64).tiny)
         # A client of whom nothing is finite has no result in either.

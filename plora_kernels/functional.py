@@ -26,6 +26,12 @@ from .group_checks import (
 )
 from .selection import Selection
 
+# Kinds of device that torch has no autocast for; to ask whether it is enabled there is an error. Found once, without
+# touching a device: the compiler of torch 2.11 cannot trace the question. A kind that torch does not bring itself has
+# autocast, under a name that may be given later.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "ipu", "xla", "lazy", "vulkan", "meta")
+_WITHOUT_AUTOCAST = frozenset(kind for kind in _KINDS if not torch.amp.is_autocast_available(kind))
+
 
 def plora_linear(
     x: Tensor,
@@ -157,13 +163,19 @@ def _checked_and_cast(
         raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
     if weight.requires_grad and torch.is_grad_enabled():
         raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, lora_A, lora_B = (_autocast(t, dtype) for t in (x, weight, lora_A, lora_B))
         bias = bias if bias is None else _autocast(bias, dtype)
     check_alike("x", {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
     return x, weight, lora_A, lora_B, bias
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return what autocast casts to on a kind of device, or None where it does not cast."""
+    if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from .group_checks import (
 from .group_memory import GradientMemory
 from .group_products import Form, pays, takes
 from .operators import _watched, refuse_transforms
+from .tile_tables import keep_tables
 from .torch_grouped import runs_of
 
 
@@ -76,7 +77,7 @@ class RowGroups:
         key = math.prod(x.shape[:-1]), x.device
         if key not in self._offsets:
             with torch.inference_mode(False):  # a later call may train
-                self._offsets[key] = torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
+                self._offsets[key] = keep_tables(torch.tensor(self.bounds(x)).to(x.device, non_blocking=True))
         return self._offsets[key]
 
     def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .functional import autocast_dtype
 from .linear import FusedPLoRALinear
 from .operators import _watched
 from .projections import Computed, JointGradient, Projection, attach, forward
@@ -236,9 +237,7 @@ def _may_share(x: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return not casts or x.dtype in (torch.float64, torch.get_autocast_dtype(kind))
+    return autocast_dtype(x.device.type) in (None, x.dtype) or x.dtype is torch.float64
 
 
 def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:

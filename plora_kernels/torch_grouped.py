@@ -68,7 +68,8 @@ def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tenso
     absent = (index < 0)[:, :, None]
     return (
         lora_A[groups, modules].masked_fill_(absent, 0.0),
-        lora_B.mT[groups, modules].masked_fill_(absent, 0.0).mT,
+        # Laid out as lora_B is: a product with the other layout some CPUs add to y step by step, less exactly.
+        lora_B.take_along_dim(modules[:, None, :], 2).masked_fill_(absent.mT, 0.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import plora_kernels as pk
 from plora_kernels import configs
 from plora_kernels.blocks import DESIGNS, MatmulBlocks, ShapeClass
 from plora_kernels.candidates import candidates
+from plora_kernels.tile_tables import tables_of
 from tests.support.numerics import make_problem, random_mask
 from tests.test_numerics import check, run
 
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
     """Raise where the host would wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says once in a process that it cannot find every place
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -113,6 +117,29 @@ def test_a_graph_replays_the_step(design: str) -> None:
             graph.replay()
             torch.cuda.synchronize()
             assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_a_graph_takes_the_table_of_tiles_made_before_it_or_its_own() -> None:
+    sizes = (400, 0, 250)
+    x, weight = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) for size in ((650, 256), (384, 256)))
+    A, B = (torch.randn(3, *size, device="cuda", dtype=torch.bfloat16) for size in ((16, 256), (384, 16)))
+    for warmed in (True, False):
+        rows, expected = pk.RowGroups(sizes), pk.GroupModules.of(pk.RowGroups(sizes), A, B).linear(x, weight, None)
+        rows.offsets(x)  # copied from the host, which a graph cannot do
+        modules = pk.GroupModules.of(rows, A, B)
+        if warmed:
+            modules.linear(x, weight, None)
+        kept = len(tables_of(rows.offsets(x)) or {})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = modules.linear(x, weight, None)
+        assert len(tables_of(rows.offsets(x)) or {}) == kept  # nothing that only a replay fills
+        for _ in range(2):
+            y.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, expected)
+        assert torch.equal(modules.linear(x, weight, None), expected)
 
 
 def test_every_replay_drops_anew() -> None:

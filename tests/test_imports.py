@@ -17,7 +17,7 @@ ORDER = (
     ("selection", "tables", "dropout", "candidates"),
     ("configs",),
     ("reference", "rounding"),
-    ("backend", "checks", "torch_path", "torch_grouped", "operators"),
+    ("backend", "checks", "torch_path", "torch_grouped", "operators", "tile_tables"),
     ("kernels", "torch_fold", "group_checks", "group_products"),
     ("ops", "group_memory"),
     ("folding", "projections", "grouped"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
+from plora_kernels.functional import autocast_dtype
 from tests.support.layer_inputs import layer_inputs as inputs
 
 
@@ -87,6 +88,15 @@ def test_autocast_behaves_as_for_linear(dtype: torch.dtype, active: torch.dtype)
     assert lora_A.grad.dtype == dtype
     with torch.autocast("cpu", dtype=active, enabled=False):
         assert pk.plora_linear(x, weight, lora_A, lora_B).dtype == dtype
+
+
+def test_a_kind_of_device_without_autocast_casts_nothing() -> None:
+    x, weight, lora_A, lora_B, _ = (t.to("meta") for t in inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert autocast_dtype("meta") is None
+        assert pk.plora_linear(x, weight, lora_A, lora_B).dtype is torch.float32
+        assert autocast_dtype("cpu") is torch.bfloat16
+    assert autocast_dtype("cpu") is None
 
 
 def test_autocast_takes_mixed_dtypes() -> None:

@@ -1,4 +1,7 @@
-"""Which rows a tile of the grouped form has: a table made on the device, so that offsets are never read by the host."""
+"""Which rows a tile of the grouped form has: a table made on the device, so that offsets are never read by the host.
+
+It is made once for offsets that never change (`tile_tables`), for others in every call.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tile_tables import tables_of
 from .launch import cdiv
-from .replay import empty, launch
+from .replay import empty, launch, look_up, replayed
 
 _GROUPS_A_STEP = 64
 _TILES_A_PROGRAM = 16
@@ -84,6 +88,29 @@ def row_numbers(numbers_ptr, number, row_ok, BLOCK_M: tl.constexpr, NUMBERED: tl
 
 
 def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
+    """Return the table (T, 4) of tiles of at most block_m rows of one group: T = ⌊M / block_m⌋ + C are enough."""
+    return look_up(_table, offsets, rows, block_m)
+
+
+def _table(offsets: Tensor, rows: int, block_m: int) -> Tensor:
+    """Return the table kept with the offsets, or a new one, which is kept where it may be."""
+    tables = tables_of(offsets)
+    if tables is None:
+        return _make_table(offsets, rows, block_m)
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nothing is pending when a capture begins. What is made inside is there in the graph's replays alone.
+        kept = (table for key, table in tables.items() if key[:2] == (rows, block_m))
+        found = next(kept, None)
+        return _make_table(offsets, rows, block_m) if found is None else found
+    stream = torch.cuda.current_stream(offsets.device).cuda_stream if offsets.is_cuda else 0
+    key = rows, block_m, stream  # another stream might read what is not there yet
+    if key not in tables:
+        tables[key] = _make_table(offsets, rows, block_m)
+    return tables[key]
+
+
+@replayed
+def _make_table(offsets: Tensor, rows: int, block_m: int) -> Tensor:
     """Return the table (T, 4) of tiles of at most block_m rows of one group: T = ⌊M / block_m⌋ + C are enough."""
     count = offsets.shape[0] - 1
     tiles = rows // block_m + count

@@ -4,8 +4,8 @@ Between two calls of one form (sizes, strides, dtypes, alignments, numbers) only
 making views, and binding forty arguments in Triton keeps the host longer than a small layer keeps the device; a replay
 puts the new tensors in the old places and hands the compiled kernels to the driver.
 
-What runs in a recorded function comes through `empty`, `zeros` and `launch`, and what it returns is made by those. A
-tensor from anywhere else is found by its address, and such a call is never replayed.
+What runs in a recorded function comes through `empty`, `zeros`, `look_up` and `launch`, and what it returns is made by
+those. A tensor from anywhere else is found by its address, and such a call is never replayed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ class _Allocation(NamedTuple):
     def run(self, slots: list[Tensor | None], device: torch.device) -> None:
         make = torch.zeros if self.zeros else torch.empty
         slots[self.slot] = make(self.shape, dtype=self.dtype, device=device)
+
+
+class _Look(NamedTuple):
+    """A tensor that a function finds for what lies in a slot."""
+
+    slot: int
+    function: Callable[..., Tensor]
+    of: int
+    numbers: tuple[int, ...]
+
+    def run(self, slots: list[Tensor | None], device: torch.device) -> None:
+        slots[self.slot] = self.function(slots[self.of], *self.numbers)
 
 
 class _Descriptor(NamedTuple):
@@ -127,7 +139,7 @@ class _Recording:
     def __init__(self, arguments: Sequence[object]) -> None:
         self.tensors = [argument for argument in _flat(arguments) if isinstance(argument, Tensor)]
         self.given = len(self.tensors)
-        self.steps: list[_Allocation | _Launch] = []
+        self.steps: list[_Allocation | _Look | _Launch] = []
         addresses = [tensor.data_ptr() for tensor in self.tensors if tensor.numel()]
         # Of two arguments at one address nobody could tell which a view belongs to. One on the host is copied.
         alone = len(set(addresses)) == len(addresses)
@@ -138,6 +150,10 @@ class _Recording:
         self.steps.append(_Allocation(len(self.tensors), tuple(tensor.shape), tensor.dtype, zeros))
         self.tensors.append(tensor)
         return tensor
+
+    def found(self, tensor: Tensor, function: Callable[..., Tensor], of: Tensor, numbers: tuple[int, ...]) -> None:
+        self.steps.append(_Look(len(self.tensors), function, self._slot(of), numbers))
+        self.tensors.append(tensor)
 
     def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], scratch: bool = False) -> None:
         made: list[tuple[int, _Descriptor | _Tuple]] = []
@@ -168,7 +184,7 @@ class _Recording:
         if not self.usable:
             return None
         seen = {slot for slot in _flat([form]) if slot is not None}
-        steps: list[_Allocation | _Launch] = []
+        steps: list[_Allocation | _Look | _Launch] = []
         for step in reversed(self.steps):
             if isinstance(step, _Launch):
                 used = {slot for _, slot in step.places}.union(*(one.slots for _, one in step.made))
@@ -198,7 +214,7 @@ class _Recording:
 
 
 class _Replay(NamedTuple):
-    steps: list[_Allocation | _Launch]
+    steps: list[_Allocation | _Look | _Launch]
     allocations: int
     outputs: Any
 
@@ -290,6 +306,18 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """Return `torch.zeros` of this shape, contiguous."""
     tensor, recording = torch.zeros(shape, dtype=dtype, device=device), _local.recording
     return tensor if recording is None else recording.allocated(tensor, zeros=True)
+
+
+def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tensor:
+    """Return `function(of, *numbers)`, a tensor that may be there already; a replay asks again, for its own `of`."""
+    recording, _local.recording = _local.recording, None
+    try:
+        tensor = function(of, *numbers)
+    finally:
+        _local.recording = recording
+    if recording is not None:
+        recording.found(tensor, function, of, numbers)
+    return tensor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:

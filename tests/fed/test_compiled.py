@@ -126,6 +126,34 @@ class TestCompiledLosses:
         (line,) = lines
         assert re.fullmatch(rf"{said}; steps are taken uncompiled", line), line
 
+    @pytest.mark.parametrize(
+        ("dtype", "off", "said"),
+        [
+            (torch.bfloat16, 1.0014, None),  # as a compiler that keeps float32 between operators has it
+            (torch.bfloat16, 1.2, r"loss of client 0 of the cohort is off by 2\.0e-01 \(0\.09375 is allowed\)"),
+            (torch.float16, 1.0014, None),
+            (torch.float16, 1.05, r"loss of client 0 of the cohort is off by 5\.0e-02 \(0\.0117188 is allowed\)"),
+            (torch.float32, 1.0014, r"loss of client 0 of the cohort is off by 1\.4e-03 \(0\.001 is allowed\)"),
+        ],
+        ids=str,
+    )
+    def test_a_loss_is_held_to_the_dtype_of_the_model_it_was_computed_in(
+        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses], dtype: torch.dtype, off: float,
+        said: str | None,
+    ) -> None:  # fmt: skip
+        model, lines = Model().to(dtype), list[str]()
+        batch["inputs"] = batch["inputs"].to(dtype)
+        compiled = compile_by(
+            changing(lambda value: value * off if value.dim() == 1 and value.dtype is torch.float32 else value),
+            lines.append,
+        )
+        found = compiled(model, batch, SIZES, gradients_of(model))
+        assert found.dtype is torch.float32
+        if said is None:
+            assert not lines
+        else:
+            assert re.fullmatch(rf"the compiled step is wrong: {said}; steps are taken uncompiled", lines[0]), lines
+
     def test_what_goes_wrong_later_is_found(
         self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses]
     ) -> None:

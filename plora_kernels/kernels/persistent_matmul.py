@@ -1,11 +1,14 @@
 """The adapted matmul in a persistent launch fed by tensor descriptors (TMA): aligned matrices, sm_90 and later.
 
-Programs stay and walk over the output tiles, so that the loads of the next tile start while one is stored. The side
-product is recomputed in every tile, read from memory, or made in the same launch before any tile needs it:
+Programs stay and walk over the output tiles. By itself each tile begins anew: its first loads wait until the tile before
+is stored. `blocks.OVERLAPS` says what may hide that. The side product is recomputed in every tile, read from memory, or
+made in the same launch before a tile needs it:
 
-    the programs draw side tiles by an atomic ticket until none is left, and publish each with a release flag; only then
-    do they walk over output tiles, which wait for the flag of their rows. Whoever waits, waits for a program that has
-    started and waits for nobody: launches that share the device cannot hang each other.
+    side tiles are drawn by an atomic ticket and published each with a release flag, for which output tiles of the same
+    rows wait. All programs draw before anything else ("one_launch"), or those alone that have a tile less than the
+    others, while these are at their first ("drawn"). Who would wait for a flag draws what is left to be drawn; who
+    waits, waits for a program that has started and waits for nobody: launches that share the device cannot hang each
+    other.
 """
 
 from __future__ import annotations

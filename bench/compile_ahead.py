@@ -1,8 +1,8 @@
 """Compile for a GPU that is not there what a run on it would, into a Triton cache that the run then finds it in.
 
 `python -m bench.compile_ahead CACHE_DIR --check-dtypes bfloat16 --cases 12 --classes 5` runs what `python -m bench.gpu`
-checks and times and `python -m bench.tune` tries, on tensors without storage, in as many processes as there are cores.
-On the device set TRITON_CACHE_DIR=CACHE_DIR.
+checks and times and `python -m bench.tune` tries, on tensors without storage, in as many processes as there are cores;
+`--sitting first` what `python -m bench.sitting first` has these do. On the device set TRITON_CACHE_DIR=CACHE_DIR.
 
 A kernel is found where these are the same: Triton's files, what its ptxas calls itself, the kernel's source and line,
 what arguments are specialised on, constants and options. Neither the folder of the code nor the machine counts, but
@@ -24,13 +24,15 @@ import platform
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from bench import gpu, tune
 from bench.audit import SECONDS_EACH
+from bench.cases import Case
 from bench.check_inputs import DTYPES
 from bench.device_cases import device_cases
 from bench.device_checks import CheckShape, check_shapes, run_each_form
@@ -40,8 +42,10 @@ from bench.machine_code import Usage, usage_of
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
 from bench.search import narrowed
+from bench.sitting import LIMITS as SITTINGS
+from bench.sitting import plan
 from bench.trials import Trial, for_checking, make_trial
-from bench.tune import shape_classes
+from bench.tuned_classes import shape_classes
 from bench.workers import one_line, outcomes
 from plora_kernels.blocks import Blocks, ShapeClass
 from plora_kernels.candidates import candidates
@@ -63,11 +67,15 @@ class Trying:
     blocks: Blocks
 
 
+# A shape with all its forms, a case with this library's providers, or a candidate.
+Piece = CheckShape | Warmup | Trying
+
+
 @dataclass(frozen=True)
 class Work:
-    """One piece: a shape with all its forms, a case with this library's providers, or a candidate."""
+    """One piece, and what it is compiled for."""
 
-    what: CheckShape | Warmup | Trying
+    what: Piece
     target: Target
     with_usage: bool
 
@@ -94,15 +102,38 @@ class Found:
 
 def pieces(options: argparse.Namespace, target: Target) -> list[Work]:
     """List what is asked for: checks, cases, candidates of classes, then defaults of the other classes."""
-    what: list[CheckShape | Warmup | Trying] = [
-        replace(shape, device=NOWHERE.type) for shape in check_shapes("cuda") if shape.dtype in options.check_dtypes
-    ]
-    what += [Warmup(case, NOWHERE.type, OURS) for case in device_cases("cuda")[: options.cases]]
+    what = _of_sitting(options.sitting, target) if options.sitting is not None else []
+    what += _checks(shape for shape in check_shapes("cuda") if shape.dtype in options.check_dtypes)
+    what += _cases(device_cases("cuda")[: options.cases])
     for number, shape in enumerate(shape_classes("cuda")):
-        most = options.candidates if number < options.classes else int(options.defaults)
-        known = narrowed(shape, candidates(shape, target.hardware), {}, most)
-        what += [Trying(shape, blocks) for blocks in known]
-    return [Work(one, target, options.spills) for one in what]
+        what += _candidates(shape, target, options.candidates if number < options.classes else int(options.defaults))
+    return [Work(one, target, options.spills) for one in dict.fromkeys(what)]
+
+
+def _of_sitting(name: str, target: Target) -> list[Piece]:
+    """List what the steps of a sitting check, time and try, as their own commands choose it."""
+    found: list[Piece] = []
+    for step in plan(name, Path(), "cuda"):
+        if step.module == gpu.__name__:
+            work = gpu.choose_work(gpu.parse(step.arguments))
+            found += [*_checks(work.first_checks), *_cases(work.cases), *_checks(work.last_checks)]
+        elif step.module == tune.__name__:
+            options = tune.parse(step.arguments)
+            for shape in tune.choose_classes(options):
+                found += _candidates(shape, target, options.candidates)
+    return found
+
+
+def _checks(shapes: Iterable[CheckShape]) -> list[Piece]:
+    return [replace(shape, device=NOWHERE.type) for shape in shapes]
+
+
+def _cases(cases: Iterable[Case]) -> list[Piece]:
+    return [Warmup(case, NOWHERE.type, OURS) for case in cases]
+
+
+def _candidates(shape: ShapeClass, target: Target, most: int) -> list[Piece]:
+    return [Trying(shape, blocks) for blocks in narrowed(shape, candidates(shape, target.hardware), {}, most)]
 
 
 def compile_piece(work: Work) -> Found:
@@ -114,7 +145,7 @@ def compile_piece(work: Work) -> Found:
     return Found(kernels, usage, failed)
 
 
-def _causes(what: CheckShape | Warmup | Trying) -> Iterator[str]:
+def _causes(what: Piece) -> Iterator[str]:
     """Run a piece and yield the causes of what fails."""
     match what:
         case CheckShape():
@@ -235,6 +266,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("cache", type=Path, metavar="CACHE_DIR", help="what is TRITON_CACHE_DIR on the device")
     parser.add_argument("--target", default="sm_90", choices=list(TARGETS))
     parser.add_argument("--multiprocessors", type=int, help="of the device, which persistent launches are sized to")
+    parser.add_argument("--sitting", choices=list(SITTINGS), help="what this sitting checks, times and tries")
     parser.add_argument("--check-dtypes", nargs="+", default=[], choices=list(DTYPES), help="checks in these dtypes")
     parser.add_argument("--cases", type=int, default=0, help="how many of the cases that are timed, the first ones")
     parser.add_argument("--classes", type=int, default=0, help="how many of the tuner's classes, the first ones")

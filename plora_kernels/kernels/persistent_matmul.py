@@ -1,8 +1,8 @@
 """The adapted matmul in a persistent launch fed by tensor descriptors (TMA): aligned matrices, sm_90 and later.
 
-Programs stay and walk over the output tiles. By itself each tile begins anew: its first loads wait until the tile before
-is stored. `blocks.OVERLAPS` says what may hide that. The side product is recomputed in every tile, read from memory, or
-made in the same launch before a tile needs it:
+Programs stay and walk over the output tiles. By itself each tile begins anew: its first loads wait until the tile
+before is stored. `blocks.OVERLAPS` says what may hide that. The side product is recomputed in every tile, read from
+memory, or made in the same launch before a tile needs it:
 
     side tiles are drawn by an atomic ticket and published each with a release flag, for which output tiles of the same
     rows wait. All programs draw before anything else ("one_launch"), or those alone that have a tile less than the

@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from bench import compile_ahead
+from bench.check_inputs import DTYPES
 from bench.compile_ahead import Trying, Work, pieces
+from bench.device_cases import device_cases
 from bench.device_checks import FORMS, CheckShape
+from bench.device_measure import Warmup
 from bench.environment import settle_compilers
 from bench.offline import TARGETS, compiling_for
+from bench.sitting import FIRST_CASES
 from plora_kernels.blocks import ShapeClass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -152,6 +156,21 @@ def test_pieces_are_what_is_asked_for() -> None:
     classes = {piece.what.shape for piece in asked("--classes", "1", "--candidates", "5", "--defaults")}
     assert len(asked("--defaults")) == len(classes) > 30
     assert all(isinstance(piece.what, Trying) for piece in tried)
+
+
+def test_a_sitting_s_pieces_are_those_of_its_steps() -> None:
+    def of(sitting: str) -> list[Work]:
+        return pieces(compile_ahead.parse(["cache", "--sitting", sitting]), TARGETS["sm_90"])
+
+    first, second = of("first"), of("second")
+    gate = {(4096, 4096, 16)}
+    tried = [work.what.shape for work in first if isinstance(work.what, Trying)]
+    assert {shape.op for shape in tried} >= {"forward", "input_gradient", "output_gradient", "factor_gradient"}
+    assert {(shape.d_in, shape.d_out, shape.r) for shape in tried if shape.op == "forward"} == gate
+    assert {work.what.dtype for work in first if isinstance(work.what, CheckShape)} == {"bfloat16"}
+    assert sum(isinstance(work.what, Warmup) for work in first) == FIRST_CASES
+    assert {work.what.dtype for work in second if isinstance(work.what, CheckShape)} == set(DTYPES)
+    assert sum(isinstance(work.what, Warmup) for work in second) == len(device_cases("cuda"))
 
 
 def test_forms_without_storage_are_those_of_a_gpu_but_for_graphs() -> None:

@@ -22,7 +22,7 @@ import torch
 
 import plora_kernels as pk
 from bench.environment import settle_compilers, usable_cores
-from bench.machine_code import LIMITS, instructions_of, resident_blocks, usage_of
+from bench.machine_code import LIMITS, instructions_of, is_trap, resident_blocks, usage_of
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.results import write_text
 from bench.workers import one_line, outcomes
@@ -249,6 +249,9 @@ def audit_job(job: Job) -> list[Row]:
 
 
 def _row(launch: Launch, job: Job) -> Row:
+    if is_trap(launch.compiled):
+        code = launch.compiled.hash[:12]
+        return Row(launch.kernel, job.case, job.target.name, code, job.candidate, error="compiles to a trap")
     usage, limits = usage_of(launch.compiled), LIMITS[job.target.name]
     return Row(
         kernel=launch.kernel,

@@ -38,7 +38,7 @@ from bench.device_cases import device_cases
 from bench.device_checks import CheckShape, check_shapes, run_each_form
 from bench.device_measure import Warmup, warm_up
 from bench.environment import settle_compilers, usable_cores
-from bench.machine_code import Usage, usage_of
+from bench.machine_code import Usage, is_trap, usage_of
 from bench.offline import TARGETS, Launch, Target, compiling_for
 from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
 from bench.search import narrowed
@@ -140,6 +140,7 @@ def compile_piece(work: Work) -> Found:
     """Compile everything a piece launches; what fails is among what is found."""
     with compiling_for(work.target) as launches:
         failed = [f"{work.name}: {cause}" for cause in _causes(work.what)]
+    failed += [f"{work.name}: {one.kernel} compiles to a trap" for one in launches if is_trap(one.compiled)]
     kernels = {launch.compiled.hash: f"{launch.kernel} of {work.name}" for launch in launches}
     usage = _usage(launches) if work.with_usage else {}
     return Found(kernels, usage, failed)

@@ -85,6 +85,14 @@ def instructions_of(compiled: Any) -> tuple[str, ...]:
     return tuple(name for name, mark in marks.items() if mark in text)
 
 
+def is_trap(compiled: Any) -> bool:
+    """Say whether a kernel is nothing but a trap, what Triton leaves of one that overflows the matrix units' memory.
+
+    It looks compiled, with few registers and no spill; whoever launches it loses the device's context.
+    """
+    return re.search(r"^\s*trap;", compiled.asm.get("ptx") or "", re.MULTILINE) is not None
+
+
 def _amdgcn(text: str, name: str) -> int:
     """Return one number of the kernel's metadata, which stands at the end of the assembly."""
     found = re.findall(rf"^\s*-?\s*\.{name}:\s*(\d+)", text, re.MULTILINE)

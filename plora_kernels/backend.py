@@ -126,8 +126,9 @@ def _is_of_the_compiler(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "triton"}
     if names:
         return "InterpreterError" not in names
-    if isinstance(error, RuntimeError):  # Triton raises plain ones where it finds no driver or no C compiler
-        return "active drivers" in str(error) or "C compiler" in str(error)
+    if isinstance(error, RuntimeError):
+        # Triton raises plain ones where it finds no driver or no C compiler, and where its passes fail.
+        return any(cause in str(error) for cause in ("active drivers", "C compiler", "PassManager"))
     return isinstance(error, ImportError | subprocess.CalledProcessError)
 
 

@@ -185,7 +185,8 @@ def shared_bytes(capability: int) -> int:
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
     """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared.
 
-    Walking designs hold half a tile of the output beside them, which is being stored while the next loads come in.
+    Walking designs hold half a tile of the output beside them, which is being stored while the next loads come in, and
+    the tiles of side and up where these are loaded ahead.
     """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
@@ -195,8 +196,12 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
             depth = blocks.block_k + (blocks.block_r if blocks.design == "specialised" else 0)
             elements = depth * (blocks.block_m + blocks.block_n) + blocks.block_k * side
-            stored = blocks.block_m * blocks.block_n // 2 if blocks.design in WALKING_DESIGNS else 0
-            return itemsize * (elements * blocks.num_stages + stored)
+            beside = blocks.block_m * blocks.block_n // 2 if blocks.design in WALKING_DESIGNS else 0
+            if blocks.overlap == "flatten":
+                elements += blocks.block_r * (blocks.block_m + blocks.block_n)
+            elif blocks.overlap == "early":
+                beside += blocks.block_r * blocks.block_n
+            return itemsize * (elements * blocks.num_stages + beside)
         case SideBlocks():
             elements = blocks.block_k * (blocks.block_m + blocks.block_r)
         case OutputGradientBlocks():

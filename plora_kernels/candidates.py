@@ -91,6 +91,13 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
             continue
         # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
         large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
+        if (
+            design in WALKING_DESIGNS
+            and not hardware.is_hopper
+            and block_m * block_n > 128 * 128
+            and design != "two_launch"
+        ):
+            continue  # the accumulators of sm_100 have a memory of their own, which two of this size overflow
         small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
         if design in WALKING_DESIGNS and small:
             continue
@@ -112,6 +119,8 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
+    if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100
+        overlaps = tuple(overlap for overlap in overlaps if overlap != "flatten")
     if blocks.design == "persistent" and blocks.block_r > 32:
         overlaps = ("none",)  # registers for no more modules made in the loop
     large = blocks.block_m * blocks.block_n > 128 * 128

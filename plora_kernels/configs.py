@@ -140,13 +140,18 @@ def _readable(path: Path) -> Table | None:
 def _is_like(table: Table, hardware: Hardware) -> bool:
     """Say whether blocks measured on a table's device are worth more than a default: its matrix units work alike.
 
-    sm_90 to sm_11x multiply from shared memory, older GPUs and sm_12x from registers; AMD's are a family of their own.
+    Those of sm_90 multiply from shared memory into registers, of sm_10x and sm_11x into a memory of their own, of older
+    GPUs and sm_12x from registers; AMD's are a family of their own. What compiles for one may not for another.
     """
     capability = table.meta.get("capability")
     if not isinstance(capability, int):
         return False
     other = Hardware(capability, 1)
-    return (other.capability == 0, other.has_tma) == (hardware.capability == 0, hardware.has_tma)
+    return _matrix_units(other) == _matrix_units(hardware)
+
+
+def _matrix_units(hardware: Hardware) -> tuple[bool, bool, bool]:
+    return hardware.capability == 0, hardware.has_tma, hardware.is_hopper
 
 
 def _difference(table: Table, hardware: Hardware) -> tuple[int, float]:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import bench.audit as audit_module
 from bench.audit import Job, Shape, design_blocks, design_ways, table_jobs
-from bench.machine_code import LIMITS, Usage, resident_blocks
-from bench.offline import TARGETS
+from bench.machine_code import LIMITS, Usage, is_trap, resident_blocks
+from bench.offline import TARGETS, Launch
 from plora_kernels.blocks import DESIGNS, KERNEL_DESIGNS, WALKING_DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass
 from plora_kernels.tables import Entry, save_table
 
@@ -107,6 +109,17 @@ def test_the_interpreter_is_refused() -> None:
 )
 def test_occupancy_by_hand(target: str, usage: Usage, warps: int, blocks: int) -> None:
     assert resident_blocks(usage, warps, LIMITS[target]) == blocks
+
+
+def test_a_kernel_that_is_a_trap_is_an_error() -> None:
+    def compiled(body: str) -> SimpleNamespace:
+        return SimpleNamespace(hash="0123456789abcdef", asm={"ptx": f".visible .entry kernel()\n{{\n\t{body}\n}}"})
+
+    job = Job(Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_100"])
+    row = audit_module._row(Launch("a_kernel", compiled("trap;"), 4), job)
+    assert row.error == "compiles to a trap"
+    assert not is_trap(compiled("ret;"))
+    assert not is_trap(SimpleNamespace(asm={"amdgcn": "s_trap 2"}))
 
 
 def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:

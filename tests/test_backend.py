@@ -42,6 +42,7 @@ ERRORS = (
     CompilationError(None, None, "no such type"),
     OutOfResources(300_000, 232_448, "shared memory"),
     RuntimeError("0 active drivers ([]). There should only be one."),
+    RuntimeError("PassManager::run failed"),
     ImportError("no module"),
 )
 

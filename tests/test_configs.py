@@ -134,11 +134,12 @@ def found(monkeypatch: pytest.MonkeyPatch, capability: int, multiprocessors: int
 def test_an_unknown_device_gets_the_table_of_the_one_most_like_it(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged(gpu, "a-hopper", 32, 90, 132)
     assert found(monkeypatch, 90) == 32
-    assert found(monkeypatch, 100, 148) == found(monkeypatch, 103) == 32  # they multiply alike
+    # What compiles for one generation may not for another.
+    assert found(monkeypatch, 100, 148) is found(monkeypatch, 103) is None
     for other in (80, 86, 120, 0):
         assert found(monkeypatch, other) is None
     packaged(gpu, "b-blackwell", 64, 100, 148)
-    assert found(monkeypatch, 103) == 64
+    assert found(monkeypatch, 103) == found(monkeypatch, 110) == 64
     assert found(monkeypatch, 90) == 32
     packaged(gpu, "c-small-hopper", 16, 90, 78)
     assert found(monkeypatch, 90, 84) == 16

@@ -81,7 +81,8 @@ def adapted_matmul(
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
         # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
         few = by_algebra and drop_in is None and rows <= FEW_ROWS
-        side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in)
+        leads = blocks.dependent and blocks.design in WALKING_DESIGNS
+        side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
     if by_algebra and side is not None:
         if blocks.design == "algebra_first":
             # Not by `replay.empty`: what torch computes is not replayed.

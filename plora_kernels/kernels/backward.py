@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..blocks import SIDE_FIRST, WALKING_DESIGNS
 from .adapted_matmul import adapted_matmul, find_matmul_blocks
-from .factor_gradient import factor_gradient_
+from .factor_gradient import factor_gradient_, plan_sums
 from .forward import layer_dropout
 from .output_gradient import output_gradient_
 from .replay import empty, replayed, zeros
@@ -36,21 +36,26 @@ def backward(
     dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = D(x) Aᵀ as the forward kept it, index
     int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' masks what D masked.
     """
-    d_x, d_lora_A = None, None
+    d_x = None
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
     dropout = layer_dropout(index, frozen, dropout_p, dropout_seed)
     make = empty if index is None else zeros
+    d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
-    ds, beside = None, False
+    ds, beside = None, None
     # Where dS has a launch of its own, dB comes from the same read of dY.
     reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
     if reads_once and d_lora_B is not None:
-        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
+        leads = blocks is not None and blocks.dependent
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale, leads=leads)
     if blocks is not None:
-        # Of walking programs those without a tile in the last round leave their multiprocessors to dA.
-        beside = blocks.gradient_beside and ds is not None and blocks.design in WALKING_DESIGNS
+        places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
+        walks = blocks.gradient_beside and blocks.design in WALKING_DESIGNS
+        if walks and d_lora_A is not None and places * d_lora_A.numel() > 0:
+            # Programs that walk and have no tile in the last round leave their multiprocessors to dA.
+            beside = plan_sums(d_lora_A, x, places, dropout=dropout)
         d_x, ds = adapted_matmul(
             dy,
             weight,
@@ -68,9 +73,8 @@ def backward(
     elif need_A and ds is None:
         ds = side_product(dy, lora_B, index=applied, dropout=None)
     thin_index = index if frozen else None
-    if need_A:
+    if d_lora_A is not None:
         assert ds is not None
-        d_lora_A = make(lora_A.shape, dy.dtype, dy.device)
         factor_gradient_(
             d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout, beside=beside
         )

@@ -12,6 +12,7 @@ groups of rows there is one G a group, of its own rows and times its own scale; 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -132,7 +133,11 @@ def partial_gradient_kernel(
             keep = keep_mask(seed_ptr, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
-        t = tl.load(thin_tile, mask=row_ok[:, None] & thin_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
+        thin_mask = row_ok[:, None] & thin_ok[None, :]
+        if DEPENDENT:  # past the first-level cache: written by a launch that this one does not wait for
+            t = tl.load(thin_tile, mask=thin_mask, other=0.0, cache_modifier=".cg")  # (BLOCK_M, BLOCK_R)
+        else:
+            t = tl.load(thin_tile, mask=thin_mask, other=0.0)  # (BLOCK_M, BLOCK_R)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)  # (BLOCK_D, BLOCK_R) fp32
     out_ptr += part.to(tl.int64) * stride_og
     if WHOLE:
@@ -208,6 +213,34 @@ def reduce_gradient_kernel(
         tl.store(out_tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=ok)
 
 
+class Sums(NamedTuple):
+    """How the rows of a gradient are cut; `partial` is (C · splits, R, D) fp32, or of one split the gradient itself."""
+
+    blocks: GradientBlocks
+    splits: int
+    partial: Tensor
+
+
+def plan_sums(
+    out: Tensor, wide: Tensor, width: int, *, dropout: Dropout | None = None, groups: Groups | None = None
+) -> Sums:
+    """Return how `factor_gradient_` sums the gradient of `width` places, with the memory it takes."""
+    (rows, d), count = wide.shape, 1 if groups is None else groups.total
+    rows_each = max(1, rows // count)
+    shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
+    blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
+    wide_tiles = wide.dtype.itemsize >= 4 or not is_aligned(wide)
+    if (groups is not None and wide_tiles) or (dropout is not None and wide.dtype.itemsize >= 4):
+        # The mask, or what tells groups apart, takes registers that fp32 tiles, or lines that start anywhere, do not
+        # leave.
+        blocks = replace(blocks, block_d=min(blocks.block_d, 64))
+    programs = cdiv(d, blocks.block_d) * cdiv(width, blocks.block_r) * count
+    multiprocessors = configs.multiprocessors_of(wide.device)
+    splits = row_splits(rows_each, width, programs, blocks.block_m, blocks.waves, multiprocessors)
+    partial = out if splits == 1 else empty((count * splits, width, d), torch.float32, wide.device)
+    return Sums(blocks, splits, partial)
+
+
 def factor_gradient_(
     out: Tensor,
     thin: Tensor,
@@ -218,7 +251,7 @@ def factor_gradient_(
     scale: float,
     dropout: Dropout | None = None,
     groups: Groups | None = None,
-    beside: bool = False,
+    beside: Sums | None = None,
 ) -> Tensor:
     """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it; with groups, of each group into out (C, R, D).
 
@@ -230,30 +263,22 @@ def factor_gradient_(
         dropout: D, of the elements of `wide`; None keeps all.
         groups: indices are (C, W) then, seeds (C,), and `scale` comes on top of the groups' own.
         beside: begin beside the launch before this one, which lets its dependents begin and does not make `thin` or
-            `wide`; only where there is programmatic dependent launch.
+            `wide`, where there is programmatic dependent launch. What `plan_sums` returned ahead of that launch: memory
+            taken after it may be memory that it still uses.
     """
     (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
     width, count = thin.shape[1] if index is None else index.shape[-1], 1 if groups is None else groups.total
     if width == 0 or d == 0:
         return out
-    rows_each = max(1, rows // count)
-    shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
-    blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
-    wide_tiles = wide.dtype.itemsize >= 4 or not is_aligned(wide)
-    if (groups is not None and wide_tiles) or (dropout is not None and wide.dtype.itemsize >= 4):
-        # The mask, or what tells groups apart, takes registers that fp32 tiles, or lines that start anywhere, do not
-        # leave.
-        blocks = replace(blocks, block_d=min(blocks.block_d, 64))
+    sums = beside if beside is not None else plan_sums(out, wide, width, dropout=dropout, groups=groups)
+    blocks, splits, partial = sums
     tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
-    multiprocessors = configs.multiprocessors_of(wide.device)
-    splits = row_splits(rows_each, width, tiles_d * tiles_r * count, blocks.block_m, blocks.waves, multiprocessors)
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     whole, dropped = splits == 1, DropoutArguments.of(dropout, wide)
-    partial = out if whole else empty((count * splits, width, d), torch.float32, wide.device)
     scale *= dropped.keep_scale
     scales = groups.scales if groups is not None and whole else None
-    dependent = beside and launches_dependents(wide.device)
+    dependent = beside is not None and launches_dependents(wide.device)
     with torch.cuda.device_of(wide):
         launch(
             partial_gradient_kernel,
@@ -299,12 +324,20 @@ def factor_gradient_(
 
 
 def reduce_partials_(
-    out: Tensor, partial: Tensor, *, index: Tensor | None, by_module: bool, scale: float, groups: Groups | None = None
+    out: Tensor,
+    partial: Tensor,
+    *,
+    index: Tensor | None,
+    by_module: bool,
+    scale: float,
+    groups: Groups | None = None,
+    leads: bool = False,
 ) -> None:
     """Add partial (splits, R, D) fp32 over its splits into out (R, D), scaled and rounded once, any strides.
 
     With an index, place t goes to row index[t] of out and −1 nowhere; it is read from row t of `partial`, or from row
-    index[t] if `by_module`. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W).
+    index[t] if `by_module`. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W). If this
+    launch `leads`, the next may begin before it has ended.
     """
     parts, width, d = partial.shape
     places, count = width if index is None else index.shape[-1], 1 if groups is None else groups.total
@@ -330,6 +363,6 @@ def reduce_partials_(
             HAS_INDEX=index is not None,
             HAS_SCALES=scales is not None,
             BY_MODULE=by_module,
-            LAUNCHES_DEPENDENTS=launches_dependents(out.device),
+            LAUNCHES_DEPENDENTS=leads and launches_dependents(out.device),
             num_warps=4,
         )

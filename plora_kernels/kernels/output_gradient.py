@@ -116,6 +116,7 @@ def output_gradient_(
     index: Tensor | None,
     out_index: Tensor | None,
     scale: float,
+    leads: bool = False,
 ) -> Tensor:
     """Write dB = s·dYᵀ S into the columns of d_lora_B (N, R) and return dS (M, places) = dY B in dY's dtype.
 
@@ -125,6 +126,7 @@ def output_gradient_(
         s: (M, places), the forward's side product.
         index: the modules of the places, int32, −1 for none; None: all modules in order.
         out_index: the modules whose gradient is wanted, int32: `index`, or some of them where that is None.
+        leads: the next launch, which takes dS, may begin before the last of these has ended.
     """
     (rows, n), width = dy.shape, s.shape[1]
     if rows * width * n == 0:
@@ -135,7 +137,7 @@ def output_gradient_(
     if 2 * 4 * width > dy.element_size() * blocks.block_n:  # writing and reading partial sums, or reading dY again
         thin_index = out_index if index is None else None
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
-        return side_product(dy, lora_B, index=index, dropout=None)
+        return side_product(dy, lora_B, index=index, dropout=None, leads=leads)
     tiles_r, multiprocessors = cdiv(width, blocks.block_r), configs.multiprocessors_of(dy.device)
     splits = row_splits(rows, width, chunks * tiles_r, blocks.block_m, blocks.waves, multiprocessors)
     # Whole blocks a split, so that no row block straddles two of them.
@@ -179,5 +181,6 @@ def output_gradient_(
     if not whole:
         reduce_partials_(gradient, db_parts, index=out_index, by_module=by_module, scale=scale)
     if chunks > 1:
-        reduce_partials_(ds.view(1, -1), ds_parts.view(chunks, 1, -1), index=None, by_module=False, scale=1.0)
+        parts = ds_parts.view(chunks, 1, -1)
+        reduce_partials_(ds.view(1, -1), parts, index=None, by_module=False, scale=1.0, leads=leads)
     return ds

@@ -340,7 +340,8 @@ def persistent_matmul(
     programs = min(blocks.resident * configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
     makes_side = blocks.design in SIDE_WITHIN and not side_given
     module_blocks = cdiv(width, blocks.block_r)
-    dependent = blocks.dependent and side_given and launches_dependents(inputs.device)
+    # Without places there is no launch of ours that this one would depend on.
+    dependent = blocks.dependent and side_given and width > 0 and launches_dependents(inputs.device)
     # Only where no loop over modules is left inside a tile.
     flatten = blocks.overlap == "flatten" and (side_given or (module_blocks == 1 and not makes_side))
     transposed = main.stride(1) != 1
@@ -385,8 +386,7 @@ def persistent_matmul(
             FLATTEN=flatten,
             EARLY=blocks.overlap == "early" and (side_given or makes_side),
             DEPENDENT=dependent,
-            # Who depends on this launch may read the side product at once.
-            LAUNCHES_DEPENDENTS=side_given and launches_dependents(inputs.device),
+            LAUNCHES_DEPENDENTS=blocks.gradient_beside and side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

@@ -122,12 +122,19 @@ def side_product_kernel(
 
 
 def side_product(
-    inputs: Tensor, down: Tensor, *, index: Tensor | None, dropout: Dropout | None, groups: Groups | None = None
+    inputs: Tensor,
+    down: Tensor,
+    *,
+    index: Tensor | None,
+    dropout: Dropout | None,
+    groups: Groups | None = None,
+    leads: bool = False,
 ) -> Tensor:
     """Return side (M, places) = D(inputs) · down in the inputs' dtype; zero at places whose index is −1.
 
     Shapes: inputs (M, D_IN), down (D_IN, R), index int32 or None for all modules in order. With groups, each row meets
-    its group's of down (C, D_IN, R) and index (C, places), and dropout's seed is (C,), selected (C, ·).
+    its group's of down (C, D_IN, R) and index (C, places), and dropout's seed is (C,), selected (C, ·). The next launch
+    may begin before this one has ended if it `leads`.
     """
     (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
     side = empty((rows, width), inputs.dtype, inputs.device)
@@ -171,7 +178,7 @@ def side_product(
             HAS_INDEX=index is not None,
             DROPOUT=dropout is not None,
             NUMBERED=dropped.numbered,
-            LAUNCHES_DEPENDENTS=launches_dependents(inputs.device),
+            LAUNCHES_DEPENDENTS=leads and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

@@ -59,6 +59,12 @@ def specialised_matmul_kernel(
     in (M, D_IN), side (M, R) and out row-major; main (D_IN, D_OUT) and up (R, D_OUT), given as their transposes if
     *_TRANSPOSED; bias (D_OUT,) or unused. The stride of each is that of its lines. Sums run in fp32.
     """
+    if (
+        DEPENDENT
+    ):  # until the launch that makes the side product has ended, which may still use what memory this one has
+        tl.extra.cuda.gdc_wait()
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     in_desc = tl.make_tensor_descriptor(in_ptr, [M, D_IN], [stride_im, 1], [BLOCK_M, BLOCK_K])
     side_desc = tl.make_tensor_descriptor(side_ptr, [M, R], [stride_sm, 1], [BLOCK_M, BLOCK_R])
     if MAIN_TRANSPOSED:
@@ -70,10 +76,6 @@ def specialised_matmul_kernel(
     else:
         up_desc = tl.make_tensor_descriptor(up_ptr, [R, D_OUT], [stride_u, 1], [BLOCK_R, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
-    if DEPENDENT:  # until the launch that makes the side product has ended
-        tl.extra.cuda.gdc_wait()
-    if LAUNCHES_DEPENDENTS:
-        tl.extra.cuda.gdc_launch_dependents()
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), warp_specialize=True):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -156,7 +158,7 @@ def specialised_matmul(
             UP_TRANSPOSED=up_transposed,
             HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
-            LAUNCHES_DEPENDENTS=dependents,
+            LAUNCHES_DEPENDENTS=blocks.gradient_beside and dependents,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
             scratch=True,

@@ -104,7 +104,7 @@ def _tests(device: str) -> tuple[str, ...]:
     """Return pytest's arguments: every design in bfloat16 at one shape; on the CPU a few interpreted ones."""
     quiet = ("-p", "no:cacheprovider", "-v", "--maxfail", "5")
     if device == "cuda":
-        chosen = "designs_are_within and bfloat16 and 384 or streams"
+        chosen = "designs_are_within and bfloat16 and 384 or streams or side_by_side and 16"
         return (*quiet, "-m", "gpu", "tests/test_device.py", "-k", chosen)
     return (*quiet, "tests/test_numerics.py", "-k", "kernels_on_the_odd_shapes")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,12 +63,59 @@ def test_designs_are_within_the_bound(design: str, size: tuple[int, int, int, in
         check(make_problem(rows, k, n, rank, dtype, dropout_p=0.3, device="cuda"))
 
 
-def test_side_tiles_first_on_many_streams_at_once() -> None:
+def overlapping(op: str, rows: int, d_in: int, d_out: int, rank: int) -> list[MatmulBlocks]:
+    """Return the first candidate of this device for each way in which tiles or launches overlap."""
+    hardware = configs.hardware_of(torch.device("cuda", torch.cuda.current_device()))
+    found: dict[tuple[object, ...], MatmulBlocks] = {}
+    for blocks in candidates(ShapeClass(op, "bfloat16", rows, d_in, d_out, rank), hardware):
+        if isinstance(blocks, MatmulBlocks):
+            ways = (blocks.overlap, blocks.resident, blocks.dependent, blocks.gradient_beside)
+            if ways != ("none", 1, False, False):
+                found.setdefault((blocks.design, *ways), blocks)
+    return list(found.values())
+
+
+def test_every_way_to_overlap_is_within_the_bound() -> None:
+    rows, k, n = 1000, 512, 384
+    for rank in (16, 40):
+        for op, sizes in (("forward", (k, n)), ("input_gradient", (n, k))):
+            for blocks in overlapping(op, rows, *sizes, rank):
+                with configs.forcing({op: blocks}):
+                    for form in (None, "frozen"):
+                        mask = None if form is None else random_mask(rank, rank).cuda()
+                        unselected = form or "folded"
+                        check(
+                            make_problem(
+                                rows, k, n, rank, torch.bfloat16, mask=mask, unselected=unselected, bias=True,
+                                device="cuda",
+                            )
+                        )  # fmt: skip
+
+
+# Of five modules a line of dS starts anywhere, and is read as none of sixteen would be.
+@pytest.mark.parametrize("rank", [5, 16])
+def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
+    rows, k, n = 4096, 1024, 1152
+    ways = [blocks for blocks in overlapping("input_gradient", rows, n, k, rank) if blocks.gradient_beside]
+    problem = make_problem(rows, k, n, rank, torch.bfloat16, device="cuda")
+    for blocks in ways:
+        for turn in range(30):
+            problem.dy.copy_(torch.randn_like(problem.dy))
+            with configs.forcing({"input_gradient": replace(blocks, dependent=False, gradient_beside=False)}):
+                expected = run(problem)
+            with configs.forcing({"input_gradient": blocks}):
+                found = run(problem)
+            for one, other in zip(found, expected, strict=True):
+                assert one is None or torch.equal(one, other), (blocks, turn)
+
+
+@pytest.mark.parametrize("design", ["one_launch", "drawn"])
+def test_side_tiles_within_a_launch_on_many_streams_at_once(design: str) -> None:
     # Launches that share the device, none of which may wait for a program of its own that cannot start.
     shape = ShapeClass("forward", "bfloat16", 4096, 1024, 1024, 16)
-    blocks = first_of("one_launch", shape)
+    blocks = first_of(design, shape)
     if blocks is None:
-        pytest.skip("one_launch is no candidate here")
+        pytest.skip(f"{design} is no candidate here")
     problem = make_problem(4096, 1024, 1024, 16, torch.bfloat16, device="cuda")
     with configs.forcing({"forward": blocks}), torch.no_grad():
         arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B)

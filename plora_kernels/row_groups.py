@@ -62,12 +62,12 @@ class RowGroups:
         Raises ShapeError where the rows are no multiple of the samples.
         """
         rows = math.prod(x.shape[:-1])
-        each, rest = divmod(rows, self.samples) if self.samples else (0, rows)
-        if rest:
+        if rows % self.samples if self.samples else rows:
             raise ShapeError(
                 f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
                 f"{self.samples}"
             )
+        each = rows // max(self.samples, 1)  # not `divmod`, which torch's compiler cannot trace for rows it leaves open
         return 0, *itertools.accumulate(size * each for size in self.sizes)
 
     def offsets(self, x: Tensor) -> Tensor:

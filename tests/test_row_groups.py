@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
 from tests.support.models import tiny_llama
@@ -112,6 +113,28 @@ def test_a_texts_mask_does_not_depend_on_the_padding_of_others() -> None:
     other = pk.plora_linear(x[2:], layer.weight, A[1], B[1], **one, dropout_seed=8)
     torch.testing.assert_close(together[:2, :3], alone, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(together[2:], other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"selected": SELECTED}, {"dropout_p": 0.3, "dropout_seeds": [1, 2, 3, 4]}], ids=str
+)
+def test_compile_traces_texts_of_any_length_as_one(form: dict[str, object]) -> None:
+    handle = injected()
+    name, layer = next(iter(handle.layers.items()))
+    A, B = stacks(handle)[name]
+    groups = pk.GroupModules.of(pk.RowGroups(SIZES), A, B, **form)  # type: ignore[arg-type]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(x: Tensor) -> Tensor:
+        return groups.linear(x, layer.weight, layer.bias)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for length in (5, 3, 4, 2):  # few rows: as many as a weight of its own takes would be a graph more
+        x = torch.randn(sum(SIZES), length, layer.in_features, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), run(x))
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), A), torch.autograd.grad(run(x).sum(), A))
+    assert counter.frame_count == 2  # the first length, then every other
 
 
 def test_stacks_may_be_views_of_rows_that_hold_more(each_backend: str) -> None:

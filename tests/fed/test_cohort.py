@@ -247,7 +247,7 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
             others = [job._replace(rng=Source(config.seed, number, job.client.id)) for job in jobs]
             train_together(work, others, config.train, compiled=compiled)
             counts.append(len(traced))
-    assert counts[-1] == counts[-2] > 0, counts
+    assert counts == [2, 2, 2, 2]  # the first width, then every other: nothing in between stopped the compiler
 
 
 def test_a_client_that_is_not_finite_touches_no_other() -> None:

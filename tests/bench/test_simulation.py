@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.correctness import WrongResultError
 from bench.records import SIMULATION, case_key
@@ -56,6 +58,20 @@ def exact(family: str) -> Problem:
     return make_problem(tiny(family), CPU).in_dtype(torch.float64)
 
 
+@contextmanager
+def attention_for(provider: str) -> Iterator[None]:
+    """Let attention be compiled as products and a softmax inside; other providers keep theirs.
+
+    Compiling the fused one of a CPU, torch 2.11 takes what it keeps for its backward for float32, in float64 too.
+    By which of them a graph was traced is not in the key that torch keeps it on disk under.
+    """
+    if provider != COMPILED:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
 def largest_difference(found: list[Values], expected: list[Values]) -> float:
     """Return max |found − expected| over all values of all clients, whose names are the same."""
     differences = []
@@ -73,18 +89,21 @@ def test_every_provider_has_the_gradients_of_the_peft_loop(provider: str, family
     assert min(value.abs().max() for client in expected for value in client.values()) > 1e-9, "a gradient is zero"
     # Llama's norms compute in float32 even here, and a compiler adds up in another order.
     bound = 1e-6 if (provider, family) == (COMPILED, "llama") else 1e-13
-    assert largest_difference(TRAINERS[provider](problem).gradients(), expected) < bound
+    with attention_for(provider):
+        found = TRAINERS[provider](problem).gradients()
+    assert largest_difference(found, expected) < bound
 
 
 @pytest.mark.parametrize("provider", OTHERS)
 def test_every_provider_takes_the_same_steps(provider: str) -> None:
     problem = exact("bert")
-    trainers = [make(problem) for make in (peft_loop, TRAINERS[provider])]
     start = [dict(client) for client in problem.starts]
-    for trainer in trainers:
-        assert largest_difference(trainer.values(), start) == 0.0
-        for _ in range(4):
-            trainer.step()
+    with attention_for(provider):
+        trainers = [make(problem) for make in (peft_loop, TRAINERS[provider])]
+        for trainer in trainers:
+            assert largest_difference(trainer.values(), start) == 0.0
+            for _ in range(4):
+                trainer.step()
     expected, found = (trainer.values() for trainer in trainers)
     # AdamW divides by a gradient's size plus 1e-8: rounding of 1e-16 in it moves a number by 1e-4 · 1e-8 at most.
     assert largest_difference(found, expected) < 4e-12

@@ -73,9 +73,10 @@ class Done:
     limit_s: float
 
 
-def plan(sitting: str, out: Path, device: str) -> tuple[Step, ...]:
-    """Return the steps of a sitting, in order."""
-    return (_first if sitting == "first" else _second)(("--out", str(out), "--device", device), device)
+def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tuple[Step, ...]:
+    """Return the steps of a sitting, in order; records call the code `commit` where git does not know."""
+    named = () if commit is None else ("--commit", commit)
+    return (_first if sitting == "first" else _second)(("--out", str(out), "--device", device, *named), device)
 
 
 def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
@@ -230,6 +231,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="the CPU rehearses on tiny sizes")
     parser.add_argument("--earlier", type=Path, metavar="DIR", help="go on from what another sitting left there")
+    parser.add_argument("--commit", help="what to call the code where git does not know")
     parser.add_argument("--limit-seconds", type=float, help="the whole sitting's limit (default: 300 and 420)")
     return parser.parse_args(arguments)
 
@@ -244,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         if options.earlier is not None:
             take_up(options.earlier, options.out)
-        steps = plan(options.sitting, options.out, options.device)
+        steps = plan(options.sitting, options.out, options.device, options.commit)
         done = sit(options.sitting, steps, options.out, options.device, started + limit_s - OVERHEAD_SECONDS)
         for path in options.out.rglob("*.tmp"):  # of a process that was killed while it wrote
             path.unlink()

@@ -70,6 +70,14 @@ def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was
     assert gpu.choose_work(gpu.parse(steps["facts"].arguments)) == gpu.Work([], [], (), [])
 
 
+def test_records_name_the_code_where_there_is_no_git(tmp_path: Path) -> None:
+    parsers = {"bench.gpu": gpu.parse, "bench.tune": tune.parse}
+    for name in sitting.LIMITS:
+        steps = [step for step in sitting.plan(name, tmp_path, "cuda", "0a1b2c3") if step.module != "pytest"]
+        assert steps
+        assert {parsers[step.module](step.arguments).commit for step in steps} == {"0a1b2c3"}
+
+
 def test_a_hang_costs_its_share_and_what_is_not_used_goes_to_the_next(tmp_path: Path) -> None:
     steps = [
         python("quick", "print('said')", 4.0),

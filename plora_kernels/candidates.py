@@ -16,7 +16,6 @@ from .blocks import (
     OVERLAPS,
     POINTER_DESIGNS,
     SIDE_FIRST,
-    SIDE_WITHIN,
     WALKING_DESIGNS,
     Blocks,
     FoldBlocks,
@@ -108,10 +107,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
                 yield from _beside_other_launches(shape, hardware, blocks)
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        # A side product that is read lies in registers beside the tile: half of it at a time may leave it room, and a
-        # large tile of walking programs leaves no room for more.
+        # A side product lies in registers beside the tile: half of it at a time may leave it room, and a large tile of
+        # walking programs leaves no room for more.
         halves = {tile(shape.r, 16), narrow} if design in WALKING_DESIGNS else {narrow, wide}
-        for block_r in sorted(halves) if design in (*SIDE_FIRST, *SIDE_WITHIN) else (wide,):
+        for block_r in sorted(halves) if design != "tile" else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
             yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
 
@@ -121,8 +120,8 @@ def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlock
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
     if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100
         overlaps = tuple(overlap for overlap in overlaps if overlap != "flatten")
-    if blocks.design == "persistent" and blocks.block_r > 32:
-        overlaps = ("none",)  # registers for no more modules made in the loop
+    if blocks.design == "persistent" and blocks.block_r < shape.r:
+        overlaps = ("none",)  # the loop that makes the side product of further modules is not flattened
     large = blocks.block_m * blocks.block_n > 128 * 128
     for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
         yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))

@@ -15,8 +15,8 @@ from bench.tables import markdown_table
 # The README's, as long as no device's file is committed.
 NOT_MEASURED = """\
 GPU: not yet measured. The kernels pass their tests under Triton's interpreter and compile for sm_80, sm_90, sm_100 and
-gfx942, at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing is known yet of
-their speed or of bfloat16 on a device."""
+gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
+is known yet of their speed or of bfloat16 on a device."""
 
 TITLES = {
     "forward": "**Forward**, M = {rows}.",

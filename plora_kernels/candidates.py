@@ -90,13 +90,8 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
             continue
         # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
         large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
-        if (
-            design in WALKING_DESIGNS
-            and not hardware.is_hopper
-            and block_m * block_n > 128 * 128
-            and design != "two_launch"
-        ):
-            continue  # the accumulators of sm_100 have a memory of their own, which two of this size overflow
+        if design in WALKING_DESIGNS and not hardware.is_hopper and block_m * block_n > 128 * 128:
+            continue  # the accumulators of sm_100 have a memory of their own, which more than one of these may overflow
         small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
         if design in WALKING_DESIGNS and small:
             continue

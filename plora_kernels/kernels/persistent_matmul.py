@@ -27,6 +27,16 @@ from .replay import launch, zeros
 
 
 @triton.jit
+def load_either_way(desc, depth, column, TRANSPOSED: tl.constexpr):
+    """Return the tile of a matrix at (depth, column), whose descriptor is that of its transpose if TRANSPOSED."""
+    if TRANSPOSED:  # noqa: SIM108
+        tile = desc.load([column, depth]).T
+    else:
+        tile = desc.load([depth, column])
+    return tile
+
+
+@triton.jit
 def _side_rows(
     in_desc,
     down_ptr,
@@ -240,10 +250,7 @@ def persistent_matmul_kernel(
             side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
-            if MAIN_TRANSPOSED:  # noqa: SIM108
-                w = main_desc.load([pid_n * BLOCK_N, k]).T  # (BLOCK_K, BLOCK_N)
-            else:
-                w = main_desc.load([k, pid_n * BLOCK_N])  # (BLOCK_K, BLOCK_N)
+            w = load_either_way(main_desc, k, pid_n * BLOCK_N, MAIN_TRANSPOSED)  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
             if not SIDE_GIVEN and not SIDE_FIRST:
                 d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)

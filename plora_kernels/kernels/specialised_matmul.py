@@ -21,7 +21,7 @@ from .. import configs
 from ..blocks import MatmulBlocks
 from .launch import cdiv, launches_dependents
 from .modules import tile_position
-from .persistent_matmul import takes_descriptors
+from .persistent_matmul import load_either_way, takes_descriptors
 from .replay import launch
 
 
@@ -81,18 +81,12 @@ def specialised_matmul_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for r0 in tl.range(0, R, BLOCK_R):
             side = side_desc.load([pid_m * BLOCK_M, r0])  # (BLOCK_M, BLOCK_R)
-            if UP_TRANSPOSED:  # noqa: SIM108
-                u = up_desc.load([pid_n * BLOCK_N, r0]).T  # (BLOCK_R, BLOCK_N)
-            else:
-                u = up_desc.load([r0, pid_n * BLOCK_N])  # (BLOCK_R, BLOCK_N)
+            u = load_either_way(up_desc, r0, pid_n * BLOCK_N, UP_TRANSPOSED)  # (BLOCK_R, BLOCK_N)
             acc = tl.dot(side, u, acc)  # (BLOCK_M, BLOCK_N) fp32
         acc *= scale
         for k in tl.range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
-            if MAIN_TRANSPOSED:  # noqa: SIM108
-                w = main_desc.load([pid_n * BLOCK_N, k]).T  # (BLOCK_K, BLOCK_N)
-            else:
-                w = main_desc.load([k, pid_n * BLOCK_N])  # (BLOCK_K, BLOCK_N)
+            w = load_either_way(main_desc, k, pid_n * BLOCK_N, MAIN_TRANSPOSED)  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(a, w, acc)  # (BLOCK_M, BLOCK_N) fp32
         columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         if HAS_BIAS:

@@ -139,7 +139,11 @@ def measure_device(options: argparse.Namespace) -> int:
             torch.cuda.empty_cache()  # other processes need the memory
     run.say(", ".join(f"{name} {value:.4g}" for name, value in file.meta["ceilings"].items()))
     work = choose_work(options)
-    do(run, work)
+    try:
+        do(run, work)
+    except OSError:  # a full disk
+        _conclude(run, work)
+        raise
     print(summary(file.meta, file.records))
     return _conclude(run, work)
 

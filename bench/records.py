@@ -58,9 +58,14 @@ class RecordFile:
     stamp: dict[str, Any] = field(default_factory=dict)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file."""
+        """Append records and write the file; what cannot be written is not there."""
+        before = len(self.records)
         self.records.extend({**record, **self.stamp} for record in records)
-        self.save()
+        try:
+            self.save()
+        except OSError:
+            del self.records[before:]
+            raise
 
     def save(self) -> None:
         """Write the file: one record a line."""

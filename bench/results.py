@@ -115,9 +115,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file by itself
 
 
 def _of_layers(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

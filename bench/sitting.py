@@ -123,14 +123,23 @@ def sit(sitting: str, steps: Sequence[Step], out: Path, device: str, end: float)
     for number, step in enumerate(steps):
         later = sum(other.limit_s for other in steps[number + 1 :])
         step_end = max(end - later, min(end, time.monotonic() + step.limit_s))
-        found, lines = run_step(sitting, step, out, environment, step_end)
-        if found.status == 2 and any(REFUSED in line for line in lines):
-            print(f"{step.name}: what is in {out} was made by other code or versions; it is set aside", flush=True)
-            set_aside(out)
-            found, lines = run_step(sitting, step, out, environment, step_end)
-        done.append(found)
-        write_text(out / "sitting.json", json.dumps([*_earlier(out, sitting), *map(asdict, done)], indent=1) + "\n")
+        try:
+            done.append(_sit_through(sitting, step, out, environment, step_end))
+            write_text(out / "sitting.json", json.dumps([*_earlier(out, sitting), *map(asdict, done)], indent=1) + "\n")
+        except OSError:  # a full disk
+            print(f"left: {', '.join(other.name for other in steps[number:])}; the same command goes on from here")
+            raise
     return done
+
+
+def _sit_through(sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float) -> Done:
+    """Run one step, again without what other code or versions left where it refuses to go on from that."""
+    found, lines = run_step(sitting, step, out, environment, end)
+    if found.status == 2 and any(REFUSED in line for line in lines):
+        print(f"{step.name}: what is in {out} was made by other code or versions; it is set aside", flush=True)
+        set_aside(out)
+        found, lines = run_step(sitting, step, out, environment, end)
+    return found
 
 
 def run_step(

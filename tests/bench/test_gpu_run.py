@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,7 +300,9 @@ def test_a_full_disk_is_said_and_leaves_the_file_whole(
 
     monkeypatch.setattr(Path, "write_text", full)
     assert gpu.main(out) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"No space left on device: '{tmp_path / 'cpu.json'}'" in printed.err
+    assert re.search(r"left: forward .*\nthe same command goes on from here", printed.out)
     assert (tmp_path / "cpu.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
 

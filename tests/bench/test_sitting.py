@@ -70,6 +70,18 @@ def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was
     assert gpu.choose_work(gpu.parse(steps["facts"].arguments)) == gpu.Work([], [], (), [])
 
 
+def test_a_full_disk_ends_a_sitting_that_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(sitting, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*sitting\.json'"):
+        sit(tmp_path, [python("first", "print(1)", 8.0), python("second", "print(2)", 8.0)], 20.0)
+    assert "left: first, second; the same command goes on from here" in capsys.readouterr().out
+
+
 def test_records_name_the_code_where_there_is_no_git(tmp_path: Path) -> None:
     parsers = {"bench.gpu": gpu.parse, "bench.tune": tune.parse}
     for name in sitting.LIMITS:

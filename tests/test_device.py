@@ -77,6 +77,8 @@ def overlapping(op: str, rows: int, d_in: int, d_out: int, rank: int) -> list[Ma
 
 def test_every_way_to_overlap_is_within_the_bound() -> None:
     rows, k, n = 1000, 512, 384
+    if not overlapping("forward", rows, k, n, 16):
+        pytest.skip("nothing overlaps here")
     for rank in (16, 40):
         for op, sizes in (("forward", (k, n)), ("input_gradient", (n, k))):
             for blocks in overlapping(op, rows, *sizes, rank):
@@ -97,6 +99,8 @@ def test_every_way_to_overlap_is_within_the_bound() -> None:
 def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
     rows, k, n = 4096, 1024, 1152
     ways = [blocks for blocks in overlapping("input_gradient", rows, n, k, rank) if blocks.gradient_beside]
+    if not ways:
+        pytest.skip("no launch begins beside another here")
     problem = make_problem(rows, k, n, rank, torch.bfloat16, device="cuda")
     for blocks in ways:
         for turn in range(30):

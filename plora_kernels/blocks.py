@@ -163,6 +163,11 @@ class Hardware:
         """Say whether it is an sm_90."""
         return 90 <= self.capability < 100
 
+    @property
+    def has_dependent_launches(self) -> bool:
+        """Say whether a launch may begin before the one it depends on has ended: CUDA devices from sm_90 on."""
+        return self.capability >= 90
+
 
 def tile(size: int, most: int) -> int:
     """Return the smallest power of two ≥ size, held to 16 … most (a tl.dot axis is at least 16)."""

@@ -82,7 +82,7 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
     wide_dtype = shape.dtype == "float32"
     narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
-    depths = (32, 64, 128) if shape.dtype != "float32" else (16, 32, 64, 128)  # a line of 64 bytes at least
+    depths = (16, 32, 64, 128) if wide_dtype else (32, 64, 128)  # a line of 64 bytes at least
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
@@ -125,7 +125,7 @@ def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlock
 def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield blocks as they are and, where the side product has a launch of its own, beside that and beside dA's."""
     yield blocks
-    if blocks.design in SIDE_FIRST and hardware.capability >= 90:
+    if blocks.design in SIDE_FIRST and hardware.has_dependent_launches:
         yield replace(blocks, dependent=True)
         if shape.op == "input_gradient":
             yield replace(blocks, gradient_beside=True)

@@ -67,8 +67,8 @@ class DropoutArguments(NamedTuple):
 
 
 def launches_dependents(device: torch.device) -> bool:
-    """Say whether a launch may begin before the one it depends on has ended: CUDA devices from sm_90 on."""
-    return configs.capability_of(device) >= 90
+    """Say whether a launch on this device may begin before the one it depends on has ended."""
+    return configs.hardware_of(device).has_dependent_launches
 
 
 def cdiv(size: int, block: int) -> int:

@@ -12,8 +12,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -
 OLDEST := $(abspath $(VENV))/oldest
 OLDEST_READY := $(OLDEST)/.ready
 # Every kernel compiled for every target, then interpreted: results, tiles, rounding, the checks and the tuner.
-OLDEST_TESTS := $(addprefix tests/,test_audit.py test_hashing.py test_designs.py test_numerics.py test_grouped.py \
-	test_projections.py test_replay.py test_folding.py bench/test_gpu.py bench/test_tune.py)
+OLDEST_TESTS := $(addprefix tests/,bench/audit bench/test_gpu.py bench/tune/test_tune.py \
+	$(addprefix plora_kernels/,kernels/test_designs.py kernels/test_replay.py ops/test_numerics.py \
+	ops/test_grouped_linear.py ops/test_projections.py test_counter_rng.py test_folding.py))
 
 # An environment beside the other, with the versions of a GPU machine.
 DEVICE_VENV ?= .venv-device

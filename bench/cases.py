@@ -1,4 +1,4 @@
-"""What is measured: projections of real models, the passes over them, and the sizes a device can carry."""
+"""What is measured: projections of real models, the passes over them, and the least work each of them is."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -217,3 +217,39 @@ def make_problem(case: Case, device: torch.device, seed: int = 0, sets: int = 1)
         more=tuple((normal(case.m, k), normal(case.m, n)) for _ in range(sets - 1)),
         widths=case.projection.widths,
     )
+
+
+def operations(case: Case, *, adapted: bool) -> int:
+    """Return the floating-point operations of the mathematics, a multiply and an add as two.
+
+    A forward: 2·M·N·K, adapted + 2·M·R·(P·K + N), where N is the sum of P projections' widths. With a backward dX as
+    much again, and for the adapters dS, dS·A, dA and dB besides S and S·Bᵀ: 4·M·N·K + 6·M·R·(P·K + N). Folds: 2·N·K·R.
+    Drawing dropout's mask is not counted.
+    """
+    m, k, n, r = case.m, case.projection.k, case.projection.n, case.r if adapted else 0
+    if case.op in FOLDS:
+        return 2 * n * k * r
+    backward = case.op in BACKWARD
+    return (2 if backward else 1) * 2 * m * n * k + (3 if backward else 1) * 2 * m * _factors(case, r)
+
+
+def least_bytes(case: Case, *, adapted: bool) -> int:
+    """Return the bytes moved when every operand is read once and every result written once.
+
+    A forward: x, W, y, adapted A and B. With a backward also dY, W, dX and, adapted, x again, A, B, dA and dB.
+    Folds: W read and the result written, adapted A and B.
+    """
+    m, k, n, r = case.m, case.projection.k, case.projection.n, case.r if adapted else 0
+    factors = _factors(case, r)
+    if case.op in FOLDS:
+        elements = 2 * n * k + factors
+    elif case.op in BACKWARD:
+        elements = 2 * (m * k + n * k + m * n) + (m * k if adapted else 0) + 3 * factors
+    else:
+        elements = m * k + n * k + m * n + factors
+    return elements * case.torch_dtype.itemsize
+
+
+def _factors(case: Case, r: int) -> int:
+    """Return how many numbers A (r, K) and B (N, r) of every projection hold."""
+    return r * (case.projection.count * case.projection.k + case.projection.n)

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.clients_table import KIND
-from bench.environment import commit_of, device_slug, environment
-from bench.live import tensor_bytes
-from bench.results import ResultsError, write_text
-from bench.workers import outcomes
+from bench.harness.machine import commit_of, device_slug, environment
+from bench.harness.memory import tensor_bytes
+from bench.harness.processes import outcomes
+from bench.harness.records import ResultsError, write_text
+from bench.report.clients_tables import KIND
 
 if TYPE_CHECKING:
-    from fed.federation import Federation, Standing
+    from fed.simulation.rounds import Federation
+    from fed.types import Standing
 
 SETTINGS = (
     "method=fedsa-lora",
@@ -79,19 +80,21 @@ POINTS = (
 
 def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Sequence[str] = ()) -> Measured:
     """Play rounds of the embedded task with so many clients; what they keep goes to a directory in `folder`."""
-    from fed import checkpoint, data, models
     from fed.config import load
-    from fed.execute import limits
-    from fed.federation import Federation
-    from fed.footprint import peak_bytes
-    from fed.local import adapted
-    from fed.store import ClientStore
+    from fed.data import federated_data
+    from fed.experiments.run import limits
+    from fed.models import base_model
+    from fed.models.shared_model import adapted
+    from fed.simulation import checkpoint
+    from fed.simulation.client_store import ClientStore
+    from fed.simulation.rounds import Federation
+    from fed.training.memory import peak_bytes
 
     counts = (f"clients.count={point.clients}", f"clients.per_round={point.per_round}", f"rounds={rounds}")
     config = load("digits", [*SETTINGS, *counts, f"execution={point.execution}", *settings])
-    rows = data.load(config)
-    model = models.build(config, rows)
-    adapter, kept_below = adapted(config, model, models.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
+    rows = federated_data.load(config)
+    model = base_model.build(config, rows)
+    adapter, kept_below = adapted(config, model, base_model.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
     with limits(config.threads), adapter as work, kept_below as name:
         directory = Path(name)
         store = ClientStore(directory / checkpoint.FOLDER, work.device) if point.kept == "disk" else None
@@ -119,7 +122,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
 
 def with_past(federation: "Federation", standing: "Standing") -> "Standing":
     """Give every client what it would keep had it taken part before: a B of its own, and a head."""
-    from fed.store import Kept
+    from fed.simulation.client_store import Kept
 
     server, clients = standing.server, []
     for client in standing.clients:

@@ -30,25 +30,26 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, tune
-from bench.audit import SECONDS_EACH
+from bench import gpu
+from bench.audit.jobs import SECONDS_EACH
+from bench.audit.machine_code import Usage, is_trap, usage_of
+from bench.audit.offline import TARGETS, Launch, Target, compiling_for
 from bench.cases import Case
-from bench.check_inputs import DTYPES
-from bench.device_cases import device_cases
-from bench.device_checks import CheckShape, check_shapes, run_each_form
-from bench.device_measure import Warmup, warm_up
-from bench.environment import settle_compilers, usable_cores
-from bench.machine_code import Usage, is_trap, usage_of
-from bench.offline import TARGETS, Launch, Target, compiling_for
-from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
-from bench.search import narrowed
+from bench.checks.inputs import DTYPES, CheckShape
+from bench.checks.operators import check_shapes, run_each_form
+from bench.gpu_cases import device_cases
+from bench.harness.machine import settle_compilers, usable_cores
+from bench.harness.processes import one_line, outcomes
+from bench.measure import Warmup, warm_up
+from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
 from bench.sitting import LIMITS as SITTINGS
 from bench.sitting import plan
-from bench.trials import Trial, for_checking, make_trial
-from bench.tuned_classes import shape_classes
-from bench.workers import one_line, outcomes
-from plora_kernels.blocks import Blocks, ShapeClass
-from plora_kernels.candidates import candidates
+from bench.tune import command
+from bench.tune.classes import shape_classes
+from bench.tune.search import narrowed
+from bench.tune.trials import Trial, for_checking, make_trial
+from plora_kernels.tuning.blocks import Blocks, ShapeClass
+from plora_kernels.tuning.candidates import candidates
 
 OURS = tuple(filter(is_ours, dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS])))
 # Tensors of this device have sizes and no storage.
@@ -114,12 +115,12 @@ def _of_sitting(name: str, target: Target) -> list[Piece]:
     """List what the steps of a sitting check, time and try, as their own commands choose it."""
     found: list[Piece] = []
     for step in plan(name, Path(), "cuda"):
-        if step.module == gpu.__name__:
+        if step.module == "bench.gpu":
             work = gpu.choose_work(gpu.parse(step.arguments))
             found += [*_checks(work.first_checks), *_cases(work.cases), *_checks(work.last_checks)]
-        elif step.module == tune.__name__:
-            options = tune.parse(step.arguments)
-            for shape in tune.choose_classes(options):
+        elif step.module == "bench.tune":
+            options = command.parse(step.arguments)
+            for shape in command.choose_classes(options):
                 found += _candidates(shape, target, options.candidates)
     return found
 

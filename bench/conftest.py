@@ -8,11 +8,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import Op, cases
-from bench.environment import environment, usable_cores
+from bench.harness.machine import environment, usable_cores
+from bench.harness.pytest_replay import replay
+from bench.harness.timing import Plan
 from bench.measure import Measurement, measure
-from bench.providers import provider_names
-from bench.recorded import replay
-from bench.timing import Plan
+from bench.providers.registry import provider_names
 
 NOT_AVAILABLE = pytest.StashKey[list[dict[str, object]]]()
 

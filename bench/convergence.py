@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import plora_kernels as pk
-from bench.results import write_text
+from bench.harness.records import write_text
 
 TARGETS = ("query", "key", "value", "dense")
 HEAD = "classifier"

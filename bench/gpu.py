@@ -20,59 +20,33 @@ from pathlib import Path
 import torch
 
 from bench.cases import OPS
-from bench.ceilings import ceilings
-from bench.check_inputs import DTYPES
-from bench.device_cases import device_cases
-from bench.device_checks import GATE_SHAPES, SHAPES, CheckShape, check_shapes
-from bench.device_run import do
-from bench.device_state import Run, Work, case_facts, left
-from bench.device_table import summary
-from bench.environment import (
-    commit_of,
+from bench.checks.inputs import DTYPES, CheckShape
+from bench.checks.operators import GATE_SHAPES, SHAPES, check_shapes
+from bench.device.run import do
+from bench.device.state import Run, Work, case_facts, left
+from bench.gpu_cases import device_cases
+from bench.harness.machine import (
+    RESERVE_SECONDS,
+    ceilings,
+    default_workers,
+    describe,
     device_slug,
-    environment,
+    measure_kernels,
     settle_compilers,
-    source_digest,
     tables_digest,
-    usable_cores,
 )
-from bench.providers import FOLD_PROVIDERS, LINEAR_PROVIDERS
-from bench.records import SIMULATION, case_key, open_records
-from bench.results import ResultsError
-from bench.simulation.device import device_simulations
-from bench.timing import Plan
-from bench.workers import end_on_termination, leave
-from plora_kernels.configs import capability_of
+from bench.harness.options import at_least
+from bench.harness.processes import end_on_termination, leave
+from bench.harness.records import SIMULATION, ResultsError, case_key, open_records
+from bench.harness.timing import Plan
+from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS
+from bench.report.device_tables import summary
+from bench.simulation.measure import device_simulations
 
 PROVIDERS = tuple(dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS]))
-# Writing and showing the last table.
-RESERVE_SECONDS = 4.0
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
 # Names of shapes to check.
 GATE, ALL = "gate", "all"
-
-
-def describe(device: torch.device, commit: str | None) -> dict[str, object]:
-    """Return the meta record: the device, versions, what code ran, how it was timed."""
-    found = environment(device, threads=torch.get_num_threads())
-    found["date"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    found["commit"], found["source"] = commit or commit_of(Path.cwd()), source_digest()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["multiprocessors"] = properties.multi_processor_count
-        found["memory_bytes"], found["l2_bytes"] = properties.total_memory, getattr(properties, "L2_cache_size", None)
-        found["capability"] = capability_of(device)
-    return found
-
-
-def measure_kernels() -> None:
-    """Ask for the kernels by name, in this process and its workers: one that does not compile raises, not gives way."""
-    os.environ.setdefault("PLORA_BACKEND", "triton")
-
-
-def default_workers(device: torch.device) -> int:
-    """Return how many processes check and compile ahead: several on a GPU, none on the CPU."""
-    return max(1, min(10, usable_cores() - 2)) if device.type == "cuda" else 0
 
 
 def records_path(out: Path, device: torch.device, *, defaults: bool) -> Path:
@@ -170,13 +144,6 @@ def check_size(text: str) -> str | tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither {GATE!r} nor {ALL!r} nor M, K, N and R as in 1x64x48x4")
     return tuple(map(int, text.split("x")))
-
-
-def at_least(least: int, text: str) -> int:
-    """Return a whole number; raises what argparse reports if it is smaller than `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
-    return int(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from bench.environment import settle_compilers
-from bench.results import write_text
-from bench.sitting_table import sitting_table
-from bench.workers import end_on_termination, leave
+from bench.harness.machine import settle_compilers
+from bench.harness.processes import end_on_termination, leave
+from bench.harness.records import write_text
+from bench.report.sitting_tables import sitting_table
 
 # How long each sitting may take, and what starting it and the last table take of that.
 LIMITS = {"first": 300.0, "second": 420.0}
@@ -106,8 +106,8 @@ def _tests(device: str) -> tuple[str, ...]:
     quiet = ("-p", "no:cacheprovider", "-v", "--maxfail", "5")
     if device == "cuda":
         chosen = "designs_are_within and bfloat16 and 384 or streams or side_by_side and 16"
-        return (*quiet, "-m", "gpu", "tests/test_device.py", "-k", chosen)
-    return (*quiet, "tests/test_numerics.py", "-k", "kernels_on_the_odd_shapes")
+        return (*quiet, "-m", "gpu", "tests/plora_kernels/test_device.py", "-k", chosen)
+    return (*quiet, "tests/plora_kernels/ops/test_numerics.py", "-k", "kernels_on_the_odd_shapes")
 
 
 def environment_of(out: Path, device: str) -> dict[str, str]:

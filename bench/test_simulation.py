@@ -8,11 +8,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import NOT_AVAILABLE, bench_device
-from bench.recorded import recorded_time, replay
+from bench.harness.pytest_replay import recorded_time, replay
+from bench.harness.timing import Plan
 from bench.simulation.cases import simulation_cases
 from bench.simulation.measure import PLAN, Found, measure
 from bench.simulation.providers import providers_of
-from bench.timing import Plan
 
 pytestmark = pytest.mark.benchmark(timer=recorded_time, disable_gc=True)
 

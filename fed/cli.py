@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-import fed.config as configuration
+from fed import config as configuration
 from fed.errors import BAD_INPUT, INTERRUPTED, FedError
 
 # typer keeps the parent of its errors about arguments to itself.
@@ -95,18 +95,19 @@ def compare(
 
     A method that needs equal ranks runs with every client at adapter.rank, or at r as name@r; the scale stays.
     """
-    from fed import commands, grid
+    from fed import commands
+    from fed.experiments import plan as plans
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    asked = grid.request(
+    asked = plans.request(
         source,
         _settings(settings, more, track),
         names,
-        grid.parse_seeds(seeds) if seeds else (),
+        plans.parse_seeds(seeds) if seeds else (),
         vary=vary,
         reference=reference,
     )
-    return commands.compare(grid.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
+    return commands.compare(plans.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
 
 
 @app.command()
@@ -116,10 +117,11 @@ def resume(
     centralised: Centralised = True,
 ) -> int:
     """Go on with a run or a comparison that was stopped; the files come out as if it had not been."""
-    from fed import commands, grid
+    from fed import commands
+    from fed.experiments import plan as plans
 
-    if (directory / grid.PLAN).is_file():
-        return commands.compare(grid.plan(grid.read(directory)), directory, jobs)
+    if (directory / plans.PLAN).is_file():
+        return commands.compare(plans.plan(plans.read(directory)), directory, jobs)
     return commands.resume(directory, centralised)
 
 
@@ -129,26 +131,27 @@ def report(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown alone.")] = False,
 ) -> None:
     """Print the result of a run or a comparison and write its pictures and report.html anew."""
-    from fed import publish, wording
-    from fed.comparison import collect
     from fed.console import Screen
-    from fed.grid import PLAN
-    from fed.report import markdown, read
+    from fed.experiments.plan import PLAN
+    from fed.report import tables, write
+    from fed.report.comparison import collect
+    from fed.report.tables import markdown
+    from fed.simulation.run_directory import read
 
     screen = Screen()
     if (directory / PLAN).is_file():
         comparison = collect(directory)
         if as_markdown:
-            screen.say(wording.as_markdown(comparison).rstrip())
+            screen.say(tables.as_markdown(comparison).rstrip())
             return
         screen.show(comparison)
-        written = publish.publish_comparison(comparison, directory)
+        written = write.publish_comparison(comparison, directory)
     else:
         if as_markdown:
             screen.say(markdown(read(directory)).rstrip())
             return
         screen.summarise(read(directory))
-        written = publish.publish_run(directory)
+        written = write.publish_run(directory)
     screen.say(f"\nreport  {written[-1]}")
 
 
@@ -183,8 +186,8 @@ def pretrain(
 ) -> int:
     """Make a small Llama and its tokenizer of local text: a checkpoint for instructions where there is none to hand."""
     from fed import commands
-    from fed.data_config import PROMPT
-    from fed.small_model import Recipe
+    from fed.config.data import PROMPT
+    from fed.models.small_llama import Recipe
 
     recipe = Recipe(layers, width, vocabulary, length, steps, batch_size, learning_rate, seed)
     left_out = [name.strip() for name in without.split(",") if name.strip()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import fed.config as configuration
+from fed import config as configuration
 from fed.errors import INTERRUPTED, FedError
 
 if TYPE_CHECKING:
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
 
     from fed.config import RunConfig
     from fed.console import Screen
-    from fed.data import FederatedData
-    from fed.grid import Plan
-    from fed.rundir import RunDirectory
-    from fed.small_model import Recipe
+    from fed.data.federated_data import FederatedData
+    from fed.experiments.plan import Plan
+    from fed.models.small_llama import Recipe
+    from fed.simulation.run_directory import RunDirectory
 
 
 def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int:
     """Load everything, simulate, compare, report; return the exit status."""
-    from fed import data as datasets
-    from fed import execute, trackers
     from fed.console import Screen
-    from fed.rundir import RunDirectory
+    from fed.data import federated_data as datasets
+    from fed.experiments import run as running
+    from fed.experiments import trackers
+    from fed.simulation.run_directory import RunDirectory
 
     trackers.require(config.tracker)
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite)
     try:
         data = datasets.load(config, screen.warn, screen.stage)
-        with execute.limits(config.threads), directory:
+        with running.limits(config.threads), directory:
             model = _base(config, data, directory, screen)
             directory.place()
             _play(config, data, model, directory.path, screen, directory.keep)
@@ -50,23 +51,24 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
 
 def resume(out: Path, centralised: bool) -> int:
     """Go on with a run from its last checkpoint; one that went to its end gets what is missing beside its rounds."""
-    from fed import data as datasets
-    from fed import execute, models, trackers
     from fed.console import Screen
-    from fed.report import CENTRALISED, read
-    from fed.rundir import BASE
+    from fed.data import federated_data as datasets
+    from fed.experiments import run as running
+    from fed.experiments import trackers
+    from fed.models import base_model
+    from fed.simulation.run_directory import BASE, CENTRALISED, read
 
     began, screen, run = time.perf_counter(), Screen(), read(out)
     config = run.config
     trackers.require(config.tracker)
     wanted = centralised and not (out / CENTRALISED).is_file()
     try:
-        with execute.limits(config.threads):
-            if not execute.ended(out, config):
-                data, model = datasets.load(config, screen.warn, screen.stage), models.reopen(out / BASE)
+        with running.limits(config.threads):
+            if not running.ended(out, config):
+                data, model = datasets.load(config, screen.warn, screen.stage), base_model.reopen(out / BASE)
                 _play(config, data, model, out, screen, lambda: None, resume=True)
             elif wanted:
-                data, model = datasets.load(config, screen.warn, screen.stage), models.reopen(out / BASE)
+                data, model = datasets.load(config, screen.warn, screen.stage), base_model.reopen(out / BASE)
             else:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
             if wanted:
@@ -78,17 +80,19 @@ def resume(out: Path, centralised: bool) -> int:
 
 def pretrain(path: str, text: str, left_out: Sequence[str], recipe: Recipe, out: Path, threads: int) -> int:
     """Make a small language model of the rows at `path`, written as `text` says; return the exit status."""
-    from fed import execute, small_model, texts
     from fed.console import Screen
-    from fed.rundir import RunDirectory
-    from fed.sources import read_local
+    from fed.data import text_tables
+    from fed.data.sources import read_local
+    from fed.experiments import run as running
+    from fed.models import small_llama
+    from fed.simulation.run_directory import RunDirectory
 
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite=False)
-    written = texts.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
+    written = text_tables.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
     try:
-        with execute.limits(threads), directory:
+        with running.limits(threads), directory:
             with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
-                numbers, tokens = small_model.make(
+                numbers, tokens = small_llama.make(
                     written, recipe, directory.path, lambda step, loss: advance(step, f"training loss {loss:.3f}")
                 )
             directory.place()
@@ -103,15 +107,16 @@ def pretrain(path: str, text: str, left_out: Sequence[str], recipe: Recipe, out:
 
 def noise(directory: Path) -> None:
     """Measure every way to start clients after a run, print what came out and leave it in the run's directory."""
-    from fed import execute, initialisation
     from fed.console import Screen
-    from fed.publish import publish_initialisation
-    from fed.report import read
+    from fed.experiments import initialisation_noise
+    from fed.experiments import run as running
+    from fed.report.write import publish_initialisation
+    from fed.simulation.run_directory import read
 
     screen, run = Screen(), read(directory)
-    with execute.limits(run.config.threads), screen.wait("starting every client in every way"):
-        found = initialisation.measure(directory, screen.warn)
-    screen.table(initialisation.table(found))
+    with running.limits(run.config.threads), screen.wait("starting every client in every way"):
+        found = initialisation_noise.measure(directory, screen.warn)
+    screen.table(initialisation_noise.table(found))
     written = publish_initialisation(run, found, directory)
     screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
 
@@ -123,8 +128,8 @@ def _interrupted(out: Path, screen: Screen) -> int:
 
 def _reported(out: Path, screen: Screen, began: float) -> int:
     """Write the report of a run that went to its end, and say what there is."""
-    from fed.publish import publish_run
-    from fed.report import read
+    from fed.report.write import publish_run
+    from fed.simulation.run_directory import read
 
     written = ", ".join(path.name for path in publish_run(out))
     screen.summarise(read(out))
@@ -135,13 +140,13 @@ def _reported(out: Path, screen: Screen, began: float) -> int:
 
 def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, screen: Screen) -> nn.Module:
     """Load or train the base model; it and the configuration are saved in the run's directory."""
-    from fed import execute
-    from fed.evaluate import evaluate
-    from fed.rundir import BASE, CONFIG
+    from fed.experiments import run as running
+    from fed.simulation.evaluation import evaluate
+    from fed.simulation.run_directory import BASE, CONFIG
 
     steps = 0 if data.pretrain is None else config.model.pretrain_steps
     with screen.stage("base: central step", steps, every=max(1, steps // 5)) as advance:
-        model = execute.make_base(
+        model = running.make_base(
             config, data, directory.path / BASE, lambda step, loss: advance(step, f"training loss {loss:.3f}")
         )
     if data.undisturbed is not None:
@@ -161,8 +166,8 @@ def _play(
     resume: bool = False,
 ) -> None:
     """Run the rounds, all or those that are left; `on_row` is called with every row, before it is shown."""
-    from fed import execute
     from fed.console import round_note
+    from fed.experiments import run as running
 
     rows = [len(split) for split in data.clients]
     screen.say(f"clients: {len(rows)} with {min(rows)} to {max(rows)} rows each; test: {len(data.test)} rows")
@@ -172,14 +177,14 @@ def _play(
             on_row()
             advance(row["round"], round_note(row))
 
-        execute.play(config, data, model, directory, on_round, screen.warn, resume=resume)
+        running.play(config, data, model, directory, on_round, screen.warn, resume=resume)
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
     """Train rank-R LoRA on all clients' rows together, for as many steps as one client, and as all, took."""
-    from fed.models import head_names
-    from fed.report import read_rows, write_centralised
-    from fed.simulate import centralised
+    from fed.experiments.run import centralised
+    from fed.models.base_model import head_names
+    from fed.simulation.run_directory import read_rows, write_centralised
 
     taken = [row["steps"] for row in read_rows(out)[1:]]
     of_one, of_all = sum(round(fmean(steps)) for steps in taken), sum(map(sum, taken))
@@ -192,12 +197,11 @@ def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: P
 
 def compare(plan: Plan, out: Path, jobs: int) -> int:
     """Play what is not finished yet, then write and show the comparison; return the exit status."""
-    from fed.board import Board
-    from fed.compare import Workbench, check, finished, in_turn, open_grid
-    from fed.comparison import collect
-    from fed.console import Screen
-    from fed.publish import publish_comparison
-    from fed.workers import at_once
+    from fed.console import Board, Screen
+    from fed.experiments.parallel import at_once
+    from fed.experiments.runner import Workbench, check, finished, in_turn, open_grid
+    from fed.report.comparison import collect
+    from fed.report.write import publish_comparison
 
     began, screen, bench = time.perf_counter(), Screen(), Workbench(out)
     check(plan.cells, bench, screen.warn, screen.stage)

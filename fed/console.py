@@ -1,11 +1,13 @@
-"""What a run shows at the terminal: a bar where there is one, plain lines where there is none, and the summary."""
+"""What a run or a comparison shows at the terminal: bars where there is one, else plain lines; then the result."""
 
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -13,16 +15,21 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
-from fed import wording
-from fed.comparison import Comparison
-from fed.metrics import COST, NOISE, OUTCOME
-from fed.report import Run, percent, summary
+from fed.experiments.plan import Cell
+from fed.report import tables
+from fed.report.comparison import Comparison
+from fed.report.summary import COST, NOISE, OUTCOME
+from fed.report.tables import percent, summary
+from fed.simulation.run_directory import Run
+
+_SPEED_OVER_SECONDS = 1800.0  # methods differ in speed: the time left stands on the last half hour
 
 # Called with the steps done and a note on how it goes.
 Advance = Callable[[int, str], None]
@@ -106,13 +113,13 @@ class Screen:
 
     def show(self, comparison: Comparison) -> None:
         """Print a comparison: accuracy, differences and their verdicts, noise, cost."""
-        self.table(wording.table(comparison, OUTCOME))
-        for lines in wording.paired_tables(comparison):
+        self.table(tables.table(comparison, OUTCOME))
+        for lines in tables.paired_tables(comparison):
             self.table(lines)
         for names in (NOISE, COST):
             if comparison.metrics(names):
-                self.table(wording.table(comparison, names))
-        for sentences in (wording.verdicts(comparison), wording.notes(comparison)):
+                self.table(tables.table(comparison, names))
+        for sentences in (tables.verdicts(comparison), tables.notes(comparison)):
             self._out.print()
             for line in sentences:
                 self.say(textwrap.fill(line, self._out.width, subsequent_indent="  "))
@@ -136,3 +143,103 @@ def round_note(row: dict[str, Any]) -> str:
     """Say in a few words how a round went: accuracy, loss and the clients' training time."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
+
+
+class Board:
+    """A context that is told what happens to each run of a comparison.
+
+    `failures` holds a line for each run that could not be played.
+    """
+
+    def __init__(self, cells: list[Cell], already: int) -> None:
+        self.failures: list[str] = []
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._runs, self._ended = already + len(cells), already
+        self._rounds = sum(cell.config.rounds for cell in cells)
+        self._played: dict[str, int] = {}  # each run's last round
+        self._began = time.monotonic()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if self._out.is_terminal and self._rounds:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(compact=True),
+                console=self._out,
+                speed_estimate_period=_SPEED_OVER_SECONDS,
+            )
+            self._bars.start()
+            self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=f"{self._count()} runs")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def tell(self, cell: Cell, kind: str, payload: Any) -> None:
+        """Show a round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
+        if kind == "row":
+            self._row(cell, payload)
+        elif kind == "base":
+            self._say(payload)
+        elif kind == "event":
+            self._warn(f"{cell.label}: {payload}")
+        else:
+            self._end(cell, payload, failed=kind == "failed")
+
+    def _row(self, cell: Cell, row: dict[str, Any]) -> None:
+        self._played[cell.label] = row["round"]
+        if self._bars is None:
+            return
+        if cell.label not in self._tasks:
+            self._tasks[cell.label] = self._bars.add_task(cell.label, total=cell.config.rounds, note="")
+        self._bars.update(self._tasks[cell.label], completed=row["round"], note=_reached(row))
+        self._bars.update(self._tasks["all"], completed=sum(self._played.values()))
+
+    def _end(self, cell: Cell, outcome: Any, failed: bool) -> None:
+        if self._bars is not None and cell.label in self._tasks:
+            self._bars.remove_task(self._tasks.pop(cell.label))
+        if failed:
+            self.failures.append(f"{cell.label}: {outcome}")
+            self._warn(f"{cell.label} cannot be played: {outcome}")
+            return
+        self._ended += 1
+        self._played[cell.label] = cell.config.rounds
+        if self._bars is not None:
+            self._bars.update(self._tasks["all"], note=f"{self._count()} runs")
+        self._say(f"run {self._count()}  {_reached(outcome)}  {cell.label}{self._time_left()}")
+
+    def _count(self) -> str:
+        return f"{self._ended:>{len(str(self._runs))}} of {self._runs}"
+
+    def _time_left(self) -> str:
+        """The time the remaining rounds take at the speed so far; a bar on a terminal says it already."""
+        played = sum(self._played.values())
+        left = self._rounds - played
+        if self._bars is not None or left <= 0 or not played:
+            return ""
+        return f"  ({duration((time.monotonic() - self._began) / played * left)} left)"
+
+    def _say(self, line: str) -> None:
+        (self._bars.console if self._bars else self._out).print(line, markup=False)
+
+    def _warn(self, line: str) -> None:
+        (self._bars.console if self._bars else self._err).print(f"warning: {line}", markup=False)
+
+
+def _reached(row: dict[str, Any]) -> str:
+    return f"accuracy {percent(row):>6}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: seconds below two minutes, minutes below two hours, hours beyond."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

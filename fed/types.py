@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+Row = dict[str, Any]
 
 # One matrix's down-projection A (R, K) and up-projection B (N, R), in PEFT's layout.
 Factors = tuple[Tensor, Tensor]
@@ -28,7 +30,7 @@ class Stack(NamedTuple):
 class Options:
     """What a configuration lets methods choose; the same in every round.
 
-    `selection` names a strategy of `fed.select`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
+    `selection` names a strategy of `fed.methods.selection`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
     `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once its last modules shrink under a penalty λ
     (`hetlora_penalty`).
     """
@@ -166,3 +168,38 @@ class ClientUpdate:
     def n_samples(self) -> int:
         """Number of training samples the client holds."""
         return self.client.n_samples
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All a run goes on from: the server, its clients by id, and the factors each ended its last round with.
+
+    The last are kept for measuring alone, and not where noise is not measured.
+    """
+
+    server: ServerState
+    clients: tuple[Client, ...]
+    ends: Mapping[int, Mapping[str, Factors]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's turn in a round: `fault` says why its update cannot be used, or is None."""
+
+    client: Client
+    start: ClientStart
+    update: ClientUpdate
+    start_noise: float | None
+    factor_noise: tuple[float, float] | None
+    fold_seconds: float
+    train_seconds: float
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that is over: its row, where the run stands after it, and the updates that were used."""
+
+    row: Row
+    standing: Standing
+    updates: Sequence[ClientUpdate] = ()

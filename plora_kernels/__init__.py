@@ -1,7 +1,7 @@
 """LoRA as parallel one-rank modules, fused: the public names."""
 
-from .backend import backend
-from .errors import (
+from plora_kernels.backend import backend
+from plora_kernels.errors import (
     ConfigError,
     DeviceError,
     DTypeError,
@@ -13,13 +13,13 @@ from .errors import (
     TargetError,
     UnsupportedError,
 )
-from .folding import Fold, fold, fold_, fold_many_
-from .functional import plora_linear
-from .inject import Injected, PLoRAConfig, inject
-from .linear import FusedPLoRALinear
-from .peft import load_peft, save_peft
-from .reference import module_average
-from .row_groups import GroupModules, RowGroups, group_gradients
+from plora_kernels.folding import Fold, fold, fold_, fold_many_
+from plora_kernels.functional import plora_linear
+from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
+from plora_kernels.nn.linear import FusedPLoRALinear
+from plora_kernels.nn.peft import load_peft, save_peft
+from plora_kernels.nn.row_groups import GroupModules, RowGroups, group_gradients
+from plora_kernels.reference import module_average
 
 __all__ = [
     "ConfigError",

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from .errors import ConfigError
+from plora_kernels.errors import ConfigError
 
 BACKENDS = ("triton", "torch")
 # What the kernels compute in; float64 and anything else takes the torch path.

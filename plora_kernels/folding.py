@@ -1,4 +1,4 @@
-"""Folding modules into weights: the public functions `fold_`, `fold` and `fold_many_`, and their torch operators.
+"""Folding modules into weights: the public functions `fold_`, `fold` and `fold_many_`.
 
 Nothing here reads a device tensor on the host.
 """
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import torch_fold
-from .backend import FallingBack, runs_kernels
-from .checks import check_alike, check_factors, check_number, index_for
-from .errors import ConfigError, DTypeError, ShapeError, StateError
-from .operators import _watched
-from .rounding import HALF, ROUNDINGS
-from .selection import Selection, complement, host_indices, padded, to_device
+from plora_kernels.backend import runs_kernels
+from plora_kernels.checks import check_alike, check_factors, check_number, index_for
+from plora_kernels.counter_rng import HALF, ROUNDINGS
+from plora_kernels.errors import ConfigError, DTypeError, ShapeError, StateError
+from plora_kernels.ops.fold import Job, _detached, _fold_together, _independent, _takes_kernel, run_fold
+from plora_kernels.selection import Selection, complement, host_indices, padded, to_device
 
 
 def fold_(
@@ -155,10 +154,6 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
     return written
 
 
-# weight, lora_A, lora_B, index, scale, seed, out.
-Job = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]
-
-
 def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]]:
     """Return `index_of_others` of every fold; indices known on the host travel to their device together."""
     found: list[tuple[bool, Tensor | None]] = []
@@ -179,38 +174,6 @@ def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]
         for (position, _), part in zip(entries, parts, strict=True):
             found[position] = found[position][0], part
     return found
-
-
-def _detached(job: Job) -> Job:
-    weight, lora_A, lora_B, index, scale, seed, out = job
-    return weight.detach(), lora_A.detach(), lora_B.detach(), index, scale, seed, out.detach()
-
-
-def _takes_kernel(job: Job) -> bool:
-    *operands, _, _, _, out = _detached(job)
-    return runs_kernels(job[0]) and not _is_observed(*operands, out)
-
-
-def _fold_together(jobs: Sequence[Job]) -> None:
-    """Fold by as few launches as there are kinds of jobs; what does not compile is folded by torch."""
-    from .kernels.fold_many import batches, fold_batch
-
-    for batch in batches(jobs):
-        with FallingBack("many folds", batch[0][0]):
-            fold_batch(batch)
-            continue
-        for job in batch:
-            torch_fold.fold(*job)
-
-
-def _independent(jobs: Sequence[Job]) -> bool:
-    """Say whether no job writes to memory that another one reads or writes."""
-    writers = {job[-1].untyped_storage()._cdata: position for position, job in enumerate(jobs)}
-    return len(writers) == len(jobs) and all(
-        writers.get(tensor.untyped_storage()._cdata, position) == position
-        for position, job in enumerate(jobs)
-        for tensor in job[:3]
-    )
 
 
 def check_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, sign: int) -> float:
@@ -275,71 +238,3 @@ def index_of_others(selected: Selection | None, rank: int, device: torch.device)
 def _is_on_host(selected: Selection) -> bool:
     """Say whether the host may read a selection; inside torch.compile it reads no tensor."""
     return not isinstance(selected, Tensor) or (selected.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
-def run_fold(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
-) -> None:
-    """Fold checked tensors: by the operators where somebody watches them, else directly, which costs less host time."""
-    if not torch.compiler.is_compiling() and out.is_neg():
-        # One that stands for its negative (`z.conj().imag`): no operator writes through that.
-        plain = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        run_fold(weight.detach().resolve_neg(), lora_A, lora_B, index, scale, seed, plain)
-        with torch.inference_mode() if out.is_inference() else torch.no_grad():
-            out.copy_(plain)
-        return
-    in_place, written = out is weight, out
-    weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
-    out = weight if in_place else out.detach()
-    if not _is_observed(weight, lora_A, lora_B, out):
-        _fold(weight, lora_A, lora_B, index, scale, seed, out)
-        if not written.is_inference():
-            torch.autograd.graph.increment_version(written)
-    elif in_place:
-        torch.ops.plora.fold_(weight, lora_A, lora_B, index, scale, seed)
-    else:
-        torch.ops.plora.fold(weight, lora_A, lora_B, index, scale, seed, out)
-
-
-def _is_observed(*tensors: Tensor) -> bool:
-    """Say whether somebody must see an operator: a compiler, a mode, a tensor subclass, a torch.func transform."""
-    return _watched(*tensors) or torch._C._are_functorch_transforms_active()
-
-
-def _fold(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
-) -> None:
-    if runs_kernels(weight):
-        with FallingBack("the fold", weight):
-            from .kernels import fold as kernel
-
-            return kernel.fold(weight, lora_A, lora_B, index, scale, seed, out)
-    return torch_fold.fold(weight, lora_A, lora_B, index, scale, seed, out)
-
-
-@torch.library.custom_op("plora::fold_", mutates_args=("weight",))
-def _fold_in_place(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None
-) -> None:
-    _fold(weight, lora_A, lora_B, index, scale, seed, weight)
-
-
-@_fold_in_place.register_fake
-def _fold_in_place_fake(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None
-) -> None:
-    return None
-
-
-@torch.library.custom_op("plora::fold", mutates_args=("out",))
-def _fold_out_of_place(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
-) -> None:
-    _fold(weight, lora_A, lora_B, index, scale, seed, out)
-
-
-@_fold_out_of_place.register_fake
-def _fold_out_of_place_fake(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
-) -> None:
-    return None

@@ -12,19 +12,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import grouped, ops
-from .checks import check_alike, check_dropout, check_factors, check_number, check_unselected, index_for
-from .errors import ConfigError, ShapeError, StateError
-from .group_checks import (
+from plora_kernels.checks import (
     GroupSelections,
+    check_alike,
+    check_dropout,
     check_dropout_rows,
+    check_factors,
     check_group_factors,
+    check_number,
+    check_unselected,
     group_index,
     group_offsets,
     group_scales,
     group_seeds,
+    index_for,
 )
-from .selection import Selection
+from plora_kernels.errors import ConfigError, ShapeError, StateError
+from plora_kernels.ops import grouped_linear, linear
+from plora_kernels.selection import Selection
 
 # Kinds of device that torch has no autocast for; to ask whether it is enabled there is an error. Found once, without
 # touching a device: the compiler of torch 2.11 cannot trace the question. A kind that torch does not bring itself has
@@ -121,7 +126,7 @@ def linear_with_index(
 ) -> Tensor:
     """Check x, bias, dtypes and devices, apply autocast and run the operator on an index buffer (None: all modules)."""
     x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
-    return ops.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen, dropout_p, dropout_seed)
+    return linear.linear(x, weight, lora_A, lora_B, bias, index, scale, frozen, dropout_p, dropout_seed)
 
 
 def grouped_with_index(
@@ -142,11 +147,11 @@ def grouped_with_index(
     """Do the same for groups of rows, on index buffers (C, W), offsets (C+1,), scales (C,) times `scale` or None.
 
     Dropout has seeds (C,) int64 and the rows' numbers in their group's mask, (M,) int64, or None to count them from 0.
-    Who calls many layers on the same groups makes these once: `group_checks`' functions return them.
+    Who calls many layers on the same groups makes these once: `plora_kernels.checks` returns them.
     """
     x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
     check_dropout_rows(dropout_rows, math.prod(x.shape[:-1]), x.device)
-    return grouped.linear(
+    return grouped_linear.linear(
         x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, dropout_p, dropout_seeds,
         dropout_rows,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, ShapeError
-from .selection import host_indices
+from plora_kernels.errors import ConfigError, ShapeError
+from plora_kernels.selection import host_indices
 
 
 def forward(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import RankError, SelectionError, ShapeError
+from plora_kernels.errors import RankError, SelectionError, ShapeError
 
 MAX_RANK = 256
 INDEX_MULTIPLE = 16  # the narrowest tile of tl.dot

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 # Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from plora_kernels.configs import forget_tables
+from plora_kernels.tuning.lookup import forget_tables
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -67,10 +67,11 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that receives the number of projections of every joint forward."""
-    from plora_kernels import shared_input
+    from plora_kernels.nn import shared_input
+    from plora_kernels.ops import projections
 
     counts: list[int] = []
-    real = shared_input.forward
+    real = projections.forward
 
     def counted(x: torch.Tensor, operands: list, keep_s: bool) -> list:
         counts.append(len(operands))

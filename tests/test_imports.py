@@ -6,101 +6,164 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-# plora_kernels: each file imports only what stands left of it.
-ORDER = (
-    ("errors", "blocks", "hashing"),
-    ("selection", "tables", "dropout", "candidates"),
-    ("configs",),
-    ("reference", "rounding"),
-    ("backend", "checks", "torch_path", "torch_grouped", "operators", "tile_tables"),
-    ("kernels", "torch_fold", "group_checks", "group_products"),
-    ("ops", "group_memory"),
-    ("folding", "projections", "grouped"),
-    ("functional",),
-    ("row_groups",),
-    ("linear",),
-    ("shared_input",),
-    ("inject",),
-    ("peft",),
-)
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-# What only these files may import.
+# What stands directly in each package, folders and files, from the face down to the ground: each imports only from its
+# own folder and from what stands after it here.
+ORDER = {
+    "plora_kernels": (
+        "nn", "functional", "folding", "ops", "fallback", "kernels", "dispatch", "checks", "backend", "reference",
+        "tile_tables", "selection", "tuning", "counter_rng", "errors",
+    ),
+    "fed": (
+        "__main__", "cli", "commands", "console", "report", "experiments", "simulation", "training", "models", "data",
+        "config", "methods", "types", "seeding", "errors",
+    ),
+    "bench": (
+        "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients", "convergence",
+        "tune", "device", "report", "audit", "measure", "simulation", "providers", "checks", "harness", "gpu_cases",
+        "cases",
+    ),
+}  # fmt: skip
+# Which of the other packages each may import.
+MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_kernels", "fed")}
+# Libraries that only these files and folders may import.
 RESERVED = {
-    "triton": {"plora_kernels/kernels", "bench"},
-    "peft": {"plora_kernels/peft.py", "bench"},
-    "pydantic": {"fed/config.py", "fed/data_config.py", "fed/schema.py", "fed/training_config.py"},
-    "typer": {"fed/cli.py"},
-    "rich": {"fed/cli.py", "fed/console.py", "fed/board.py"},
-    "matplotlib": {"fed/canvas.py", "fed/pictures.py", "fed/curves.py", "fed/heatmaps.py", "bench"},
-    "scipy": {"fed/paired.py"},
-    "tensorboard": {"fed/trackers.py"},
-    "wandb": {"fed/trackers.py"},
-    "mlflow": {"fed/trackers.py"},
-    "sklearn": {"fed/digits.py"},
-    "transformers": {"fed/models.py", "fed/tokens.py", "fed/generate.py", "fed/small_model.py", "bench"},
-    "tokenizers": {"fed/tokens.py", "fed/small_model.py"},
-    "datasets": {"fed/hub.py", "fed/flower_partition.py"},
-    "flwr_datasets": {"fed/flower_partition.py"},
-    "flwr": {"fed/flower.py"},
-}
+    "triton": ("plora_kernels/kernels", "bench"),
+    "peft": ("plora_kernels/nn/peft.py", "bench"),
+    "pydantic": ("fed/config",),
+    "typer": ("fed/cli.py",),
+    "rich": ("fed/cli.py", "fed/console.py"),
+    "matplotlib": ("fed/report", "bench/report/figures.py", "bench/convergence.py"),
+    "scipy": ("fed/report/comparison.py",),
+    "tensorboard": ("fed/experiments/trackers.py",),
+    "wandb": ("fed/experiments/trackers.py",),
+    "mlflow": ("fed/experiments/trackers.py",),
+    "sklearn": ("fed/data/digits.py",),
+    "transformers": (
+        "fed/models", "fed/data/pretrained.py", "fed/data/tokenization.py", "fed/simulation/evaluation.py", "bench",
+    ),
+    "tokenizers": ("fed/data/tokenization.py", "fed/models/small_llama.py"),
+    "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
+    "flwr_datasets": ("fed/data/partition.py",),
+}  # fmt: skip
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def modules() -> dict[str, Path]:
+    """Return the files of the three packages by their dotted names; a package's is that of its `__init__.py`."""
+    found = {}
+    for package in ORDER:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def imports(path: Path) -> list[str]:
+def imports(path: Path, planted: str = "") -> set[str]:
     """Return the dotted names a file imports anywhere in it, relative ones made absolute."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    names = set()
+    for node in ast.walk(ast.parse(f"{path.read_text(encoding='utf-8')}\n{planted}")):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             prefix = list(package[: len(package) - node.level + 1]) if node.level else []
             module = ".".join([*prefix, *([node.module] if node.module else [])])
-            # `from . import x` and `from .kernels import x` name modules; `from .ops import f` a function of one.
-            names += [f"{module}.{alias.name}" for alias in node.names]
+            # `from fed import data` names a module; `from fed.data import deal` something that one holds.
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", sources("plora_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_plora_kernels_imports_leftwards(path: Path) -> None:
-    relative = path.relative_to(ROOT / "plora_kernels").parts
-    if relative == ("__init__.py",):
-        return
-    own = relative[0].removesuffix(".py")
-    for name in imports(path):
-        parts = name.split(".")
-        assert parts[0] not in ("fed", "bench", "tests"), f"{path.name} imports {name}"
-        if parts[0] == "plora_kernels":
-            assert parts[1] == own == "kernels" or LEVEL[parts[1]] < LEVEL[own], f"{path.name} imports {name}"
+def graph(planted: Mapping[str, str] | None = None) -> dict[str, set[str]]:
+    """Return which of the packages' modules each of them imports; `planted` code is read as the end of a module."""
+    found = modules()
+    edges: dict[str, set[str]] = {}
+    for module, path in found.items():
+        edges[module] = set()
+        for name in imports(path, (planted or {}).get(module, "")):
+            while name and name not in found:
+                name = name.rpartition(".")[0]
+            edges[module] |= {name} - {"", module}
+    return edges
 
 
-@pytest.mark.parametrize("path", [*sources("plora_kernels"), *sources("fed"), *sources("bench")], ids=str)
-def test_libraries_are_imported_where_they_belong(path: Path) -> None:
-    relative = path.relative_to(ROOT).as_posix()
-    for name in imports(path):
-        library = name.split(".")[0]
-        if library in RESERVED:
-            places = RESERVED[library]
-            assert any(relative == place or relative.startswith(f"{place}/") for place in places), f"imports {name}"
+def upward(edges: Mapping[str, set[str]]) -> list[str]:
+    """Return the imports that do not go down, in words."""
+    wrong = []
+    for module, names in edges.items():
+        package, *inside = module.split(".")
+        if not inside:
+            continue  # the package itself: what it hands on stands above everything
+        order = ORDER[package]
+        for name in sorted(names):
+            other, *below = name.split(".")
+            if other != package:
+                fine = other in MAY_IMPORT[package]
+            elif not below:
+                fine = False  # the package's face, from inside
+            else:
+                fine = below[0] == inside[0] or order.index(below[0]) > order.index(inside[0])
+            if not fine:
+                wrong.append(f"{module} imports {name}")
+    return wrong
 
 
-@pytest.mark.parametrize("path", sources("fed"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_fed_uses_public_names_of_plora_kernels(path: Path) -> None:
+def circles(edges: Mapping[str, set[str]]) -> list[str]:
+    """Return the modules that import themselves by a detour, and those that import only such."""
+    open_ones = dict(edges)
+    while leaves := [module for module, needs in open_ones.items() if not needs & open_ones.keys()]:
+        for module in leaves:
+            del open_ones[module]
+    return sorted(open_ones)
+
+
+def test_imports_go_down_the_folders_of_every_package() -> None:
+    found = modules()
+    listed = {f"{package}.{name}" for package, names in ORDER.items() for name in names}
+    assert {".".join(module.split(".")[:2]) for module in found} - ORDER.keys() == listed
+    assert upward(graph()) == []
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    assert circles(graph()) == []
+
+
+def test_libraries_are_imported_where_they_belong() -> None:
+    for path in modules().values():
+        relative = path.relative_to(ROOT).as_posix()
+        for name in imports(path):
+            places = RESERVED.get(name.split(".")[0])
+            allowed = places is None or any(relative == place or relative.startswith(f"{place}/") for place in places)
+            assert allowed, f"{relative} imports {name}"
+
+
+def test_fed_uses_public_names_of_plora_kernels() -> None:
     import plora_kernels
 
-    for name in imports(path):
-        parts = name.split(".")
-        assert parts[0] not in ("bench", "tests"), f"imports {name}"
-        if parts[0] == "plora_kernels" and len(parts) > 1:
-            assert parts[1] in plora_kernels.__all__, f"imports {name}"
+    public = set(plora_kernels.__all__)
+    for path in (ROOT / "fed").rglob("*.py"):
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[0] != "plora_kernels" or len(parts) == 1 or parts[1] in public, f"{path} imports {name}"
+
+
+# Imports that do not belong at the end of a file: the file's module, the code, what it imports.
+PLANTED = (
+    ("bench.cases", "from bench.report.figures import draw", "bench.report.figures"),
+    ("fed.errors", "from fed.training import local", "fed.training.local"),
+    ("fed.methods.fedit", "def f():\n    import fed.simulation.rounds", "fed.simulation.rounds"),
+    ("fed.seeding", "from bench import cases", "bench.cases"),
+    ("plora_kernels.kernels.fold", "from plora_kernels import fold_", "plora_kernels"),
+    ("plora_kernels.tuning.blocks", "from ..ops import linear", "plora_kernels.ops.linear"),
+)
+
+
+def test_an_import_that_goes_up_is_seen() -> None:
+    planted = graph({module: code for module, code, _ in PLANTED})
+    assert sorted(upward(planted)) == [f"{module} imports {name}" for module, _, name in PLANTED]
+    assert "fed.errors" in circles(planted)
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import plora_kernels as pk
-from bench.clients_table import clients_markdown
-from bench.device_table import committed_section
-from bench.report import markdown as bench_markdown
-from bench.results import load_run
-from bench.simulation.table import committed_simulation
-from fed import grid
-from fed.report import markdown as demo_markdown
-from fed.report import read
+from bench.report.clients_tables import clients_markdown
+from bench.report.device_tables import committed_section
+from bench.report.simulation_tables import committed_simulation
+from bench.report.suite_results import load_run
+from bench.report.suite_tables import markdown as bench_markdown
+from fed.experiments import plan as plans
+from fed.report.tables import markdown as demo_markdown
+from fed.simulation.run_directory import read
 from tests.support.models import tiny_bert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def test_the_page_of_results_quotes_the_committed_comparisons() -> None:
 @pytest.mark.parametrize("name", ["comparison-digits", "comparison-instructions", "selection-digits"])
 def test_a_committed_comparison_is_of_settings_there_are_and_its_words_of_its_figures(name: str) -> None:
     folder = ROOT / "docs" / "results" / name
-    plan = grid.plan(grid.read(folder))
+    plan = plans.plan(plans.read(folder))
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     assert [variant["name"] for variant in found["variants"]] == [variant.name for variant in plan.variants]
     assert found["missing_runs"] == 0

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from bench.cases import DTYPES
-from bench.records import SIMULATION
+from bench.harness.records import SIMULATION
 
 RANK, ALPHA = 16, 32.0
 COHORTS = (1, 2, 5, 10, 20, 50)

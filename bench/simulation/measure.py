@@ -1,4 +1,4 @@
-"""One case measured: every provider checked, weighed and timed in turn; a record for each."""
+"""One case of training steps measured: every provider checked, weighed and timed in turn; a record for each."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
-from bench.correctness import WrongResultError
-from bench.device_health import require_device
-from bench.memory import peak_bytes
-from bench.simulation.cases import RANK, SimulationCase
-from bench.simulation.correctness import Yardstick
+from bench.checks.correctness import WrongResultError
+from bench.harness.device_health import require_device
+from bench.harness.memory import peak_bytes
+from bench.harness.processes import Outcome, note, one_line
+from bench.harness.records import Record, blank
+from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave
+from bench.simulation.cases import DIGITS_VIT, IMAGE_TOKENS, RANK, SimulationCase, simulation_cases
 from bench.simulation.problem import Problem, Values, make_problem
 from bench.simulation.providers import make_step, providers_of
 from bench.simulation.resident import peft_loop
-from bench.timing import Plan, Step, Timer, WallTimer, interleave
-from bench.workers import note, one_line
-from fed.allocator import keep_freed_memory
+from fed.training.memory import keep_freed_memory
+
+NORMS = {"Frobenius": 2.0, "max": float("inf")}
+SECONDS_EACH = 120.0
+# Whom every loop has, for the others are divided by them.
+REFERENCES = ("base", "peft-loop")
 
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
 # Where the cohort's gradients in fp64 take this long, the check was warm-up enough and a few rounds have to do.
 LONG_SECONDS, LONG_ROUNDS = 3.0, 3
 # On the CPU memory is read from a profile of the step, which costs more than the step: at one size, in small steps.
 WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
-Record = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Found:
     """What came of one provider: its record, and the seconds of each round where it was timed."""
 
-    record: Record
+    record: dict[str, object]
     seconds: list[float] = field(default_factory=list)
 
 
@@ -111,7 +116,7 @@ def _checked(
     return steps, peaks, causes
 
 
-def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> Record:
+def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> dict[str, object]:
     medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
     first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
     return {
@@ -124,7 +129,7 @@ def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str
     }
 
 
-def _facts(case: SimulationCase, device: torch.device, provider: str) -> Record:
+def _facts(case: SimulationCase, device: torch.device, provider: str) -> dict[str, object]:
     return {**case.facts(), "r": RANK, "device": device.type, "threads": torch.get_num_threads(), "provider": provider}
 
 
@@ -142,3 +147,95 @@ def _timer(device: torch.device) -> Timer:
 
 def _nothing() -> None:
     return None
+
+
+class Yardstick:
+    """What the gradients are in exact arithmetic, and how far from that rounding may bring them.
+
+    Each client's gradients count as one vector g; a provider's must satisfy, in Frobenius and in max norm,
+    ‖g − exact‖/‖exact‖ ≤ max(2·e, 4·eps), e being the largest such error of PEFT's loop over the clients, at the
+    precision that is measured.
+    """
+
+    def __init__(self, exact: list[Values], peft: list[Values]) -> None:
+        self.exact = exact
+        eps = max(torch.finfo(value.dtype).eps for value in peft[0].values())
+        self.bounds = {norm: max(2 * max(_errors(peft, exact, order)), 4 * eps) for norm, order in NORMS.items()}
+
+    def check(self, provider: str, found: list[Values]) -> None:
+        """Raise WrongResultError naming the provider, the client, the error and the bound."""
+        if len(found) != len(self.exact):
+            raise WrongResultError(f"{provider} gives gradients of {len(found)} clients, not of {len(self.exact)}")
+        for norm, order in NORMS.items():
+            for client, error in enumerate(_errors(found, self.exact, order)):
+                if not error <= self.bounds[norm]:
+                    raise WrongResultError(
+                        f"{provider}: the gradients of client {client} are off by {error:.3g} in relative {norm} norm; "
+                        f"the bound is {self.bounds[norm]:.3g}"
+                    )
+
+
+def _errors(found: list[Values], exact: list[Values], order: float) -> list[float]:
+    return [_error(one, other, order) for one, other in zip(found, exact, strict=True)]
+
+
+def _error(found: Values, exact: Values, order: float) -> float:
+    """Return ‖found − exact‖/‖exact‖ of all values as one vector; infinity where names or shapes differ."""
+    if found.keys() != exact.keys() or any(found[name].shape != value.shape for name, value in exact.items()):
+        return float("inf")
+    difference = _norm([found[name].double() - value for name, value in exact.items()], order)
+    return (difference / _norm(list(exact.values()), order)).item()
+
+
+def _norm(tensors: list[Tensor], order: float) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t, order) for t in tensors]), order)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A case on a device, as it is sent to a process: whom to measure, and why others are not (any more)."""
+
+    case: SimulationCase
+    device: str
+    providers: tuple[str, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def device_simulations(device_type: str) -> tuple[SimulationCase, ...]:
+    """List a device's cases, what matters most first; on the CPU a tiny one that tries everything."""
+    if device_type == "cuda":
+        return simulation_cases("cuda")
+    return (SimulationCase(DIGITS_VIT, 2, IMAGE_TOKENS, 2, "float32"),)
+
+
+def simulate(work: Simulation) -> list[Record]:
+    """Measure one case."""
+    wanted = [name for name in work.providers if name not in work.failed]
+    found = measure(work.case, torch.device(work.device), wanted=wanted)
+    return [one.record for one in found.values()]
+
+
+def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
+    """Return a record per wanted provider: what a process found or, where it was stopped, had found by then.
+
+    Where it found nothing that is one record, which says why: what is divided by did not run.
+    """
+    found: list[Record] | None = outcome.value
+    if found is None:
+        found = next((told for told in reversed(outcome.notes) if isinstance(told, list)), None)
+    if found is None:
+        return [_lost(work, "base", outcome.error)]
+    named: dict[str, Record] = {record["provider"]: blank(**record) for record in found}
+    named |= {name: _lost(work, name, cause) for name, cause in work.failed.items()}
+    return [named[name] for name in work.providers if name in named]
+
+
+def blamed(outcome: Outcome) -> str | None:
+    """Return the provider that ran alone when its process was stopped, if one did."""
+    last = outcome.notes[-1] if outcome.notes and not outcome.cut else None
+    return last if isinstance(last, str) and last not in REFERENCES else None
+
+
+def _lost(work: Simulation, provider: str, cause: str | None) -> Record:
+    facts = {**work.case.facts(), "device": work.device, "provider": provider}
+    return blank(**facts) | {"status": "not available", "cause": cause}

@@ -1,9 +1,10 @@
-"""What every provider of a case is given: one frozen model, and each client's adapter, head and batch."""
+"""What every provider of a case is given, one frozen model and each client's values and batch, and what it does."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,3 +95,16 @@ def _normal(like: Tensor, shape: tuple[int, ...], variance: float, generator: to
 
 def _cast(values: Values, dtype: torch.dtype) -> Values:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+
+
+class Trainer(Protocol):
+    """A provider made ready for one case. Names of values are those of `Problem.starts`."""
+
+    def step(self) -> None:
+        """Train every client one step: forward, backward, optimiser."""
+
+    def gradients(self) -> list[Values]:
+        """Return the gradients of every client's values where it stands; nothing moves."""
+
+    def values(self) -> list[Values]:
+        """Return every client's values where it stands."""

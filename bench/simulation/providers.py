@@ -8,14 +8,16 @@ simulator's cohort executor, and *cohort-compiled* the same with `cohort_compile
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from bench.simulation.base import BareBase
+from torch import Tensor, nn
+
 from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SimulationCase, simulation_cases
-from bench.simulation.problem import Problem
+from bench.simulation.cohort import CohortTrainer, compiled
+from bench.simulation.models import first_block, sharing_weights
+from bench.simulation.problem import Problem, Trainer
 from bench.simulation.resident import peft_loop, sequential
-from bench.simulation.stacked import StackedTrainer
-from bench.simulation.together import CohortTrainer, compiled
-from bench.simulation.trainer import Trainer
+from bench.simulation.vmap import StackedTrainer
 
 TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "peft-loop": peft_loop,
@@ -43,3 +45,28 @@ def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer 
         return BareBase(problem).step, None
     trainer = TRAINERS[name](problem)
     return trainer.step, trainer
+
+
+class BareBase:
+    """Runs forward, and backward to the first layer's input: no adapters, no gradient of a weight but the head's.
+
+    Only `step` means anything here: there are no clients and nothing is trained.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.model = sharing_weights(problem.model, [problem.head])
+        self.head = list(self.model.get_submodule(problem.head).requires_grad_().parameters())
+        self.batch, self.cohort = problem.joined(), len(problem.batches)
+        self.entered: Tensor | None = None
+        first_block(self.model).register_forward_pre_hook(self._enter)
+
+    def step(self) -> None:
+        for parameter in self.head:
+            parameter.grad = None
+        # The sum of the clients' means, whose batches are of one size.
+        (self.model(**self.batch).loss * self.cohort).backward()
+
+    def _enter(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Ask for the gradient of the states that enter the first layer, (rows, length, width)."""
+        self.entered = given[0].detach().requires_grad_()
+        return (self.entered, *given[1:])

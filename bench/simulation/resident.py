@@ -16,7 +16,7 @@ import plora_kernels as pk
 from bench.simulation.cases import ALPHA, RANK
 from bench.simulation.models import sharing_weights
 from bench.simulation.problem import Problem, Values, make_optimizer
-from fed.losses import client_losses
+from fed.training.losses import client_losses
 
 Loss = Callable[[nn.Module, Values], Tensor]
 # Where a value lives in the model: a module and the name of its parameter.

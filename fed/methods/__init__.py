@@ -6,19 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fed.errors import FedError
-from fed.methods import (
-    fed_plora,
-    fedex_lora,
-    fedit,
-    fedsa_lora,
-    ffa_lora,
-    flexlora,
-    flora,
-    hetlora,
-    raflora,
-    rolora,
-)
-from fed.streams import Source
+from fed.methods import fed_plora, fedex_lora, fedit, fedsa_lora, ffa_lora, flexlora, flora, hetlora, raflora, rolora
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 
 from fed.methods.average import next_state
-from fed.methods.stacks import fold, stacked
-from fed.methods.whole import whole_start
-from fed.streams import Source
+from fed.methods.low_rank import fold, stacked
+from fed.methods.starts import whole_start
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState, Stack
 
 

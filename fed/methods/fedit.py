@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fed.methods.average import next_state
-from fed.methods.whole import whole_start
-from fed.streams import Source
+from fed.methods.starts import whole_start
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 

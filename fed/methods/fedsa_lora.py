@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from fed.methods.average import next_state
-from fed.methods.whole import whole_start
-from fed.streams import Source
+from fed.methods.starts import whole_start
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fed.methods.average import head_means
-from fed.methods.stacks import fold, stacked
-from fed.streams import Source
+from fed.methods.low_rank import fold, stacked
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 

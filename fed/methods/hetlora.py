@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fed.methods.average import head_means
-from fed.methods.stacks import leading_start
-from fed.norms import product_norm
-from fed.streams import Source
+from fed.methods.low_rank import product_norm
+from fed.methods.starts import leading_start
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 
 

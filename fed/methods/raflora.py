@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fed.methods.stacks import leading_start, principal_state, stacked
-from fed.streams import Source
+from fed.methods.low_rank import principal_state, stacked
+from fed.methods.starts import leading_start
+from fed.seeding import Source
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 

@@ -16,23 +16,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import configs
-from ..blocks import (
+from plora_kernels.kernels.launch import Dropout, layer_class
+from plora_kernels.kernels.persistent_matmul import persistent_matmul, takes_descriptors
+from plora_kernels.kernels.replay import empty
+from plora_kernels.kernels.side_product import side_product
+from plora_kernels.kernels.specialised_matmul import specialised_matmul, takes_specialised
+from plora_kernels.kernels.tile_matmul import tile_matmul
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import (
     ALGEBRA_DESIGNS,
     POINTER_DESIGNS,
     SIDE_FIRST,
     SIDE_WITHIN,
     WALKING_DESIGNS,
     MatmulBlocks,
-    pointer_blocks,
 )
-from ..configs import find_blocks
-from .launch import Dropout, layer_class
-from .persistent_matmul import persistent_matmul, takes_descriptors
-from .replay import empty
-from .side_product import side_product
-from .specialised_matmul import specialised_matmul, takes_specialised
-from .tile_matmul import tile_matmul
+from plora_kernels.tuning.defaults import pointer_blocks
+from plora_kernels.tuning.lookup import find_blocks
 
 FEW_ROWS = 64
 
@@ -123,7 +123,7 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
 
     A tile under dropout sums what will be masked apart, in as many registers as the rest.
     """
-    hardware = configs.hardware_of(inputs.device)
+    hardware = lookup.hardware_of(inputs.device)
     shape, aligned = layer_class("forward", inputs, main, width)  # or dX: the defaults are the same
     blocks = pointer_blocks(shape, hardware, aligned)
     if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):

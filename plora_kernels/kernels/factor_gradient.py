@@ -19,13 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from ..blocks import GradientBlocks, ShapeClass, row_splits
-from ..configs import find_blocks
-from .grouped_tiles import Groups, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, dtype_name, is_aligned, launches_dependents
-from .modules import keep_mask, load_modules
-from .replay import empty, launch
+from plora_kernels.kernels.device_functions import keep_mask, load_modules
+from plora_kernels.kernels.grouped_tiles import Groups, row_numbers
+from plora_kernels.kernels.launch import (
+    Dropout,
+    DropoutArguments,
+    cdiv,
+    dot_precision,
+    dtype_name,
+    is_aligned,
+    launches_dependents,
+)
+from plora_kernels.kernels.replay import empty, launch
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import GradientBlocks, ShapeClass, row_splits
+from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit
@@ -235,7 +243,7 @@ def plan_sums(
         # leave.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
     programs = cdiv(d, blocks.block_d) * cdiv(width, blocks.block_r) * count
-    multiprocessors = configs.multiprocessors_of(wide.device)
+    multiprocessors = lookup.multiprocessors_of(wide.device)
     splits = row_splits(rows_each, width, programs, blocks.block_m, blocks.waves, multiprocessors)
     partial = out if splits == 1 else empty((count * splits, width, d), torch.float32, wide.device)
     return Sums(blocks, splits, partial)

@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import FoldBlocks, ShapeClass
-from ..configs import find_blocks
-from ..hashing import seed_halves
-from .hashing import element_words
-from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
-from .modules import load_modules
-from .rounding import round_stochastically
+from plora_kernels.counter_rng import seed_halves
+from plora_kernels.kernels.counter_rng import element_words, round_stochastically
+from plora_kernels.kernels.device_functions import load_modules
+from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
+from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import FoldBlocks, ShapeClass
-from ..configs import find_blocks
-from ..selection import to_device
-from .fold import fold, fold_tile
-from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.fold import fold, fold_tile
+from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.selection import to_device
+from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
+from plora_kernels.tuning.lookup import find_blocks
 
 # weight, lora_A, lora_B, index, scale, seed, out: the arguments of `fold`.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]

@@ -13,15 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from ..blocks import MatmulBlocks, pointer_blocks, tile
-from ..configs import find_blocks
-from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, layer_class, needs_wide_offsets
-from .main_product import multiply
-from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
-from .replay import empty, launch
-from .side_product import side_product
+from plora_kernels.kernels.device_functions import (
+    add_low_rank,
+    keep_mask,
+    load_modules,
+    load_side,
+    multiply,
+    store_side,
+    tile_position,
+)
+from plora_kernels.kernels.grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
+from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, dot_precision, layer_class, needs_wide_offsets
+from plora_kernels.kernels.replay import empty, launch
+from plora_kernels.kernels.side_product import side_product
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import MatmulBlocks, tile
+from plora_kernels.tuning.defaults import pointer_blocks
+from plora_kernels.tuning.lookup import find_blocks
 
 # Elements of a tile, at most, of which a mask drops the low-rank part: that is summed apart, in registers or tensor
 # memory of its own. Of twice as many sm_90 spills, and for sm_100 Triton 3.9 compiles a kernel that does nothing.
@@ -159,7 +167,7 @@ def find_grouped_blocks(
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
     if blocks.design != "tile":
-        blocks = pointer_blocks(shape, configs.hardware_of(inputs.device), aligned)
+        blocks = pointer_blocks(shape, lookup.hardware_of(inputs.device), aligned)
     block_m, block_n = tile(shape.m // max(1, groups.total), blocks.block_m), blocks.block_n
     warps, stages = blocks.num_warps, blocks.num_stages
     if inputs.dtype is torch.float32:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile_tables import tables_of
-from .launch import cdiv
-from .replay import empty, launch, look_up, replayed
+from plora_kernels.kernels.launch import cdiv
+from plora_kernels.kernels.replay import empty, launch, look_up, replayed
+from plora_kernels.tile_tables import tables_of
 
 _GROUPS_A_STEP = 64
 _TILES_A_PROGRAM = 16

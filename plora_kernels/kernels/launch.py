@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import configs
-from ..blocks import ShapeClass
-from ..dropout import threshold
+from plora_kernels.counter_rng import threshold
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import ShapeClass
 
 
 class Dropout(NamedTuple):
@@ -68,7 +68,7 @@ class DropoutArguments(NamedTuple):
 
 def launches_dependents(device: torch.device) -> bool:
     """Say whether a launch on this device may begin before the one it depends on has ended."""
-    return configs.hardware_of(device).has_dependent_launches
+    return lookup.hardware_of(device).has_dependent_launches
 
 
 def cdiv(size: int, block: int) -> int:

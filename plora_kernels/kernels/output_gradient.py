@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from ..blocks import OutputGradientBlocks, ShapeClass, row_splits
-from ..configs import find_blocks
-from .factor_gradient import factor_gradient_, reduce_partials_, store_gradient
-from .launch import cdiv, dot_precision, dtype_name, is_aligned
-from .modules import load_modules
-from .replay import empty, launch, zeros
-from .side_product import side_product
+from plora_kernels.kernels.device_functions import load_modules
+from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_gradient
+from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned
+from plora_kernels.kernels.replay import empty, launch, zeros
+from plora_kernels.kernels.side_product import side_product
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import OutputGradientBlocks, ShapeClass, row_splits
+from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def output_gradient_(
         thin_index = out_index if index is None else None
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
         return side_product(dy, lora_B, index=index, dropout=None, leads=leads)
-    tiles_r, multiprocessors = cdiv(width, blocks.block_r), configs.multiprocessors_of(dy.device)
+    tiles_r, multiprocessors = cdiv(width, blocks.block_r), lookup.multiprocessors_of(dy.device)
     splits = row_splits(rows, width, chunks * tiles_r, blocks.block_m, blocks.waves, multiprocessors)
     # Whole blocks a split, so that no row block straddles two of them.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m

@@ -19,11 +19,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import configs
-from ..blocks import SIDE_WITHIN, MatmulBlocks
-from .launch import cdiv, dot_precision, launches_dependents, needs_wide_offsets
-from .modules import add_scaled_product, load_modules, load_side, store_side, tile_position
-from .replay import launch, zeros
+from plora_kernels.kernels.device_functions import (
+    add_scaled_product,
+    load_modules,
+    load_side,
+    store_side,
+    tile_position,
+)
+from plora_kernels.kernels.launch import cdiv, dot_precision, launches_dependents, needs_wide_offsets
+from plora_kernels.kernels.replay import launch, zeros
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
 
 
 @triton.jit
@@ -344,7 +350,7 @@ def persistent_matmul(
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     tiles_m, tiles_n = cdiv(rows, blocks.block_m), cdiv(d_out, blocks.block_n)
-    programs = min(blocks.resident * configs.multiprocessors_of(inputs.device), tiles_m * tiles_n)
+    programs = min(blocks.resident * lookup.multiprocessors_of(inputs.device), tiles_m * tiles_n)
     makes_side = blocks.design in SIDE_WITHIN and not side_given
     module_blocks = cdiv(width, blocks.block_r)
     # Without places there is no launch of ours that this one would depend on.

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .factor_gradient import factor_gradient_
-from .launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
-from .modules import add_scaled_product, tile_position
-from .output_gradient import output_gradient_
-from .projections_forward import find_projection_blocks
-from .replay import empty, launch, replayed, zeros
-from .side_product import side_product
+from plora_kernels.kernels.device_functions import add_scaled_product, tile_position
+from plora_kernels.kernels.factor_gradient import factor_gradient_
+from plora_kernels.kernels.launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.output_gradient import output_gradient_
+from plora_kernels.kernels.projections_forward import find_projection_blocks
+from plora_kernels.kernels.replay import empty, launch, replayed, zeros
+from plora_kernels.kernels.side_product import side_product
 
 
 @triton.jit

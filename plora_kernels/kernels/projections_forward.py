@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import MatmulBlocks, ShapeClass, tile
-from ..configs import find_blocks
-from .launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
-from .modules import add_scaled_product, tile_position
-from .replay import empty, launch, replayed
+from plora_kernels.kernels.device_functions import add_scaled_product, tile_position
+from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.replay import empty, launch, replayed
+from plora_kernels.tuning.blocks import MatmulBlocks, ShapeClass, tile
+from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit

@@ -22,8 +22,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import configs
-from .launch import dot_precision
+from plora_kernels.kernels.launch import dot_precision
+from plora_kernels.tuning import lookup
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -256,7 +256,7 @@ def replayed(function: F) -> F:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        state, first = configs.tables_state(), arguments[0]
+        state, first = lookup.tables_state(), arguments[0]
         if not isinstance(first, Tensor):
             first = first[0]
         if state is None or first.is_meta:

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import ShapeClass, SideBlocks, tile
-from ..configs import find_blocks
-from .grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from .launch import (
+from plora_kernels.kernels.device_functions import are_selected, keep_mask, load_modules
+from plora_kernels.kernels.grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
+from plora_kernels.kernels.launch import (
     Dropout,
     DropoutArguments,
     cdiv,
@@ -24,8 +23,9 @@ from .launch import (
     launches_dependents,
     needs_wide_offsets,
 )
-from .modules import are_selected, keep_mask, load_modules
-from .replay import empty, launch
+from plora_kernels.kernels.replay import empty, launch
+from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, tile
+from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit

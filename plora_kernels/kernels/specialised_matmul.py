@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import configs
-from ..blocks import MatmulBlocks
-from .launch import cdiv, launches_dependents
-from .modules import tile_position
-from .persistent_matmul import load_either_way, takes_descriptors
-from .replay import launch
+from plora_kernels.kernels.device_functions import tile_position
+from plora_kernels.kernels.launch import cdiv, launches_dependents
+from plora_kernels.kernels.persistent_matmul import load_either_way, takes_descriptors
+from plora_kernels.kernels.replay import launch
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import MatmulBlocks
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def specialised_matmul(
     with torch.cuda.device_of(inputs):
         launch(
             specialised_matmul_kernel,
-            (min(configs.multiprocessors_of(inputs.device), tiles),),
+            (min(lookup.multiprocessors_of(inputs.device), tiles),),
             inputs,
             main.t() if main_transposed else main,
             up.t() if up_transposed else up,

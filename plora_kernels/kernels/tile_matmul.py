@@ -7,11 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..blocks import MatmulBlocks
-from .launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
-from .main_product import multiply
-from .modules import add_low_rank, keep_mask, load_modules, load_side, store_side, tile_position
-from .replay import launch
+from plora_kernels.kernels.device_functions import (
+    add_low_rank,
+    keep_mask,
+    load_modules,
+    load_side,
+    multiply,
+    store_side,
+    tile_position,
+)
+from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
+from plora_kernels.kernels.replay import launch
+from plora_kernels.tuning.blocks import MatmulBlocks
 
 
 @triton.jit

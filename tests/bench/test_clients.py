@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench.clients import Measured, Point, main, measure_all, measure_point
-from bench.clients_table import clients_markdown
-from bench.live import tensor_bytes
-from bench.report import main as report
-from bench.results import ResultsError
+from bench.harness.memory import tensor_bytes
+from bench.harness.records import ResultsError
+from bench.report.clients_tables import clients_markdown
+from bench.report.command import main as report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = ("adapter.rank=2", "clients.ranks=[2]", "train.local_steps=1", "train.batch_size=2", "data.test_rows=20")

@@ -14,15 +14,14 @@ import pytest
 import torch
 
 from bench import compile_ahead
-from bench.check_inputs import DTYPES
+from bench.audit.offline import TARGETS, compiling_for
+from bench.checks.inputs import DTYPES, FORMS, CheckShape
 from bench.compile_ahead import Trying, Work, pieces
-from bench.device_cases import device_cases
-from bench.device_checks import FORMS, CheckShape
-from bench.device_measure import Warmup
-from bench.environment import settle_compilers
-from bench.offline import TARGETS, compiling_for
+from bench.gpu_cases import device_cases
+from bench.harness.machine import settle_compilers
+from bench.measure import Warmup
 from bench.sitting import FIRST_CASES
-from plora_kernels.blocks import ShapeClass
+from plora_kernels.tuning.blocks import ShapeClass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -36,11 +35,11 @@ from pathlib import Path
 from unittest import mock
 from bench import compile_ahead
 from bench.cases import Case, Projection
-from bench.device_checks import CheckShape, run_each_form
-from bench.device_measure import Warmup, warm_up
-from bench.offline import TARGETS, compiling_for
-from plora_kernels.blocks import ShapeClass
-from plora_kernels.configs import noting
+from bench.checks.operators import CheckShape, run_each_form
+from bench.measure import Warmup, warm_up
+from bench.audit.offline import TARGETS, compiling_for
+from plora_kernels.tuning.blocks import ShapeClass
+from plora_kernels.tuning.lookup import noting
 from triton.backends.nvidia.compiler import CUDABackend
 
 cache, device, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -9,17 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.convergence import (
-    Curves,
-    Training,
-    losses,
-    main,
-    make_model,
-    peft_factors,
-    train_all,
-    with_fused,
-    with_peft,
-)
+from bench.convergence import Curves, Training, losses, main, make_model, peft_factors, train_all, with_fused, with_peft
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from bench.cases import cases
-from bench.providers import provider_names
-from bench.report import markdown
-from bench.results import load_run
+from bench.providers.registry import provider_names
+from bench.report.suite_results import load_run
+from bench.report.suite_tables import markdown
 from bench.simulation.cases import simulation_cases
 from bench.simulation.providers import providers_of
 from tests.conftest import pytest_sessionstart

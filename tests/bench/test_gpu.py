@@ -7,24 +7,27 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from bench import device_run, device_steps, gpu
+from bench import gpu
 from bench.cases import FOLDS, OPS, Case
-from bench.check_inputs import draw
-from bench.correctness import WrongResultError
-from bench.device_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
-from bench.device_checks import CheckShape, check_shapes, poisoned_outputs, run_checks
-from bench.device_measure import measure_on_device
-from bench.device_table import by_case, committed_section, device_markdown, summary
-from bench.providers import every_provider
-from bench.records import KEYS, SIMULATION, load_records
-from bench.report import GPU_BEGIN, GPU_END, main
+from bench.checks.correctness import WrongResultError, poisoned_outputs
+from bench.checks.inputs import CheckShape, draw
+from bench.checks.operators import check_shapes, run_checks
+from bench.device import run as device_run
+from bench.device import simulations
+from bench.gpu_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
+from bench.harness import machine
+from bench.harness.records import KEYS, SIMULATION, load_records
+from bench.harness.timing import Plan
+from bench.measure import measure_on_device
+from bench.providers.registry import every_provider
+from bench.report.command import GPU_BEGIN, GPU_END, main
+from bench.report.device_tables import by_case, committed_section, device_markdown, summary
 from bench.simulation.providers import COMPILED
 from bench.simulation.providers import PROVIDERS as SIMULATED
-from bench.timing import Plan
-from plora_kernels import configs
-from plora_kernels.blocks import DESIGNS, Hardware
 from plora_kernels.kernels import replay
-from tests.test_imports import imports, run_python, sources
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import DESIGNS, Hardware
+from tests.test_imports import imports, modules, run_python
 
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused-apart", "fused-inplace", "fused"]
@@ -80,7 +83,7 @@ def test_training_steps_of_many_clients_are_measured_and_shown(results: Path) ->
 
 def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_records(results)
-    for module, name in ((gpu, "ceilings"), (device_run, "perform"), (device_steps, "perform")):
+    for module, name in ((gpu, "ceilings"), (device_run, "perform"), (simulations, "perform")):
         monkeypatch.setattr(module, name, lambda *given: pytest.fail("measured again"))
     assert gpu.main(["--out", str(results.parent), *QUICK]) == 0
     assert load_records(results) == before
@@ -99,7 +102,7 @@ def test_without_time_it_says_what_is_left(tmp_path: Path, capsys: pytest.Captur
 def test_other_code_is_not_mixed_in(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "source_digest", lambda: "changed")
+    monkeypatch.setattr(machine, "source_digest", lambda: "changed")
     assert gpu.main(["--out", str(results.parent), *QUICK]) == 2
     assert "--fresh starts over" in capsys.readouterr().err
 
@@ -136,7 +139,7 @@ def test_records_name_the_blocks_and_replayed_calls_are_checked(monkeypatch: pyt
         slots[4].mul_(1.001)
 
     monkeypatch.setattr(replay._Launch, "run", off)
-    configs.forget_tables()
+    lookup.forget_tables()
     records = {r["provider"]: r for r in measure_on_device(case, CPU, plan, wanted, {})}
     assert records["fused"]["status"] == "wrong"
 
@@ -155,13 +158,13 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
 
 def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:
     absent = {"pydantic", "datasets", "flwr", "hypothesis", "ruff", "typer", "rich", "tomli_w", "sklearn", "scipy"}
-    for path in [*sources("plora_kernels"), *sources("bench")]:
+    for path in (path for name, path in modules().items() if not name.startswith("fed")):
         assert not {name.split(".")[0] for name in imports(path)} & absent, path.name
     # Of the simulator it takes what trains clients, which imports none of them either.
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({sorted(absent)})
-import bench.gpu, bench.tune, bench.report
+import bench.gpu, bench.tune.command, bench.report.command, bench.sitting
 print("imported")
 """
     assert run_python(code).strip() == "imported"
@@ -276,11 +279,11 @@ def test_a_missing_device_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def test_a_difference_between_two_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import device_checks
+    from bench.checks import operators
 
     drift = iter(range(1, 100))
-    fused = device_checks._fused
-    monkeypatch.setattr(device_checks, "_fused", lambda *given: {"y": fused(*given)["y"] + next(drift)}, raising=True)
+    fused = operators._fused
+    monkeypatch.setattr(operators, "_fused", lambda *given: {"y": fused(*given)["y"] + next(drift)}, raising=True)
     shape = CheckShape("cpu", "float32", 4, 4, 4, 2)
     with pytest.raises(WrongResultError, match="y of two runs differ by"):
-        device_checks._check_deterministic(shape, draw(shape), "deterministic")
+        operators._check_deterministic(shape, draw(shape), "deterministic")

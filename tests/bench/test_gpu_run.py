@@ -18,22 +18,28 @@ from typing import Any
 import pytest
 import torch
 
-from bench import device_run, device_steps, environment, gpu, records
+from bench import gpu
 from bench.cases import Case
-from bench.device_cases import GATE, TINY, device_cases
-from bench.device_checks import GATE_SHAPES, CheckShape, check_shapes
-from bench.device_jobs import Check, Job, Timing, default_blocks_alone, perform
-from bench.device_measure import Warmup, untimed
-from bench.device_state import Run, Work, case_facts, left
-from bench.records import SIMULATION, RecordFile, load_records
+from bench.checks import operators
+from bench.checks.inputs import CheckShape
+from bench.checks.operators import GATE_SHAPES, check_shapes
+from bench.device import run as device_run
+from bench.device import simulations
+from bench.device.jobs import Check, Job, Timing, default_blocks_alone, perform
+from bench.device.state import Run, Work, case_facts, left
+from bench.gpu_cases import GATE, TINY, device_cases
+from bench.harness import machine, records
+from bench.harness.processes import LostProcessError, Outcome, note, outcomes
+from bench.harness.records import SIMULATION, RecordFile, load_records
+from bench.harness.timing import Plan
+from bench.measure import Warmup, untimed
 from bench.simulation.cases import DIGITS_VIT, SimulationCase
-from bench.simulation.device import Simulation, blamed, simulate, simulation_records
+from bench.simulation.measure import Simulation, blamed, simulate, simulation_records
 from bench.simulation.providers import COMPILED as COMPILED_STEPS
-from bench.timing import Plan
-from bench.workers import LostProcessError, Outcome, note, outcomes
-from plora_kernels import configs
-from plora_kernels.blocks import MatmulBlocks, ShapeClass, default_blocks
-from plora_kernels.tables import Entry, Table
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import MatmulBlocks, ShapeClass
+from plora_kernels.tuning.defaults import default_blocks
+from plora_kernels.tuning.tables import Entry, Table
 
 FORWARD = Case("forward", TINY, 32, 4, "float32")
 QUICK = ["--device", "cpu", "--rounds", "2", "--providers", "base", "peft", "inplace", "fused"]
@@ -91,7 +97,7 @@ def hangs_in_a_form(job: Job) -> Any:
     for form in job.work.forms:
         if form == "folded mask":
             time.sleep(600.0)
-        found.append(device_run.check_record(shape, form) | {"status": "passed"})
+        found.append(operators.check_record(shape, form) | {"status": "passed"})
         note(found[-1])
     return found
 
@@ -150,14 +156,14 @@ def jobs_of(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         work = job.work
         seen.append(work)
         if isinstance(work, Check):
-            return [device_run.check_record(work.shape, form) | {"status": "passed"} for form in work.forms]
+            return [operators.check_record(work.shape, form) | {"status": "passed"} for form in work.forms]
         if isinstance(work, Timing):
             return timed(work.case, work.providers)
         assert isinstance(work, Simulation)
         names = dict.fromkeys(["base", "peft-loop", *work.providers])
         return [{**work.case.facts(), "provider": name, "status": "timed"} for name in names]
 
-    for module in (device_run, device_steps):
+    for module in (device_run, simulations):
         monkeypatch.setattr(module, "perform", record)
     return seen
 
@@ -208,7 +214,7 @@ def test_a_run_goes_on_with_other_tables_and_every_record_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(environment, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(machine, "PACKAGED", tmp_path / "packaged")
     out = ["--out", str(tmp_path), *QUICK, "--no-checks"]
     assert gpu.main([*out, "--ops", "forward", "--cases", "1"]) == 0
     (tmp_path / "cache").mkdir()
@@ -218,7 +224,7 @@ def test_a_run_goes_on_with_other_tables_and_every_record_says_which(
     found = load_records(tmp_path / "cpu.json")[1]
     first, second = ({r["tables"] for r in found if (r.get("m") == 32) is is_first} for is_first in (True, False))
     assert first == {"none"}
-    assert second == {environment.tables_digest()}
+    assert second == {machine.tables_digest()}
     assert {record["tables"] for record in load_records(tmp_path / "cpu-defaults.json")[1]} == {None}
     assert "tables" not in load_records(tmp_path / "cpu.json")[0]
 
@@ -226,15 +232,15 @@ def test_a_run_goes_on_with_other_tables_and_every_record_says_which(
 def test_default_blocks_are_taken_whatever_tables_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     shape = ShapeClass("forward", "float32", 64, 64, 64, 16)
-    default = default_blocks(shape, configs.hardware_of(device), aligned=True)
+    default = default_blocks(shape, lookup.hardware_of(device), aligned=True)
     assert isinstance(default, MatmulBlocks)
     other = replace(default, block_m=default.block_m * 2)
     table = Table({}, (Entry(shape, other, 1.0),))
-    monkeypatch.setattr(configs, "_tables_of", functools.cache(lambda device: (table,)))
-    configs.forget_tables()
+    monkeypatch.setattr(lookup, "_tables_of", functools.cache(lambda device: (table,)))
+    lookup.forget_tables()
 
     def taken() -> object:
-        return configs.find_blocks(MatmulBlocks, shape, device, aligned=True)
+        return lookup.find_blocks(MatmulBlocks, shape, device, aligned=True)
 
     assert taken() == other
     with default_blocks_alone():
@@ -353,10 +359,10 @@ def steps_hang_in_vmap(job: Job) -> Any:
 
 
 def test_a_step_that_hangs_costs_its_provider_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_steps, "perform", steps_hang_in_vmap)
-    monkeypatch.setattr(device_steps, "SECONDS_EACH", 2.0)
+    monkeypatch.setattr(simulations, "perform", steps_hang_in_vmap)
+    monkeypatch.setattr(simulations, "SECONDS_EACH", 2.0)
     run = a_run(tmp_path, workers=1)
-    device_steps.time_simulations(run, [STEP])
+    simulations.time_simulations(run, [STEP])
     found = of_provider(run)
     why = "not done after 2 s; its process was stopped"
     assert found.pop("vmap") == found.pop(COMPILED_STEPS) == ("not available", why)

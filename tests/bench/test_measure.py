@@ -7,10 +7,10 @@ import torch
 
 import plora_kernels as pk
 from bench.cases import OPS, Case, Op, Projection, several
-from bench.correctness import WrongResultError
+from bench.checks.correctness import WrongResultError
+from bench.harness.timing import Plan
 from bench.measure import Measurement, measure
-from bench.providers import provider_names
-from bench.timing import Plan
+from bench.providers.registry import provider_names
 
 PLAN = Plan(seconds_per_provider=0.0, min_rounds=3)
 CPU = torch.device("cpu")

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, sitting, tune
-from bench.records import load_records
+from bench import gpu, sitting
+from bench.device import state
+from bench.harness.records import load_records
 from bench.sitting import Step
+from bench.tune import command
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +49,7 @@ def test_the_plan_fits_its_sitting(name: str, device: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", list(sitting.LIMITS))
 def test_every_step_is_a_command_that_exists(name: str, device: str, tmp_path: Path) -> None:
-    parsers = {"bench.gpu": gpu.parse, "bench.tune": tune.parse}
+    parsers = {"bench.gpu": gpu.parse, "bench.tune": command.parse}
     for step in sitting.plan(name, tmp_path, device):
         if step.module != "pytest":
             parsed = parsers[step.module]([*step.arguments, "--budget-seconds", "9"])
@@ -57,7 +59,7 @@ def test_every_step_is_a_command_that_exists(name: str, device: str, tmp_path: P
 def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was_found(tmp_path: Path) -> None:
     steps = {step.name: step for step in sitting.plan("first", tmp_path, "cuda")}
     assert list(steps) == ["facts", "tuner", "tuned", "defaults", "tests"]
-    classes = tune.choose_classes(tune.parse(steps["tuner"].arguments))
+    classes = command.choose_classes(command.parse(steps["tuner"].arguments))
     assert [shape.op for shape in classes] == [
         *("side_product", "output_gradient", "factor_gradient", "forward", "input_gradient", "fold")
     ]
@@ -67,7 +69,7 @@ def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was
     assert (tuned.defaults, defaults.defaults) == (False, True)
     assert {shape.dtype for shape in gpu.choose_work(tuned).first_checks} == {"bfloat16"}
     assert gpu.choose_work(tuned).last_checks == []
-    assert gpu.choose_work(gpu.parse(steps["facts"].arguments)) == gpu.Work([], [], (), [])
+    assert gpu.choose_work(gpu.parse(steps["facts"].arguments)) == state.Work([], [], (), [])
 
 
 def test_a_full_disk_ends_a_sitting_that_says_what_is_left(
@@ -83,7 +85,7 @@ def test_a_full_disk_ends_a_sitting_that_says_what_is_left(
 
 
 def test_records_name_the_code_where_there_is_no_git(tmp_path: Path) -> None:
-    parsers = {"bench.gpu": gpu.parse, "bench.tune": tune.parse}
+    parsers = {"bench.gpu": gpu.parse, "bench.tune": command.parse}
     for name in sitting.LIMITS:
         steps = [step for step in sitting.plan(name, tmp_path, "cuda", "0a1b2c3") if step.module != "pytest"]
         assert steps

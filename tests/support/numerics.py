@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels import reference
-from plora_kernels.dropout import multiplier
+from plora_kernels.counter_rng import multiplier
 
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 FEW, ORDERS = 64, 8

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fed.data import FederatedData
-from fed.samples import DenseTable, Split
+from fed.data.federated_data import FederatedData
+from fed.data.tables import DenseTable, Split
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from plora_kernels.kernels.hashing import element_words
+from plora_kernels.kernels.counter_rng import element_words
 
 
 @triton.jit

@@ -1,0 +1,6 @@
+"""Compile every kernel for GPUs that need not be here: `python -m bench.audit`."""
+
+from bench.audit.command import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""One compilation of everything a shape launches, for one target: what to compile, and the rows that came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import plora_kernels as pk
+from bench.audit.machine_code import LIMITS, instructions_of, is_trap, resident_blocks, usage_of
+from bench.audit.offline import Launch, Target, compiling_for
+from bench.checks.designs import Shape, design_ways
+from bench.harness.machine import settle_compilers
+from bench.harness.processes import one_line, outcomes
+from plora_kernels.tuning.blocks import DESIGNS, Blocks, ShapeClass
+from plora_kernels.tuning.lookup import forcing
+from plora_kernels.tuning.tables import PACKAGED, load_table
+
+DTYPES = ("bfloat16", "float16", "float32")
+# One job compiles some ten kernels.
+SECONDS_EACH = 900.0
+
+
+# The shapes users have, odd ones, a decode step.
+SHAPES = (
+    Shape(8192, 4096, 4096, 16),
+    Shape(8192, 1001, 1001, 5),
+    Shape(8192, 768, 768, 256, indexed=True),
+    Shape(8192, 4096, 4096, 64, indexed=True),
+    Shape(8192, 2048, 8192, 32),
+    Shape(8192, 1000, 1000, 16, indexed=True),
+    Shape(8192, 4096, 4096, 5),
+    Shape(512, 4096, 1024, 16),
+    Shape(37, 50, 29, 5),
+    Shape(1, 4096, 4096, 16),
+)
+DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexed=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became on one target; `error` instead of figures where it does not compile.
+
+    `code` is a digest of what was compiled: equal ones are the same machine code. A `candidate` is no default and in no
+    table: one that spills is slow, and no launch takes it.
+    """
+
+    kernel: str
+    case: str
+    target: str
+    code: str = ""
+    candidate: bool = False
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    shared_limit_bytes: int = 0
+    blocks_resident: int = 0
+    instructions: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation of everything a shape launches, with the blocks a design or a table's entry says."""
+
+    shape: Shape
+    dtype: str
+    target: Target
+    name: str = ""
+    blocks: tuple[tuple[str, Blocks], ...] = ()
+    candidate: bool = False
+
+    @property
+    def case(self) -> str:
+        """Return the job in words."""
+        shape = self.shape
+        words = [self.dtype, f"M{shape.m}", f"K{shape.k}", f"N{shape.n}", f"R{shape.r}"]
+        return " ".join([*words, *(["indexed"] if shape.indexed else []), *([self.name] if self.name else [])])
+
+
+def run_shape(shape: Shape, dtype: torch.dtype) -> None:
+    """Call every operator once on tensors without storage: a forward, its backward, the folds."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, weight, bias = empty(shape.m, shape.k), empty(shape.n, shape.k), empty(shape.n)
+    lora_A, lora_B = empty(shape.r, shape.k), empty(shape.n, shape.r)
+    selected = list(range(shape.r)) if shape.indexed else None
+    leaves = [tensor.requires_grad_() for tensor in (x, lora_A, lora_B)]
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=2.0)
+    torch.autograd.grad(y, leaves, empty(shape.m, shape.n))
+    form = "frozen" if shape.indexed else "folded"
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, unselected=form, dropout_p=0.1, dropout_seed=1)
+    torch.autograd.grad(y, leaves, empty(shape.m, shape.n))
+    with torch.no_grad():
+        kept = [0] if shape.indexed and shape.r > 1 else []
+        pk.fold_(weight, lora_A, lora_B, kept, scale=2.0)
+        if dtype is not torch.float32:
+            pk.fold(weight, lora_A, lora_B, kept, scale=2.0, rounding="stochastic", seed=1)
+        pk.fold_many_([pk.Fold(weight, lora_A, lora_B, kept, 2.0, out=empty(shape.n, shape.k)) for _ in range(2)])
+
+
+def run_groups(shape: Shape, dtype: torch.dtype) -> None:
+    """Call the grouped form on four groups of the shape's rows and differentiate it, without dropout and with it."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    leaves = [
+        empty(*size).requires_grad_() for size in ((shape.m, shape.k), (4, shape.r, shape.k), (4, shape.n, shape.r))
+    ]
+    offsets, seeds = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4))
+    selected = [list(range(shape.r - 1))] * 4 if shape.indexed else None
+    form: dict[str, Any] = {"bias": empty(shape.n), "groups": offsets, "dropout_seed": seeds, "selected": selected}
+    numbers = torch.empty(shape.m, dtype=torch.int64, device="meta")
+    for unselected, p, rows in (("folded", 0.0, None), ("frozen", 0.1, None), ("frozen", 0.1, numbers)):
+        form |= {"unselected": unselected, "dropout_p": p, "dropout_rows": rows}
+        y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], **form)
+        torch.autograd.grad(y, leaves, torch.empty_like(y))
+
+
+def run_projections(shape: Shape, dtype: torch.dtype) -> None:
+    """Call three projections of one input together, two of them a quarter as wide, and differentiate them together."""
+    widths = {"q_proj": shape.n, "k_proj": max(1, shape.n // 4), "v_proj": max(1, shape.n // 4)}
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(shape.k, n, name != "k_proj", "meta", dtype) for name, n in widths.items()}
+    )
+    handle = pk.inject(model, pk.PLoRAConfig(rank=shape.r, target_modules=list(widths), fuse_projections=True))
+    x = torch.empty(shape.m, shape.k, dtype=dtype, device="meta", requires_grad=True)
+    ys = [layer(x) for layer in handle.layers.values()]
+    torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+
+
+def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
+    """Yield the defaults of every shape."""
+    for shape in shapes:
+        yield from (Job(shape, dtype, target) for dtype in dtypes for target in targets)
+
+
+def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
+    """Yield every design that is a candidate on a target, in each of its ways to overlap."""
+    for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
+        for way, blocks in design_ways(design, shape, dtype, target.hardware).items():
+            yield Job(shape, dtype, target, way, tuple(blocks.items()), candidate=True)
+
+
+def table_jobs(targets: Sequence[Target], folder: Path = PACKAGED) -> Iterator[Job]:
+    """Yield the entries of the packaged tables, on the target their device belongs to."""
+    for path in sorted(folder.glob("*.json")):
+        table = load_table(path)
+        for target in targets:
+            if table.meta.get("capability") != target.capability:
+                continue
+            for entry in table.entries:
+                blocks = ((entry.shape.op, entry.blocks),)
+                yield Job(_layer(entry.shape), entry.shape.dtype, target, path.stem, blocks)
+
+
+def _layer(shape: ShapeClass) -> Shape:
+    """Return a layer whose `shape.op` has these sizes."""
+    if shape.op == "fold":
+        return Shape(128, shape.d_in, shape.d_out, shape.r)
+    if shape.op in ("forward", "side_product", "factor_gradient"):
+        return Shape(shape.m, shape.d_in, shape.d_out, shape.r)
+    return Shape(shape.m, shape.d_out, shape.d_in, shape.r)
+
+
+def audit_job(job: Job) -> list[Row]:
+    """Compile everything a job launches and read it; what does not compile is a row that says so."""
+    settle_compilers()
+    failed = []
+    with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
+        try:
+            run_shape(job.shape, getattr(torch, job.dtype))
+            run_projections(job.shape, getattr(torch, job.dtype))
+            run_groups(job.shape, getattr(torch, job.dtype))
+        except Exception as error:  # whatever the compiler raises is a finding
+            last = f"after {launches[-1].kernel}" if launches else "the first"
+            failed.append(Row(last, job.case, job.target.name, error=one_line(error)))
+    return [_row(launch, job) for launch in launches] + failed
+
+
+def _row(launch: Launch, job: Job) -> Row:
+    if is_trap(launch.compiled):
+        code = launch.compiled.hash[:12]
+        return Row(launch.kernel, job.case, job.target.name, code, job.candidate, error="compiles to a trap")
+    usage, limits = usage_of(launch.compiled), LIMITS[job.target.name]
+    return Row(
+        kernel=launch.kernel,
+        case=job.case,
+        target=job.target.name,
+        code=launch.compiled.hash[:12],
+        candidate=job.candidate,
+        registers=usage.registers,
+        spill_bytes=usage.spill_bytes,
+        shared_bytes=usage.shared_bytes,
+        shared_limit_bytes=limits.shared_bytes_a_block,
+        blocks_resident=resident_blocks(usage, launch.num_warps, limits),
+        instructions=instructions_of(launch.compiled),
+    )
+
+
+def audit(jobs: Sequence[Job], workers: int) -> list[Row]:
+    """Return the rows of all jobs in their order, each machine code once; a dot on stderr for each job."""
+    found: dict[int, list[Row]] = {}
+    for position, outcome in outcomes(audit_job, jobs, workers=workers, seconds_each=SECONDS_EACH):
+        job = jobs[position]
+        lost = [Row("-", job.case, job.target.name, error=outcome.error)]
+        found[position] = outcome.value if outcome.error is None else lost
+        print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    rows: dict[tuple[str, str | None], Row] = {}
+    for position in sorted(found):
+        for row in found[position]:
+            rows.setdefault((row.code or row.case, row.error), row)
+    return list(rows.values())

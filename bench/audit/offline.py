@@ -1,0 +1,126 @@
+"""Compile kernels for GPUs that are not there: Triton is told of a device, and launches stop short of it.
+
+The operators run on tensors without storage. Triton's own binder specialises every argument (tensors, integers,
+descriptors, tuples) as at run time, so what is compiled is what would run; no kernel has to be registered here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from plora_kernels.tuning.blocks import Hardware
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture: Triton's backend and name for it, and `capability` as `plora_kernels` chooses blocks by.
+
+    `multiprocessors` are those of a typical device, which persistent launches and row splits are sized to.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    capability: int
+    multiprocessors: int
+
+    @property
+    def hardware(self) -> Hardware:
+        """Return what blocks are chosen by."""
+        return Hardware(self.capability, self.multiprocessors)
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 80, 108),
+        Target("sm_90", "cuda", 90, 32, 90, 132),
+        Target("sm_100", "cuda", 100, 32, 100, 148),
+        Target("gfx942", "hip", "gfx942", 64, 0, 304),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was compiled and not made: the kernel's name and what the compiler gave."""
+
+    kernel: str
+    compiled: Any
+    num_warps: int
+
+
+class _AbsentDevice:
+    """Stands in for Triton's driver: says which device there would be."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target.name)  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _asking_for_kernels() -> list[ModuleType]:
+    """Return the modules that ask whether kernels take a tensor; they say no to one without storage."""
+    import plora_kernels
+
+    loaded = [module for name, module in sys.modules.items() if name.startswith(f"{plora_kernels.__name__}.")]
+    return [module for module in loaded if hasattr(module, "runs_kernels") and not module.__name__.endswith(".backend")]
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[list[Launch]]:
+    """Compile every launch for `target` instead of making it, and list them; operators take tensors on "meta".
+
+    What the compiler raises bears the name of the kernel as a note.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    import plora_kernels.tuning.lookup
+
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        try:
+            compiled = run(self, *arguments, grid=grid, warmup=True, **named)
+        except Exception as error:
+            error.add_note(self.fn.__name__)
+            raise
+        launches.append(Launch(self.fn.__name__, compiled, compiled.metadata.num_warps))
+        return compiled
+
+    plora_kernels.tuning.lookup.forget_tables()
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        # Asked for by name, a kernel that does not compile raises instead of giving way to torch.
+        patches.enter_context(mock.patch.dict(os.environ, PLORA_BACKEND="triton"))
+        for module in _asking_for_kernels():
+            patches.enter_context(mock.patch.object(module, "runs_kernels", return_value=True))
+        for name, value in (("capability_of", target.capability), ("multiprocessors_of", target.multiprocessors)):
+            patches.enter_context(mock.patch.object(plora_kernels.tuning.lookup, name, return_value=value))
+        patches.enter_context(mock.patch.object(driver, "_active", _AbsentDevice(target)))
+        patches.callback(plora_kernels.tuning.lookup.forget_tables)
+        yield launches

@@ -1,0 +1,144 @@
+"""What checks on a device run on and are held against: one layer's tensors, drawn, and its results in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bench.cases import generator_on
+from bench.checks.correctness import Results, WrongResultError, check
+from bench.checks.designs import Shape as AuditShape
+from bench.checks.designs import design_blocks
+from plora_kernels import reference
+from plora_kernels.counter_rng import multiplier
+from plora_kernels.tuning.blocks import DESIGNS, Blocks, Hardware
+from plora_kernels.tuning.lookup import hardware_of
+
+if TYPE_CHECKING:
+    pass
+
+FORMS = (
+    "all",
+    "folded mask",
+    "frozen mask",
+    "folded mask dropout",
+    "frozen mask dropout",
+    "none selected",
+    "strided",
+    "fold",
+    "folds agree",
+    "deterministic",
+    "replayed",
+    "grouped",
+    "grouped mask dropout",
+    "siblings",
+)
+CUDA_FORMS = ("graph replay", "no synchronisation")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+# tf32 keeps ten bits of the mantissa.
+TF32_EPS = 2.0**-10
+SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host."""
+
+    x: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    bias: Tensor
+    dy: Tensor
+    mask: Tensor
+
+
+def draw(shape: CheckShape) -> Inputs:
+    """Draw a shape's tensors, always the same."""
+    seed = hash((shape.m, shape.k, shape.n, shape.r)) % 2**31
+    generator = generator_on(torch.device(shape.device), seed)
+
+    m, k, n, r = shape.m, shape.k, shape.n, shape.r
+
+    def normal(*size: int, spread: float = 1.0) -> Tensor:
+        drawn = torch.randn(size, generator=generator, device=shape.device) * spread
+        # An output that is one number has no other that gives its scale: nothing in it may cancel.
+        return (drawn.abs() if m * n * k == 1 else drawn).to(DTYPES[shape.dtype])
+
+    return Inputs(
+        x=normal(m, k),
+        weight=normal(n, k, spread=k**-0.5),
+        A=normal(r, k, spread=k**-0.5),
+        B=normal(n, r, spread=r**-0.5),
+        bias=normal(n),
+        dy=normal(m, n, spread=n**-0.5),
+        mask=torch.arange(r) % 3 == 0,
+    )
+
+
+def expected(
+    inputs: Inputs,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    unselected: str,
+    dropout_p: float = 0.0,
+    dropout_seed: int = DROPOUT_SEED,
+) -> Results:
+    """Return y and every gradient of ⟨y, dy⟩ by plain torch in a dtype."""
+    x, weight, A, B, bias, dy = (
+        t.to(dtype) for t in (inputs.x, inputs.weight, inputs.A, inputs.B, inputs.bias, inputs.dy)
+    )
+    mask = None if mask is None else mask.to(x.device)
+    seed = torch.tensor(dropout_seed, device=x.device)
+    dropped = multiplier(seed, x.shape[0], x.shape[1], dropout_p, dtype) if dropout_p else None
+    y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected, dropout=dropped)
+    gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected, dropout=dropped)
+    return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
+
+
+def hold(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
+    """Raise WrongResultError where results are worse than `bench.checks.correctness` allows."""
+    check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
+
+
+def require_equal(form: str, first: Results, second: Results) -> None:
+    """Raise WrongResultError where two runs differ by a bit; tensors without storage have none."""
+    for name, value in first.items():
+        if not value.is_meta and not torch.equal(value, second[name]):
+            distance = (value.double() - second[name].double()).abs().max().item()
+            raise WrongResultError(f"{form}: {name} of two runs differ by {distance:.3g}")
+
+
+@dataclass(frozen=True)
+class CheckShape:
+    """One dtype ("tf32" is float32 with tf32 allowed) and shape on one device type; all forms of it.
+
+    On "meta" nothing is compared: the forms of a GPU are run for what they launch.
+    """
+
+    device: str
+    dtype: str
+    m: int
+    k: int
+    n: int
+    r: int
+
+    def forms(self) -> tuple[str, ...]:
+        """Return what is checked; designs, on a GPU that has them, where lines start at multiples of 16."""
+        forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is no groups
+        if self.device == "cpu":
+            return forms
+        here = torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device(self.device)
+        hardware = hardware_of(here)
+        aligned = self.k % 16 == 0 and self.n % 16 == 0
+        designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, hardware)]
+        # A graph launches what any call does: without a device there is nothing to learn of it.
+        return forms + (CUDA_FORMS if self.device == "cuda" else CUDA_FORMS[1:]) + tuple(designs)
+
+    def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
+        """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
+        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), self.dtype, hardware)

@@ -1,0 +1,115 @@
+"""Whether several adapters at once are right on the device at hand: many over one weight, and many weights of one x."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import plora_kernels as pk
+from bench.checks.correctness import Results
+from bench.checks.inputs import DROPOUT_P, DROPOUT_SEED, DTYPES, SCALE, Inputs, expected, hold
+
+if TYPE_CHECKING:
+    from bench.checks.inputs import CheckShape
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Hold three groups, the second without rows, to one call each; with "dropout" masks, dropout and seeds as well."""
+    drops = form.endswith("dropout")
+    bounds = [0, shape.m // 3, shape.m // 3, shape.m]
+    groups = [
+        replace(
+            inputs,
+            x=inputs.x[first:last],
+            dy=inputs.dy[first:last],
+            A=inputs.A.roll(group, 1),
+            B=inputs.B.roll(group, 0),
+            mask=inputs.mask.roll(group),
+        )
+        for group, (first, last) in enumerate(itertools.pairwise(bounds))
+    ]
+    seeds = [DROPOUT_SEED + group for group in range(len(groups))]
+    leaves = {
+        "dx": inputs.x.detach().requires_grad_(),
+        "dA": torch.stack([group.A for group in groups]).requires_grad_(),
+        "dB": torch.stack([group.B for group in groups]).requires_grad_(),
+        "dbias": inputs.bias.detach().requires_grad_(),
+    }
+    y = pk.plora_linear(
+        leaves["dx"],
+        inputs.weight,
+        leaves["dA"],
+        leaves["dB"],
+        torch.stack([group.mask for group in groups]) if drops else None,
+        bias=leaves["dbias"],
+        scale=SCALE,
+        dropout_p=DROPOUT_P if drops else 0.0,
+        dropout_seed=seeds if drops else None,
+        groups=bounds,
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    results = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    def alone(dtype: torch.dtype) -> Results:
+        parts = [
+            expected(group, dtype, group.mask if drops else None, "folded", DROPOUT_P if drops else 0.0, seed)
+            for group, seed in zip(groups, seeds, strict=True)
+        ]
+        return {
+            **{name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")},
+            **{name: torch.stack([part[name] for part in parts]) for name in ("dA", "dB")},
+            "dbias": inputs.dy.to(dtype).sum(0),
+        }
+
+    hold(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
+
+
+class _Siblings(nn.Module):
+    """Three projections of one tensor, as an attention has them, their outputs side by side."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        for name, weight in zip(NAMES, weights, strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([getattr(self, name)(x) for name in NAMES], 1)
+
+
+def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Hold three layers of one x, which `fuse_projections` computes in one launch, to plain torch each by itself."""
+    bias = torch.zeros_like(inputs.bias)
+    layers = [
+        replace(
+            inputs, bias=bias, weight=inputs.weight.roll(turn, 0), A=inputs.A.roll(turn, 1), B=inputs.B.roll(turn, 0)
+        )
+        for turn in range(len(NAMES))
+    ]
+    model = _Siblings([layer.weight for layer in layers])
+    config = pk.PLoRAConfig(rank=shape.r, alpha=SCALE * shape.r, target_modules=list(NAMES), fuse_projections=True)
+    handle = pk.inject(model, config)
+    for name, layer in zip(NAMES, layers, strict=True):
+        handle.layers[name].set_factors(layer.A, layer.B)
+    x = inputs.x.detach().requires_grad_()
+    y = model(x)
+    factors = [factor for name in NAMES for factor in (handle.layers[name].lora_A, handle.layers[name].lora_B)]
+    d_x, *others = torch.autograd.grad(y, [x, *factors], torch.cat([inputs.dy] * len(NAMES), 1))
+    results: Results = {"y": y.detach(), "dx": d_x, "dA": torch.stack(others[::2]), "dB": torch.stack(others[1::2])}
+
+    def alone(dtype: torch.dtype) -> Results:
+        parts = [expected(layer, dtype, None, "folded") for layer in layers]
+        return {
+            "y": torch.cat([part["y"] for part in parts], 1),
+            "dx": torch.stack([part["dx"] for part in parts]).sum(0),
+            **{name: torch.stack([part[name] for part in parts]) for name in ("dA", "dB")},
+        }
+
+    hold(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))

@@ -1,0 +1,253 @@
+"""Whether the operators are right on the device at hand, in every dtype: held against fp64 before anything is timed.
+
+Each check runs `plora_linear` forward and backward, or `fold_`, on fresh random inputs with every output poisoned
+first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.checks.correctness`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+import plora_kernels as pk
+from bench.checks.correctness import Results, WrongResultError, poisoned_outputs
+from bench.checks.inputs import (
+    DROPOUT_P,
+    DROPOUT_SEED,
+    DTYPES,
+    SCALE,
+    CheckShape,
+    Inputs,
+    draw,
+    expected,
+    hold,
+    require_equal,
+)
+from bench.checks.many_adapters import check_grouped, check_siblings
+from bench.harness.device_health import require_device
+from bench.harness.processes import note, one_line
+from bench.harness.records import blank
+from plora_kernels import reference
+from plora_kernels.tuning.lookup import forcing, hardware_of
+
+# M, K, N, R. What is timed first, with no more rows than fill every multiprocessor; a small one; a decode step.
+GATE_SHAPES = {
+    "cuda": ((2048, 4096, 4096, 16), (256, 512, 384, 16), (1, 1024, 1024, 16)),
+    "cpu": ((37, 50, 29, 5),),
+}
+# Aligned and odd, one row, one of everything, ranks of every width, more tiles than multiprocessors.
+SHAPES = {
+    "cuda": (
+        *GATE_SHAPES["cuda"],
+        (37, 50, 29, 5),
+        (1, 1, 1, 1),
+        (16, 512, 1536, 64),
+        (257, 1001, 513, 33),
+        (300, 1000, 520, 128),
+        (512, 512, 512, 256),
+        (4100, 2048, 2048, 32),
+    ),
+    "cpu": (*GATE_SHAPES["cpu"], (1, 1, 1, 1)),
+}
+
+
+def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
+    """List what is checked on a device: every dtype it has, at every shape, bfloat16 first."""
+    names = DTYPES if device_type == "cuda" else [name for name in DTYPES if name != "tf32"]
+    return tuple(CheckShape(device_type, name, *shape) for name in names for shape in SHAPES[device_type])
+
+
+def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[dict[str, object]]:
+    """Run every form of one shape, or some, and return a record for each; a failure is a record, not an exception.
+
+    Each record is noted as it is made. Raises LostProcessError if a form leaves a device that does no more work.
+    """
+    records = []
+    for form, error in run_each_form(shape, forms):
+        found: dict[str, object] = {"status": "passed"}
+        if error is not None:
+            found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
+        records.append(check_record(shape, form) | found)
+        note(records[-1])
+    return records
+
+
+def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
+    """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
+    inputs = draw(shape)
+    with _tf32(shape.dtype == "tf32"):
+        for form in shape.forms() if forms is None else forms:
+            try:
+                for _ in range(2):  # the second call of a form replays what the first recorded
+                    with poisoned_outputs():
+                        _check_of(form)(shape, inputs, form)
+            except Exception as error:  # a kernel that does not compile is as wrong as one that errs
+                require_device(shape.device, error)
+                yield form, error
+            else:
+                yield form, None
+
+
+def check_record(shape: CheckShape, form: str) -> dict[str, object]:
+    """Return the record of one form of a shape, without what was found."""
+    facts = {name: value for name, value in asdict(shape).items() if name != "device"}
+    return blank(op="check", form=form, provider="fused", device=shape.device, **facts)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _is_wrong(error: Exception) -> bool:
+    return isinstance(error, WrongResultError)
+
+
+def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
+    """Return what a form selects and what becomes of the rest."""
+    if form in ("all", "strided") or form.startswith("design"):
+        return None, "folded"
+    if form == "none selected":
+        return torch.zeros_like(mask), "folded"
+    return mask, "frozen" if form.startswith("frozen") else "folded"
+
+
+def _fused(inputs: Inputs, mask: Tensor | None, unselected: str, dropout_p: float = 0.0) -> Results:
+    """Return y and every gradient of ⟨y, dy⟩ by the operator."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in (("dx", inputs.x), ("dA", inputs.A), ("dB", inputs.B), ("dbias", inputs.bias))
+    }
+    y = pk.plora_linear(
+        leaves["dx"],
+        inputs.weight,
+        leaves["dA"],
+        leaves["dB"],
+        mask,
+        bias=leaves["dbias"],
+        scale=SCALE,
+        unselected=unselected,
+        dropout_p=dropout_p,
+        dropout_seed=DROPOUT_SEED if dropout_p else None,
+    )
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    mask, unselected = _selection(form, inputs.mask)
+    given = inputs
+    if form == "strided":  # every second column of a wider x, the transpose of a transposed weight
+        x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
+        given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
+    dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
+    exact, plain = (
+        expected(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
+    )
+    hold(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+
+
+def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    with forcing(shape.blocks(form.removeprefix("design "), hardware_of(inputs.x.device))):
+        _check_linear(shape, inputs, form)
+
+
+def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    # The mask stays on the host: how many modules it leaves is known there.
+    exact, plain = (
+        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), inputs.mask, scale=SCALE)
+        for dtype in (torch.float64, DTYPES[shape.dtype])
+    )
+    folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
+    hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+
+
+def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """In place, out of place and together with another weight a fold gives the same bits."""
+    factors = (inputs.A, inputs.B, inputs.mask)
+    in_place = pk.fold_(inputs.weight.clone(), *factors, scale=SCALE)
+    out_of_place = pk.fold(inputs.weight, *factors, scale=SCALE)
+    many = [inputs.weight.clone(), inputs.weight.clone()]
+    pk.fold_many_([pk.Fold(weight, *factors, scale=SCALE) for weight in many])
+    for other in (out_of_place, *many):
+        require_equal(form, {"weight": in_place}, {"weight": other})
+
+
+def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    first, second = (_fused(inputs, None, "folded") for _ in range(2))
+    require_equal(form, first, second)
+
+
+def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
+    _fused(inputs, None, "folded")
+    other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
+    exact, plain = (expected(other, dtype, None, "folded", 0.0) for dtype in (torch.float64, DTYPES[shape.dtype]))
+    hold(shape, form, _fused(other, None, "folded"), exact, plain)
+
+
+def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Capture forward and backward in a CUDA graph, replay it on other inputs and compare with plain calls."""
+    static = Inputs(**{name: tensor.clone() for name, tensor in vars(inputs).items()})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            _fused(static, None, "folded")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _fused(static, None, "folded")
+    for sign in (1, -1):  # twice: state that a replay leaves behind would spoil the next
+        static.x.copy_(inputs.x * sign)
+        static.dy.copy_(inputs.dy * sign)
+        graph.replay()
+        require_equal(form, captured, _fused(static, None, "folded"))
+
+
+def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    """Run forward, backward and a layer's select with synchronising calls refused."""
+    linear = torch.nn.Linear(shape.k, shape.n, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(inputs.weight.clone(), requires_grad=False)
+    layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r)
+    layer.set_factors(inputs.A, inputs.B)
+    _fused(inputs, None, "folded")
+    with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():
+        _fused(inputs, inputs.mask.to(inputs.x.device, non_blocking=True), "folded")
+        layer.select([0])
+        layer(inputs.x).backward(inputs.dy)
+
+
+@contextmanager
+def _synchronisation_refused() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+_CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
+    "fold": _check_fold,
+    "folds agree": _check_folds_agree,
+    "deterministic": _check_deterministic,
+    "replayed": _check_replayed,
+    "graph replay": _check_replay,
+    "no synchronisation": _check_no_synchronisation,
+    "grouped": check_grouped,
+    "grouped mask dropout": check_grouped,
+    "siblings": check_siblings,
+}
+
+
+def _check_of(form: str) -> Callable[[CheckShape, Inputs, str], None]:
+    """Return the function that checks a form: one of its own, or that of a layer."""
+    return _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)

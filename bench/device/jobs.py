@@ -1,0 +1,84 @@
+"""What `python -m bench.gpu` has done in processes of its own: checks, warm-ups, timings and training steps."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.cases import Case
+from bench.checks.inputs import CheckShape
+from bench.checks.operators import run_checks
+from bench.harness.timing import Plan
+from bench.measure import Warmup, measure_on_device, warm_up
+from bench.simulation.measure import Simulation, simulate
+from plora_kernels.tuning import lookup
+
+
+@dataclass(frozen=True)
+class Check:
+    """Some forms of a shape to check."""
+
+    shape: CheckShape
+    forms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Providers of a case to time in turn; those that `failed` ahead, and why, are recorded and not run."""
+
+    case: Case
+    device: str
+    plan: Plan
+    providers: tuple[str, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work, with the blocks that tables say or with the default ones."""
+
+    work: Check | Warmup | Timing | Simulation
+    defaults: bool = False
+
+
+def perform(job: Job) -> Any:
+    """Do one piece of work and return what it found."""
+    # Compiling runs in as many processes as there are cores already.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    try:
+        with default_blocks_alone() if job.defaults else nullcontext():
+            return _perform(job.work)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other processes need the memory
+
+
+def _perform(work: Check | Warmup | Timing | Simulation) -> Any:
+    match work:
+        case Check():
+            return run_checks(work.shape, work.forms)
+        case Warmup():
+            return warm_up(work)
+        case Timing():
+            return measure_on_device(work.case, torch.device(work.device), work.plan, work.providers, work.failed)
+        case Simulation():
+            return simulate(work)
+
+
+@contextmanager
+def default_blocks_alone() -> Iterator[None]:
+    """Have every launch take the default blocks of its shape, whatever tables there are."""
+    no_tables = functools.cache(lambda device: ())
+    with mock.patch.object(lookup, "_tables_of", no_tables):
+        lookup.forget_tables()
+        try:
+            yield
+        finally:
+            lookup.forget_tables()

@@ -1,0 +1,48 @@
+"""The part of `python -m bench.gpu` that measures training steps of many clients."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.device.jobs import perform
+from bench.device.state import LEAST_SECONDS, Run
+from bench.harness.processes import Outcome, Workers
+from bench.harness.records import Record
+from bench.simulation.cases import SimulationCase
+from bench.simulation.measure import SECONDS_EACH, Simulation, blamed, simulation_records
+from bench.simulation.providers import COMPILED
+
+
+def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> None:
+    """Time training steps of many clients until the time is up: compiled ones after all others."""
+    jobs = []
+    for compiled in (False, True):
+        for case in cases:
+            names = tuple(name for name in run.missing_steps(case) if (name == COMPILED) is compiled)
+            if names:
+                jobs.append(run.job(Simulation(case, run.device, names)))
+    with Workers(perform, min(run.workers, len(jobs), 1), SECONDS_EACH) as workers:
+        for position, outcome in workers.outcomes(jobs, run.end - LEAST_SECONDS, run.end):
+            item = jobs[position].work
+            assert isinstance(item, Simulation)
+            ran = blamed(outcome)
+            if outcome.value is None and ran is not None:
+                run.say(f"    FAILED {item.case.name}: {ran}: {outcome.error}")
+                item = replace(item, failed={**item.failed, ran: str(outcome.error)})
+                if not set(item.providers) <= set(item.failed):
+                    jobs.append(run.job(item))
+                    continue
+                outcome = Outcome([])
+            if outcome.cut and not any(isinstance(told, list) for told in outcome.notes):
+                continue
+            records = simulation_records(item, outcome)
+            run.file.add(records)
+            speeds = ", ".join(map(_speed, records))
+            run.say(f"[{position + 1}/{len(jobs)}] {item.case.name}: {speeds} clients·steps/s")
+            for record in records:
+                if record["status"] != "timed":
+                    run.say(f"    {str(record['status']).upper()} {record['provider']}: {record['cause']}")
+
+
+def _speed(record: Record) -> str:
+    speed = record.get("clients_steps_per_second")
+    return f"{record['provider']} {f'{speed:.4g}' if speed else '–'}"

@@ -1,0 +1,97 @@
+"""What a run of `python -m bench.gpu` has found so far, what it is to find, and how things are called in words."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bench.cases import Case
+from bench.checks.inputs import CheckShape
+from bench.checks.operators import check_record
+from bench.device.jobs import Check, Job, Timing
+from bench.harness.records import RecordFile, check_key
+from bench.harness.timing import Plan
+from bench.measure import Warmup, chosen_providers
+from bench.simulation.cases import SimulationCase
+from bench.simulation.measure import Simulation
+from bench.simulation.providers import providers_of
+
+# Nothing is begun this close to the end of a stage.
+LEAST_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything there is to do, in order."""
+
+    first_checks: Sequence[CheckShape]
+    cases: Sequence[Case]
+    simulations: Sequence[SimulationCase]
+    last_checks: Sequence[CheckShape]
+
+
+@dataclass
+class Run:
+    """A run's settings and what it has found so far. `workers` compile ahead; 0 does everything in this process."""
+
+    device: str
+    file: RecordFile
+    providers: tuple[str, ...]
+    workers: int
+    plan: Plan
+    defaults: bool
+    started: float
+    end: float
+    failed: dict[tuple[object, ...], dict[str, str]] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
+
+    def job(self, work: Check | Warmup | Timing | Simulation) -> Job:
+        return Job(work, self.defaults)
+
+    def missing(self, case: Case) -> tuple[str, ...]:
+        """Return the providers of a case that have no record."""
+        known = self.file.of_case(case_facts(case))
+        return tuple(name for name in chosen_providers(case, self.providers) if name not in known)
+
+    def missing_forms(self, shape: CheckShape) -> tuple[str, ...]:
+        """Return the forms of a shape that have no record."""
+        done, facts = self.file.done(), check_record(shape, "")
+        return tuple(form for form in shape.forms() if check_key(facts, form) not in done)
+
+    def missing_steps(self, case: SimulationCase) -> tuple[str, ...]:
+        """Return the providers of a training step that have no record: none where the base could not run."""
+        known = self.file.of_case(case.facts())
+        if "base" in known and known["base"]["status"] != "timed":
+            return ()
+        return tuple(name for name in providers_of(case) if name not in known)
+
+
+def left(run: Run, work: Work) -> list[str]:
+    """Say what has no record yet, in words."""
+    found = [f"{title(case)} ({', '.join(names)})" for case in work.cases if (names := run.missing(case))]
+    found += [f"{case.name} ({', '.join(names)})" for case in work.simulations if (names := run.missing_steps(case))]
+    checks = unchecked(run, [*work.first_checks, *work.last_checks])
+    return found + [f"check {check_title(check.shape)}" for check in checks]
+
+
+def unchecked(run: Run, shapes: Sequence[CheckShape]) -> list[Check]:
+    """Return the forms of shapes that have no record."""
+    return [Check(shape, forms) for shape in shapes if (forms := run.missing_forms(shape))]
+
+
+def title(case: Case) -> str:
+    """Return a case in words."""
+    rows = f"M {case.m} " if case.m else ""
+    return f"{case.op} {case.projection.k}×{case.projection.n} {rows}R {case.r} {case.dtype}"
+
+
+def check_title(shape: CheckShape) -> str:
+    """Return a checked shape in words."""
+    return f"{shape.dtype} M {shape.m} K {shape.k} N {shape.n} R {shape.r}"
+
+
+def case_facts(case: Case) -> dict[str, object]:
+    """Return what a case's records are found by."""
+    k, n = case.projection.k, case.projection.n
+    return {"op": case.op, "m": case.m, "k": k, "n": n, "r": case.r, "dtype": case.dtype}

@@ -1,0 +1,1 @@
+"""How a measurement is taken: time, memory, machine, worker processes, records."""

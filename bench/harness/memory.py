@@ -1,0 +1,66 @@
+"""Memory that torch holds: the peak of one call beyond what was there before it, and all tensors there are."""
+
+import gc
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the largest sum of bytes live during `run()` that were not live before it.
+
+    CUDA: `max_memory_allocated` minus what was allocated at the start. CPU: the highest running sum of the
+    allocations and frees of torch's CPU allocator, as torch's profiler records them. Both count tensors
+    (results, saved activations, gradients, temporaries), compiled code's included; neither counts scratch
+    space that a matmul library takes past torch's allocator.
+    """
+    if device.type == "cuda":
+        return _cuda_peak_bytes(run, device)
+    return _cpu_peak_bytes(run)
+
+
+def _cuda_peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak_bytes(run: Callable[[], object]) -> int:
+    # There is one cycle to record; torch 2.11 warns that it forgets those before it, unless asked not to.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        kept = run()
+    del kept
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of every tensor that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at some libraries' objects deprecates them
+        for found in gc.get_objects():
+            if issubclass(type(found), torch.Tensor):
+                storage = found.untyped_storage()
+                try:
+                    storages[storage.data_ptr()] = storage.nbytes()
+                except RuntimeError:  # a compiler's stand-in for a tensor: there is no memory behind it
+                    continue
+    return sum(storages.values())

@@ -1,0 +1,144 @@
+"""What `python -m bench.gpu` leaves: a JSON list of records, written whole after every case, so that a cut run resumes.
+
+The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
+that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
+Several projections of one input have `widths`, whose sum is n. This library's providers have `blocks`, by op: the
+designs and sizes its kernels took. Training steps, op "simulation", have no matrix and no
+time_ms, but seconds for all clients of a cohort.
+
+A case's providers may come from several runs, or several loops of one: each provider has one record a case, and what
+is missing is timed in a loop of its own with *base* and *peft*, which have their records already. So every ratio is of
+one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the record's own loop, and `ratio_to_peft` is
+against PEFT in it. Ratios of a case compare where times of different loops do not.
+
+Every record says in `tables` which tables of block sizes it ran with, as a digest: tables may change from one run to
+the next, the code may not. Under `--defaults` it is null, and the records have a file of their own.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The op of training steps, which have keys of their own.
+SIMULATION = "simulation"
+KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
+# What must agree for new records to stand beside old ones.
+SAME = ("device", "device_name", "versions", "source")
+Record = Mapping[str, Any]
+
+
+def case_key(record: Record) -> tuple[object, ...]:
+    """Return what tells one case from another; the providers of a case share it."""
+    if record["op"] == SIMULATION:
+        return tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
+    return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
+
+
+def check_key(record: Record, form: str) -> tuple[object, ...]:
+    """Return the key of one form of a checked shape."""
+    return case_key({**record, "op": "check", "form": form})
+
+
+def blank(**known: object) -> dict[str, object]:
+    """Return a record with every key there must be, null unless known."""
+    return dict.fromkeys(KEYS) | known
+
+
+@dataclass
+class RecordFile:
+    """Records and the file that holds them; each that is added says `stamp` too."""
+
+    path: Path
+    meta: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    stamp: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records and write the file; what cannot be written is not there."""
+        before = len(self.records)
+        self.records.extend({**record, **self.stamp} for record in records)
+        try:
+            self.save()
+        except OSError:
+            del self.records[before:]
+            raise
+
+    def save(self) -> None:
+        """Write the file: one record a line."""
+        lines = ",\n".join(
+            json.dumps(record, ensure_ascii=False) for record in (blank(op="meta") | self.meta, *self.records)
+        )
+        write_text(self.path, f"[\n{lines}\n]\n")
+
+    def done(self) -> set[tuple[object, ...]]:
+        """Return the keys of the cases that have records."""
+        return {case_key(record) for record in self.records}
+
+    def of_case(self, facts: Record) -> dict[str, Record]:
+        """Return a case's records by provider."""
+        key = case_key(facts)
+        return {record["provider"]: record for record in self.records if case_key(record) == key}
+
+
+def open_records(
+    path: Path, meta: Mapping[str, Any], *, fresh: bool, stamp: Mapping[str, Any] | None = None
+) -> RecordFile:
+    """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
+
+    Records added from now on say what `stamp` says; those of the file keep what they say.
+
+    Raises ResultsError if the file was made by another device, other versions or other code.
+    """
+    if fresh or not path.exists():
+        return RecordFile(path, dict(meta), stamp=dict(stamp or {}))
+    old, records = load_records(path)
+    for name in SAME:
+        if old.get(name) != meta.get(name):
+            was, now = old.get(name), meta.get(name)
+            raise ResultsError(f"{path} was made with {name} {was!r}, now it is {now!r}; --fresh starts over")
+    return RecordFile(path, old, list(records), dict(stamp or {}))
+
+
+def holds_records(path: Path) -> bool:
+    """Say whether a file holds a list, as `python -m bench.gpu` writes it, and not what the suites save."""
+    return path.is_file() and path.read_text(encoding="utf-8").lstrip().startswith("[")
+
+
+def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Return a file's meta record and the others.
+
+    Raises ResultsError naming the file and what is wrong: it is missing, not JSON, no list, or lacks a key.
+    """
+    if not path.is_file():
+        raise ResultsError(f"{path} does not exist; `python -m bench.gpu --out {path.parent}` writes it")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(saved, list) or not saved or not all(isinstance(record, dict) for record in saved):
+        raise ResultsError(f"{path} is no list of records; `python -m bench.gpu` writes one")
+    for position, record in enumerate(saved):
+        missing = [name for name in KEYS if name not in record]
+        if missing:
+            raise ResultsError(f"record {position} of {path} has no {missing[0]!r}")
+    if saved[0]["op"] != "meta":
+        raise ResultsError(f"record 0 of {path} has op {saved[0]['op']!r}; the first must be 'meta'")
+    return saved[0], saved[1:]
+
+
+class ResultsError(ValueError):
+    """A results file that is missing or does not hold what a benchmark run saves."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: under a temporary name first, then renamed; where that fails the old one stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file by itself

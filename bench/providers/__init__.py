@@ -1,0 +1,1 @@
+"""Who is measured: the base matmul, PEFT, torch.compile'd PEFT and this library."""

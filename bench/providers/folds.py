@@ -1,0 +1,158 @@
+"""The providers of folds: of one weight in place, of one into a buffer, of many in place."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor
+
+import plora_kernels as pk
+from bench.cases import Case, Problem
+from bench.checks.correctness import WITH_ADAPTER, WITHOUT_ADAPTER, Expected, Results, numbered
+from bench.harness.timing import Step
+from bench.providers.base import Maker, Provider
+from bench.providers.peft_layers import peft_siblings
+
+
+def _nothing() -> None:
+    """Undo what needs no undoing."""
+
+
+def _provider(
+    written: Sequence[Tensor],
+    before: Sequence[Tensor] | None,
+    run: Callable[[], object],
+    undo: Callable[[], None] = _nothing,
+    expected: Expected = WITH_ADAPTER,
+) -> Provider:
+    """Time `run`, which writes `written`; before each call that is `before`, to the bit, or NaN where there is none."""
+
+    def reset() -> None:
+        undo()
+        for position, weight in enumerate(written):
+            weight.fill_(float("nan")) if before is None else weight.copy_(before[position])
+
+    def results() -> Results:
+        reset()
+        run()
+        return numbered("weight", [weight.clone() for weight in written])
+
+    return Provider(Step(run, reset), results, expected)
+
+
+def _copy(case: Case, problem: Problem) -> Provider:
+    """Copy every weight once: one read and one write of it, the least that any fold does."""
+    originals = [part.weight for part in problem.parts()]
+    written = [torch.empty_like(original) for original in originals]
+
+    def copy() -> None:
+        for weight, original in zip(written, originals, strict=True):
+            weight.copy_(original)
+
+    return _provider(written, None, copy, expected=WITHOUT_ADAPTER)
+
+
+def _peft(case: Case, problem: Problem) -> Provider:
+    originals, written = _weights(problem)
+    layers = _peft_layers(case, problem, written)
+
+    def merge() -> None:
+        for layer in layers:
+            layer.merge()
+
+    return _provider(written, originals, merge, lambda: _unmerge(layers))
+
+
+def _peft_out(case: Case, problem: Problem) -> Provider:
+    _, written = _weights(problem)
+    (layer,) = _peft_layers(case, problem, written)
+
+    def merge_copy() -> None:
+        written[0].copy_(problem.weight)
+        layer.merge()
+
+    return _provider(written, None, merge_copy, lambda: _unmerge([layer]))
+
+
+def _peft_layers(case: Case, problem: Problem, weights: Sequence[Tensor]) -> list[PeftLinear]:
+    return list(peft_siblings(case, problem, weights).children())
+
+
+def _unmerge(layers: Sequence[PeftLinear]) -> None:
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+
+
+def _inplace(case: Case, problem: Problem) -> Provider:
+    originals, written = _weights(problem)
+    parts = problem.parts()
+
+    def fold() -> None:
+        for weight, part in zip(written, parts, strict=True):
+            weight.addmm_(part.B, part.A, alpha=part.scale)
+
+    return _provider(written, originals, fold)
+
+
+def _inplace_out(case: Case, problem: Problem) -> Provider:
+    buffer = torch.empty_like(problem.weight)
+
+    def fold() -> None:
+        torch.addmm(problem.weight, problem.B, problem.A, alpha=problem.scale, out=buffer)
+
+    return _provider([buffer], None, fold)
+
+
+def _fused_each(case: Case, problem: Problem) -> Provider:
+    originals, written = _weights(problem)
+    parts = problem.parts()
+
+    def fold() -> None:
+        for weight, part in zip(written, parts, strict=True):
+            pk.fold_(weight, part.A, part.B, [], scale=part.scale)
+
+    return _provider(written, originals, fold)
+
+
+def _fused_out(case: Case, problem: Problem) -> Provider:
+    buffer = torch.empty_like(problem.weight)
+
+    def fold() -> None:
+        pk.fold(problem.weight, problem.A, problem.B, [], scale=problem.scale, out=buffer)
+
+    return _provider([buffer], None, fold)
+
+
+def _fused_many(case: Case, problem: Problem) -> Provider:
+    originals, written = _weights(problem)
+    parts = problem.parts()
+
+    def fold() -> None:
+        pairs = zip(written, parts, strict=True)
+        pk.fold_many_([pk.Fold(weight, part.A, part.B, [], scale=part.scale) for weight, part in pairs])
+
+    return _provider(written, originals, fold)
+
+
+def _weights(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every projection's weight, and a copy of each in memory of its own to fold into."""
+    originals = [part.weight for part in problem.parts()]
+    return originals, [original.clone() for original in originals]
+
+
+FOLD: dict[str, Maker] = {"base": _copy, "peft": _peft, "inplace": _inplace, "fused": _fused_each}
+FOLD_OUT: dict[str, Maker] = {
+    "base": _copy,
+    "peft": _peft_out,
+    "inplace": _inplace_out,
+    "fused-inplace": _fused_each,
+    "fused": _fused_out,
+}
+FOLD_MANY: dict[str, Maker] = {
+    "base": _copy,
+    "peft": _peft,
+    "inplace": _inplace,
+    "fused-apart": _fused_each,
+    "fused": _fused_many,
+}

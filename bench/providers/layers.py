@@ -1,0 +1,137 @@
+"""The providers of passes over one layer: forward, forward and backward, and that under LoRA dropout.
+
+*inplace* is the best that a few calls of plain torch do: the library's matmul, then `addmm_`, which reads and writes
+the result once more. It is what fused kernels have to beat besides PEFT.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import plora_kernels as pk
+from bench.cases import DROPOUT_P, Case, Problem
+from bench.providers.base import Maker, Provider, ProviderUnavailableError, layer_provider, named_factors
+from bench.providers.dropout_masks import kept_by_call, kept_by_layer, kept_by_torch
+from bench.providers.peft_layers import frozen_linear, peft_factors, peft_siblings
+
+
+def base(case: Case, problem: Problem) -> Provider:
+    """The frozen matmuls alone, one after another where there are several."""
+    weights = [part.weight for part in problem.parts()]
+    return layer_provider(case, problem, lambda x: tuple(F.linear(x, weight) for weight in weights), {})
+
+
+def _peft(case: Case, problem: Problem) -> Provider:
+    return _peft_layer(case, problem, None)
+
+
+def _peft_autocast(case: Case, problem: Problem) -> Provider:
+    if case.torch_dtype not in (torch.bfloat16, torch.float16):
+        raise ProviderUnavailableError(f"autocast computes in half precision; the case is {case.dtype}")
+    return _peft_layer(case, problem, torch.float32)
+
+
+def _peft_layer(case: Case, problem: Problem, adapter_dtype: torch.dtype | None) -> Provider:
+    """PEFT's layer with adapters in the weight's dtype, or in another one under autocast."""
+    siblings = peft_siblings(case, problem, [problem.weight], adapter_dtype=adapter_dtype, dropout=_dropout_p(case))
+    (layer,) = siblings.children()
+    A, B = peft_factors(layer)
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(x.device.type, dtype=case.torch_dtype):
+            return (layer(x),)
+
+    kept = kept_by_torch(problem, A.dtype) if _dropout_p(case) else None
+    return layer_provider(
+        case, problem, call if adapter_dtype else lambda x: (layer(x),), named_factors([A], [B]), kept
+    )
+
+
+def _peft_compiled(case: Case, problem: Problem) -> Provider:
+    siblings = peft_siblings(case, problem, [problem.weight], dropout=_dropout_p(case))
+    (layer,) = siblings.children()
+    factors = peft_factors(layer)
+
+    def make(compiled: Callable[[Tensor], Tensor]) -> Provider:
+        kept = kept_by_call(compiled, problem, *factors) if _dropout_p(case) else None
+        adapter = named_factors(factors[:1], factors[1:])
+        return layer_provider(case, problem, lambda x: (compiled(x),), adapter, kept)
+
+    return compiled_provider(layer, make)
+
+
+def compiled_provider(module: torch.nn.Module, make: Callable[[Callable], Provider]) -> Provider:
+    """Compile a module, make its provider and run that once; raises ProviderUnavailableError where it cannot."""
+    # Dynamo counts recompilations by code object, and every case's PEFT layer has the same one.
+    torch.compiler.reset()
+    try:
+        provider = make(torch.compile(module, fullgraph=True))
+        provider.results()
+    except RuntimeError as error:  # what torch.compile raises, a missing C++ compiler included
+        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ProviderUnavailableError(cause) from error
+    return provider
+
+
+def _inplace(case: Case, problem: Problem) -> Provider:
+    factors = named_factors([problem.A.clone()], [problem.B.clone()])
+    for factor in factors.values():
+        factor.requires_grad_(case.op == "forward_backward")
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        return (InPlaceLinear.apply(x, problem.weight, *factors.values(), problem.scale),)
+
+    return layer_provider(case, problem, call, factors)
+
+
+def _fused(case: Case, problem: Problem) -> Provider:
+    layer = fused_layer(case, problem)
+    kept = kept_by_layer(problem) if _dropout_p(case) else None
+    return layer_provider(case, problem, lambda x: (layer(x),), named_factors([layer.lora_A], [layer.lora_B]), kept)
+
+
+def fused_layer(case: Case, problem: Problem) -> pk.FusedPLoRALinear:
+    """Return this library's layer over one projection's weight, with its factors."""
+    linear = frozen_linear(problem.weight)
+    alpha = problem.scale * case.r
+    layer = pk.FusedPLoRALinear.from_linear(linear, rank=case.r, alpha=alpha, dropout=_dropout_p(case))
+    layer.set_factors(problem.A, problem.B)
+    return layer
+
+
+def _dropout_p(case: Case) -> float:
+    return DROPOUT_P if case.op == "dropout" else 0.0
+
+
+LAYER: dict[str, Maker] = {
+    "base": base,
+    "peft": _peft,
+    "peft-autocast": _peft_autocast,
+    "peft-compiled": _peft_compiled,
+    "inplace": _inplace,
+    "fused": _fused,
+}
+DROPOUT: dict[str, Maker] = {name: maker for name, maker in LAYER.items() if name != "inplace"}
+
+
+class InPlaceLinear(torch.autograd.Function):
+    """y (M, N) = x Wᵀ + s·S Bᵀ with S = x Aᵀ (M, R); differentiable in x (M, K), A (R, K) and B (N, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        side = x @ A.t()
+        ctx.save_for_backward(x, weight, A, B, side)
+        ctx.scale = scale
+        return (x @ weight.t()).addmm_(side, B.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dx = dY W + s·dS A, dA = s·dSᵀ x and dB = s·dYᵀ S, with dS = dY B."""
+        (grad_y,) = gradients
+        x, weight, A, B, side = ctx.saved_tensors
+        grad_side = (grad_y @ B).mul_(ctx.scale)
+        grad_x = (grad_y @ weight).addmm_(grad_side, A)
+        return grad_x, None, grad_side.t() @ x, (grad_y.t() @ side).mul_(ctx.scale), None

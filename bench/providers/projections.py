@@ -1,0 +1,56 @@
+"""The providers of several projections of one input, such as q, k and v: one after another, compiled, in one launch."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import plora_kernels as pk
+from bench.cases import Case, Problem
+from bench.providers.base import Maker, Provider, layer_provider, named_factors
+from bench.providers.layers import base, compiled_provider, fused_layer
+from bench.providers.peft_layers import NAMES, Siblings, peft_factors, peft_siblings
+
+
+def _peft(case: Case, problem: Problem) -> Provider:
+    siblings, factors = _peft_parts(case, problem)
+    return layer_provider(case, problem, siblings, factors)
+
+
+def _peft_compiled(case: Case, problem: Problem) -> Provider:
+    siblings, factors = _peft_parts(case, problem)
+    return compiled_provider(siblings, lambda compiled: layer_provider(case, problem, compiled, factors))
+
+
+def _peft_parts(case: Case, problem: Problem) -> tuple[Siblings, dict[str, Tensor]]:
+    siblings = peft_siblings(case, problem, [part.weight for part in problem.parts()])
+    As, Bs = zip(*map(peft_factors, siblings.children()), strict=True)
+    return siblings, named_factors(As, Bs)
+
+
+def _fused_apart(case: Case, problem: Problem) -> Provider:
+    layers = [fused_layer(case, part) for part in problem.parts()]
+    return layer_provider(case, problem, lambda x: tuple(layer(x) for layer in layers), _factors(layers))
+
+
+def _fused(case: Case, problem: Problem) -> Provider:
+    parts = problem.parts()
+    siblings = Siblings([part.weight for part in parts])
+    names = NAMES[len(parts)]
+    alpha = problem.scale * case.r
+    config = pk.PLoRAConfig(rank=case.r, alpha=alpha, target_modules=list(names), fuse_projections=True)
+    handle = pk.inject(siblings, config)
+    handle.set_factors({name: (part.A, part.B) for name, part in zip(names, parts, strict=True)})
+    return layer_provider(case, problem, siblings, _factors(list(handle.layers.values())))
+
+
+def _factors(layers: Sequence[pk.FusedPLoRALinear]) -> dict[str, Tensor]:
+    return named_factors([layer.lora_A for layer in layers], [layer.lora_B for layer in layers])
+
+
+PROJECTIONS: dict[str, Maker] = {
+    "base": base,
+    "peft": _peft,
+    "peft-compiled": _peft_compiled,
+    "fused-apart": _fused_apart,
+    "fused": _fused,
+}

@@ -1,0 +1,52 @@
+"""Who is measured, each on the same tensors.
+
+*base* is the frozen matmul alone, or a copy of the weight; *peft* PEFT's layer with adapters in the weight's dtype;
+*peft-autocast* the same with fp32 adapters under autocast, which is what PEFT makes of a half-precision model;
+*peft-compiled* is *peft* through `torch.compile`; *inplace* the in-place algebra of plain torch; *fused* this library.
+Where that has two ways, *fused* is the one the op is about: *fused-apart* takes projections or weights one by one,
+*fused-inplace* folds in place.
+"""
+
+from bench.cases import FOLDS, OPS, Case, Op, Problem
+from bench.providers.base import Maker, Provider
+from bench.providers.folds import FOLD, FOLD_MANY, FOLD_OUT
+from bench.providers.layers import DROPOUT, LAYER
+from bench.providers.projections import PROJECTIONS
+
+MAKERS: dict[Op, dict[str, Maker]] = {
+    "forward": LAYER,
+    "forward_backward": LAYER,
+    "fold": FOLD,
+    "dropout": DROPOUT,
+    "projections_forward": PROJECTIONS,
+    "projections": PROJECTIONS,
+    "fold_out": FOLD_OUT,
+    "fold_many": FOLD_MANY,
+}
+# What `python -m bench.gpu` times beyond the suites.
+BEYOND_SUITES = ("peft-autocast", "inplace")
+
+
+def provider_names(op: Op) -> tuple[str, ...]:
+    """List the providers of the suites. PEFT's merge is a host-side state change and has no compiled form."""
+    return tuple(name for name in MAKERS[op] if name not in BEYOND_SUITES)
+
+
+def every_provider(op: Op) -> tuple[str, ...]:
+    """List every provider there is for an op."""
+    return tuple(MAKERS[op])
+
+
+def make_provider(name: str, case: Case, problem: Problem) -> Provider:
+    """Build a provider for a case; raises ProviderUnavailableError where this machine cannot run it."""
+    return MAKERS[case.op][name](case, problem)
+
+
+def is_ours(name: str) -> bool:
+    """Say whether a provider is this library."""
+    return name.split("-")[0] == "fused"
+
+
+# Every provider of an op with rows, and of a fold.
+LINEAR_PROVIDERS = tuple(dict.fromkeys(name for op in OPS if op not in FOLDS for name in MAKERS[op]))
+FOLD_PROVIDERS = tuple(dict.fromkeys(name for op in FOLDS for name in MAKERS[op]))

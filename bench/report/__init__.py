@@ -1,0 +1,1 @@
+"""Saved results to tables and figures."""

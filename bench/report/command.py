@@ -1,0 +1,111 @@
+"""Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
+
+`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md] [--keep]`, where RESULTS.json
+is what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has a section of the
+README to itself. What `python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the
+history; `python -m bench.report --history [--png PATH]` shows that.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.harness.records import ResultsError, holds_records, load_records, write_text
+from bench.report.clients_tables import clients_markdown, holds_clients
+from bench.report.device_tables import committed_section, device_markdown
+from bench.report.figures import draw, draw_history, draw_simulation
+from bench.report.history import HISTORY, history_markdown, keep, load_history
+from bench.report.markdown import BEGIN, END, update_readme
+from bench.report.simulation_tables import holds_simulation_alone, load_simulation, simulation_markdown
+from bench.report.suite_results import load_run
+from bench.report.suite_tables import markdown
+
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+STEPS_BEGIN, STEPS_END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
+
+
+def report_suites(given: argparse.Namespace) -> str:
+    """Report what the suites saved; return the table."""
+    run = load_run(given.results)
+    text = markdown(run)
+    if given.png:
+        draw(run, given.png)
+    if given.readme:
+        update_readme(given.readme, text, given.png)
+    return text
+
+
+def report_simulation(given: argparse.Namespace) -> str:
+    """Report the training steps the suites saved; return the table."""
+    run = load_simulation(given.results)
+    if given.keep:
+        raise ResultsError(f"{given.results} holds training steps; the history keeps ratios of layers")
+    text = simulation_markdown(run)
+    if given.png:
+        draw_simulation(run, given.png)
+    if given.readme:
+        update_readme(given.readme, text, given.png, STEPS_BEGIN, STEPS_END, "What a client's step costs in a cohort")
+    return text
+
+
+def report_device(given: argparse.Namespace) -> str:
+    """Report what `python -m bench.gpu` wrote; return the table."""
+    if given.png:
+        raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
+    text = device_markdown(*load_records(given.results))
+    if given.readme:  # it shows every device of the folder
+        update_readme(given.readme, committed_section(given.results.parent), None, GPU_BEGIN, GPU_END)
+    return text
+
+
+def report_clients(given: argparse.Namespace) -> str:
+    """Report what `python -m bench.clients` wrote; return the table."""
+    if given.png or given.readme or given.keep:
+        raise ResultsError(f"{given.results} is about clients: it has a table, for --markdown, and nothing else")
+    return clients_markdown(given.results)
+
+
+def report(given: argparse.Namespace) -> str:
+    """Report a results file, whoever wrote it; return the table."""
+    if holds_records(given.results):
+        return report_device(given)
+    if holds_clients(given.results):
+        return report_clients(given)
+    # A file with layers and training steps is shown as layers.
+    return report_simulation(given) if holds_simulation_alone(given.results) else report_suites(given)
+
+
+def report_history(given: argparse.Namespace) -> str:
+    """Report the kept runs; return the table."""
+    if given.readme or given.keep:
+        raise ResultsError("--history shows what was kept; --readme and --keep need a results file instead")
+    runs = load_history(given.history)
+    if given.png:
+        draw_history(runs, given.png)
+    return history_markdown(runs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status, 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and picture of saved results.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("results", type=Path, nargs="?", help="what the suites saved or `python -m bench.gpu` wrote")
+    what.add_argument("--history", type=Path, nargs="?", const=HISTORY, metavar="DIR", help="the kept runs, over time")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table here")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw the ratios here")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help=f"rewrite what stands between {BEGIN} and {END}")
+    parser.add_argument("--keep", action="store_true", help="add the run to the history")
+    given = parser.parse_args(arguments)
+    try:
+        text = report_history(given) if given.history else report(given)
+        if given.keep:
+            print(f"kept: {keep(given.results)}", file=sys.stderr)
+        if given.markdown:
+            write_text(given.markdown, text)
+    except (ResultsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not given.markdown and not given.readme:
+        print(text, end="")
+    return 0

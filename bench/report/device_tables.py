@@ -1,0 +1,175 @@
+"""Tables of what `python -m bench.gpu` wrote: a short one for the terminal, one in Markdown for the README."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cases import DROPOUT_P, MAIN_OPS, OPS
+from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
+from bench.harness.records import Record, case_key, holds_records, load_records
+from bench.report.markdown import markdown_table
+from bench.report.simulation_tables import reading, run_of_device, simulation_table
+from bench.report.suite_results import OTHER_WAYS, width_text
+
+# The README's, as long as no device's file is committed.
+NOT_MEASURED = """\
+GPU: not yet measured. The kernels pass their tests under Triton's interpreter and compile for sm_80, sm_90, sm_100 and
+gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
+is known yet of their speed or of bfloat16 on a device."""
+
+TITLES = {
+    "forward": "**Forward**, M = {rows}.",
+    "forward_backward": "**Forward + backward**, M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
+    "fold": "**Fold**, in place; *base* copies W, *peft* is its `merge`.",
+    "decode": "**Decode**: a forward of one row and of sixteen.",
+    "dropout": f"**LoRA dropout**, p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
+    "projections_forward": "**Projections of one input, forward**: *base* is the plain linears one after another, "
+    "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
+    "projections": "**Projections of one input, forward + backward**, M = {rows}: gradients of x, every A and B.",
+    "fold_out": "**Fold out of place**, into a buffer; *base* copies W into it, *peft* does and merges there, "
+    "*fused-inplace* is `fold_`.",
+    "fold_many": "**Fold of many weights**, in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is "
+    "`fold_many_`.",
+}
+# The terminal's columns of time ÷ base, under these names.
+SUMMARY = {
+    "fused": "fused",
+    "fused-apart": "apart",
+    "fused-inplace": "place",
+    "inplace": "inpl",
+    "peft-compiled": "comp",
+    "peft": "peft",
+    "peft-autocast": "auto",
+}
+Providers = Mapping[str, Record]
+
+
+def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Return a device's figures as Markdown: what it ran on, then the shapes the kernels are designed for."""
+    cases = by_case(records)
+    parts = [conditions(meta, records)]
+    for name, title in TITLES.items():
+        chosen = [providers for providers in cases if _section(next(iter(providers.values()))) == name]
+        if chosen:
+            rows = next(iter(chosen[0].values()))["m"]
+            parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
+    run = run_of_device(meta, records)
+    if run is not None:
+        parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def committed_section(results: Path) -> str:
+    """Return what the README says of GPUs: the tables of the devices' files in a folder, or that there are none."""
+    found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
+    return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
+
+
+def by_case(records: Sequence[Record]) -> list[Providers]:
+    """Return the timing records by case and provider, in the order measured."""
+    cases: dict[tuple[object, ...], dict[str, Record]] = {}
+    for record in records:
+        if record["op"] in OPS:
+            cases.setdefault(case_key(record), {})[record["provider"]] = record
+    return list(cases.values())
+
+
+def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Return one paragraph: device, versions, commit, ceilings, what was checked and how to read the figures."""
+    checks = [record for record in records if record["op"] == "check"]
+    wrong = sum(record.get("status") == "wrong" for record in records)
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
+    limits = meta.get("ceilings", {})
+    measured = [f"copies {limits['copy_gbps'] / 1e3:.2f} TB/s"] if "copy_gbps" in limits else []
+    if "matmul_tflops_bfloat16" in limits:
+        measured.append(f"multiplies bfloat16 at {limits['matmul_tflops_bfloat16']:.3g} TFLOP/s")
+    found = "nothing was wrong" if not wrong else f"{wrong} results were wrong and not timed"
+    return (
+        f"{meta['device_name']}; {versions}; commit {_commit(meta.get('commit'))}, {meta['date'][:10]}. "
+        f"It {' and '.join(measured)}. {len(checks)} checks against float64 in every dtype, and every provider of "
+        f"every shape before it was timed: {found}. Medians in ms of the device's time, caches flushed and providers "
+        "interleaved, in brackets time ÷ *base*; *host* is what a call keeps the host, in µs."
+    )
+
+
+def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Return a table for the terminal: a line a case, times ÷ base, the host time of PEFT and fused."""
+    header = " ".join(f"{name:>6}" for name in SUMMARY.values())
+    lines = [f"{'case':<52} {'base ms':>8} {header} {'host µs':>11}"]
+    for providers in by_case(records):
+        any_record = next(iter(providers.values()))
+        name = " ".join(str(any_record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
+        base = providers.get("base", {}).get("time_ms")
+        ratios = (f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
+        lines.append(
+            f"{name:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(ratios)} {_hosts(providers):>11}".rstrip()
+        )
+    checks = [record for record in records if record["op"] == "check"]
+    wrong = [record for record in checks if record.get("status") == "wrong"]
+    return "\n".join([*lines, f"checks: {len(checks)}, wrong: {len(wrong)}"])
+
+
+def _section(record: Record) -> str | None:
+    """Return which table a case stands in, or None: the file holds more than the README shows."""
+    if record["op"] not in MAIN_OPS:
+        return record["op"]
+    shape = (record["k"], record["n"])
+    if shape not in {(projection.k, projection.n) for projection in (*TABLE, TINY)}:
+        return None
+    if record["dtype"] == "float32" and shape != (TINY.k, TINY.n):
+        return None
+    if record["op"] == "fold":
+        return "fold"
+    if record["m"] in DECODE_ROWS:
+        return "decode"
+    tiny = shape == (TINY.k, TINY.n)
+    wanted = tiny or (record["m"] == TABLE_ROWS and record["r"] in TABLE_RANKS and record["dtype"] == "bfloat16")
+    return record["op"] if wanted else None
+
+
+def _table(cases: Sequence[Providers]) -> str:
+    names = list(dict.fromkeys(name for providers in cases for name in providers))
+    others = [name for name in OTHER_WAYS if name in names]
+    rows = []
+    for providers in cases:
+        record = next(iter(providers.values()))
+        m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
+        label = f"{record['k']}×{width_text(record['n'], record.get('widths', ()))}, {m}R {record['r']}"
+        times = [_time(providers.get(name)) for name in names]
+        ratios = [_against(providers, name) for name in ("peft", *others)]
+        rows.append([label, *times, *ratios, _hosts(providers)])
+    header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "host peft / fused"]
+    return markdown_table(header, rows)
+
+
+def _time(record: Record | None) -> str:
+    if record is None:
+        return "–"
+    if record["time_ms"] is None:
+        return str(record.get("status", "–"))
+    return f"{record['time_ms']:.3g} ({record['ratio_to_base']:.2f})"
+
+
+def _ratio(record: Record | None) -> str:
+    if record is None or record["time_ms"] is None:
+        return "–" if record is None or record.get("status") != "wrong" else "WRONG"
+    return f"{record['ratio_to_base']:.3f}"
+
+
+def _against(providers: Providers, other: str) -> str:
+    # Each against the base of its own loop: they may have been timed in different ones.
+    fused, others = (providers.get(name, {}).get("ratio_to_base") for name in ("fused", other))
+    return f"{fused / others:.2f}" if fused and others else "–"
+
+
+def _hosts(providers: Providers) -> str:
+    def host(values: Iterable[object]) -> str:
+        return " / ".join(f"{value:.0f}" if isinstance(value, float) else "–" for value in values)
+
+    return host(providers.get(name, {}).get("host_us") for name in ("peft", "fused"))
+
+
+def _commit(commit: str | None) -> str:
+    if not commit:
+        return "unknown"
+    return commit[:12] + (" with uncommitted changes" if commit.endswith("+") else "")

@@ -1,0 +1,190 @@
+"""Benchmark runs over time: each kept small, ratios tabulated and drawn over commits.
+
+Absolute times change with the machine's mood and age; a ratio of two providers timed in turn in one run does not. So a
+run is kept as ratios alone: `{"date", "commit", "device_name", "versions", "ratios": [{op, layer, m, k, n, r, dtype,
+provider, ratio_to_base, ratio_to_peft}, …]}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.cases import OPS
+from bench.harness.records import ResultsError, holds_records, load_records, write_text
+from bench.report.markdown import markdown_table
+from bench.report.suite_results import geometric_mean, load_run
+from plora_kernels.tuning.tables import device_key
+
+HISTORY = Path(__file__).parents[1] / "results" / "history"
+LINE_TITLES = {
+    "forward": "forward",
+    "forward_backward": "forward + backward",
+    "fold": "fold",
+    "dropout": "dropout",
+    "projections_forward": "projections, forward",
+    "projections": "projections",
+    "fold_out": "fold out of place",
+    "fold_many": "fold of many",
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One provider's time on one shape, divided by the base's and by PEFT's (None where PEFT has none)."""
+
+    op: str
+    layer: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    provider: str
+    ratio_to_base: float
+    ratio_to_peft: float | None
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        return (self.op, self.layer, self.m, self.k, self.n, self.r, self.dtype)
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """A run as the history keeps it. `commit` ends in "+" where files differed from it."""
+
+    date: str
+    commit: str
+    device_name: str
+    versions: Mapping[str, Any]
+    ratios: tuple[Ratio, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Return <date>-<commit>-<device>.json; a commit with changes is called so."""
+        commit = self.commit.rstrip("+")[:12] + ("-changed" if self.commit.endswith("+") else "")
+        return f"{self.date[:10]}-{commit}-{device_key(self.device_name)}.json"
+
+    @property
+    def name(self) -> str:
+        """Return day and commit, short."""
+        return f"{self.date[:10]} {self.commit.rstrip('+')[:7]}{'+' if self.commit.endswith('+') else ''}"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The fused provider's geometric means of one op in one run: time ÷ base and ÷ PEFT."""
+
+    run: KeptRun
+    to_base: float
+    to_peft: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.to_base:.3f} / {self.to_peft:.3f}"
+
+
+def read_run(path: Path) -> KeptRun:
+    """Read what the suites save, or `python -m bench.gpu`, as a run to keep."""
+    if holds_records(path):
+        meta, records = load_records(path)
+        timed = [record for record in records if record.get("status") == "timed" and record["op"] in OPS]
+        ratios = tuple(_ratio(record) for record in timed)
+        return KeptRun(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
+    run = load_run(path)
+    commit = str(run.commit["id"]) + ("+" if run.commit.get("dirty") else "")
+    ratios = tuple(
+        _ratio({**asdict(shape), **asdict(entry), "provider": provider})
+        for shape, entries in run.entries.items()
+        for provider, entry in entries.items()
+    )
+    return KeptRun(run.date, commit, run.machine["device_name"], run.machine["versions"], ratios)
+
+
+def keep(path: Path, folder: Path = HISTORY) -> Path:
+    """Add a results file to the history and return where; the same commit on the same day and device is replaced."""
+    run = read_run(path)
+    kept = folder / run.file_name
+    head = json.dumps({**asdict(run), "ratios": []}, ensure_ascii=False).removesuffix("[]}")
+    lines = ",\n".join(json.dumps(asdict(ratio), ensure_ascii=False) for ratio in run.ratios)
+    write_text(kept, f"{head}[\n{lines}\n]}}\n")
+    return kept
+
+
+def load_history(folder: Path = HISTORY) -> list[KeptRun]:
+    """Return the kept runs in order of time; raises ResultsError naming a file that is not one, or an empty folder."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            ratios = tuple(Ratio(**ratio) for ratio in saved.pop("ratios"))
+            runs.append(KeptRun(**saved, ratios=ratios))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ResultsError(f"{path} is no kept run ({type(error).__name__}: {error}); remove it") from error
+    if not runs:
+        raise ResultsError(f"{folder} holds no runs; `make bench` keeps each, and bench.report FILE --keep one by hand")
+    return sorted(runs, key=lambda run: run.date)
+
+
+def means(runs: Sequence[KeptRun], op: str) -> list[Mean]:
+    """Return the fused provider's means of one op for each run of one device that measured it.
+
+    They are taken over the shapes that every one of them has, so that points can be compared; nan if there are none.
+    """
+    measured = [(run, shapes) for run in runs if (shapes := _fused(run, op))]
+    common = set.intersection(*(set(shapes) for _, shapes in measured)) if measured else set()
+    return [
+        Mean(
+            run,
+            geometric_mean(shapes[shape].ratio_to_base for shape in common),
+            geometric_mean(ratio for shape in common if (ratio := shapes[shape].ratio_to_peft)),
+        )
+        for run, shapes in measured
+    ]
+
+
+def history_markdown(runs: Sequence[KeptRun]) -> str:
+    """Return a table per device: a line a run, the fused provider ÷ base and ÷ PEFT for each op."""
+    parts = []
+    for device, own in by_device(runs).items():
+        cells = {op: {mean.run.file_name: mean.text for mean in means(own, op)} for op in OPS}
+        ops = [op for op in OPS if cells[op]]
+        header = ["run", "torch", *(f"{LINE_TITLES[op]} ÷ base / ÷ PEFT" for op in ops)]
+        rows = [
+            [run.name, str(run.versions.get("torch")), *(cells[op].get(run.file_name, "–") for op in ops)]
+            for run in own
+        ]
+        title = f"**{device}**, fused, geometric means over the shapes all runs share"
+        parts.append(f"{title}\n\n{markdown_table(header, rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def by_device(runs: Iterable[KeptRun]) -> dict[str, list[KeptRun]]:
+    """Return the runs of each device, in the order given."""
+    found: dict[str, list[KeptRun]] = {}
+    for run in runs:
+        found.setdefault(run.device_name, []).append(run)
+    return found
+
+
+def _fused(run: KeptRun, op: str) -> dict[tuple[object, ...], Ratio]:
+    return {ratio.shape: ratio for ratio in run.ratios if ratio.op == op and ratio.provider == "fused"}
+
+
+def _ratio(facts: Mapping[str, Any]) -> Ratio:
+    peft = facts["ratio_to_peft"]
+    return Ratio(
+        op=facts["op"],
+        layer=f"{facts['model']} {facts['projection']}",
+        m=facts["m"],
+        k=facts["k"],
+        n=facts["n"],
+        r=facts["r"],
+        dtype=facts["dtype"],
+        provider=facts["provider"],
+        ratio_to_base=round(facts["ratio_to_base"], 4),
+        ratio_to_peft=None if peft is None else round(peft, 4),
+    )

@@ -1,0 +1,44 @@
+"""Markdown tables."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.harness.records import ResultsError, write_text
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column is flush left, the others flush right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return `text` with what stands between the two markers replaced by `section`.
+
+    Raises ResultsError if the markers are not there, once each and in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ResultsError(f"the README needs the lines {begin} and {end}, once each and in this order")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{section.strip()}\n\n{end}{after}"
+
+
+def update_readme(
+    readme: Path,
+    section: str,
+    png: Path | None,
+    begin: str = BEGIN,
+    end: str = END,
+    title: str = "Time of each provider divided by the base matmul's",
+) -> None:
+    """Rewrite what stands between a README's markers, with a link to the picture where there is one."""
+    if not readme.is_file():
+        raise ResultsError(f"{readme} does not exist; --readme needs a file with {begin} and {end}")
+    if png is not None:
+        link = Path(os.path.relpath(png, readme.parent)).as_posix()
+        section = f"![{title}]({link})\n\n{section}"
+    write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section, begin, end))

@@ -1,0 +1,57 @@
+"""The short table a sitting ends with: what became of its steps, and of each case the times that matter."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness.records import SIMULATION, Record, ResultsError, case_key, load_records
+
+# Columns of time ÷ base; "default" is *fused* with the default blocks.
+COLUMNS = ("fused", "default", "peft", "peft-compiled")
+MOST_CASES = 24
+
+
+def sitting_table(out: Path, steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return the steps of a sitting and the first cases of what it found in a folder."""
+    lines = [f"{'step':<10} {'status':>8} {'s':>6} {'of':>6}"]
+    for step in steps:
+        status = "stopped" if step["status"] is None else str(step["status"])
+        lines.append(f"{step['step']:<10} {status:>8} {step['seconds']:>6.0f} {step['limit_s']:>6.0f}")
+    for path in sorted(out.glob("*.json")):
+        if path.name != "sitting.json" and not path.stem.endswith(("-defaults", "-before")):
+            lines += _cases(path)
+    return "\n".join(lines)
+
+
+def _cases(path: Path) -> list[str]:
+    try:
+        meta, records = load_records(path)
+        defaults = path.with_name(f"{path.stem}-defaults.json")
+        default = load_records(defaults)[1] if defaults.is_file() else []
+    except ResultsError as error:
+        return [str(error)]
+    cases: dict[tuple[object, ...], dict[str, Record]] = {}
+    for name, found in (("", records), ("default", [one for one in default if one["provider"] == "fused"])):
+        for record in found:
+            if record["op"] not in ("check", SIMULATION):
+                cases.setdefault(case_key(record), {})[name or record["provider"]] = record
+    lines = [str(meta["device_name"]), f"{'case':<52} {'base ms':>8} " + " ".join(f"{name:>13}" for name in COLUMNS)]
+    for providers in list(cases.values())[:MOST_CASES]:
+        record = next(iter(providers.values()))
+        case = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
+        base = providers.get("base", {}).get("time_ms")
+        figures = (f"{_ratio(providers.get(name)):>13}" for name in COLUMNS)
+        lines.append(f"{case:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(figures)}")
+    checks = [record for record in records if record["op"] == "check"]
+    steps = [record for record in records if record["op"] == SIMULATION]
+    wrong = sum(record.get("status") == "wrong" for record in [*records, *default])
+    lines.append(
+        f"{len(cases)} cases, {len(steps)} records of training steps, {len(checks)} checks; {wrong} of all are wrong"
+    )
+    return lines
+
+
+def _ratio(record: Record | None) -> str:
+    if record is None or record["ratio_to_base"] is None:
+        return "–" if record is None else str(record.get("status"))
+    return f"{record['ratio_to_base']:.3f}"

@@ -1,0 +1,124 @@
+"""The simulator's cohort executor, a step at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import plora_kernels as pk
+from bench.simulation.cases import ALPHA, RANK
+from bench.simulation.models import sharing_weights
+from bench.simulation.problem import LEARNING_RATE, WEIGHT_DECAY, Problem, Values
+from fed.data.tables import DenseTable, Split
+from fed.models.shared_model import SharedBase, Workplace
+from fed.seeding import Source
+from fed.training.cohort import Cohort, Span
+from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses
+from fed.training.local import Job
+from fed.types import Client, ClientStart
+
+# Every client has one batch, which it sees in another order of rows at each of these steps, and then again.
+STEPS = 16
+
+
+class CohortTrainer:
+    """Trains all clients in one forward and one backward, as a round of the simulator does between its ends."""
+
+    def __init__(self, problem: Problem, compiled: CompiledLosses | None = None) -> None:
+        """With `compiled` torch compiles the steps."""
+        self.compiled = compiled
+        config = pk.PLoRAConfig(
+            rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,)
+        )
+        handle = pk.inject(sharing_weights(problem.model, [problem.head]), config)
+        head = {
+            f"{problem.head}.{name}": parameter
+            for name, parameter in handle.model.get_submodule(problem.head).named_parameters()
+        }
+        device = next(iter(head.values())).device
+        self.work = Workplace(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
+        self.problem, rows = problem, problem.joined()
+        self.table = DenseTable(rows, rows.pop("labels"))
+        self.cohort, self.number = self._make_cohort(list(problem.starts)), 0
+        self.span = Span(self.cohort, len(problem.starts))
+        self.running = ExitStack()  # a round enters it once, for all its steps
+        self.running.enter_context(self.span.running())
+        weakref.finalize(self, self.running.close)
+
+    def step(self) -> None:
+        self.cohort.step(self.span, self.number % STEPS)
+        self.number += 1
+
+    def gradients(self) -> list[Values]:
+        """Return what the first step of another cohort that begins here leaves behind it."""
+        other = self._make_cohort(self.values())
+        with self._interrupted():
+            span = Span(other, len(other.jobs))
+            with span.running():
+                other.step(span, 0)
+        return _by_client(other, other.stacked.named(other.stacked.gradients))
+
+    def values(self) -> list[Values]:
+        return _by_client(self.cohort, self.cohort.stacked.named(self.cohort.stacked.values))
+
+    @contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Leave the model to others inside."""
+        self.running.close()
+        yield
+        self.running.enter_context(self.span.running())
+
+    def _make_cohort(self, values: list[Values]) -> Cohort:
+        size = len(self.table) // len(values)
+        jobs = [self._job(client, own, size) for client, own in enumerate(values)]
+        return Cohort(self.work, jobs, _settings(size), self.compiled)
+
+    def _job(self, client: int, values: Values, size: int) -> Job:
+        matrices, head = self.problem.matrices, f"{self.problem.head}."
+        factors = {matrix: (values[f"{matrix}.lora_A"], values[f"{matrix}.lora_B"]) for matrix in matrices}
+        return Job(
+            Client(client, RANK, size),
+            ClientStart(factors, dict.fromkeys(matrices, tuple(range(RANK))), self.problem.scale, "frozen"),
+            {name: value for name, value in values.items() if name.startswith(head)},
+            Split(self.table, torch.arange(client * size, (client + 1) * size)),
+            STEPS,
+            LEARNING_RATE,
+            Source(0, 1, client),
+        )
+
+
+def compiled(problem: Problem) -> CohortTrainer:
+    """Return the same with the forward compiled, and the backward with it: `cohort_compile` of a run."""
+    torch.compiler.reset()  # what was compiled for other cases would count towards the limit of recompilations
+    trainer = CohortTrainer(problem, CompiledLosses(_refuse))
+    for _ in range(COMPARED_STEPS):  # what is timed are steps that are no longer compared
+        trainer.gradients()
+    return trainer
+
+
+def _refuse(line: str) -> None:
+    raise RuntimeError(line)
+
+
+def _by_client(cohort: Cohort, stacks: Values) -> list[Values]:
+    """Return a stack's rows under the problem's names, in the order of the clients."""
+    named = {_full_name(name): stack for name, stack in stacks.items()}
+    rows = {place: row for row, place in enumerate(cohort.places)}
+    return [{name: stack[rows[client]] for name, stack in named.items()} for client in range(len(rows))]
+
+
+def _settings(batch_size: int) -> Any:
+    """The training table of a run's configuration, which this machine need not have the libraries to read."""
+    return SimpleNamespace(
+        optimizer="adamw", weight_decay=WEIGHT_DECAY, batch_size=batch_size, max_grad_norm=0.0, weighting="uniform"
+    )
+
+
+def _full_name(name: str) -> str:
+    kind, _, rest = name.partition("/")
+    return rest if kind == "head" else f"{rest}.lora_{kind}"

@@ -1,0 +1,1 @@
+"""Block sizes measured for the device at hand."""

@@ -1,0 +1,8 @@
+"""Find the fastest block sizes for the device at hand: `python -m bench.tune`."""
+
+from bench.harness.processes import end_on_termination, leave
+from bench.tune.command import main
+
+if __name__ == "__main__":
+    end_on_termination()
+    leave(main())

@@ -1,0 +1,121 @@
+"""Everything a run depends on, typed, and what of its tables has to go together.
+
+The defaults are those of the `digits` preset, `threads` apart.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from fed.config.data import DataConfig, ModelConfig, check_data
+from fed.config.fields import TABLE
+from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
+
+
+class _Table(BaseModel):
+    """One table of the TOML file."""
+
+    model_config = TABLE
+
+
+class RunConfig(_Table):
+    """Everything a run depends on: the same configuration gives the same files, times and peak memory apart.
+
+    `threads` is how many torch computes with on the CPU; 0 leaves it to torch. A checkpoint to go on from is saved
+    after every `checkpoint_every`-th round, never if 0. `tracker` names where rows go besides.
+
+    `execution` is how a round's clients train: one after another, or together, `cohort_size` at a time over one frozen
+    base; 0 takes the size that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are no larger
+    than that holds. With `cohort_compile` torch compiles their forward and backward, which takes a minute or so first;
+    batches are then filled up to `batch_size`, and the step in which memory is measured stays uncompiled.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    method: str = "fed-plora"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    tracker: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    execution: Literal["sequential", "cohort"] = "sequential"
+    cohort_size: Annotated[int, Field(ge=0, le=10_000)] = 0
+    cohort_memory_mib: Annotated[float, Field(ge=0)] = 0.0
+    cohort_compile: bool = False
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    hetlora: HetLoRAConfig = HetLoRAConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.cohort_compile and self.execution != "cohort":
+            raise ValueError(f"cohort_compile is true, but execution is {self.execution!r}; 'cohort' would be right")
+        check_method(self)
+        check_clients(self)
+        check_data(self.data, self.model)
+        return self
+
+
+class CompareConfig(_Table):
+    """What `fed compare` compares where its command line does not say: methods, seeds, a setting's values.
+
+    `methods` are names, or `name@r` for every client at rank r; `vary` is `key=value,value,…`; `reference` names what
+    differences are taken from, by default the first.
+    """
+
+    methods: list[str] = []
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
+    vary: str = ""
+    reference: str = ""
+
+
+class _File(RunConfig):
+    """All a TOML file may hold."""
+
+    compare: CompareConfig = CompareConfig()
+
+
+def check_clients(config: RunConfig) -> None:
+    """Raise ValueError where the numbers and ranks of clients do not go with each other or with the adapter."""
+    clients, rank = config.clients, config.adapter.rank
+    if clients.per_round > clients.count:
+        raise ValueError(
+            f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
+        )
+    if not clients.memory_mib and max(clients.ranks) > rank:
+        raise ValueError(f"clients.ranks is {clients.ranks}: every rank should be at most adapter.rank ({rank})")
+    if config.train.client_steps and config.train.local_epochs:
+        raise ValueError(
+            f"train.client_steps is {config.train.client_steps} and train.local_epochs {config.train.local_epochs:g}: "
+            "one of the two may be set"
+        )
+
+
+def check_method(config: RunConfig) -> None:
+    """Raise ValueError where the method is unknown, or cannot serve the ranks, selection or server's optimiser."""
+    from fed import methods
+
+    method = methods.find(config.method)
+    ranks, rank = config.clients.ranks, config.adapter.rank
+    dealt = ranks[: config.clients.count]
+    if method.equal_ranks and not config.clients.memory_mib and set(dealt) != {rank}:
+        raise ValueError(
+            f"clients.ranks is {ranks}: {method.title} needs every rank equal to adapter.rank ({rank}); "
+            "mixed ranks take method = 'fed-plora'"
+        )
+    if config.adapter.selection != AdapterConfig.model_fields["selection"].default and not method.selects:
+        raise ValueError(
+            f"adapter.selection is {config.adapter.selection!r}: {method.title} does not select modules, so it takes "
+            "'random', the default; other ways take method = 'fed-plora'"
+        )
+    if config.server.optimizer != "fedavg" and not method.moves_factors:
+        raise ValueError(
+            f"server.optimizer is {config.server.optimizer!r}: {method.title} makes its factors anew each round, "
+            "so there is nothing to step along; it takes 'fedavg'"
+        )

@@ -1,0 +1,35 @@
+"""The embedded task: handwritten digits, disturbed for clients and test, as they are for the base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed.data.partition import Array
+from fed.data.tables import DenseTable
+
+_MAX = 16.0  # grey levels of scikit-learn's digits
+
+
+def load_digits() -> tuple[Tensor, Array, tuple[str, ...]]:
+    """Return 1,797 images (n, 1, 8, 8) fp32 with grey levels scaled to [-1, 1], labels (n,), and label names."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (2 / _MAX) - 1
+    return images, digits.target.astype(np.int64), tuple(str(name) for name in digits.target_names)
+
+
+def image_table(images: Tensor, labels: Array) -> DenseTable:
+    """Return images and labels as the model takes them."""
+    return DenseTable({"pixel_values": images}, torch.from_numpy(labels))
+
+
+def shift_images(images: Tensor, shift: Literal["rotate90", "rotate180", "invert", "none"]) -> Tensor:
+    """Disturb images (n, 1, H, W) with grey levels in [-1, 1]: turn them to the left, or make a negative."""
+    if shift == "invert":
+        return -images
+    return torch.rot90(images, {"none": 0, "rotate90": 1, "rotate180": 2}[shift], dims=(-2, -1))

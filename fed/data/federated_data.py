@@ -1,0 +1,185 @@
+"""The data of a run: rows of digits or text, some held out, the others dealt out to clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fed.data.digits import image_table, load_digits, shift_images
+from fed.data.partition import Array, deal, split_stratified
+from fed.data.tables import Split, Table
+from fed.errors import FedError
+from fed.seeding import permutation, seed_of
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+    from fed.data.sources import Rows
+    from fed.data.tokenization import Stage
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """What a run trains and tests on; no row is in two of them, but for `undisturbed`.
+
+    clients: the shifted training rows of each client.  test: held-out rows, shifted the same way.
+    pretrain: undisturbed rows the embedded base is trained on.  undisturbed: the test rows before the shift.
+    Both are None for text.  validation: held-out rows to choose settings by; None where none are set aside.
+    """
+
+    clients: tuple[Split, ...]
+    test: Split
+    pretrain: Split | None
+    undisturbed: Split | None
+    label_names: tuple[str, ...]
+    validation: Split | None = None
+
+    def to(self, device: torch.device) -> FederatedData:
+        """Return the data with the clients' and the held-out rows on a device: every table goes there once."""
+        moved: dict[int, Table] = {}
+
+        def move(split: Split) -> Split:
+            key = id(split.table)
+            if key not in moved:
+                moved[key] = split.table.to(device)
+            return Split(moved[key], split.rows)
+
+        return replace(
+            self,
+            clients=tuple(map(move, self.clients)),
+            test=move(self.test),
+            validation=move(self.validation) if self.validation is not None else None,
+        )
+
+
+def load(
+    config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
+) -> FederatedData:
+    """Load, split and partition the data a configuration names; FedError, one line, where it cannot be had.
+
+    `on_event` gets a line on what a person should know, such as rows that were cut; `stage` shows work that takes
+    longer than a second.
+    """
+    if config.data.name == "digits":
+        return _digits(config)
+    return _text(config, on_event or _discard, stage)
+
+
+def _digits(config: RunConfig) -> FederatedData:
+    """Images for the base, to test, to validate and for the clients, stratified and disjoint."""
+    images, labels, names = load_digits()
+    pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
+    held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
+    plain = image_table(images, labels)
+    shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
+    return FederatedData(
+        clients=_deal(config, shifted, labels, rest[held_out.clients]),
+        test=_view(shifted, rest[held_out.test]),
+        pretrain=_view(plain, pretrain),
+        undisturbed=_view(plain, rest[held_out.test]),
+        label_names=names,
+        validation=_view(shifted, rest[held_out.validation]) if len(held_out.validation) else None,
+    )
+
+
+def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
+    """Rows of text as tokens of the checkpoint's own tokenizer: to test, to validate and for the clients."""
+    from fed.data import sources, text_tables
+
+    rows, data = sources.read(config), config.data
+    names: tuple[str, ...] = ()
+    labels: Array | None = None
+    if data.task == "classification":
+        labels, names = text_tables.make_labels(config, rows)
+    groups = _groups(config, rows, labels)
+    parts = _Parts.of(config, groups if labels is None else labels, first_test=rows.first_test)
+    if len(parts.test) == 0:
+        raise FedError(
+            f"data.test_fraction is {data.test_fraction}: {len(rows)} rows of {len(np.unique(groups))} labels "
+            "leave none to test on; it should be larger, or data.label a column whose values repeat"
+        )
+    if labels is None:
+        table: Table = text_tables.instruction_table(config, rows, on_event, stage)
+    else:
+        table = text_tables.classification_table(config, rows, labels, on_event, stage)
+    return FederatedData(
+        clients=_deal(config, table, groups, parts.clients),
+        test=_view(table, parts.test),
+        pretrain=None,
+        undisturbed=None,
+        label_names=names,
+        validation=_view(table, parts.validation) if len(parts.validation) else None,
+    )
+
+
+def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> Array:
+    """What partitions go by, as numbers (n,): the column `data.partition_by`, else the label, else all are equal."""
+    data = config.data
+    if data.partition_by is not None:
+        values = rows.column("data.partition_by", data.partition_by, (str, int))
+        return np.unique(np.array([str(value) for value in values]), return_inverse=True)[1].astype(np.int64)
+    if labels is not None:
+        return labels
+    even = data.partition == "iid" or (data.partition == "dirichlet" and config.clients.dirichlet_alpha == "iid")
+    if not even:
+        raise FedError(
+            f"data.partition_by is missing: instructions have no labels, so data.partition = {data.partition!r} needs "
+            f"a column to go by ({', '.join(rows.rows[0])}); or data.partition should be 'iid'"
+        )
+    return np.zeros(len(rows), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Sorted row indices, disjoint: held out to test and to validate, and the clients'."""
+
+    test: Array
+    validation: Array
+    clients: Array
+
+    @classmethod
+    def of(cls, config: RunConfig, strata: Array, taken: float = 0.0, first_test: int | None = None) -> _Parts:
+        """Hold out the fractions the configuration asks for, of every stratum alike.
+
+        They are fractions of rows of which the part `taken` is gone already. Rows from `first_test` on are the
+        test's, and then no other is.
+        """
+        data = config.data
+        if first_test is None:
+            test, pool = split_stratified(strata, data.test_fraction / (1 - taken), _rng(config, "test"))
+            taken += data.test_fraction
+        else:
+            pool, test = np.arange(first_test), np.arange(first_test, len(strata))
+        validation = pool[:0]
+        if data.validation_fraction > 0:
+            fraction = data.validation_fraction / (1 - taken)
+            inside, outside = split_stratified(strata[pool], fraction, _rng(config, "validation"))
+            validation, pool = pool[inside], pool[outside]
+        test = _drawn(config, test, data.test_rows, "test rows")
+        return cls(test, validation, _drawn(config, pool, data.train_rows, "train rows"))
+
+
+def _drawn(config: RunConfig, rows: Array, most: int, purpose: str) -> Array:
+    """At most so many of the rows, in their order; all if 0."""
+    if most == 0 or len(rows) <= most:
+        return rows
+    return np.sort(rows[permutation(len(rows), config.seed, purpose)[:most]])
+
+
+def _deal(config: RunConfig, table: Table, groups: Array, pool: Array) -> tuple[Split, ...]:
+    return tuple(_view(table, pool[part]) for part in deal(config, groups[pool]))
+
+
+def _view(table: Table, rows: Array) -> Split:
+    return Split(table, torch.from_numpy(rows))
+
+
+def _rng(config: RunConfig, purpose: str) -> np.random.Generator:
+    return np.random.default_rng(seed_of(config.seed, purpose))
+
+
+def _discard(event: str) -> None:
+    pass

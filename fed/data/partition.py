@@ -1,0 +1,202 @@
+"""How rows are dealt out: a held-out part with every label's share in it, and the clients' parts.
+
+IID, Dirichlet and shared rows are drawn here; any other partitioner is `flwr_datasets`' own, imported where asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import inspect
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fed.errors import FedError
+from fed.seeding import permutation, seed_of
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+_NAMED = {"natural": "NaturalIdPartitioner", "pathological": "PathologicalPartitioner"}
+_ROW, _GROUP = "row", "group"
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
+
+_FEWEST_ROWS = 2
+
+
+def deal(config: RunConfig, groups: Array) -> list[Array]:
+    """Return each client's sorted row indices: the rows, whose labels or groups are `groups` (n,), are dealt out once.
+
+    `data.partition` says how. "iid" and "dirichlet" need nothing but this file, give the same parts wherever a run
+    is made, and leave no client empty; the others are those of `flwr_datasets`. With `data.rows_per_client` rows are
+    drawn instead (`draw_rows`): clients share them, and a client's do not depend on how many clients there are. Raises
+    FedError where a client would have no rows.
+    """
+    data, clients = config.data, config.clients
+    alpha = "iid" if data.partition == "iid" else clients.dirichlet_alpha
+    if data.rows_per_client:
+        if len(groups) < data.rows_per_client:
+            raise FedError(
+                f"data.rows_per_client is {data.rows_per_client}: there are {len(groups)} training rows to draw from; "
+                "it should be at most that"
+            )
+        by_label = [np.flatnonzero(groups == label) for label in np.unique(groups)]
+        seeds = (seed_of(config.seed, "partition", client) for client in range(clients.count))
+        return [draw_rows(by_label, data.rows_per_client, alpha, np.random.default_rng(seed)) for seed in seeds]
+    if data.partition in ("iid", "dirichlet"):
+        return partition_dirichlet(
+            groups, clients.count, alpha, np.random.default_rng(seed_of(config.seed, "partition"))
+        )
+
+    # Their partitioners keep rows in order: the first of a label would all go to the first client.
+    order = permutation(len(groups), config.seed, "partition", "order")
+    parts = [np.sort(order[part]) for part in partition(config, groups[order])]
+    if data.partition == "natural":
+        parts = _merged(config, parts)
+    if len(parts) != clients.count:
+        raise FedError(f"clients.count is {clients.count}: {data.partition} makes {len(parts)} parts; make them equal")
+    if empty := [client for client, part in enumerate(parts) if len(part) == 0]:
+        raise FedError(
+            f"data.partition is {data.partition!r}: client {empty[0]} gets no row of {len(groups)}; "
+            f"fewer than clients.count ({clients.count}) clients, or more rows, would be right"
+        )
+    return parts
+
+
+def _merged(config: RunConfig, parts: list[Array]) -> list[Array]:
+    """One part for each client: where there are more parts than clients, several whole ones in turn, shuffled."""
+    count = config.clients.count
+    if len(parts) < count:
+        raise FedError(
+            f"clients.count is {count}: {config.data.partition_by or config.data.label!r} has {len(parts)} values, "
+            "and a natural client has one or more of its own"
+        )
+    if len(parts) == count:
+        return parts
+    order = permutation(len(parts), config.seed, "partition", "values")
+    return [np.sort(np.concatenate([parts[part] for part in order[client::count]])) for client in range(count)]
+
+
+def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Return (taken, left), sorted row indices; of every label round(fraction · rows) rows are taken."""
+    taken = [
+        rng.permutation(rows := np.flatnonzero(labels == label))[: round(fraction * len(rows))]
+        for label in np.unique(labels)
+    ]
+    chosen = np.sort(np.concatenate(taken))
+    return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
+
+
+def partition_dirichlet(
+    labels: Array, clients: int, alpha: float | Literal["iid"], rng: np.random.Generator
+) -> list[Array]:
+    """Deal rows out to clients with label skew and return each client's sorted row indices.
+
+    For every label, shares ~ Dirichlet(alpha · 1) cut its shuffled rows into one piece a client; "iid" deals
+    all rows out evenly. A client left with fewer than 2 rows then takes some from the largest, one at a time.
+    Raises FedError where there are fewer than 2 rows a client.
+    """
+    if len(labels) < _FEWEST_ROWS * clients:
+        raise FedError(
+            f"clients.count is {clients}: {len(labels)} training rows allow at most "
+            f"{len(labels) // _FEWEST_ROWS} clients of {_FEWEST_ROWS} rows; with data.rows_per_client they share rows"
+        )
+    if alpha == "iid":
+        return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients)]
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(clients, alpha))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.extend(piece.tolist())
+    # The largest first, of equal ones the first; while any has too few, the largest has more than enough.
+    largest = [(-len(part), index) for index, part in enumerate(parts)]
+    heapq.heapify(largest)
+    for part in parts:
+        while len(part) < _FEWEST_ROWS:
+            size, index = largest[0]
+            part.append(parts[index].pop())
+            heapq.heapreplace(largest, (size + 1, index))
+    return [np.sort(np.array(part)) for part in parts]
+
+
+def draw_rows(by_label: Sequence[Array], rows: int, alpha: float | Literal["iid"], rng: np.random.Generator) -> Array:
+    """Return one client's sorted row indices, (rows,), drawn without replacement from the rows of every label.
+
+    Shares of the labels ~ Dirichlet(alpha · 1), or as the rows have them if "iid"; how many rows of each label is
+    multinomial. A label that has no more rows leaves what is missing to the others, by their shares.
+    """
+    available = np.array([len(part) for part in by_label])
+    shares = available / available.sum() if alpha == "iid" else rng.dirichlet(np.full(len(by_label), alpha))
+    counts = np.zeros_like(available)
+    while missing := rows - counts.sum():
+        left = available - counts
+        weights = np.where(left > 0, shares, 0.0)
+        if weights.sum() == 0:  # a small alpha may leave all but one label a share of nothing
+            weights = left.astype(np.float64)
+        counts += np.minimum(rng.multinomial(missing, weights / weights.sum()), left)
+    drawn = [rng.choice(part, count, replace=False) for part, count in zip(by_label, counts, strict=True) if count]
+    return np.sort(np.concatenate(drawn))
+
+
+def partition(config: RunConfig, groups: Array) -> list[Array]:
+    """Return row indices, a part for each partition `data.partition` makes of rows with these `groups` (n,)."""
+    try:
+        import datasets
+        import flwr_datasets.partitioner as partitioners
+    except ImportError:
+        raise FedError(
+            f"data.partition is {config.data.partition!r}: it needs the library flwr-datasets: "
+            "install plora-kernels[data]"
+        ) from None
+
+    class Numbered(datasets.Dataset):
+        """Rows whose parts are the numbers of their rows: true parts take a minute for ten thousand clients."""
+
+        def select(self, indices: Iterable[int], *_: object, **__: object) -> Array:
+            return np.fromiter(indices, dtype=np.int64)
+
+        def sort(self, *names: Any, **settings: Any) -> Any:
+            return datasets.Dataset.from_dict(self[:]).sort(*names, **settings)  # rows have other numbers now
+
+    name = _NAMED.get(config.data.partition, config.data.partition)
+    kind = getattr(partitioners, name, None)
+    if kind is None:
+        known = ", ".join(partitioners.__all__)
+        raise FedError(f"data.partition is {name!r}: flwr_datasets has {known}")
+    failure = f"data.partition is {config.data.partition!r}"
+    try:
+        # It warns of what is refused below or does no harm, and draws a progress bar.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            maker = kind(**_settings(config, kind))
+            maker.dataset = Numbered.from_dict({_ROW: np.arange(len(groups)), _GROUP: groups})
+            return [_numbers(maker.load_partition(part)) for part in range(maker.num_partitions)]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FedError(f"{failure}: {reason}") from error
+
+
+def _numbers(part: Any) -> Array:
+    """The row numbers of a part, or of the rows it holds."""
+    return part if isinstance(part, np.ndarray) else np.array(part[:][_ROW], dtype=np.int64)
+
+
+def _settings(config: RunConfig, kind: Any) -> dict[str, Any]:
+    """What the run's configuration has to say to a partitioner, as far as it asks for it."""
+    data = config.data
+    ours = {
+        "num_partitions": config.clients.count,
+        "partition_by": _GROUP,
+        "seed": seed_of(config.seed, "partition") % 2**32,
+        "num_classes_per_partition": data.labels_per_client,
+        "class_assignment_mode": "first-deterministic",  # as in the paper it is taken from; uses every label
+    }
+    asked = inspect.signature(kind).parameters
+    return {name: value for name, value in ours.items() if name in asked} | data.partition_options

@@ -1,0 +1,120 @@
+"""Rows of text become tables: classification, or prompts and the answers to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fed.data.partition import Array
+from fed.data.pretrained import require_positions, saved_label_names
+from fed.data.sources import Rows
+from fed.data.tables import InstructionTable, Table, TextTable
+from fed.data.tokenization import Stage, instruction_tokens, text_tokens
+from fed.errors import FedError
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+_COLUMN = re.compile(r"\{([^{}\n]+)\}")
+
+
+def make_labels(config: RunConfig, rows: Rows) -> tuple[Array, tuple[str, ...]]:
+    """Return every row's label as a number (n,), and the labels' names in the order of these numbers.
+
+    Labels may be strings, integers or booleans. Where the checkpoint's own head or the source names the same labels,
+    their order is kept. Raises FedError where there are fewer than two.
+    """
+    column = config.data.label
+    found = rows.column("data.label", column, (str, int))
+    if rows.label_names is not None:
+        found = [_name(rows, value, index) for index, value in enumerate(found)]
+    found = [str(value) for value in found]
+    own, source = saved_label_names(config), rows.label_names or ()
+    names = next((tuple(some) for some in (own, source) if set(some) == set(found)), tuple(sorted(set(found))))
+    if len(names) < 2:
+        raise FedError(
+            f"data.label is {column!r}: the only label in {config.data.title} is {names[0]!r}; "
+            "there should be two or more"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[name] for name in found], dtype=np.int64), names
+
+
+def _name(rows: Rows, value: int, index: int) -> str:
+    names = rows.label_names or ()
+    if not 0 <= value < len(names):
+        raise FedError(f"{rows.places[index]}: its label is {value}, so it has none; another split may have labels")
+    return names[value]
+
+
+def classification_table(
+    config: RunConfig, rows: Rows, labels: Array, on_event: Callable[[str], object], stage: Stage | None
+) -> Table:
+    """Return the table of the columns `data.text` and, where it is set, `data.text_pair`."""
+    texts = rows.column("data.text", config.data.text)
+    pairs = None
+    if config.data.text_pair is not None:
+        pairs = rows.column("data.text_pair", config.data.text_pair)
+    tokenizer, tokens = text_tokens(config, texts, pairs, on_event, stage)
+    return TextTable(tokens, torch.from_numpy(labels), tokenizer.pad_token_id)
+
+
+def instruction_table(
+    config: RunConfig, rows: Rows, on_event: Callable[[str], object], stage: Stage | None
+) -> InstructionTable:
+    """Return the table of filled-in prompts and the answers in the column `data.output`.
+
+    An answer is a string, an integer, or a list of strings any of which is right; the first is trained on.
+    """
+    data = config.data
+    require_positions(config)
+    found = rows.column("data.output", data.output, (str, int, list))
+    answers = [_answers(value, place, data.output) for value, place in zip(found, rows.places, strict=True)]
+    tokenizer, tokens, prompts, cut = instruction_tokens(
+        config, fill_in(data.prompt, rows), [several[0] for several in answers], on_event, stage
+    )
+    if cut:
+        on_event(f"{cut} of {len(rows)} rows have more than data.max_length ({data.max_length}) tokens and are cut")
+    return InstructionTable(tokens, prompts, answers, tokenizer, data.max_new_tokens, data.generated_rows)
+
+
+def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:
+    """Return the prompt of every row: {column} gives way to its value; a line whose columns are all empty goes.
+
+    Raises FedError, which names the prompt by `key`, where it names no column, or one that no row has, and where a
+    value is not a string.
+    """
+    columns = list(dict.fromkeys(_COLUMN.findall(prompt)))
+    if not columns:
+        raise FedError(f"{key} is {prompt!r}: it should name a column in braces, e.g. '{{instruction}}'")
+    for column in columns:
+        if not any(column in row for row in rows.rows):
+            there = ", ".join(rows.rows[0])
+            raise FedError(f"{key} names {{{column}}}; the columns of {rows.places[0]} are {there}")
+    values = [rows.column(key, column, empty=True) for column in columns]
+    return [
+        _filled(prompt, dict(zip(columns, found, strict=True)), place)
+        for place, *found in zip(rows.places, *values, strict=True)
+    ]
+
+
+def _filled(prompt: str, values: dict[str, str | None], place: str) -> str:
+    if not any(values.values()):
+        raise FedError(f"{place}: {', '.join(values)} are empty; a prompt needs one of them")
+    lines = []
+    for line in prompt.split("\n"):
+        named = _COLUMN.findall(line)
+        if not named or any(values[column] for column in named):
+            lines.append(_COLUMN.sub(lambda match: values[match[1]] or "", line))
+    return "\n".join(lines)
+
+
+def _answers(value: str | int | list[object], place: str, column: str) -> tuple[str, ...]:
+    several: Sequence[object] = value if isinstance(value, list) else [str(value)]
+    if not several or not all(isinstance(answer, str) and answer for answer in several):
+        raise FedError(f"{place}: data.output {column!r} holds {value!r:.40}; it should be a string that is not empty")
+    return tuple(str(answer) for answer in several)

@@ -1,0 +1,162 @@
+"""Texts become tokens of the checkpoint's own tokenizer, once: what comes out is kept in the user's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fed.data.pretrained import load_tokenizer, tokenizer_files
+from fed.data.tables import Sequences
+from fed.data.token_cache import cached, user_directory
+from fed.errors import FedError
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+# Opens a stage of so many steps; what it gives is called with the steps done and a note. `Screen.stage` is one.
+Stage = Callable[[str, int], AbstractContextManager[Callable[[int, str], object]]]
+
+_CHUNK = 2000  # texts: less than a second
+
+
+def text_tokens(
+    config: RunConfig,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    on_event: Callable[[str], object],
+    stage: Stage | None,
+) -> tuple[Any, dict[str, Sequences]]:
+    """Return the tokenizer and, by the model's names for them, the tokens of every text or pair of texts.
+
+    A text is cut at `data.max_length` tokens; one that has none becomes one padding token.
+    """
+    tokenizer, length = load_tokenizer(config), config.data.max_length
+
+    def make() -> dict[str, Tensor]:
+        parts: dict[str, list[list[int]]] = {}
+        for chunk in _chunks(len(texts), stage):
+            second = None if pairs is None else list(pairs[chunk])
+            encoded = tokenizer(
+                list(texts[chunk]), second, truncation=True, max_length=length, return_attention_mask=False
+            )
+            for name, values in encoded.items():
+                filler = tokenizer.pad_token_id if name == "input_ids" else 0
+                parts.setdefault(name, []).extend(ids or [filler] for ids in values)
+        return _flat({name: Sequences.of(values) for name, values in parts.items()})
+
+    key = {"what": "texts", "texts": _hash(texts), "pairs": None if pairs is None else _hash(pairs), "length": length}
+    return tokenizer, _sequences(_kept(config, key, make, on_event))
+
+
+def instruction_tokens(
+    config: RunConfig,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    on_event: Callable[[str], object],
+    stage: Stage | None,
+) -> tuple[Any, Sequences, Tensor, int]:
+    """Return the tokenizer, the tokens of prompt, answer and end of every row, how many are the prompt's, and a count.
+
+    Prompt lengths are (n,) int64. A prompt may have `data.max_length` − `data.max_new_tokens` tokens and loses its
+    first ones, but for the start token, where it is longer; the answer has what is left, and where it is longer
+    loses its last ones and the end. The count is of the rows that lost some.
+    """
+    tokenizer, length, room = load_tokenizer(config), config.data.max_length, config.data.max_new_tokens
+    if tokenizer.eos_token_id is None:
+        raise FedError(f"model.path is {config.model.path!r}: its tokenizer needs an end token, to end answers with")
+
+    def make() -> dict[str, Tensor]:
+        rows: list[list[int]] = []
+        sizes: list[int] = []
+        cut = 0
+        for chunk in _chunks(len(prompts), stage):
+            asked = tokenizer(list(prompts[chunk])).input_ids
+            answered = tokenizer(list(answers[chunk]), add_special_tokens=False).input_ids
+            for prompt, answer in zip(asked, answered, strict=True):
+                whole = _prompt(tokenizer, prompt)
+                head = _shortened(tokenizer, whole, length - room)
+                row = [*head, *answer, tokenizer.eos_token_id]
+                cut += len(head) < len(whole) or len(row) > length
+                rows.append(row[:length])
+                sizes.append(len(head))
+        return _flat({"tokens": Sequences.of(rows)}) | {"prompts": torch.tensor(sizes), "cut": torch.tensor([cut])}
+
+    key = {
+        **{"what": "instructions", "texts": _hash(prompts), "answers": _hash(answers)},
+        **{"length": length, "room": room},
+    }
+    found = _kept(config, key, make, on_event)
+    prompt_lengths, cut = found.pop("prompts"), int(found.pop("cut"))
+    return tokenizer, _sequences(found)["tokens"], prompt_lengths, cut
+
+
+def _prompt(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A prompt's tokens without the end token some tokenizers add; one without any is its start or end token."""
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    start = tokenizer.bos_token_id
+    return ids or [tokenizer.eos_token_id if start is None else start]
+
+
+def _shortened(tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    if len(ids) <= most:
+        return ids
+    kept = [ids[0]] if most > 1 and ids[0] == tokenizer.bos_token_id else []
+    return kept + ids[len(ids) - most + len(kept) :]
+
+
+def _kept(
+    config: RunConfig, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], on_event: Callable[[str], object]
+) -> dict[str, Tensor]:
+    """What `make` makes of the texts in the key and of the checkpoint's tokenizer, from the cache if it is there."""
+    import tokenizers
+    import transformers
+
+    files = {path.name: blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in tokenizer_files(config)}
+    versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    return cached(_directory(config), {**key, "tokenizer": files, "versions": versions}, make, on_event)
+
+
+def _directory(config: RunConfig) -> Path | None:
+    setting = config.data.cache
+    if isinstance(setting, str):
+        return Path(setting)
+    return user_directory() / "tokens" if setting else None
+
+
+def _chunks(rows: int, stage: Stage | None) -> Iterator[slice]:
+    """Yield slices of all rows; where there is more than one, a stage shows how far it got."""
+    starts = range(0, rows, _CHUNK)
+    if stage is None or len(starts) < 2:
+        yield from (slice(start, start + _CHUNK) for start in starts)
+        return
+    with stage("tokens: thousand rows", -(-rows // 1000)) as advance:
+        for start in starts:
+            yield slice(start, start + _CHUNK)
+            advance(-(-min(start + _CHUNK, rows) // 1000), "")
+
+
+def _hash(texts: Sequence[str]) -> str:
+    digest = blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _flat(sequences: Mapping[str, Sequences]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tokens in sequences.items():
+        tensors[f"{name}.values"], tensors[f"{name}.offsets"] = tokens.values, tokens.offsets
+    return tensors
+
+
+def _sequences(tensors: Mapping[str, Tensor]) -> dict[str, Sequences]:
+    names = sorted({name.rsplit(".", 1)[0] for name in tensors})
+    return {name: Sequences(tensors[f"{name}.values"], tensors[f"{name}.offsets"]) for name in names}

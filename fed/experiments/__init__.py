@@ -1,0 +1,1 @@
+"""One run or a plan of runs, from a configuration to files on disk."""

@@ -1,0 +1,163 @@
+"""How far clients start from the server: Fed-PLoRA's ways to hold modules and truncated starts, in fp32 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+import plora_kernels as pk
+from fed.data import federated_data
+from fed.errors import FedError
+from fed.experiments import run as running
+from fed.methods import fed_plora
+from fed.methods.low_rank import principal_modules, product_norm
+from fed.methods.starts import leading_start
+from fed.models import base_model
+from fed.models.shared_model import Workplace, adapted, started
+from fed.seeding import Source
+from fed.simulation.noise import start_noise
+from fed.simulation.rounds import Federation
+from fed.simulation.run_directory import ADAPTER, BASE, read
+from fed.types import Client, ClientStart, Options, ServerState, Stack
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way to start clients in one dtype: `noise` is the mean of ‖ΔW_i(start) − ΔW_server‖_F over all clients.
+
+    `share` is that over ‖ΔW_server‖_F.
+    """
+
+    name: str
+    dtype: str
+    noise: float
+    share: float
+
+
+# The server's state as a method would hold it, and what one client starts with from there.
+_Way = tuple[str, Callable[[ServerState], ServerState], Callable[[ServerState, Client, Source], ClientStart]]
+
+
+def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
+    """Measure every way to start all clients of a run after its last round, on what its layers then really hold.
+
+    Every way starts from the same ΔW, that of the run's global adapter, cast to the dtype as is the base; modules are
+    selected at random. Raises FedError where there is no run that went to its end, or its method holds more than R
+    modules a matrix or folds into the base.
+    """
+    run = read(directory)
+    config = run.config
+    if not running.ended(directory, config):
+        raise FedError(f"{str(directory)!r} is a run that is not over; python -m fed resume {directory} continues it")
+    model = base_model.reopen(directory / BASE)
+    loaded, head = federated_data.load(config, on_event), base_model.head_names(model)
+    with adapted(config, model, head) as work:
+        federation = Federation(config, loaded, work, on_event)
+        if federation.method.folds:
+            raise FedError(
+                f"{str(directory)!r} is a run of {federation.method.title}, whose update is not in R modules; "
+                "a run of 'fed-plora' would be right"
+            )
+        standing = federation.beginning()
+    server = _ended(standing.server, pk.load_peft(model, directory / ADAPTER), run.rows[-1]["round"])
+    found = []
+    for name, dtype in DTYPES.items():
+        with adapted(config, model.to(dtype), head) as work:
+            for title, hold, start in _WAYS:
+                held = hold(_cast(server, dtype))
+                noise = fmean(_noise(work, held, start, client, config.seed) for client in standing.clients)
+                found.append(Start(title, name, noise, noise / _norm(held)))
+    return found
+
+
+def _ended(beginning: ServerState, handle: pk.Injected, number: int) -> ServerState:
+    """Return the server with the adapter a run ended with, which `handle` has put into the model; take it out again."""
+    factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in handle.factors().items()}
+    handle.restore()
+    return replace(beginning, adapter=replace(beginning.adapter, factors=factors), round=number, options=Options())
+
+
+def table(found: Sequence[Start]) -> list[tuple[str, ...]]:
+    """Return the figures as a table, heading first: a line for each way, noise and share of ΔW for each dtype."""
+    lines = [("clients start with", *(title for dtype in DTYPES for title in (dtype, "of ΔW")))]
+    for name in dict.fromkeys(start.name for start in found):
+        ours = {start.dtype: start for start in found if start.name == name}
+        pairs = ((_shown(ours[dtype].noise), _shown(ours[dtype].share)) for dtype in DTYPES)
+        lines.append((name, *(cell for pair in pairs for cell in pair)))
+    return lines
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2e}" if value else "0"
+
+
+def _selecting(unselected: str) -> Callable[[ServerState, Client, Source], ClientStart]:
+    """Fed-PLoRA's start, the modules a client does not train held in this form."""
+
+    def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+        return fed_plora.start(replace(server, adapter=replace(server.adapter, unselected=unselected)), client, rng)
+
+    return start
+
+
+def _leading(server: ServerState, client: Client, rng: Source) -> ClientStart:
+    return leading_start(server, client.rank)
+
+
+def _as_it_is(server: ServerState) -> ServerState:
+    return server
+
+
+def _principal(server: ServerState) -> ServerState:
+    """The same ΔW as modules by falling singular value."""
+    adapter = server.adapter
+    factors = {
+        matrix: principal_modules(Stack(A, B, _weights(A, adapter.scale)), adapter.scale, A)
+        for matrix, (A, B) in adapter.factors.items()
+    }
+    return replace(server, adapter=replace(adapter, factors=factors))
+
+
+def _weights(A: Tensor, scale: float) -> Tensor:
+    return torch.full((A.shape[0],), scale, dtype=torch.float64, device=A.device)
+
+
+_WAYS: tuple[_Way, ...] = (
+    ("Fed-PLoRA, frozen", _as_it_is, _selecting("frozen")),
+    ("Fed-PLoRA, folded", _as_it_is, _selecting("folded")),
+    ("FlexLoRA, raFLoRA", _principal, _leading),
+    ("HETLoRA, FedIT cut to r_i", _as_it_is, _leading),
+)
+
+
+def _noise(
+    work: Workplace,
+    server: ServerState,
+    start: Callable[[ServerState, Client, Source], ClientStart],
+    client: Client,
+    seed: int,
+) -> float:
+    begun = start(server, client, Source(seed, server.round + 1, client.id))
+    with started(work, begun, server.head):
+        return start_noise(server, begun, work.base.changed())
+
+
+def _norm(server: ServerState) -> float:
+    """Return ‖ΔW_server‖_F over all matrices."""
+    adapter = server.adapter
+    norms = [product_norm(adapter.scale * B.double(), A.double()) for A, B in adapter.factors.values()]
+    return torch.stack(norms).norm().item()
+
+
+def _cast(server: ServerState, dtype: torch.dtype) -> ServerState:
+    """Return the server with its factors and head in another dtype."""
+    factors = {matrix: (A.to(dtype), B.to(dtype)) for matrix, (A, B) in server.adapter.factors.items()}
+    head = {name: value.to(dtype) for name, value in server.head.items()}
+    return replace(server, adapter=replace(server.adapter, factors=factors), head=head)

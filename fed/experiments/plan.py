@@ -1,0 +1,179 @@
+"""A comparison's plan: the variants of one configuration, the seeds they run with, and where each run lies."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from fed import config as configuration
+from fed.config import settings_of
+from fed.errors import FedError
+from fed.experiments.variants import Variant, resolved, variants
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+PLAN = "comparison.toml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compared, as asked for.
+
+    `table` is the resolved configuration all runs share, `source` and `settings` what it was made of. `methods`
+    are names, `name@r` for every client at rank r; `vary` is `key=value,value,…` or empty; `reference` names the
+    variant the others are held against, the first if empty.
+    """
+
+    table: dict[str, Any]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    vary: str = ""
+    reference: str = ""
+    source: str = ""
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid; `path` is its directory below the comparison's."""
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+
+    @property
+    def path(self) -> Path:
+        """Where the run lies, relative to the comparison's directory."""
+        return Path("runs", self.variant.name, f"seed-{self.seed}")
+
+    @property
+    def label(self) -> str:
+        """The run's name on screen."""
+        return f"{self.variant.label}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, resolved: its variants in order, and a cell for each with each seed, seed by seed."""
+
+    request: Request
+    variants: tuple[Variant, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def reference(self) -> Variant:
+        """The variant the others are held against."""
+        wanted = self.request.reference or self.variants[0].name
+        return next(variant for variant in self.variants if variant.name == wanted)
+
+    def common(self) -> dict[str, Any]:
+        """Return what all runs agree on: dotted key to value, seed and trackers apart."""
+        first, *others = [settings_of(cell.config) for cell in self.cells]
+        return {
+            key: value for key, value in first.items() if all(key in other and other[key] == value for other in others)
+        }
+
+
+def request(
+    source: str | Path,
+    settings: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    vary: str = "",
+    reference: str = "",
+) -> Request:
+    """Return the request for a comparison; what is empty is as the source's `[compare]` says.
+
+    Where a setting is varied without naming methods, or there are none named there either, it is the configuration's
+    own method.
+    """
+    table, asked = configuration.table(source, settings)
+    own = table.pop("method", configuration.RunConfig.model_fields["method"].default)
+    table.pop("seed", None)
+    # Ranks that the file's own method could not serve are no error here: each variant's are checked.
+    shared = configuration.parse({**table, "method": "fed-plora"}, where=str(source)).model_dump(exclude_none=True)
+    del shared["method"], shared["seed"]
+    return Request(
+        table=shared,
+        methods=tuple(methods or ([] if vary else asked.methods) or [own]),
+        seeds=tuple(seeds or asked.seeds),
+        vary=vary or asked.vary,
+        reference=reference or asked.reference,
+        source=str(source),
+        settings=tuple(settings),
+    )
+
+
+def plan(asked: Request) -> Plan:
+    """Resolve every variant with every seed; FedError where one cannot be, or where two would be the same."""
+    if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
+        raise FedError(f"--seeds is {','.join(map(str, asked.seeds))!r}: it should name each seed once, e.g. 0,1,2")
+    compared = tuple(variants(asked.table, asked.methods, asked.vary))
+    names = [variant.name for variant in compared]
+    for name in names:
+        if names.count(name) > 1:
+            raise FedError(f"{name!r} would be compared with itself: every method and value should be named once")
+    if asked.reference and asked.reference not in names:
+        raise FedError(f"--reference is {asked.reference!r}; one of {', '.join(names)} would be right")
+    cells = [
+        Cell(variant, seed, resolved(asked.table, (*variant.settings, f"seed={seed}")))
+        for seed in asked.seeds
+        for variant in compared
+    ]
+    return Plan(asked, compared, tuple(cells))
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Say in which key two sets of settings differ first, comparing the keys both hold; None where they do not."""
+    for key in before:
+        if key in now and before[key] != now[key]:
+            return f"{key} = {before[key]!r} there, {now[key]!r} here"
+    return None
+
+
+def write(asked: Request, directory: Path) -> None:
+    """Write the request as `comparison.toml`: under a temporary name first, then renamed."""
+    fields = asdict(asked)
+    content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    content["config"] = content.pop("table")
+    temporary = directory / f"{PLAN}.tmp"
+    temporary.write_text(tomli_w.dumps(content), encoding="utf-8")
+    temporary.replace(directory / PLAN)
+
+
+def read(directory: Path) -> Request:
+    """Read a comparison's request back; FedError where there is none."""
+    path = directory / PLAN
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Request(
+            content["config"],
+            tuple(content["methods"]),
+            tuple(content["seeds"]),
+            content["vary"],
+            content["reference"],
+            content["source"],
+            tuple(content["settings"]),
+        )
+    except FileNotFoundError:
+        raise FedError(f"{str(directory)!r} is not a comparison's directory: there is no {PLAN} in it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedError(f"{path} is not what a comparison writes: {error}") from None
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of `0,1,2` or `0-4`; FedError where it is neither."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise FedError(f"--seeds is {text!r}: it should be numbers such as 0,1,2 or a range such as 0-4")
+        seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(seeds)

@@ -1,0 +1,135 @@
+"""A run's parts, put together in the same way by every command: data, base model, rounds, centralised LoRA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fed import methods
+from fed.data.federated_data import FederatedData
+from fed.data.tables import Split
+from fed.errors import FedError
+from fed.models.shared_model import adapted, started
+from fed.seeding import Source
+from fed.simulation.evaluation import evaluate_held_out
+from fed.simulation.round_metrics import finite
+from fed.simulation.rounds import first_state
+from fed.simulation.run_directory import ADAPTER, read_rows
+from fed.training.local import Job, train
+from fed.training.memory import keep_freed_memory
+from fed.types import Client, Row
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fed.config import RunConfig
+    from fed.data.federated_data import FederatedData
+
+# Called with the steps done and the last loss while a base model is trained.
+Progress = Callable[[int, float], object]
+
+
+def make_base(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
+    """Build the base model, train it where it is the embedded one, and save it to `directory`.
+
+    An adapter that does not fit the model, or a device that is not there, shows before any training.
+    """
+    from fed.models import base_model
+
+    model = base_model.build(config, data)
+    check_adapter(config, model)
+    model.cpu()
+    if data.pretrain is not None:
+        base_model.pretrain(model, data.pretrain, config, progress)
+    base_model.save(model, config, directory)
+    return model
+
+
+def check_adapter(config: RunConfig, model: nn.Module) -> None:
+    """Raise where the run's adapter does not fit the model; the model is left as it was."""
+    from fed.models.base_model import head_names
+    from fed.models.shared_model import adapted
+
+    with adapted(config, model, head_names(model)):
+        pass
+
+
+def play(
+    config: RunConfig,
+    data: FederatedData,
+    model: nn.Module,
+    directory: Path,
+    on_round: Callable[[Row], object],
+    on_event: Callable[[str], object],
+    resume: bool = False,
+) -> list[Row]:
+    """Run the rounds in `directory`, all or those after its checkpoint; rows go to `on_round`, then to trackers."""
+    from fed.experiments.trackers import tracking
+    from fed.models.base_model import head_names
+    from fed.simulation.checkpoint import last_round
+    from fed.simulation.simulate import simulate
+
+    reached = last_round(directory) if resume else None
+    first = reached + 1 if reached else 0  # row 0 is played anew
+    with tracking(config, directory, first) as track:
+
+        def hand_on(row: Row) -> None:
+            on_round(row)
+            track(row)
+
+        return simulate(config, data, model, head_names(model), directory, hand_on, on_event, resume=resume)
+
+
+def ended(directory: Path, config: RunConfig) -> bool:
+    """Return whether a run went to its end: every round is there, and the adapter that is saved after the last."""
+    rows = read_rows(directory)
+    return bool(rows) and rows[-1]["round"] == config.rounds and (directory / ADAPTER).is_dir()
+
+
+@contextmanager
+def limits(threads: int) -> Iterator[None]:
+    """Let torch use so many threads inside, or as many as it likes if 0; FedError for what does not fit a layer.
+
+    The process keeps the memory it frees from here on.
+    """
+    import torch
+
+    from plora_kernels import PLoRAError
+
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    except PLoRAError as error:
+        raise FedError(str(error)) from error
+    finally:
+        torch.set_num_threads(before)
+
+
+def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_names: Sequence[str], steps: int) -> Row:
+    """Train rank-R LoRA for `steps` batches of all clients' samples together, and return what it reaches.
+
+    The adapter starts where the federated run's does; optimiser, learning rate and batch size are the run's.
+    The result holds the metrics of `fed.simulation.evaluation.evaluate_held_out`, steps and train_seconds; the
+    model comes back as it was.
+    """
+    with adapted(config, model, head_names) as work:
+        data = data.to(work.device)
+        pool = Split.joined(data.clients)
+        client = Client(id=len(data.clients), rank=config.adapter.rank, n_samples=len(pool))
+        rng = Source(config.seed, 0, client.id)
+        server = first_state(work, config)
+        start = methods.find("fedit").start(server, client, rng)
+        began = time.perf_counter()
+        job = Job(client, start, server.head, pool, steps, config.train.learning_rate, rng)
+        with started(work, start, server.head):
+            train(work, job, config.train)
+        train_seconds = time.perf_counter() - began
+        metrics = evaluate_held_out(work.model, data)
+    return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}

@@ -1,0 +1,196 @@
+"""A comparison's runs, played one after another or several at once, each kept as soon as it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fed import config as configuration
+from fed import types
+from fed.errors import FedError
+from fed.experiments import plan as plans
+from fed.experiments import run as running
+from fed.experiments.plan import Cell, Plan
+from fed.simulation.run_directory import BASE, CONFIG
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fed.config import RunConfig
+    from fed.data.federated_data import FederatedData
+    from fed.data.tokenization import Stage
+
+# Called with a cell, what happened ("base", "row", "event", "finished", "failed"), and a line or the row.
+Tell = Callable[[Cell, str, Any], object]
+
+BASES = "bases"
+
+
+def open_grid(plan: Plan, directory: Path) -> None:
+    """Make a comparison's directory, or check that the one there holds runs of the same settings.
+
+    Methods, values and seeds may be others than before: what is there stays. Raises FedError naming the first
+    setting that differs, and where the directory is something else.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if not (directory / plans.PLAN).is_file():
+            raise FedError(f"--out is {str(directory)!r}, which exists and is no comparison; give another name")
+        _require_same(plan, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        plans.write(plan.request, directory)
+    except OSError as error:
+        raise FedError(f"--out is {str(directory)!r}: it cannot be written: {error.strerror}") from None
+
+
+def _require_same(plan: Plan, directory: Path) -> None:
+    before = plans.plan(plans.read(directory))
+    pairs = [("its runs share", before.common(), plan.common())]
+    for cell in plan.cells:
+        if (path := directory / cell.path / CONFIG).is_file():
+            pairs.append(
+                (
+                    cell.label,
+                    configuration.settings_of(configuration.load(path)),
+                    configuration.settings_of(cell.config),
+                )
+            )
+    for what, there, here in pairs:
+        if (differs := plans.difference(there, here)) is not None:
+            raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
+
+
+def finished(cell: Cell, directory: Path) -> bool:
+    """Return whether a run of the comparison went to its end."""
+    return running.ended(directory / cell.path, cell.config)
+
+
+class Workbench:
+    """Data and base models for a comparison's runs: made once for all runs that share them.
+
+    Base models lie below `directory/bases`, one for each seed; the last data and model used stay in memory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._data: tuple[str, FederatedData] | None = None
+        self._model: tuple[str, nn.Module] | None = None
+
+    def data(
+        self, config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
+    ) -> FederatedData:
+        """Return a run's data; runs of one seed that differ in nothing the data depend on get the same object.
+
+        `on_event` and `stage` are told what `fed.data.federated_data.load` has to say.
+        """
+        from fed.data import federated_data
+
+        key = _key(config, "data", "clients", "model")
+        if self._data is None or self._data[0] != key:
+            self._data = None  # frees the last before the next is made
+            self._data = key, federated_data.load(config, on_event, stage)
+        return self._data[1]
+
+    def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
+        """Return the base model of a run and where it is saved, from there if it was made before."""
+        from fed.models import base_model
+
+        key = _key(config, "data", "model")
+        path = self.directory / BASES / f"seed-{config.seed}-{key}"
+        if self._model is None or self._model[0] != key:
+            self._model = None
+            if path.is_dir():
+                model = base_model.reopen(path)
+            else:
+                tell(f"making the base model of seed {config.seed}")
+                model = self._made(config, path)
+            self._model = key, model
+        return self._model[1], path
+
+    def _made(self, config: RunConfig, path: Path) -> nn.Module:
+        """Make a base model under a temporary name; where another process was first, its like stays."""
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        model = running.make_base(config, self.data(config), temporary)
+        try:
+            temporary.rename(path)
+        except OSError:
+            shutil.rmtree(temporary)
+        return model
+
+
+def play(cell: Cell, bench: Workbench, tell: Tell) -> types.Row:
+    """Play one run of a comparison to its end, from its checkpoint if it was begun before; return its last row."""
+    from fed.simulation.checkpoint import last_round
+
+    config, directory = cell.config, bench.directory / cell.path
+    with running.limits(config.threads):
+        model, base = bench.base(config, lambda line: tell(cell, "base", line))
+        resume = last_round(directory) is not None
+        if not resume:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            configuration.write(config, directory / CONFIG)
+            (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
+        rows = running.play(
+            config,
+            bench.data(config),
+            model,
+            directory,
+            lambda row: tell(cell, "row", row),
+            lambda line: tell(cell, "event", line),
+            resume=resume,
+        )
+    return rows[-1]
+
+
+def check(
+    cells: Sequence[Cell], bench: Workbench, on_event: Callable[[str], object], stage: Stage | None = None
+) -> None:
+    """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model.
+
+    `on_event` gets what there is to say of the data, each line once: other seeds draw from the same rows.
+    """
+    from fed.experiments.trackers import require
+    from fed.models import base_model
+
+    built: dict[str, nn.Module] = {}
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            on_event(line)
+
+    for cell in cells:
+        require(cell.config.tracker)
+        if cell.seed != cells[0].seed:
+            continue
+        with running.limits(cell.config.threads):
+            data, key = bench.data(cell.config, once, stage), _key(cell.config, "data", "model")
+            if key not in built:
+                built = {key: base_model.build(cell.config, data)}
+            running.check_adapter(cell.config, built[key])
+
+
+def in_turn(cells: Sequence[Cell], bench: Workbench, tell: Tell) -> None:
+    """Play runs one after another; one that cannot be played is told as "failed" and the others go on."""
+    for cell in cells:
+        try:
+            last = play(cell, bench, tell)
+        except FedError as error:
+            tell(cell, "failed", str(error))
+        else:
+            tell(cell, "finished", last)
+
+
+def _key(config: RunConfig, *tables: str) -> str:
+    """A short name for what these tables, the seed and the number of threads decide."""
+    decisive = {name: getattr(config, name).model_dump(mode="json") for name in tables}
+    content = json.dumps([config.seed, config.threads, decisive], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

@@ -1,0 +1,121 @@
+"""Where a run's rows go besides `rounds.jsonl`: TensorBoard, Weights & Biases, MLflow."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fed.config import settings_of
+from fed.errors import FedError
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+Row = Mapping[str, Any]
+Log = Callable[[Row], None]
+
+PROJECT = "plora-kernels"
+
+
+class Tracker(NamedTuple):
+    """The library it needs, the extra that installs it, and a context that gives what takes rows."""
+
+    library: str
+    extra: str
+    opened: Callable[[RunConfig, Path, int], Any]
+
+
+def require(names: Sequence[str]) -> None:
+    """Raise FedError, naming the extra to install, for the first tracker whose library is not there."""
+    for name in names:
+        library, extra, _ = TRACKERS[name]
+        if find_spec(library) is None:
+            raise FedError(
+                f"tracker {name!r} needs {library}, which is not installed: pip install 'plora-kernels[{extra}]'"
+            )
+
+
+@contextmanager
+def tracking(config: RunConfig, directory: Path, first: int = 0) -> Iterator[Log]:
+    """Open the run's trackers and give what hands a row to each of them; they are closed after the body.
+
+    `first` is the round of the first row to come. Where a run is continued, TensorBoard replaces the rows from there
+    on; the others begin a run of their own.
+    """
+    require(config.tracker)
+    with ExitStack() as stack:
+        logs = [stack.enter_context(TRACKERS[name].opened(config, directory, first)) for name in config.tracker]
+
+        def log(row: Row) -> None:
+            for one in logs:
+                one(row)
+
+        yield log
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """Return the numbers of a row, without its round; lists, and what was not measured, are left out."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name != "round" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+@contextmanager
+def _tensorboard(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
+    """Write event files to `tensorboard/` in the run's directory, the configuration as text beside the curves."""
+    tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+    writer = tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
+    lines = [f"    {key} = {value!r}" for key, value in settings_of(config).items()]
+    writer.add_text("config", "\n".join(lines))
+
+    def log(row: Row) -> None:
+        for name, value in scalars(row).items():
+            writer.add_scalar(name, value, row["round"])
+        writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _wandb(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
+    """Log to a run named after the directory; where it goes is wandb's own affair (`WANDB_MODE`, `WANDB_PROJECT`)."""
+    wandb = importlib.import_module("wandb")
+    settings = {**settings_of(config), "seed": config.seed}
+    name = _run_name(directory)
+    run = wandb.init(project=PROJECT, name=name, dir=str(directory), config=settings, reinit="finish_previous")
+    try:
+        yield lambda row: run.log(scalars(row), step=row["round"])
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
+
+
+@contextmanager
+def _mlflow(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
+    """Log to a run named after the directory; where it goes is MLflow's own affair (`MLFLOW_TRACKING_URI`)."""
+    mlflow = importlib.import_module("mlflow")
+    with mlflow.start_run(run_name=_run_name(directory)):
+        mlflow.log_params({**settings_of(config), "seed": config.seed})
+        yield lambda row: mlflow.log_metrics(scalars(row), step=row["round"])
+
+
+def _run_name(directory: Path) -> str:
+    """The last two parts of the run's path: a comparison's runs are all called seed-…"""
+    return "/".join(directory.resolve().parts[-2:])
+
+
+TRACKERS = {
+    "tensorboard": Tracker("tensorboard", "track", _tensorboard),
+    "wandb": Tracker("wandb", "wandb", _wandb),
+    "mlflow": Tracker("mlflow", "mlflow", _mlflow),
+}

@@ -1,0 +1,131 @@
+"""The variants of a comparison: methods, at the ranks they can serve, and values of one setting."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fed import config as configuration
+from fed import methods
+from fed.errors import FedError
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+_CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing compared: its directory's name, how it is shown, its settings, and what of them a reader must know."""
+
+    name: str
+    label: str
+    settings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator[Variant]:
+    """Yield every method with every value of `vary` (`key=value,value,…`, or empty), over the settings of `table`.
+
+    A method is named as in a configuration, or `name@r` for every client at rank r. Raises FedError for what is
+    neither, and for a key that is not varied so.
+    """
+    chosen = [_of_method(table, method) for method in named]
+    key, values = _varied(vary)
+    for method, value in itertools.product(chosen, values):
+        if value is None:
+            yield method
+            continue
+        shown = f"{key.rpartition('.')[2]} {value}"
+        yield Variant(
+            name=f"{method.name}.{_slug(shown)}",
+            label=shown if len(chosen) == 1 else f"{method.label}, {shown}",
+            settings=(*method.settings, f"{key}={value}"),
+            notes=method.notes,
+        )
+
+
+def _of_method(table: dict[str, Any], asked: str) -> Variant:
+    """Return a method's variant: at the configuration's ranks, at R where it needs equal ones, or at the rank given.
+
+    At another rank than R, alpha is set so that the scale s stays what it is. A way to select modules is left to the
+    methods that select.
+    """
+    method, at, text = asked.partition("@")
+    config = resolved(table, ("method=fed-plora",))
+    selection, usual = config.adapter.selection, type(config.adapter).model_fields["selection"].default
+    settings, notes = [f"method={method}"], []
+    if selection != usual and not methods.find(method).selects:
+        settings.append(f"adapter.selection={usual}")
+        notes.append(f"adapter.selection = {selection!r} is for Fed-PLoRA alone: other methods do not select modules")
+    R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
+    if at and not (text.isdecimal() and 1 <= int(text) <= R):
+        raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
+    mixed = bool(config.clients.memory_mib) or dealt != {R}
+    if not at and not (mixed and methods.find(method).equal_ranks):
+        return Variant(method, methods.find(method).title, tuple(settings), tuple(notes))
+    rank = int(text) if at else R
+    share = rank / R
+    alpha = config.adapter.alpha * (share**0.5 if config.adapter.rank_stabilized else share)
+    reason = "as asked for" if at else "it needs equal ranks"
+    same_scale = "" if rank == R else f", alpha {alpha:g} for the same scale"
+    at_one_rank = (
+        f"{methods.find(method).title} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})"
+    )
+    return Variant(
+        name=f"{method}@{rank}" if at else method,
+        label=f"{methods.find(method).title} (rank {rank})",
+        settings=(
+            *settings,
+            f"clients.ranks=[{rank}]",
+            "clients.memory_mib=[]",
+            f"adapter.rank={rank}",
+            f"adapter.alpha={alpha!r}",
+        ),
+        notes=(at_one_rank, *notes),
+    )
+
+
+def _varied(vary: str) -> tuple[str, list[str | None]]:
+    """Split `key=value,value` where a comma stands outside brackets and quotes."""
+    if not vary:
+        return "", [None]
+    key, equals, text = vary.partition("=")
+    key = key.strip()
+    if key in ("seed", "method"):
+        raise FedError(f"--vary {key} is what --{key}s is for")
+    values: list[str | None] = [part.strip() for part in _split(text)]
+    if not equals or not all(values):
+        raise FedError(f"--vary takes key=value,value,… e.g. train.local_steps=1,3,9; got {vary!r}")
+    return key, values
+
+
+def _split(text: str) -> list[str]:
+    parts, awaited = [""], [""]
+    for character in text:
+        if character == "," and not awaited[-1]:
+            parts.append("")
+            continue
+        parts[-1] += character
+        if character == awaited[-1]:
+            awaited.pop()
+        elif character in _CLOSING:
+            awaited.append(_CLOSING[character])
+    return parts
+
+
+def resolved(table: dict[str, Any], settings: Sequence[str]) -> RunConfig:
+    """Return the configuration of a table with settings applied; the table stays as it is."""
+    changed = copy.deepcopy(table)
+    configuration.apply(changed, settings)
+    return configuration.parse(changed, where="--methods or --vary")
+
+
+def _slug(text: str) -> str:
+    """Return `text` as part of a directory's name."""
+    return re.sub(r"[^a-z0-9._=@]+", "-", text.lower()).strip("-.")

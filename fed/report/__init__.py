@@ -1,0 +1,1 @@
+"""Finished files to tables, figures and pages; nothing that trains imports it."""

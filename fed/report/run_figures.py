@@ -1,0 +1,235 @@
+"""The pictures of a run: what its rows measured over the rounds, and cosines between modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fed import methods
+from fed.report.figure import Panel, Theme, over_rounds, save, sheet
+from fed.report.tables import population, task_name
+from fed.simulation.run_directory import Row, Run, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from fed.config import RunConfig
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+SIMILARITY_PICTURE, FOLDER = "similarity.png", "similarity"
+_LEAST_SPAN = 0.05  # a map of cosines all next to 0 should look so
+
+RUN_PICTURE = "report.png"
+# A row's field, what its line is called, and its colour's number.
+NOISES = (
+    ("agg_noise", "aggregation: new global update from clients' mean", 1),
+    ("agg_noise_module", "aggregation, module by module", 4),
+    ("init_noise", "initialisation: client's start from global update", 0),
+    ("factor_noise", "factors: client's start from its last end", 2),
+)
+_MEMORY = (("optimizer_bytes", "optimiser state", 0), ("activation_bytes", "activations kept for backward", 1))
+
+
+def draw(directory: Path) -> Path:
+    """Draw a run's panels side by side to `report.png` in its directory; return that path."""
+    run = read(directory)
+    return save(sheet(panels(run), title=headline(run.config)), directory / RUN_PICTURE)
+
+
+def panels(run: Run) -> list[Panel]:
+    """Return the panels of what a run's rows hold: three always, clients and memory where they were measured."""
+    found = [
+        Panel("Accuracy on held-out test data over the rounds.", partial(_accuracy, run=run)),
+        Panel("Noise on effective weights in every round.", partial(_noise, rows=run.rows[1:])),
+        Panel("Bytes sent in every round, all its clients together.", partial(_traffic, rows=run.rows[1:])),
+    ]
+    if any(row.get("client_accuracy") for row in run.rows):
+        found.append(Panel("Accuracy client by client over the rounds.", partial(_clients, rows=run.rows)))
+    if any(row.get(field) for row in run.rows for field, *_ in _MEMORY):
+        found.append(Panel("Memory of a client's training in every round.", partial(_memory, rows=run.rows[1:])))
+    return found
+
+
+def headline(config: RunConfig) -> str:
+    """Return a run's settings in one line: method, task and clients."""
+    return f"{methods.find(config.method).title} on {task_name(config)}: {population(config)}"
+
+
+def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
+    percent = [100 * row["accuracy"] for row in run.rows]
+    rounds = [row["round"] for row in run.rows]
+    blue, vermilion, *_ = theme.colors
+    axes.plot(rounds, percent, color=blue, marker="o", markersize=3, label=f"federated: {percent[-1]:.1f} %")
+    axes.axhline(percent[0], color=theme.grey, linestyle=":", label=f"unadapted: {percent[0]:.1f} %")
+    for row, style in zip(run.centralised, ("--", "-."), strict=False):
+        reached = 100 * row["accuracy"]
+        label = f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
+        axes.axhline(reached, color=vermilion, linestyle=style, label=label)
+    axes.set_ylim(0, 100)
+    axes.set_title("Accuracy on held-out test data")
+    axes.set_ylabel("accuracy (%)")
+    over_rounds(axes, run.rows[-1]["round"])
+
+
+def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    """All noises on a logarithmic axis; a noise that is zero throughout has no place there and says so."""
+    measured = [(field, name, number) for field, name, number in NOISES if any(field in row for row in rows)]
+    for field, name, number in measured or NOISES[:1]:
+        points = [(row["round"], row[field]) for row in rows if row.get(field)]
+        label = name if points else f"{name}: 0 in every round"
+        if rows and all(row.get(field) is None for row in rows):
+            label = f"{name}: not measured"
+        axes.plot(*zip(*points, strict=True) if points else ([], []), **theme.line(number), label=label)
+    if any(row[field] for row in rows for field, *_ in measured if field in row):
+        axes.set_yscale("log")
+    axes.set_title("Noise on effective weights")
+    axes.set_ylabel("Frobenius norm of the difference")
+    over_rounds(axes, rows[-1]["round"] if rows else 0)
+
+
+def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    rounds = [row["round"] for row in rows]
+    for field, name, number in (("download_bytes", "down", 0), ("upload_bytes", "up", 1)):
+        megabytes = [row[field] / 1e6 for row in rows]
+        axes.plot(rounds, megabytes, **theme.line(number), label=f"{name}, {sum(megabytes):.3g} MB in all")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Bytes in a round, all its clients")
+    axes.set_ylabel("megabytes")
+    over_rounds(axes, rounds[-1] if rounds else 0)
+
+
+def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    """The clients' accuracies: their span, their mean, the worst of them."""
+    measured = [row for row in rows if row.get("client_accuracy")]
+    rounds = [row["round"] for row in measured]
+    percent = [[100 * value for value in row["client_accuracy"] if value is not None] for row in measured]
+    means = [sum(values) / len(values) for values in percent]
+    worst = [min(values) for values in percent]
+    axes.fill_between(rounds, worst, [max(values) for values in percent], color=theme.colors[0], alpha=0.18, lw=0)
+    axes.plot(rounds, means, **theme.line(0), label=f"mean of clients: {means[-1]:.1f} %")
+    axes.plot(rounds, worst, **theme.line(1), label=f"worst client: {worst[-1]:.1f} %")
+    axes.set_ylim(0, 100)
+    axes.set_title("Accuracy client by client")
+    axes.set_ylabel("accuracy (%)")
+    over_rounds(axes, rows[-1]["round"])
+
+
+def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    for field, name, number in _MEMORY:
+        points = [(row["round"], row[field] / 1e6) for row in rows if row.get(field) is not None]
+        if points:
+            label = f"{name}, {max(value for _, value in points):.3g} MB at most"
+            axes.plot(*zip(*points, strict=True), **theme.line(number), label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_title("Memory of local training")
+    axes.set_ylabel("megabytes")
+    over_rounds(axes, rows[-1]["round"] if rows else 0)
+
+
+class _Map(NamedTuple):
+    """One array of a round's file, its title and what its axes count; `itself` says that its diagonal is all ones."""
+
+    name: str
+    title: str
+    axis: str
+    itself: bool
+    caption: str
+
+
+_MAPS = (
+    _Map(
+        "within",
+        "within a client",
+        "module",
+        True,
+        "Cosine of two modules of one client, mean over clients",
+    ),
+    _Map(
+        "across",
+        "from client to client",
+        "module",
+        False,
+        "Cosine of a client's module with another client's, mean",
+    ),
+    _Map(
+        "clients",
+        "same module, two clients",
+        "client",
+        True,
+        "Cosine of a module of two clients, mean over modules",
+    ),
+)
+
+
+def draw_similarity(directory: Path) -> Path | None:
+    """Draw a run's maps, a row for each round, to `similarity.png`; return its path, None where none were saved."""
+    panels = similarity_panels(directory)
+    if not panels:
+        return None
+    return save(sheet(panels, columns=len(_MAPS), size=(4.33, 3.9)), directory / SIMILARITY_PICTURE)
+
+
+def similarity_panels(directory: Path) -> list[Panel]:
+    """Return three maps for every round saved, the first round first; none where none were saved.
+
+    Colours span the same cosines in every map of a kind: ± the largest there is, a thing's cosine with itself apart.
+    """
+    rounds = _saved(directory)
+    panels = []
+    spans = {kind.name: _span([arrays[kind.name] for arrays in rounds.values()], kind.itself) for kind in _MAPS}
+    for number, arrays in rounds.items():
+        for kind in _MAPS:
+            drawn = partial(
+                _map,
+                values=arrays[kind.name],
+                span=spans[kind.name],
+                title=f"Round {number}: {kind.title}",
+                axis=kind.axis,
+                names=arrays["ids"].tolist() if kind.axis == "client" else None,
+            )
+            panels.append(Panel(f"{kind.caption}; round {number}. Grey: nothing to compare.", drawn, legend=False))
+    return panels
+
+
+def _saved(directory: Path) -> dict[int, dict[str, Array]]:
+    """Return the arrays of every `similarity/round-N.npz`, by round."""
+    found = {}
+    for path in (directory / FOLDER).glob("round-*.npz"):
+        if match := re.fullmatch(r"round-(\d+)\.npz", path.name):
+            with np.load(path) as arrays:
+                found[int(match[1])] = dict(arrays)
+    return dict(sorted(found.items()))
+
+
+def _span(arrays: list[Array], off_diagonal: bool) -> float:
+    """Return the largest absolute value there is, or there is off the diagonals."""
+    largest = [_LEAST_SPAN]
+    for values in arrays:
+        counted = values[~np.eye(len(values), dtype=bool)] if off_diagonal else values
+        largest += np.abs(counted[np.isfinite(counted)]).tolist()
+    return max(largest)
+
+
+def _map(axes: Axes, theme: Theme, values: Array, span: float, title: str, axis: str, names: list[int] | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-span, vmax=span, interpolation="nearest")
+    axes.set_facecolor(theme.grid)
+    axes.set_title(title)
+    axes.set_xlabel(axis)
+    axes.set_ylabel(axis)
+    if names is None:
+        for ruler in (axes.xaxis, axes.yaxis):
+            ruler.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 4, 5, 8, 10]))
+    else:
+        step = -(-len(names) // 10)
+        axes.set_xticks(range(0, len(names), step), [str(name) for name in names[::step]])
+        axes.set_yticks(range(0, len(names), step), [str(name) for name in names[::step]])
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, extend="both")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=theme.ink, labelcolor=theme.ink)

@@ -1,0 +1,104 @@
+"""The figures a run is summed up in: from its rows to one number each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
+from typing import NamedTuple
+
+from fed.simulation.run_directory import Row
+
+
+class Metric(NamedTuple):
+    """One figure of a run: `of` takes it from the rows, None where it was not measured.
+
+    `title` heads a column, `phrase` a picture; `digits` are shown behind the point, by default three significant
+    ones in all.
+    """
+
+    name: str
+    title: str
+    unit: str
+    of: Callable[[Sequence[Row]], float | None]
+    digits: int | None = None
+    phrase: str = ""
+
+
+def _last(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
+    value = rows[-1].get(field)
+    return None if value is None else scale * value
+
+
+def _mean(rows: Sequence[Row], field: str) -> float | None:
+    """The mean over rounds, round 0 apart: nothing was trained before it."""
+    values = [row[field] for row in rows[1:] if row.get(field) is not None]
+    return fmean(values) if values else None
+
+
+def _sum(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
+    values = [row[field] for row in rows if row.get(field) is not None]
+    return scale * sum(values) if values else None
+
+
+def _most(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
+    values = [row[field] for row in rows if row.get(field) is not None]
+    return scale * max(values) if values else None
+
+
+def _gain(rows: Sequence[Row]) -> float:
+    return 100 * float(rows[-1]["accuracy"] - rows[0]["accuracy"])
+
+
+ACCURACY = Metric("accuracy", "accuracy", "%", partial(_last, field="accuracy", scale=100.0), 1)
+ROUGE = Metric("rouge_l", "ROUGE-L", "%", partial(_last, field="rouge_l", scale=100.0), 1)
+METRICS = (
+    ACCURACY,
+    Metric("gain", "gain", "points", _gain, 1),
+    Metric("rouge_1", "ROUGE-1", "%", partial(_last, field="rouge_1", scale=100.0), 1),
+    ROUGE,
+    Metric("worst_accuracy", "worst client", "%", partial(_last, field="worst_accuracy", scale=100.0), 1),
+    Metric("loss", "loss", "", partial(_last, field="loss"), 3),
+    Metric("init_noise", "initialisation noise", "", partial(_mean, field="init_noise")),
+    Metric("agg_noise", "aggregation noise", "", partial(_mean, field="agg_noise")),
+    Metric("agg_noise_module", "module noise", "", partial(_mean, field="agg_noise_module")),
+    Metric("factor_noise", "factor noise", "", partial(_mean, field="factor_noise")),
+    Metric("upload_mb", "up", "MB", partial(_sum, field="upload_bytes", scale=1e-6), phrase="Sent up in a whole run"),
+    Metric(
+        "download_mb",
+        "down",
+        "MB",
+        partial(_sum, field="download_bytes", scale=1e-6),
+        phrase="Sent down in a whole run",
+    ),
+    Metric(
+        "trainable_parameters",
+        "trainable",
+        "",
+        partial(_mean, field="trainable_parameters"),
+        phrase="Trainable parameters",
+    ),
+    Metric(
+        "optimizer_mb",
+        "optimiser",
+        "MB",
+        partial(_most, field="optimizer_bytes", scale=1e-6),
+        phrase="Optimiser state, at most",
+    ),
+    Metric(
+        "activation_mb",
+        "activations",
+        "MB",
+        partial(_most, field="activation_bytes", scale=1e-6),
+        phrase="Activations kept, at most",
+    ),
+    Metric(
+        "train_seconds", "training", "s", partial(_sum, field="train_seconds"), phrase="Local training in a whole run"
+    ),
+    Metric("fold_seconds", "folding", "s", partial(_sum, field="fold_seconds")),
+)
+OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
+# What differences are taken of, and said in words: points, more being better.
+SCORES = (ACCURACY, ROUGE)
+NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")
+COST = ("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds")

@@ -1,0 +1,108 @@
+"""What is written from the files of a run or a comparison: pictures, tables, and a page that stands alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fed.config import settings_of
+from fed.experiments.initialisation_noise import Start, table
+from fed.report import comparison_figures, run_figures, tables
+from fed.report.comparison import Comparison, as_json
+from fed.report.html import Section, page
+from fed.report.run_figures import similarity_panels
+from fed.report.summary import COST, NOISE, OUTCOME
+from fed.report.tables import memory_in_use, population, summary, task_name
+from fed.simulation.run_directory import Run, read
+
+PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
+
+
+def publish_run(directory: Path) -> list[Path]:
+    """Write a run's pictures and `report.html` anew and return their paths."""
+    run = read(directory)
+    settings = "\n".join(f"{key} = {value!r}" for key, value in settings_of(run.config).items())
+    sections = [
+        Section("Result", tables=[summary(run)]),
+        Section("Over the rounds", panels=run_figures.panels(run)),
+        *([Section("Cosines between modules", panels=maps)] if (maps := similarity_panels(directory)) else []),
+        Section("Settings", code=f"seed = {run.config.seed}\n{settings}"),
+    ]
+    lead = "Round 0 is the unadapted model; noise is measured on effective weights, in fp64."
+    document = page(run_figures.headline(run.config), f"{lead} {memory_in_use(run)}".strip(), sections)
+    drawn = [run_figures.draw(directory), run_figures.draw_similarity(directory)]
+    return [*(path for path in drawn if path is not None), _write(document, directory / PAGE)]
+
+
+def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
+    """Write a comparison's pictures, `comparison.json`, `comparison.md` and `report.html` and return their paths."""
+    drawn = comparison_figures.draw(comparison, directory)
+    summed_up = json.dumps(as_json(comparison), indent=2, ensure_ascii=False) + "\n"
+    return [
+        *drawn,
+        _write(summed_up, directory / JSON),
+        _write(tables.as_markdown(comparison, [path.name for path in drawn]), directory / MARKDOWN),
+        _write(comparison_page(comparison), directory / PAGE),
+    ]
+
+
+def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) -> list[Path]:
+    """Write how far clients start from the server as `initialisation.json` and `initialisation.md`."""
+    config = run.config
+    facts = {
+        "task": task_name(config),
+        "population": population(config),
+        "seed": config.seed,
+        "after_round": run.rows[-1]["round"],
+        "starts": [asdict(start) for start in found],
+    }
+    return [
+        _write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", directory / "initialisation.json"),
+        _write(initialisation_markdown(facts), directory / "initialisation.md"),
+    ]
+
+
+def initialisation_markdown(facts: dict[str, Any]) -> str:
+    """Return what `initialisation.json` holds as Markdown."""
+    found = [Start(**values) for values in facts["starts"]]
+    return (
+        f"# How far clients start from the server: {facts['task']}\n\n"
+        f"{facts['population']}; seed {facts['seed']}, after round {facts['after_round']}.\n\n"
+        f"{tables.markdown_table(table(found))}\n\n"
+        "‖ΔW_i(start) − ΔW_server‖_F over all matrices, mean over all clients, in fp64 on what the layers really\n"
+        "hold; *of ΔW*: divided by ‖ΔW_server‖_F. Base and factors are cast to the dtype first, and every line starts\n"
+        "from the same ΔW. Fed-PLoRA's clients get all R modules and train r_i; those of FlexLoRA and raFLoRA get the\n"
+        "best approximation of rank r_i, those of HETLoRA the first r_i modules, as FedIT's would if they were cut.\n"
+    )
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """Return a comparison as one HTML document."""
+    sheets = comparison_figures.sheets(comparison)
+    shared = "\n".join(f"{key} = {value!r}" for key, value in comparison.plan.common().items())
+    sections = [
+        Section(
+            "Accuracy",
+            items=tables.verdicts(comparison),
+            tables=[tables.table(comparison, OUTCOME), *tables.paired_tables(comparison)],
+            panels=sheets["accuracy"],
+        ),
+        Section("Cost", tables=[tables.table(comparison, COST)], panels=sheets["cost"]),
+    ]
+    if "noise" in sheets:
+        noise = Section("Noise", tables=[tables.table(comparison, NOISE)], panels=sheets["noise"])
+        sections.insert(1, noise)
+    sections.append(Section("How to read this", paragraphs=tables.notes(comparison)))
+    sections.append(Section("Command", code=tables.command(comparison)))
+    sections.append(Section("Settings all runs share", code=shared))
+    return page(tables.title(comparison), tables.lead(comparison), sections)
+
+
+def _write(content: str, path: Path) -> Path:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,1 @@
+"""The round loop: sample, start, train, aggregate, measure, save."""

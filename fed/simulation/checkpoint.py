@@ -1,0 +1,164 @@
+"""What a run needs to go on after it was stopped: the server, where it stood, and which files hold its clients'.
+
+`checkpoint/round-N/` holds `state.safetensors`, the server's tensors by slash-joined names, and `state.json`, which
+names the files in `checkpoint/clients` (`fed.simulation.client_store`): what a client kept is written once, in the
+round it took part in. A round's folder is complete under its name or not there: it is written under another and
+renamed, and older ones go after that, then the clients' files that no checkpoint names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fed.errors import FedError
+from fed.simulation.client_store import ClientStore, Entry, flat_factors, group, group_factors
+from fed.types import Client, ServerState, Standing
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+
+FOLDER, TENSORS, FACTS = "checkpoint", "state.safetensors", "state.json"
+# Settings a run may be continued with other values of.
+_FREE = ("rounds", "threads", "checkpoint_every", "device", "tracker")
+
+
+def is_due(config: RunConfig, number: int) -> bool:
+    """Say whether a checkpoint is saved after round `number`."""
+    every = config.checkpoint_every
+    return every > 0 and (number % every == 0 or number == config.rounds)
+
+
+def last_round(directory: Path) -> int | None:
+    """Return the round of a run's checkpoint, None where there is none."""
+    found = [_number(path) for path in (directory / FOLDER).glob("round-*") if _number(path) is not None]
+    return max((number for number in found if number is not None), default=None)
+
+
+def save(directory: Path, config: RunConfig, standing: Standing, store: ClientStore) -> None:
+    """Write the checkpoint of the round the run stands at, then remove older ones."""
+    from safetensors.torch import save_file
+
+    folder, number = directory / FOLDER, standing.server.round
+    target, temporary = folder / f"round-{number}", folder / f"round-{number}.tmp"
+    for path in (temporary, target):
+        shutil.rmtree(path, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(standing.server).items()}
+    save_file(tensors, temporary / TENSORS)
+    facts = {
+        "round": number,
+        "fold_bytes": standing.server.fold_bytes,
+        "last_rounds": [client.last_round for client in standing.clients],
+        "kept": {client: (entry.round, *entry.fields) for client, entry in sorted(store.entries.items())},
+        "settings": _settings(config),
+    }
+    (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    temporary.rename(target)
+    _remove_others(target)
+    store.checkpointed(number)
+
+
+def load(directory: Path, config: RunConfig, beginning: Standing, store: ClientStore) -> Standing:
+    """Return where a run stood at its checkpoint; `beginning` is where it stood before its first round.
+
+    The store takes over the clients' files the checkpoint names, and removes those of later rounds. Raises FedError
+    where there is no checkpoint, it or a file cannot be read, or it was made with other settings.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    number = last_round(directory)
+    if number is None:
+        raise FedError(f"{str(directory)!r} holds no checkpoint to go on from; start the run anew")
+    folder = directory / FOLDER / f"round-{number}"
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FedError(f"the checkpoint {str(folder)!r} cannot be read: {error}") from None
+    _check_settings(facts["settings"], _settings(config), folder)
+    entries = {int(client): Entry(entry[0], tuple(entry[1:])) for client, entry in facts["kept"].items()}
+    store.adopt(number, entries)
+    _remove_others(folder)
+    return _standing(beginning, facts, tensors, store)
+
+
+def _remove_others(folder: Path) -> None:
+    """Remove what stands beside a checkpoint: those of other rounds, and what was left half-written."""
+    for path in folder.parent.glob("round-*"):
+        if path != folder:
+            shutil.rmtree(path)
+
+
+def _number(path: Path) -> int | None:
+    match = re.fullmatch(r"round-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return every setting a continued run must share, by dotted name, as JSON holds it."""
+    flat: dict[str, Any] = {}
+
+    def walk(table: Any, prefix: str) -> None:
+        for name, value in vars(table).items():
+            if hasattr(value, "__dict__"):
+                walk(value, f"{prefix}{name}.")
+            elif prefix + name not in _FREE:
+                flat[prefix + name] = value
+
+    walk(config, "")
+    settings: dict[str, Any] = json.loads(json.dumps(flat))
+    return settings
+
+
+def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    for name in sorted({*saved, *now}):
+        if saved.get(name) != now.get(name):
+            raise FedError(
+                f"the checkpoint {str(folder)!r} was made with {name} = {saved.get(name)!r}, and the run has "
+                f"{now.get(name)!r}; a run goes on with the settings it began with"
+            )
+
+
+def _tensors(server: ServerState) -> dict[str, Tensor]:
+    """Return every tensor of the server by name: `adapter/A/MATRIX`, `head/NAME`, …"""
+    named = flat_factors("adapter", server.adapter.factors)
+    for field in ("head", "base_delta", "visits", "moments"):
+        named |= {f"{field}/{name}": value for name, value in getattr(server, field).items()}
+    return named
+
+
+def _standing(
+    beginning: Standing, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], store: ClientStore
+) -> Standing:
+    """Put a standing together again, tensors of the model on its device and counts on the CPU."""
+    first = beginning.server
+    device = next(iter(first.adapter.factors.values()))[0].device
+    placed = {name: value if name.startswith("visits/") else value.to(device) for name, value in tensors.items()}
+    factors, head = group_factors(placed, "adapter"), group(placed, "head")
+    server: ServerState = replace(
+        first,
+        adapter=replace(first.adapter, factors={matrix: factors[matrix] for matrix in first.adapter.factors}),
+        head={name: head[name] for name in first.head},
+        round=int(facts["round"]),
+        base_delta=group(placed, "base_delta"),
+        fold_bytes=tuple(facts["fold_bytes"]),
+        visits=group(placed, "visits"),
+        moments=group(placed, "moments"),
+    )
+    clients: list[Client] = []
+    for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True):
+        if client.id in store.entries:
+            kept = store.stored(client.id)
+            client = replace(client, memory=kept.memory, head=kept.head)
+        clients.append(replace(client, last_round=int(seen)))
+    ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
+    return Standing(server, tuple(clients), ends)

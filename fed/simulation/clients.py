@@ -1,0 +1,128 @@
+"""The clients of a run: their ranks, listed or afforded by memory, who takes part, how long and how fast they train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fed.errors import FedError
+from fed.seeding import permutation, torch_seed
+from fed.training.memory import MIB, SavedTensors, tensor_bytes
+from fed.types import Client
+
+if TYPE_CHECKING:
+    from fed.config import RunConfig
+    from fed.data.federated_data import FederatedData
+    from fed.data.tables import Split
+    from fed.methods import Method
+    from fed.models.shared_model import Workplace
+
+
+def populate(config: RunConfig, data: FederatedData, work: Workplace, method: Method) -> tuple[Client, ...]:
+    """Return every client before its first round, ranks dealt out in turn or as its memory budget affords.
+
+    Raises FedError where a budget affords nothing, or the method cannot serve the ranks that come out.
+    """
+    ranks: Sequence[int] = config.clients.ranks
+    if config.clients.memory_mib:
+        largest_split = max(data.clients, key=len)
+        ranks = ranks_within(config.clients.memory_mib, estimate(work, config, largest_split), work.rank)
+    clients = tuple(Client(index, ranks[index % len(ranks)], len(split)) for index, split in enumerate(data.clients))
+    if method.equal_ranks and any(client.rank != work.rank for client in clients):
+        found = sorted({client.rank for client in clients})
+        raise FedError(
+            f"clients.memory_mib is {config.clients.memory_mib}: it affords ranks {found}, and {method.title} needs "
+            f"every rank equal to adapter.rank ({work.rank}); mixed ranks take method = 'fed-plora'"
+        )
+    return clients
+
+
+def drawn(config: RunConfig, clients: Sequence[Client], number: int) -> list[Client]:
+    """Return the clients of round `number` by ascending id, drawn without replacement."""
+    order = permutation(len(clients), config.seed, number, "clients")
+    return [clients[index] for index in sorted(order[: config.clients.per_round].tolist())]
+
+
+def local_steps(config: RunConfig, client: Client) -> int:
+    """Return how many batches a client trains on in a round: its epochs, its own steps, or the steps of all."""
+    train = config.train
+    if train.local_epochs:
+        width = min(train.batch_size, client.n_samples)
+        return max(1, math.ceil(train.local_epochs * client.n_samples / width))
+    if train.client_steps:
+        return train.client_steps[client.id % len(train.client_steps)]
+    return train.local_steps
+
+
+def learning_rate(config: RunConfig, client: Client) -> float:
+    """Return a client's own learning rate, or that of all."""
+    rates = config.train.client_learning_rates
+    return rates[client.id % len(rates)] if rates else config.train.learning_rate
+
+
+class Estimate(NamedTuple):
+    """Bytes one client needs to train r modules a matrix: `fixed_bytes` + r · `module_bytes`."""
+
+    fixed_bytes: int
+    module_bytes: int
+
+    def of(self, rank: int) -> int:
+        """Return the bytes at rank r."""
+        return self.fixed_bytes + rank * self.module_bytes
+
+    def rank_within(self, budget_bytes: float) -> int:
+        """Return the largest rank whose bytes do not exceed the budget; below 1 where not even one module fits."""
+        return int((budget_bytes - self.fixed_bytes) // self.module_bytes)
+
+
+def estimate(work: Workplace, config: RunConfig, split: Split) -> Estimate:
+    """Return what training takes on this model, at this batch size and optimiser, by rank.
+
+    Fixed: all weights; of the head its gradient and optimiser state; the activations of one batch of `split`'s first
+    rows without the adapter's own. A module: Σ_matrices (K + N) · itemsize for its values, as much for its gradient
+    and for each state of the optimiser (AdamW 2, SGD 1 with momentum), and what it keeps of one batch. Activations are
+    measured at ranks 1 and R and grow linearly between. Where unselected modules are frozen all R are held besides.
+    Temporary buffers and the allocator's own overhead are not in it.
+    """
+    train, adapter = config.train, config.adapter
+    states = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    layers = work.handle.layers.values()
+    width_bytes = sum((layer.in_features + layer.out_features) * layer.weight.element_size() for layer in layers)
+    own = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
+    everything = (*work.model.parameters(), *work.model.buffers())
+    weights = tensor_bytes(tensor for tensor in everything if id(tensor) not in own)
+    head = tensor_bytes(work.head.values()) * (1 + states)
+    held = work.rank * width_bytes if adapter.unselected == "frozen" and config.method == "fed-plora" else 0
+    narrow, wide = (_activations(work, split, train.batch_size, rank) for rank in (1, work.rank))
+    slope = (wide - narrow) // (work.rank - 1) if work.rank > 1 else 0
+    return Estimate(weights + head + held + narrow - slope, width_bytes * (2 + states) + slope)
+
+
+def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> list[int]:
+    """Return the rank each budget affords, at most `largest`; FedError for a budget that affords none."""
+    ranks = []
+    for budget in budgets_mib:
+        rank = need.rank_within(budget * MIB)
+        if rank < 1:
+            raise FedError(
+                f"clients.memory_mib holds {budget:g}: training one module a matrix takes about "
+                f"{need.of(1) / MIB:.1f} MiB on this model; it should be at least that"
+            )
+        ranks.append(min(rank, largest))
+    return ranks
+
+
+def _activations(work: Workplace, split: Split, batch_size: int, rank: int) -> int:
+    """Return the bytes one batch's forward keeps for its backward with `rank` modules a matrix."""
+    before = work.handle.factors()
+    work.load({matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in before.items()}, dict(work.head))
+    saved = SavedTensors(work.model)
+    work.model.train()
+    with saved.watching(True), torch_seed(work.device, 0, "estimate"):
+        _ = work.model(**split.batch(torch.arange(min(batch_size, len(split))))).loss
+        size_bytes = saved.size_bytes
+    work.load(before, dict(work.head))
+    return size_bytes

@@ -1,0 +1,351 @@
+"""Local training of several clients at once: one frozen base, one batch, and for every client modules of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import plora_kernels as pk
+from fed.data.tables import IGNORED
+from fed.errors import FedError
+from fed.models.shared_model import Workplace
+from fed.seeding import torch_seed
+from fed.training.local import Job, batch_rows, ended_with
+from fed.training.losses import client_losses
+from fed.training.memory import SavedTensors, state_bytes
+from fed.training.stacked_head import stacked_head
+from fed.training.stacked_optimizer import Stacked, StackedOptimizer
+from fed.types import ClientUpdate, Factors, Footprint
+
+if TYPE_CHECKING:
+    from fed.config.training import TrainConfig
+    from fed.training.compiled_loss import CompiledLosses
+
+WIDE = 256  # features from which a product with A pays for a layout of its own
+
+
+def train_together(
+    work: Workplace,
+    jobs: Sequence[Job],
+    settings: TrainConfig,
+    measure: bool = False,
+    compiled: CompiledLosses | None = None,
+) -> list[ClientUpdate]:
+    """Train every job's client, all in one forward and one backward a step, and return their updates in order.
+
+    The updates are those of `fed.training.local.train` but for rounding, client by client: data order and LoRA dropout
+    are drawn from the client's own source, the loss is the sum of the clients' means, and clipping, learning rate,
+    optimiser state and step count are each client's own. A client that is done leaves the batch and is not touched
+    again; one whose loss is not finite spoils no other's. Unselected modules are held frozen, whatever the start says.
+    Dropout of the base model itself draws from the cohort's stream, so with it results depend on who trains together.
+
+    With `compiled` torch compiles the steps. The shared base must hold the starts' `base_delta` already; the model
+    comes back as it was. Nothing is read from the device before the last step is done, but to check what was compiled.
+
+    Raises FedError for a model in which one sample's result depends on others (batch norm).
+    """
+    check_independent(work.model)
+    cohort = Cohort(work, jobs, settings, compiled)
+    total = cohort.train(measure)
+    return cohort.updates(total, measure)
+
+
+def check_independent(model: nn.Module) -> None:
+    """Raise FedError where samples of a batch enter each other's results, which would mix clients."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise FedError(
+                f"{name} is {type(module).__name__}: in training it mixes the samples of a batch, and so the clients "
+                "of a cohort; execution = 'sequential' trains them apart"
+            )
+
+
+class _Plan:
+    """One job and the batches ahead: `rows` (steps, b) int64 are rows of the table; the last `unused` only fill up."""
+
+    def __init__(self, job: Job, batch_size: int, full: bool) -> None:
+        """With `full` a batch is of `batch_size` rows, however few the client has."""
+        self.job = job
+        rows = job.split.rows[batch_rows(len(job.split), batch_size, job.steps, job.rng)]
+        self.unused = batch_size - rows.shape[1] if full else 0
+        self.rows = torch.cat([rows, rows[:, :1].expand(-1, self.unused)], 1) if self.unused else rows
+
+    @property
+    def size(self) -> int:
+        """Samples of a batch."""
+        return self.rows.shape[1]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What plans are sorted by: those that train longest come first, and batches of one size together."""
+        return -self.job.steps, -self.size
+
+
+class Cohort:
+    """Clients side by side, ordered so that those still training are always the first ones."""
+
+    def __init__(
+        self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
+    ) -> None:
+        # What is compiled is compiled for a shape, so cohorts are given the same: full batches, at least R modules.
+        plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
+        rank = 0 if compiled is None else work.rank
+        self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
+        self.plans = [plans[place] for place in self.places]
+        self.jobs = [plan.job for plan in self.plans]
+        self.work, self.settings, self.compiled = work, settings, compiled
+        self.table = self.jobs[0].split.table
+        self.sides = self.jobs[0].start.trained
+        if any(job.split.table is not self.table or job.start.trained != self.sides for job in self.jobs):
+            raise ValueError("the jobs of a cohort hold rows of one table and train the same factors")
+        factors = {
+            f"{side}/{matrix}": stack
+            for matrix in work.handle.layers
+            for side, stack in zip("AB", _stack([job.start.factors[matrix] for job in self.jobs], rank), strict=True)
+        }
+        heads = {f"head/{name}": torch.stack([job.head[name] for job in self.jobs]) for name in work.head}
+        self.fixed = {name: stack for name, stack in factors.items() if name[0] not in self.sides}
+        trained = {name: stack for name, stack in factors.items() if name not in self.fixed}
+        columns = [name for name, stack in trained.items() if name[0] == "A" and _is_wide(stack)]
+        self.stacked = Stacked(trained | heads, columns)
+        self.masks = {
+            matrix: _mask([job.start.selected[matrix] for job in self.jobs], factors[f"A/{matrix}"])
+            for matrix in work.handle.layers
+        }
+        self.optimizer, self.untrained = self._optimizer(())
+        self._begun = False
+        self.saved = SavedTensors(work.model, (self.stacked.values, *self.fixed.values()))
+
+    def _optimizer(self, unused: Sequence[str]) -> tuple[StackedOptimizer, Tensor | None]:
+        """Return an optimiser, and which numbers the clients do not train, laid out as their values, or None."""
+        rates, trained = [job.learning_rate for job in self.jobs], self._trained(unused)
+        return StackedOptimizer(self.stacked, self.settings, rates, trained), None if trained is None else ~trained
+
+    def _trained(self, unused: Sequence[str]) -> Tensor | None:
+        """Return which numbers the clients train, laid out as their values are, or None where it is all of them.
+
+        A parameter the loss does not depend on is `unused`: as in training one by one, no optimiser moves it.
+        """
+        if not unused and all(mask is None for mask in self.masks.values()):
+            return None
+        trained = torch.ones_like(self.stacked.values, dtype=torch.bool)
+        for name, part in self.stacked.named(trained).items():
+            kind, _, matrix = name.partition("/")
+            mask = self.masks[matrix] if kind in "AB" else None
+            if name in unused:
+                part.fill_(False)
+            elif mask is not None:
+                own = mask.to(part.device, non_blocking=True)
+                part &= own[:, :, None] if kind == "A" else own[:, None, :]
+        return trained
+
+    def train(self, measure: bool) -> Tensor:
+        """Train to the end; return the sum of each client's losses over its steps, (C,)."""
+        first_job = self.jobs[0]
+        total = torch.zeros(len(self.jobs), device=self.work.device)
+        key = [first_job.rng.seed, first_job.rng.round, *(job.client.id for job in self.jobs)]
+        self.work.model.train()
+        with torch_seed(self.work.device, *key, "cohort's dropout"):
+            for steps, count in self._spans():
+                span = Span(self, count)
+                with span.running():
+                    for step in steps:
+                        total[:count] += self.step(span, step, measure and step == 0)
+        return total
+
+    def step(self, span: Span, step: int, measure: bool = False) -> Tensor:
+        """Train the clients of a running span one step; return the losses it began with, (count,)."""
+        with span.seeded(step):  # the backward may recompute the forward
+            with self.saved.watching(measure):
+                batch = span.batch(step)
+                if self.compiled is None or measure:  # a compiled forward hides what it keeps
+                    losses = client_losses(self.work.model, batch, span.sizes)
+                else:
+                    losses = self.compiled(self.work.model, batch, span.sizes, span.own_gradients)
+            self._move(losses, span)
+        return losses.detach()
+
+    def _spans(self) -> Iterator[tuple[range, int]]:
+        """Yield ranges of steps with the number of clients that train in them."""
+        begun = 0
+        for steps in sorted({job.steps for job in self.jobs}):
+            yield range(begun, steps), sum(job.steps >= steps for job in self.jobs)
+            begun = steps
+
+    def _move(self, losses: Tensor, span: Span) -> None:
+        """Take every client's step: its own gradient, clipping and optimiser."""
+        count, most = len(span.sizes), self.settings.max_grad_norm
+        penalty = span.penalty()
+        objective = (losses if penalty is None else losses + penalty).sum()
+        unused = span.differentiate(objective)
+        if unused and not self._begun:  # what nothing depends on shows only now
+            self.optimizer, self.untrained = self._optimizer(unused)
+        self._begun = True
+        if self.untrained is not None:
+            self.stacked.gradients.masked_fill_(self.untrained, 0.0)
+        if most > 0:
+            self.stacked.clip_(count, most)
+        self.optimizer.step(count)
+
+    def updates(self, total: Tensor, measure: bool) -> list[ClientUpdate]:
+        """Return what every client ends with, in the order the jobs came in."""
+        samples, values = sum(plan.size for plan in self.plans), self.stacked.named(self.stacked.values)
+        found: dict[int, ClientUpdate] = {}
+        for number, (place, plan, loss) in enumerate(zip(self.places, self.plans, total.tolist(), strict=True)):
+            ended = {name: stack[number] for name, stack in (values | self.fixed).items()}
+            factors = {}
+            for matrix, chosen in plan.job.start.selected.items():
+                modules = torch.tensor(chosen, dtype=torch.int64, device=self.work.device)
+                A, B = ended[f"A/{matrix}"], ended[f"B/{matrix}"]
+                factors[matrix] = A.index_select(0, modules), B.index_select(1, modules)
+            head = {name: ended[f"head/{name}"].clone() for name in self.work.head}
+            own_share = self.saved.size_bytes * plan.size // samples
+            taken = self._footprint(factors, head, own_share) if measure else None
+            found[place] = ended_with(plan.job, self.settings, factors, head, loss / plan.job.steps, taken)
+        return [found[place] for place in range(len(self.jobs))]
+
+    def _footprint(
+        self, factors: Mapping[str, Factors], head: Mapping[str, Tensor], activation_bytes: int
+    ) -> Footprint:
+        trained = [pair["AB".index(side)] for pair in factors.values() for side in self.sides] + list(head.values())
+        numbers = sum(map(Tensor.numel, trained))
+        state = state_bytes(self.settings, numbers, len(trained), self.stacked.values.element_size())
+        return Footprint(numbers, state, activation_bytes)
+
+
+class Span:
+    """Some steps of a cohort in which its first `count` clients train."""
+
+    def __init__(self, cohort: Cohort, count: int) -> None:
+        self._cohort, self._plans = cohort, cohort.plans[:count]
+        self.sizes = [plan.size for plan in self._plans]
+        self.trained = cohort.stacked.leaves(count)
+        self.gradients = {name: own[:count] for name, own in cohort.stacked.named(cohort.stacked.gradients).items()}
+        self._leaves = self.trained | {name: stack[:count] for name, stack in cohort.fixed.items()}
+        self._rows = pk.RowGroups(self.sizes)
+        self._unused: Tensor | None = None  # which samples of a batch only fill it, (samples,)
+        if any(plan.unused for plan in self._plans):
+            unused = [torch.arange(plan.size) >= plan.size - plan.unused for plan in self._plans]
+            self._unused = torch.cat(unused).to(cohort.work.device)
+        scales = [plan.job.start.scale for plan in self._plans]
+        self._groups = {}
+        for matrix, layer in cohort.work.handle.layers.items():
+            # Dropout alone has to know who is selected; elsewhere one mask over all gradients costs less.
+            mask = cohort.masks[matrix] if layer.dropout else None
+            selected = None if mask is None else mask[:count]
+            A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
+            gradients = self.gradients.get(f"A/{matrix}"), self.gradients.get(f"B/{matrix}")
+            self._groups[matrix] = pk.GroupModules.of(self._rows, A, B, selected, scale=scales, gradients=gradients)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the model meet these clients' modules and heads inside."""
+        work = self._cohort.work
+        head = {name.removeprefix("head/"): leaf for name, leaf in self._leaves.items() if name.startswith("head/")}
+        with (
+            work.handle.grouped(self._groups),
+            stacked_head(work.model, work.handle.saved_modules, head, self.sizes),
+        ):
+            yield
+
+    def differentiate(self, loss: Tensor) -> list[str]:
+        """Write the loss's gradients to the cohort's memory; return the names of what it does not depend on."""
+        heads = [name for name in self.trained if name.startswith("head/")]
+        found, idle = pk.group_gradients(loss, self._groups, [self.trained[name] for name in heads])
+        unused = [f"{side}/{matrix}" for matrix in idle for side in self._cohort.sides]
+        for name, gradient in zip(heads, found, strict=True):
+            if gradient is None:
+                unused.append(name)
+                self.gradients[name].zero_()
+            else:
+                self.gradients[name].copy_(gradient)
+        return unused
+
+    def own_gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return copies of the loss's gradients by what these clients train and it depends on, (count, …) by name."""
+        unused = self.differentiate(loss)
+        return {name: own.clone() for name, own in self.gradients.items() if name not in unused}
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Return all clients' samples of a step as one batch."""
+        batch = self._cohort.table.batch(torch.cat([plan.rows[step] for plan in self._plans]))
+        if self._unused is not None:
+            labels = batch["labels"]
+            batch["labels"] = labels.masked_fill(self._unused.view(-1, *[1] * (labels.dim() - 1)), IGNORED)
+        return batch
+
+    @contextmanager
+    def seeded(self, step: int) -> Iterator[None]:
+        """Give every layer that drops its clients' seeds for one step; masks are those of a client on its own."""
+        layers = self._cohort.work.handle.layers
+        if not any(layer.dropout for layer in layers.values()):
+            yield
+            return
+        table = self._cohort.table
+        lengths = [int(table.lengths(plan.rows[step]).max()) for plan in self._plans]
+        rows = pk.RowGroups(self.sizes, lengths)
+        seeds = [
+            [plan.job.rng.seed_for("lora dropout", step, matrix) for plan in self._plans] for matrix in self._groups
+        ]
+        device_seeds = torch.tensor(seeds).to(self._cohort.work.device, non_blocking=True)
+        groups = {
+            matrix: replace(self._groups[matrix], rows=rows, dropout_p=layers[matrix].dropout, dropout_seeds=own)
+            for matrix, own in zip(self._groups, device_seeds, strict=True)
+        }
+        with self._cohort.work.handle.grouped(groups):
+            yield
+
+    def penalty(self) -> Tensor | None:
+        """Return every client's λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, (count,), 0 for who has none."""
+        penalties = [plan.job.start.penalty for plan in self._plans]
+        if not any(penalties):
+            return None
+        device, dtype = self._cohort.stacked.values.device, self._cohort.stacked.values.dtype
+        weights = torch.tensor([0.0 if one is None else one.weight for one in penalties], dtype=dtype)
+        firsts = torch.tensor([0 if one is None else one.first for one in penalties])
+        total = torch.zeros(len(penalties), dtype=dtype, device=device)
+        for matrix in self._groups:
+            A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
+            tail = (torch.arange(A.shape[1]) >= firsts[:, None]).to(device, non_blocking=True)  # (count, R)
+            ends = A.masked_fill(~tail[:, :, None], 0.0), B.masked_fill(~tail[:, None], 0.0)
+            size_A, size_B = (torch.linalg.vector_norm(end, dim=(1, 2)) for end in ends)
+            total = total + size_A * size_B
+        return weights.to(device, non_blocking=True) * total
+
+
+def _stack(factors: Sequence[Factors], fewest: int) -> Factors:
+    """Return clients' A (m, K) and B (N, m) as (C, R, K) and (C, N, R), zeros where a client has fewer modules.
+
+    R is that of the client with most, and at least `fewest`.
+    """
+    most = max(fewest, *(A.shape[0] for A, _ in factors))
+    if all(A.shape[0] == most for A, _ in factors):
+        return torch.stack([A for A, _ in factors]), torch.stack([B for _, B in factors])
+    first_A, first_B = factors[0]
+    stacked_A = first_A.new_zeros(len(factors), most, first_A.shape[1])
+    stacked_B = first_B.new_zeros(len(factors), first_B.shape[0], most)
+    for client, (A, B) in enumerate(factors):
+        stacked_A[client, : A.shape[0]], stacked_B[client, :, : A.shape[0]] = A, B
+    return stacked_A, stacked_B
+
+
+def _is_wide(stacked_A: Tensor) -> bool:
+    """Say whether A (C, R, K) shall lie column by column: x·Aᵀ of a few rows then takes a third of the time on CPU."""
+    return stacked_A.device.type == "cpu" and stacked_A.shape[2] >= WIDE
+
+
+def _mask(chosen: Sequence[Sequence[int]], stacked_A: Tensor) -> Tensor | None:
+    """Return which modules of a matrix each client trains, (C, R) bool on the host, or None where all train all."""
+    rank = stacked_A.shape[1]
+    if all(len(indices) == rank for indices in chosen):
+        return None
+    mask = torch.zeros(len(chosen), rank, dtype=torch.bool)
+    for client, indices in enumerate(chosen):
+        mask[client, list(indices)] = True
+    return mask

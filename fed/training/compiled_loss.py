@@ -1,0 +1,167 @@
+"""Compiled training steps, held against plain ones before they are relied upon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fed.training.losses import client_losses
+
+# How much of its norm a gradient of a compiled step may be off: it adds up in another order, and in a model of float64
+# some layers compute in float32 all the same, as Llama's norms do.
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
+BOUND_OF_HALF_PRECISION = 0.1
+# Nothing is closer than what it was made of: in a model of bfloat16 the loss is float32, of logits that were rounded to
+# bfloat16, where compiled layers round less often than plain ones. A logit off by δ moves a loss by less than 2 δ of
+# itself; this many eps of the model's coarsest dtype leave δ three roundings of a logit of 4.
+ROUNDINGS = 12
+# A gradient that is as good as nothing beside the client's others is all rounding.
+NOTHING = 1e-3
+# In the first step most methods' B is zero: neither what the modules add nor dA could be wrong.
+COMPARED_STEPS = 3
+# Every number of clients in a cohort is compiled for itself; torch stops at 8.
+SHAPES = 64
+
+Gradients = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+class CompiledLosses:
+    """`fed.training.losses.client_losses`, compiled by torch as new shapes of cohorts come.
+
+    What has just been compiled is not taken on trust: for some steps losses and gradients are compared with those of
+    plain steps. Where they differ, or where torch cannot compile, `on_event` gets a line and plain steps are taken from
+    then on. A model that draws numbers (dropout of its own) draws others when compiled and cannot be compared;
+    `on_event` is told of that once.
+    """
+
+    def __init__(self, on_event: Callable[[str], object]) -> None:
+        self._on_event = on_event
+        self._losses: Callable[..., Tensor] = torch.compile(client_losses, backend=self._compile)
+        self._has_compiled = False
+        self._to_compare = 0
+        self._has_drawn = False
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._dynamo import lookup_backend  # takes a second to import
+
+        self._has_compiled = True
+        return lookup_backend("inductor")(graph, inputs)
+
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], gradients: Gradients
+    ) -> Tensor:
+        """Return what `client_losses` returns.
+
+        `gradients` gives those of a loss, (C, …) by name, without those of what the loss does not depend on.
+        """
+        if self._losses is client_losses:
+            return client_losses(model, batch, sizes)
+        device = batch["labels"].device
+        before = _random_states(device)
+        losses: Tensor | None = None
+        try:
+            losses = self._compiled(model, batch, sizes)
+            if not self._to_compare:
+                return losses
+            self._to_compare -= 1
+            found = losses.detach().clone(), gradients(losses.sum())
+        except Exception as error:
+            losses = None  # and what it keeps for a backward
+            if not self._is_compilers(error):
+                raise
+            self._give_up(f"torch cannot compile the cohort's step ({_first_line(error)})")
+        else:
+            losses = None
+            self._compare(model, batch, sizes, gradients, *found)
+        _restore(before, device)
+        return self._compiled(model, batch, sizes)
+
+    def _compiled(self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int]) -> Tensor:
+        from torch._dynamo import config
+
+        self._has_compiled = False
+        with config.patch(recompile_limit=SHAPES):
+            losses = self._losses(model, batch, sizes)
+        if self._has_compiled:
+            self._to_compare = COMPARED_STEPS
+        return losses
+
+    def _is_compilers(self, error: Exception) -> bool:
+        from torch._dynamo.exc import TorchDynamoException
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        return self._has_compiled or isinstance(error, TorchDynamoException)
+
+    def _compare(
+        self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], gradients: Gradients,
+        losses: Tensor, found: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        device = batch["labels"].device
+        before = _random_states(device)
+        plain = client_losses(model, batch, sizes)
+        expected = gradients(plain.sum())
+        if any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True)):
+            if not self._has_drawn:
+                self._on_event("the model draws numbers (dropout of its own): compiled steps go unchecked")
+            self._has_drawn = True
+            return
+        least = ROUNDINGS * _coarsest_eps(model)
+        cause = _difference({"loss": losses}, {"loss": plain.detach()}, least) or _difference(found, expected, least)
+        if cause is not None:
+            self._give_up(f"the compiled step is wrong: {cause}")
+
+    def _give_up(self, cause: str) -> None:
+        self._on_event(f"{cause}; steps are taken uncompiled")
+        self._losses = client_losses
+
+
+def _coarsest_eps(model: nn.Module) -> float:
+    """Return the largest eps of a dtype that a model computes in; weights of fewer than 16 bits are only stored so."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize >= 2), default=0.0)
+
+
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], least: float = 0.0) -> str | None:
+    """Say where tensors (C, …) of C clients differ by more than rounding, or return None; `least` is always allowed."""
+    if found.keys() != expected.keys():
+        return f"{', '.join(sorted(found.keys() ^ expected.keys()))} has a gradient in one of them alone"
+    sizes = {name: _norms(own) for name, own in expected.items()}
+    whole = torch.linalg.vector_norm(torch.stack(list(sizes.values())), dim=0).nan_to_num(0.0, 0.0)  # (C,)
+    for name, own in expected.items():
+        bound = max(BOUNDS.get(own.dtype, BOUND_OF_HALF_PRECISION), least)
+        other, size = found[name], torch.maximum(sizes[name], NOTHING * whole)
+        off = _norms(other.double() - own.double()) / size.clamp_min(torch.finfo(torch.float64).tiny)
+        # A client of whom nothing is finite has no result in either.
+        wrong = torch.where(sizes[name].isfinite(), ~(off <= bound), _norms(other).isfinite())
+        if wrong.any():
+            client = int(wrong.nonzero()[0])
+            return f"{name} of client {client} of the cohort is off by {float(off[client]):.1e} ({bound:g} is allowed)"
+    return None
+
+
+def _norms(stacked: Tensor) -> Tensor:
+    """Return the norm of each client's part of (C, …), (C,) float64."""
+    return torch.linalg.vector_norm(stacked.double().reshape(stacked.shape[0], -1), dim=1)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators a model on a device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _restore(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _first_line(error: Exception) -> str:
+    inner = getattr(error, "inner_exception", error)  # torch wraps what the compiler says
+    return str(inner).strip().split("\n")[0] or type(inner).__name__

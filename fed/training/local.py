@@ -1,0 +1,172 @@
+"""One client's local training: the clients of a run take turns on one model, which is never copied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fed.data.tables import Split
+from fed.models.shared_model import Workplace
+from fed.seeding import Source, torch_seed
+from fed.training.losses import client_losses
+from fed.training.memory import SavedTensors, optimizer_bytes
+from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
+
+if TYPE_CHECKING:
+    from fed.config.training import TrainConfig
+
+
+class Job(NamedTuple):
+    """One client's local training: where it starts, its head, its data, how long and how fast, and its randomness."""
+
+    client: Client
+    start: ClientStart
+    head: Mapping[str, Tensor]
+    split: Split
+    steps: int
+    learning_rate: float
+    rng: Source
+
+
+def train(work: Workplace, job: Job, settings: TrainConfig, measure: bool = False) -> ClientUpdate:
+    """Train the selected modules, and the head if it is to be, on the job's batches of the client's samples.
+
+    The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
+    start holds the other fixed. The order of samples, LoRA dropout and the model's own are drawn from the job's source.
+    Nothing is read from the device before the last step is done. With `measure` the update says what memory training
+    took; the first step is watched for that.
+    """
+    compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
+    parameters = [*trained_factors(compact, job.start.trained), *work.head.values()]
+    optimizer = make_optimizer(parameters, settings, job.learning_rate)
+    order, rng = batch_rows(len(job.split), settings.batch_size, job.steps, job.rng), job.rng
+    total = torch.zeros((), device=work.device)
+    saved = SavedTensors(work.model)
+    work.model.train()
+    with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):
+        for step, rows in enumerate(order):
+            key_dropout(work, rng, step)
+            optimizer.zero_grad()
+            with saved.watching(measure and step == 0):
+                loss = client_losses(work.model, job.split.batch(rows), [len(rows)]).sum()
+            (loss if job.start.penalty is None else loss + tail_penalty(compact, job.start.penalty)).backward()
+            if settings.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            total += loss.detach()
+    optimizer.zero_grad()
+    factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()}
+    head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
+    taken = Footprint(sum(map(Tensor.numel, parameters)), optimizer_bytes(optimizer), saved.size_bytes)
+    return ended_with(job, settings, factors, head, total.item() / job.steps, taken if measure else None)
+
+
+def ended_with(
+    job: Job,
+    settings: TrainConfig,
+    factors: Mapping[str, Factors],
+    head: Mapping[str, Tensor],
+    loss: float,
+    footprint: Footprint | None,
+) -> ClientUpdate:
+    """Return the update of a client that ended with these compact factors and head."""
+    return ClientUpdate(
+        client=job.client,
+        factors=factors,
+        selected=job.start.selected,
+        head=head,
+        weight=float(job.client.n_samples) if settings.weighting == "samples" else 1.0,
+        steps=job.steps,
+        loss=loss,
+        sent=job.start.trained,
+        footprint=footprint,
+    )
+
+
+def key_dropout(work: Workplace, rng: Source, step: int) -> None:
+    """Give every layer that drops its seed for one step, keyed by (seed, round, client, step, matrix)."""
+    for matrix, layer in work.handle.layers.items():
+        if layer.dropout:
+            layer.dropout_seed = rng.seed_for("lora dropout", step, matrix)
+
+
+def trained_factors(compact: Mapping[str, tuple[nn.Parameter, nn.Parameter]], sides: str) -> list[nn.Parameter]:
+    """Return the parameters of the sides that are trained, "AB", "A" or "B"; the others need no gradient from here."""
+    chosen = []
+    for pair in compact.values():
+        for side, factor in zip("AB", pair, strict=True):
+            factor.requires_grad_(side in sides)
+            if side in sides:
+                chosen.append(factor)
+    return chosen
+
+
+def tail_penalty(factors: Mapping[str, Factors], penalty: TailPenalty) -> Tensor:
+    """Return λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, differentiable."""
+    first = penalty.first
+    terms = [torch.linalg.vector_norm(A[first:]) * torch.linalg.vector_norm(B[:, first:]) for A, B in factors.values()]
+    return penalty.weight * torch.stack(terms).sum()
+
+
+def module_gradients(
+    work: Workplace, server: ServerState, split: Split, batch_size: int, rng: Source
+) -> dict[str, Tensor]:
+    """Return (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ of all R modules, (R,) fp64 for every matrix, on a client's first batch.
+
+    The model is at the server's state and in evaluation mode; nothing is changed.
+    """
+    work.load_server(server)
+    work.model.eval()
+    (rows,) = batch_rows(len(split), batch_size, 1, rng)
+    factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
+    flat = [factor for pair in factors.values() for factor in pair]
+    gradients = iter(torch.autograd.grad(client_losses(work.model, split.batch(rows), [len(rows)]).sum(), flat))
+    return {
+        matrix: (next(gradients).double().square().sum(1) + next(gradients).double().square().sum(0)).sqrt().cpu()
+        for matrix in factors
+    }
+
+
+def fault(update: ClientUpdate) -> str | None:
+    """Say what makes an update unusable, its loss or a value that is not finite; None where nothing does."""
+    if not math.isfinite(update.loss):
+        return f"its training loss is {update.loss}"
+    tensors = {
+        f"{matrix} lora_{side}": factor
+        for matrix, pair in update.factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    tensors |= update.head
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next(
+        (f"its {name} holds NaN or infinity" for name, fine in zip(tensors, finite, strict=True) if not fine),
+        None,
+    )
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], settings: TrainConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Return AdamW or SGD over `parameters`, in torch's fused form."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def batch_rows(n_samples: int, batch_size: int, steps: int, rng: Source) -> Tensor:
+    """Return sample indices (steps, min(batch_size, n_samples)) int64, permutation after permutation."""
+    width = min(batch_size, n_samples)
+    epochs = math.ceil(steps * width / n_samples)
+    order = np.concatenate([rng.permutation(n_samples, "order", epoch) for epoch in range(epochs)])
+    return torch.from_numpy(order[: steps * width]).view(steps, width)

@@ -1,0 +1,1 @@
+"""The operators in plain torch, for devices and dtypes the kernels do not serve."""

@@ -1,0 +1,44 @@
+"""Folding in plain torch: what runs on CPU and wherever Triton does not.
+
+fp32 and float64 weights take one `addmm`. Half precision goes through fp32 a few rows at a time, so that the sum is
+rounded once and what passes between the steps stays in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plora_kernels.counter_rng import HALF, element_bits, round_stochastically
+from plora_kernels.fallback.linear import _gather
+
+# Elements of a half-precision W worked on at a time on CPU: half a mebibyte in fp32.
+CHUNK_ELEMENTS = 1 << 17
+
+
+def fold(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    index: Tensor | None,
+    scale: float,
+    seed: int | None,
+    out: Tensor,
+) -> None:
+    """Write W + s·Σ_j b_j a_jᵀ to `out` (N, K), as the kernel of the same name."""
+    if weight.numel() == 0:
+        return
+    A, B = _gather(lora_A, lora_B, index)
+    if weight.dtype not in HALF:
+        torch.addmm(weight, B, A, alpha=scale, out=out)
+        return
+    A, B = A.float(), B.float()
+    n, k = weight.shape
+    rows = max(1, CHUNK_ELEMENTS // k) if weight.device.type == "cpu" else n
+    for first in range(0, n, rows):
+        part = slice(first, first + rows)
+        total = weight[part].float().addmm_(B[part], A, alpha=scale)  # (rows, K)
+        if seed is not None:
+            bits = element_bits(seed, first, total.shape[0], k, total.device)
+            total = round_stochastically(total, bits, weight.dtype)
+        out[part].copy_(total)

@@ -1,0 +1,152 @@
+"""Training groups of rows: gradients go to memory the caller gives, small layers are differentiated by their weights.
+
+A small layer's backward consists of calls more than of products. Autograd is therefore asked for dW_g, the gradient of
+each group's own weight W_g = W + s_g·B_g A_g, which costs one node of its own in the graph, and what that holds of the
+factors is taken out afterwards: dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plora_kernels.errors import ConfigError, DeviceError, DTypeError, ShapeError
+from plora_kernels.fallback.grouped_linear import Run
+from plora_kernels.fallback.grouped_products import Form, add_product_, own_part
+
+
+class GradientMemory:
+    """Where the gradients of one layer's stacked factors go, and the groups' own weights while a pass lasts.
+
+    A pass is one forward and `collect` after it. In between the layer may run any number of times.
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, d_A: Tensor | None, d_B: Tensor | None) -> None:
+        """Take memory for dA (C, R, K) and dB (C, N, R); None for a factor that does not train.
+
+        Raises ShapeError, DTypeError, DeviceError or ConfigError where it is not as the factor is.
+        """
+        self._factors = lora_A, lora_B
+        self._gradients = d_A, d_B
+        for name, factor, own in zip("AB", self._factors, self._gradients, strict=True):
+            _check_fits(name, factor, own)
+        self._written = [False, False]
+        self._cuts: dict[tuple[Run, ...], list[_Cut]] = {}
+        self._made: dict[tuple[Run, ...], list[_Cut]] = {}  # in this pass
+        self._made_of: tuple[int, ...] = ()
+
+    def leaves(self) -> list[Tensor]:
+        """Return what to differentiate a loss by: the factors that train, and weights made of them in this pass."""
+        factors = [factor for factor in self._factors if factor.requires_grad]
+        return factors + [cut.leaf for cuts in self._made.values() for cut in cuts]
+
+    def place(self, which: int) -> Tensor:
+        """Return memory for a gradient of A (0) or B (1): its own, once in a pass, then new for autograd to add."""
+        own = self._gradients[which]
+        if own is None or self._written[which]:
+            return torch.empty_like(self._factors[which])
+        self._written[which] = True
+        return own
+
+    def weights(self, weight: Tensor, form: Form) -> list[Tensor]:
+        """Return the groups' own weights as leaves, `collect` being told their gradients; made once for all calls."""
+        state = tuple(tensor._version for tensor in (weight, *self._factors))
+        if state != self._made_of:  # somebody has moved them
+            self._made.clear()
+            self._made_of = state
+        if form.runs not in self._cuts:
+            self._cuts[form.runs] = [_Cut.of(run, weight, self._factors, self._gradients, form) for run in form.runs]
+        cuts = self._cuts[form.runs]
+        if form.runs not in self._made:
+            with torch.no_grad():
+                for cut in cuts:
+                    cut.make(weight)
+            self._made[form.runs] = cuts
+        return [cut.leaf for cut in cuts]
+
+    def collect(self, gradients: Sequence[Tensor | None], copies: list[tuple[Tensor, Tensor]]) -> bool:
+        """Bring dA and dB into their memory, given the gradients of `leaves`; say whether there were any.
+
+        What has yet to be copied, to where and from where, is added to `copies`.
+        """
+        left, begun = list(gradients), [False, False]
+        for which, (factor, own) in enumerate(zip(self._factors, self._gradients, strict=True)):
+            if factor.requires_grad and own is not None:
+                gradient = left.pop(0)
+                begun[which] = gradient is not None
+                if gradient is None or gradient.data_ptr() == own.data_ptr():
+                    continue
+                if self._made:
+                    own.copy_(gradient)
+                else:
+                    copies.append((own, gradient))
+        for cuts in self._made.values():
+            parts = [left.pop(0) for _ in cuts]
+            if all(part is None for part in parts):
+                continue
+            for cut, part in zip(cuts, parts, strict=True):
+                cut.take_apart(torch.zeros_like(cut.leaf) if part is None else part, add=begun)
+            begun = [True, True]
+        for own, has in zip(self._gradients, begun, strict=True):
+            if own is not None and not has:
+                own.zero_()
+        self._written[:] = False, False
+        self._made.clear()
+        return any(begun)
+
+
+class _Cut:
+    """What belongs to one run of c groups, its own weights among it: views made once, for a small layer is soon done.
+
+    All are (c, …), or without that axis for a group alone.
+    """
+
+    def __init__(
+        self, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: float, scales: Tensor | None,
+        own: Tensor,
+    ) -> None:  # fmt: skip
+        (self._A, self._B), self._gradients = factors, gradients
+        self._A_t, self._B_t = self._A.mT, self._B.mT
+        self._scale, self._scales = scale, scales
+        self._own, self.leaf = own, own.detach().requires_grad_()
+
+    @classmethod
+    def of(
+        cls, run: Run, weight: Tensor, factors: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None],
+        form: Form,
+    ) -> _Cut:  # fmt: skip
+        """Cut a layer's factors, gradients' memory and scales for one run; its weights have memory, no values yet."""
+        scales = None if form.scales is None else own_part(form.scales, run)
+        own = [own_part(factor.detach(), run) for factor in factors]
+        memory = [None if gradient is None else own_part(gradient, run) for gradient in gradients]
+        return cls(own, memory, form.scale, scales, weight.new_empty(*own[0].shape[:-2], *weight.shape))
+
+    def make(self, weight: Tensor) -> None:
+        """Write W_g = W + s_g·B_g A_g, (c, N, K), into the weights."""
+        up = self._B if self._scales is None else self._B * self._scales
+        product = torch.addmm if self._own.dim() == 2 else torch.baddbmm
+        product(weight, up, self._A, alpha=self._scale, out=self._own)
+
+    def take_apart(self, gradient: Tensor, add: Sequence[bool]) -> None:
+        """Write what a gradient dW_g (c, N, K) holds of dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ, or add it."""
+        (d_A, d_B), (add_A, add_B) = self._gradients, add
+        if self._scales is not None:
+            gradient = gradient * self._scales
+        if d_A is not None:
+            add_product_(d_A, self._B_t, gradient, int(add_A), self._scale)
+        if d_B is not None:
+            add_product_(d_B, gradient, self._A_t, int(add_B), self._scale)
+
+
+def _check_fits(name: str, factor: Tensor, own: Tensor | None) -> None:
+    if own is None:
+        if factor.requires_grad:
+            raise ConfigError(f"lora_{name} requires a gradient, but there is no memory for it")
+    elif own.shape != factor.shape:
+        raise ShapeError(f"the memory for d{name} is {tuple(own.shape)}; lora_{name} is {tuple(factor.shape)}")
+    elif own.dtype is not factor.dtype:
+        raise DTypeError(f"the memory for d{name} is {own.dtype}; lora_{name} is {factor.dtype}")
+    elif own.device != factor.device:
+        raise DeviceError(f"the memory for d{name} is on {own.device}; lora_{name} is on {factor.device}")

@@ -1,0 +1,264 @@
+"""The grouped form in plain torch: C groups of rows share one weight, each meets its own modules.
+
+    y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        for the rows of every group g
+
+The base matmul runs once over all rows. What belongs to the groups runs as batched matmuls over runs of neighbouring
+groups with equally many rows, so equal groups take one call and ragged ones a call a run; nothing is padded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from plora_kernels.counter_rng import keep_mask_of_rows
+
+
+class Run(NamedTuple):
+    """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`; `whole`: all there are.
+
+    A view less counts: beside a small layer's products, a call of torch is not short.
+    """
+
+    first: int
+    last: int
+    row: int
+    size: int
+    whole: bool
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one group."""
+        return self.last - self.first == 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the run's part of (M, D) as a view (groups, size, D)."""
+        count = self.last - self.first
+        part = rows if self.whole else rows.narrow(0, self.row, count * self.size)
+        return part.view(count, self.size, rows.shape[1])
+
+    def among(self, groups: Tensor) -> Tensor:
+        """Return the run's part of (C, …)."""
+        return groups if self.whole else groups[self.first : self.last]
+
+
+@functools.lru_cache(maxsize=256)
+def runs_of(bounds: tuple[int, ...]) -> tuple[Run, ...]:
+    """Cut groups, given by their bounds (C+1), into runs of equal size."""
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
+    runs, first = [], 0
+    for size, same in itertools.groupby(sizes):
+        last = first + len(list(same))
+        runs.append(Run(first, last, bounds[first], size, last - first == len(sizes)))
+        first = last
+    return tuple(runs)
+
+
+def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return every group's indexed modules, A (C, W, K) and B (C, N, W); a place whose index is −1 holds zeros."""
+    if index is None:
+        return lora_A, lora_B
+    groups, modules = torch.arange(index.shape[0], device=index.device)[:, None], index.clamp_min(0).long()
+    absent = (index < 0)[:, :, None]
+    return (
+        lora_A[groups, modules].masked_fill_(absent, 0.0),
+        # Laid out as lora_B is: a product with the other layout some CPUs add to y step by step, less exactly.
+        lora_B.take_along_dim(modules[:, None, :], 2).masked_fill_(absent.mT, 0.0),
+    )
+
+
+def _factors(lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return A and B of the modules that enter, B times the groups' own scales where there are any."""
+    A, B = _gather(lora_A, lora_B, index)
+    return A, B if scales is None else B * scales.to(B.dtype)[:, None, None]
+
+
+def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[Run]) -> Tensor:
+    """Return rows · down (M, W) for down (C, D, W), zero at places without a module even where a row holds infinity."""
+    side = rows.new_empty(rows.shape[0], down.shape[2])
+    for run in runs:
+        part = run.of(side)
+        torch.bmm(run.of(rows), run.among(down), out=part)
+        if index is not None:
+            part.masked_fill_((run.among(index) < 0)[:, None, :], 0.0)
+    return side
+
+
+def _are_absent(index: Tensor, rank: int) -> Tensor:
+    """Return which of the R modules each group's index does not name, (C, R) bool."""
+    return (index[:, :, None] != torch.arange(rank, dtype=index.dtype, device=index.device)).all(1)
+
+
+def _keep(
+    bounds: Sequence[int], columns: int, index: Tensor | None, p: float, seeds: Tensor | None, numbers: Tensor | None
+) -> Tensor | None:
+    """Return what dropout keeps of x (M, K), each group by its seed; None without dropout.
+
+    A row is known by its number (M,), by default counted from 0 in its group.
+    """
+    if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
+        return None
+    sizes = torch.tensor([end - start for start, end in itertools.pairwise(bounds)], device=seeds.device)
+    if numbers is None:
+        starts = torch.tensor(bounds[:-1], device=seeds.device).repeat_interleave(sizes)
+        numbers = torch.arange(bounds[-1], device=seeds.device) - starts
+    return keep_mask_of_rows(seeds.repeat_interleave(sizes), numbers, columns, p)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    bounds: Sequence[int],
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    keep_s: bool,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, s)`: y (M, N), and s (M, places) = D(x_g) A_gᵀ if `keep_s`, else without elements.
+
+    Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None, bounds
+    C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the
+    rows' numbers in their group's mask.
+    """
+    applied = None if frozen else index  # frozen modules all enter y
+    A, B = _factors(lora_A, lora_B, applied, scales)
+    runs = runs_of(tuple(bounds))
+    y = functional.linear(x, weight, bias)
+    kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
+    if kept is None:
+        s = _side_product(x, A.mT, applied, runs)
+    else:
+        s = _side_product(torch.where(kept, x, 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
+        if frozen and index is not None:  # dropout touches the selected modules only
+            plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
+            for run in runs:
+                run.of(s).copy_(torch.where(run.among(absent)[:, None, :], run.of(plain), run.of(s)))
+    for run in runs:
+        _add_product_(run.of(y), run.of(s), run.among(B).mT, scale)
+    return y, s if keep_s else x.new_empty(0)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    bounds: Sequence[int],
+    scales: Tensor | None,
+    scale: float,
+    frozen: bool,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    dropout_rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(dx, dA, dB)`, (M, K), (C, R, K) and (C, N, R); a gradient that is not needed has no elements.
+
+    Unselected modules get zeros, and so does a group without rows.
+    """
+    applied = None if frozen else index
+    A, B = _factors(lora_A, lora_B, applied, scales)
+    runs = runs_of(tuple(bounds))
+    d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
+    kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
+    factor = scale if kept is None else scale / (1 - dropout_p)
+    ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
+    if ds is not None and need_x:
+        absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
+        d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
+    if ds is not None and need_A:
+        dropped = x if kept is None else torch.where(kept, x, 0.0)
+        d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
+    if need_B:
+        # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
+        d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
+    if need_B and scales is not None:
+        d_B = d_B * scales.to(d_B.dtype)[:, None, None]
+    if index is not None and frozen and (need_A or need_B):
+        absent = _are_absent(index, lora_A.shape[1])
+        d_A = d_A.masked_fill_(absent[:, :, None], 0.0) if need_A else d_A
+        d_B = d_B.masked_fill_(absent[:, None, :], 0.0) if need_B else d_B
+    elif index is not None:
+        d_A = _at_modules(d_A, index, lora_A.shape[1]) if need_A else d_A
+        d_B = _at_modules(d_B.mT, index, lora_A.shape[1]).mT if need_B else d_B
+    return d_x, d_A.contiguous(), d_B.contiguous()
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return s · left · right, batched, the scale applied inside the product: no pass of its own."""
+    return _add_product_(left.new_empty(left.shape[0], left.shape[1], right.shape[2]), left, right, scale, beta=0)
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> Tensor:
+    """Return beta·out + s · left · right, batched and in place."""
+    if out.dtype.itemsize >= 4:
+        return out.baddbmm_(left, right, beta=beta, alpha=scale)
+    for one, of_left, of_right in zip(out, left, right, strict=True):
+        # Small batched products of half precision are rounded after every step of the sum.
+        one.addmm_(of_left, of_right, beta=beta, alpha=scale)
+    return out
+
+
+def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[Run], groups: int, scale: float) -> Tensor:
+    """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D): zero for a group without rows."""
+    out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
+    for run in runs:
+        _add_product_(run.among(out), run.of(thin).mT, run.of(wide), scale, beta=0)
+    return out
+
+
+def _input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    A: Tensor,
+    runs: Sequence[Run],
+    scale: float,
+    factor: float,
+    kept: Tensor | None,
+    absent: Tensor | None,
+) -> Tensor:
+    """Return dx (M, K) = dY W + s·dS_g A_g, where `kept` drops what modules that are not `absent` (C, R) add.
+
+    `factor` is s, over 1−p under dropout.
+    """
+    d_x = dy @ weight
+    for run in runs:
+        part, out, A_run = run.of(ds), run.of(d_x), run.among(A)
+        if kept is None:
+            _add_product_(out, part, A_run, scale)
+            continue
+        rest = None if absent is None else run.among(absent)[:, None, :]
+        low = _scaled_product(part if rest is None else part.masked_fill(rest, 0.0), A_run, factor)
+        low = torch.where(run.of(kept), low, 0.0)
+        if rest is not None:
+            _add_product_(low, part.masked_fill(~rest, 0.0), A_run, scale)
+        out.add_(low)
+    return d_x
+
+
+def _at_modules(gradient: Tensor, index: Tensor, rank: int) -> Tensor:
+    """Return (C, R, D) with row t of `gradient` (C, W, D) at module index[t], and zeros for modules no index names."""
+    # One spare row takes what belongs to no module, so that no place has to be read on the host.
+    out = gradient.new_zeros(gradient.shape[0], rank + 1, gradient.shape[2])
+    groups = torch.arange(index.shape[0], device=index.device)[:, None]
+    out[groups, torch.where(index < 0, rank, index).long()] = gradient
+    return out[:, :rank]

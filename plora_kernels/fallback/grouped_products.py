@@ -1,0 +1,232 @@
+"""The grouped form in plain torch where every module trains and nothing is dropped, in as few calls as there can be.
+
+    y_g = x_g Wᵀ + bias + s_g·(x_g A_gᵀ) B_gᵀ        for the rows of every group g
+
+Training many small adapters consists of this. Beside products of some rows neither autograd's bookkeeping nor a pass
+over what was just written is short, so each way to compute it is one node of the graph, scales ride in the products,
+and gradients are written where the caller wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from plora_kernels.backend import runs_kernels
+from plora_kernels.dispatch import _rows, refused_twice, shaped_as
+from plora_kernels.fallback.grouped_linear import Run, runs_of
+
+THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
+LARGEST = 2**18  # elements of a weight that groups may have of their own: there is one base, whatever the ranks
+FEWEST_ROWS = 8  # a group, below which dB taken out of dW_g is less exact than by itself
+CALLS = 5_000_000  # multiplications that take as long as what rank-R products need more calls for
+
+
+class Memory(Protocol):
+    """Where the gradients of a layer's stacked factors are written."""
+
+    def place(self, which: int) -> Tensor:
+        """Return memory for a gradient of A (0) or B (1)."""
+
+    def weights(self, weight: Tensor, form: Form) -> list[Tensor]:
+        """Return the groups' own weights, differentiated by what is asked of them."""
+
+
+class Form(NamedTuple):
+    """What is known before any row is seen: the groups, s, the groups' own scales times s, and the gradients' memory.
+
+    scales: (C, 1, 1) in the tensors' dtype, or None.
+    """
+
+    runs: tuple[Run, ...]
+    scale: float
+    scales: Tensor | None
+    memory: Memory | None
+
+    @classmethod
+    def of(
+        cls, bounds: tuple[int, ...], scale: float, scales: Tensor | None, like: Tensor,
+        memory: Memory | None = None,
+    ) -> Form:  # fmt: skip
+        """Return the form of groups with C+1 bounds; scales (C,) or None are cast as `like`."""
+        own = None if scales is None else scales.to(like)[:, None, None]
+        return cls(runs_of(bounds), scale, own, memory)
+
+    def gradient(self, which: int, factor: Tensor) -> Tensor:
+        """Return memory for the gradient of A (0) or B (1)."""
+        return torch.empty_like(factor) if self.memory is None else self.memory.place(which)
+
+    def scaled(self, groups: Tensor, run: Run) -> Tensor:
+        """Return what belongs to the groups of a run times their own scales, without s."""
+        return groups if self.scales is None else groups * own_part(self.scales, run)
+
+
+def takes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Say whether `linear` computes these operands, whose shapes fit: full precision, and no kernels take them.
+
+    In half precision W_g would lose what is added to it, and small batched products are rounded after every step.
+    """
+    alike = x.dtype is weight.dtype is lora_A.dtype is lora_B.dtype
+    return alike and x.dtype.itemsize >= 4 and not runs_kernels(x)
+
+
+def serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, dropout_p: float) -> bool:
+    """Say whether plain products compute these operands, whose shapes fit: all modules train, none is dropped."""
+    return index is None and not dropout_p and takes(x, weight, lora_A, lora_B)
+
+
+def pays(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
+    """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
+
+    Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and its
+    gradient, for m rows a group. On CPU thin products run at half the speed of the others.
+    """
+    n, k = weight.shape
+    if rows < FEWEST_ROWS * groups or n * k > LARGEST:
+        return False
+    return rows * n * k + groups * 4 * n * k * rank <= THIN * rows * 3 * rank * (n + k) + CALLS
+
+
+class ProductPlan(NamedTuple):
+    """How plain products compute one layer at one shape of x: by the groups' own weights, or by their factors."""
+
+    form: Form
+    by_weights: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, rank: int, form: Form, groups: int) -> ProductPlan:
+        """Return the faster of the two for x (…, K), of so many groups with R modules each."""
+        return cls(form, pays(math.prod(x.shape[:-1]), groups, weight, rank))
+
+    def apply(self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y (…, N) for x (…, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,) or None."""
+        if not self.by_weights:
+            return by_factors(x, weight, lora_A, lora_B, bias, self.form)
+        memory = self.form.memory
+        if memory is not None and torch.is_grad_enabled():
+            weights = memory.weights(weight, self.form)
+        else:
+            weights = own_weights(weight, lora_A, lora_B, self.form)
+        return by_weights(x, weights, bias, self.form)
+
+
+def traced(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    scales: Tensor | None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """Return y (samples, …, N) by operations a compiler can take apart; `product` is that of the groups' rows."""
+    # No `alpha`: inductor fuses products with additions and leaves it out (pytorch issue 167313).
+    scaled = lora_B * scale
+    if scales is not None:
+        scaled = scaled * scales.to(scaled.dtype)[:, None, None]
+    if pays(math.prod(x.shape[:-1]), lora_A.shape[0], weight, lora_A.shape[1]):
+        return product(x, torch.baddbmm(weight, scaled, lora_A).mT, bias)
+    low = product(product(x, lora_A.mT, None), scaled.mT, None)
+    return functional.linear(x, weight, bias) + low
+
+
+def by_factors(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    """Return y (…, N) by the base product over all rows and products of rank R beside it, one node of the graph."""
+    y: Tensor = _ByFactors.apply(x, weight, lora_A, lora_B, bias, form)
+    return y
+
+
+def own_weights(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> list[Tensor]:
+    """Return W_g = W + s_g·B_g A_g for each run of c groups, (c, N, K), and (N, K) for a group alone."""
+    scaled = lora_B if form.scales is None else lora_B * form.scales
+    return [
+        (torch.addmm if run.is_alone else torch.baddbmm)(
+            weight, own_part(scaled, run), own_part(lora_A, run), alpha=form.scale
+        )
+        for run in form.runs
+    ]
+
+
+def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
+    """Return y (…, N) by the groups' own weights, `own_weights`: for small layers."""
+    if form.runs[0].is_alone and form.runs[0].whole:
+        return functional.linear(x, weights[0], bias)
+    rows, parts = _rows(x), []
+    for run, own in zip(form.runs, weights, strict=True):
+        part = _part(rows, run)
+        if run.is_alone:
+            parts.append(functional.linear(part, own, bias))
+            continue
+        product = torch.bmm(part, own.mT) if bias is None else torch.baddbmm(bias, part, own.mT)
+        parts.append(product.flatten(0, 1))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+class _ByFactors(torch.autograd.Function):
+    """The base product over all rows, and products of rank R beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, form: Form
+    ) -> Tensor:
+        rows = _rows(x)
+        y = functional.linear(rows, weight, bias)
+        s = rows.new_empty(rows.shape[0], lora_A.shape[1])  # (M, R)
+        for run in form.runs:
+            part = _part(s, run)
+            add_product_(part, _part(rows, run), own_part(lora_A, run).mT, beta=0)
+            add_product_(_part(y, run), form.scaled(part, run), own_part(lora_B, run).mT, alpha=form.scale)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
+        ctx.form = form
+        return shaped_as(x, y)
+
+    @staticmethod
+    @refused_twice
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
+        form, dy_rows, rows = ctx.form, _rows(dy), _rows(x)
+        d_x = dy_rows @ weight if need_x else None
+        d_A = form.gradient(0, lora_A) if need_A else None
+        d_B = form.gradient(1, lora_B) if need_B else None
+        ds = torch.empty_like(s)  # (M, R)
+        for run in form.runs:
+            part, dy_part = _part(ds, run), _part(dy_rows, run)
+            if need_x or need_A:
+                add_product_(part, dy_part, own_part(lora_B, run), beta=0)
+            if d_x is not None:
+                add_product_(_part(d_x, run), form.scaled(part, run), own_part(lora_A, run), alpha=form.scale)
+            if d_A is not None:
+                add_product_(own_part(d_A, run), part.mT, _part(rows, run), beta=0, alpha=form.scale)
+            if d_B is not None:
+                add_product_(own_part(d_B, run), dy_part.mT, _part(s, run), beta=0, alpha=form.scale)
+        for gradient in (d_A, d_B):
+            if gradient is not None and form.scales is not None:
+                gradient.mul_(form.scales)
+        d_bias = dy_rows.sum(0) if need_bias else None
+        return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
+
+
+def _part(rows: Tensor, run: Run) -> Tensor:
+    """Return the rows of a run's groups, (c, m, D), or (m, D) of a group alone, whose products then are torch's own."""
+    if not run.is_alone:
+        return run.of(rows)
+    return rows if run.whole else rows.narrow(0, run.row, run.size)
+
+
+def own_part(groups: Tensor, run: Run) -> Tensor:
+    """Return a run's part of (C, …), or the tensor of a group alone."""
+    return groups[run.first] if run.is_alone else run.among(groups)
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: float = 1.0) -> None:
+    """Make `out` beta·out + alpha·left·right; with beta 0 what it held is not read."""
+    add = out.addmm_ if out.dim() == 2 else out.baddbmm_
+    add(left, right, beta=beta, alpha=alpha)

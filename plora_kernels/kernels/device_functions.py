@@ -1,0 +1,172 @@
+"""What kernels share: which places hold a module, the low-rank product, dropout's mask, the loop of a tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from plora_kernels.kernels.counter_rng import element_words
+
+
+@triton.jit
+def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr, offset_type: tl.constexpr):
+    """Return the module numbers of places r0 … r0+BLOCK_R−1 and which of them stand for a module: (BLOCK_R,)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    present = places < R
+    if HAS_INDEX:
+        modules = tl.load(index_ptr + places, mask=present, other=-1)
+        present = modules >= 0
+        modules = tl.where(present, modules, 0).to(offset_type)
+    else:
+        modules = places.to(offset_type)
+    return modules, present
+
+
+@triton.jit
+def are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK: tl.constexpr):
+    """Return which of `modules` (BLOCK_R,) an index of selected_width entries names; −1 is no module."""
+    places = tl.arange(0, SELECTED_BLOCK)
+    entries = tl.load(selected_ptr + places, mask=places < selected_width, other=-1)  # (SELECTED_BLOCK,)
+    return tl.max((entries[None, :] == modules[:, None]).to(tl.int32), axis=1) > 0
+
+
+@triton.jit
+def add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32."""
+    if dtype == tl.float16:
+        # side · s may pass fp16's 65504 where side and the result do not: the smaller factor takes the scale.
+        product = tl.dot(side.to(dtype), (up.to(tl.float32) * scale).to(dtype), acc, input_precision=PRECISION)
+    else:
+        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less
+    return product
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    low,
+    side,
+    up,
+    modules,
+    scale,
+    keep_scale,
+    selected_ptr,
+    selected_width,
+    dtype: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return `(acc, low)` with s · side · up added: to `low` what dropout has yet to mask, to `acc` the rest.
+
+    side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), modules (BLOCK_R,), acc and low (BLOCK_M, BLOCK_N) fp32.
+    """
+    if DROPOUT:
+        if SELECTED_BLOCK > 0:
+            chosen = are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :]
+            acc = add_scaled_product(tl.where(chosen, 0.0, side), up, acc, scale, dtype, PRECISION)
+            side = tl.where(chosen, side, 0.0)
+        low = add_scaled_product(side, up, low, scale * keep_scale, dtype, PRECISION)
+    else:
+        acc = add_scaled_product(side, up, acc, scale, dtype, PRECISION)
+    return acc, low
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return the row and column of an output tile: GROUP_M row tiles at a time share columns of the main matrix."""
+    group_width = GROUP_M * tiles_n
+    first_m = (tile // group_width) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (tile % group_width) % group_m, (tile % group_width) // group_m
+
+
+@triton.jit
+def store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+    """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    side_offsets = rows[:, None] * stride_sm + places[None, :]
+    tl.store(side_base + side_offsets, side, mask=row_ok[:, None] & (places < R)[None, :])
+
+
+@triton.jit
+def load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
+    """Return the side product of places r0 … r0+BLOCK_R−1 as fp32: (BLOCK_M, BLOCK_R)."""
+    places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
+    side_offsets = rows[:, None] * stride_sm + places[None, :]
+    # Past the first-level cache: another multiprocessor may have written it in this launch.
+    ok = row_ok[:, None] & (places < R)[None, :]
+    side = tl.load(side_base + side_offsets, mask=ok, other=0.0, cache_modifier=".cg")
+    return side.to(tl.float32)
+
+
+@triton.jit
+def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_N: tl.constexpr):
+    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.counter_rng`'s bits.
+
+    numbers (BLOCK_M,): the rows' numbers in the mask.
+    """
+    seed = tl.load(seed_ptr)
+    words = element_words(seed, seed >> 32, numbers, first_column + tl.arange(0, BLOCK_N))
+    return words.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def multiply(
+    in_base,
+    main_base,
+    down_base,
+    rows,
+    columns,
+    depth,
+    modules,
+    row_ok,
+    column_ok,
+    module_ok,
+    D_IN,
+    stride_im,
+    stride_id,
+    stride_wd,
+    stride_wo,
+    stride_dd,
+    stride_dr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SIDE_GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return `(acc, side)`: in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R), both fp32.
+
+    Bases point to the tile's first row, first column and first module; rows (BLOCK_M,), columns (BLOCK_N,), depth
+    (BLOCK_K,) and modules (BLOCK_R,) are offsets from there, 32 bits wide where those suffice, and `*_ok` say which
+    exist. With SIDE_GIVEN the side product is not made: zeros.
+    """
+    in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+    main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
+    down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+    in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+    main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
+    down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
+    # The steps of `down` add to an offset, not to its pointer. For AMD GPUs Triton 3.6 compiles no pointer that a loop
+    # carries and its pipeline still steps and loads from behind the loop, as it does with narrow matrices.
+    down_start = tl.full((), 0, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, D_IN, BLOCK_K):
+        depth_ok = depth < D_IN - k
+        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        w = tl.load(
+            main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+        )  # (BLOCK_K, BLOCK_N)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+        if not SIDE_GIVEN:
+            d = tl.load(
+                down_base + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+            )  # (BLOCK_K, BLOCK_R)
+            side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            down_start += down_step
+        in_base += in_step
+        main_base += main_step
+    return acc, side

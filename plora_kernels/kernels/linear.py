@@ -1,0 +1,132 @@
+"""A PLoRA linear layer: y in the forward; dX, then dA and dB of the selected modules in the backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from plora_kernels.kernels.adapted_matmul import adapted_matmul, find_matmul_blocks
+from plora_kernels.kernels.factor_gradient import factor_gradient_, plan_sums
+from plora_kernels.kernels.launch import Dropout
+from plora_kernels.kernels.output_gradient import output_gradient_
+from plora_kernels.kernels.replay import empty, replayed, zeros
+from plora_kernels.kernels.side_product import side_product
+from plora_kernels.tuning.blocks import SIDE_FIRST, WALKING_DESIGNS
+
+
+def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Dropout | None:
+    """Return the dropout a layer's side branch has, or None where it touches nothing.
+
+    Folded, every module that enters is selected; frozen, the index names those that are.
+    """
+    if seed is None or p == 0.0 or (index is not None and index.shape[0] == 0):
+        return None
+    return Dropout(p, seed, index if frozen else None)
+
+
+@replayed
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    frozen: bool,
+    keep_s: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, s (M, places) = D(x) Aᵀ.
+
+    Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index int32 or None for all modules. If
+    `frozen`, all modules enter and the index names those that D, dropout, applies to.
+    """
+    applied = None if frozen else index
+    main, down = weight.t(), lora_A.t()
+    y, side = adapted_matmul(
+        x,
+        main,
+        down,
+        lora_B.t(),
+        bias=bias,
+        index=applied,
+        drop_in=layer_dropout(index, frozen, dropout_p, dropout_seed),
+        drop_out=None,
+        scale=scale,
+        side=None,
+        keep_side=keep_s,
+        blocks=find_matmul_blocks("forward", x, main, down.shape[1] if applied is None else applied.shape[0]),
+    )
+    return y, side if keep_s or side.numel() == 0 else empty((0,), x.dtype, x.device)
+
+
+@replayed
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    index: Tensor | None,
+    scale: float,
+    frozen: bool,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Return `(dx, dA, dB)`; a gradient that is not needed has no elements.
+
+    dx (M, K) = dY W + s·D'((dY B) ⊙ m) A, all modules when `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ D(x);
+    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = D(x) Aᵀ as the forward kept it, index
+    int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' masks what D masked.
+    """
+    d_x = None
+    applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
+    dropout = layer_dropout(index, frozen, dropout_p, dropout_seed)
+    make = empty if index is None else zeros
+    d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
+    d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
+    width = lora_A.shape[0] if applied is None else applied.shape[0]
+    blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
+    ds, beside = None, None
+    # Where dS has a launch of its own, dB comes from the same read of dY.
+    reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
+    if reads_once and d_lora_B is not None:
+        leads = blocks is not None and blocks.dependent
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale, leads=leads)
+    if blocks is not None:
+        places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
+        walks = blocks.gradient_beside and blocks.design in WALKING_DESIGNS
+        if walks and d_lora_A is not None and places * d_lora_A.numel() > 0:
+            # Programs that walk and have no tile in the last round leave their multiprocessors to dA.
+            beside = plan_sums(d_lora_A, x, places, dropout=dropout)
+        d_x, ds = adapted_matmul(
+            dy,
+            weight,
+            lora_B,
+            lora_A,
+            bias=None,
+            index=applied,
+            drop_in=None,
+            drop_out=dropout,
+            scale=scale,
+            side=ds,
+            keep_side=need_A,
+            blocks=blocks,
+        )
+    elif need_A and ds is None:
+        ds = side_product(dy, lora_B, index=applied, dropout=None)
+    thin_index = index if frozen else None
+    if d_lora_A is not None:
+        assert ds is not None
+        factor_gradient_(
+            d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout, beside=beside
+        )
+    if d_lora_B is not None and not reads_once:
+        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
+    # An operator's outputs may not alias.
+    return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

@@ -1,0 +1,264 @@
+"""Groups of a batch's samples, each of which meets modules of its own in every adapted layer of a model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from plora_kernels.checks import GroupSelections, check_group_factors, group_index, group_scales, group_seeds
+from plora_kernels.dispatch import _watched, refuse_transforms
+from plora_kernels.errors import ConfigError, ShapeError
+from plora_kernels.fallback import grouped_products
+from plora_kernels.fallback.gradient_memory import GradientMemory
+from plora_kernels.fallback.grouped_linear import runs_of
+from plora_kernels.fallback.grouped_products import Form, ProductPlan
+from plora_kernels.functional import grouped_with_index
+from plora_kernels.tile_tables import keep_tables
+
+
+class RowGroups:
+    """How a batch divides: group g owns `sizes[g]` of its samples, one after the other along the leading axis.
+
+    A layer sees x (samples, …, K), so many rows to each sample; all layers of a model share one object.
+    """
+
+    def __init__(self, sizes: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Make groups of `sizes` samples, C ≥ 1 of them, some perhaps 0.
+
+        `lengths`: where texts are padded to the longest of all groups, the width each group's own padding would give.
+        LoRA dropout then counts rows as it would there, so that a group's mask does not depend on its neighbours.
+
+        Raises ConfigError for no groups, a negative size, or lengths that are not one for each group.
+        """
+        if not sizes or min(sizes) < 0:
+            raise ConfigError(f"sizes is {list(sizes)}; one number of samples, 0 or more, is needed for each group")
+        if lengths is not None and len(lengths) != len(sizes):
+            raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
+        self.sizes, self.samples = tuple(sizes), sum(sizes)
+        self._runs = runs_of((0, *itertools.accumulate(sizes)))
+        # A tensor, for a compiler takes every other list of lengths for something new.
+        self._numbers = None if lengths is None or len(set(lengths)) == 1 else _numbered(sizes, lengths)
+        self._offsets: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def bounds(self, x: Tensor) -> tuple[int, ...]:
+        """Return the groups' C+1 bounds among the rows of x (samples, …, K).
+
+        Raises ShapeError where the rows are no multiple of the samples.
+        """
+        rows = math.prod(x.shape[:-1])
+        if rows % self.samples if self.samples else rows:
+            raise ShapeError(
+                f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
+                f"{self.samples}"
+            )
+        each = rows // max(self.samples, 1)  # not `divmod`, which torch's compiler cannot trace for rows it leaves open
+        return 0, *itertools.accumulate(size * each for size in self.sizes)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Return `bounds` as a tensor (C+1,) int64 on x's device."""
+        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
+            return torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
+        key = math.prod(x.shape[:-1]), x.device
+        if key not in self._offsets:
+            with torch.inference_mode(False):  # a later call may train
+                self._offsets[key] = keep_tables(torch.tensor(self.bounds(x)).to(x.device, non_blocking=True))
+        return self._offsets[key]
+
+    def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y_g = x_g · weights_g + bias, (samples, …, N), for x (samples, …, K) and weights (C, K, N).
+
+        `bias` is (N,), or (C, N) for one a group, or None. Neighbouring groups of one size run as one batched product.
+        """
+        if len(self._runs) == 1:  # whole tensors: a slice's gradient would be a copy
+            return _batched(x, weights, bias, self.sizes[0])
+        # Slices, not `split`: inductor recomputes those in the backward; what `split` gave it keeps beside the whole,
+        # and then writes over the whole while the parts are still to be read.
+        parts = []
+        for run in self._runs:
+            samples = x.narrow(0, run.row, run.size * (run.last - run.first))
+            shift = bias if bias is None or bias.dim() == 1 else run.among(bias)
+            parts.append(_batched(samples, run.among(weights), shift, run.size))
+        return torch.cat(parts)
+
+    def numbers(self, x: Tensor) -> Tensor | None:
+        """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
+        if self._numbers is None or x.dim() != 3 or x.shape[0] * x.shape[1] != self._numbers.shape[0]:
+            return None
+        if torch.compiler.is_compiling():
+            return self._numbers.to(x.device, non_blocking=True)
+        with torch.inference_mode(False):  # as above
+            self._numbers = self._numbers.to(x.device, non_blocking=True)
+        return self._numbers
+
+
+def _numbered(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the numbers rows have among their group's own, were its samples no longer than `lengths` says."""
+    with torch.inference_mode(False):
+        places = torch.arange(max(lengths))
+        parts = [torch.arange(size)[:, None] * own + places for size, own in zip(sizes, lengths, strict=True)]
+        return torch.cat([part.flatten() for part in parts])
+
+
+@dataclass(frozen=True)
+class GroupModules:
+    """The modules that C groups have in one layer: y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) Bᵀ_g) for each group g.
+
+    Made by `of`. lora_A (C, R, K) and lora_B (C, N, R), differentiable; `index` (C, W) int32 names the modules each
+    group trains, None all; the others enter y without a gradient.
+    """
+
+    rows: RowGroups
+    lora_A: Tensor
+    lora_B: Tensor
+    index: Tensor | None
+    scale: float
+    scales: Tensor | None
+    dropout_p: float = 0.0
+    dropout_seeds: Tensor | None = field(default=None, repr=False)
+    memory: GradientMemory | None = field(default=None, repr=False)
+    _plans: dict[object, ProductPlan | None] = field(init=False, default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        rows: RowGroups,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        selected: GroupSelections | None = None,
+        *,
+        scale: float | Sequence[float] | Tensor = 1.0,
+        dropout_p: float = 0.0,
+        dropout_seeds: Sequence[int] | Tensor | None = None,
+        gradients: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> GroupModules:
+        """Return the modules of `len(rows)` groups; arguments are those of `plora_linear` with `groups`.
+
+        `gradients` is memory of the factors' shapes and dtype for dA and dB (None for a factor that does not train),
+        to be filled by `group_gradients`, which must then take the place of `backward`.
+
+        Raises:
+            ShapeError, RankError, SelectionError, DeviceError, ConfigError: an argument does not fit the groups.
+        """
+        groups, device = len(rows), lora_A.device
+        if lora_A.dim() != 3 or lora_A.shape[0] != groups:
+            raise ShapeError(f"lora_A is {tuple(lora_A.shape)}; {groups} groups need ({groups}, R, K)")
+        with torch.inference_mode(False):
+            index = group_index(selected, groups, lora_A.shape[1], device)
+            common, scales = group_scales(scale, groups, device)
+            seeds = group_seeds(dropout_p, dropout_seeds, groups, device)
+        memory = None if gradients is None else GradientMemory(lora_A, lora_B, *gradients)
+        return cls(rows, lora_A, lora_B, index, common, scales, float(dropout_p), seeds, memory)
+
+    def with_seeds(self, seeds: Tensor) -> GroupModules:
+        """Return the same with other dropout seeds, (C,) int64 on the device."""
+        return replace(self, dropout_seeds=group_seeds(self.dropout_p, seeds, len(self.rows), self.lora_A.device))
+
+    def without_dropout(self) -> GroupModules:
+        """Return the same without dropout, as in evaluation."""
+        return replace(self, dropout_p=0.0, dropout_seeds=None) if self.dropout_p else self
+
+    def check(self, weight: Tensor) -> None:
+        """Raise ShapeError or RankError unless the factors fit a layer's weight (N, K)."""
+        check_group_factors(weight, self.lora_A, self.lora_B, len(self.rows))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y (…, N) for x (samples, …, K)."""
+        if torch.compiler.is_compiling():
+            if self._is_plain(x, weight):
+                factors, scales = (self.lora_A, self.lora_B), (self.scale, self.scales)
+                return grouped_products.traced(x, weight, *factors, bias, *scales, self.rows.product)
+        elif not _watched(x):
+            refuse_transforms(x, weight, self.lora_A, self.lora_B, bias)
+            key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
+            if key not in self._plans:
+                with torch.inference_mode(False):  # what it keeps may be met in training
+                    self._plans[key] = self._plan(x, weight)
+            plan = self._plans[key]
+            if plan is not None:
+                return plan.apply(x, weight, self.lora_A, self.lora_B, bias)
+        return grouped_with_index(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            bias,
+            self.index,
+            self.rows.offsets(x),
+            self.scales,
+            self.scale,
+            True,
+            self.dropout_p,
+            self.dropout_seeds,
+            self.rows.numbers(x) if self.dropout_p else None,
+        )
+
+    def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
+        """Say whether plain products of torch compute y; what fails here the operator refuses by name."""
+        fits = x.shape[-1] == weight.shape[1] and math.prod(x.shape[:-1]) % max(self.rows.samples, 1) == 0
+        if not fits or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return False
+        return grouped_products.serves(x, weight, self.lora_A, self.lora_B, self.index, self.dropout_p)
+
+    def _plan(self, x: Tensor, weight: Tensor) -> ProductPlan | None:
+        """Return how plain products compute y, None where the operator has to run."""
+        if not self._is_plain(x, weight):
+            return None
+        form = Form.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
+        return ProductPlan.of(x, weight, self.lora_A.shape[1], form, len(self.rows))
+
+
+def group_gradients(
+    loss: Tensor, groups: Mapping[str, GroupModules], others: Sequence[Tensor] = ()
+) -> tuple[tuple[Tensor | None, ...], list[str]]:
+    """Write a loss's gradients by all groups' factors to the memory that was given for them; read nothing back.
+
+    This is `backward` for groups made with `gradients`: small layers are differentiated by each group's own weight
+    W_g = W + s_g·B_g A_g, whose gradient is taken apart once, dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
+
+    Args:
+        loss: a scalar made in one forward, by layers that met `groups`.
+        groups: one for each layer, as `Injected.grouped` takes them.
+        others: tensors to differentiate by as well.
+
+    Returns:
+        The gradients by `others`, None where the loss does not depend on one, and the names of the layers whose
+        factors it does not depend on: their memory holds zeros.
+
+    Raises ConfigError where a layer's groups were made without `gradients`.
+    """
+    memories = {}
+    for name, own in groups.items():
+        if own.memory is None:
+            raise ConfigError(f"the groups of layer {name} have no memory for gradients; make them with gradients=…")
+        memories[name] = own.memory
+    leaves = [memory.leaves() for memory in memories.values()]
+    inputs = [*others, *itertools.chain.from_iterable(leaves)]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+    place, unused, copies = len(others), [], list[tuple[Tensor, Tensor]]()
+    with torch.no_grad():
+        for (name, memory), own_leaves in zip(memories.items(), leaves, strict=True):
+            if not memory.collect(found[place : place + len(own_leaves)], copies):
+                unused.append(name)
+            place += len(own_leaves)
+        if copies:  # on a device one launch, not two for every layer
+            torch._foreach_copy_([own for own, _ in copies], [gradient for _, gradient in copies])
+    return found[: len(others)], unused
+
+
+def _batched(x: Tensor, weights: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """Return x_g · weights_g + bias for groups of `size` samples each."""
+    count, _, width = weights.shape
+    rows = x.reshape(count, -1, x.shape[-1]) if size else x.new_empty(count, 0, x.shape[-1])
+    if bias is None:
+        product = torch.bmm(rows, weights)
+    else:
+        product = torch.baddbmm(bias if bias.dim() == 1 else bias[:, None], rows, weights)
+    return product.reshape(count * size, *x.shape[1:-1], width)

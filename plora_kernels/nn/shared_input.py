@@ -1,0 +1,253 @@
+"""Layers that read the same tensor one after another, such as q, k and v, computed in one launch at the first call.
+
+The model is left as it is: it calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)`. The first of them computes all three and
+keeps the others' outputs until they are called with the same tensor. Whatever else happens (another tensor, a change
+to x or to a layer, another mode, a layer that is not called) a layer that finds nothing of its own to take runs alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from plora_kernels.dispatch import _watched
+from plora_kernels.functional import autocast_dtype
+from plora_kernels.nn.linear import FusedPLoRALinear
+from plora_kernels.ops.projections import Computed, JointGradient, Projection, attach, forward
+
+# Names under which transformers keep linears that read one tensor, as they are called in a parent's forward.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+MISSES_ALLOWED = 3  # rounds in a row in which an output was computed and not taken, before the layers part
+
+
+def find_siblings(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Return the names, two or more at a time, of linears that seem to share their input.
+
+    They lie under one parent, have names of one entry of `SIBLINGS`, and agree in input size, dtype and device. Whether
+    they are called with one tensor shows at run time.
+    """
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in linears)
+    groups = []
+    for parent in parents:
+        for tails in SIBLINGS:
+            names = [name for tail in tails if (name := f"{parent}.{tail}" if parent else tail) in linears]
+            alike: dict[object, list[str]] = {}
+            for name in names:
+                weight = linears[name].weight
+                alike.setdefault((weight.shape[1], weight.dtype, weight.device), []).append(name)
+            groups += [tuple(group) for group in alike.values() if len(group) > 1]
+    return groups
+
+
+class _State(NamedTuple):
+    """What a layer's results depend on besides x. Its tensors are held so that no other can take their numbers."""
+
+    marks: tuple[float | None, ...]
+    tensors: tuple[Tensor | None, ...]
+
+
+class _Waiting(NamedTuple):
+    """A layer's output that was computed and not taken yet, with the layer's state and operands at that time."""
+
+    state: _State
+    operands: Projection
+    computed: Computed
+
+
+class _Round:
+    """One input on its way through the layers: the outputs not taken yet, and the joint gradient of those taken."""
+
+    def __init__(self, x: Tensor, waiting: dict[int, _Waiting]) -> None:
+        self._circumstances = _circumstances(x)
+        self._waiting = waiting
+        self.untaken = len(waiting)
+        self.joint = JointGradient(x.shape)
+        # Outputs that nobody takes live no longer than x. The callback must not hold the round, which holds it.
+        self._x = weakref.ref(x, lambda _: waiting.clear())
+
+    def fits(self, x: Tensor) -> bool:
+        """Say whether this is the round's tensor, unchanged, and the modes are the same."""
+        return self._x() is x and self._circumstances == _circumstances(x)
+
+    def take(self, layer: SiblingPLoRALinear) -> _Waiting | None:
+        """Return a layer's output, once, or None if it is gone or the layer has changed since."""
+        found = self._waiting.pop(layer.place, None)
+        if found is None or found.state.marks != layer.state().marks:
+            return None
+        self.untaken -= 1
+        return found
+
+    def drop(self) -> None:
+        """Let go of what nobody took."""
+        self._waiting.clear()
+
+
+class SharedInput:
+    """The layers of one group, held weakly, and the round they are in."""
+
+    def __init__(self, size: int) -> None:
+        self._members: list[weakref.ref[SiblingPLoRALinear] | None] = [None] * size
+        self._round: _Round | None = None
+        self._misses = 0
+
+    def enter(self, place: int, layer: SiblingPLoRALinear) -> None:
+        """Make a layer the member at this place."""
+        self._members[place] = weakref.ref(layer)
+
+    def leave_round(self) -> int:
+        """Forget outputs that were computed and not taken; return how many."""
+        current, self._round = self._round, None  # at once: another thread may begin a round meanwhile
+        if current is None:
+            return 0
+        current.drop()
+        return current.untaken
+
+    def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
+        """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
+        member = self._members[layer.place]
+        if member is None or member() is not layer or type(layer) is not SiblingPLoRALinear or not _may_share(x):
+            return None
+        current = self._round
+        if current is None or not current.untaken or not current.fits(x):
+            current = self._begin(x)
+        found = current.take(layer) if current is not None else None
+        if current is None or found is None:
+            return None
+        if not current.untaken:
+            self._misses, self._round = 0, None
+        operands = found.operands if found.operands.trained is None else layer.operands()  # now with a graph
+        return attach(x, operands, found.computed, current.joint)
+
+    def _begin(self, x: Tensor) -> _Round | None:
+        """Compute every member's output of x and return the new round; None if they do not fit together."""
+        self._misses += self.leave_round() > 0
+        members = [reference() for reference in self._members if reference is not None]
+        if self._misses >= MISSES_ALLOWED or len(members) < len(self._members):
+            return None
+        able = [member for member in members if type(member) is SiblingPLoRALinear and not member.drops]
+        with torch.no_grad():
+            operands = [member.operands() for member in able]
+        if len(able) < len(members) or not _fit_together(x, operands):
+            return None
+        computed = forward(x, operands, keep_s=torch.is_grad_enabled())
+        states = (member.state() for member in able)
+        # Kept for the layers to come; this one goes on with its own, whatever another thread puts there meanwhile.
+        self._round = begun = _Round(x, dict(enumerate(map(_Waiting, states, operands, computed))))
+        return begun
+
+    def __getstate__(self) -> int:
+        """Copy and pickle the size alone: the copied layers enter by themselves."""
+        return len(self._members)
+
+    def __setstate__(self, size: int) -> None:
+        self.__init__(size)  # type: ignore[misc]
+
+
+class SiblingPLoRALinear(FusedPLoRALinear):
+    """A `FusedPLoRALinear` that computes its output together with the layers that read the same tensor.
+
+    Parameters, state dict, selection and results are those of `FusedPLoRALinear`; every layer keeps its own rank,
+    scale, bias and selection. Layers run alone inside torch.compile, under an autocast that casts, in inference mode
+    (whose tensors count no changes), on tensor subclasses, where a weight is not contiguous, and while one of them
+    drops elements of x, each by a mask of its own, or runs groups.
+    """
+
+    shared: SharedInput
+    place: int
+
+    @staticmethod
+    def group(layers: Sequence[SiblingPLoRALinear]) -> None:
+        """Make these layers share their input from now on."""
+        shared = SharedInput(len(layers))
+        for place, layer in enumerate(layers):
+            layer.shared, layer.place = shared, place
+            shared.enter(place, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, N) for x (…, K)."""
+        alone = torch.compiler.is_compiling() or self.groups is not None
+        y = None if alone else self.shared.compute(self, x)
+        return super().forward(x) if y is None else y
+
+    @property
+    def drops(self) -> bool:
+        """Whether this layer would drop elements of x now."""
+        return self.training and self.dropout > 0
+
+    def operands(self) -> Projection:
+        """Return what enters y now: the trained modules of a folded layer, all R of a frozen one."""
+        trained = self.selected_index if self._unselected == "frozen" else None  # no index while nothing is selected
+        lora_A, lora_B = (self.lora_A, self.lora_B) if trained is None else self._merged_factors()
+        if lora_A.shape[0] == 0:  # nothing is trained: no gradient, as in the layer alone
+            lora_A, lora_B = lora_A.detach(), lora_B.detach()
+        return Projection(self.weight, lora_A, lora_B, self.bias, self.scale, trained)
+
+    def state(self) -> _State:
+        """Return what y depends on besides x, to tell whether it changed."""
+        held, buffers = self._parameters, self._buffers
+        tensors = (
+            held["weight"],
+            held.get("bias"),
+            held["lora_A"],
+            held["lora_B"],
+            buffers["full_A"],
+            buffers["full_B"],
+        )
+        marks: list[float | None] = [self.scale, self.drops]
+        for t in tensors:
+            marks += (None,) if t is None else (id(t), t._version, t.data_ptr())
+        return _State(tuple(marks), tensors)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiblingPLoRALinear:
+        self.shared.leave_round()
+        super()._apply(fn, recurse)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, which enters the copy of its group."""
+        super().__setstate__(state)
+        self.shared.enter(self.place, self)
+
+
+def _circumstances(x: Tensor) -> tuple[object, ...]:
+    """Return what must not change while outputs wait: the count of x's changes, the grad mode, the CUDA stream."""
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x._version, torch.is_grad_enabled(), stream, capturing
+
+
+def _may_share(x: Tensor) -> bool:
+    """Say whether an output computed now would be the same at a later call, and nobody watches what is computed."""
+    if x.numel() == 0 or x.dim() == 0 or x.is_inference():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return autocast_dtype(x.device.type) in (None, x.dtype) or x.dtype is torch.float64
+
+
+def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Say whether projections can enter a joint launch on x; where not, the layer alone says what is wrong."""
+    tensors = [t for projection in projections for t in projection[:4] if t is not None]
+    weights = [projection.weight for projection in projections]
+    dtype, device, k = x.dtype, x.device, x.shape[-1]
+    return (
+        not _watched(x, *tensors)
+        and all(t.dtype is dtype and t.device == device and not t.is_inference() for t in tensors)
+        and all(weight.shape[1] == k and weight.is_contiguous() for weight in weights)
+        and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
+    )

@@ -1,0 +1,1 @@
+"""The operators, registered with torch.library and differentiable."""

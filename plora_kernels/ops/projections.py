@@ -1,0 +1,205 @@
+"""Adapted linears that share one input: forward in one launch, and one dX for all of them.
+
+    y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
+    dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
+
+The forward is computed at once, but every projection gets a node of its own in autograd's graph, as if it had run
+alone: outputs may be differentiated together or one by one, in any order. In the backward each node computes its own dA
+and dB and hands its part of dX to the last of them the engine will run, which computes the sum.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plora_kernels.backend import FallingBack, runs_kernels
+from plora_kernels.dispatch import _rows, is_recorded, shaped_as
+from plora_kernels.fallback import linear as fallback
+from plora_kernels.fallback.linear import _scaled_product, _scatter
+
+
+class Projection(NamedTuple):
+    """One projection's operands: weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None, s, and the selection.
+
+    `trained` is None where all R modules are; else an index buffer: all enter y and dX, those it names get a gradient.
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scale: float
+    trained: Tensor | None
+
+
+class Computed(NamedTuple):
+    """One projection's results: y (M, N) and S = x Aᵀ (M, R), which has no elements where no graph is made."""
+
+    y: Tensor
+    s: Tensor
+
+
+class _Part(NamedTuple):
+    """What one projection adds to dX: dY W + s·dS A, with dy (M, N), weight (N, K), ds (M, R), lora_A (R, K)."""
+
+    dy: Tensor
+    weight: Tensor
+    ds: Tensor
+    lora_A: Tensor
+    scale: float
+
+
+@torch.no_grad()
+def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[Computed]:
+    """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
+    rows = _rows(x)
+    if runs_kernels(x):
+        with FallingBack("joint projections", x):
+            from plora_kernels.kernels import projections_forward as kernels
+
+            weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
+            ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
+            return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
+    return [Computed(*fallback.forward(rows, *p[:4], None, p.scale, False, keep_s, 0.0, None)) for p in projections]
+
+
+def _input_gradient(parts: Sequence[_Part]) -> Tensor:
+    """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
+    if runs_kernels(parts[0].dy):
+        with FallingBack("the joint input gradient", parts[0].dy):
+            from plora_kernels.kernels import projections_backward as kernels
+
+            return kernels.input_gradient(*zip(*parts, strict=True))
+    dx = parts[0].dy @ parts[0].weight
+    for part in parts[1:]:
+        dx.addmm_(part.dy, part.weight)
+    for part in parts:
+        dx.addmm_(part.ds, part.lora_A, alpha=part.scale)
+    return dx
+
+
+def _factor_gradients(
+    dy: Tensor, x: Tensor, s: Tensor, operands: Projection, need_A: bool, need_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
+    _, lora_A, lora_B, _, scale, index = operands
+    if runs_kernels(dy):
+        with FallingBack("the factor gradients", dy):
+            from plora_kernels.kernels import projections_backward as kernels
+
+            return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
+    ds, d_lora_A, d_lora_B = dy @ lora_B, None, None
+    picked = None if index is None else index.clamp_min(0)
+    if need_A:
+        thin = ds if picked is None else ds.index_select(1, picked)
+        d_lora_A = _scatter(_scaled_product(thin.t(), x, scale), index, lora_A.shape[0])
+    if need_B:
+        thin = s if picked is None else s.index_select(1, picked)
+        d_lora_B = _scatter(_scaled_product(thin.t(), dy, scale), index, lora_A.shape[0]).t().contiguous()
+    return ds, d_lora_A, d_lora_B
+
+
+@dataclass
+class _Gathering:
+    """The parts of dX handed in so far in one run of the backward engine, and by which nodes."""
+
+    arrived: set[int] = field(default_factory=set)
+    parts: list[_Part] = field(default_factory=list)
+
+
+class JointGradient:
+    """dX of the projections of one input: their backwards hand in parts, the last to run gets the sum to return.
+
+    Autograd adds what the nodes return for x, so it does not matter which of them returns it. Who is last is known only
+    in the backward: the engine is asked which of the nodes it will run. Nodes are held weakly, and parts by the run of
+    the engine they belong to: a repeated, nested or abandoned backward mixes nothing.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        """Gather for an x of this shape, (…, K)."""
+        self._shape = shape
+        self._nodes: list[weakref.ref[Any]] = []
+        self._gatherings: dict[int, _Gathering] = {}
+
+    def join(self, node: Any) -> int:
+        """Enter a projection's node and return its number."""
+        self._nodes.append(weakref.ref(node))
+        return len(self._nodes) - 1
+
+    def add(self, node: Any, part: _Part | None) -> Tensor | None:
+        """Hand in a node's part of dX (None: it has none); return dX (…, K) if no other node is to come, else None."""
+        run = torch._C._current_graph_task_id()
+        gathering = self._gatherings.setdefault(run, _Gathering())
+        gathering.arrived.add(node.number)
+        if part is not None:
+            gathering.parts.append(part)
+        edge = node.next_functions[0]  # where dX goes
+        for number, reference in enumerate(self._nodes):
+            other = reference()
+            if other is None or number in gathering.arrived or other.next_functions[0] != edge:
+                continue
+            if torch._C._will_engine_execute_node(other):
+                return None
+        del self._gatherings[run]
+        return _input_gradient(gathering.parts).view(self._shape) if gathering.parts else None
+
+
+class _Attach(torch.autograd.Function):
+    """Give a projection that was computed already its place in the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        scale: float,
+        computed: Computed,
+        joint: JointGradient,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, computed.s, index)  # what the layer alone would save
+        ctx.scale, ctx.joint, ctx.number = scale, joint, joint.join(ctx)
+        return computed.y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_x = d_lora_A = d_lora_B = d_bias = part = None
+        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        if dy is not None:
+            x, weight, lora_A, lora_B, s, index = ctx.saved_tensors
+            if is_recorded(dy):
+                # Called with create_graph=True: the operator records itself, so as to refuse a double backward by name.
+                needs = (need_x, need_A, need_B, need_bias)
+                results = torch.ops.plora.linear_backward(
+                    dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs, 0.0, None
+                )
+                d_x, d_lora_A, d_lora_B, d_bias = (g if need else None for g, need in zip(results, needs, strict=True))
+            else:
+                dy_rows, x_rows = _rows(dy), _rows(x)
+                operands = Projection(weight, lora_A, lora_B, None, ctx.scale, index)
+                ds, d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, operands, need_A, need_B)
+                d_bias = dy_rows.sum(0) if need_bias else None
+                part = _Part(dy_rows, weight, ds, lora_A, ctx.scale)
+        if need_x:
+            others = ctx.joint.add(ctx, part)
+            d_x = others if d_x is None else d_x if others is None else d_x + others
+        return d_x, None, d_lora_A, d_lora_B, d_bias, None, None, None, None
+
+
+def attach(x: Tensor, operands: Projection, computed: Computed, joint: JointGradient) -> Tensor:
+    """Return y (…, N) of x (…, K) as `forward` computed it, differentiable in x, lora_A, lora_B and bias."""
+    weight, lora_A, lora_B, bias, scale, index = operands
+    computed = Computed(shaped_as(x, computed.y), computed.s)
+    if not torch.is_grad_enabled():
+        return computed.y
+    return _Attach.apply(x, weight, lora_A, lora_B, bias, index, scale, computed, joint)

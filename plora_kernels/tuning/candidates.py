@@ -1,0 +1,143 @@
+"""Which block sizes a tuner may try on a device: what fits its shared memory, by design and tile size.
+
+Plain host arithmetic: nothing is compiled or measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from plora_kernels.tuning.blocks import (
+    ALGEBRA_DESIGNS,
+    KERNEL_DESIGNS,
+    LAYER_OPS,
+    OVERLAPS,
+    POINTER_DESIGNS,
+    SIDE_FIRST,
+    WALKING_DESIGNS,
+    Blocks,
+    FoldBlocks,
+    GradientBlocks,
+    Hardware,
+    MatmulBlocks,
+    OutputGradientBlocks,
+    ShapeClass,
+    SideBlocks,
+    shared_bytes,
+    staged_bytes,
+    tile,
+)
+from plora_kernels.tuning.defaults import default_blocks
+
+# Row and column sizes of an output tile.
+TILES = (
+    (16, 32),
+    (16, 64),
+    (16, 128),
+    (32, 128),
+    (64, 64),
+    (64, 128),
+    (128, 64),
+    (128, 128),
+    (64, 256),
+    (128, 256),
+)
+# The most elements of one in float32: through FMA a larger one spills kilobytes and takes half a minute to compile.
+WIDE_TILE = 64 * 128
+
+
+def candidates(shape: ShapeClass, hardware: Hardware) -> tuple[Blocks, ...]:
+    """Return the blocks worth measuring for an aligned shape, the default first, without repeats.
+
+    What would overflow the shared memory of the device is left out by estimate; what is left may still fail to compile.
+    """
+    default, limit = default_blocks(shape, hardware, aligned=True), shared_bytes(hardware.capability)
+    fitting = (blocks for blocks in _variants(shape, hardware, default) if staged_bytes(blocks, shape.dtype) <= limit)
+    return tuple(dict.fromkeys((default, *fitting)))
+
+
+def _variants(shape: ShapeClass, hardware: Hardware, default: Blocks) -> Iterator[Blocks]:
+    match default:
+        case MatmulBlocks():
+            yield from _matmul_variants(shape, hardware, default)
+        case SideBlocks():
+            for block_m, block_k, stages in product((16, 32, 64, 128), (64, 128), (3, 4, 5)):
+                if block_m <= tile(shape.m, 128):
+                    yield SideBlocks(block_m, block_k, tile(shape.r, 64), 4, stages)
+        case OutputGradientBlocks() | GradientBlocks():
+            yield from _gradient_variants(shape, default)
+        case FoldBlocks():
+            for block_n, block_k, warps in product((16, 32, 64, 128), (64, 128, 256), (4, 8)):
+                fits = block_n <= tile(shape.d_out, 128) and block_k <= tile(shape.d_in, 256)
+                if fits and block_n * block_k <= 16384:
+                    yield replace(default, block_n=block_n, block_k=block_k, num_warps=warps)
+
+
+def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    designs: tuple[str, ...] = ("tile",)
+    if shape.op in LAYER_OPS:
+        yield from (replace(default, design=design) for design in ALGEBRA_DESIGNS)
+        designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
+    wide_dtype = shape.dtype == "float32"
+    narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
+    depths = (16, 32, 64, 128) if wide_dtype else (32, 64, 128)  # a line of 64 bytes at least
+    for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
+        if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
+            continue
+        if wide_dtype and block_m * block_n > WIDE_TILE:
+            continue
+        # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
+        large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
+        if design in WALKING_DESIGNS and not hardware.is_hopper and block_m * block_n > 128 * 128:
+            continue  # the accumulators of sm_100 have a memory of their own, which more than one of these may overflow
+        small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
+        if design in WALKING_DESIGNS and small:
+            continue
+        if design == "specialised":
+            # Two groups of warps multiply 64 rows each.
+            if hardware.is_hopper and not wide_dtype and block_m == 128 and block_n >= 128:
+                blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
+                yield from _beside_other_launches(shape, hardware, blocks)
+            continue
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        # A side product lies in registers beside the tile: half of it at a time may leave it room, and a large tile of
+        # walking programs leaves no room for more.
+        halves = {tile(shape.r, 16), narrow} if design in WALKING_DESIGNS else {narrow, wide}
+        for block_r in sorted(halves) if design != "tile" else (wide,):
+            blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
+            yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
+
+
+def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
+    overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
+    if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100
+        overlaps = tuple(overlap for overlap in overlaps if overlap != "flatten")
+    if blocks.design == "persistent" and blocks.block_r < shape.r:
+        overlaps = ("none",)  # the loop that makes the side product of further modules is not flattened
+    large = blocks.block_m * blocks.block_n > 128 * 128
+    for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
+        yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))
+
+
+def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+    """Yield blocks as they are and, where the side product has a launch of its own, beside that and beside dA's."""
+    yield blocks
+    if blocks.design in SIDE_FIRST and hardware.has_dependent_launches:
+        yield replace(blocks, dependent=True)
+        if shape.op == "input_gradient":
+            yield replace(blocks, gradient_beside=True)
+            yield replace(blocks, dependent=True, gradient_beside=True)
+
+
+def _gradient_variants(shape: ShapeClass, default: OutputGradientBlocks | GradientBlocks) -> Iterator[Blocks]:
+    for block_m, columns, waves, stages in product((32, 64, 128), (64, 128, 256, 512), (1, 2, 4), (2, 3, 4)):
+        if columns > tile(shape.d_in, 512) or block_m > max(32, tile(shape.m, 128)):
+            continue
+        changed = {"block_m": block_m, "waves": waves, "num_stages": stages, "num_warps": 4 if columns < 256 else 8}
+        if isinstance(default, GradientBlocks):
+            yield replace(default, block_d=columns, **changed)
+        else:
+            yield replace(default, block_n=columns, **changed)

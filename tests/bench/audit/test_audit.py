@@ -1,0 +1,175 @@
+"""Every kernel compiles for GPUs that are not here: no spill, shared memory that fits, the matrix units at work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bench.audit import jobs as audit_module
+from bench.audit.jobs import Job, table_jobs
+from bench.audit.machine_code import LIMITS, Usage, is_trap, resident_blocks
+from bench.audit.offline import TARGETS, Launch
+from bench.checks.designs import Shape, design_blocks, design_ways
+from plora_kernels.tuning.blocks import DESIGNS, KERNEL_DESIGNS, WALKING_DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass
+from plora_kernels.tuning.tables import Entry, save_table
+
+ROOT = Path(__file__).resolve().parents[3]
+MATRIX_UNITS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
+# Whose programs stay and walk over tiles, and what multiplies no matrices.
+WALKING_KERNELS = {"persistent_matmul_kernel", "specialised_matmul_kernel"}
+WITHOUT_PRODUCTS = {"reduce_gradient_kernel", "grouped_tiles_kernel"}
+
+
+def audit(folder: Path, *options: str) -> list[dict]:
+    """Return what `python -m bench.audit` finds, run in a process without the interpreter."""
+    path = folder / "audit.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.audit", "--json", str(path), *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def assert_fits(rows: list[dict]) -> None:
+    for target in TARGETS:
+        kernels = {row["kernel"] for row in rows if row["target"] == target}
+        assert kernels >= {"fold_kernel", "fold_many_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, (
+            target
+        )
+        assert kernels >= {"projections_forward_kernel", "projections_input_gradient_kernel"}, target
+        assert kernels >= {"grouped_matmul_kernel", "side_product_kernel"}, target
+        assert any("matmul" in kernel for kernel in kernels), target
+    assert [row for row in rows if row["error"]] == []
+    used = [row for row in rows if not row["candidate"]]
+    assert [row for row in used if row["spill_bytes"] > 0] == []
+    assert [row for row in used if row["shared_bytes"] > row["shared_limit_bytes"]] == []
+    assert [row for row in used if row["blocks_resident"] < 1] == []
+    products = [row for row in rows if row["kernel"] not in WITHOUT_PRODUCTS and "float32" not in row["case"]]
+    assert [row for row in products if not MATRIX_UNITS[row["target"]] & set(row["instructions"])] == []
+
+
+def assert_warpgroup_mma(rows: list[dict]) -> None:
+    # One row of x fills no warpgroup, and lines that start anywhere get tiles too small for one.
+    odd = (" M1 ", " M37 ", " K1000 ", " K1001 ")
+    wide = [row for row in rows if row["target"] == "sm_90" and not any(mark in row["case"] for mark in odd)]
+    chosen = [row for row in wide if row["kernel"] not in WITHOUT_PRODUCTS]
+    # The side product of few rows is cut into tiles of sixteen, so that most of the device reads x.
+    chosen = [row for row in chosen if row["kernel"] != "side_product_kernel" or " M512 " not in row["case"]]
+    assert chosen
+    assert [row for row in chosen if "wgmma" not in row["instructions"]] == []
+
+
+def test_the_usual_shape_fits_every_target(tmp_path: Path) -> None:
+    rows = audit(tmp_path, "--shapes", "1", "--no-designs")
+    assert_fits(rows)
+    assert_warpgroup_mma(rows)
+
+
+@pytest.mark.slow
+def test_every_shape_fits_every_target(tmp_path: Path) -> None:
+    rows = audit(tmp_path)
+    assert_fits(rows)
+    assert_warpgroup_mma(rows)
+    walking = [row for row in rows if row["kernel"] in WALKING_KERNELS and row["target"] == "sm_90"]
+    assert {row["kernel"] for row in walking} == WALKING_KERNELS
+    assert [row for row in walking if row["spill_bytes"] > 0 or row["blocks_resident"] < 1] == []
+
+
+@pytest.mark.slow
+def test_other_dtypes_fit_too(tmp_path: Path) -> None:
+    assert_fits(audit(tmp_path, "--dtypes", "float16", "float32", "--shapes", "3", "--no-designs"))
+
+
+def test_the_interpreter_is_refused() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench.audit"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: TRITON_INTERPRET is set, so nothing would be compiled; unset it\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "usage", "warps", "blocks"),
+    [
+        ("sm_90", Usage(32, 0, 0), 4, 16),  # 64 warps, 4 a block
+        ("sm_90", Usage(16, 0, 0), 1, 32),  # no more than 32 blocks
+        ("sm_90", Usage(255, 0, 0), 8, 1),  # 512 // 256 = 2 warps a partition, 8 in all
+        ("sm_90", Usage(168, 0, 0), 4, 3),  # 512 // 168 = 3 warps a partition, 12 in all
+        ("sm_90", Usage(32, 0, 100 * 1024), 4, 2),  # 228 KiB hold two of 101
+        ("sm_80", Usage(32, 0, 100 * 1024), 4, 1),  # 164 KiB hold one
+        ("gfx942", Usage(128, 0, 0), 4, 4),  # 512 // 128 = 4 waves a SIMD, 16 in all
+        ("gfx942", Usage(64, 0, 40 * 1024), 4, 1),  # 64 KiB hold one of 40
+        ("gfx942", Usage(64, 0, 70 * 1024), 4, 0),  # it does not run
+    ],
+)
+def test_occupancy_by_hand(target: str, usage: Usage, warps: int, blocks: int) -> None:
+    assert resident_blocks(usage, warps, LIMITS[target]) == blocks
+
+
+def test_a_kernel_that_is_a_trap_is_an_error() -> None:
+    def compiled(body: str) -> SimpleNamespace:
+        return SimpleNamespace(hash="0123456789abcdef", asm={"ptx": f".visible .entry kernel()\n{{\n\t{body}\n}}"})
+
+    job = Job(Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_100"])
+    row = audit_module._row(Launch("a_kernel", compiled("trap;"), 4), job)
+    assert row.error == "compiles to a trap"
+    assert not is_trap(compiled("ret;"))
+    assert not is_trap(SimpleNamespace(asm={"amdgcn": "s_trap 2"}))
+
+
+def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
+    shape = Shape(8192, 4096, 4096, 16)
+    for target in ("sm_90", "sm_100"):
+        for design in DESIGNS:
+            blocks = design_blocks(design, shape, "bfloat16", TARGETS[target].hardware)
+            if design == "specialised" and target == "sm_100":  # whose matrix units Triton drives by other warps still
+                assert blocks == {}
+                continue
+            assert set(blocks) == {"forward", "input_gradient"}
+            assert all(isinstance(found, MatmulBlocks) and found.design == design for found in blocks.values())
+    assert design_blocks("one_launch", shape, "bfloat16", TARGETS["sm_80"].hardware) == {}
+
+
+@pytest.mark.parametrize(("dtype", "tile"), [("float32", (64, 64)), ("tf32", (64, 128)), ("float16", (128, 256))])
+def test_designs_are_compiled_with_tiles_that_their_dtype_can_hold(dtype: str, tile: tuple[int, int]) -> None:
+    for design in KERNEL_DESIGNS:
+        blocks = design_blocks(design, Shape(8192, 4096, 4096, 16), dtype, TARGETS["sm_90"].hardware)
+        if design == "specialised" and dtype != "float16":
+            assert blocks == {}
+            continue
+        assert [(found.block_m, found.block_n) for found in blocks.values()] == [tile, tile]
+
+
+def test_every_way_to_overlap_is_audited() -> None:
+    ways = [
+        way
+        for design in WALKING_DESIGNS
+        for way in design_ways(design, Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_90"].hardware)
+    ]
+    assert ways == [
+        *("persistent", "persistent flatten"),
+        *("two_launch", "two_launch dependent", "two_launch flatten", "two_launch flatten dependent"),
+        *("two_launch early", "two_launch early dependent"),
+        *("one_launch", "one_launch early", "drawn", "drawn early", "specialised", "specialised dependent"),
+    ]
+
+
+def test_the_entries_of_the_tables_are_compiled_for_their_device(tmp_path: Path) -> None:
+    fold = FoldBlocks(16, 64, 16, 4, 2)
+    matmul = MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3)
+    entries = [
+        Entry(ShapeClass("fold", "bfloat16", 512, 256, 512, 8), fold, 1.0),
+        Entry(ShapeClass("input_gradient", "float16", 37, 512, 256, 16), matmul, 1.0),
+    ]
+    save_table(tmp_path / "a-gpu.json", entries, {"capability": 90})
+    save_table(tmp_path / "b-gpu.json", entries, {"capability": 75})
+    assert list(table_jobs(list(TARGETS.values()), tmp_path)) == [
+        Job(Shape(128, 256, 512, 8), "bfloat16", TARGETS["sm_90"], "a-gpu", (("fold", fold),)),
+        Job(Shape(37, 256, 512, 16), "float16", TARGETS["sm_90"], "a-gpu", (("input_gradient", matmul),)),
+    ]

@@ -1,0 +1,72 @@
+"""What a comparison shows while it runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from fed import console
+from fed.console import Board, duration
+from fed.experiments import plan as plans
+from tests.support.saved_runs import make_row
+
+
+def play(cells: list[plans.Cell], already: int) -> Board:
+    with Board(cells, already) as shown:
+        shown.tell(cells[0], "base", "making the base model of seed 0")
+        for number in range(3):
+            shown.tell(cells[0], "row", make_row(number))
+        shown.tell(cells[0], "event", "round 2: client 3 is left out")
+        shown.tell(cells[0], "finished", make_row(2))
+        shown.tell(cells[1], "row", make_row(0))
+        shown.tell(cells[1], "failed", "no such file")
+    return shown
+
+
+@pytest.fixture
+def cells() -> list[plans.Cell]:
+    asked = plans.request("digits", ["rounds=2"], ["fed-plora", "fedit"], (0,))
+    return list(plans.plan(asked).cells)
+
+
+def test_without_a_terminal_every_finished_run_is_a_line_with_the_time_left(
+    cells: list[plans.Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    times = iter((100.0, 130.0))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    shown = play(cells, already=8)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "making the base model of seed 0",
+        "run  9 of 10  accuracy 30.0 %  Fed-PLoRA, seed 0  (30 s left)",
+    ]
+    assert err.splitlines() == [
+        "warning: Fed-PLoRA, seed 0: round 2: client 3 is left out",
+        "warning: FedIT (rank 16), seed 0 cannot be played: no such file",
+    ]
+    assert shown.failures == ["FedIT (rank 16), seed 0: no such file"]
+
+
+def test_on_a_terminal_there_are_bars_for_all_rounds_and_the_run(
+    cells: list[plans.Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    play(cells, already=0)
+    out = capsys.readouterr().out
+    assert "━" in out
+    assert "2/4" in out
+    assert "1 of 2" in out
+    assert "run 1 of 2  accuracy 30.0 %  Fed-PLoRA, seed 0" in out
+    assert "cannot be played" in out
+
+
+def test_durations_in_words() -> None:
+    assert [duration(seconds) for seconds in (0.4, 119, 150, 7100, 9000)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "118 min",
+        "2.5 h",
+    ]

@@ -1,0 +1,207 @@
+"""Rows from files, folders and the hub, good and bad. Nothing here reaches a network: the hub is a fake."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from fed.config import RunConfig, parse
+from fed.data.sources import Rows, read
+from fed.errors import FedError
+from tests.support.text_data import text_config, write_rows
+
+
+def texts_and_labels(config: RunConfig) -> tuple[list[str], list[str]]:
+    rows = read(config)
+    return rows.column("data.text", config.data.text), rows.column("data.label", config.data.label, (str, int))
+
+
+def test_jsonl_rows_are_read_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "á\\u2028b", "label": 1}\r\n\n{"label": "x", "text": "", "more": null}\n  \n', "utf-8")
+    assert texts_and_labels(text_config(path)) == (["á\u2028b", ""], [1, "x"])
+    assert read(text_config(path)).places == [f"{path} line 1", f"{path} line 3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a", "label": "x"}\n{"text": ', r"rows.jsonl line 2: not JSON"),
+        ("[1, 2]\n", r"line 1: holds \[1, 2\]; every line should be a JSON object"),
+        ('{"text": "a", "output": "x"}', r"line 1: data.label is 'label'; the columns there are text, output"),
+        ('\n{"input": "a", "label": "x"}', r"line 2: data.text is 'text'; the columns there are input, label"),
+        ('{"text": 3, "label": "x"}', r"line 1: data.text 'text' holds 3; it should be a string"),
+        ('{"text": "a", "label": null}', r"line 1: data.label 'label' holds None; it should be a string or an integer"),
+        ('{"text": "a", "label": 0.5}', r"data.label 'label' holds 0.5"),
+        ("\n\n", r"the file holds no rows"),
+    ],
+)
+def test_a_bad_jsonl_file_is_refused_by_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(FedError, match=message) as caught:
+        texts_and_labels(text_config(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_jsonl_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedError, match=r"data.path is '.*none.jsonl': there is no such file"):
+        read(text_config(tmp_path / "none.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe1"}')
+    with pytest.raises(FedError, match="cannot read it as UTF-8 text"):
+        read(text_config(tmp_path / "latin.jsonl"))
+
+
+def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"of {name}", "label": name}])
+    (tmp_path / "README.md").write_text("not data")
+    rows = read(text_config(tmp_path))
+    assert rows.rows == [
+        {"file": "a", "text": "of a", "label": "a"},
+        {"file": "b", "text": "of b", "label": "b"},
+    ]
+    assert rows.places == [f"{tmp_path / 'a.jsonl'} line 1", f"{tmp_path / 'b.jsonl'} line 1"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        FedError, match=r"data.path is '.*empty': the folder holds no .jsonl, .csv, .tsv, .parquet file"
+    ):
+        read(text_config(tmp_path / "empty"))
+
+
+def test_csv_tsv_and_parquet_files_are_read_with_their_types(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text,label\n"a, b",1\nc,0\n')
+    (tmp_path / "rows.tsv").write_text("text\tlabel\na, b\t1\nc\t0\n")
+    datasets.Dataset.from_dict({"text": ["a, b", "c"], "label": [1, 0]}).to_parquet(tmp_path / "rows.parquet")
+    for suffix in ("csv", "tsv", "parquet"):
+        assert texts_and_labels(text_config(tmp_path / f"rows.{suffix}")) == (["a, b", "c"], [1, 0])
+
+
+def test_a_text_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n1,x\n2,y\n")
+    with pytest.raises(FedError, match=r"rows.csv row 1: data.text 'text' holds 1; it should be a string"):
+        texts_and_labels(text_config(tmp_path / "rows.csv"))
+
+
+# The library leaves the file open; it is closed here, not by a collection in the middle of another test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_table_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(FedError, match=rf"data.path is '.*{name}': cannot read it as (CSV|Parquet): ") as caught:
+        read(text_config(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    del caught
+    gc.collect()
+
+
+def test_without_the_library_jsonl_is_read_and_csv_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(read(text_config(write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])))) == 1
+    (tmp_path / "rows.csv").write_text("text,label\na,x\n")
+    with pytest.raises(FedError, match=r"needs the library datasets: install plora-kernels\[data\]"):
+        read(text_config(tmp_path / "rows.csv"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, datasets.Dataset]], list[tuple[Any, ...]]]:
+    """Put data sets, by split, in the hub's place; returns the calls that were made for them."""
+
+    def put(splits: dict[str, datasets.Dataset]) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+
+        def load_dataset(name: str, subset: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+            calls.append((name, subset, split, revision))
+            if split not in splits:
+                raise ValueError(f'Unknown split "{split}".\nThere are {list(splits)}.')
+            return splits[split]
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    return put
+
+
+def config_of(name: str, **data: Any) -> RunConfig:
+    return parse({"model": {"path": "m"}, "data": {"name": name, **data}}, where="here")
+
+
+def sentences(texts: list[str], labels: list[int]) -> datasets.Dataset:
+    names = datasets.ClassLabel(names=["negative", "positive"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": names})
+    return datasets.Dataset.from_dict({"sentence": texts, "label": labels}, features=features)
+
+
+def test_a_glue_task_knows_its_columns_its_labels_and_its_test(hub: Callable) -> None:
+    calls = hub({"train": sentences(["good", "bad"], [1, 0]), "validation": sentences(["fine"], [1])})
+    config = config_of("glue", subset="sst2")
+    rows = read(config)
+    assert calls == [("nyu-mll/glue", "sst2", "train", None), ("nyu-mll/glue", "sst2", "validation", None)]
+    assert texts_and_labels(config) == (["good", "bad", "fine"], [1, 0, 1])
+    assert (rows.first_test, rows.label_names) == (2, ["negative", "positive"])
+    assert rows.places[2] == "nyu-mll/glue validation row 1"
+    pair = config_of("glue", subset="mnli").data
+    assert (pair.text, pair.text_pair, pair.test_split) == ("premise", "hypothesis", "validation_matched")
+
+
+def test_a_task_glue_does_not_have_is_refused() -> None:
+    for subset in (None, "stsb"):
+        with pytest.raises(FedError, match=rf"data.subset is {subset!r}: .* it should be one of cola, mnli, mrpc"):
+            config_of("glue", **({"subset": subset} if subset else {}))
+
+
+def test_natural_instructions_come_from_a_folder_or_the_hub_with_the_same_columns(
+    tmp_path: Path, hub: Callable
+) -> None:
+    row = {"category": "c", "instruction": "i", "input": "n", "output": "o"}
+    for task in ("task2", "task11", "task1"):
+        write_rows(tmp_path / f"{task}.jsonl", [row])
+    rows = read(config_of("natural-instructions", path=str(tmp_path), tasks=["task1", "task2"]))
+    assert rows.rows == [{"task": "task1", **row}, {"task": "task2", **row}]
+    with pytest.raises(FedError, match=r"data.tasks names 'task3'; there are task1, task11, task2"):
+        read(config_of("natural-instructions", path=str(tmp_path), tasks=["task3"]))
+    names = ["task1_x", "task11_y", "task1_x"]
+    columns = {"task_name": names, "definition": ["i"] * 3, "inputs": ["n", "m", "k"], "targets": ["o"] * 3}
+    calls = hub({"train": datasets.Dataset.from_dict(columns)})
+    rows = read(config_of("natural-instructions", tasks=["task1"]))
+    assert rows.rows == [{"task": "task1_x", "instruction": "i", "input": text, "output": "o"} for text in ("n", "k")]
+    assert calls == [("Muennighoff/natural-instructions", None, "train", None)]
+    assert config_of("natural-instructions").data.task == "instruction"
+
+
+def test_dolly_has_the_columns_of_an_instruction_from_the_hub_or_a_file(tmp_path: Path, hub: Callable) -> None:
+    row = {"instruction": "i", "context": "", "response": "r", "category": "open_qa"}
+    wanted = {"instruction": "i", "input": "", "output": "r", "category": "open_qa"}
+    hub({"train": datasets.Dataset.from_list([row])})
+    assert read(config_of("dolly")).rows == [wanted]
+    assert read(config_of("dolly", path=str(write_rows(tmp_path / "dolly.jsonl", [row])))).rows == [wanted]
+
+
+def test_any_data_set_of_the_hub_is_read_by_name(hub: Callable) -> None:
+    calls = hub({"train": sentences(["a"], [0]), "test": sentences(["b", "c"], [1, 1])})
+    rows = read(config_of("hub", path="someone/some", subset="part", test_split="test", revision="v1"))
+    assert calls == [("someone/some", "part", "train", "v1"), ("someone/some", "part", "test", "v1")]
+    assert (len(rows), rows.first_test) == (3, 1)
+
+
+def test_a_data_set_that_does_not_load_is_one_line(hub: Callable) -> None:
+    hub({"train": sentences([], [])})
+    with pytest.raises(FedError, match=r"data set 'a/b', split 'dev' does not load: Unknown split") as caught:
+        read(config_of("hub", path="a/b", split="dev"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FedError, match=r"data set 'a/b', split 'train' holds no rows"):
+        read(config_of("hub", path="a/b"))
+
+
+def test_columns_may_be_missing_only_where_they_may_be_empty() -> None:
+    rows = Rows([{"a": "x"}, {"a": None}, {}], ["one", "two", "three"])
+    assert rows.column("data.prompt", "a", empty=True) == ["x", None, None]
+    with pytest.raises(FedError, match=r"two: data.text 'a' holds None"):
+        rows.column("data.text", "a")

@@ -1,0 +1,215 @@
+"""How a round is divided into cohorts, and runs in which clients train together."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fed.data.federated_data import FederatedData
+from fed.data.tables import Sequences, Split, TextTable
+from fed.errors import FedError
+from fed.models.base_model import head_names
+from fed.models.shared_model import Workplace, adapted
+from fed.seeding import Source
+from fed.simulation.rounds import Federation
+from fed.simulation.simulate import simulate
+from fed.training import cohort, cohort_scheduler
+from fed.training.cohort import train_together
+from fed.training.cohort_scheduler import Cohorts
+from fed.training.compiled_loss import CompiledLosses
+from fed.training.local import Job
+from fed.training.memory import MIB
+from plora_kernels.nn import row_groups
+from tests.support.models import tiny_bert
+from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
+
+SIX = {"clients": {"count": 6, "per_round": 6, "ranks": [1, 2, 3, 6]}}
+DATA = make_data(sizes=(9, 2, 14, 5, 9, 9))
+
+
+@pytest.fixture
+def work() -> Iterator[Workplace]:
+    with adapted(make_config(**SIX), TinyClassifier(), HEAD) as workplace:
+        yield workplace
+
+
+def jobs_of(work: Workplace, config: SimpleNamespace) -> list[Job]:
+    federation = Federation(config, DATA, work, print)
+    standing = federation.beginning()
+    return [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
+
+
+def divided(work: Workplace, **changes: Any) -> list[list[int]]:
+    config = make_config(**SIX, execution="cohort", **changes)
+    return list(Cohorts(work, config, pytest.fail).divide(jobs_of(work, config)))
+
+
+def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(work: Workplace) -> None:
+    assert divided(work, cohort_size=4) == [[0, 1, 2, 3], [4, 5]]
+    unequal = {"client_steps": [1, 3, 2]}
+    assert divided(work, cohort_size=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
+
+
+def test_a_cohort_fits_its_memory(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    divider, jobs = Cohorts(work, config, pytest.fail), jobs_of(work, config)
+    needs, fixed = divider._needs(jobs), divider._fixed_bytes()
+    assert [len(cohort) for cohort in divider.divide(jobs)] == [6]
+    # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
+    # gradients and AdamW's two moments, six step counts, and the activations of its batch.
+    assert fixed == 4 * (77 + 11 + 55 + 18)
+    activations = divider._activations(jobs[0], 1)
+    assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
+    room = (fixed + needs[0] + needs[1] + 1) / MIB
+    for places in divided(work, cohort_size=6, cohort_memory_mib=room):
+        assert fixed + sum(needs[place] for place in places) <= room * MIB
+    assert max(map(len, divided(work, cohort_size=6, cohort_memory_mib=room))) == 2
+
+
+def test_compiled_clients_take_alike(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    plain = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    config.cohort_compile = True
+    needs = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    assert needs == [plain[3]] * 6  # who has all modules and a full batch
+    assert plain[1] < plain[3]
+
+
+def test_texts_are_counted_as_long_as_the_longest() -> None:
+    rows = [[1] * (2 if client < 9 else 9) for client in range(18)]  # the second client's are longer
+    table = TextTable({"input_ids": Sequences.of(rows)}, torch.arange(18) % 3, pad=0)
+    clients = tuple(Split(table, part) for part in torch.arange(18).split(9))
+    config = make_config(
+        clients={"count": 2, "ranks": [2]},
+        adapter={"target_modules": "all-linear"},
+        execution="cohort",
+        cohort_size=2,
+        cohort_memory_mib=1000.0,
+    )
+    model = tiny_bert()
+    with adapted(config, model, head_names(model)) as work:
+        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), work, print)
+        standing = federation.beginning()
+        jobs = [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
+        needs = Cohorts(work, config, pytest.fail)._needs(jobs)
+        assert needs[0] == needs[1]
+        (short,) = train_together(work, jobs[:1], config.train, measure=True)
+        taken = sum(
+            update.footprint.activation_bytes for update in train_together(work, jobs, config.train, measure=True)
+        )
+        assert 2 * short.footprint.activation_bytes < 0.5 * taken <= sum(needs)
+
+
+def test_what_fits_not_even_one_client_is_refused(work: Workplace) -> None:
+    with pytest.raises(FedError, match=r"cohort_memory_mib is 0.001: the base takes .* and client 0 alone"):
+        divided(work, cohort_size=2, cohort_memory_mib=0.001)
+
+
+def test_the_fastest_size_is_measured_once_and_said(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds a cohort, tried twice; a client's share is least at 5, and that of 2 is no reason to stop.
+    took = {1: [9.0, 1.0], 2: [3.0, 2.4], 5: [2.0, 2.5], 6: [9.0, 9.0]}
+    monkeypatch.setattr(Cohorts, "_seconds", lambda self, jobs: took[len(jobs)].pop())
+    config, said = make_config(**SIX, execution="cohort"), []
+    divider = Cohorts(work, config, said.append)
+    for _ in range(2):
+        assert [len(cohort) for cohort in divider.divide(jobs_of(work, config))] == [5, 1]
+    assert divider.size == 5
+    (line,) = said
+    assert (
+        line
+        == "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 600.00, 5: 200.00, 6: 750.00)"
+    )
+
+
+def test_measuring_changes_nothing(work: Workplace) -> None:
+    config = make_config(**SIX, execution="cohort")
+    jobs = jobs_of(work, config)
+    measured = Cohorts(work, config, lambda line: None)
+    first = measured.train(jobs)
+    given = Cohorts(work, config, pytest.fail, measured.size).train(jobs)
+    for one, other in zip(first, given, strict=True):
+        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=0, atol=0)
+
+
+def run(directory: Path, resume: bool = False, **changes: Any) -> tuple[list[dict], list[str]]:
+    config, said = make_config(**SIX, execution="cohort", **changes), []
+    return simulate(config, DATA, TinyClassifier(), HEAD, directory, None, said.append, resume=resume), said
+
+
+def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, said = run(tmp_path, rounds=1)
+    assert re.fullmatch(r"cohorts of \d clients measure fastest here \(.*\)", said[0])
+    size = rows[1]["cohort_size"]
+    monkeypatch.setattr(cohort_scheduler, "SIZES", ())  # measuring anew would fail
+    rows, said = run(tmp_path, resume=True, rounds=3)
+    assert [row["cohort_size"] for row in rows] == [None, size, size, size]
+    assert said == []
+    written = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cohort_size"] for line in written] == [None, size, size, size]
+
+
+@pytest.mark.slow
+# torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("by", ["weights", "factors", "operator"])
+def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled here is what is tested
+    monkeypatch.setattr(row_groups, "pays", lambda *operands: by == "weights")
+    monkeypatch.setattr(CompiledLosses, "_compare", lambda *arguments: None)  # it would mend what is wrong
+    plan = cohort._Plan  # batches are left as they are, so that unequal groups are compiled as well
+    monkeypatch.setattr(cohort, "_Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))
+    torch.compiler.reset()
+    changes = {**SIX, "adapter": {"dropout": 0.3 if by == "operator" else 0.0}, "measure": {"memory": False}}
+    with adapted(make_config(**changes), TinyClassifier(), HEAD) as work:
+        found = []
+        for compiled in (False, True):
+            config = make_config(**changes, execution="cohort", cohort_size=3, cohort_compile=compiled)
+            found.append(Cohorts(work, config, pytest.fail).train(jobs_of(work, config)))
+    assert [len(one.factors["body.first"][0]) for one in found[0]] == [1, 2, 3, 6, 1, 2]
+    for one, other in zip(*found, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(one.head), dict(other.head), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_cohorts_of_one_size_are_compiled_once(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+    # Tracing is what is counted; a graph runs as it was traced.
+    monkeypatch.setattr(
+        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    torch.compiler.reset()
+    places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
+    config = make_config(**SIX, execution="cohort", cohort_size=3, cohort_compile=True, measure={"memory": False})
+    cohorts, jobs = Cohorts(work, config, pytest.fail), jobs_of(work, config)
+    found = cohorts.train([jobs[place] for place in places[:3]])
+    begun = len(graphs)
+    assert begun > 0
+    found += cohorts.train([jobs[place] for place in places[3:]])
+    assert len(graphs) == begun
+    plain = make_config(**SIX, execution="cohort", cohort_size=3, measure={"memory": False})
+    jobs = jobs_of(work, plain)
+    expected = Cohorts(work, plain, pytest.fail).train([jobs[place] for place in places])
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=1e-4, atol=1e-5)
+
+
+def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
+    table = DATA.test.table
+    broken = table.inputs["inputs"].clone()
+    broken[DATA.clients[2].rows] = float("nan")
+    data = make_data(sizes=(9, 2, 14, 5, 9, 9))
+    data.clients[2].table.inputs["inputs"].copy_(broken)
+    config, said = make_config(**SIX, execution="cohort", cohort_size=6, rounds=1), []
+    rows = simulate(config, data, TinyClassifier(), HEAD, tmp_path, None, said.append)
+    assert rows[1]["skipped"] == [2]
+    assert said == ["round 1: client 2 is left out: its training loss is nan"]

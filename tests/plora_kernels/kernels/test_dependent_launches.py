@@ -1,0 +1,156 @@
+"""Launches that begin before the one ahead has ended: who waits for what, and whose memory is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from plora_kernels.kernels import (
+    adapted_matmul,
+    factor_gradient,
+    linear,
+    output_gradient,
+    persistent_matmul,
+    replay,
+    side_product,
+    specialised_matmul,
+)
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
+
+M, K, N, R = 600, 64, 96, 16
+# Where kernels are launched from, and where memory is taken.
+LAUNCHING = (persistent_matmul, specialised_matmul, side_product, output_gradient, factor_gradient)
+TAKING = (adapted_matmul, linear, factor_gradient, output_gradient, side_product)
+
+
+class Trace(list[tuple[str, dict[str, object]]]):
+    """What was launched and what memory was taken, in order."""
+
+    def kernels(self) -> list[str]:
+        return [name for name, _ in self if name != "memory"]
+
+    def constants(self, kernel: str) -> dict[str, object]:
+        """Return the named arguments of a kernel's last launch."""
+        return [named for name, named in self if name == kernel][-1]
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
+    """Pretend that there are dependent launches; note what is launched, and launch it without the instructions."""
+    found = Trace()
+
+    def noting(kernel: object, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
+        found.append((kernel.fn.__name__, named))
+        plain = dict.fromkeys({"DEPENDENT", "LAUNCHES_DEPENDENTS"} & named.keys(), False)
+        replay.launch(kernel, grid, *arguments, **{k: v for k, v in named.items() if k != "launch_pdl"} | plain)
+
+    def taking(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def taken(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            found.append(("memory", {"shape": tuple(shape)}))
+            return make(shape, dtype, device)
+
+        return taken
+
+    monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: 8)  # gradients are summed in parts
+    for module in LAUNCHING:
+        monkeypatch.setattr(module, "launch", noting)
+        monkeypatch.setattr(module, "launches_dependents", lambda device: True, raising=False)
+    for module in TAKING:
+        for name in ("empty", "zeros"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, taking(getattr(replay, name)))
+    return found
+
+
+def forced(design: str, **ways: bool) -> dict[str, Blocks]:
+    matmul = MatmulBlocks(design, 128, 32, 16, 16, 2, 4, 2, **ways)
+    return {
+        "forward": matmul,
+        "input_gradient": matmul,
+        "side_product": SideBlocks(16, 16, 16, 4, 2),
+        "output_gradient": OutputGradientBlocks(16, 32, 16, 6, 4, 2),
+    }
+
+
+def tensors(dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(size).to(dtype) for size in ((M, K), (N, K), (R, K), (N, R), (M, N)))
+
+
+def run_forward(index: torch.Tensor | None = None) -> None:
+    x, weight, A, B, _ = tensors()
+    linear.forward(x, weight, A, B, None, index, 1.0, False, True, 0.0, None)
+
+
+def run_backward(index: torch.Tensor | None = None, frozen: bool = False, need_B: bool = True) -> None:
+    x, weight, A, B, dy = tensors()
+    places = R if index is None or frozen else index.shape[0]
+    s = torch.randn(M, places).half()
+    linear.backward(dy, x, weight, A, B, s, index, 1.0, frozen, True, True, need_B, 0.0, None)
+
+
+@pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
+def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, kernel: str, trace: Trace) -> None:
+    with lookup.forcing(forced(design, dependent=True)):
+        run_forward()
+    assert trace.kernels() == ["side_product_kernel", f"{kernel}_matmul_kernel"]
+    ahead, own = trace.constants("side_product_kernel"), trace.constants(f"{kernel}_matmul_kernel")
+    assert ahead["LAUNCHES_DEPENDENTS"]
+    assert "launch_pdl" not in ahead  # it waits for all before it
+    assert own["launch_pdl"]
+    assert own["DEPENDENT"]
+    assert not own["LAUNCHES_DEPENDENTS"]  # what follows is not ours
+
+
+@pytest.mark.parametrize("design", ["two_launch", "specialised"])
+def test_nothing_depends_unless_the_blocks_say_so(design: str, trace: Trace) -> None:
+    with lookup.forcing(forced(design)):
+        run_forward()
+        run_backward()
+    for _, named in trace:
+        assert "launch_pdl" not in named
+        assert not named.get("DEPENDENT")
+        assert not named.get("LAUNCHES_DEPENDENTS")
+
+
+@pytest.mark.parametrize("design", ["two_launch", "specialised"])
+def test_without_a_module_there_is_no_launch_to_depend_on(design: str, trace: Trace) -> None:
+    nothing = torch.empty(0, dtype=torch.int32)
+    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+        run_forward(nothing)
+        run_backward(nothing)
+    assert trace.kernels() == ["persistent_matmul_kernel"] * 2
+    assert all("launch_pdl" not in named and not named.get("DEPENDENT") for _, named in trace)
+
+
+@pytest.mark.parametrize("form", ["all", "folded", "frozen"])
+@pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
+def test_da_begins_beside_dx_with_memory_of_its_own(design: str, kernel: str, form: str, trace: Trace) -> None:
+    index = None if form == "all" else torch.tensor([0, 3, 5, -1], dtype=torch.int32)
+    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+        run_backward(index, form == "frozen")
+    # With an index no descriptor fetches what is chosen.
+    product = "persistent_matmul_kernel" if form == "folded" else f"{kernel}_matmul_kernel"
+    names = [name for name, _ in trace]
+    place = names.index(product)
+    # Of what dX takes nothing may be freed and taken again before dA's launch, and no other launch lies between.
+    assert names[place + 1] == "partial_gradient_kernel"
+    assert trace[place][1]["LAUNCHES_DEPENDENTS"]
+    assert trace[place + 1][1]["launch_pdl"]
+    assert trace[place + 1][1]["DEPENDENT"]
+    assert "launch_pdl" not in trace.constants("reduce_gradient_kernel")  # the sum waits for both
+
+
+@pytest.mark.parametrize("design", ["drawn", "one_launch", "persistent"])
+def test_where_dx_makes_ds_da_waits_for_it(design: str, trace: Trace) -> None:
+    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+        run_backward()
+    assert all("launch_pdl" not in named for _, named in trace)
+
+
+def test_without_db_ds_has_no_launch_ahead_of_dx_that_the_backward_made(trace: Trace) -> None:
+    with lookup.forcing(forced("two_launch", gradient_beside=True)):
+        run_backward(need_B=False)
+    assert "launch_pdl" not in trace.constants("partial_gradient_kernel")

@@ -1,0 +1,318 @@
+"""`plora_linear` and `fold_` as torch operators: torch's own checks, forms of input, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import plora_kernels as pk
+from plora_kernels import reference
+from plora_kernels.fallback import grouped_products
+from plora_kernels.selection import index_buffer
+from tests.support.layer_inputs import layer_inputs as inputs
+
+INDEX = index_buffer((1, 3), torch.device("cpu"))
+
+
+# --------------------------------------------------------------------------------------------- torch's own checks
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("index", [None, INDEX], ids=["all", "indexed"])
+@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor([5]))], ids=["plain", "dropout"])
+def test_opcheck_of_the_forward_and_backward(
+    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None], each_backend: str
+) -> None:
+    x, weight, lora_A, lora_B, bias = inputs()
+    arguments = (x, weight, lora_A, lora_B, bias, index, 0.5, frozen, True, *dropout)
+    torch.library.opcheck(torch.ops.plora.linear.default, arguments)
+    _, s = torch.ops.plora.linear(*arguments)
+    dy = torch.randn(3, 5, 6)
+    for needs in ((True, True, True, True), (True, False, True, False), (False, True, False, False)):
+        backward = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, 0.5, frozen, *needs, *dropout)
+        torch.library.opcheck(torch.ops.plora.linear_backward.default, backward)
+
+
+def test_opcheck_of_the_fold(each_backend: str) -> None:
+    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    torch.library.opcheck(torch.ops.plora.fold_.default, (weight, lora_A, lora_B, INDEX, 0.5, None))
+
+
+@pytest.mark.parametrize("selected", [None, [], [0, 2]], ids=str)
+def test_gradcheck_in_float64(selected: list[int] | None) -> None:
+    x, weight, lora_A, lora_B, bias = inputs(torch.float64)
+
+    def run(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor) -> Tensor:
+        return pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=0.7)
+
+    assert torch.autograd.gradcheck(run, (x, lora_A, lora_B, bias))
+
+
+def test_gradcheck_of_the_frozen_form_in_its_selected_modules() -> None:
+    x, weight, lora_A, lora_B, bias = inputs(torch.float64)
+    rows = torch.tensor([0, 2])
+
+    def run(x: Tensor, part_A: Tensor, part_B: Tensor, bias: Tensor) -> Tensor:
+        full_A = lora_A.detach().index_copy(0, rows, part_A)
+        full_B = lora_B.detach().index_copy(1, rows, part_B)
+        return pk.plora_linear(x, weight, full_A, full_B, [0, 2], bias=bias, scale=0.7, unselected="frozen")
+
+    parts = (t.detach().clone().requires_grad_() for t in (lora_A[rows], lora_B[:, rows]))
+    assert torch.autograd.gradcheck(run, (x, *parts, bias))
+
+
+# ------------------------------------------------------------------------------------------------ forms of input
+
+
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_every_way_to_name_a_selection_gives_the_same(form: str, each_backend: str) -> None:
+    x, weight, lora_A, lora_B, _ = inputs()
+    mask = torch.tensor([True, False, False, True])
+    ways = (mask, [0, 3], (3, 0), torch.tensor([3, 0]), torch.tensor([0, 3], dtype=torch.int32).numpy())
+    ways = (*ways, list(ways[-1]))
+    results = [pk.plora_linear(x, weight, lora_A, lora_B, way, unselected=form) for way in ways]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_selecting_all_is_lora_and_selecting_none_is_the_base(each_backend: str) -> None:
+    x, weight, lora_A, lora_B, bias = inputs()
+    base = torch.nn.functional.linear(x, weight, bias)
+    lora = base + 0.5 * x @ lora_A.T @ lora_B.T
+    torch.testing.assert_close(pk.plora_linear(x, weight, lora_A, lora_B, bias=bias, scale=0.5), lora)
+    torch.testing.assert_close(pk.plora_linear(x, weight, lora_A, lora_B, range(4), bias=bias, scale=0.5), lora)
+    torch.testing.assert_close(pk.plora_linear(x, weight, lora_A, lora_B, [], bias=bias, scale=0.5), base)
+
+
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (2, 0, 3, 7), (2, 3, 4, 7)], ids=str)
+def test_any_leading_shape(shape: tuple[int, ...], each_backend: str) -> None:
+    _, weight, lora_A, lora_B, bias = inputs()
+    x = torch.randn(shape, requires_grad=True)
+    y = pk.plora_linear(x, weight, lora_A, lora_B, [1, 2], bias=bias)
+    assert y.shape == (*shape[:-1], 6)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    mask = torch.tensor([False, True, True, False])
+    torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B, mask, bias=bias))
+    assert lora_A.grad is not None
+    if x.numel() == 0:
+        assert not lora_A.grad.any()
+
+
+def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
+    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    x = torch.randn(7, 5, 3).permute(2, 1, 0)
+    strided = [torch.randn(t.shape[1], t.shape[0]).T.copy_(t) for t in (weight, lora_A, lora_B)]
+    assert not any(t.is_contiguous() for t in (x, *strided))
+    leaves = [strided[1].requires_grad_(), strided[2].requires_grad_()]
+    bias = torch.randn(6, 2)[:, 0]
+    y = pk.plora_linear(x, strided[0], *leaves, bias=bias)
+    torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B, bias=bias))
+    y.sum().backward()  # an expanded dy: strides of zero
+    dy = torch.ones(15, 6)
+    _, d_A, d_B, _ = reference.gradients(dy, x.reshape(15, 7), weight, lora_A, lora_B)
+    torch.testing.assert_close(leaves[0].grad, d_A)
+    torch.testing.assert_close(leaves[1].grad, d_B)
+
+
+def far_apart(values: Tensor) -> Tensor:
+    """Return four rows so far apart in memory that the last starts at element 3·2³⁰ > 2³¹.
+
+    Offsets inside a tile then need 64 bits. The pages between the rows are never touched, so they are never there.
+    """
+    rows, width = values.shape
+    storage = torch.empty(2**30 * (rows - 1) + width, dtype=values.dtype)
+    return storage.as_strided((rows, width), (2**30, 1)).copy_(values)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("groups", [None, [0, 1, 4]])
+def test_strides_beyond_what_32_bits_hold(groups: list[int] | None) -> None:
+    several = () if groups is None else (2,)
+    x, dy, weight = (torch.randn(shape).half() for shape in ((4, 7), (4, 6), (6, 7)))
+    factors = [torch.randn(*several, *shape).half() for shape in ((4, 7), (6, 4))]
+    found = []
+    for own_x, own_dy in ((far_apart(x), far_apart(dy)), (x, dy)):
+        leaves = [own_x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
+        y = pk.plora_linear(leaves[0], weight, *leaves[1:], groups=groups)
+        found.append((y, *torch.autograd.grad(y, leaves, own_dy)))
+    for far, near in zip(*found, strict=True):
+        assert torch.equal(far, near)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_steps_along_a_stride_beyond_what_32_bits_hold() -> None:
+    # Column-major x: the second block of K starts 32 strides of 2²⁷ elements away, past 2³¹.
+    stride, k = 2**27, 40
+    storage = torch.empty(stride * (k - 1) + 3, dtype=torch.float16)
+    x = storage.as_strided((3, k), (1, stride))
+    x.copy_(torch.randn(3, k))
+    weight, lora_A, lora_B = (torch.randn(s).half() for s in ((6, k), (4, k), (6, 4)))
+    y = pk.plora_linear(x, weight, lora_A, lora_B)
+    assert torch.equal(y, pk.plora_linear(x.contiguous(), weight, lora_A, lora_B))
+
+
+def test_a_large_side_product_does_not_overflow_half_precision(each_backend: str) -> None:
+    # x Aᵀ is 6400; times the scale it would pass 65504, while its product with B does not.
+    x, weight = torch.ones(2, 64, dtype=torch.float16), torch.zeros(3, 64, dtype=torch.float16)
+    lora_A = torch.full((2, 64), 100.0, dtype=torch.float16, requires_grad=True)
+    lora_B = torch.full((3, 2), 2.0**-12, dtype=torch.float16, requires_grad=True)
+    y = pk.plora_linear(x, weight, lora_A, lora_B, scale=16.0)
+    torch.testing.assert_close(y, torch.full_like(y, 2 * 6400 * 16 / 2**12))
+    y.backward(torch.full_like(y, 2.0**-10))
+    assert lora_B.grad is not None
+    torch.testing.assert_close(lora_B.grad, torch.full_like(lora_B.grad, 2 * 6400 * 16 / 2**10))
+
+
+def test_the_output_may_be_written_in_place(each_backend: str) -> None:
+    _, weight, lora_A, lora_B, bias = inputs()
+    for shape in ((5, 7), (3, 5, 7)):
+        x = torch.randn(shape)
+        expected = torch.relu(pk.plora_linear(x, weight, lora_A, lora_B, bias=bias) + 1.0)
+        y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
+        y += 1.0
+        y = torch.nn.functional.relu(y, inplace=True)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_unselected_modules_get_no_gradient_and_folded_ones_are_not_read(form: str, each_backend: str) -> None:
+    x, weight, lora_A, lora_B, _ = inputs()
+    if form == "folded":
+        with torch.no_grad():
+            lora_A[[0, 3]] = float("nan")
+            lora_B[:, [0, 3]] = float("inf")
+    pk.plora_linear(x, weight, lora_A, lora_B, [1, 2], unselected=form).sum().backward()
+    assert lora_A.grad is not None
+    assert lora_B.grad is not None
+    assert not lora_A.grad[[0, 3]].any()
+    assert not lora_B.grad[:, [0, 3]].any()
+    for gradient in (x.grad, lora_A.grad, lora_B.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+    assert lora_A.grad[[1, 2]].any()
+    assert lora_B.grad[:, [1, 2]].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
+@pytest.mark.parametrize("selected", [None, [1], [0, 3]], ids=str)
+def test_non_finite_inputs_propagate_as_in_linear(selected: list[int] | None, each_backend: str) -> None:
+    _, weight, lora_A, lora_B, bias = (t.detach().abs() for t in inputs())  # one sign: infinities do not cancel
+    x = torch.rand(3, 5, 7)
+    x[0, 0, 0], x[1, 1, 1] = float("nan"), float("inf")
+    x.requires_grad_()
+    y = pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias)
+    plain = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(y.isnan(), plain.isnan())
+    assert torch.equal(y.isposinf(), plain.isposinf())
+    assert y[1, 1].isposinf().all()
+    dy = torch.rand(3, 5, 6)
+    dy[2, 0, 0] = float("inf")
+    y.backward(dy)
+    assert x.grad is not None
+    assert torch.equal(x.grad.isposinf(), (dy @ weight).isposinf())
+    assert not x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool], each_backend: str) -> None:
+    x, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
+    mask = torch.tensor([False, True, True, False])
+    expected = reference.gradients(torch.ones(3, 5, 6), x, weight, lora_A, lora_B, mask)
+    for form in ("folded", "frozen"):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((x, lora_A, lora_B), needs, strict=True)]
+        pk.plora_linear(leaves[0], weight, leaves[1], leaves[2], mask, unselected=form).sum().backward()
+        for leaf, need, gradient in zip(leaves[1:], needs[1:], expected[1:3], strict=True):
+            if need:
+                torch.testing.assert_close(leaf.grad, gradient)
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_of_the_kernels_are_deterministic() -> None:
+    results = []
+    for _ in range(2):
+        x, weight, lora_A, lora_B = (
+            torch.randn(s, generator=torch.Generator().manual_seed(i))
+            for i, s in enumerate(((1100, 20), (9, 20), (5, 20), (9, 5)))
+        )
+        lora_A.requires_grad_()
+        lora_B.requires_grad_()
+        pk.plora_linear(x, weight, lora_A, lora_B).square().sum().backward()
+        results.append((lora_A.grad, lora_B.grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str) -> None:
+    def negative(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.complex64).conj().imag
+
+    x, weight, lora_A, lora_B, bias = negative(5, 7), negative(6, 7), negative(4, 7), negative(6, 4), negative(6)
+    assert all(tensor.is_neg() for tensor in (x, weight, lora_A, lora_B, bias))
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    dy = negative(5, 6)
+    y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
+    torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
+    pk.plora_linear(leaves[0], weight, lora_A, lora_B, bias=bias).backward(dy)
+    (leaves[1] @ (weight + lora_B @ lora_A).t()).backward(dy)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    *operands, dy = (tensor.resolve_neg() for tensor in (x, weight, lora_A, lora_B, dy))
+    for place, one in enumerate((x, weight, lora_A, lora_B)):  # the backward reads what the forward kept
+        given = [*operands[:place], one, *operands[place + 1 :]]
+        for groups in (None, [0, 2, 5]):
+            leaves = [tensor.detach().requires_grad_(number != 1) for number, tensor in enumerate(given)]
+            factors = leaves[2:] if groups is None else [leaf[None].expand(2, -1, -1) for leaf in leaves[2:]]
+            pk.plora_linear(*leaves[:2], *factors, groups=groups).backward(dy)
+            expected = [tensor.clone().requires_grad_(number != 1) for number, tensor in enumerate(operands)]
+            (expected[0] @ (expected[1] + expected[3] @ expected[2]).t()).backward(dy)
+            for got, wanted in zip(leaves, expected, strict=True):
+                assert (got.grad is None) == (wanted.grad is None)
+                if got.grad is not None:
+                    torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-5)
+    clean = operands
+    y = pk.plora_linear(*clean, bias=bias)
+    torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch takes the batch apart
+def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
+    each_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_products, "pays", lambda *_: False)  # small layers consist of torch's own operations
+    x, weight, lora_A, lora_B, _ = inputs()
+    dys = torch.randn(2, 3, 5, 6)
+    y = pk.plora_linear(x, weight, lora_A, lora_B)
+    found = torch.autograd.grad(y, (x, lora_A, lora_B), dys, is_grads_batched=True, retain_graph=True)
+    for place, dy in enumerate(dys):
+        one = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
+        for batch, alone in zip(found, one, strict=True):
+            torch.testing.assert_close(batch[place], alone)
+    y = pk.plora_linear(x, weight, lora_A[None], lora_B[None], groups=[0, 15])
+    if each_backend == "torch":  # products in place
+        with pytest.raises(pk.UnsupportedError, match="is_grads_batched=True"):
+            torch.autograd.grad(y, x, dys, is_grads_batched=True)
+    else:
+        (batch,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+        torch.testing.assert_close(batch[0], torch.autograd.grad(y, x, dys[0])[0])
+
+
+@pytest.mark.parametrize("groups", [None, [0, 15]])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_tangent_of_forward_mode_is_refused_by_name(
+    enabled: bool, groups: list[int] | None, each_backend: str
+) -> None:
+    x, weight, lora_A, lora_B, bias = inputs(requires_grad=False)
+    factors = (lora_A, lora_B) if groups is None else (lora_A[None], lora_B[None])
+    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        pk.plora_linear(x, weight, *factors, groups=groups)  # without a tangent nothing is lost
+        for place in range(5):
+            given = [x, weight, *factors, bias]
+            given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+            with pytest.raises(pk.UnsupportedError, match="no forward-mode derivative"):
+                pk.plora_linear(*given[:4], bias=given[4], groups=groups)

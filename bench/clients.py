@@ -26,7 +26,7 @@ from bench.report.clients_tables import KIND
 
 if TYPE_CHECKING:
     from fed.simulation.rounds import Federation
-    from fed.types import Standing
+    from fed.types import RunState
 
 SETTINGS = (
     "method=fedsa-lora",
@@ -95,17 +95,17 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     rows = federated_data.load(config)
     model = base_model.build(config, rows)
     adapter, kept_below = adapted(config, model, base_model.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
-    with limits(config.threads), adapter as work, kept_below as name:
+    with limits(config.threads), adapter as shared, kept_below as name:
         directory = Path(name)
-        store = ClientStore(directory / checkpoint.FOLDER, work.device) if point.kept == "disk" else None
-        federation = Federation(config, rows.to(work.device), work, print, store)
-        standing = with_past(federation, federation.beginning())
+        store = ClientStore(directory / checkpoint.FOLDER, shared.device) if point.kept == "disk" else None
+        federation = Federation(config, rows.to(shared.device), shared, print, store)
+        state = with_past(federation, federation.beginning())
         clock, cpu = [], []
         began = time.perf_counter(), time.process_time()
-        for played in federation.play(standing):
-            standing = played.standing
+        for played in federation.play(state):
+            state = played.state
             if store is not None:
-                checkpoint.save(directory, config, standing, store)
+                checkpoint.save(directory, config, state, store)
             clock.append(time.perf_counter() - began[0])
             cpu.append(time.process_time() - began[1])
             began = time.perf_counter(), time.process_time()
@@ -115,31 +115,31 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
             seconds_per_round=median(clock[2:]),  # rows 0 and 1 warm up
             cpu_seconds_per_round=median(cpu[2:]),
             tensor_bytes=tensor_bytes(),
-            process_bytes=peak_bytes(work.device),
-            kept_bytes=kept_bytes(standing),
+            process_bytes=peak_bytes(shared.device),
+            kept_bytes=kept_bytes(state),
         )
 
 
-def with_past(federation: "Federation", standing: "Standing") -> "Standing":
+def with_past(federation: "Federation", state: "RunState") -> "RunState":
     """Give every client what it would keep had it taken part before: a B of its own, and a head."""
-    from fed.simulation.client_store import Kept
+    from fed.simulation.client_store import ClientState
 
-    server, clients = standing.server, []
-    for client in standing.clients:
+    server, clients = state.server, []
+    for client in state.clients:
         memory = {matrix: torch.full_like(B, 1e-3) for matrix, (_, B) in server.adapter.factors.items()}
         head = {name: value.clone() for name, value in server.head.items()}
-        kept = Kept(memory, head, {})
+        kept = ClientState(memory, head, {})
         if federation.store is not None:
             kept = federation.store.keep(client.id, 0, kept)
         clients.append(replace(client, memory=kept.memory, head=kept.head))
-    return replace(standing, clients=tuple(clients))
+    return replace(state, clients=tuple(clients))
 
 
-def kept_bytes(standing: "Standing") -> int:
+def kept_bytes(state: "RunState") -> int:
     """Return the bytes of what one client keeps times their number: each keeps the same shapes."""
-    first = standing.clients[0]
+    first = state.clients[0]
     tensors = [*first.memory.values(), *first.head.values()]
-    return len(standing.clients) * sum(tensor.nbytes for tensor in tensors)
+    return len(state.clients) * sum(tensor.nbytes for tensor in tensors)
 
 
 def measure_all(points: Sequence[Point], folder: Path) -> list[Measured]:

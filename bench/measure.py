@@ -20,7 +20,7 @@ from bench.harness.records import blank
 from bench.harness.timing import Plan, cache_flush, host_seconds, interleave, timer_for
 from bench.providers.base import Provider, ProviderUnavailableError
 from bench.providers.registry import every_provider, is_ours, make_provider, provider_names
-from plora_kernels.tuning.lookup import noting
+from plora_kernels.tuning.lookup import record_blocks
 
 INPUT_SETS = 3
 # Longer than the slowest call keeps the host, by this factor and this much.
@@ -185,7 +185,7 @@ def measure_on_device(
 
 def _blocks(provider: Provider) -> dict[str, object]:
     """Return the blocks, designs among them, that a provider's kernels take, by op; none where it fails."""
-    with noting() as taken, suppress(Exception):  # what fails here is found wrong next
+    with record_blocks() as taken, suppress(Exception):  # what fails here is found wrong next
         provider.results()
     return {"blocks": {op: asdict(blocks) for op, blocks in taken.items()}}
 

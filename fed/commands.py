@@ -37,8 +37,8 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
         data = datasets.load(config, screen.warn, screen.stage)
         with running.limits(config.threads), directory:
             model = _base(config, data, directory, screen)
-            directory.place()
-            _play(config, data, model, directory.path, screen, directory.keep)
+            directory.publish()
+            _play(config, data, model, directory.path, screen, directory.commit)
             if centralised:
                 _centralise(config, data, model, out, screen)
     except KeyboardInterrupt:
@@ -95,8 +95,8 @@ def pretrain(path: str, text: str, left_out: Sequence[str], recipe: Recipe, out:
                 numbers, tokens = small_llama.make(
                     written, recipe, directory.path, lambda step, loss: advance(step, f"training loss {loss:.3f}")
                 )
-            directory.place()
-            directory.keep()
+            directory.publish()
+            directory.commit()
     except KeyboardInterrupt:
         screen.warn("interrupted: nothing is left of this model")
         return INTERRUPTED
@@ -197,23 +197,23 @@ def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: P
 
 def compare(plan: Plan, out: Path, jobs: int) -> int:
     """Play what is not finished yet, then write and show the comparison; return the exit status."""
-    from fed.console import Board, Screen
+    from fed.console import ComparisonProgress, Screen
     from fed.experiments.parallel import at_once
-    from fed.experiments.runner import Workbench, check, finished, in_turn, open_grid
+    from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
     from fed.report.comparison import collect
     from fed.report.write import publish_comparison
 
-    began, screen, bench = time.perf_counter(), Screen(), Workbench(out)
+    began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
     check(plan.cells, bench, screen.warn, screen.stage)
     open_grid(plan, out)
     left = [cell for cell in plan.cells if not finished(cell, out)]
     already = len(plan.cells) - len(left)
     if already:
         screen.say(f"{already} of {len(plan.cells)} runs are finished already")
-    board = Board(left, already)
+    board = ComparisonProgress(left, already)
     try:
         with board:
-            in_turn(left, bench, board.tell) if jobs == 1 else at_once(left, jobs, out, board.tell)
+            in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)
     except KeyboardInterrupt:
         done = sum(finished(cell, out) for cell in plan.cells)
         screen.warn(

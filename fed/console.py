@@ -145,7 +145,7 @@ def round_note(row: dict[str, Any]) -> str:
     return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
 
 
-class Board:
+class ComparisonProgress:
     """A context that is told what happens to each run of a comparison.
 
     `failures` holds a line for each run that could not be played.
@@ -183,7 +183,7 @@ class Board:
         if self._bars is not None:
             self._bars.stop()
 
-    def tell(self, cell: Cell, kind: str, payload: Any) -> None:
+    def on_event(self, cell: Cell, kind: str, payload: Any) -> None:
         """Show a round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
         if kind == "row":
             self._row(cell, payload)

@@ -34,7 +34,7 @@ def uniform(size: int, *key: int | str) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Source:
+class ClientRandom:
     """The randomness of one client in one round; each purpose has a stream of its own."""
 
     seed: int

@@ -171,7 +171,7 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """All a run goes on from: the server, its clients by id, and the factors each ended its last round with.
 
     The last are kept for measuring alone, and not where noise is not measured.
@@ -183,7 +183,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Visit:
+class ClientResult:
     """One client's turn in a round: `fault` says why its update cannot be used, or is None."""
 
     client: Client
@@ -201,5 +201,5 @@ class Round:
     """A round that is over: its row, where the run stands after it, and the updates that were used."""
 
     row: Row
-    standing: Standing
+    state: RunState
     updates: Sequence[ClientUpdate] = ()

@@ -86,7 +86,7 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype is torch.bfloat16 and interpreted())
 
 
-class FallingBack:
+class fallback_to_torch:  # noqa: N801 (read as a function, like torch.no_grad)
     """Run kernels in the body; where one does not compile, warn once, give the device up and go on after the body.
 
     The body ends with a return, what follows it is the torch path. Errors of a running kernel are raised, and so is

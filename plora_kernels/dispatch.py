@@ -119,7 +119,7 @@ class _Final(torch.autograd.Function):
     backward = staticmethod(_refuse_double_backward)
 
 
-def refused_twice(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+def no_double_backward(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
     """Let a Function's `backward` run without a graph, and refuse to differentiate what it returns."""
 
     @functools.wraps(backward)

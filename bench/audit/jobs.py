@@ -18,7 +18,7 @@ from bench.checks.designs import Shape, design_ways
 from bench.harness.machine import settle_compilers
 from bench.harness.processes import one_line, outcomes
 from plora_kernels.tuning.blocks import DESIGNS, Blocks, ShapeClass
-from plora_kernels.tuning.lookup import forcing
+from plora_kernels.tuning.lookup import override_blocks
 from plora_kernels.tuning.tables import PACKAGED, load_table
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -175,7 +175,7 @@ def audit_job(job: Job) -> list[Row]:
     """Compile everything a job launches and read it; what does not compile is a row that says so."""
     settle_compilers()
     failed = []
-    with compiling_for(job.target) as launches, forcing(dict(job.blocks)):
+    with compiling_for(job.target) as launches, override_blocks(dict(job.blocks)):
         try:
             run_shape(job.shape, getattr(torch, job.dtype))
             run_projections(job.shape, getattr(torch, job.dtype))

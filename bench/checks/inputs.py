@@ -100,7 +100,7 @@ def expected(
     return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
 
 
-def hold(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
+def assert_within_bound(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
     """Raise WrongResultError where results are worse than `bench.checks.correctness` allows."""
     check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import plora_kernels as pk
 from bench.checks.correctness import Results
-from bench.checks.inputs import DROPOUT_P, DROPOUT_SEED, DTYPES, SCALE, Inputs, expected, hold
+from bench.checks.inputs import DROPOUT_P, DROPOUT_SEED, DTYPES, SCALE, Inputs, assert_within_bound, expected
 
 if TYPE_CHECKING:
     from bench.checks.inputs import CheckShape
@@ -67,7 +67,7 @@ def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
             "dbias": inputs.dy.to(dtype).sum(0),
         }
 
-    hold(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
+    assert_within_bound(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
 
 
 class _Siblings(nn.Module):
@@ -112,4 +112,4 @@ def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
             **{name: torch.stack([part[name] for part in parts]) for name in ("dA", "dB")},
         }
 
-    hold(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
+    assert_within_bound(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))

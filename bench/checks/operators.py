@@ -20,9 +20,9 @@ from bench.checks.inputs import (
     SCALE,
     CheckShape,
     Inputs,
+    assert_within_bound,
     draw,
     expected,
-    hold,
     require_equal,
 )
 from bench.checks.many_adapters import check_grouped, check_siblings
@@ -30,7 +30,7 @@ from bench.harness.device_health import require_device
 from bench.harness.processes import note, one_line
 from bench.harness.records import blank
 from plora_kernels import reference
-from plora_kernels.tuning.lookup import forcing, hardware_of
+from plora_kernels.tuning.lookup import hardware_of, override_blocks
 
 # M, K, N, R. What is timed first, with no more rows than fill every multiprocessor; a small one; a decode step.
 GATE_SHAPES = {
@@ -151,11 +151,11 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
     exact, plain = (
         expected(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
     )
-    hold(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+    assert_within_bound(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
 
 
 def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    with forcing(shape.blocks(form.removeprefix("design "), hardware_of(inputs.x.device))):
+    with override_blocks(shape.blocks(form.removeprefix("design "), hardware_of(inputs.x.device))):
         _check_linear(shape, inputs, form)
 
 
@@ -166,7 +166,7 @@ def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
         for dtype in (torch.float64, DTYPES[shape.dtype])
     )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
-    hold(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+    assert_within_bound(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
 
 
 def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -190,7 +190,7 @@ def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
     _fused(inputs, None, "folded")
     other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
     exact, plain = (expected(other, dtype, None, "folded", 0.0) for dtype in (torch.float64, DTYPES[shape.dtype]))
-    hold(shape, form, _fused(other, None, "folded"), exact, plain)
+    assert_within_bound(shape, form, _fused(other, None, "folded"), exact, plain)
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.cases import MAIN_OPS
 from bench.harness.records import Record, ResultsError
-from bench.report.history import LINE_TITLES, KeptRun, Mean, by_device, means
+from bench.report.history import LINE_TITLES, HistoryEntry, Mean, by_device, means
 from bench.report.simulation_tables import Setting, SimulationRun
 from bench.report.suite_results import BenchmarkRun, Entry
 
@@ -91,7 +91,7 @@ def _spread(entries: Mapping[str, Entry], provider: str) -> float:
     return entries[provider].iqr_ms / 2 / entries["base"].time_ms
 
 
-def draw_history(runs: Sequence[KeptRun], path: Path) -> None:
+def draw_history(runs: Sequence[HistoryEntry], path: Path) -> None:
     """Draw the means over the runs, a row of panels per device and one panel per main op, and write a PNG."""
     devices = by_device(runs)
     figure = Figure(figsize=(11, 0.8 + 3.0 * len(devices)), layout="constrained")

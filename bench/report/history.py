@@ -53,7 +53,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class KeptRun:
+class HistoryEntry:
     """A run as the history keeps it. `commit` ends in "+" where files differed from it."""
 
     date: str
@@ -78,7 +78,7 @@ class KeptRun:
 class Mean:
     """The fused provider's geometric means of one op in one run: time ÷ base and ÷ PEFT."""
 
-    run: KeptRun
+    run: HistoryEntry
     to_base: float
     to_peft: float
 
@@ -87,13 +87,13 @@ class Mean:
         return f"{self.to_base:.3f} / {self.to_peft:.3f}"
 
 
-def read_run(path: Path) -> KeptRun:
+def read_run(path: Path) -> HistoryEntry:
     """Read what the suites save, or `python -m bench.gpu`, as a run to keep."""
     if holds_records(path):
         meta, records = load_records(path)
         timed = [record for record in records if record.get("status") == "timed" and record["op"] in OPS]
         ratios = tuple(_ratio(record) for record in timed)
-        return KeptRun(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
+        return HistoryEntry(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
     run = load_run(path)
     commit = str(run.commit["id"]) + ("+" if run.commit.get("dirty") else "")
     ratios = tuple(
@@ -101,7 +101,7 @@ def read_run(path: Path) -> KeptRun:
         for shape, entries in run.entries.items()
         for provider, entry in entries.items()
     )
-    return KeptRun(run.date, commit, run.machine["device_name"], run.machine["versions"], ratios)
+    return HistoryEntry(run.date, commit, run.machine["device_name"], run.machine["versions"], ratios)
 
 
 def keep(path: Path, folder: Path = HISTORY) -> Path:
@@ -114,14 +114,14 @@ def keep(path: Path, folder: Path = HISTORY) -> Path:
     return kept
 
 
-def load_history(folder: Path = HISTORY) -> list[KeptRun]:
+def load_history(folder: Path = HISTORY) -> list[HistoryEntry]:
     """Return the kept runs in order of time; raises ResultsError naming a file that is not one, or an empty folder."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             ratios = tuple(Ratio(**ratio) for ratio in saved.pop("ratios"))
-            runs.append(KeptRun(**saved, ratios=ratios))
+            runs.append(HistoryEntry(**saved, ratios=ratios))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResultsError(f"{path} is no kept run ({type(error).__name__}: {error}); remove it") from error
     if not runs:
@@ -129,7 +129,7 @@ def load_history(folder: Path = HISTORY) -> list[KeptRun]:
     return sorted(runs, key=lambda run: run.date)
 
 
-def means(runs: Sequence[KeptRun], op: str) -> list[Mean]:
+def means(runs: Sequence[HistoryEntry], op: str) -> list[Mean]:
     """Return the fused provider's means of one op for each run of one device that measured it.
 
     They are taken over the shapes that every one of them has, so that points can be compared; nan if there are none.
@@ -146,7 +146,7 @@ def means(runs: Sequence[KeptRun], op: str) -> list[Mean]:
     ]
 
 
-def history_markdown(runs: Sequence[KeptRun]) -> str:
+def history_markdown(runs: Sequence[HistoryEntry]) -> str:
     """Return a table per device: a line a run, the fused provider ÷ base and ÷ PEFT for each op."""
     parts = []
     for device, own in by_device(runs).items():
@@ -162,15 +162,15 @@ def history_markdown(runs: Sequence[KeptRun]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def by_device(runs: Iterable[KeptRun]) -> dict[str, list[KeptRun]]:
+def by_device(runs: Iterable[HistoryEntry]) -> dict[str, list[HistoryEntry]]:
     """Return the runs of each device, in the order given."""
-    found: dict[str, list[KeptRun]] = {}
+    found: dict[str, list[HistoryEntry]] = {}
     for run in runs:
         found.setdefault(run.device_name, []).append(run)
     return found
 
 
-def _fused(run: KeptRun, op: str) -> dict[tuple[object, ...], Ratio]:
+def _fused(run: HistoryEntry, op: str) -> dict[tuple[object, ...], Ratio]:
     return {ratio.shape: ratio for ratio in run.ratios if ratio.op == op and ratio.provider == "fused"}
 
 

@@ -15,9 +15,9 @@ from bench.simulation.cases import ALPHA, RANK
 from bench.simulation.models import sharing_weights
 from bench.simulation.problem import LEARNING_RATE, WEIGHT_DECAY, Problem, Values
 from fed.data.tables import DenseTable, Split
-from fed.models.shared_model import SharedBase, Workplace
-from fed.seeding import Source
-from fed.training.cohort import Cohort, Span
+from fed.models.shared_model import SharedBase, SharedModel
+from fed.seeding import ClientRandom
+from fed.training.cohort import Cohort, CohortSteps
 from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses
 from fed.training.local import Job
 from fed.types import Client, ClientStart
@@ -41,11 +41,11 @@ class CohortTrainer:
             for name, parameter in handle.model.get_submodule(problem.head).named_parameters()
         }
         device = next(iter(head.values())).device
-        self.work = Workplace(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
+        self.shared = SharedModel(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
         self.problem, rows = problem, problem.joined()
         self.table = DenseTable(rows, rows.pop("labels"))
         self.cohort, self.number = self._make_cohort(list(problem.starts)), 0
-        self.span = Span(self.cohort, len(problem.starts))
+        self.span = CohortSteps(self.cohort, len(problem.starts))
         self.running = ExitStack()  # a round enters it once, for all its steps
         self.running.enter_context(self.span.running())
         weakref.finalize(self, self.running.close)
@@ -58,7 +58,7 @@ class CohortTrainer:
         """Return what the first step of another cohort that begins here leaves behind it."""
         other = self._make_cohort(self.values())
         with self._interrupted():
-            span = Span(other, len(other.jobs))
+            span = CohortSteps(other, len(other.jobs))
             with span.running():
                 other.step(span, 0)
         return _by_client(other, other.stacked.named(other.stacked.gradients))
@@ -76,7 +76,7 @@ class CohortTrainer:
     def _make_cohort(self, values: list[Values]) -> Cohort:
         size = len(self.table) // len(values)
         jobs = [self._job(client, own, size) for client, own in enumerate(values)]
-        return Cohort(self.work, jobs, _settings(size), self.compiled)
+        return Cohort(self.shared, jobs, _settings(size), self.compiled)
 
     def _job(self, client: int, values: Values, size: int) -> Job:
         matrices, head = self.problem.matrices, f"{self.problem.head}."
@@ -88,7 +88,7 @@ class CohortTrainer:
             Split(self.table, torch.arange(client * size, (client + 1) * size)),
             STEPS,
             LEARNING_RATE,
-            Source(0, 1, client),
+            ClientRandom(0, 1, client),
         )
 
 

@@ -96,7 +96,7 @@ def _checked(
     case: SimulationCase, device: torch.device, problem: Problem, names: Sequence[str], exact: list[Values]
 ) -> tuple[dict[str, Callable[[], None]], dict[str, int | None], dict[str, tuple[str, str]]]:
     """Return steps and peak bytes of the providers whose gradients are right, and why the others are left out."""
-    yardstick = Yardstick(exact, peft_loop(problem).gradients())
+    yardstick = ReferenceGradients(exact, peft_loop(problem).gradients())
     steps, peaks, causes = {}, {}, {}
     for name in names:
         note(name)
@@ -149,7 +149,7 @@ def _nothing() -> None:
     return None
 
 
-class Yardstick:
+class ReferenceGradients:
     """What the gradients are in exact arithmetic, and how far from that rounding may bring them.
 
     Each client's gradients count as one vector g; a provider's must satisfy, in Frobenius and in max norm,

@@ -16,7 +16,7 @@ import plora_kernels as pk
 from bench.cases import Case, Op, Problem, Projection, make_problem, several
 from bench.checks.correctness import Results, check, numbered, plain_results, poisoned_outputs
 from plora_kernels.tuning.blocks import Blocks, ShapeClass
-from plora_kernels.tuning.lookup import forcing
+from plora_kernels.tuning.lookup import override_blocks
 
 # A check needs more tiles than there are multiprocessors, not the whole size.
 CHECK_ROWS = 2048
@@ -38,14 +38,14 @@ class Trial:
         """Return `run`, with these blocks forced."""
 
         def forced() -> object:
-            with forcing({self.shape.op: blocks}):
+            with override_blocks({self.shape.op: blocks}):
                 return self.run()
 
         return forced
 
     def check(self, blocks: Blocks) -> None:
         """Raise WrongResultError if the results with these blocks, outputs poisoned first, are off."""
-        with forcing({self.shape.op: blocks}), poisoned_outputs():
+        with override_blocks({self.shape.op: blocks}), poisoned_outputs():
             results = self.results()
         dtype = getattr(torch, self.shape.dtype)
         check(type(blocks).__name__, results, self.expected(torch.float64), self.expected(dtype))

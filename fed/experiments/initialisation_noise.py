@@ -18,8 +18,8 @@ from fed.methods import fed_plora
 from fed.methods.low_rank import principal_modules, product_norm
 from fed.methods.starts import leading_start
 from fed.models import base_model
-from fed.models.shared_model import Workplace, adapted, started
-from fed.seeding import Source
+from fed.models.shared_model import SharedModel, adapted, started
+from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
 from fed.simulation.rounds import Federation
 from fed.simulation.run_directory import ADAPTER, BASE, read
@@ -42,7 +42,7 @@ class Start:
 
 
 # The server's state as a method would hold it, and what one client starts with from there.
-_Way = tuple[str, Callable[[ServerState], ServerState], Callable[[ServerState, Client, Source], ClientStart]]
+_Way = tuple[str, Callable[[ServerState], ServerState], Callable[[ServerState, Client, ClientRandom], ClientStart]]
 
 
 def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
@@ -58,21 +58,21 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
         raise FedError(f"{str(directory)!r} is a run that is not over; python -m fed resume {directory} continues it")
     model = base_model.reopen(directory / BASE)
     loaded, head = federated_data.load(config, on_event), base_model.head_names(model)
-    with adapted(config, model, head) as work:
-        federation = Federation(config, loaded, work, on_event)
+    with adapted(config, model, head) as shared:
+        federation = Federation(config, loaded, shared, on_event)
         if federation.method.folds:
             raise FedError(
                 f"{str(directory)!r} is a run of {federation.method.title}, whose update is not in R modules; "
                 "a run of 'fed-plora' would be right"
             )
-        standing = federation.beginning()
-    server = _ended(standing.server, pk.load_peft(model, directory / ADAPTER), run.rows[-1]["round"])
+        state = federation.beginning()
+    server = _ended(state.server, pk.load_peft(model, directory / ADAPTER), run.rows[-1]["round"])
     found = []
     for name, dtype in DTYPES.items():
-        with adapted(config, model.to(dtype), head) as work:
+        with adapted(config, model.to(dtype), head) as shared:
             for title, hold, start in _WAYS:
                 held = hold(_cast(server, dtype))
-                noise = fmean(_noise(work, held, start, client, config.seed) for client in standing.clients)
+                noise = fmean(_noise(shared, held, start, client, config.seed) for client in state.clients)
                 found.append(Start(title, name, noise, noise / _norm(held)))
     return found
 
@@ -98,16 +98,16 @@ def _shown(value: float) -> str:
     return f"{value:.2e}" if value else "0"
 
 
-def _selecting(unselected: str) -> Callable[[ServerState, Client, Source], ClientStart]:
+def _selecting(unselected: str) -> Callable[[ServerState, Client, ClientRandom], ClientStart]:
     """Fed-PLoRA's start, the modules a client does not train held in this form."""
 
-    def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+    def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
         return fed_plora.start(replace(server, adapter=replace(server.adapter, unselected=unselected)), client, rng)
 
     return start
 
 
-def _leading(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def _leading(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     return leading_start(server, client.rank)
 
 
@@ -138,15 +138,15 @@ _WAYS: tuple[_Way, ...] = (
 
 
 def _noise(
-    work: Workplace,
+    shared: SharedModel,
     server: ServerState,
-    start: Callable[[ServerState, Client, Source], ClientStart],
+    start: Callable[[ServerState, Client, ClientRandom], ClientStart],
     client: Client,
     seed: int,
 ) -> float:
-    begun = start(server, client, Source(seed, server.round + 1, client.id))
-    with started(work, begun, server.head):
-        return start_noise(server, begun, work.base.changed())
+    begun = start(server, client, ClientRandom(seed, server.round + 1, client.id))
+    with started(shared, begun, server.head):
+        return start_noise(server, begun, shared.base.changed())
 
 
 def _norm(server: ServerState) -> float:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fed.experiments.plan import Cell
-from fed.experiments.runner import Tell, Workbench, in_turn
+from fed.experiments.runner import OnEvent, SharedInputs, in_turn
 
 
-def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: Tell) -> None:
+def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) -> None:
     """Play runs in `jobs` processes, handing out the next as soon as one is done.
 
     What the workers tell comes to `tell` in this process. A worker that dies fails its run alone. An exception
@@ -61,7 +61,7 @@ class _Worker:
         self.cell = cell
         self.pipe.send(cell)
 
-    def hear(self, tell: Tell) -> bool:
+    def hear(self, tell: OnEvent) -> bool:
         """Pass on one message; return whether the worker is free again."""
         if self.cell is None:
             return True
@@ -85,7 +85,7 @@ class _Worker:
 def _serve(pipe: Connection, directory: Path) -> None:
     """Play what comes through the pipe until the parent ends this process or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
-    bench = Workbench(directory)
+    bench = SharedInputs(directory)
 
     def tell(cell: Cell, kind: str, payload: Any) -> None:
         pipe.send((kind, payload))

@@ -15,7 +15,7 @@ from fed.data.federated_data import FederatedData
 from fed.data.tables import Split
 from fed.errors import FedError
 from fed.models.shared_model import adapted, started
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.simulation.evaluation import evaluate_held_out
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
@@ -119,17 +119,17 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
     The result holds the metrics of `fed.simulation.evaluation.evaluate_held_out`, steps and train_seconds; the
     model comes back as it was.
     """
-    with adapted(config, model, head_names) as work:
-        data = data.to(work.device)
+    with adapted(config, model, head_names) as shared:
+        data = data.to(shared.device)
         pool = Split.joined(data.clients)
         client = Client(id=len(data.clients), rank=config.adapter.rank, n_samples=len(pool))
-        rng = Source(config.seed, 0, client.id)
-        server = first_state(work, config)
+        rng = ClientRandom(config.seed, 0, client.id)
+        server = first_state(shared, config)
         start = methods.find("fedit").start(server, client, rng)
         began = time.perf_counter()
         job = Job(client, start, server.head, pool, steps, config.train.learning_rate, rng)
-        with started(work, start, server.head):
-            train(work, job, config.train)
+        with started(shared, start, server.head):
+            train(shared, job, config.train)
         train_seconds = time.perf_counter() - began
-        metrics = evaluate_held_out(work.model, data)
+        metrics = evaluate_held_out(shared.model, data)
     return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}

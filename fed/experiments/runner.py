@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fed.data.tokenization import Stage
 
 # Called with a cell, what happened ("base", "row", "event", "finished", "failed"), and a line or the row.
-Tell = Callable[[Cell, str, Any], object]
+OnEvent = Callable[[Cell, str, Any], object]
 
 BASES = "bases"
 
@@ -70,7 +70,7 @@ def finished(cell: Cell, directory: Path) -> bool:
     return running.ended(directory / cell.path, cell.config)
 
 
-class Workbench:
+class SharedInputs:
     """Data and base models for a comparison's runs: made once for all runs that share them.
 
     Base models lie below `directory/bases`, one for each seed; the last data and model used stay in memory.
@@ -124,7 +124,7 @@ class Workbench:
         return model
 
 
-def play(cell: Cell, bench: Workbench, tell: Tell) -> types.Row:
+def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> types.Row:
     """Play one run of a comparison to its end, from its checkpoint if it was begun before; return its last row."""
     from fed.simulation.checkpoint import last_round
 
@@ -150,7 +150,7 @@ def play(cell: Cell, bench: Workbench, tell: Tell) -> types.Row:
 
 
 def check(
-    cells: Sequence[Cell], bench: Workbench, on_event: Callable[[str], object], stage: Stage | None = None
+    cells: Sequence[Cell], bench: SharedInputs, on_event: Callable[[str], object], stage: Stage | None = None
 ) -> None:
     """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model.
 
@@ -178,7 +178,7 @@ def check(
             running.check_adapter(cell.config, built[key])
 
 
-def in_turn(cells: Sequence[Cell], bench: Workbench, tell: Tell) -> None:
+def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
     """Play runs one after another; one that cannot be played is told as "failed" and the others go on."""
     for cell in cells:
         try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fed.errors import FedError
 from fed.methods import fed_plora, fedex_lora, fedit, fedsa_lora, ffa_lora, flexlora, flora, hetlora, raflora, rolora
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
@@ -31,7 +31,7 @@ class Method(NamedTuple):
     """
 
     title: str
-    start: Callable[[ServerState, Client, Source], ClientStart]
+    start: Callable[[ServerState, Client, ClientRandom], ClientStart]
     aggregate: Callable[[ServerState, Sequence[ClientUpdate]], ServerState]
     finish: Callable[[ServerState, ClientStart, ClientUpdate], ClientUpdate] = send_all
     equal_ranks: bool = False

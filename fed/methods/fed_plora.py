@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from fed.methods import selection
 from fed.methods.average import next_state
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return all R modules, of which the client trains r_i, selected afresh for every matrix."""
     adapter, strategy = server.adapter, selection.find(server.options.selection)
     selected = {}

@@ -17,11 +17,11 @@ import torch
 from fed.methods.average import next_state
 from fed.methods.low_rank import fold, stacked
 from fed.methods.starts import whole_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState, Stack
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return all R modules, all to be trained, on the corrected base; `FedError` for a client of another rank."""
     return whole_start(server, client, "fedex-lora")
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from fed.methods.average import next_state
 from fed.methods.starts import whole_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return all R modules, all to be trained; raises `FedError` for a client of another rank."""
     return whole_start(server, client, "fedit")
 

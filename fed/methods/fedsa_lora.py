@@ -14,11 +14,11 @@ import torch
 
 from fed.methods.average import next_state
 from fed.methods.starts import whole_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return Ā with the client's own B, zero before its first round; `FedError` for a client of another rank."""
     whole = whole_start(server, client, "fedsa-lora", received="A")
     own = {

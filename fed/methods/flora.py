@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fed.methods.average import head_means
 from fed.methods.low_rank import fold, stacked
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return r_i new modules, drawn from the shared seed and not sent: A Kaiming-uniform as at first, B = 0."""
     adapter, rank = server.adapter, client.rank
     factors = {
@@ -47,7 +47,7 @@ def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerSta
     )
 
 
-def _fresh(like: Tensor, rank: int, rng: Source, matrix: str) -> Tensor:
+def _fresh(like: Tensor, rank: int, rng: ClientRandom, matrix: str) -> Tensor:
     """Return A (rank, K) drawn uniformly from ±1/√K, in the dtype and on the device of `like` (R, K)."""
     width = like.shape[1]
     numbers = torch.from_numpy(rng.uniform(rank * width, "fresh", matrix)).view(rank, width)

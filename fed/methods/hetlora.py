@@ -19,11 +19,11 @@ from torch import Tensor
 from fed.methods.average import head_means
 from fed.methods.low_rank import product_norm
 from fed.methods.starts import leading_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return the first r_i modules, or as many as the client kept, all to be trained."""
     options = server.options
     rank = int(client.memory["rank"]) if "rank" in client.memory else client.rank

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from fed.methods.low_rank import principal_state, stacked
 from fed.methods.starts import leading_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return the first r_i modules, all to be trained."""
     return leading_start(server, client.rank)
 

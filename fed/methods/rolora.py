@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from fed.methods.average import next_state
 from fed.methods.starts import whole_start
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
-def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
     """Return all R modules with one factor to be trained; raises `FedError` for a client of another rank.
 
     A client that took part in the last round lacks only the factor averaged then; any other gets both.

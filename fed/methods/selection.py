@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fed.errors import FedError
-from fed.seeding import Source, permutation
+from fed.seeding import ClientRandom, permutation
 from fed.types import Factors
 
 
@@ -36,7 +36,7 @@ class Candidates:
         return self.factors[0].shape[0]
 
 
-Strategy = Callable[[Candidates, int, Source], tuple[int, ...]]
+Strategy = Callable[[Candidates, int, ClientRandom], tuple[int, ...]]
 
 
 def random_selection(seed: int, round_number: int, client: int, matrix: str, rank: int, budget: int) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ def random_selection(seed: int, round_number: int, client: int, matrix: str, ran
     rank.
     """
     check_budget(client, rank, budget)
-    order = Source(seed, round_number, client).permutation(rank, "select", matrix)
+    order = ClientRandom(seed, round_number, client).permutation(rank, "select", matrix)
     return tuple(sorted(order[:budget].tolist()))
 
 
@@ -57,48 +57,48 @@ def check_budget(client: int, rank: int, budget: int) -> None:
         raise FedError(f"client {client} cannot train {budget} modules of {rank}; 0 to {rank} would be right")
 
 
-def uniform_random(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def uniform_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Draw every subset with equal chance, anew for every client, matrix and round."""
     return random_selection(rng.seed, rng.round, rng.client, modules.matrix, modules.rank, budget)
 
 
-def shared_random(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def shared_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Draw one order a round and matrix, the same for all clients: each takes the first r_i of it."""
     order = permutation(modules.rank, rng.seed, rng.round, "select", modules.matrix)
     return tuple(sorted(order[:budget].tolist()))
 
 
-def first(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def first(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Take modules 0 … r_i-1, always."""
     return tuple(range(budget))
 
 
-def round_robin(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def round_robin(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Take r_i modules in a row, going on where the last round's ended and shifted by r_i from client to client."""
     begin = (rng.round - 1 + rng.client) * budget
     return tuple(sorted((begin + step) % modules.rank for step in range(budget)))
 
 
-def largest_norm(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def largest_norm(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Take the modules of largest ‖b_j‖‖a_j‖."""
     A, B = modules.factors
     return _largest(A.double().norm(dim=1) * B.double().norm(dim=0), modules, budget, rng)
 
 
-def least_visited(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def least_visited(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Take the modules that were trained least often so far, by all clients together."""
     visits = torch.zeros(modules.rank) if modules.visits is None else modules.visits
     return _largest(-visits.double(), modules, budget, rng)
 
 
-def largest_gradient(modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def largest_gradient(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Take the modules with the largest gradient (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ on the client's first batch."""
     if modules.gradients is None:
         raise FedError(f"client {rng.client} has no gradients for {modules.matrix}; selection by gradient needs them")
     return _largest(modules.gradients, modules, budget, rng)
 
 
-def _largest(scores: Tensor, modules: Candidates, budget: int, rng: Source) -> tuple[int, ...]:
+def _largest(scores: Tensor, modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Return the `budget` modules of largest score (R,); a keyed draw decides between equal ones."""
     order = rng.permutation(modules.rank, "select", modules.matrix)
     values = scores.tolist()

@@ -40,7 +40,7 @@ class SharedBase:
                 raise FedError(f"method is {method!r}, which folds into {matrix}, whose weight another module shares")
 
     @torch.no_grad()
-    def hold(self, base_delta: Mapping[str, Tensor]) -> None:
+    def apply_delta(self, base_delta: Mapping[str, Tensor]) -> None:
         """Make every weight W + base_delta, (N, K) fp32 by matrix; a matrix that is not there gets its W back."""
         if base_delta is self._held or not (base_delta or self._held):
             return
@@ -64,7 +64,7 @@ class SharedBase:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class SharedModel:
     """The one model all clients work on: its adapted layers, their shared base, the head that is trained, and R."""
 
     model: nn.Module
@@ -95,11 +95,11 @@ class Workplace:
         """Put the model where the server is; what it holds beyond R modules a matrix is folded into the base."""
         adapter = server.adapter
         factors = {matrix: (A[: self.rank], B[:, : self.rank]) for matrix, (A, B) in adapter.factors.items()}
-        self.base.hold(beyond(server, self.rank))
+        self.base.apply_delta(delta_beyond_rank(server, self.rank))
         self.load(factors, server.head, adapter.scale)
 
 
-def beyond(server: ServerState, rank: int) -> Mapping[str, Tensor]:
+def delta_beyond_rank(server: ServerState, rank: int) -> Mapping[str, Tensor]:
     """Return base_delta + s Σ_{j≥rank} b_j a_jᵀ, (N, K) fp32 for every matrix; base_delta itself where m ≤ rank."""
     adapter = server.adapter
     if all(A.shape[0] <= rank for A, _ in adapter.factors.values()):
@@ -112,7 +112,7 @@ def beyond(server: ServerState, rank: int) -> Mapping[str, Tensor]:
 
 
 @contextmanager
-def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> Iterator[Workplace]:
+def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> Iterator[SharedModel]:
     """Give the model a fresh adapter, drawn from the run's seed, for as long as the body runs.
 
     The model moves to the run's device and is left with its own modules, base weights and head, bit for bit.
@@ -138,34 +138,34 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
         for module in handle.saved_modules
         for name, parameter in model.get_submodule(module).named_parameters()
     }
-    work = Workplace(model, handle, head, device, SharedBase(handle.layers), config.adapter.rank)
+    shared = SharedModel(model, handle, head, device, SharedBase(handle.layers), config.adapter.rank)
     original = {name: parameter.detach().clone() for name, parameter in head.items()}
     try:
         for layer in handle.layers.values():
             layer.check_selectable(config.adapter.unselected)
         with recomputing(model, config.train.gradient_checkpointing):
-            yield work
+            yield shared
     finally:
-        work.base.hold({})
-        work.load(handle.factors(), original)
+        shared.base.apply_delta({})
+        shared.load(handle.factors(), original)
         handle.restore()
 
 
 @contextmanager
 def started(
-    work: Workplace, start: ClientStart, head: Mapping[str, Tensor], base_delta: Mapping[str, Tensor] | None = None
+    shared: SharedModel, start: ClientStart, head: Mapping[str, Tensor], base_delta: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
     """Put the model where a client starts, the unselected modules folded or frozen; undo it after.
 
     The base stays W + base_delta for the next client.
     """
-    work.base.hold({} if base_delta is None else base_delta)
-    work.load(start.factors, head, start.scale)
-    work.handle.select(start.selected, unselected=start.unselected)
+    shared.base.apply_delta({} if base_delta is None else base_delta)
+    shared.load(start.factors, head, start.scale)
+    shared.handle.select(start.selected, unselected=start.unselected)
     try:
         yield
     finally:
-        work.handle.unfold()
+        shared.handle.unfold()
 
 
 def _within(modules: Sequence[str]) -> str:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fed.errors import FedError
-from fed.simulation.client_store import ClientStore, Entry, flat_factors, group, group_factors
-from fed.types import Client, ServerState, Standing
+from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors
+from fed.types import Client, RunState, ServerState
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -42,21 +42,21 @@ def last_round(directory: Path) -> int | None:
     return max((number for number in found if number is not None), default=None)
 
 
-def save(directory: Path, config: RunConfig, standing: Standing, store: ClientStore) -> None:
+def save(directory: Path, config: RunConfig, state: RunState, store: ClientStore) -> None:
     """Write the checkpoint of the round the run stands at, then remove older ones."""
     from safetensors.torch import save_file
 
-    folder, number = directory / FOLDER, standing.server.round
+    folder, number = directory / FOLDER, state.server.round
     target, temporary = folder / f"round-{number}", folder / f"round-{number}.tmp"
     for path in (temporary, target):
         shutil.rmtree(path, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(standing.server).items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(state.server).items()}
     save_file(tensors, temporary / TENSORS)
     facts = {
         "round": number,
-        "fold_bytes": standing.server.fold_bytes,
-        "last_rounds": [client.last_round for client in standing.clients],
+        "fold_bytes": state.server.fold_bytes,
+        "last_rounds": [client.last_round for client in state.clients],
         "kept": {client: (entry.round, *entry.fields) for client, entry in sorted(store.entries.items())},
         "settings": _settings(config),
     }
@@ -66,7 +66,7 @@ def save(directory: Path, config: RunConfig, standing: Standing, store: ClientSt
     store.checkpointed(number)
 
 
-def load(directory: Path, config: RunConfig, beginning: Standing, store: ClientStore) -> Standing:
+def load(directory: Path, config: RunConfig, beginning: RunState, store: ClientStore) -> RunState:
     """Return where a run stood at its checkpoint; `beginning` is where it stood before its first round.
 
     The store takes over the clients' files the checkpoint names, and removes those of later rounds. Raises FedError
@@ -85,7 +85,7 @@ def load(directory: Path, config: RunConfig, beginning: Standing, store: ClientS
     except (OSError, ValueError, SafetensorError) as error:
         raise FedError(f"the checkpoint {str(folder)!r} cannot be read: {error}") from None
     _check_settings(facts["settings"], _settings(config), folder)
-    entries = {int(client): Entry(entry[0], tuple(entry[1:])) for client, entry in facts["kept"].items()}
+    entries = {int(client): ClientFile(entry[0], tuple(entry[1:])) for client, entry in facts["kept"].items()}
     store.adopt(number, entries)
     _remove_others(folder)
     return _standing(beginning, facts, tensors, store)
@@ -137,8 +137,8 @@ def _tensors(server: ServerState) -> dict[str, Tensor]:
 
 
 def _standing(
-    beginning: Standing, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], store: ClientStore
-) -> Standing:
+    beginning: RunState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], store: ClientStore
+) -> RunState:
     """Put a standing together again, tensors of the model on its device and counts on the CPU."""
     first = beginning.server
     device = next(iter(first.adapter.factors.values()))[0].device
@@ -161,4 +161,4 @@ def _standing(
             client = replace(client, memory=kept.memory, head=kept.head)
         clients.append(replace(client, last_round=int(seen)))
     ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
-    return Standing(server, tuple(clients), ends)
+    return RunState(server, tuple(clients), ends)

@@ -24,7 +24,7 @@ FOLDER = "clients"
 V = TypeVar("V")
 
 
-class Kept(NamedTuple):
+class ClientState(NamedTuple):
     """What a client keeps of a round: what its method remembers, its own head, and the factors it ended with."""
 
     memory: Mapping[str, Tensor]
@@ -32,14 +32,14 @@ class Kept(NamedTuple):
     ends: Mapping[str, Factors]
 
 
-class Entry(NamedTuple):
-    """A client's file: the round it was written after, and the fields of `Kept` that are not empty in it."""
+class ClientFile(NamedTuple):
+    """A client's file: the round it was written after, and the fields of `ClientState` that are not empty in it."""
 
     round: int
     fields: tuple[str, ...]
 
 
-class Stored(Mapping[str, V]):
+class LazyMapping(Mapping[str, V]):
     """One field of a client's file, read whenever it is asked: it costs no memory while nobody does."""
 
     __slots__ = ("_client", "_field", "_round", "_store")
@@ -57,7 +57,7 @@ class Stored(Mapping[str, V]):
         return len(self._read())
 
     def _read(self) -> Mapping[str, V]:
-        fields: Kept = self._store.read(self._client, self._round)
+        fields: ClientState = self._store.read(self._client, self._round)
         found: Mapping[str, V] = getattr(fields, self._field)
         return found
 
@@ -71,38 +71,40 @@ class ClientStore:
     def __init__(self, directory: Path, device: torch.device) -> None:
         self.folder = directory / FOLDER
         self._device = device
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, ClientFile] = {}
         self._checkpoint = -1  # the round of the last checkpoint: older files may be named by it
         self._superseded: list[Path] = []
-        self._last: tuple[Path, Kept] | None = None
+        self._last: tuple[Path, ClientState] | None = None
 
     @property
-    def entries(self) -> Mapping[int, Entry]:
+    def entries(self) -> Mapping[int, ClientFile]:
         """Every client's file as it stands, by the client's id; those that keep nothing have none."""
         return self._entries
 
-    def keep(self, client: int, number: int, kept: Kept) -> Kept:
+    def keep(self, client: int, number: int, kept: ClientState) -> ClientState:
         """Write what a client keeps after round `number`, and return it as mappings that read it when asked.
 
         Raises FedError where it cannot be written.
         """
-        fields = tuple(field for field in Kept._fields if getattr(kept, field))
+        fields = tuple(field for field in ClientState._fields if getattr(kept, field))
         before = self._entries.pop(client, None)
         if fields:
             self._write(self._path(client, number), _flat(kept))
-            self._entries[client] = Entry(number, fields)
+            self._entries[client] = ClientFile(number, fields)
         if before is not None:
             self._supersede(client, before)
         return self.stored(client)
 
-    def stored(self, client: int) -> Kept:
+    def stored(self, client: int) -> ClientState:
         """Return what a client kept last as mappings that read it when asked; empty ones where it kept nothing."""
         if client not in self._entries:
-            return Kept({}, {}, {})
+            return ClientState({}, {}, {})
         number, fields = self._entries[client]
-        return Kept(*(Stored(self, client, number, field) if field in fields else {} for field in Kept._fields))
+        return ClientState(
+            *(LazyMapping(self, client, number, field) if field in fields else {} for field in ClientState._fields)
+        )
 
-    def read(self, client: int, number: int) -> Kept:
+    def read(self, client: int, number: int) -> ClientState:
         """Return what a client kept after round `number`; FedError where its file is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -127,7 +129,7 @@ class ClientStore:
             path.unlink(missing_ok=True)
         self._superseded = []
 
-    def adopt(self, number: int, entries: Mapping[int, Entry]) -> None:
+    def adopt(self, number: int, entries: Mapping[int, ClientFile]) -> None:
         """Go on from the files a checkpoint of round `number` names; all others go. FedError where one is missing."""
         wanted = {self._path(client, entry.round).name: client for client, entry in entries.items()}
         there = {path.name for path in self.folder.glob("*")}
@@ -162,7 +164,7 @@ class ClientStore:
         except (OSError, SafetensorError) as error:
             raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error}") from None
 
-    def _supersede(self, client: int, entry: Entry) -> None:
+    def _supersede(self, client: int, entry: ClientFile) -> None:
         path = self._path(client, entry.round)
         if entry.round > self._checkpoint:
             path.unlink(missing_ok=True)
@@ -202,10 +204,10 @@ def group_factors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Facto
     return {matrix: (A, up[matrix]) for matrix, A in group(tensors, f"{prefix}/A").items()}
 
 
-def _flat(kept: Kept) -> dict[str, Tensor]:
+def _flat(kept: ClientState) -> dict[str, Tensor]:
     named = {f"{field}/{name}": value for field in ("memory", "head") for name, value in getattr(kept, field).items()}
     return named | flat_factors("ends", kept.ends)
 
 
-def _kept(tensors: Mapping[str, Any]) -> Kept:
-    return Kept(group(tensors, "memory"), group(tensors, "head"), group_factors(tensors, "ends"))
+def _kept(tensors: Mapping[str, Any]) -> ClientState:
+    return ClientState(group(tensors, "memory"), group(tensors, "head"), group_factors(tensors, "ends"))

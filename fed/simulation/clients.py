@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from fed.data.federated_data import FederatedData
     from fed.data.tables import Split
     from fed.methods import Method
-    from fed.models.shared_model import Workplace
+    from fed.models.shared_model import SharedModel
 
 
-def populate(config: RunConfig, data: FederatedData, work: Workplace, method: Method) -> tuple[Client, ...]:
+def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method: Method) -> tuple[Client, ...]:
     """Return every client before its first round, ranks dealt out in turn or as its memory budget affords.
 
     Raises FedError where a budget affords nothing, or the method cannot serve the ranks that come out.
@@ -29,13 +29,13 @@ def populate(config: RunConfig, data: FederatedData, work: Workplace, method: Me
     ranks: Sequence[int] = config.clients.ranks
     if config.clients.memory_mib:
         largest_split = max(data.clients, key=len)
-        ranks = ranks_within(config.clients.memory_mib, estimate(work, config, largest_split), work.rank)
+        ranks = ranks_within(config.clients.memory_mib, estimate(shared, config, largest_split), shared.rank)
     clients = tuple(Client(index, ranks[index % len(ranks)], len(split)) for index, split in enumerate(data.clients))
-    if method.equal_ranks and any(client.rank != work.rank for client in clients):
+    if method.equal_ranks and any(client.rank != shared.rank for client in clients):
         found = sorted({client.rank for client in clients})
         raise FedError(
             f"clients.memory_mib is {config.clients.memory_mib}: it affords ranks {found}, and {method.title} needs "
-            f"every rank equal to adapter.rank ({work.rank}); mixed ranks take method = 'fed-plora'"
+            f"every rank equal to adapter.rank ({shared.rank}); mixed ranks take method = 'fed-plora'"
         )
     return clients
 
@@ -78,7 +78,7 @@ class Estimate(NamedTuple):
         return int((budget_bytes - self.fixed_bytes) // self.module_bytes)
 
 
-def estimate(work: Workplace, config: RunConfig, split: Split) -> Estimate:
+def estimate(shared: SharedModel, config: RunConfig, split: Split) -> Estimate:
     """Return what training takes on this model, at this batch size and optimiser, by rank.
 
     Fixed: all weights; of the head its gradient and optimiser state; the activations of one batch of `split`'s first
@@ -89,15 +89,15 @@ def estimate(work: Workplace, config: RunConfig, split: Split) -> Estimate:
     """
     train, adapter = config.train, config.adapter
     states = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
-    layers = work.handle.layers.values()
+    layers = shared.handle.layers.values()
     width_bytes = sum((layer.in_features + layer.out_features) * layer.weight.element_size() for layer in layers)
     own = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
-    everything = (*work.model.parameters(), *work.model.buffers())
+    everything = (*shared.model.parameters(), *shared.model.buffers())
     weights = tensor_bytes(tensor for tensor in everything if id(tensor) not in own)
-    head = tensor_bytes(work.head.values()) * (1 + states)
-    held = work.rank * width_bytes if adapter.unselected == "frozen" and config.method == "fed-plora" else 0
-    narrow, wide = (_activations(work, split, train.batch_size, rank) for rank in (1, work.rank))
-    slope = (wide - narrow) // (work.rank - 1) if work.rank > 1 else 0
+    head = tensor_bytes(shared.head.values()) * (1 + states)
+    held = shared.rank * width_bytes if adapter.unselected == "frozen" and config.method == "fed-plora" else 0
+    narrow, wide = (_activations(shared, split, train.batch_size, rank) for rank in (1, shared.rank))
+    slope = (wide - narrow) // (shared.rank - 1) if shared.rank > 1 else 0
     return Estimate(weights + head + held + narrow - slope, width_bytes * (2 + states) + slope)
 
 
@@ -115,14 +115,14 @@ def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> 
     return ranks
 
 
-def _activations(work: Workplace, split: Split, batch_size: int, rank: int) -> int:
+def _activations(shared: SharedModel, split: Split, batch_size: int, rank: int) -> int:
     """Return the bytes one batch's forward keeps for its backward with `rank` modules a matrix."""
-    before = work.handle.factors()
-    work.load({matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in before.items()}, dict(work.head))
-    saved = SavedTensors(work.model)
-    work.model.train()
-    with saved.watching(True), torch_seed(work.device, 0, "estimate"):
-        _ = work.model(**split.batch(torch.arange(min(batch_size, len(split))))).loss
+    before = shared.handle.factors()
+    shared.load({matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in before.items()}, dict(shared.head))
+    saved = SavedTensors(shared.model)
+    shared.model.train()
+    with saved.watching(True), torch_seed(shared.device, 0, "estimate"):
+        _ = shared.model(**split.batch(torch.arange(min(batch_size, len(split))))).loss
         size_bytes = saved.size_bytes
-    work.load(before, dict(work.head))
+    shared.load(before, dict(shared.head))
     return size_bytes

@@ -12,26 +12,26 @@ import torch
 
 from fed import methods
 from fed.data.federated_data import FederatedData
-from fed.models.shared_model import Workplace, started
-from fed.seeding import Source
-from fed.simulation.client_store import ClientStore, Kept
+from fed.models.shared_model import SharedModel, started
+from fed.seeding import ClientRandom
+from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.communication import stack_bytes
 from fed.simulation.noise import end_factors, factor_noise
 from fed.simulation.round_metrics import RoundMetrics
 from fed.simulation.server_optimizer import step
-from fed.training.cohort_scheduler import Cohorts
-from fed.training.local import Job, fault, module_gradients, train
+from fed.training.cohort_scheduler import CohortScheduler
+from fed.training.local import Job, find_fault, module_gradients, train
 from fed.training.memory import restart_peak
 from fed.types import (
     Adapter,
     Client,
+    ClientResult,
     ClientUpdate,
     Options,
     Round,
+    RunState,
     ServerState,
-    Standing,
-    Visit,
 )
 
 if TYPE_CHECKING:
@@ -47,75 +47,75 @@ class Federation:
 
     config: RunConfig
     data: FederatedData
-    work: Workplace
+    shared: SharedModel
     on_event: Callable[[str], object]
     store: ClientStore | None = None
     cohort_size: int | None = None  # what an earlier part of the run measured as fastest
 
     @cached_property
-    def cohorts(self) -> Cohorts:
+    def cohorts(self) -> CohortScheduler:
         """How clients are trained together."""
-        return Cohorts(self.work, self.config, self.on_event, self.cohort_size)
+        return CohortScheduler(self.shared, self.config, self.on_event, self.cohort_size)
 
     @cached_property
     def metrics(self) -> RoundMetrics:
         """What a round's row holds."""
-        return RoundMetrics(self.config, self.data, self.work, self.method)
+        return RoundMetrics(self.config, self.data, self.shared, self.method)
 
     @property
     def method(self) -> methods.Method:
         """The run's method."""
         return methods.find(self.config.method)
 
-    def beginning(self) -> Standing:
+    def beginning(self) -> RunState:
         """Return where the run stands before its first round; FedError where the method cannot serve it."""
         if self.method.folds:
-            self.work.base.check_foldable(self.config.method)
-        server = first_state(self.work, self.config)
-        clients = populate(self.config, self.data, self.work, self.method)
+            self.shared.base.check_foldable(self.config.method)
+        server = first_state(self.shared, self.config)
+        clients = populate(self.config, self.data, self.shared, self.method)
         if self.config.train.head == "personal":
             clients = tuple(replace(client, head=server.head) for client in clients)
-        return Standing(server, clients)
+        return RunState(server, clients)
 
-    def play(self, standing: Standing) -> Iterator[Round]:
+    def play(self, state: RunState) -> Iterator[Round]:
         """Yield row 0, if this is the beginning, and every round that is still to come.
 
         When the last is over the model is at the server's last state.
         """
-        if standing.server.round == 0:
-            yield Round(self.metrics.row(standing, standing, []), standing)
-        while standing.server.round < self.config.rounds:
-            following = self.round(standing)
+        if state.server.round == 0:
+            yield Round(self.metrics.row(state, state, []), state)
+        while state.server.round < self.config.rounds:
+            following = self.round(state)
             yield following
-            standing = following.standing
-        self.work.load_server(standing.server)
+            state = following.state
+        self.shared.load_server(state.server)
 
-    def round(self, before: Standing) -> Round:
+    def round(self, before: RunState) -> Round:
         """Play one round."""
-        restart_peak(self.work.device)
-        visits = self.visits(before, drawn(self.config, before.clients, before.server.round + 1))
-        usable = [visit for visit in visits if visit.fault is None]
-        updates = [visit.update for visit in usable]
-        server = self.aggregate(before.server, visits)
+        restart_peak(self.shared.device)
+        results = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
+        usable = [result for result in results if result.fault is None]
+        updates = [result.update for result in usable]
+        server = self.aggregate(before.server, results)
         noise, module_noise = self.metrics.aggregation_noise(server, usable)
-        after = self.settle(before, server, visits)
+        after = self.update_clients(before, server, results)
         size = self.cohorts.size if self.config.execution == "cohort" else None
-        row = self.metrics.row(before, after, visits, noise, module_noise, size)
+        row = self.metrics.row(before, after, results, noise, module_noise, size)
         return Round(row, after, updates)
 
-    def visits(self, standing: Standing, clients: Sequence[Client]) -> list[Visit]:
+    def train_clients(self, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
         """Let every client start from the server's state and train, one after another or a cohort at a time."""
-        number = standing.server.round + 1
-        jobs = [self.job(standing, client, Source(self.config.seed, number, client.id)) for client in clients]
+        number = state.server.round + 1
+        jobs = [self.job(state, client, ClientRandom(self.config.seed, number, client.id)) for client in clients]
         if self.config.execution == "cohort":
-            return self.together(standing, jobs)
-        return [self.alone(standing, job) for job in jobs]
+            return self.train_cohorts(state, jobs)
+        return [self.train_sequentially(state, job) for job in jobs]
 
-    def job(self, standing: Standing, client: Client, rng: Source) -> Job:
+    def job(self, state: RunState, client: Client, rng: ClientRandom) -> Job:
         """Return what a client has to do in a round; a cohort holds unselected modules frozen."""
-        server, split = standing.server, self.data.clients[client.id]
+        server, split = state.server, self.data.clients[client.id]
         if self.method.selects and self.config.adapter.selection == "gradient":
-            gradients = module_gradients(self.work, server, split, self.config.train.batch_size, rng)
+            gradients = module_gradients(self.shared, server, split, self.config.train.batch_size, rng)
             client = replace(client, gradients=gradients)
         start = self.method.start(server, client, rng)
         if self.config.execution == "cohort":
@@ -123,93 +123,94 @@ class Federation:
         steps, rate = local_steps(self.config, client), learning_rate(self.config, client)
         return Job(client, start, client.head or server.head, split, steps, rate, rng)
 
-    def alone(self, standing: Standing, job: Job) -> Visit:
+    def train_sequentially(self, state: RunState, job: Job) -> ClientResult:
         """Let one client train by itself."""
         began = self.now()
-        with started(self.work, job.start, job.head, standing.server.base_delta):
+        with started(self.shared, job.start, job.head, state.server.base_delta):
             ready = self.now()
-            noise = self.metrics.start_noise(standing, job)
+            noise = self.metrics.start_noise(state, job)
             before_training = self.now()
-            update = train(self.work, job, self.config.train, self.config.measure.memory)
+            update = train(self.shared, job, self.config.train, self.config.measure.memory)
             trained = self.now()
         fold_seconds = ready - began + self.now() - trained
-        return self.visit(standing, job, update, noise, fold_seconds, trained - before_training)
+        return self.client_result(state, job, update, noise, fold_seconds, trained - before_training)
 
-    def together(self, standing: Standing, jobs: Sequence[Job]) -> list[Visit]:
+    def train_cohorts(self, state: RunState, jobs: Sequence[Job]) -> list[ClientResult]:
         """Let clients train in cohorts, on one base; each is booked an equal share of the time."""
         began = self.now()
-        self.work.base.hold(standing.server.base_delta)
+        self.shared.base.apply_delta(state.server.base_delta)
         ready = self.now()
-        noises = [self.metrics.start_noise(standing, job) for job in jobs]
+        noises = [self.metrics.start_noise(state, job) for job in jobs]
         before_training = self.now()
         updates = self.cohorts.train(jobs)
         fold_seconds, train_seconds = (ready - began) / len(jobs), (self.now() - before_training) / len(jobs)
         return [
-            self.visit(standing, job, update, noise, fold_seconds, train_seconds)
+            self.client_result(state, job, update, noise, fold_seconds, train_seconds)
             for job, update, noise in zip(jobs, updates, noises, strict=True)
         ]
 
-    def visit(
+    def client_result(
         self,
-        standing: Standing,
+        state: RunState,
         job: Job,
         update: ClientUpdate,
         noise: float | None,
         fold_seconds: float,
         train_seconds: float,
-    ) -> Visit:
-        """Return one client's turn, its method's last word said."""
-        update, number = self.method.finish(standing.server, job.start, update), job.client.id
-        moved = factor_noise(job.start.factors, standing.ends[number]) if number in standing.ends else None
-        return Visit(job.client, job.start, update, noise, moved, fold_seconds, train_seconds, fault(update))
+    ) -> ClientResult:
+        """Return what came of one client's turn, once its method has said what it sends and what it keeps."""
+        update, number = self.method.finish(state.server, job.start, update), job.client.id
+        moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
+        fault = find_fault(update)
+        return ClientResult(job.client, job.start, update, noise, moved, fold_seconds, train_seconds, fault)
 
-    def aggregate(self, server: ServerState, visits: Sequence[Visit]) -> ServerState:
+    def aggregate(self, server: ServerState, results: Sequence[ClientResult]) -> ServerState:
         """Return the next server state from the updates that can be used; without any it keeps what it has."""
         number = server.round + 1
-        for visit in visits:
-            if visit.fault is not None:
-                self.on_event(f"round {number}: client {visit.client.id} is left out: {visit.fault}")
-        updates = [visit.update for visit in visits if visit.fault is None]
+        for result in results:
+            if result.fault is not None:
+                self.on_event(f"round {number}: client {result.client.id} is left out: {result.fault}")
+        updates = [result.update for result in results if result.fault is None]
         if not updates:
             self.on_event(f"round {number}: no client sent a usable update; the server keeps its state")
             return replace(server, round=number, fold={}, fold_bytes=(*server.fold_bytes, 0))
         following = step(server, self.method.aggregate(server, updates), self.config.server)
         return replace(following, fold_bytes=(*server.fold_bytes, stack_bytes(following.fold)))
 
-    def settle(self, before: Standing, server: ServerState, visits: Sequence[Visit]) -> Standing:
+    def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
         """Return where the run stands after a round: clients remember what they keep, and that they took part."""
         clients, ends = list(before.clients), dict(before.ends)
-        for visit in visits:
-            client = before.clients[visit.client.id]
-            if visit.fault is None:
-                kept = self.kept(visit, server.round)
+        for result in results:
+            client = before.clients[result.client.id]
+            if result.fault is None:
+                kept = self.kept(result, server.round)
                 client = replace(client, memory=kept.memory, head=kept.head)
                 if kept.ends:
                     ends[client.id] = kept.ends
             clients[client.id] = replace(client, last_round=server.round)
-        return Standing(server, tuple(clients), ends)
+        return RunState(server, tuple(clients), ends)
 
-    def kept(self, visit: Visit, number: int) -> Kept:
+    def kept(self, result: ClientResult, number: int) -> ClientState:
         """Return what a client keeps of its turn in round `number`, from the store where there is one."""
-        update, ends = visit.update, {}
+        update, ends = result.update, {}
         head = update.head if self.config.train.head == "personal" else {}
         if self.config.measure.noise:
-            ends = {matrix: end_factors(visit.start, update, matrix) for matrix in update.factors}
-        kept = Kept(update.memory, head, ends)
-        return kept if self.store is None else self.store.keep(visit.client.id, number, kept)
+            ends = {matrix: end_factors(result.start, update, matrix) for matrix in update.factors}
+        kept = ClientState(update.memory, head, ends)
+        return kept if self.store is None else self.store.keep(result.client.id, number, kept)
 
     def now(self) -> float:
         """Return the time in seconds, once the device has done all it was given."""
-        if self.work.device.type == "cuda":
-            torch.cuda.synchronize(self.work.device)
+        if self.shared.device.type == "cuda":
+            torch.cuda.synchronize(self.shared.device)
         return time.perf_counter()
 
 
-def first_state(work: Workplace, config: RunConfig) -> ServerState:
+def first_state(shared: SharedModel, config: RunConfig) -> ServerState:
     """Return the server before the first round: the adapter just drawn (B = 0) and the head as it stands."""
-    scale = next(iter(work.handle.layers.values())).scale
+    scale = next(iter(shared.handle.layers.values())).scale
     adapter, hetlora = config.adapter, config.hetlora
-    head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
+    head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
     options = Options(adapter.selection, hetlora.weighting, hetlora.prune, hetlora.decay, hetlora.penalty)
-    factors = Adapter(work.handle.factors(), scale, adapter.unselected, work.rank, adapter.rank_stabilized)
+    factors = Adapter(shared.handle.factors(), scale, adapter.unselected, shared.rank, adapter.rank_stabilized)
     return ServerState(factors, head, options=options)

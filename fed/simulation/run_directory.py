@@ -73,7 +73,7 @@ class RunDirectory:
             raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
         return self
 
-    def place(self) -> None:
+    def publish(self) -> None:
         """Move what was written so far to `target`; from here on `path` is `target`."""
         if self.target.exists():
             self._aside = self._temporary()
@@ -81,7 +81,7 @@ class RunDirectory:
         self.path.rename(self.target)
         self.path = self.target
 
-    def keep(self) -> None:
+    def commit(self) -> None:
         """Make the run's directory final: what it replaces is deleted now."""
         self.kept = True
         if self._aside is not None:

@@ -12,7 +12,7 @@ from torch import nn
 
 import plora_kernels as pk
 from fed.data.federated_data import FederatedData
-from fed.models.shared_model import adapted, beyond
+from fed.models.shared_model import adapted, delta_beyond_rank
 from fed.simulation import checkpoint
 from fed.simulation.client_store import client_store
 from fed.simulation.rounds import Federation
@@ -64,34 +64,34 @@ def simulate(
     """
     lasting = config.checkpoint_every > 0
     with (
-        adapted(config, model, head_names) as work,
-        client_store(directory / checkpoint.FOLDER, work.device, lasting) as store,
+        adapted(config, model, head_names) as shared,
+        client_store(directory / checkpoint.FOLDER, shared.device, lasting) as store,
     ):
-        federation = Federation(config, data.to(work.device), work, on_event or _discard, store)
-        standing = federation.beginning()
+        federation = Federation(config, data.to(shared.device), shared, on_event or _discard, store)
+        state = federation.beginning()
         rows: list[Row] = []
         if resume:
-            standing = checkpoint.load(directory, config, standing, store)
-            rows = _kept_rows(directory / ROUNDS, standing.server.round or -1)  # row 0 is played anew
+            state = checkpoint.load(directory, config, state, store)
+            rows = _kept_rows(directory / ROUNDS, state.server.round or -1)  # row 0 is played anew
             measured = next((row["cohort_size"] for row in reversed(rows) if row.get("cohort_size")), None)
             federation = replace(federation, cohort_size=measured)
         else:
             store.clear()
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / ROUNDS).open("a" if resume else "w", encoding="utf-8") as file:
-            for played in federation.play(standing):
-                standing, number = played.standing, played.standing.server.round
+            for played in federation.play(state):
+                state, number = played.state, played.state.server.round
                 if config.measure.similarity and number in (1, config.rounds) and played.updates:
-                    save_similarity(directory, number, played.updates, work.rank)
+                    save_similarity(directory, number, played.updates, shared.rank)
                 rows.append(played.row)
                 file.write(json.dumps(played.row, allow_nan=False) + "\n")
                 file.flush()
                 if checkpoint.is_due(config, number):
-                    checkpoint.save(directory, config, standing, store)
+                    checkpoint.save(directory, config, state, store)
                 if on_round is not None:
                     on_round(played.row)
-        pk.save_peft(work.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
-        save_base_delta(directory, standing.server, config.adapter.rank)
+        pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
+        save_base_delta(directory, state.server, config.adapter.rank)
     return rows
 
 
@@ -101,7 +101,7 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
     `weight + delta`, taken in fp32 and rounded once into the weight's dtype, is the base the adapter belongs to.
     """
     path = directory / BASE_DELTA
-    total = beyond(server, rank)
+    total = delta_beyond_rank(server, rank)
     if not total:
         path.unlink(missing_ok=True)
         return

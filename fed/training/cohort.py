@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import plora_kernels as pk
 from fed.data.tables import IGNORED
 from fed.errors import FedError
-from fed.models.shared_model import Workplace
+from fed.models.shared_model import SharedModel
 from fed.seeding import torch_seed
 from fed.training.local import Job, batch_rows, ended_with
 from fed.training.losses import client_losses
@@ -31,7 +31,7 @@ WIDE = 256  # features from which a product with A pays for a layout of its own
 
 
 def train_together(
-    work: Workplace,
+    shared: SharedModel,
     jobs: Sequence[Job],
     settings: TrainConfig,
     measure: bool = False,
@@ -50,8 +50,8 @@ def train_together(
 
     Raises FedError for a model in which one sample's result depends on others (batch norm).
     """
-    check_independent(work.model)
-    cohort = Cohort(work, jobs, settings, compiled)
+    check_independent(shared.model)
+    cohort = Cohort(shared, jobs, settings, compiled)
     total = cohort.train(measure)
     return cohort.updates(total, measure)
 
@@ -91,36 +91,36 @@ class Cohort:
     """Clients side by side, ordered so that those still training are always the first ones."""
 
     def __init__(
-        self, work: Workplace, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
+        self, shared: SharedModel, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
     ) -> None:
         # What is compiled is compiled for a shape, so cohorts are given the same: full batches, at least R modules.
         plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
-        rank = 0 if compiled is None else work.rank
+        rank = 0 if compiled is None else shared.rank
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
         self.plans = [plans[place] for place in self.places]
         self.jobs = [plan.job for plan in self.plans]
-        self.work, self.settings, self.compiled = work, settings, compiled
+        self.shared, self.settings, self.compiled = shared, settings, compiled
         self.table = self.jobs[0].split.table
         self.sides = self.jobs[0].start.trained
         if any(job.split.table is not self.table or job.start.trained != self.sides for job in self.jobs):
             raise ValueError("the jobs of a cohort hold rows of one table and train the same factors")
         factors = {
             f"{side}/{matrix}": stack
-            for matrix in work.handle.layers
+            for matrix in shared.handle.layers
             for side, stack in zip("AB", _stack([job.start.factors[matrix] for job in self.jobs], rank), strict=True)
         }
-        heads = {f"head/{name}": torch.stack([job.head[name] for job in self.jobs]) for name in work.head}
+        heads = {f"head/{name}": torch.stack([job.head[name] for job in self.jobs]) for name in shared.head}
         self.fixed = {name: stack for name, stack in factors.items() if name[0] not in self.sides}
         trained = {name: stack for name, stack in factors.items() if name not in self.fixed}
         columns = [name for name, stack in trained.items() if name[0] == "A" and _is_wide(stack)]
         self.stacked = Stacked(trained | heads, columns)
         self.masks = {
             matrix: _mask([job.start.selected[matrix] for job in self.jobs], factors[f"A/{matrix}"])
-            for matrix in work.handle.layers
+            for matrix in shared.handle.layers
         }
         self.optimizer, self.untrained = self._optimizer(())
         self._begun = False
-        self.saved = SavedTensors(work.model, (self.stacked.values, *self.fixed.values()))
+        self.saved = SavedTensors(shared.model, (self.stacked.values, *self.fixed.values()))
 
     def _optimizer(self, unused: Sequence[str]) -> tuple[StackedOptimizer, Tensor | None]:
         """Return an optimiser, and which numbers the clients do not train, laid out as their values, or None."""
@@ -148,26 +148,26 @@ class Cohort:
     def train(self, measure: bool) -> Tensor:
         """Train to the end; return the sum of each client's losses over its steps, (C,)."""
         first_job = self.jobs[0]
-        total = torch.zeros(len(self.jobs), device=self.work.device)
+        total = torch.zeros(len(self.jobs), device=self.shared.device)
         key = [first_job.rng.seed, first_job.rng.round, *(job.client.id for job in self.jobs)]
-        self.work.model.train()
-        with torch_seed(self.work.device, *key, "cohort's dropout"):
+        self.shared.model.train()
+        with torch_seed(self.shared.device, *key, "cohort's dropout"):
             for steps, count in self._spans():
-                span = Span(self, count)
+                span = CohortSteps(self, count)
                 with span.running():
                     for step in steps:
                         total[:count] += self.step(span, step, measure and step == 0)
         return total
 
-    def step(self, span: Span, step: int, measure: bool = False) -> Tensor:
+    def step(self, span: CohortSteps, step: int, measure: bool = False) -> Tensor:
         """Train the clients of a running span one step; return the losses it began with, (count,)."""
         with span.seeded(step):  # the backward may recompute the forward
             with self.saved.watching(measure):
                 batch = span.batch(step)
                 if self.compiled is None or measure:  # a compiled forward hides what it keeps
-                    losses = client_losses(self.work.model, batch, span.sizes)
+                    losses = client_losses(self.shared.model, batch, span.sizes)
                 else:
-                    losses = self.compiled(self.work.model, batch, span.sizes, span.own_gradients)
+                    losses = self.compiled(self.shared.model, batch, span.sizes, span.own_gradients)
             self._move(losses, span)
         return losses.detach()
 
@@ -178,7 +178,7 @@ class Cohort:
             yield range(begun, steps), sum(job.steps >= steps for job in self.jobs)
             begun = steps
 
-    def _move(self, losses: Tensor, span: Span) -> None:
+    def _move(self, losses: Tensor, span: CohortSteps) -> None:
         """Take every client's step: its own gradient, clipping and optimiser."""
         count, most = len(span.sizes), self.settings.max_grad_norm
         penalty = span.penalty()
@@ -201,10 +201,10 @@ class Cohort:
             ended = {name: stack[number] for name, stack in (values | self.fixed).items()}
             factors = {}
             for matrix, chosen in plan.job.start.selected.items():
-                modules = torch.tensor(chosen, dtype=torch.int64, device=self.work.device)
+                modules = torch.tensor(chosen, dtype=torch.int64, device=self.shared.device)
                 A, B = ended[f"A/{matrix}"], ended[f"B/{matrix}"]
                 factors[matrix] = A.index_select(0, modules), B.index_select(1, modules)
-            head = {name: ended[f"head/{name}"].clone() for name in self.work.head}
+            head = {name: ended[f"head/{name}"].clone() for name in self.shared.head}
             own_share = self.saved.size_bytes * plan.size // samples
             taken = self._footprint(factors, head, own_share) if measure else None
             found[place] = ended_with(plan.job, self.settings, factors, head, loss / plan.job.steps, taken)
@@ -219,7 +219,7 @@ class Cohort:
         return Footprint(numbers, state, activation_bytes)
 
 
-class Span:
+class CohortSteps:
     """Some steps of a cohort in which its first `count` clients train."""
 
     def __init__(self, cohort: Cohort, count: int) -> None:
@@ -232,10 +232,10 @@ class Span:
         self._unused: Tensor | None = None  # which samples of a batch only fill it, (samples,)
         if any(plan.unused for plan in self._plans):
             unused = [torch.arange(plan.size) >= plan.size - plan.unused for plan in self._plans]
-            self._unused = torch.cat(unused).to(cohort.work.device)
+            self._unused = torch.cat(unused).to(cohort.shared.device)
         scales = [plan.job.start.scale for plan in self._plans]
         self._groups = {}
-        for matrix, layer in cohort.work.handle.layers.items():
+        for matrix, layer in cohort.shared.handle.layers.items():
             # Dropout alone has to know who is selected; elsewhere one mask over all gradients costs less.
             mask = cohort.masks[matrix] if layer.dropout else None
             selected = None if mask is None else mask[:count]
@@ -246,11 +246,11 @@ class Span:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let the model meet these clients' modules and heads inside."""
-        work = self._cohort.work
+        shared = self._cohort.shared
         head = {name.removeprefix("head/"): leaf for name, leaf in self._leaves.items() if name.startswith("head/")}
         with (
-            work.handle.grouped(self._groups),
-            stacked_head(work.model, work.handle.saved_modules, head, self.sizes),
+            shared.handle.grouped(self._groups),
+            stacked_head(shared.model, shared.handle.saved_modules, head, self.sizes),
         ):
             yield
 
@@ -283,7 +283,7 @@ class Span:
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:
         """Give every layer that drops its clients' seeds for one step; masks are those of a client on its own."""
-        layers = self._cohort.work.handle.layers
+        layers = self._cohort.shared.handle.layers
         if not any(layer.dropout for layer in layers.values()):
             yield
             return
@@ -293,12 +293,12 @@ class Span:
         seeds = [
             [plan.job.rng.seed_for("lora dropout", step, matrix) for plan in self._plans] for matrix in self._groups
         ]
-        device_seeds = torch.tensor(seeds).to(self._cohort.work.device, non_blocking=True)
+        device_seeds = torch.tensor(seeds).to(self._cohort.shared.device, non_blocking=True)
         groups = {
             matrix: replace(self._groups[matrix], rows=rows, dropout_p=layers[matrix].dropout, dropout_seeds=own)
             for matrix, own in zip(self._groups, device_seeds, strict=True)
         }
-        with self._cohort.work.handle.grouped(groups):
+        with self._cohort.shared.handle.grouped(groups):
             yield
 
     def penalty(self) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fed.errors import FedError
-from fed.models.shared_model import Workplace
+from fed.models.shared_model import SharedModel
 from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job, batch_rows
@@ -27,14 +27,14 @@ TRIAL_STEPS, TRIALS = 2, 2  # of which the faster counts
 ENOUGH = 1.1  # two sizes in a row this much slower than the best end the trials: larger ones only get slower
 
 
-class Cohorts:
+class CohortScheduler:
     """Trains a round's clients a cohort at a time; `size` is how many there are in one, None until that is measured."""
 
     def __init__(
-        self, work: Workplace, config: RunConfig, on_event: Callable[[str], object], size: int | None = None
+        self, shared: SharedModel, config: RunConfig, on_event: Callable[[str], object], size: int | None = None
     ) -> None:
         """`size` is what an earlier part of the run settled on, if the configuration leaves it to be measured."""
-        self._work, self._config, self._on_event = work, config, on_event
+        self._work, self._config, self._on_event = shared, config, on_event
         self.size = config.cohort_size or size
         self._token_bytes: dict[int, float] = {}  # of a batch's activations, a column of tokens, by its samples
         self._compiled = CompiledLosses(on_event) if config.cohort_compile else None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fed.data.tables import Split
-from fed.models.shared_model import Workplace
-from fed.seeding import Source, torch_seed
+from fed.models.shared_model import SharedModel
+from fed.seeding import ClientRandom, torch_seed
 from fed.training.losses import client_losses
 from fed.training.memory import SavedTensors, optimizer_bytes
 from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
@@ -30,10 +30,10 @@ class Job(NamedTuple):
     split: Split
     steps: int
     learning_rate: float
-    rng: Source
+    rng: ClientRandom
 
 
-def train(work: Workplace, job: Job, settings: TrainConfig, measure: bool = False) -> ClientUpdate:
+def train(shared: SharedModel, job: Job, settings: TrainConfig, measure: bool = False) -> ClientUpdate:
     """Train the selected modules, and the head if it is to be, on the job's batches of the client's samples.
 
     The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
@@ -41,19 +41,19 @@ def train(work: Workplace, job: Job, settings: TrainConfig, measure: bool = Fals
     Nothing is read from the device before the last step is done. With `measure` the update says what memory training
     took; the first step is watched for that.
     """
-    compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
-    parameters = [*trained_factors(compact, job.start.trained), *work.head.values()]
+    compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in shared.handle.layers.items()}
+    parameters = [*trained_factors(compact, job.start.trained), *shared.head.values()]
     optimizer = make_optimizer(parameters, settings, job.learning_rate)
     order, rng = batch_rows(len(job.split), settings.batch_size, job.steps, job.rng), job.rng
-    total = torch.zeros((), device=work.device)
-    saved = SavedTensors(work.model)
-    work.model.train()
-    with torch_seed(work.device, rng.seed, rng.round, rng.client, "dropout"):
+    total = torch.zeros((), device=shared.device)
+    saved = SavedTensors(shared.model)
+    shared.model.train()
+    with torch_seed(shared.device, rng.seed, rng.round, rng.client, "dropout"):
         for step, rows in enumerate(order):
-            key_dropout(work, rng, step)
+            key_dropout(shared, rng, step)
             optimizer.zero_grad()
             with saved.watching(measure and step == 0):
-                loss = client_losses(work.model, job.split.batch(rows), [len(rows)]).sum()
+                loss = client_losses(shared.model, job.split.batch(rows), [len(rows)]).sum()
             (loss if job.start.penalty is None else loss + tail_penalty(compact, job.start.penalty)).backward()
             if settings.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -61,7 +61,7 @@ def train(work: Workplace, job: Job, settings: TrainConfig, measure: bool = Fals
             total += loss.detach()
     optimizer.zero_grad()
     factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()}
-    head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
+    head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
     taken = Footprint(sum(map(Tensor.numel, parameters)), optimizer_bytes(optimizer), saved.size_bytes)
     return ended_with(job, settings, factors, head, total.item() / job.steps, taken if measure else None)
 
@@ -88,9 +88,9 @@ def ended_with(
     )
 
 
-def key_dropout(work: Workplace, rng: Source, step: int) -> None:
+def key_dropout(shared: SharedModel, rng: ClientRandom, step: int) -> None:
     """Give every layer that drops its seed for one step, keyed by (seed, round, client, step, matrix)."""
-    for matrix, layer in work.handle.layers.items():
+    for matrix, layer in shared.handle.layers.items():
         if layer.dropout:
             layer.dropout_seed = rng.seed_for("lora dropout", step, matrix)
 
@@ -114,25 +114,25 @@ def tail_penalty(factors: Mapping[str, Factors], penalty: TailPenalty) -> Tensor
 
 
 def module_gradients(
-    work: Workplace, server: ServerState, split: Split, batch_size: int, rng: Source
+    shared: SharedModel, server: ServerState, split: Split, batch_size: int, rng: ClientRandom
 ) -> dict[str, Tensor]:
     """Return (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ of all R modules, (R,) fp64 for every matrix, on a client's first batch.
 
     The model is at the server's state and in evaluation mode; nothing is changed.
     """
-    work.load_server(server)
-    work.model.eval()
+    shared.load_server(server)
+    shared.model.eval()
     (rows,) = batch_rows(len(split), batch_size, 1, rng)
-    factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in work.handle.layers.items()}
+    factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in shared.handle.layers.items()}
     flat = [factor for pair in factors.values() for factor in pair]
-    gradients = iter(torch.autograd.grad(client_losses(work.model, split.batch(rows), [len(rows)]).sum(), flat))
+    gradients = iter(torch.autograd.grad(client_losses(shared.model, split.batch(rows), [len(rows)]).sum(), flat))
     return {
         matrix: (next(gradients).double().square().sum(1) + next(gradients).double().square().sum(0)).sqrt().cpu()
         for matrix in factors
     }
 
 
-def fault(update: ClientUpdate) -> str | None:
+def find_fault(update: ClientUpdate) -> str | None:
     """Say what makes an update unusable, its loss or a value that is not finite; None where nothing does."""
     if not math.isfinite(update.loss):
         return f"its training loss is {update.loss}"
@@ -164,7 +164,7 @@ def make_optimizer(
     )
 
 
-def batch_rows(n_samples: int, batch_size: int, steps: int, rng: Source) -> Tensor:
+def batch_rows(n_samples: int, batch_size: int, steps: int, rng: ClientRandom) -> Tensor:
     """Return sample indices (steps, min(batch_size, n_samples)) int64, permutation after permutation."""
     width = min(batch_size, n_samples)
     epochs = math.ceil(steps * width / n_samples)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from plora_kernels.errors import ConfigError, DeviceError, DTypeError, ShapeError
-from plora_kernels.fallback.grouped_linear import Run
-from plora_kernels.fallback.grouped_products import Form, add_product_, own_part
+from plora_kernels.fallback.grouped_linear import EqualGroups
+from plora_kernels.fallback.grouped_products import GroupLayout, add_product_, own_part
 
 
 class GradientMemory:
@@ -33,8 +33,8 @@ class GradientMemory:
         for name, factor, own in zip("AB", self._factors, self._gradients, strict=True):
             _check_fits(name, factor, own)
         self._written = [False, False]
-        self._cuts: dict[tuple[Run, ...], list[_Cut]] = {}
-        self._made: dict[tuple[Run, ...], list[_Cut]] = {}  # in this pass
+        self._cuts: dict[tuple[EqualGroups, ...], list[_GroupWeights]] = {}
+        self._made: dict[tuple[EqualGroups, ...], list[_GroupWeights]] = {}  # in this pass
         self._made_of: tuple[int, ...] = ()
 
     def leaves(self) -> list[Tensor]:
@@ -50,20 +50,22 @@ class GradientMemory:
         self._written[which] = True
         return own
 
-    def weights(self, weight: Tensor, form: Form) -> list[Tensor]:
+    def weights(self, weight: Tensor, layout: GroupLayout) -> list[Tensor]:
         """Return the groups' own weights as leaves, `collect` being told their gradients; made once for all calls."""
         state = tuple(tensor._version for tensor in (weight, *self._factors))
         if state != self._made_of:  # somebody has moved them
             self._made.clear()
             self._made_of = state
-        if form.runs not in self._cuts:
-            self._cuts[form.runs] = [_Cut.of(run, weight, self._factors, self._gradients, form) for run in form.runs]
-        cuts = self._cuts[form.runs]
-        if form.runs not in self._made:
+        if layout.runs not in self._cuts:
+            self._cuts[layout.runs] = [
+                _GroupWeights.of(run, weight, self._factors, self._gradients, layout) for run in layout.runs
+            ]
+        cuts = self._cuts[layout.runs]
+        if layout.runs not in self._made:
             with torch.no_grad():
                 for cut in cuts:
                     cut.make(weight)
-            self._made[form.runs] = cuts
+            self._made[layout.runs] = cuts
         return [cut.leaf for cut in cuts]
 
     def collect(self, gradients: Sequence[Tensor | None], copies: list[tuple[Tensor, Tensor]]) -> bool:
@@ -97,7 +99,7 @@ class GradientMemory:
         return any(begun)
 
 
-class _Cut:
+class _GroupWeights:
     """What belongs to one run of c groups, its own weights among it: views made once, for a small layer is soon done.
 
     All are (c, …), or without that axis for a group alone.
@@ -114,14 +116,14 @@ class _Cut:
 
     @classmethod
     def of(
-        cls, run: Run, weight: Tensor, factors: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None],
-        form: Form,
-    ) -> _Cut:  # fmt: skip
+        cls, run: EqualGroups, weight: Tensor, factors: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor | None, Tensor | None], layout: GroupLayout,
+    ) -> _GroupWeights:  # fmt: skip
         """Cut a layer's factors, gradients' memory and scales for one run; its weights have memory, no values yet."""
-        scales = None if form.scales is None else own_part(form.scales, run)
+        scales = None if layout.scales is None else own_part(layout.scales, run)
         own = [own_part(factor.detach(), run) for factor in factors]
         memory = [None if gradient is None else own_part(gradient, run) for gradient in gradients]
-        return cls(own, memory, form.scale, scales, weight.new_empty(*own[0].shape[:-2], *weight.shape))
+        return cls(own, memory, layout.scale, scales, weight.new_empty(*own[0].shape[:-2], *weight.shape))
 
     def make(self, weight: Tensor) -> None:
         """Write W_g = W + s_g·B_g A_g, (c, N, K), into the weights."""

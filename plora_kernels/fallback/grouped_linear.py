@@ -20,7 +20,7 @@ from torch.nn import functional
 from plora_kernels.counter_rng import keep_mask_of_rows
 
 
-class Run(NamedTuple):
+class EqualGroups(NamedTuple):
     """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`; `whole`: all there are.
 
     A view less counts: beside a small layer's products, a call of torch is not short.
@@ -49,13 +49,13 @@ class Run(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def runs_of(bounds: tuple[int, ...]) -> tuple[Run, ...]:
+def equal_groups(bounds: tuple[int, ...]) -> tuple[EqualGroups, ...]:
     """Cut groups, given by their bounds (C+1), into runs of equal size."""
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
     runs, first = [], 0
     for size, same in itertools.groupby(sizes):
         last = first + len(list(same))
-        runs.append(Run(first, last, bounds[first], size, last - first == len(sizes)))
+        runs.append(EqualGroups(first, last, bounds[first], size, last - first == len(sizes)))
         first = last
     return tuple(runs)
 
@@ -79,7 +79,7 @@ def _factors(lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tenso
     return A, B if scales is None else B * scales.to(B.dtype)[:, None, None]
 
 
-def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[Run]) -> Tensor:
+def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[EqualGroups]) -> Tensor:
     """Return rows · down (M, W) for down (C, D, W), zero at places without a module even where a row holds infinity."""
     side = rows.new_empty(rows.shape[0], down.shape[2])
     for run in runs:
@@ -135,7 +135,7 @@ def forward(
     """
     applied = None if frozen else index  # frozen modules all enter y
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = runs_of(tuple(bounds))
+    runs = equal_groups(tuple(bounds))
     y = functional.linear(x, weight, bias)
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
@@ -176,7 +176,7 @@ def backward(
     """
     applied = None if frozen else index
     A, B = _factors(lora_A, lora_B, applied, scales)
-    runs = runs_of(tuple(bounds))
+    runs = equal_groups(tuple(bounds))
     d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     factor = scale if kept is None else scale / (1 - dropout_p)
@@ -217,7 +217,7 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: 
     return out
 
 
-def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[Run], groups: int, scale: float) -> Tensor:
+def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[EqualGroups], groups: int, scale: float) -> Tensor:
     """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D): zero for a group without rows."""
     out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
     for run in runs:
@@ -230,7 +230,7 @@ def _input_gradient(
     weight: Tensor,
     ds: Tensor,
     A: Tensor,
-    runs: Sequence[Run],
+    runs: Sequence[EqualGroups],
     scale: float,
     factor: float,
     kept: Tensor | None,

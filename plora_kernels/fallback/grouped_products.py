@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from plora_kernels.backend import runs_kernels
-from plora_kernels.dispatch import _rows, refused_twice, shaped_as
-from plora_kernels.fallback.grouped_linear import Run, runs_of
+from plora_kernels.dispatch import _rows, no_double_backward, shaped_as
+from plora_kernels.fallback.grouped_linear import EqualGroups, equal_groups
 
 THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
 LARGEST = 2**18  # elements of a weight that groups may have of their own: there is one base, whatever the ranks
@@ -33,17 +33,17 @@ class Memory(Protocol):
     def place(self, which: int) -> Tensor:
         """Return memory for a gradient of A (0) or B (1)."""
 
-    def weights(self, weight: Tensor, form: Form) -> list[Tensor]:
+    def weights(self, weight: Tensor, layout: GroupLayout) -> list[Tensor]:
         """Return the groups' own weights, differentiated by what is asked of them."""
 
 
-class Form(NamedTuple):
+class GroupLayout(NamedTuple):
     """What is known before any row is seen: the groups, s, the groups' own scales times s, and the gradients' memory.
 
     scales: (C, 1, 1) in the tensors' dtype, or None.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[EqualGroups, ...]
     scale: float
     scales: Tensor | None
     memory: Memory | None
@@ -52,21 +52,21 @@ class Form(NamedTuple):
     def of(
         cls, bounds: tuple[int, ...], scale: float, scales: Tensor | None, like: Tensor,
         memory: Memory | None = None,
-    ) -> Form:  # fmt: skip
+    ) -> GroupLayout:  # fmt: skip
         """Return the form of groups with C+1 bounds; scales (C,) or None are cast as `like`."""
         own = None if scales is None else scales.to(like)[:, None, None]
-        return cls(runs_of(bounds), scale, own, memory)
+        return cls(equal_groups(bounds), scale, own, memory)
 
     def gradient(self, which: int, factor: Tensor) -> Tensor:
         """Return memory for the gradient of A (0) or B (1)."""
         return torch.empty_like(factor) if self.memory is None else self.memory.place(which)
 
-    def scaled(self, groups: Tensor, run: Run) -> Tensor:
+    def scaled(self, groups: Tensor, run: EqualGroups) -> Tensor:
         """Return what belongs to the groups of a run times their own scales, without s."""
         return groups if self.scales is None else groups * own_part(self.scales, run)
 
 
-def takes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+def supports(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Say whether `linear` computes these operands, whose shapes fit: full precision, and no kernels take them.
 
     In half precision W_g would lose what is added to it, and small batched products are rounded after every step.
@@ -77,10 +77,10 @@ def takes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 def serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, dropout_p: float) -> bool:
     """Say whether plain products compute these operands, whose shapes fit: all modules train, none is dropped."""
-    return index is None and not dropout_p and takes(x, weight, lora_A, lora_B)
+    return index is None and not dropout_p and supports(x, weight, lora_A, lora_B)
 
 
-def pays(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
+def group_weights_are_cheaper(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
     """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
 
     Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and its
@@ -95,24 +95,24 @@ def pays(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
 class ProductPlan(NamedTuple):
     """How plain products compute one layer at one shape of x: by the groups' own weights, or by their factors."""
 
-    form: Form
+    layout: GroupLayout
     by_weights: bool
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, rank: int, form: Form, groups: int) -> ProductPlan:
+    def of(cls, x: Tensor, weight: Tensor, rank: int, layout: GroupLayout, groups: int) -> ProductPlan:
         """Return the faster of the two for x (…, K), of so many groups with R modules each."""
-        return cls(form, pays(math.prod(x.shape[:-1]), groups, weight, rank))
+        return cls(layout, group_weights_are_cheaper(math.prod(x.shape[:-1]), groups, weight, rank))
 
     def apply(self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (…, N) for x (…, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,) or None."""
         if not self.by_weights:
-            return by_factors(x, weight, lora_A, lora_B, bias, self.form)
-        memory = self.form.memory
+            return by_factors(x, weight, lora_A, lora_B, bias, self.layout)
+        memory = self.layout.memory
         if memory is not None and torch.is_grad_enabled():
-            weights = memory.weights(weight, self.form)
+            weights = memory.weights(weight, self.layout)
         else:
-            weights = own_weights(weight, lora_A, lora_B, self.form)
-        return by_weights(x, weights, bias, self.form)
+            weights = own_weights(weight, lora_A, lora_B, self.layout)
+        return by_weights(x, weights, bias, self.layout)
 
 
 def traced(
@@ -130,35 +130,37 @@ def traced(
     scaled = lora_B * scale
     if scales is not None:
         scaled = scaled * scales.to(scaled.dtype)[:, None, None]
-    if pays(math.prod(x.shape[:-1]), lora_A.shape[0], weight, lora_A.shape[1]):
+    if group_weights_are_cheaper(math.prod(x.shape[:-1]), lora_A.shape[0], weight, lora_A.shape[1]):
         return product(x, torch.baddbmm(weight, scaled, lora_A).mT, bias)
     low = product(product(x, lora_A.mT, None), scaled.mT, None)
     return functional.linear(x, weight, bias) + low
 
 
-def by_factors(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+def by_factors(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
+) -> Tensor:
     """Return y (…, N) by the base product over all rows and products of rank R beside it, one node of the graph."""
-    y: Tensor = _ByFactors.apply(x, weight, lora_A, lora_B, bias, form)
+    y: Tensor = _ByFactors.apply(x, weight, lora_A, lora_B, bias, layout)
     return y
 
 
-def own_weights(weight: Tensor, lora_A: Tensor, lora_B: Tensor, form: Form) -> list[Tensor]:
+def own_weights(weight: Tensor, lora_A: Tensor, lora_B: Tensor, layout: GroupLayout) -> list[Tensor]:
     """Return W_g = W + s_g·B_g A_g for each run of c groups, (c, N, K), and (N, K) for a group alone."""
-    scaled = lora_B if form.scales is None else lora_B * form.scales
+    scaled = lora_B if layout.scales is None else lora_B * layout.scales
     return [
         (torch.addmm if run.is_alone else torch.baddbmm)(
-            weight, own_part(scaled, run), own_part(lora_A, run), alpha=form.scale
+            weight, own_part(scaled, run), own_part(lora_A, run), alpha=layout.scale
         )
-        for run in form.runs
+        for run in layout.runs
     ]
 
 
-def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
+def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, layout: GroupLayout) -> Tensor:
     """Return y (…, N) by the groups' own weights, `own_weights`: for small layers."""
-    if form.runs[0].is_alone and form.runs[0].whole:
+    if layout.runs[0].is_alone and layout.runs[0].whole:
         return functional.linear(x, weights[0], bias)
     rows, parts = _rows(x), []
-    for run, own in zip(form.runs, weights, strict=True):
+    for run, own in zip(layout.runs, weights, strict=True):
         part = _part(rows, run)
         if run.is_alone:
             parts.append(functional.linear(part, own, bias))
@@ -174,54 +176,54 @@ class _ByFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, form: Form
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
     ) -> Tensor:
         rows = _rows(x)
         y = functional.linear(rows, weight, bias)
         s = rows.new_empty(rows.shape[0], lora_A.shape[1])  # (M, R)
-        for run in form.runs:
+        for run in layout.runs:
             part = _part(s, run)
             add_product_(part, _part(rows, run), own_part(lora_A, run).mT, beta=0)
-            add_product_(_part(y, run), form.scaled(part, run), own_part(lora_B, run).mT, alpha=form.scale)
+            add_product_(_part(y, run), layout.scaled(part, run), own_part(lora_B, run).mT, alpha=layout.scale)
         ctx.save_for_backward(x, weight, lora_A, lora_B, s)
-        ctx.form = form
+        ctx.layout = layout
         return shaped_as(x, y)
 
     @staticmethod
-    @refused_twice
+    @no_double_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
-        form, dy_rows, rows = ctx.form, _rows(dy), _rows(x)
+        layout, dy_rows, rows = ctx.layout, _rows(dy), _rows(x)
         d_x = dy_rows @ weight if need_x else None
-        d_A = form.gradient(0, lora_A) if need_A else None
-        d_B = form.gradient(1, lora_B) if need_B else None
+        d_A = layout.gradient(0, lora_A) if need_A else None
+        d_B = layout.gradient(1, lora_B) if need_B else None
         ds = torch.empty_like(s)  # (M, R)
-        for run in form.runs:
+        for run in layout.runs:
             part, dy_part = _part(ds, run), _part(dy_rows, run)
             if need_x or need_A:
                 add_product_(part, dy_part, own_part(lora_B, run), beta=0)
             if d_x is not None:
-                add_product_(_part(d_x, run), form.scaled(part, run), own_part(lora_A, run), alpha=form.scale)
+                add_product_(_part(d_x, run), layout.scaled(part, run), own_part(lora_A, run), alpha=layout.scale)
             if d_A is not None:
-                add_product_(own_part(d_A, run), part.mT, _part(rows, run), beta=0, alpha=form.scale)
+                add_product_(own_part(d_A, run), part.mT, _part(rows, run), beta=0, alpha=layout.scale)
             if d_B is not None:
-                add_product_(own_part(d_B, run), dy_part.mT, _part(s, run), beta=0, alpha=form.scale)
+                add_product_(own_part(d_B, run), dy_part.mT, _part(s, run), beta=0, alpha=layout.scale)
         for gradient in (d_A, d_B):
-            if gradient is not None and form.scales is not None:
-                gradient.mul_(form.scales)
+            if gradient is not None and layout.scales is not None:
+                gradient.mul_(layout.scales)
         d_bias = dy_rows.sum(0) if need_bias else None
         return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
 
 
-def _part(rows: Tensor, run: Run) -> Tensor:
+def _part(rows: Tensor, run: EqualGroups) -> Tensor:
     """Return the rows of a run's groups, (c, m, D), or (m, D) of a group alone, whose products then are torch's own."""
     if not run.is_alone:
         return run.of(rows)
     return rows if run.whole else rows.narrow(0, run.row, run.size)
 
 
-def own_part(groups: Tensor, run: Run) -> Tensor:
+def own_part(groups: Tensor, run: EqualGroups) -> Tensor:
     """Return a run's part of (C, …), or the tensor of a group alone."""
     return groups[run.first] if run.is_alone else run.among(groups)
 

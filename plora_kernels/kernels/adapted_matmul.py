@@ -25,10 +25,10 @@ from plora_kernels.kernels.tile_matmul import tile_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     ALGEBRA_DESIGNS,
+    PERSISTENT_DESIGNS,
     POINTER_DESIGNS,
     SIDE_FIRST,
     SIDE_WITHIN,
-    WALKING_DESIGNS,
     MatmulBlocks,
 )
 from plora_kernels.tuning.defaults import pointer_blocks
@@ -47,7 +47,7 @@ def find_matmul_blocks(
     """
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
-    if drop_out is not None or (blocks.design in WALKING_DESIGNS and not _takes_walking(inputs, main)):
+    if drop_out is not None or (blocks.design in PERSISTENT_DESIGNS and not _takes_walking(inputs, main)):
         return _pointer_blocks(inputs, main, width, drop_out)
     return blocks
 
@@ -81,7 +81,7 @@ def adapted_matmul(
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
         # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
         few = by_algebra and drop_in is None and rows <= FEW_ROWS
-        leads = blocks.dependent and blocks.design in WALKING_DESIGNS
+        leads = blocks.dependent and blocks.design in PERSISTENT_DESIGNS
         side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
     if by_algebra and side is not None:
         if blocks.design == "algebra_first":
@@ -103,7 +103,7 @@ def adapted_matmul(
             specialised_matmul(out, side, inputs, main, up, bias=bias, scale=scale, blocks=blocks)
             return out, side
         blocks = replace(blocks, design="two_launch", num_warps=8)
-    if blocks.design in WALKING_DESIGNS:
+    if blocks.design in PERSISTENT_DESIGNS:
         persistent_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,

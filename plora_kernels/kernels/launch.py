@@ -108,9 +108,9 @@ def _may_use_tf32() -> bool:
 
     Where torch has `fp32_precision` the older flag must not be asked: it raises once the newer one was set.
     """
-    asked = (getattr(place, "fp32_precision", "") for place in (torch.backends.cuda.matmul, torch.backends))
-    said = next((precision for precision in asked if precision != "none"), "none")
-    return said == "tf32" if said else torch.backends.cuda.matmul.allow_tf32
+    settings = (getattr(place, "fp32_precision", "") for place in (torch.backends.cuda.matmul, torch.backends))
+    precision = next((precision for precision in settings if precision != "none"), "none")
+    return precision == "tf32" if precision else torch.backends.cuda.matmul.allow_tf32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ from plora_kernels.kernels.launch import Dropout
 from plora_kernels.kernels.output_gradient import output_gradient_
 from plora_kernels.kernels.replay import empty, replayed, zeros
 from plora_kernels.kernels.side_product import side_product
-from plora_kernels.tuning.blocks import SIDE_FIRST, WALKING_DESIGNS
+from plora_kernels.tuning.blocks import PERSISTENT_DESIGNS, SIDE_FIRST
 
 
 def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Dropout | None:
@@ -100,7 +100,7 @@ def backward(
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale, leads=leads)
     if blocks is not None:
         places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
-        walks = blocks.gradient_beside and blocks.design in WALKING_DESIGNS
+        walks = blocks.gradient_beside and blocks.design in PERSISTENT_DESIGNS
         if walks and d_lora_A is not None and places * d_lora_A.numel() > 0:
             # Programs that walk and have no tile in the last round leave their multiprocessors to dA.
             beside = plan_sums(d_lora_A, x, places, dropout=dropout)

@@ -256,7 +256,7 @@ def replayed(function: F) -> F:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        state, first = lookup.tables_state(), arguments[0]
+        state, first = lookup.tables_generation(), arguments[0]
         if not isinstance(first, Tensor):
             first = first[0]
         if state is None or first.is_meta:

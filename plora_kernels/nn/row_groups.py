@@ -15,8 +15,8 @@ from plora_kernels.dispatch import _watched, refuse_transforms
 from plora_kernels.errors import ConfigError, ShapeError
 from plora_kernels.fallback import grouped_products
 from plora_kernels.fallback.gradient_memory import GradientMemory
-from plora_kernels.fallback.grouped_linear import runs_of
-from plora_kernels.fallback.grouped_products import Form, ProductPlan
+from plora_kernels.fallback.grouped_linear import equal_groups
+from plora_kernels.fallback.grouped_products import GroupLayout, ProductPlan
 from plora_kernels.functional import grouped_with_index
 from plora_kernels.tile_tables import keep_tables
 
@@ -40,7 +40,7 @@ class RowGroups:
         if lengths is not None and len(lengths) != len(sizes):
             raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
         self.sizes, self.samples = tuple(sizes), sum(sizes)
-        self._runs = runs_of((0, *itertools.accumulate(sizes)))
+        self._runs = equal_groups((0, *itertools.accumulate(sizes)))
         # A tensor, for a compiler takes every other list of lengths for something new.
         self._numbers = None if lengths is None or len(set(lengths)) == 1 else _numbered(sizes, lengths)
         self._offsets: dict[tuple[int, torch.device], Tensor] = {}
@@ -211,8 +211,8 @@ class GroupModules:
         """Return how plain products compute y, None where the operator has to run."""
         if not self._is_plain(x, weight):
             return None
-        form = Form.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
-        return ProductPlan.of(x, weight, self.lora_A.shape[1], form, len(self.rows))
+        layout = GroupLayout.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
+        return ProductPlan.of(x, weight, self.lora_A.shape[1], layout, len(self.rows))
 
 
 def group_gradients(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plora_kernels.backend import FallingBack, runs_kernels
+from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.dispatch import _watched
 from plora_kernels.fallback import fold as fallback
 
@@ -30,7 +30,7 @@ def _fold_together(jobs: Sequence[Job]) -> None:
     from plora_kernels.kernels.fold_many import batches, fold_batch
 
     for batch in batches(jobs):
-        with FallingBack("many folds", batch[0][0]):
+        with fallback_to_torch("many folds", batch[0][0]):
             fold_batch(batch)
             continue
         for job in batch:
@@ -80,7 +80,7 @@ def _fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     if runs_kernels(weight):
-        with FallingBack("the fold", weight):
+        with fallback_to_torch("the fold", weight):
             from plora_kernels.kernels import fold as kernels
 
             return kernels.fold(weight, lora_A, lora_B, index, scale, seed, out)

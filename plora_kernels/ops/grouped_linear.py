@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_kernels.backend import FallingBack, runs_kernels
+from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.checks import host_bounds
 from plora_kernels.dispatch import (
     Gradients,
@@ -64,7 +64,7 @@ def _run_forward(
     operands, form = (x, weight, lora_A, lora_B, bias, index), (scales, scale, frozen, keep_s)
     bounds = host_bounds(offsets, x.shape[0]) if offsets.device.type == "cpu" else None
     if runs_kernels(x):
-        with FallingBack("the grouped forward", x):
+        with fallback_to_torch("the grouped forward", x):
             from plora_kernels.kernels import grouped_linear as kernels
 
             return kernels.forward(*operands, offsets, *form, *dropout)
@@ -89,7 +89,7 @@ def _run_backward(
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     operands, form = (dy, x, weight, lora_A, lora_B, s, index), (scales, scale, frozen)
     if runs_kernels(dy):
-        with FallingBack("the grouped backward", dy):
+        with fallback_to_torch("the grouped backward", dy):
             from plora_kernels.kernels import grouped_linear as kernels
 
             d_x, d_lora_A, d_lora_B = kernels.backward(*operands, offsets, *form, *rest)
@@ -259,7 +259,7 @@ def linear(
     operands = x, weight, lora_A, lora_B
     if grouped_products.serves(*operands, index, dropout_p) and not _watched(*operands):
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))
-        form = grouped_products.Form.of(bounds, scale, scales, x)
+        form = grouped_products.GroupLayout.of(bounds, scale, scales, x)
         return grouped_products.ProductPlan.of(x, weight, lora_A.shape[1], form, lora_A.shape[0]).apply(*operands, bias)
     keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     arguments = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_kernels.backend import FallingBack, runs_kernels
+from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.dispatch import (
     Gradients,
     _library,
@@ -46,7 +46,7 @@ def _places(lora_A: Tensor, index: Tensor | None, frozen: bool) -> int:
 def _run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` of rows x (M, K) by the kernels or by torch."""
     if runs_kernels(x):
-        with FallingBack("the forward", x):
+        with fallback_to_torch("the forward", x):
             from plora_kernels.kernels import linear as kernels
 
             return kernels.forward(x, *arguments)
@@ -56,7 +56,7 @@ def _run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dx, dA, dB)` of rows dy (M, N) by the kernels or by torch."""
     if runs_kernels(dy):
-        with FallingBack("the backward", dy):
+        with fallback_to_torch("the backward", dy):
             from plora_kernels.kernels import linear as kernels
 
             d_x, d_lora_A, d_lora_B = kernels.backward(dy, *arguments)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plora_kernels.backend import FallingBack, runs_kernels
+from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.dispatch import _rows, is_recorded, shaped_as
 from plora_kernels.fallback import linear as fallback
 from plora_kernels.fallback.linear import _scaled_product, _scatter
@@ -60,7 +60,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
     """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
     rows = _rows(x)
     if runs_kernels(x):
-        with FallingBack("joint projections", x):
+        with fallback_to_torch("joint projections", x):
             from plora_kernels.kernels import projections_forward as kernels
 
             weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
@@ -72,7 +72,7 @@ def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
     """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
     if runs_kernels(parts[0].dy):
-        with FallingBack("the joint input gradient", parts[0].dy):
+        with fallback_to_torch("the joint input gradient", parts[0].dy):
             from plora_kernels.kernels import projections_backward as kernels
 
             return kernels.input_gradient(*zip(*parts, strict=True))
@@ -90,7 +90,7 @@ def _factor_gradients(
     """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
     _, lora_A, lora_B, _, scale, index = operands
     if runs_kernels(dy):
-        with FallingBack("the factor gradients", dy):
+        with fallback_to_torch("the factor gradients", dy):
             from plora_kernels.kernels import projections_backward as kernels
 
             return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)

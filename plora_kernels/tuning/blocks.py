@@ -21,9 +21,9 @@ from dataclasses import dataclass
 #                    written once more and half precision rounded once more, but where that is fastest it is
 #   algebra_first    the same with the low-rank part made first and torch's matmul added to it
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-WALKING_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
+PERSISTENT_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
 ALGEBRA_DESIGNS = ("algebra", "algebra_first")
-KERNEL_DESIGNS = (*POINTER_DESIGNS, *WALKING_DESIGNS)
+KERNEL_DESIGNS = (*POINTER_DESIGNS, *PERSISTENT_DESIGNS)
 DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
 # Those that start with a launch of the side product, which in the backward gives dB as well.
 SIDE_FIRST = ("tile_two_launch", "two_launch", "specialised", *ALGEBRA_DESIGNS)
@@ -200,7 +200,7 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
             depth = blocks.block_k + (blocks.block_r if blocks.design == "specialised" else 0)
             elements = depth * (blocks.block_m + blocks.block_n) + blocks.block_k * side
-            beside = blocks.block_m * blocks.block_n // 2 if blocks.design in WALKING_DESIGNS else 0
+            beside = blocks.block_m * blocks.block_n // 2 if blocks.design in PERSISTENT_DESIGNS else 0
             if blocks.overlap == "flatten":
                 elements += blocks.block_r * (blocks.block_m + blocks.block_n)
             elif blocks.overlap == "early":

@@ -14,9 +14,9 @@ from plora_kernels.tuning.blocks import (
     KERNEL_DESIGNS,
     LAYER_OPS,
     OVERLAPS,
+    PERSISTENT_DESIGNS,
     POINTER_DESIGNS,
     SIDE_FIRST,
-    WALKING_DESIGNS,
     Blocks,
     FoldBlocks,
     GradientBlocks,
@@ -90,10 +90,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
             continue
         # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
         large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
-        if design in WALKING_DESIGNS and not hardware.is_hopper and block_m * block_n > 128 * 128:
+        if design in PERSISTENT_DESIGNS and not hardware.is_hopper and block_m * block_n > 128 * 128:
             continue  # the accumulators of sm_100 have a memory of their own, which more than one of these may overflow
         small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
-        if design in WALKING_DESIGNS and small:
+        if design in PERSISTENT_DESIGNS and small:
             continue
         if design == "specialised":
             # Two groups of warps multiply 64 rows each.
@@ -104,10 +104,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         # A side product lies in registers beside the tile: half of it at a time may leave it room, and a large tile of
         # walking programs leaves no room for more.
-        halves = {tile(shape.r, 16), narrow} if design in WALKING_DESIGNS else {narrow, wide}
+        halves = {tile(shape.r, 16), narrow} if design in PERSISTENT_DESIGNS else {narrow, wide}
         for block_r in sorted(halves) if design != "tile" else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
-            yield from _walking_variants(shape, hardware, blocks) if design in WALKING_DESIGNS else (blocks,)
+            yield from _walking_variants(shape, hardware, blocks) if design in PERSISTENT_DESIGNS else (blocks,)
 
 
 def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:

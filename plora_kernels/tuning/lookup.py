@@ -32,8 +32,8 @@ _generation = 0
 def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
     """Return the blocks, of the class `kind`, that a launch of this shape takes on a device.
 
-    In this order: what `forcing` says; the nearest entry of the user's table for the device, of the packaged one, or of
-    the packaged table of the device most like it; the default. Tables hold aligned shapes alone.
+    In this order: what `override_blocks` says; the nearest entry of the user's table for the device, of the packaged
+    one, or of the packaged table of the device most like it; the default. Tables hold aligned shapes alone.
     """
     blocks = _forced.get(shape.op) or _chosen(shape, device, aligned)
     if _taken is not None:
@@ -44,7 +44,7 @@ def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned:
 
 
 @contextmanager
-def forcing(blocks: Mapping[str, Blocks]) -> Iterator[None]:
+def override_blocks(blocks: Mapping[str, Blocks]) -> Iterator[None]:
     """Let every launch of the named ops take these blocks: the way in for the tuner and for tests."""
     before = dict(_forced)
     _forced.update(blocks)
@@ -56,7 +56,7 @@ def forcing(blocks: Mapping[str, Blocks]) -> Iterator[None]:
 
 
 @contextmanager
-def noting() -> Iterator[dict[str, Blocks]]:
+def record_blocks() -> Iterator[dict[str, Blocks]]:
     """Yield a dictionary that receives the blocks of every op launched meanwhile, those of its last launch."""
     global _taken
     before, _taken = _taken, {}
@@ -92,7 +92,7 @@ def table_paths(name: str) -> tuple[Path, Path]:
     return user_folder() / file, PACKAGED / file
 
 
-def tables_state() -> int | None:
+def tables_generation() -> int | None:
     """Return a number that changes whenever launches may take other blocks; None while they are forced or noted."""
     return None if _forced or _taken is not None else _generation
 

@@ -56,7 +56,7 @@ def test_designs_are_within_the_bound(design: str, size: tuple[int, int, int, in
     backward = first_of(design, ShapeClass("input_gradient", name, rows, n, k, rank))
     if forward is None or backward is None:
         pytest.skip(f"{design} is no candidate here")
-    with lookup.forcing({"forward": forward, "input_gradient": backward}):
+    with lookup.override_blocks({"forward": forward, "input_gradient": backward}):
         for form in ("folded", "frozen"):
             mask = random_mask(rank, rank).cuda()
             check(make_problem(rows, k, n, rank, dtype, mask=mask, unselected=form, device="cuda"))
@@ -82,7 +82,7 @@ def test_every_way_to_overlap_is_within_the_bound() -> None:
     for rank in (16, 40):
         for op, sizes in (("forward", (k, n)), ("input_gradient", (n, k))):
             for blocks in overlapping(op, rows, *sizes, rank):
-                with lookup.forcing({op: blocks}):
+                with lookup.override_blocks({op: blocks}):
                     for form in (None, "frozen"):
                         mask = None if form is None else random_mask(rank, rank).cuda()
                         unselected = form or "folded"
@@ -105,9 +105,9 @@ def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
     for blocks in ways:
         for turn in range(30):
             problem.dy.copy_(torch.randn_like(problem.dy))
-            with lookup.forcing({"input_gradient": replace(blocks, dependent=False, gradient_beside=False)}):
+            with lookup.override_blocks({"input_gradient": replace(blocks, dependent=False, gradient_beside=False)}):
                 expected = run(problem)
-            with lookup.forcing({"input_gradient": blocks}):
+            with lookup.override_blocks({"input_gradient": blocks}):
                 found = run(problem)
             for one, other in zip(found, expected, strict=True):
                 assert one is None or torch.equal(one, other), (blocks, turn)
@@ -121,7 +121,7 @@ def test_side_tiles_within_a_launch_on_many_streams_at_once(design: str) -> None
     if blocks is None:
         pytest.skip(f"{design} is no candidate here")
     problem = make_problem(4096, 1024, 1024, 16, torch.bfloat16, device="cuda")
-    with lookup.forcing({"forward": blocks}), torch.no_grad():
+    with lookup.override_blocks({"forward": blocks}), torch.no_grad():
         arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B)
         expected = pk.plora_linear(*arguments)
         torch.cuda.synchronize()
@@ -153,7 +153,7 @@ def test_a_graph_replays_the_step(design: str) -> None:
     if None in forced.values():
         pytest.skip(f"{design} is no candidate here")
     leaves = (x, layer.lora_A, layer.lora_B)
-    with lookup.forcing(forced):
+    with lookup.override_blocks(forced):
         expected = torch.autograd.grad(layer(x).float().square().sum(), leaves)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):

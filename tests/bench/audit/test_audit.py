@@ -16,7 +16,14 @@ from bench.audit.jobs import Job, table_jobs
 from bench.audit.machine_code import LIMITS, Usage, is_trap, resident_blocks
 from bench.audit.offline import TARGETS, Launch
 from bench.checks.designs import Shape, design_blocks, design_ways
-from plora_kernels.tuning.blocks import DESIGNS, KERNEL_DESIGNS, WALKING_DESIGNS, FoldBlocks, MatmulBlocks, ShapeClass
+from plora_kernels.tuning.blocks import (
+    DESIGNS,
+    KERNEL_DESIGNS,
+    PERSISTENT_DESIGNS,
+    FoldBlocks,
+    MatmulBlocks,
+    ShapeClass,
+)
 from plora_kernels.tuning.tables import Entry, save_table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -149,7 +156,7 @@ def test_designs_are_compiled_with_tiles_that_their_dtype_can_hold(dtype: str, t
 def test_every_way_to_overlap_is_audited() -> None:
     ways = [
         way
-        for design in WALKING_DESIGNS
+        for design in PERSISTENT_DESIGNS
         for way in design_ways(design, Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_90"].hardware)
     ]
     assert ways == [

@@ -27,7 +27,7 @@ from bench.simulation.cases import (
     SimulationCase,
     simulation_cases,
 )
-from bench.simulation.measure import Yardstick, measure
+from bench.simulation.measure import ReferenceGradients, measure
 from bench.simulation.models import HEADS, adapted_names, build_model, sharing_weights
 from bench.simulation.problem import Problem, Trainer, Values, make_problem
 from bench.simulation.providers import COMPILED, PROVIDERS, TRAINERS, BareBase, providers_of
@@ -261,7 +261,7 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_yardstick_by_hand() -> None:
     exact_values = [{"a": torch.tensor([3.0, 4.0], dtype=torch.float64)}]
     plain = [{"a": torch.tensor([3.0, 4.0005])}]
-    yardstick = Yardstick(exact_values, plain)
+    yardstick = ReferenceGradients(exact_values, plain)
     assert yardstick.bounds == pytest.approx({"Frobenius": 2e-4, "max": 2.5e-4}, rel=1e-3)
     yardstick.check("near", [{"a": torch.tensor([3.0, 4.0009])}])
     with pytest.raises(WrongResultError, match=r"far: the gradients of client 0 are off by 0\.00022 in rel"):
@@ -271,7 +271,7 @@ def test_the_yardstick_by_hand() -> None:
             yardstick.check("other", other)
     with pytest.raises(WrongResultError, match="gradients of 2 clients, not of 1"):
         yardstick.check("more", exact_values * 2)
-    assert Yardstick(exact_values, [{"a": torch.tensor([3.0, 4.0])}]).bounds["max"] == 4 * 2.0**-23
+    assert ReferenceGradients(exact_values, [{"a": torch.tensor([3.0, 4.0])}]).bounds["max"] == 4 * 2.0**-23
 
 
 def test_the_cases_are_those_of_the_plan() -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from fed import console
-from fed.console import Board, duration
+from fed.console import ComparisonProgress, duration
 from fed.experiments import plan as plans
 from tests.support.saved_runs import make_row
 
 
-def play(cells: list[plans.Cell], already: int) -> Board:
-    with Board(cells, already) as shown:
-        shown.tell(cells[0], "base", "making the base model of seed 0")
+def play(cells: list[plans.Cell], already: int) -> ComparisonProgress:
+    with ComparisonProgress(cells, already) as shown:
+        shown.on_event(cells[0], "base", "making the base model of seed 0")
         for number in range(3):
-            shown.tell(cells[0], "row", make_row(number))
-        shown.tell(cells[0], "event", "round 2: client 3 is left out")
-        shown.tell(cells[0], "finished", make_row(2))
-        shown.tell(cells[1], "row", make_row(0))
-        shown.tell(cells[1], "failed", "no such file")
+            shown.on_event(cells[0], "row", make_row(number))
+        shown.on_event(cells[0], "event", "round 2: client 3 is left out")
+        shown.on_event(cells[0], "finished", make_row(2))
+        shown.on_event(cells[1], "row", make_row(0))
+        shown.on_event(cells[1], "failed", "no such file")
     return shown
 
 

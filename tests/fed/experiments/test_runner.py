@@ -17,7 +17,7 @@ import fed.simulation.simulate
 from fed.cli import main
 from fed.errors import FedError
 from fed.experiments import plan as plans
-from fed.experiments.runner import Workbench, check
+from fed.experiments.runner import SharedInputs, check
 from tests.support.command_line import Outcome, rows_of, without_times
 from tests.support.text_data import PROMPT, instructions, write_rows
 
@@ -189,7 +189,7 @@ def test_what_there_is_to_say_of_the_data_is_said_once(tmp_path: Path, llama: Pa
     source, methods = tmp_path / "empty.toml", ("fed-plora", "flora", "fedit@2")
     asked = plans.request(source, (f"model.path={llama}", *data, *short), methods, (0, 1))
     said: list[str] = []
-    check(plans.plan(asked).cells, Workbench(tmp_path / "out"), said.append)
+    check(plans.plan(asked).cells, SharedInputs(tmp_path / "out"), said.append)
     assert said == ["12 of 12 rows have more than data.max_length (12) tokens and are cut"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fed import methods
 from fed.methods.low_rank import principal_modules
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.simulation.noise import agg_noise, agg_noise_module
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Options, ServerState, Stack
 from tests.support.dense import held, mean_of_products
@@ -42,7 +42,7 @@ def start_and_update(name: str, server: ServerState, ranks: list[int]) -> tuple[
     method, starts, updates = methods.find(name), [], []
     for number, rank in enumerate(ranks):
         client = Client(number, rank, n_samples=1, last_round=server.round)
-        starts.append(method.start(server, client, Source(1, server.round + 1, number)))
+        starts.append(method.start(server, client, ClientRandom(1, server.round + 1, number)))
         update = make_update(starts[-1], client, seed=number + 10 * server.round, weight=1.0 + number)
         updates.append(method.finish(server, starts[-1], update))
     return starts, updates
@@ -60,14 +60,14 @@ def test_flora_by_hand() -> None:
 
 def test_flora_starts_fresh_factors_each_round_on_a_scale_of_the_clients_rank() -> None:
     client, method = Client(4, rank=1, n_samples=1), methods.find("flora")
-    first, second = (method.start(replace(BEFORE, round=n), client, Source(0, n + 1, 4)) for n in (0, 1))
+    first, second = (method.start(replace(BEFORE, round=n), client, ClientRandom(0, n + 1, 4)) for n in (0, 1))
     A, B = first.factors["m"]
     assert (A.shape, B.tolist(), first.scale, first.received) == ((1, 2), [[0.0]], 4.0, "")
     assert A.abs().max() <= 2**-0.5
     assert not torch.equal(A, second.factors["m"][0])
-    assert torch.equal(A, method.start(BEFORE, client, Source(0, 1, 4)).factors["m"][0])
+    assert torch.equal(A, method.start(BEFORE, client, ClientRandom(0, 1, 4)).factors["m"][0])
     stabilised = replace(BEFORE, adapter=replace(BEFORE.adapter, rank_stabilized=True))
-    assert method.start(stabilised, client, Source(0, 1, 4)).scale == pytest.approx(2.0 * 2**0.5)
+    assert method.start(stabilised, client, ClientRandom(0, 1, 4)).scale == pytest.approx(2.0 * 2**0.5)
 
 
 def test_flexlora_by_hand() -> None:
@@ -98,7 +98,7 @@ def test_hetlora_by_hand(weighting: str) -> None:
 def test_hetlora_gives_the_first_modules_and_prunes_a_shrinking_tail() -> None:
     server = server_of([[1.0], [1.0], [1.0]], [[5.0, 5.0, 5.0]], options=Options(hetlora_prune=True))
     client, method = Client(0, rank=3, n_samples=1), methods.find("hetlora")
-    start = method.start(server, client, Source(0, 1, 0))
+    start = method.start(server, client, ClientRandom(0, 1, 0))
     assert start.penalty is not None
     assert (start.penalty.first, start.penalty.weight) == (2, 1e-3)
     grown = update_of(0, [[1.0], [1.0], [1.1]], [[5.0, 5.0, 5.0]], 1.0)
@@ -107,9 +107,9 @@ def test_hetlora_gives_the_first_modules_and_prunes_a_shrinking_tail() -> None:
     assert shrunk.selected == {"m": (0, 1)}
     assert shrunk.factors["m"][0].tolist() == [[1.0], [1.0]]
     assert int(shrunk.memory["rank"]) == 2
-    again = method.start(server, replace(client, memory=shrunk.memory), Source(0, 2, 0))
+    again = method.start(server, replace(client, memory=shrunk.memory), ClientRandom(0, 2, 0))
     assert again.factors["m"][1].shape == (1, 2)
-    assert method.start(replace(server, options=Options()), client, Source(0, 1, 0)).penalty is None
+    assert method.start(replace(server, options=Options()), client, ClientRandom(0, 1, 0)).penalty is None
 
 
 def test_ffa_lora_trains_and_sends_b_alone() -> None:
@@ -138,7 +138,7 @@ def test_fedsa_lora_keeps_b_with_the_client() -> None:
     method = methods.find("fedsa-lora")
     after = method.aggregate(server, updates)
     client = Client(1, 4, 1, memory=updates[1].memory)
-    A, B = method.start(after, client, Source(1, 2, 1)).factors["left"]
+    A, B = method.start(after, client, ClientRandom(1, 2, 1)).factors["left"]
     assert torch.equal(A, after.adapter.factors["left"][0])
     assert torch.equal(B, updates[1].factors["left"][1])
 
@@ -155,7 +155,7 @@ def test_rolora_alternates_and_sends_what_the_client_lacks() -> None:
             assert (torch.equal(A, old_A), torch.equal(B, old_B)) == (side == "B", side == "A")
         server = following
         received = {
-            seen: method.start(server, Client(0, 4, 1, last_round=seen), Source(0, 9, 0)).received
+            seen: method.start(server, Client(0, 4, 1, last_round=seen), ClientRandom(0, 9, 0)).received
             for seen in (0, number)
         }
         assert received == {0: "AB", number: side}
@@ -197,7 +197,7 @@ def test_with_equal_ranks_raflora_is_flexlora() -> None:
 def test_a_client_starts_from_the_best_approximation_of_its_rank(name: str, rank: int) -> None:
     server, method = make_server(rank=6), methods.find(name)
     server = method.aggregate(server, start_and_update(name, server, [3, 6, 2])[1])
-    start = method.start(server, Client(0, rank, 1), Source(0, 2, 0))
+    start = method.start(server, Client(0, rank, 1), ClientRandom(0, 2, 0))
     for matrix, (A, B) in start.factors.items():
         U, S, Vt = np.linalg.svd(held(server, matrix), full_matrices=False)
         best = (U[:, :rank] * S[:rank]) @ Vt[:rank]

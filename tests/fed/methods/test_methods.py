@@ -12,7 +12,7 @@ import torch
 
 from fed import methods
 from fed.errors import FedError
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.types import Adapter, Client, ClientUpdate, ServerState
 from tests.support.dense import REFERENCES, held
 from tests.support.tiny_federation import make_server, make_update
@@ -29,7 +29,7 @@ def updates_of(server: ServerState, ranks: list[int], method: methods.Method = P
     updates = []
     for number, rank in enumerate(ranks):
         client = Client(number, rank, n_samples=10 * (number + 1))
-        start = method.start(server, client, Source(1, server.round + 1, number))
+        start = method.start(server, client, ClientRandom(1, server.round + 1, number))
         update = make_update(start, client, seed=number + 10 * server.round, weight=1.0 + number)
         updates.append(method.finish(server, start, update))
     return updates
@@ -162,18 +162,18 @@ def test_a_method_changes_nothing_it_is_given(name: str) -> None:
 
 def test_fed_plora_starts_with_all_modules_and_trains_as_many_as_the_client_affords() -> None:
     server = make_server(rank=6, unselected="frozen")
-    start = PLORA.start(server, Client(3, rank=2, n_samples=1), Source(1, 1, 3))
+    start = PLORA.start(server, Client(3, rank=2, n_samples=1), ClientRandom(1, 1, 3))
     assert start.factors is server.adapter.factors
     assert (start.scale, start.unselected) == (0.5, "frozen")
     assert [len(chosen) for chosen in start.selected.values()] == [2, 2]
-    again = PLORA.start(server, Client(3, rank=2, n_samples=1), Source(1, 1, 3))
+    again = PLORA.start(server, Client(3, rank=2, n_samples=1), ClientRandom(1, 1, 3))
     assert again.selected == start.selected
 
 
 def test_methods_of_one_rank_refuse_a_client_of_another() -> None:
     for name in (name for name, method in methods.METHODS.items() if method.equal_ranks):
         with pytest.raises(FedError, match=f"client 3 has rank 2, left has 6 modules; {name} needs"):
-            methods.find(name).start(make_server(rank=6), Client(3, rank=2, n_samples=1), Source(1, 1, 3))
+            methods.find(name).start(make_server(rank=6), Client(3, rank=2, n_samples=1), ClientRandom(1, 1, 3))
 
 
 def test_half_precision_is_averaged_in_full_and_cast_once() -> None:

@@ -12,7 +12,7 @@ import torch
 from fed.errors import FedError
 from fed.methods.selection import STRATEGIES, Candidates, find, random_selection
 from fed.models.shared_model import adapted
-from fed.seeding import Source, permutation, seed_of
+from fed.seeding import ClientRandom, permutation, seed_of
 from fed.simulation.rounds import Federation, first_state
 from fed.training.local import batch_rows, module_gradients
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
@@ -82,7 +82,7 @@ MODULES = Candidates("m", (A, B), VISITS, GRADIENTS)
 
 
 def picks(name: str, budget: int, round_number: int = 1, client: int = 0) -> tuple[int, ...]:
-    return STRATEGIES[name](MODULES, budget, Source(3, round_number, client))
+    return STRATEGIES[name](MODULES, budget, ClientRandom(3, round_number, client))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -119,13 +119,13 @@ def test_the_default_is_the_uniform_draw() -> None:
 @pytest.mark.parametrize("name", ["largest-norm", "least-visited", "gradient"])
 def test_equal_scores_are_decided_by_a_keyed_draw(name: str) -> None:
     level = Candidates("m", (torch.ones(8, 2), torch.zeros(3, 8)), torch.zeros(8), torch.zeros(8))
-    drawn = {STRATEGIES[name](level, 3, Source(0, 1, client)) for client in range(20)}
+    drawn = {STRATEGIES[name](level, 3, ClientRandom(0, 1, client)) for client in range(20)}
     assert len(drawn) > 10
 
 
 def test_a_gradient_strategy_without_gradients_says_so() -> None:
     with pytest.raises(FedError, match="client 4 has no gradients for m"):
-        STRATEGIES["gradient"](Candidates("m", (A, B)), 2, Source(0, 1, 4))
+        STRATEGIES["gradient"](Candidates("m", (A, B)), 2, ClientRandom(0, 1, 4))
     with pytest.raises(FedError, match=r"adapter.selection is 'best'; one of random, shared-random, .* would be right"):
         find("best")
 
@@ -133,14 +133,14 @@ def test_a_gradient_strategy_without_gradients_says_so() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_run_takes_every_strategy_and_counts_visits(name: str, tmp_path: Path) -> None:
     config = make_config(adapter={"selection": name}, rounds=2)
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        federation = Federation(config, make_data(), work, print)
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        federation = Federation(config, make_data(), shared, print)
         *_, last = federation.play(federation.beginning())
         ranks = [(1, 2, 3, 6)[client] for number in (1, 2) for client in clients_of(config, number)]
-        for counts in last.standing.server.visits.values():
+        for counts in last.state.server.visits.values():
             assert counts.sum().item() == sum(ranks)
         if name == "first":
-            assert last.standing.server.visits["body.first"].tolist() == [
+            assert last.state.server.visits["body.first"].tolist() == [
                 sum(rank > module for rank in ranks) for module in range(6)
             ]
 
@@ -151,10 +151,10 @@ def clients_of(config: object, number: int) -> list[int]:
 
 def test_gradients_are_those_of_plain_lora_on_the_clients_first_batch() -> None:
     config = make_config(adapter={"selection": "gradient"})
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        server = first_state(work, config)
-        split, rng = make_data().clients[0], Source(0, 1, 0)
-        found = module_gradients(work, server, split, 4, rng)
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        server = first_state(shared, config)
+        split, rng = make_data().clients[0], ClientRandom(0, 1, 0)
+        found = module_gradients(shared, server, split, 4, rng)
         model = TinyClassifier()
         factors = {m: [f.clone().requires_grad_() for f in pair] for m, pair in server.adapter.factors.items()}
         batch = split.batch(batch_rows(len(split), 4, 1, rng)[0])

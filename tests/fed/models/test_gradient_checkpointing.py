@@ -15,7 +15,7 @@ from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
 from fed.models.base_model import head_names
 from fed.models.shared_model import adapted, started
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.simulation.clients import estimate
 from fed.simulation.rounds import first_state
 from fed.simulation.simulate import simulate
@@ -39,12 +39,12 @@ def train_one(model: nn.Module, split: Split, on: bool) -> ClientUpdate:
     """Two steps with LoRA dropout and the model's own."""
     config = make_config(adapter=ADAPTER, train={"gradient_checkpointing": on})
     client = Client(0, 3, len(split))
-    with adapted(config, model, head_names(model)) as work:
-        server, rng = first_state(work, config), Source(0, 1, 0)
+    with adapted(config, model, head_names(model)) as shared:
+        server, rng = first_state(shared, config), ClientRandom(0, 1, 0)
         start = methods.find("fed-plora").start(server, client, rng)
-        with started(work, start, server.head):
+        with started(shared, start, server.head):
             job = Job(client, start, server.head, split, 2, 2e-2, rng)
-            return train(work, job, config.train, measure=True)
+            return train(shared, job, config.train, measure=True)
 
 
 @pytest.mark.parametrize(("make", "of_tokens"), [(tiny_bert, False), (tiny_llama, True)], ids=["bert", "llama"])
@@ -73,8 +73,8 @@ def test_budgets_reckon_with_it() -> None:
     needs = []
     for on in (False, True):
         config = make_config(adapter=ADAPTER, train={"gradient_checkpointing": on})
-        with adapted(config, model, head_names(model)) as work:
-            needs.append(estimate(work, config, split))
+        with adapted(config, model, head_names(model)) as shared:
+            needs.append(estimate(shared, config, split))
     assert needs[1].fixed_bytes < needs[0].fixed_bytes
 
 

@@ -16,7 +16,7 @@ import torch
 from fed.errors import FedError
 from fed.models.shared_model import adapted
 from fed.simulation import checkpoint
-from fed.simulation.client_store import ClientStore, Entry, Kept, client_store
+from fed.simulation.client_store import ClientFile, ClientState, ClientStore, client_store
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.types import Row
@@ -29,10 +29,10 @@ class StoppedError(Exception):
     """What ends a run in the middle."""
 
 
-def make_kept(value: float, head: bool = True) -> Kept:
+def make_kept(value: float, head: bool = True) -> ClientState:
     ones = torch.ones(2, 3)
     ends = {"body.first": (value * ones, value * ones.mT)}
-    return Kept({"rank": torch.tensor(7)}, {"head.bias": value * torch.ones(3)} if head else {}, ends)
+    return ClientState({"rank": torch.tensor(7)}, {"head.bias": value * torch.ones(3)} if head else {}, ends)
 
 
 def names(store: ClientStore) -> list[str]:
@@ -50,9 +50,9 @@ def test_what_is_kept_is_read_back_when_asked(tmp_path: Path) -> None:
     A, B = kept.ends["body.first"]
     assert (A.shape, B.shape) == ((2, 3), (3, 2))
     assert A.unique().tolist() == B.unique().tolist() == [0.5]
-    assert store.stored(4) == Kept({}, {}, {})
-    assert store.keep(4, 2, Kept({}, {}, {})) == Kept({}, {}, {})
-    assert dict(store.entries) == {3: Entry(2, ("memory", "ends"))}
+    assert store.stored(4) == ClientState({}, {}, {})
+    assert store.keep(4, 2, ClientState({}, {}, {})) == ClientState({}, {}, {})
+    assert dict(store.entries) == {3: ClientFile(2, ("memory", "ends"))}
 
 
 def test_what_is_kept_again_is_copied(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ KEEPING = [
 def test_rounds_are_the_same_with_what_clients_keep_on_disk(method: str, changes: dict, tmp_path: Path) -> None:
     config, played = make_config(method=method, rounds=5, **changes), []
     for store in (None, ClientStore(tmp_path, CPU)):
-        with adapted(config, TinyClassifier(), HEAD) as work:
-            federation = Federation(config, make_data(), work, print, store)
+        with adapted(config, TinyClassifier(), HEAD) as shared:
+            federation = Federation(config, make_data(), shared, print, store)
             played.append([timeless(each.row) for each in federation.play(federation.beginning())])
     assert played[0] == played[1]
     assert any(row["factor_noise"] for row in played[0])

@@ -116,10 +116,10 @@ def test_clients_train_at_their_own_learning_rate(tmp_path: Path) -> None:
         clients={"count": 2, "per_round": 2, "ranks": [6]},
         train={**train, "client_learning_rates": [0.1, 0.3]},
     )
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        federation = Federation(config, twins, work, print)
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        federation = Federation(config, twins, shared, print)
         *_, last = federation.play(federation.beginning())
-    slow, fast = (client.memory["body.first"] for client in last.standing.clients)
+    slow, fast = (client.memory["body.first"] for client in last.state.clients)
     torch.testing.assert_close(fast, 3 * slow)
 
 
@@ -145,14 +145,14 @@ def test_the_estimate_by_hand(optimizer: tuple[str, float, int]) -> None:
     """
     name, momentum, states = optimizer
     config = make_config(train={"optimizer": name, "momentum": momentum})
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        need = estimate(work, config, make_data().clients[0])
-        assert (work.handle.layers["body.first"].rank, work.base.changed()) == (6, {})
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        need = estimate(shared, config, make_data().clients[0])
+        assert (shared.handle.layers["body.first"].rank, shared.base.changed()) == (6, {})
     assert need.module_bytes == 34 * 4 * (2 + states) + 2 * 4 * 4
     assert need.fixed_bytes > 4 * (77 + 11 + 55 + 18) + 4 * 18 * (1 + states)
-    with adapted(config, TinyClassifier(), HEAD) as work:
+    with adapted(config, TinyClassifier(), HEAD) as shared:
         frozen = make_config(train={"optimizer": name, "momentum": momentum}, adapter={"unselected": "frozen"})
-        assert estimate(work, frozen, make_data().clients[0]).fixed_bytes == need.fixed_bytes + 6 * 34 * 4
+        assert estimate(shared, frozen, make_data().clients[0]).fixed_bytes == need.fixed_bytes + 6 * 34 * 4
 
 
 def test_the_peak_of_the_process_does_not_fall() -> None:
@@ -173,15 +173,15 @@ def test_the_peak_where_the_kernel_does_not_say(monkeypatch: pytest.MonkeyPatch,
 
 def test_ranks_from_memory_budgets(tmp_path: Path) -> None:
     config = make_config()
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        need = estimate(work, config, make_data().clients[2])
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        need = estimate(shared, config, make_data().clients[2])
         budgets = [need.of(rank) / 2**20 for rank in (1, 4, 6)]
         config = make_config(clients={"memory_mib": budgets})
-        clients = populate(config, make_data(), work, methods.find("fed-plora"))
+        clients = populate(config, make_data(), shared, methods.find("fed-plora"))
         assert [client.rank for client in clients] == [1, 4, 6, 1]
         assert [client.n_samples for client in clients] == [9, 2, 14, 5]
         with pytest.raises(FedError, match=r"it affords ranks \[1, 4, 6\], and FedIT needs every rank equal"):
-            populate(config, make_data(), work, methods.find("fedit"))
+            populate(config, make_data(), shared, methods.find("fedit"))
     rows = simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path / "run")
     assert len(rows) == 4
     with pytest.raises(FedError, match=r"clients.memory_mib holds 0.0001"):
@@ -196,8 +196,8 @@ def test_ranks_that_are_not_used_are_not_checked() -> None:
 def test_a_method_that_folds_refuses_a_tied_weight_before_anything_runs(tmp_path: Path) -> None:
     config = make_config(method="flora", adapter={"unselected": "frozen"})
     model = TinyClassifier()
-    with adapted(config, model, HEAD) as work:
-        work.handle.layers["body.first"].weight_is_tied = True
-        federation = Federation(config, make_data(), work, print)
+    with adapted(config, model, HEAD) as shared:
+        shared.handle.layers["body.first"].weight_is_tied = True
+        federation = Federation(config, make_data(), shared, print)
         with pytest.raises(FedError, match=r"method is 'flora', which folds into body.first, whose weight another"):
             federation.beginning()

@@ -10,7 +10,7 @@ import torch
 
 from fed import methods
 from fed.methods.low_rank import product_norm
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.simulation.noise import agg_noise, agg_noise_module, end_factors, factor_noise, held_update, start_noise
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 from tests.support.tiny_federation import make_server, make_update
@@ -77,7 +77,7 @@ def test_agg_noise_holds_coverage() -> None:
 def test_agg_noise_matches_dense_fp64() -> None:
     server, method = make_server(rank=6), methods.find("fed-plora")
     clients = [Client(number, rank, 1) for number, rank in enumerate((1, 3, 6))]
-    starts = [method.start(server, client, Source(0, 1, client.id)) for client in clients]
+    starts = [method.start(server, client, ClientRandom(0, 1, client.id)) for client in clients]
     updates = [
         make_update(start, client, client.id, weight=2.0 + client.id)
         for start, client in zip(starts, clients, strict=True)
@@ -98,7 +98,7 @@ def test_agg_noise_matches_dense_fp64() -> None:
 def test_agg_noise_of_one_client_that_trained_everything_is_rounding() -> None:
     server, method = make_server(rank=6), methods.find("fed-plora")
     client = Client(0, rank=6, n_samples=1)
-    start = method.start(server, client, Source(0, 1, 0))
+    start = method.start(server, client, ClientRandom(0, 1, 0))
     update = make_update(start, client, seed=1)
     assert agg_noise(method.aggregate(server, [update]), [start], [update]) < 1e-13
 

@@ -74,18 +74,18 @@ def test_the_model_comes_back_bit_for_bit_from_a_method_that_folds(tmp_path: Pat
 def test_the_shared_base_rounds_once_from_the_original() -> None:
     """In bf16 256 + 0.6 is 256 and 256 + 1.2 is 258: folding 0.6 twice from the original gives the second."""
     config = make_config()
-    with adapted(config, TinyClassifier().to(torch.bfloat16), HEAD) as work:
-        layer = work.handle.layers["body.first"]
+    with adapted(config, TinyClassifier().to(torch.bfloat16), HEAD) as shared:
+        layer = shared.handle.layers["body.first"]
         with torch.no_grad():
             layer.weight.fill_(256.0)
-        base = SharedBase(work.handle.layers)
+        base = SharedBase(shared.handle.layers)
         delta = torch.full((11, 7), 0.6)
-        base.hold({"body.first": delta})
+        base.apply_delta({"body.first": delta})
         assert torch.equal(layer.weight.float(), torch.full((11, 7), 256.0))
-        base.hold({"body.first": 2 * delta})
+        base.apply_delta({"body.first": 2 * delta})
         assert torch.equal(layer.weight.float(), torch.full((11, 7), 258.0))
         assert list(base.changed()) == ["body.first"]
-        base.hold({})
+        base.apply_delta({})
         assert torch.equal(layer.weight.float(), torch.full((11, 7), 256.0))
         assert base.changed() == {}
 
@@ -97,20 +97,20 @@ def test_noise_of_a_start_on_a_folded_base_is_the_rounding_of_its_weights() -> N
         factors = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in make_factors(6, 1, SHAPES).items()}
         server = ServerState(Adapter(factors, 2.0), base_delta=delta)
         start = ClientStart(factors, {name: tuple(range(6)) for name in SHAPES}, 2.0, "folded")
-        with adapted(make_config(), TinyClassifier().to(dtype), HEAD) as work:
-            head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
-            with started(work, start, head, delta):
-                noise[dtype] = start_noise(server, start, work.base.changed())
+        with adapted(make_config(), TinyClassifier().to(dtype), HEAD) as shared:
+            head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
+            with started(shared, start, head, delta):
+                noise[dtype] = start_noise(server, start, shared.base.changed())
     assert 0.0 < noise[torch.float32] < 1e-6 < 1e-3 < noise[torch.bfloat16] < 1.0
 
 
 def test_layers_take_the_rank_of_what_they_are_given() -> None:
-    with adapted(make_config(), TinyClassifier(), HEAD) as work:
-        head = {name: parameter.detach().clone() for name, parameter in work.head.items()}
+    with adapted(make_config(), TinyClassifier(), HEAD) as shared:
+        head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
         for rank in (2, 6, 1):
             factors = make_factors(rank, rank, SHAPES)
-            work.load(factors, head, 0.25)
-            layer = work.handle.layers["body.second"]
+            shared.load(factors, head, 0.25)
+            layer = shared.handle.layers["body.second"]
             x = torch.randn(3, 11)
             A, B = factors["body.second"]
             expected = nn.functional.linear(x, layer.weight) + 0.25 * x @ A.T @ B.T

@@ -17,7 +17,7 @@ from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, Split
 from fed.experiments.run import centralised
 from fed.models.shared_model import adapted
-from fed.seeding import Source
+from fed.seeding import ClientRandom
 from fed.simulation.evaluation import evaluate
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
@@ -179,7 +179,7 @@ def test_a_method_joins_by_a_line_in_the_table_and_gets_its_own_randomness(
 ) -> None:
     plora, keys, selections = methods.find("fed-plora"), [], []
 
-    def start(server: ServerState, client: Client, rng: Source) -> ClientStart:
+    def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
         made = plora.start(server, client, rng)
         keys.append((rng.seed, rng.round, rng.client, client.rank))
         selections.append(made.selected)
@@ -306,10 +306,10 @@ def test_evaluation_counts_every_sample_once() -> None:
 
 def test_a_personal_head_stays_with_its_client(tmp_path: Path) -> None:
     config = make_config(train={"head": "personal"}, clients={"per_round": 4})
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        federation = Federation(config, make_data(), work, print)
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        federation = Federation(config, make_data(), shared, print)
         rounds = list(federation.play(federation.beginning()))
-    clients, server = rounds[-1].standing.clients, rounds[-1].standing.server
+    clients, server = rounds[-1].state.clients, rounds[-1].state.server
     heads = torch.stack([client.head["head.weight"] for client in clients])
     assert len({tuple(head.flatten().tolist()) for head in heads}) == 4
     torch.testing.assert_close(server.head["head.weight"], heads.mean(0))  # for the global figures alone
@@ -333,14 +333,14 @@ def test_worst_accuracy_is_that_of_a_client_and_each_has_its_mix_of_labels(tmp_p
 
 def test_a_personal_method_is_judged_with_each_clients_own_model(tmp_path: Path) -> None:
     config = make_config(method="fedsa-lora", clients={"per_round": 4, "ranks": [6]})
-    with adapted(config, TinyClassifier(), HEAD) as work:
-        federation = Federation(config, make_data(), work, print)
+    with adapted(config, TinyClassifier(), HEAD) as shared:
+        federation = Federation(config, make_data(), shared, print)
         *_, last = federation.play(federation.beginning())
-        server, clients = last.standing.server, last.standing.clients
+        server, clients = last.state.server, last.state.clients
         own = [client.memory["body.first"] for client in clients]
         assert all(not torch.equal(own[0], other) for other in own[1:])
-        federation.metrics.load_personal(last.standing, clients[2])
-        A, B = work.handle.factors()["body.first"]
+        federation.metrics.load_personal(last.state, clients[2])
+        A, B = shared.handle.factors()["body.first"]
         assert torch.equal(A, server.adapter.factors["body.first"][0])
         assert torch.equal(B, own[2])
         torch.testing.assert_close(server.adapter.factors["body.first"][1], torch.stack(own).mean(0))

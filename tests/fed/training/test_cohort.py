@@ -17,8 +17,8 @@ from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, InstructionTable, Sequences, Split, TextTable
 from fed.errors import FedError
 from fed.models.base_model import head_names
-from fed.models.shared_model import Workplace, adapted, started
-from fed.seeding import Source
+from fed.models.shared_model import SharedModel, adapted, started
+from fed.seeding import ClientRandom
 from fed.simulation.rounds import Federation
 from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
@@ -41,16 +41,16 @@ def double(data: FederatedData) -> FederatedData:
     )
 
 
-def jobs_of(work: Workplace, config: SimpleNamespace, data: FederatedData, number: int = 1) -> list[Job]:
-    federation = Federation(config, data, work, print)
-    standing = federation.beginning()
-    standing = replace(standing, server=replace(standing.server, round=number - 1))
-    return [federation.job(standing, client, Source(config.seed, number, client.id)) for client in standing.clients]
+def jobs_of(shared: SharedModel, config: SimpleNamespace, data: FederatedData, number: int = 1) -> list[Job]:
+    federation = Federation(config, data, shared, print)
+    state = federation.beginning()
+    state = replace(state, server=replace(state.server, round=number - 1))
+    return [federation.job(state, client, ClientRandom(config.seed, number, client.id)) for client in state.clients]
 
 
-def alone(work: Workplace, job: Job, settings: Any, measure: bool = False) -> ClientUpdate:
-    with started(work, job.start, job.head):
-        return train(work, job, settings, measure)
+def alone(shared: SharedModel, job: Job, settings: Any, measure: bool = False) -> ClientUpdate:
+    with started(shared, job.start, job.head):
+        return train(shared, job, settings, measure)
 
 
 def assert_same(found: ClientUpdate, wanted: ClientUpdate, **tolerance: float) -> None:
@@ -92,11 +92,11 @@ def drawn_b(job: Job) -> Job:
 def test_a_cohort_ends_where_each_client_would_alone(settings: dict[str, Any], selection: str, dropout: float) -> None:
     config = make_config(train=settings, adapter={"dropout": dropout, "unselected": selection})
     data = double(make_data())
-    with adapted(config, TinyClassifier().double(), HEAD) as work:
-        jobs = [drawn_b(job) for job in jobs_of(work, config, data)]
-        found = train_together(work, jobs, config.train, measure=True)
+    with adapted(config, TinyClassifier().double(), HEAD) as shared:
+        jobs = [drawn_b(job) for job in jobs_of(shared, config, data)]
+        found = train_together(shared, jobs, config.train, measure=True)
         for job, update in zip(jobs, found, strict=True):
-            wanted = alone(work, job, config.train, measure=True)
+            wanted = alone(shared, job, config.train, measure=True)
             assert_same(update, wanted)
             assert update.footprint is not None
             assert wanted.footprint is not None
@@ -108,11 +108,11 @@ def play(method: str, execution: str, dtype: torch.dtype, rounds: int, **changes
     ranks = EQUAL if methods.find(method).equal_ranks else {}
     config = make_config(method=method, execution=execution, rounds=rounds, **ranks, **changes)
     data = double(make_data()) if dtype is torch.float64 else make_data()
-    with adapted(config, TinyClassifier().to(dtype), HEAD) as work:
+    with adapted(config, TinyClassifier().to(dtype), HEAD) as shared:
         played = list(
-            Federation(config, data, work, pytest.fail).play(Federation(config, data, work, print).beginning())
+            Federation(config, data, shared, pytest.fail).play(Federation(config, data, shared, print).beginning())
         )
-    return [one.row for one in played], played[-1].standing
+    return [one.row for one in played], played[-1].state
 
 
 def assert_same_numbers(found: Mapping[str, Any], wanted: Mapping[str, Any], rel: float) -> None:
@@ -203,14 +203,14 @@ def texts(table: type, count: int = 24) -> tuple[Split, ...]:
 
 
 @contextmanager
-def reading_texts(make: Any, table: type, config: SimpleNamespace) -> Iterator[tuple[Workplace, list[Job]]]:
+def reading_texts(make: Any, table: type, config: SimpleNamespace) -> Iterator[tuple[SharedModel, list[Job]]]:
     """Give a small model in float64, and a job for each of three clients whose texts are unlike in length."""
     clients = texts(table)
     data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
     torch.manual_seed(0)
     model = make().double()
-    with adapted(config, model, head_names(model)) as work:
-        yield work, [drawn_b(job) for job in jobs_of(work, config, data)]
+    with adapted(config, model, head_names(model)) as shared:
+        yield shared, [drawn_b(job) for job in jobs_of(shared, config, data)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -223,9 +223,9 @@ def test_texts_of_unequal_length(make: Any, table: type, dropout: float, checkpo
         # Not Adam, which makes whole steps of gradients that are nothing but rounding.
         train={"optimizer": "sgd", "client_steps": [2, 3, 1], "gradient_checkpointing": checkpointing},
     )
-    with reading_texts(make, table, config) as (work, jobs):
-        for job, update in zip(jobs, train_together(work, jobs, config.train), strict=True):
-            assert_same(update, alone(work, job, config.train))
+    with reading_texts(make, table, config) as (shared, jobs):
+        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
+            assert_same(update, alone(shared, job, config.train))
 
 
 @pytest.mark.slow
@@ -239,14 +239,14 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
         adapter={"dropout": 0.4, "target_modules": "all-linear"},
         train={"optimizer": "sgd", "local_steps": 7, "batch_size": 4},
     )
-    with reading_texts(make, table, config) as (work, jobs):
+    with reading_texts(make, table, config) as (shared, jobs):
         compiled = CompiledLosses(pytest.fail)
-        for job, update in zip(jobs, train_together(work, jobs, config.train, compiled=compiled), strict=True):
-            assert_same(update, alone(work, job, config.train))
+        for job, update in zip(jobs, train_together(shared, jobs, config.train, compiled=compiled), strict=True):
+            assert_same(update, alone(shared, job, config.train))
         counts = []
         for number in range(2, 6):  # other batches, of other widths
-            others = [job._replace(rng=Source(config.seed, number, job.client.id)) for job in jobs]
-            train_together(work, others, config.train, compiled=compiled)
+            others = [job._replace(rng=ClientRandom(config.seed, number, job.client.id)) for job in jobs]
+            train_together(shared, others, config.train, compiled=compiled)
             counts.append(len(traced))
     assert counts == [2, 2, 2, 2]  # the first width, then every other: nothing in between stopped the compiler
 
@@ -254,12 +254,12 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
 def test_a_client_that_is_not_finite_touches_no_other() -> None:
     config = make_config(train=UNLIKE | {"max_grad_norm": 1.0}, adapter={"dropout": 0.2})
     data = double(make_data())
-    with adapted(config, TinyClassifier().double(), HEAD) as work:
-        jobs = jobs_of(work, config, data)
+    with adapted(config, TinyClassifier().double(), HEAD) as shared:
+        jobs = jobs_of(shared, config, data)
         A, B = jobs[2].start.factors["body.first"]
         poisoned = {**jobs[2].start.factors, "body.first": (A, B + float("inf"))}
         broken = [*jobs[:2], jobs[2]._replace(start=replace(jobs[2].start, factors=poisoned)), *jobs[3:]]
-        fine, found = (train_together(work, some, config.train) for some in (jobs, broken))
+        fine, found = (train_together(shared, some, config.train) for some in (jobs, broken))
         assert not torch.isfinite(torch.tensor(found[2].loss))
         for place in (0, 1, 3):
             assert_same(found[place], fine[place], rtol=0, atol=0)
@@ -292,38 +292,38 @@ class WithIdleLayer(TinyClassifier):
 
 def test_what_no_loss_depends_on_does_not_decay() -> None:
     config = make_config(train={"weight_decay": 0.5}, adapter={"target_modules": ["first", "second", "idle"]})
-    with adapted(config, WithIdleLayer().double(), HEAD) as work:
-        jobs = [drawn_b(job) for job in jobs_of(work, config, double(make_data()))]
-        for job, update in zip(jobs, train_together(work, jobs, config.train), strict=True):
-            assert_same(update, alone(work, job, config.train))
+    with adapted(config, WithIdleLayer().double(), HEAD) as shared:
+        jobs = [drawn_b(job) for job in jobs_of(shared, config, double(make_data()))]
+        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
+            assert_same(update, alone(shared, job, config.train))
             chosen = list(job.start.selected["body.idle"])
             assert torch.equal(update.factors["body.idle"][0], job.start.factors["body.idle"][0][chosen])
 
 
 def test_a_head_of_other_layers() -> None:
     config, data = make_config(train=UNLIKE), double(make_data())
-    with adapted(config, WithNormedHead().double(), HEAD) as work:
-        jobs = jobs_of(work, config, data)
-        for job, update in zip(jobs, train_together(work, jobs, config.train), strict=True):
-            assert_same(update, alone(work, job, config.train))
-        assert isinstance(work.model.head[0], nn.LayerNorm)
+    with adapted(config, WithNormedHead().double(), HEAD) as shared:
+        jobs = jobs_of(shared, config, data)
+        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
+            assert_same(update, alone(shared, job, config.train))
+        assert isinstance(shared.model.head[0], nn.LayerNorm)
 
 
 def test_a_model_that_mixes_samples_is_refused() -> None:
     config = make_config()
-    with adapted(config, Normed(), HEAD) as work:
-        jobs = jobs_of(work, config, make_data())
+    with adapted(config, Normed(), HEAD) as shared:
+        jobs = jobs_of(shared, config, make_data())
         with pytest.raises(FedError, match="norm is BatchNorm1d: in training it mixes"):
-            train_together(work, jobs, config.train)
+            train_together(shared, jobs, config.train)
 
 
 def test_the_model_comes_back_as_it_was() -> None:
     config, data = make_config(train={"max_grad_norm": 1.0}), make_data()
     model = TinyClassifier()
-    with adapted(config, model, HEAD) as work:
+    with adapted(config, model, HEAD) as shared:
         state = {name: value.clone() for name, value in model.state_dict().items()}
         parameters: dict[str, Tensor] = dict(model.named_parameters())
-        train_together(work, jobs_of(work, config, data), config.train)
+        train_together(shared, jobs_of(shared, config, data), config.train)
         assert dict(model.named_parameters()).keys() == parameters.keys()
         assert all(value is parameters[name] for name, value in model.named_parameters())
         torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)

@@ -16,13 +16,13 @@ from fed.data.federated_data import FederatedData
 from fed.data.tables import Sequences, Split, TextTable
 from fed.errors import FedError
 from fed.models.base_model import head_names
-from fed.models.shared_model import Workplace, adapted
-from fed.seeding import Source
+from fed.models.shared_model import SharedModel, adapted
+from fed.seeding import ClientRandom
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.training import cohort, cohort_scheduler
 from fed.training.cohort import train_together
-from fed.training.cohort_scheduler import Cohorts
+from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
 from fed.training.memory import MIB
@@ -35,31 +35,31 @@ DATA = make_data(sizes=(9, 2, 14, 5, 9, 9))
 
 
 @pytest.fixture
-def work() -> Iterator[Workplace]:
+def shared() -> Iterator[SharedModel]:
     with adapted(make_config(**SIX), TinyClassifier(), HEAD) as workplace:
         yield workplace
 
 
-def jobs_of(work: Workplace, config: SimpleNamespace) -> list[Job]:
-    federation = Federation(config, DATA, work, print)
-    standing = federation.beginning()
-    return [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
+def jobs_of(shared: SharedModel, config: SimpleNamespace) -> list[Job]:
+    federation = Federation(config, DATA, shared, print)
+    state = federation.beginning()
+    return [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
 
 
-def divided(work: Workplace, **changes: Any) -> list[list[int]]:
+def divided(shared: SharedModel, **changes: Any) -> list[list[int]]:
     config = make_config(**SIX, execution="cohort", **changes)
-    return list(Cohorts(work, config, pytest.fail).divide(jobs_of(work, config)))
+    return list(CohortScheduler(shared, config, pytest.fail).divide(jobs_of(shared, config)))
 
 
-def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(work: Workplace) -> None:
-    assert divided(work, cohort_size=4) == [[0, 1, 2, 3], [4, 5]]
+def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(shared: SharedModel) -> None:
+    assert divided(shared, cohort_size=4) == [[0, 1, 2, 3], [4, 5]]
     unequal = {"client_steps": [1, 3, 2]}
-    assert divided(work, cohort_size=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
+    assert divided(shared, cohort_size=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
 
 
-def test_a_cohort_fits_its_memory(work: Workplace) -> None:
+def test_a_cohort_fits_its_memory(shared: SharedModel) -> None:
     config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
-    divider, jobs = Cohorts(work, config, pytest.fail), jobs_of(work, config)
+    divider, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     needs, fixed = divider._needs(jobs), divider._fixed_bytes()
     assert [len(cohort) for cohort in divider.divide(jobs)] == [6]
     # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
@@ -68,16 +68,16 @@ def test_a_cohort_fits_its_memory(work: Workplace) -> None:
     activations = divider._activations(jobs[0], 1)
     assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
     room = (fixed + needs[0] + needs[1] + 1) / MIB
-    for places in divided(work, cohort_size=6, cohort_memory_mib=room):
+    for places in divided(shared, cohort_size=6, cohort_memory_mib=room):
         assert fixed + sum(needs[place] for place in places) <= room * MIB
-    assert max(map(len, divided(work, cohort_size=6, cohort_memory_mib=room))) == 2
+    assert max(map(len, divided(shared, cohort_size=6, cohort_memory_mib=room))) == 2
 
 
-def test_compiled_clients_take_alike(work: Workplace) -> None:
+def test_compiled_clients_take_alike(shared: SharedModel) -> None:
     config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
-    plain = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    plain = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
     config.cohort_compile = True
-    needs = Cohorts(work, config, pytest.fail)._needs(jobs_of(work, config))
+    needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
     assert needs == [plain[3]] * 6  # who has all modules and a full batch
     assert plain[1] < plain[3]
 
@@ -94,32 +94,32 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
         cohort_memory_mib=1000.0,
     )
     model = tiny_bert()
-    with adapted(config, model, head_names(model)) as work:
-        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), work, print)
-        standing = federation.beginning()
-        jobs = [federation.job(standing, client, Source(config.seed, 1, client.id)) for client in standing.clients]
-        needs = Cohorts(work, config, pytest.fail)._needs(jobs)
+    with adapted(config, model, head_names(model)) as shared:
+        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), shared, print)
+        state = federation.beginning()
+        jobs = [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
+        needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs)
         assert needs[0] == needs[1]
-        (short,) = train_together(work, jobs[:1], config.train, measure=True)
+        (short,) = train_together(shared, jobs[:1], config.train, measure=True)
         taken = sum(
-            update.footprint.activation_bytes for update in train_together(work, jobs, config.train, measure=True)
+            update.footprint.activation_bytes for update in train_together(shared, jobs, config.train, measure=True)
         )
         assert 2 * short.footprint.activation_bytes < 0.5 * taken <= sum(needs)
 
 
-def test_what_fits_not_even_one_client_is_refused(work: Workplace) -> None:
+def test_what_fits_not_even_one_client_is_refused(shared: SharedModel) -> None:
     with pytest.raises(FedError, match=r"cohort_memory_mib is 0.001: the base takes .* and client 0 alone"):
-        divided(work, cohort_size=2, cohort_memory_mib=0.001)
+        divided(shared, cohort_size=2, cohort_memory_mib=0.001)
 
 
-def test_the_fastest_size_is_measured_once_and_said(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_size_is_measured_once_and_said(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Seconds a cohort, tried twice; a client's share is least at 5, and that of 2 is no reason to stop.
     took = {1: [9.0, 1.0], 2: [3.0, 2.4], 5: [2.0, 2.5], 6: [9.0, 9.0]}
-    monkeypatch.setattr(Cohorts, "_seconds", lambda self, jobs: took[len(jobs)].pop())
+    monkeypatch.setattr(CohortScheduler, "_seconds", lambda self, jobs: took[len(jobs)].pop())
     config, said = make_config(**SIX, execution="cohort"), []
-    divider = Cohorts(work, config, said.append)
+    divider = CohortScheduler(shared, config, said.append)
     for _ in range(2):
-        assert [len(cohort) for cohort in divider.divide(jobs_of(work, config))] == [5, 1]
+        assert [len(cohort) for cohort in divider.divide(jobs_of(shared, config))] == [5, 1]
     assert divider.size == 5
     (line,) = said
     assert (
@@ -128,12 +128,12 @@ def test_the_fastest_size_is_measured_once_and_said(work: Workplace, monkeypatch
     )
 
 
-def test_measuring_changes_nothing(work: Workplace) -> None:
+def test_measuring_changes_nothing(shared: SharedModel) -> None:
     config = make_config(**SIX, execution="cohort")
-    jobs = jobs_of(work, config)
-    measured = Cohorts(work, config, lambda line: None)
+    jobs = jobs_of(shared, config)
+    measured = CohortScheduler(shared, config, lambda line: None)
     first = measured.train(jobs)
-    given = Cohorts(work, config, pytest.fail, measured.size).train(jobs)
+    given = CohortScheduler(shared, config, pytest.fail, measured.size).train(jobs)
     for one, other in zip(first, given, strict=True):
         torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=0, atol=0)
 
@@ -167,11 +167,11 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(cohort, "_Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))
     torch.compiler.reset()
     changes = {**SIX, "adapter": {"dropout": 0.3 if by == "operator" else 0.0}, "measure": {"memory": False}}
-    with adapted(make_config(**changes), TinyClassifier(), HEAD) as work:
+    with adapted(make_config(**changes), TinyClassifier(), HEAD) as shared:
         found = []
         for compiled in (False, True):
             config = make_config(**changes, execution="cohort", cohort_size=3, cohort_compile=compiled)
-            found.append(Cohorts(work, config, pytest.fail).train(jobs_of(work, config)))
+            found.append(CohortScheduler(shared, config, pytest.fail).train(jobs_of(shared, config)))
     assert [len(one.factors["body.first"][0]) for one in found[0]] == [1, 2, 3, 6, 1, 2]
     for one, other in zip(*found, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
@@ -180,7 +180,7 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_cohorts_of_one_size_are_compiled_once(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
     # Tracing is what is counted; a graph runs as it was traced.
     monkeypatch.setattr(
@@ -189,15 +189,15 @@ def test_cohorts_of_one_size_are_compiled_once(work: Workplace, monkeypatch: pyt
     torch.compiler.reset()
     places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
     config = make_config(**SIX, execution="cohort", cohort_size=3, cohort_compile=True, measure={"memory": False})
-    cohorts, jobs = Cohorts(work, config, pytest.fail), jobs_of(work, config)
+    cohorts, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     found = cohorts.train([jobs[place] for place in places[:3]])
     begun = len(graphs)
     assert begun > 0
     found += cohorts.train([jobs[place] for place in places[3:]])
     assert len(graphs) == begun
     plain = make_config(**SIX, execution="cohort", cohort_size=3, measure={"memory": False})
-    jobs = jobs_of(work, plain)
-    expected = Cohorts(work, plain, pytest.fail).train([jobs[place] for place in places])
+    jobs = jobs_of(shared, plain)
+    expected = CohortScheduler(shared, plain, pytest.fail).train([jobs[place] for place in places])
     for one, other in zip(found, expected, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
         torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=1e-4, atol=1e-5)

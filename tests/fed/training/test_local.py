@@ -13,10 +13,10 @@ from torch import nn
 import plora_kernels as pk
 from fed.data.tables import Split
 from fed.errors import FedError
-from fed.models.shared_model import Workplace, adapted, find_device, started
-from fed.seeding import Source
+from fed.models.shared_model import SharedModel, adapted, find_device, started
+from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
-from fed.training.local import Job, batch_rows, fault, make_optimizer, train
+from fed.training.local import Job, batch_rows, find_fault, make_optimizer, train
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 from tests.support.tiny_federation import (
     HEAD,
@@ -40,8 +40,8 @@ def make_start(
     return ClientStart(make_factors(6, factors_seed, SHAPES), selected, 2.0, unselected)
 
 
-def head_of(work: Workplace) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in work.head.items()}
+def head_of(shared: SharedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in shared.head.items()}
 
 
 @pytest.fixture
@@ -50,27 +50,29 @@ def data() -> Split:
 
 
 @pytest.fixture
-def work() -> Iterator[Workplace]:
+def shared() -> Iterator[SharedModel]:
     with adapted(make_config(), TinyClassifier(), HEAD) as workplace:
         yield workplace
 
 
-def visit(work: Workplace, start: ClientStart, data: Split, **changes: Any) -> tuple[ClientUpdate, dict[str, Factors]]:
+def visit(
+    shared: SharedModel, start: ClientStart, data: Split, **changes: Any
+) -> tuple[ClientUpdate, dict[str, Factors]]:
     """Train one client; return its update and all factors of the model after the selection is undone."""
     settings = make_config(train=changes).train
-    with started(work, start, head_of(work)):
-        job = Job(CLIENT, start, {}, data, settings.local_steps, settings.learning_rate, Source(0, 1, 0))
-        update = train(work, job, settings)
-    return update, work.handle.factors()
+    with started(shared, start, head_of(shared)):
+        job = Job(CLIENT, start, {}, data, settings.local_steps, settings.learning_rate, ClientRandom(0, 1, 0))
+        update = train(shared, job, settings)
+    return update, shared.handle.factors()
 
 
 @pytest.mark.parametrize("unselected", ["folded", "frozen"])
 @pytest.mark.parametrize("settings", [KEEN, {"optimizer": "adamw", "weight_decay": 0.5}])
 def test_only_selected_modules_move_under_weight_decay_and_momentum(
-    work: Workplace, data: Split, unselected: str, settings: dict[str, Any]
+    shared: SharedModel, data: Split, unselected: str, settings: dict[str, Any]
 ) -> None:
     start = make_start(unselected)
-    update, after = visit(work, start, data, local_steps=7, **settings)
+    update, after = visit(shared, start, data, local_steps=7, **settings)
     for matrix, (A, B) in start.factors.items():
         chosen, rest = list(SELECTED[matrix]), [n for n in range(6) if n not in SELECTED[matrix]]
         assert torch.equal(after[matrix][0][rest], A[rest])
@@ -84,11 +86,11 @@ def test_only_selected_modules_move_under_weight_decay_and_momentum(
 
 
 @pytest.mark.parametrize("unselected", ["folded", "frozen"])
-def test_a_step_is_the_gradient_step_of_plain_lora(work: Workplace, data: Split, unselected: str) -> None:
+def test_a_step_is_the_gradient_step_of_plain_lora(shared: SharedModel, data: Split, unselected: str) -> None:
     """One SGD step on all nine samples, against autograd on the definition in fp64."""
     start, rate = make_start(unselected), 0.1
     update, _ = visit(
-        work, start, data, optimizer="sgd", learning_rate=rate, weight_decay=0.0, batch_size=9, local_steps=1
+        shared, start, data, optimizer="sgd", learning_rate=rate, weight_decay=0.0, batch_size=9, local_steps=1
     )
     model = TinyClassifier().double()
     factors = {name: [f.double().requires_grad_() for f in pair] for name, pair in start.factors.items()}
@@ -115,9 +117,9 @@ def test_gradients_left_in_the_model_are_not_trained_on(data: Split) -> None:
         model = TinyClassifier()
         if stale:
             model(**everything(data)).loss.backward()
-        with adapted(make_config(), model, HEAD) as work:
-            losses.append(visit(work, make_start(), data)[0].loss)
-            assert all(parameter.grad is None for parameter in work.head.values())
+        with adapted(make_config(), model, HEAD) as shared:
+            losses.append(visit(shared, make_start(), data)[0].loss)
+            assert all(parameter.grad is None for parameter in shared.head.values())
     assert losses[0] == losses[1]
 
 
@@ -136,11 +138,11 @@ def test_optimisers_are_set_as_the_run_says() -> None:
     assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (0.3, 0.2)
 
 
-def test_clipping_bounds_the_step(work: Workplace, data: Split) -> None:
+def test_clipping_bounds_the_step(shared: SharedModel, data: Split) -> None:
     start = make_start()
     sgd = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "local_steps": 1}
-    before = head_of(work)
-    update, _ = visit(work, start, data, max_grad_norm=0.01, **sgd)
+    before = head_of(shared)
+    update, _ = visit(shared, start, data, max_grad_norm=0.01, **sgd)
     squares = sum((update.head[name] - before[name]).square().sum() for name in before)
     for matrix, (A, B) in start.factors.items():
         chosen = list(SELECTED[matrix])
@@ -152,13 +154,13 @@ def test_clipping_bounds_the_step(work: Workplace, data: Split) -> None:
 def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> None:
     """With dropout in the model, and another client's training and draws in between."""
     model = TinyClassifier(dropout=0.3)
-    with adapted(make_config(), model, HEAD) as work:
-        head, start, settings = head_of(work), make_start(), make_config().train
+    with adapted(make_config(), model, HEAD) as shared:
+        head, start, settings = head_of(shared), make_start(), make_config().train
 
         def run(client: int) -> ClientUpdate:
-            with started(work, start, head):
-                job = Job(replace(CLIENT, id=client), start, head, data, 4, 2e-2, Source(0, 1, client))
-                return train(work, job, settings)
+            with started(shared, start, head):
+                job = Job(replace(CLIENT, id=client), start, head, data, 4, 2e-2, ClientRandom(0, 1, client))
+                return train(shared, job, settings)
 
         first, other = run(0), run(1)
         torch.rand(3)
@@ -171,9 +173,9 @@ def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> 
 
 @pytest.mark.parametrize("unselected", ["folded", "frozen"])
 @pytest.mark.parametrize("side", ["A", "B"])
-def test_a_factor_held_fixed_does_not_move(work: Workplace, data: Split, side: str, unselected: str) -> None:
+def test_a_factor_held_fixed_does_not_move(shared: SharedModel, data: Split, side: str, unselected: str) -> None:
     start = replace(make_start(unselected), trained=side)
-    update, _ = visit(work, start, data, local_steps=5, **KEEN)
+    update, _ = visit(shared, start, data, local_steps=5, **KEEN)
     assert update.sent == side
     for matrix, (A, B) in start.factors.items():
         chosen = list(SELECTED[matrix])
@@ -181,14 +183,14 @@ def test_a_factor_held_fixed_does_not_move(work: Workplace, data: Split, side: s
         assert kept == (side == "B", side == "A")
 
 
-def test_a_penalty_pulls_on_the_last_modules_alone(work: Workplace, data: Split) -> None:
+def test_a_penalty_pulls_on_the_last_modules_alone(shared: SharedModel, data: Split) -> None:
     """One SGD step with and without: the difference is −η λ times the gradient of ‖A[1:]‖ ‖B[:, 1:]‖."""
     settings = make_config(train={"optimizer": "sgd", "weight_decay": 0.0}).train
-    head, updates = head_of(work), []
+    head, updates = head_of(shared), []
     for penalty in (None, TailPenalty(first=1, weight=2.0)):
         start = replace(make_start(), penalty=penalty)
-        with started(work, start, head):
-            updates.append(train(work, Job(CLIENT, start, head, data, 1, 0.1, Source(0, 1, 0)), settings))
+        with started(shared, start, head):
+            updates.append(train(shared, Job(CLIENT, start, head, data, 1, 0.1, ClientRandom(0, 1, 0)), settings))
     plain, pulled = updates
     assert pulled.loss == plain.loss
     for matrix, (A, B) in make_start().factors.items():
@@ -203,23 +205,23 @@ def test_a_penalty_pulls_on_the_last_modules_alone(work: Workplace, data: Split)
 
 def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
     seeds: dict[int, list[int]] = {}
-    with adapted(make_config(adapter={"dropout": 0.5}), TinyClassifier(), HEAD) as work:
-        head, start, settings = head_of(work), make_start(), make_config().train
-        layer = work.handle.layers["body.first"]
+    with adapted(make_config(adapter={"dropout": 0.5}), TinyClassifier(), HEAD) as shared:
+        head, start, settings = head_of(shared), make_start(), make_config().train
+        layer = shared.handle.layers["body.first"]
 
         def run(client: int) -> ClientUpdate:
             hook = layer.register_forward_pre_hook(lambda *_: seeds.setdefault(client, []).append(layer.dropout_seed))
-            with started(work, start, head):
-                job = Job(replace(CLIENT, id=client), start, head, data, 3, 2e-2, Source(0, 1, client))
-                update = train(work, job, settings)
+            with started(shared, start, head):
+                job = Job(replace(CLIENT, id=client), start, head, data, 3, 2e-2, ClientRandom(0, 1, client))
+                update = train(shared, job, settings)
             hook.remove()
             return update
 
         first, other = run(0), run(1)
         torch.rand(3)
         again = run(0)
-    with adapted(make_config(), TinyClassifier(), HEAD) as work, started(work, start, head):
-        without = train(work, Job(CLIENT, start, head, data, 3, 2e-2, Source(0, 1, 0)), settings)
+    with adapted(make_config(), TinyClassifier(), HEAD) as shared, started(shared, start, head):
+        without = train(shared, Job(CLIENT, start, head, data, 3, 2e-2, ClientRandom(0, 1, 0)), settings)
     assert first.loss == again.loss != without.loss
     assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
     assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
@@ -227,33 +229,33 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
     assert other.loss != first.loss
 
 
-def test_what_training_takes_is_measured(work: Workplace, data: Split) -> None:
+def test_what_training_takes_is_measured(shared: SharedModel, data: Split) -> None:
     """Ranks 2 and 2: 2·(7 + 11) + 2·(11 + 5) = 68 factors, 18 of the head; AdamW keeps two of each and a step count."""
     config = make_config()
-    with started(work, make_start(), head_of(work)):
-        arguments = (work, Job(CLIENT, make_start(), {}, data, 2, 2e-2, Source(0, 1, 0)), config.train)
+    with started(shared, make_start(), head_of(shared)):
+        arguments = (shared, Job(CLIENT, make_start(), {}, data, 2, 2e-2, ClientRandom(0, 1, 0)), config.train)
         footprint = train(*arguments, measure=True).footprint
         assert footprint is not None
         assert footprint.trainable_parameters == 68 + 18
         assert footprint.optimizer_bytes == 4 * (2 * (68 + 18) + 6)
-    with started(work, make_start(), head_of(work)):
+    with started(shared, make_start(), head_of(shared)):
         assert train(*arguments).footprint is None
     # Batches of 4: x (7), tanh's output (11) which is the next x, S of both (2 each), tanh's output (5), and of the
     # loss log-probabilities (3), a label, a total weight and how many labels count.
     assert footprint.activation_bytes == 4 * 4 * (7 + 11 + 2 + 2 + 5 + 3) + 4 * 8 + 4 + 8
 
 
-def test_weights_of_an_update(work: Workplace, data: Split) -> None:
-    assert visit(work, make_start(), data, weighting="uniform")[0].weight == 1.0
-    assert visit(work, make_start(), data, weighting="samples")[0].weight == 9.0
+def test_weights_of_an_update(shared: SharedModel, data: Split) -> None:
+    assert visit(shared, make_start(), data, weighting="uniform")[0].weight == 1.0
+    assert visit(shared, make_start(), data, weighting="samples")[0].weight == 9.0
 
 
-def test_held_updates_are_the_servers_exactly_when_frozen_and_to_rounding_when_folded(work: Workplace) -> None:
+def test_held_updates_are_the_servers_exactly_when_frozen_and_to_rounding_when_folded(shared: SharedModel) -> None:
     noise, server = {}, ServerState(Adapter(make_factors(6, 1, SHAPES), 2.0))
     for unselected in ("folded", "frozen"):
         start = make_start(unselected)
-        with started(work, start, head_of(work)):
-            noise[unselected] = start_noise(server, start, work.base.changed())
+        with started(shared, start, head_of(shared)):
+            noise[unselected] = start_noise(server, start, shared.base.changed())
     nothing = {name: (A * 0, B) for name, (A, B) in start.factors.items()}
     size = start_noise(server, replace(start, factors=nothing))
     assert noise["frozen"] == 0.0
@@ -266,10 +268,10 @@ def test_the_model_comes_back_as_it_was(data: Split) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def work_until_interrupted() -> None:
-        with adapted(make_config(), model, HEAD) as work:
+        with adapted(make_config(), model, HEAD) as shared:
             for unselected in ("folded", "frozen"):
-                visit(work, make_start(unselected), data)
-            with started(work, make_start(), head_of(work)):
+                visit(shared, make_start(unselected), data)
+            with started(shared, make_start(), head_of(shared)):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -286,10 +288,10 @@ def test_a_frozen_head_is_neither_trained_nor_adapted(data: Split, nested: bool)
     model = TinyClassifier()
     if nested:
         model.head = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-    with adapted(config, model, HEAD) as work:
-        assert tuple(work.handle.layers) == MATRICES
+    with adapted(config, model, HEAD) as shared:
+        assert tuple(shared.handle.layers) == MATRICES
         before = [parameter.clone() for parameter in model.head.parameters()]
-        update, _ = visit(work, make_start(), data)
+        update, _ = visit(shared, make_start(), data)
         assert update.head == {}
         assert all(map(torch.equal, model.head.parameters(), before))
 
@@ -298,8 +300,8 @@ def test_the_adapter_is_drawn_from_the_seed_and_leaves_the_global_stream_alone()
     state = torch.get_rng_state()
     drawn = []
     for seed in (1, 1, 2):
-        with adapted(make_config(seed=seed), TinyClassifier(), HEAD) as work:
-            drawn.append(work.handle.factors()["body.first"][0])
+        with adapted(make_config(seed=seed), TinyClassifier(), HEAD) as shared:
+            drawn.append(shared.handle.factors()["body.first"][0])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert torch.equal(torch.get_rng_state(), state)
@@ -312,18 +314,18 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone() -> None:
 
 
 def test_batches_are_whole_epochs_in_a_keyed_order() -> None:
-    rows = batch_rows(10, 4, 5, Source(0, 1, 2))
+    rows = batch_rows(10, 4, 5, ClientRandom(0, 1, 2))
     assert rows.shape == (5, 4)
     flat = rows.flatten()
     assert sorted(flat[:10].tolist()) == sorted(flat[10:].tolist()) == list(range(10))
     assert flat[:10].tolist() != flat[10:].tolist()
-    assert torch.equal(rows, batch_rows(10, 4, 5, Source(0, 1, 2)))
-    for other in (Source(1, 1, 2), Source(0, 2, 2), Source(0, 1, 3)):
+    assert torch.equal(rows, batch_rows(10, 4, 5, ClientRandom(0, 1, 2)))
+    for other in (ClientRandom(1, 1, 2), ClientRandom(0, 2, 2), ClientRandom(0, 1, 3)):
         assert not torch.equal(rows, batch_rows(10, 4, 5, other))
 
 
 def test_a_client_with_fewer_samples_than_a_batch_uses_all_of_them_each_step() -> None:
-    rows = batch_rows(3, 8, 2, Source(0, 1, 2))
+    rows = batch_rows(3, 8, 2, ClientRandom(0, 1, 2))
     assert [sorted(row) for row in rows.tolist()] == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -339,8 +341,8 @@ def test_a_client_with_fewer_samples_than_a_batch_uses_all_of_them_each_step() -
 def test_what_is_not_finite_is_named(change: dict[str, Any], said: str) -> None:
     factors = {"m": (torch.ones(1, 2), torch.ones(1, 1))}
     update = ClientUpdate(CLIENT, factors, {"m": (0,)}, {"head.bias": torch.ones(2)}, 1.0, 1, 0.5)
-    assert fault(update) is None
-    assert fault(replace(update, **change)) == said
+    assert find_fault(update) is None
+    assert find_fault(replace(update, **change)) == said
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ class Layer:
 def by_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute by weights of the groups' own, or by the factors, whatever pays."""
     monkeypatch.setenv("PLORA_BACKEND", "torch")
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: request.param)
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: request.param)
 
 
 def inputs(samples: int, seed: int = 9) -> Tensor:
@@ -128,7 +128,7 @@ def test_a_layer_without_part_in_the_loss_has_zeros_and_is_named() -> None:
 def test_autograd_gets_the_memory_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """What batched products write need not be copied."""
     monkeypatch.setenv("PLORA_BACKEND", "torch")
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: False)
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: False)
     layer, x = Layer((2, 2), 7), inputs(4)
     loss = layer.groups.linear(x, layer.weight, None).square().sum()
     for own, memory in zip(torch.autograd.grad(loss, [layer.A, layer.B]), layer.memory, strict=True):

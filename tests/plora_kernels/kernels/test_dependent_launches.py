@@ -42,7 +42,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     """Pretend that there are dependent launches; note what is launched, and launch it without the instructions."""
     found = Trace()
 
-    def noting(kernel: object, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
+    def record_blocks(kernel: object, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
         found.append((kernel.fn.__name__, named))
         plain = dict.fromkeys({"DEPENDENT", "LAUNCHES_DEPENDENTS"} & named.keys(), False)
         replay.launch(kernel, grid, *arguments, **{k: v for k, v in named.items() if k != "launch_pdl"} | plain)
@@ -56,7 +56,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
 
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: 8)  # gradients are summed in parts
     for module in LAUNCHING:
-        monkeypatch.setattr(module, "launch", noting)
+        monkeypatch.setattr(module, "launch", record_blocks)
         monkeypatch.setattr(module, "launches_dependents", lambda device: True, raising=False)
     for module in TAKING:
         for name in ("empty", "zeros"):
@@ -93,7 +93,7 @@ def run_backward(index: torch.Tensor | None = None, frozen: bool = False, need_B
 
 @pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
 def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, kernel: str, trace: Trace) -> None:
-    with lookup.forcing(forced(design, dependent=True)):
+    with lookup.override_blocks(forced(design, dependent=True)):
         run_forward()
     assert trace.kernels() == ["side_product_kernel", f"{kernel}_matmul_kernel"]
     ahead, own = trace.constants("side_product_kernel"), trace.constants(f"{kernel}_matmul_kernel")
@@ -106,7 +106,7 @@ def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, k
 
 @pytest.mark.parametrize("design", ["two_launch", "specialised"])
 def test_nothing_depends_unless_the_blocks_say_so(design: str, trace: Trace) -> None:
-    with lookup.forcing(forced(design)):
+    with lookup.override_blocks(forced(design)):
         run_forward()
         run_backward()
     for _, named in trace:
@@ -118,7 +118,7 @@ def test_nothing_depends_unless_the_blocks_say_so(design: str, trace: Trace) -> 
 @pytest.mark.parametrize("design", ["two_launch", "specialised"])
 def test_without_a_module_there_is_no_launch_to_depend_on(design: str, trace: Trace) -> None:
     nothing = torch.empty(0, dtype=torch.int32)
-    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+    with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
         run_forward(nothing)
         run_backward(nothing)
     assert trace.kernels() == ["persistent_matmul_kernel"] * 2
@@ -129,7 +129,7 @@ def test_without_a_module_there_is_no_launch_to_depend_on(design: str, trace: Tr
 @pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
 def test_da_begins_beside_dx_with_memory_of_its_own(design: str, kernel: str, form: str, trace: Trace) -> None:
     index = None if form == "all" else torch.tensor([0, 3, 5, -1], dtype=torch.int32)
-    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+    with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
         run_backward(index, form == "frozen")
     # With an index no descriptor fetches what is chosen.
     product = "persistent_matmul_kernel" if form == "folded" else f"{kernel}_matmul_kernel"
@@ -145,12 +145,12 @@ def test_da_begins_beside_dx_with_memory_of_its_own(design: str, kernel: str, fo
 
 @pytest.mark.parametrize("design", ["drawn", "one_launch", "persistent"])
 def test_where_dx_makes_ds_da_waits_for_it(design: str, trace: Trace) -> None:
-    with lookup.forcing(forced(design, dependent=True, gradient_beside=True)):
+    with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
         run_backward()
     assert all("launch_pdl" not in named for _, named in trace)
 
 
 def test_without_db_ds_has_no_launch_ahead_of_dx_that_the_backward_made(trace: Trace) -> None:
-    with lookup.forcing(forced("two_launch", gradient_beside=True)):
+    with lookup.override_blocks(forced("two_launch", gradient_beside=True)):
         run_backward(need_B=False)
     assert "launch_pdl" not in trace.constants("partial_gradient_kernel")

@@ -18,7 +18,7 @@ from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     DESIGNS,
     OVERLAPS,
-    WALKING_DESIGNS,
+    PERSISTENT_DESIGNS,
     Blocks,
     Hardware,
     MatmulBlocks,
@@ -45,7 +45,7 @@ def blocks_of(design: str, block_r: int) -> dict[str, Blocks]:
 
 
 def run_design(design: str, problem: Problem, block_r: int = 16) -> None:
-    with lookup.forcing(blocks_of(design, block_r)):
+    with lookup.override_blocks(blocks_of(design, block_r)):
         check(problem)
 
 
@@ -87,7 +87,7 @@ def test_designs_are_within_the_bound(
     run_design(design, problem)
     # Lines of 1, 5, 17 or 33 modules are not what a descriptor fetches.
     walking = "two_launch" if design == "specialised" else design
-    assert walks == [walking] * (2 if design in WALKING_DESIGNS else 0)
+    assert walks == [walking] * (2 if design in PERSISTENT_DESIGNS else 0)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_warps_of_two_kinds_do_not_take_is_walked_over(what: str, walks: li
     if what == "tiles of 64 rows":
         matmul = MatmulBlocks("specialised", 64, 32, 16, 16, 2, 4, 2)
         blocks |= {"forward": matmul, "input_gradient": matmul}
-    with lookup.forcing(blocks):
+    with lookup.override_blocks(blocks):
         check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1, device=DEVICE))
     assert walks == ["two_launch"] * 2
 
@@ -133,7 +133,7 @@ def test_dropout_in_every_design(design: str) -> None:
         )
 
 
-@pytest.mark.parametrize("design", WALKING_DESIGNS)
+@pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
 def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, walks: list[str]) -> None:
     run_design(design, make_problem(7, 50, 29, 5, torch.float16, device=DEVICE))
     assert walks == []
@@ -146,7 +146,7 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS[1:])
-@pytest.mark.parametrize("design", WALKING_DESIGNS)
+@pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
 def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks: list[str]) -> None:
     for rank, form in ((5, None), (33, "frozen")):
         blocks = blocks_of(design, 16)
@@ -155,7 +155,7 @@ def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks
             assert isinstance(matmul, MatmulBlocks)
             blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
         mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-        with lookup.forcing(blocks):
+        with lookup.override_blocks(blocks):
             check(
                 make_problem(
                     70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
@@ -169,7 +169,7 @@ def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks
 @pytest.mark.parametrize("programs", [1, 3, 5])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: programs)
-    for design in WALKING_DESIGNS:
+    for design in PERSISTENT_DESIGNS:
         run_design(design, make_problem(70, 48, 104, 5, torch.float32, device=DEVICE))
 
 
@@ -218,7 +218,7 @@ def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
 
     monkeypatch.setattr(grouped_matmul, "launch", noted)
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
-    with lookup.forcing({"forward": wide, "input_gradient": wide} if measured else {}):
+    with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
         check_groups(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))
     large, small = 128 * 256, 128 * 128
     assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
@@ -226,7 +226,7 @@ def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
 
 def test_partial_gradients_are_the_same_bits_every_time() -> None:
     problem = make_problem(130, 48, 80, 5, torch.float16, device=DEVICE)
-    with lookup.forcing(blocks_of("two_launch", 16)):
+    with lookup.override_blocks(blocks_of("two_launch", 16)):
         from tests.plora_kernels.ops.test_numerics import run
 
         first, second = run(problem), run(problem)
@@ -237,7 +237,7 @@ def test_partial_gradients_are_the_same_bits_every_time() -> None:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_gradients_of_no_rows_are_zero(design: str) -> None:
     x, lora_A, lora_B = (torch.zeros(s, requires_grad=True) for s in ((0, 16), (4, 16), (32, 4)))
-    with lookup.forcing(blocks_of(design, 16)):
+    with lookup.override_blocks(blocks_of(design, 16)):
         pk.plora_linear(x, torch.zeros(32, 16), lora_A, lora_B).sum().backward()
     assert lora_A.grad is not None
     assert lora_B.grad is not None
@@ -249,7 +249,7 @@ def test_gradients_of_no_rows_are_zero(design: str) -> None:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_the_side_product_is_kept_if_asked_for_alone(design: str, dropout: tuple[float, torch.Tensor | None]) -> None:
     x, weight, lora_A, lora_B = (torch.randn(s) for s in ((8, 16), (32, 16), (4, 16), (32, 4)))
-    with lookup.forcing(blocks_of(design, 16)):
+    with lookup.override_blocks(blocks_of(design, 16)):
         for keep in (False, True):
             _, s = torch.ops.plora.linear(x, weight, lora_A, lora_B, None, None, 1.0, False, keep, *dropout)
             assert s.shape == ((8, 4) if keep else (0,))
@@ -263,7 +263,7 @@ def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.Monkey
     )
     problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5, device=DEVICE)
     forced = blocks_of("one_launch", 16)
-    with lookup.forcing(forced):
+    with lookup.override_blocks(forced):
         check(problem)
     assert [blocks.design for blocks in taken] == ["tile"]
     assert forced["input_gradient"] not in taken

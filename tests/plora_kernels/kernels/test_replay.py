@@ -110,11 +110,11 @@ def test_new_tables_and_forced_blocks_are_looked_at(worked_out: list[str]) -> No
     assert "forward" in worked_out
     for design in ("tile_two_launch", "persistent", "one_launch"):
         worked_out.clear()
-        with lookup.forcing(blocks_of(design, 16)):
+        with lookup.override_blocks(blocks_of(design, 16)):
             check(problem(0))
         assert "forward" in worked_out
     worked_out.clear()
-    with lookup.noting() as taken:
+    with lookup.record_blocks() as taken:
         check(problem(0))
     assert "forward" in taken
 

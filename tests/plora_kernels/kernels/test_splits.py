@@ -69,7 +69,7 @@ def test_any_cut_gives_the_gradients(rows: int, form: str | None, design: str, c
     problem = make_problem(
         rows, 16, 16, rank, torch.float32, mask=mask, unselected=form or "folded", seed=rows, device=DEVICE
     )
-    with lookup.forcing(forced(design)):
+    with lookup.override_blocks(forced(design)):
         check(problem)
     assert len(cuts) == 2  # dA and dB
     if form is None:
@@ -79,7 +79,7 @@ def test_any_cut_gives_the_gradients(rows: int, form: str | None, design: str, c
 def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
     problem = make_problem(70, 200, 136, 5, torch.float32, mask=random_mask(5, 1).to(DEVICE), device=DEVICE)
     for design in ("tile", "tile_two_launch"):
-        with lookup.forcing(forced(design)):
+        with lookup.override_blocks(forced(design)):
             check(problem)
     assert set(cuts) == {1}
 
@@ -88,6 +88,6 @@ def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
 @pytest.mark.parametrize("rows", [(80, 0, 97), (1, 5, 30)])
 def test_groups_are_cut_each_for_itself(rows: tuple[int, ...], p: float, cuts: list[int]) -> None:
     problem = draw_grouped(rows, 16, 16, 1, torch.float32, scale=[0.5, 0.25, 2.0], dropout_p=p, device=DEVICE)
-    with lookup.forcing(forced("tile")):
+    with lookup.override_blocks(forced("tile")):
         check_groups(problem)
     assert set(cuts) == ({3} if rows[0] == 80 else {1})

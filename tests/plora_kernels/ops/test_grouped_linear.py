@@ -97,7 +97,7 @@ def test_groups_at_once_equal_one_call_a_group(shape: tuple, share: float | None
 
 def test_when_weights_of_their_own_pay() -> None:
     def pays(rows: int, groups: int, n: int, k: int, rank: int) -> bool:
-        return grouped_products.pays(rows, groups, torch.empty(n, k, device="meta"), rank)
+        return grouped_products.group_weights_are_cheaper(rows, groups, torch.empty(n, k, device="meta"), rank)
 
     # Ten clients of 16 × 17 rows and 64 features: 272·64² + 4·64²·16 multiplications against 2·272·3·16·128.
     assert pays(2720, 10, 64, 64, 16)
@@ -114,7 +114,7 @@ def test_both_ways_of_plain_products_are_within_the_bound(
     shape: tuple, by_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PLORA_BACKEND", "torch")
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: by_weights)
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: by_weights)
     scales = [0.5 + g for g in range(len(shape[0]))]
     for scale in (0.5, scales):
         check_groups(draw_grouped(*shape, torch.float32, scale=scale, device=DEVICE))

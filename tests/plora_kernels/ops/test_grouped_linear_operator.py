@@ -87,7 +87,9 @@ def test_autocast_behaves_as_for_linear(active: torch.dtype) -> None:
 
 
 def test_double_backward_and_transforms_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: False)  # small layers consist of torch's own operations
+    monkeypatch.setattr(
+        grouped_products, "group_weights_are_cheaper", lambda *_: False
+    )  # small layers consist of torch's own operations
     x, weight, lora_A, lora_B, _ = inputs()
     y = pk.plora_linear(x, weight, lora_A, lora_B, groups=GROUPS)
     (gradient,) = torch.autograd.grad(y.sum(), lora_A, create_graph=True)
@@ -104,7 +106,7 @@ def test_double_backward_and_transforms_say_so(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks every tensor it fakes
 def test_a_compiler_traces_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: False)
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: False)
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -284,7 +284,9 @@ def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str)
 def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
     each_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped_products, "pays", lambda *_: False)  # small layers consist of torch's own operations
+    monkeypatch.setattr(
+        grouped_products, "group_weights_are_cheaper", lambda *_: False
+    )  # small layers consist of torch's own operations
     x, weight, lora_A, lora_B, _ = inputs()
     dys = torch.randn(2, 3, 5, 6)
     y = pk.plora_linear(x, weight, lora_A, lora_B)

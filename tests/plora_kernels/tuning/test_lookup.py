@@ -178,7 +178,7 @@ def test_a_device_s_own_entries_are_never_too_large(gpu: Path, monkeypatch: pyte
 
 def test_blocks_that_launches_take_can_be_noted() -> None:
     cpu = torch.device("cpu")
-    with lookup.noting() as taken:
+    with lookup.record_blocks() as taken:
         blocks = lookup.find_blocks(MatmulBlocks, forward_class(), cpu, False)
     lookup.find_blocks(FoldBlocks, ShapeClass("fold", "float32", 8, 8, 8, 8), cpu, False)
     assert taken == {"forward": blocks}
@@ -239,7 +239,7 @@ def test_an_unreadable_table_is_passed_over_with_a_warning(gpu: Path) -> None:
 def test_forcing_holds_inside_its_block_alone() -> None:
     forced = MatmulBlocks("tile", 16, 16, 16, 16, 1, 1, 1)
     cpu = torch.device("cpu")
-    with lookup.forcing({"forward": forced}):
+    with lookup.override_blocks({"forward": forced}):
         assert lookup.find_blocks(MatmulBlocks, forward_class(), cpu, False) == forced
         with pytest.raises(pk.ConfigError, match="FoldBlocks is needed"):
             lookup.find_blocks(FoldBlocks, forward_class(), cpu, False)

@@ -2,7 +2,7 @@
 
 Each is an operator `plora::name` with outputs (y, s) and `plora::name_backward`, registered with autograd, and a
 `torch.autograd.Function` around the same two functions for calls that nobody watches: an operator's dispatch costs
-more host time than a small layer computes.
+more host time than a small layer computes. `define` makes all of that of a forward and a backward over rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from plora_kernels.errors import UnsupportedError
 _library = torch.library.Library("plora", "DEF")
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, lora_A, lora_B and bias
+_OPERANDS = "Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B"
 
 
 def _watched(*tensors: Tensor) -> bool:
@@ -51,38 +52,6 @@ def shaped_as(x: Tensor, y: Tensor) -> Tensor:
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
-def all_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor], dy_rows: Tensor, x: Tensor, need_x: bool, need_bias: bool
-) -> Gradients:
-    """Return dx, dA, dB and dbias, given the first three of rows; what is not needed has no elements."""
-    d_x, d_lora_A, d_lora_B = gradients
-    d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
-    return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
-
-
-def fake_gradients(
-    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, need_x: bool, need_A: bool, need_B: bool, need_bias: bool
-) -> Gradients:
-    """Return tensors of the gradients' shapes."""
-    nothing = (0,)
-    return (
-        x.new_empty(x.shape if need_x else nothing),
-        x.new_empty(lora_A.shape if need_A else nothing),
-        x.new_empty(lora_B.shape if need_B else nothing),
-        x.new_empty((dy.shape[-1],) if need_bias else nothing),
-    )
-
-
-def as_autograd_takes(ctx: Any, gradients: Gradients | None) -> tuple[Tensor | None, ...]:
-    """Return a gradient for each input: x, weight, lora_A, lora_B, bias and what has none."""
-    needs = ctx.needs_input_grad
-    if gradients is None:
-        return (None,) * len(needs)
-    d_x, d_lora_A, d_lora_B, d_bias = gradients
-    wanted = zip((d_x, None, d_lora_A, d_lora_B, d_bias), needs, strict=False)
-    return *(gradient if need else None for gradient, need in wanted), *(None,) * (len(needs) - 5)
-
-
 def is_recorded(dy: Tensor) -> bool:
     """Say whether a backward goes through its operator.
 
@@ -91,18 +60,119 @@ def is_recorded(dy: Tensor) -> bool:
     return _watched(dy) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
-def register(name: str, save: Callable[..., None], differentiate: Callable[..., Any]) -> None:
-    """Register `plora::name` with autograd; refuse a double backward and vmap by name.
+def define(
+    name: str,
+    modules: str,
+    dropout: str,
+    run_forward: Callable[..., tuple[Tensor, Tensor]],
+    run_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    places: Callable[[Tensor, Tensor | None, bool], int],
+) -> Callable[..., Tensor]:
+    """Define `plora::name` and `plora::name_backward`, with fakes and autograd, and return what calls them.
 
-    Whoever had reason to watch the forward, or tensors only the dispatcher reads right, has it in the backward too:
-    `differentiate` is told to take the operator.
+    The forward's arguments are x (…, K), weight, lora_A, lora_B, bias, those of `modules`, scale, frozen, keep_s,
+    dropout_p and those of `dropout`; the function that is returned takes the same.
+
+    Args:
+        modules: the schema of what says which modules enter and how, an index buffer first.
+        dropout: the schema of what dropout draws from.
+        run_forward: returns y (M, N) and S of rows x (M, K), given all the arguments.
+        run_backward: returns dx, dA and dB of rows dy (M, N), given dy, x, weight, lora_A, lora_B, s, `modules`, scale,
+            frozen, three flags that say which of them are needed, dropout_p and `dropout`.
+        places: returns the number of columns of S for lora_A, the index and frozen.
     """
-    backward = f"{name}_backward"
-    by_operator = functools.partial(differentiate, recorded=True)
-    torch.library.register_autograd(f"plora::{name}", by_operator, setup_context=save, lib=_library)
-    torch.library.register_autograd(f"plora::{backward}", _refuse_double_backward, lib=_library)
-    for operator in (name, backward):
+    scale_at = 5 + modules.count(",") + 1  # among the forward's arguments
+    _library.define(
+        f"{name}({_OPERANDS}, Tensor? bias, {modules}, float scale, bool frozen, bool keep_s, float dropout_p, "
+        f"{dropout}) -> (Tensor y, Tensor s)"
+    )
+    _library.define(
+        f"{name}_backward(Tensor dy, {_OPERANDS}, Tensor s, {modules}, float scale, bool frozen, bool need_x, "
+        f"bool need_A, bool need_B, bool need_bias, float dropout_p, {dropout}) "
+        "-> (Tensor d_x, Tensor d_lora_A, Tensor d_lora_B, Tensor d_bias)"
+    )
+
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        y, s = run_forward(_rows(x), *arguments)
+        return shaped_as(x, y), s
+
+    def fake_forward(x: Tensor, weight: Tensor, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        index, frozen, keep_s = arguments[2], *arguments[scale_at - 2 : scale_at]
+        s = x.new_empty((math.prod(x.shape[:-1]), places(lora_A, index, frozen)) if keep_s else (0,))
+        return x.new_empty((*x.shape[:-1], weight.shape[0])), s
+
+    def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
+        *before, need_bias = arguments[: scale_at + 5]  # from the weight to the last flag
+        dy_rows, need_x = _rows(dy), before[-3]
+        d_x, d_lora_A, d_lora_B = run_backward(dy_rows, _rows(x), *before, *arguments[scale_at + 5 :])
+        d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
+        return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
+
+    def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Gradients:
+        need_x, need_A, need_B, need_bias = rest[scale_at - 2 : scale_at + 2]
+        nothing = (0,)
+        return (
+            x.new_empty(x.shape if need_x else nothing),
+            x.new_empty(lora_A.shape if need_A else nothing),
+            x.new_empty(lora_B.shape if need_B else nothing),
+            x.new_empty((dy.shape[-1],) if need_bias else nothing),
+        )
+
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, s = output
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], s, *inputs[5:scale_at], *inputs[scale_at + 4 :])
+        ctx.scale, ctx.frozen, _, ctx.dropout_p = inputs[scale_at : scale_at + 4]
+
+    def differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None, recorded: bool = False) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(needs)
+        saved, wanted = ctx.saved_tensors, (needs[0], *needs[2:5])  # all but the weight
+        compute = by_operator if recorded or is_recorded(dy) else backward
+        # The saved tensors are those of the forward up to the scale, S in the bias's place, then dropout's.
+        gradients = compute(
+            dy, *saved[:scale_at], ctx.scale, ctx.frozen, *wanted, ctx.dropout_p, *saved[scale_at:]
+        )  # fmt: skip
+        d_x, *others = (gradient if need else None for gradient, need in zip(gradients, wanted, strict=True))
+        return d_x, None, *others, *(None,) * (len(needs) - 5)
+
+    class Eager(torch.autograd.Function):
+        """The operator without its dispatch."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            # Not split into forward and setup_context: torch would inspect the signature anew at every call.
+            output = forward(*inputs)
+            save_for_backward(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    for operator, run, fake in ((name, forward, fake_forward), (f"{name}_backward", backward, fake_backward)):
+        torch.library.impl(_library, operator, "CompositeExplicitAutograd")(run)
+        torch.library.register_fake(f"plora::{operator}", fake, lib=_library)
         torch.library.register_vmap(f"plora::{operator}", _refuse_vmap, lib=_library)
+    # Whoever had reason to watch the forward, or tensors only the dispatcher reads right, has it in the backward too.
+    recorded = functools.partial(differentiate, recorded=True)
+    torch.library.register_autograd(f"plora::{name}", recorded, setup_context=save_for_backward, lib=_library)
+    torch.library.register_autograd(f"plora::{name}_backward", _refuse_double_backward, lib=_library)
+    # Found once: looking an operator up at every call takes as long as checking its arguments.
+    operator, by_operator = (getattr(torch.ops.plora, found) for found in (name, f"{name}_backward"))
+
+    def call(*arguments: Any) -> Tensor:
+        """Return y, on the shortest way there is: by the operator where somebody watches, else without its dispatch."""
+        if _watched(*arguments[: 4 if arguments[4] is None else 5]):
+            y, _ = operator(*arguments)
+        elif torch.is_grad_enabled():
+            y, _ = Eager.apply(*arguments)
+        else:
+            y, _ = forward(*arguments)
+        result: Tensor = y
+        return result
+
+    return call
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -152,19 +222,3 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
     given = (t for t in tensors if t is not None)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise UnsupportedError("plora_linear has no forward-mode derivative; use autograd's backward")
-
-
-def call(
-    operator: Any, eager: type[torch.autograd.Function], run: Callable[..., Any], arguments: tuple[Any, ...]
-) -> Tensor:
-    """Return y of an operator's (y, s), on the shortest way there is: `operator` where somebody watches, else `eager`.
-
-    The first five arguments are x, weight, lora_A, lora_B, and bias or None.
-    """
-    if _watched(*arguments[: 4 if arguments[4] is None else 5]):
-        y, _ = operator(*arguments)
-    elif torch.is_grad_enabled():
-        y, _ = eager.apply(*arguments)
-    else:
-        y, _ = run(*arguments)
-    return y

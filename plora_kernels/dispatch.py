@@ -26,7 +26,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, lora_A, lora_B and bi
 _OPERANDS = "Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B"
 
 
-def _watched(*tensors: Tensor) -> bool:
+def is_watched(*tensors: Tensor) -> bool:
     """Say whether a call must go through torch's dispatcher.
 
     So it must where somebody watches operators, a compiler, a dispatch mode or a tensor subclass, and for a tensor that
@@ -41,7 +41,7 @@ def _watched(*tensors: Tensor) -> bool:
     return is_in_torch_dispatch_mode()
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """Return (…, D) as (M, D)."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -57,7 +57,7 @@ def is_recorded(dy: Tensor) -> bool:
 
     It refuses create_graph=True, and takes a batch of gradients (is_grads_batched=True) apart.
     """
-    return _watched(dy) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return is_watched(dy) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def define(
@@ -93,7 +93,7 @@ def define(
     )
 
     def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        y, s = run_forward(_rows(x), *arguments)
+        y, s = run_forward(as_rows(x), *arguments)
         return shaped_as(x, y), s
 
     def fake_forward(x: Tensor, weight: Tensor, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,8 @@ def define(
 
     def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
         *before, need_bias = arguments[: scale_at + 5]  # from the weight to the last flag
-        dy_rows, need_x = _rows(dy), before[-3]
-        d_x, d_lora_A, d_lora_B = run_backward(dy_rows, _rows(x), *before, *arguments[scale_at + 5 :])
+        dy_rows, need_x = as_rows(dy), before[-3]
+        d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
         d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
         return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
 
@@ -163,7 +163,7 @@ def define(
 
     def call(*arguments: Any) -> Tensor:
         """Return y, on the shortest way there is: by the operator where somebody watches, else without its dispatch."""
-        if _watched(*arguments[: 4 if arguments[4] is None else 5]):
+        if is_watched(*arguments[: 4 if arguments[4] is None else 5]):
             y, _ = operator(*arguments)
         elif torch.is_grad_enabled():
             y, _ = Eager.apply(*arguments)

@@ -91,18 +91,13 @@ def plora_linear(
 
     Source: arXiv 2602.16936.
     """
-    frozen = check_unselected(unselected) == "frozen"
     if groups is not None:
-        offsets = group_offsets(groups, x.device)
-        count = offsets.shape[0] - 1
-        check_group_factors(weight, lora_A, lora_B, count)
-        scale, scales = group_scales(scale, count, x.device)
-        indices = group_index(cast(GroupSelections | None, selected), count, lora_A.shape[1], x.device)
-        seeds = group_seeds(dropout_p, cast(Sequence[int] | Tensor | None, dropout_seed), count, x.device)
-        return grouped_with_index(
-            x, weight, lora_A, lora_B, bias, indices, offsets, scales, scale, frozen, float(dropout_p), seeds,
-            dropout_rows,
+        return grouped_plora_linear(
+            x, weight, lora_A, lora_B, groups, cast(GroupSelections | None, selected), bias=bias, scale=scale,
+            unselected=unselected, dropout_p=dropout_p, dropout_rows=dropout_rows,
+            dropout_seeds=cast(Sequence[int] | Tensor | None, dropout_seed),
         )  # fmt: skip
+    frozen = check_unselected(unselected) == "frozen"
     if dropout_rows is not None:
         raise ConfigError("dropout_rows is given without groups; rows of one call count from 0")
     check_factors(weight, lora_A, lora_B)
@@ -110,6 +105,38 @@ def plora_linear(
     index = index_for(cast(Selection | None, selected), lora_A.shape[0], x.device)
     seed = check_dropout(dropout_p, cast(int | Tensor | None, dropout_seed), x.device)
     return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, frozen, float(dropout_p), seed)
+
+
+def grouped_plora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    groups: Sequence[int] | Tensor,
+    selected: GroupSelections | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | Sequence[float] | Tensor = 1.0,
+    unselected: str = "folded",
+    dropout_p: float = 0.0,
+    dropout_seeds: Sequence[int] | Tensor | None = None,
+    dropout_rows: Tensor | None = None,
+) -> Tensor:
+    """Return y (…, N) of C groups of the rows of x, each with an adapter of its own: `plora_linear` with `groups`.
+
+    lora_A (C, R, K), lora_B (C, N, R), groups C+1 offsets, selected a mask (C, R) or C selections, scale one number or
+    (C,), dropout_seeds (C,); all else, and what is raised, as there.
+    """
+    frozen = check_unselected(unselected) == "frozen"
+    offsets = group_offsets(groups, x.device)
+    count = offsets.shape[0] - 1
+    check_group_factors(weight, lora_A, lora_B, count)
+    common, scales = group_scales(scale, count, x.device)
+    index = group_index(selected, count, lora_A.shape[1], x.device)
+    seeds = group_seeds(dropout_p, dropout_seeds, count, x.device)
+    return grouped_with_index(
+        x, weight, lora_A, lora_B, bias, index, offsets, scales, common, frozen, float(dropout_p), seeds, dropout_rows,
+    )  # fmt: skip
 
 
 def linear_with_index(

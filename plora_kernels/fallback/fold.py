@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels.counter_rng import HALF, element_bits, round_stochastically
-from plora_kernels.fallback.linear import _gather
+from plora_kernels.fallback.linear import gather
 
 # Elements of a half-precision W worked on at a time on CPU: half a mebibyte in fp32.
 CHUNK_ELEMENTS = 1 << 17
@@ -28,7 +28,7 @@ def fold(
     """Write W + s·Σ_j b_j a_jᵀ to `out` (N, K), as the kernel of the same name."""
     if weight.numel() == 0:
         return
-    A, B = _gather(lora_A, lora_B, index)
+    A, B = gather(lora_A, lora_B, index)
     if weight.dtype not in HALF:
         torch.addmm(weight, B, A, alpha=scale, out=out)
         return

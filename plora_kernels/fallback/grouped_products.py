@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plora_kernels.backend import runs_kernels
-from plora_kernels.dispatch import _rows, no_double_backward, shaped_as
+from plora_kernels.dispatch import as_rows, no_double_backward, shaped_as
 from plora_kernels.fallback.grouped_linear import EqualGroups, equal_groups
 
 THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
@@ -159,7 +159,7 @@ def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, layout
     """Return y (…, N) by the groups' own weights, `own_weights`: for small layers."""
     if layout.runs[0].is_alone and layout.runs[0].whole:
         return functional.linear(x, weights[0], bias)
-    rows, parts = _rows(x), []
+    rows, parts = as_rows(x), []
     for run, own in zip(layout.runs, weights, strict=True):
         part = _part(rows, run)
         if run.is_alone:
@@ -178,7 +178,7 @@ class _ByFactors(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
     ) -> Tensor:
-        rows = _rows(x)
+        rows = as_rows(x)
         y = functional.linear(rows, weight, bias)
         s = rows.new_empty(rows.shape[0], lora_A.shape[1])  # (M, R)
         for run in layout.runs:
@@ -194,7 +194,7 @@ class _ByFactors(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
-        layout, dy_rows, rows = ctx.layout, _rows(dy), _rows(x)
+        layout, dy_rows, rows = ctx.layout, as_rows(dy), as_rows(x)
         d_x = dy_rows @ weight if need_x else None
         d_A = layout.gradient(0, lora_A) if need_A else None
         d_B = layout.gradient(1, lora_B) if need_B else None

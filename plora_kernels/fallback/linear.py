@@ -13,7 +13,7 @@ from torch.nn import functional
 from plora_kernels.counter_rng import keep_mask
 
 
-def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+def gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the indexed modules as A (W, K) and B (N, W); a place whose index is −1 holds zeros."""
     if index is None:
         return lora_A, lora_B
@@ -42,7 +42,7 @@ def _is_chosen(index: Tensor, rank: int) -> Tensor:
     return (index[:, None] == torch.arange(rank, dtype=index.dtype, device=index.device)).any(0)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return s · left · right, the scale applied inside the product: no pass of its own, no overflow before it."""
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
@@ -62,7 +62,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)` as the kernel of the same name: y (M, N), s (M, places) or empty."""
     applied = None if frozen else index  # frozen modules all enter y
-    A, B = _gather(lora_A, lora_B, applied)
+    A, B = gather(lora_A, lora_B, applied)
     dropped = _dropped(x, index, frozen, dropout_p, dropout_seed)
     s = _side_product(dropped, A.t(), applied)  # (M, places)
     if dropped is not x:
@@ -75,7 +75,7 @@ def forward(
         # Half precision is rounded between the two products: the larger part goes first.
         y = functional.linear(x, weight, bias).addmm_(s, B.t(), alpha=scale)
     else:
-        y = _scaled_product(s, B.t(), scale) if bias is None else torch.addmm(bias, s, B.t(), alpha=scale)
+        y = scaled_product(s, B.t(), scale) if bias is None else torch.addmm(bias, s, B.t(), alpha=scale)
         y.addmm_(x, weight.t())
     return y, s if keep_s else x.new_empty(0)
 
@@ -99,7 +99,7 @@ def backward(
     """Return `(dx, dA, dB)` as the kernel of the same name; a gradient that is not needed has no elements."""
     d_x, d_lora_A, d_lora_B, ds = (dy.new_empty(0) for _ in range(4))  # an operator's outputs may not alias
     applied = None if frozen else index
-    A, B = _gather(lora_A, lora_B, applied)
+    A, B = gather(lora_A, lora_B, applied)
     kept, factor = None, scale
     if dropout_seed is not None and dropout_p > 0.0 and (index is None or index.shape[0] > 0):
         kept, factor = keep_mask(dropout_seed, x.shape[0], x.shape[1], dropout_p), scale / (1 - dropout_p)
@@ -113,11 +113,11 @@ def backward(
     if need_A:
         ds = ds if picked is None else ds.index_select(1, picked)
         dropped = x if kept is None else torch.where(kept, x, 0.0)
-        d_lora_A = _scatter(_scaled_product(ds.t(), dropped, factor), index, lora_A.shape[0])
+        d_lora_A = scatter(scaled_product(ds.t(), dropped, factor), index, lora_A.shape[0])
     if need_B:
         s = s if picked is None else s.index_select(1, picked)
         # (Sᵀ dY)ᵀ runs about twice as fast as dYᵀ S in the CPU's matmul: the long axis stays contiguous.
-        d_lora_B = _scatter(_scaled_product(s.t(), dy, scale), index, lora_B.shape[1]).t().contiguous()
+        d_lora_B = scatter(scaled_product(s.t(), dy, scale), index, lora_B.shape[1]).t().contiguous()
     return d_x, d_lora_A, d_lora_B
 
 
@@ -139,15 +139,15 @@ def _input_gradient(
         return dy @ weight
     half = dy.dtype.itemsize < 4  # as in the forward
     if kept is None:
-        return (dy @ weight).addmm_(ds, A, alpha=scale) if half else _scaled_product(ds, A, scale).addmm_(dy, weight)
-    dropped = _scaled_product(ds if chosen is None else ds.masked_fill(~chosen, 0.0), A, factor)
+        return (dy @ weight).addmm_(ds, A, alpha=scale) if half else scaled_product(ds, A, scale).addmm_(dy, weight)
+    dropped = scaled_product(ds if chosen is None else ds.masked_fill(~chosen, 0.0), A, factor)
     low = torch.where(kept, dropped, 0.0)  # (M, K)
     if chosen is not None:
         low.addmm_(ds.masked_fill(chosen, 0.0), A, alpha=scale)
     return (dy @ weight).add_(low) if half else low.addmm_(dy, weight)
 
 
-def _scatter(gradient: Tensor, index: Tensor | None, rank: int) -> Tensor:
+def scatter(gradient: Tensor, index: Tensor | None, rank: int) -> Tensor:
     """Return (R, D) with row t of `gradient` at module index[t] and zeros elsewhere."""
     if index is None:
         return gradient

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels.checks import GroupSelections, check_group_factors, group_index, group_scales, group_seeds
-from plora_kernels.dispatch import _watched, refuse_transforms
+from plora_kernels.dispatch import is_watched, refuse_transforms
 from plora_kernels.errors import ConfigError, ShapeError
 from plora_kernels.fallback import grouped_products
 from plora_kernels.fallback.gradient_memory import GradientMemory
@@ -175,7 +175,7 @@ class GroupModules:
             if self._is_plain(x, weight):
                 factors, scales = (self.lora_A, self.lora_B), (self.scale, self.scales)
                 return grouped_products.traced(x, weight, *factors, bias, *scales, self.rows.product)
-        elif not _watched(x):
+        elif not is_watched(x):
             refuse_transforms(x, weight, self.lora_A, self.lora_B, bias)
             key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
             if key not in self._plans:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from plora_kernels.dispatch import _watched
+from plora_kernels.dispatch import is_watched
 from plora_kernels.functional import autocast_dtype
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.ops.projections import Computed, JointGradient, Projection, attach, forward
@@ -246,7 +246,7 @@ def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
     weights = [projection.weight for projection in projections]
     dtype, device, k = x.dtype, x.device, x.shape[-1]
     return (
-        not _watched(x, *tensors)
+        not is_watched(x, *tensors)
         and all(t.dtype is dtype and t.device == device and not t.is_inference() for t in tensors)
         and all(weight.shape[1] == k and weight.is_contiguous() for weight in weights)
         and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))

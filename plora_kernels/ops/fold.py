@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
-from plora_kernels.dispatch import _watched
+from plora_kernels.dispatch import is_watched
 from plora_kernels.fallback import fold as fallback
 
 # weight, lora_A, lora_B, index, scale, seed, out.
@@ -73,7 +73,7 @@ def run_fold(
 
 def _is_observed(*tensors: Tensor) -> bool:
     """Say whether somebody must see an operator: a compiler, a mode, a tensor subclass, a torch.func transform."""
-    return _watched(*tensors) or torch._C._are_functorch_transforms_active()
+    return is_watched(*tensors) or torch._C._are_functorch_transforms_active()
 
 
 def _fold(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.checks import host_bounds
-from plora_kernels.dispatch import _watched, define, refuse_transforms
+from plora_kernels.dispatch import define, is_watched, refuse_transforms
 from plora_kernels.fallback import grouped_linear as fallback
 from plora_kernels.fallback import grouped_products
 
@@ -79,7 +79,7 @@ def linear(
     """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
     refuse_transforms(x, weight, lora_A, lora_B, bias)
     operands = x, weight, lora_A, lora_B
-    if grouped_products.serves(*operands, index, dropout_p) and not _watched(*operands):
+    if grouped_products.serves(*operands, index, dropout_p) and not is_watched(*operands):
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))
         form = grouped_products.GroupLayout.of(bounds, scale, scales, x)
         return grouped_products.ProductPlan.of(x, weight, lora_A.shape[1], form, lora_A.shape[0]).apply(*operands, bias)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
-from plora_kernels.dispatch import _rows, is_recorded, shaped_as
-from plora_kernels.fallback import linear as fallback
-from plora_kernels.fallback.linear import _scaled_product, _scatter
+from plora_kernels.dispatch import as_rows, is_recorded, shaped_as
+from plora_kernels.fallback import projections as fallback
 
 
 class Projection(NamedTuple):
@@ -58,15 +57,19 @@ class _Part(NamedTuple):
 @torch.no_grad()
 def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[Computed]:
     """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
-    rows = _rows(x)
+    *operands, _ = zip(*projections, strict=True)
+    ys, ss = _run_forward(as_rows(x), *operands, keep_s)
+    return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
+
+
+def _run_forward(x: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return y and S of every projection of rows x (M, K) by the kernels or by torch."""
     if runs_kernels(x):
         with fallback_to_torch("joint projections", x):
             from plora_kernels.kernels import projections_forward as kernels
 
-            weights, lora_As, lora_Bs, biases, scales, _ = zip(*projections, strict=True)
-            ys, ss = kernels.forward(rows, weights, lora_As, lora_Bs, biases, scales, keep_s)
-            return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
-    return [Computed(*fallback.forward(rows, *p[:4], None, p.scale, False, keep_s, 0.0, None)) for p in projections]
+            return kernels.forward(x, *arguments)
+    return fallback.forward(x, *arguments)
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
@@ -76,12 +79,7 @@ def _input_gradient(parts: Sequence[_Part]) -> Tensor:
             from plora_kernels.kernels import projections_backward as kernels
 
             return kernels.input_gradient(*zip(*parts, strict=True))
-    dx = parts[0].dy @ parts[0].weight
-    for part in parts[1:]:
-        dx.addmm_(part.dy, part.weight)
-    for part in parts:
-        dx.addmm_(part.ds, part.lora_A, alpha=part.scale)
-    return dx
+    return fallback.input_gradient(*zip(*parts, strict=True))
 
 
 def _factor_gradients(
@@ -94,15 +92,7 @@ def _factor_gradients(
             from plora_kernels.kernels import projections_backward as kernels
 
             return kernels.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
-    ds, d_lora_A, d_lora_B = dy @ lora_B, None, None
-    picked = None if index is None else index.clamp_min(0)
-    if need_A:
-        thin = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = _scatter(_scaled_product(thin.t(), x, scale), index, lora_A.shape[0])
-    if need_B:
-        thin = s if picked is None else s.index_select(1, picked)
-        d_lora_B = _scatter(_scaled_product(thin.t(), dy, scale), index, lora_A.shape[0]).t().contiguous()
-    return ds, d_lora_A, d_lora_B
+    return fallback.factor_gradients(dy, x, s, lora_A, lora_B, index, scale, need_A, need_B)
 
 
 @dataclass
@@ -185,7 +175,7 @@ class _Attach(torch.autograd.Function):
                 )
                 d_x, d_lora_A, d_lora_B, d_bias = (g if need else None for g, need in zip(results, needs, strict=True))
             else:
-                dy_rows, x_rows = _rows(dy), _rows(x)
+                dy_rows, x_rows = as_rows(dy), as_rows(x)
                 operands = Projection(weight, lora_A, lora_B, None, ctx.scale, index)
                 ds, d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, operands, need_A, need_B)
                 d_bias = dy_rows.sum(0) if need_bias else None

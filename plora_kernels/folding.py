@@ -16,7 +16,7 @@ from plora_kernels.backend import runs_kernels
 from plora_kernels.checks import check_alike, check_factors, check_number, index_for
 from plora_kernels.counter_rng import HALF, ROUNDINGS
 from plora_kernels.errors import ConfigError, DTypeError, ShapeError, StateError
-from plora_kernels.ops.fold import Job, _detached, _fold_together, _independent, _takes_kernel, run_fold
+from plora_kernels.ops.fold import Job, detached, fold_together, independent, run_fold, takes_kernel
 from plora_kernels.selection import Selection, complement, host_indices, padded, to_device
 
 
@@ -145,8 +145,8 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
     with torch.no_grad():
         for out, weight in unfolded:
             out.copy_(weight)
-    if len(jobs) > 1 and all(_takes_kernel(job) for job in jobs) and _independent(jobs):
-        _fold_together([_detached(job) for job in jobs])
+    if len(jobs) > 1 and all(takes_kernel(job) for job in jobs) and independent(jobs):
+        fold_together([detached(job) for job in jobs])
         torch.autograd.graph.increment_version([job[-1] for job in jobs if not job[-1].is_inference()])
     else:
         for job in jobs:

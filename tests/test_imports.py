@@ -19,7 +19,7 @@ ORDER = {
     ),
     "fed": (
         "__main__", "cli", "commands", "console", "report", "experiments", "simulation", "training", "models", "data",
-        "config", "methods", "types", "seeding", "errors",
+        "config", "methods", "types", "seeding", "files", "errors",
     ),
     "bench": (
         "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients", "convergence",

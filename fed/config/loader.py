@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from fed.config.run import CompareConfig, RunConfig, _File
 from fed.errors import FedError
+from fed.files import write_atomically
 
 # What two runs may differ in and still be the same experiment.
 _APART = ("seed", "tracker")
@@ -64,10 +65,8 @@ def parse(table: dict[str, Any], where: str) -> RunConfig:
 
 
 def write(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as TOML: under a temporary name first, then renamed."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(tomli_w.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
-    temporary.replace(path)
+    """Write the resolved configuration as TOML."""
+    write_atomically(path, tomli_w.dumps(config.model_dump(exclude_none=True)))
 
 
 def preset_names() -> tuple[str, ...]:

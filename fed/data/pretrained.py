@@ -20,8 +20,8 @@ def load_tokenizer(config: RunConfig) -> Any:
     """Load the checkpoint's own tokenizer; one without a padding token pads with its end token."""
     from transformers import AutoTokenizer
 
-    path = _checkpoint(config)
-    with quiet(), _failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
+    path = checkpoint_of(config)
+    with quiet(), failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one of nothing
         raise FedError(f"model.path is {str(path)!r}: its tokenizer knows no words; its files should lie there")
@@ -34,7 +34,9 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 def tokenizer_files(config: RunConfig) -> list[Path]:
     """Return the checkpoint's files that say how it makes tokens, by name: all of it that is text."""
-    return sorted(path for path in _checkpoint(config).iterdir() if path.suffix in _TOKENIZER_FILES and path.is_file())
+    return sorted(
+        path for path in checkpoint_of(config).iterdir() if path.suffix in _TOKENIZER_FILES and path.is_file()
+    )
 
 
 def saved_label_names(config: RunConfig) -> tuple[str, ...]:
@@ -47,8 +49,8 @@ def require_positions(config: RunConfig) -> Any:
     """Return the checkpoint's transformers configuration; FedError without positions for `data.max_length` tokens."""
     from transformers import AutoConfig
 
-    path = _checkpoint(config)
-    with quiet(), _failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
+    path = checkpoint_of(config)
+    with quiet(), failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
         architecture = AutoConfig.from_pretrained(path, local_files_only=True)
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions is not None and config.data.max_length > positions:
@@ -56,7 +58,7 @@ def require_positions(config: RunConfig) -> Any:
     return architecture
 
 
-def _checkpoint(config: RunConfig) -> Path:
+def checkpoint_of(config: RunConfig) -> Path:
     path = Path(config.model.path or "")
     if not path.is_dir():
         raise FedError(f"model.path is {str(path)!r}: no such directory; it should hold a checkpoint")
@@ -66,7 +68,7 @@ def _checkpoint(config: RunConfig) -> Path:
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def failing_as(what: str) -> Iterator[None]:
     """Turn whatever transformers raises over a user's files into one line."""
     try:
         yield

@@ -15,6 +15,7 @@ from fed import config as configuration
 from fed.config import settings_of
 from fed.errors import FedError
 from fed.experiments.variants import Variant, resolved, variants
+from fed.files import write_atomically
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -139,13 +140,11 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def write(asked: Request, directory: Path) -> None:
-    """Write the request as `comparison.toml`: under a temporary name first, then renamed."""
+    """Write the request as `comparison.toml`."""
     fields = asdict(asked)
     content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     content["config"] = content.pop("table")
-    temporary = directory / f"{PLAN}.tmp"
-    temporary.write_text(tomli_w.dumps(content), encoding="utf-8")
-    temporary.replace(directory / PLAN)
+    write_atomically(directory / PLAN, tomli_w.dumps(content))
 
 
 def read(directory: Path) -> Request:

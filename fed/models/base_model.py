@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fed.data.pretrained import _checkpoint, _failing_as, load_tokenizer, quiet
+from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, quiet
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
 
@@ -77,7 +77,7 @@ def reopen(directory: Path) -> nn.Module:
     """Load a base model that `save` wrote, bit for bit as it was: CPU, its own dtype and labels."""
     import transformers
 
-    with quiet(), _failing_as(f"the base model in {str(directory)!r} does not load"):
+    with quiet(), failing_as(f"the base model in {str(directory)!r} does not load"):
         architecture = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         kind = getattr(transformers, architecture.architectures[0])
         model: nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype="auto")
@@ -149,8 +149,8 @@ def _language_model(config: RunConfig) -> Any:
 
 def _loaded(config: RunConfig, kind: Any, **settings: Any) -> tuple[Any, set[str]]:
     """The checkpoint as a model of some kind, and the names of the weights it lacks, drawn from the run's seed."""
-    path, tokenizer = _checkpoint(config), load_tokenizer(config)
-    loads = _failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
+    path, tokenizer = checkpoint_of(config), load_tokenizer(config)
+    loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
         model, report = kind.from_pretrained(
             path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **settings

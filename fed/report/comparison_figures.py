@@ -10,8 +10,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from fed.experiments.variants import Variant
+from fed.files import write_atomically
 from fed.report.comparison import Comparison
-from fed.report.figure import Panel, Theme, over_rounds, save, sheet
+from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.summary import COST, NOISE, Metric
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def draw(comparison: Comparison, directory: Path) -> list[Path]:
     for name, panels in sheets(comparison).items():
         columns = 2 if len(panels) in (2, 4) else 3
         picture = sheet(panels, size=(5.6, 4.6), columns=columns, shared_legend=True)
-        paths.append(save(picture, directory / f"{name}.png"))
+        paths.append(write_atomically(directory / f"{name}.png", picture))
     return paths
 
 

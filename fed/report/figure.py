@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -98,14 +97,6 @@ def sheet(
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
-
-
-def save(picture: bytes, path: Path) -> Path:
-    """Write a picture under a temporary name, rename it, and return its path."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(picture)
-    temporary.replace(path)
-    return path
 
 
 def over_rounds(axes: Axes, last_round: int) -> None:

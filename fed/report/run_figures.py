@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fed import methods
-from fed.report.figure import Panel, Theme, over_rounds, save, sheet
+from fed.files import write_atomically
+from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.tables import population, task_name
 from fed.simulation.run_directory import Row, Run, read
 
@@ -38,7 +39,7 @@ _MEMORY = (("optimizer_bytes", "optimiser state", 0), ("activation_bytes", "acti
 def draw(directory: Path) -> Path:
     """Draw a run's panels side by side to `report.png` in its directory; return that path."""
     run = read(directory)
-    return save(sheet(panels(run), title=headline(run.config)), directory / RUN_PICTURE)
+    return write_atomically(directory / RUN_PICTURE, sheet(panels(run), title=headline(run.config)))
 
 
 def panels(run: Run) -> list[Panel]:
@@ -171,7 +172,7 @@ def draw_similarity(directory: Path) -> Path | None:
     panels = similarity_panels(directory)
     if not panels:
         return None
-    return save(sheet(panels, columns=len(_MAPS), size=(4.33, 3.9)), directory / SIMILARITY_PICTURE)
+    return write_atomically(directory / SIMILARITY_PICTURE, sheet(panels, columns=len(_MAPS), size=(4.33, 3.9)))
 
 
 def similarity_panels(directory: Path) -> list[Panel]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fed.config import settings_of
 from fed.experiments.initialisation_noise import Start, table
+from fed.files import write_atomically
 from fed.report import comparison_figures, run_figures, tables
 from fed.report.comparison import Comparison, as_json
 from fed.report.html import Section, page
@@ -34,7 +35,7 @@ def publish_run(directory: Path) -> list[Path]:
     lead = "Round 0 is the unadapted model; noise is measured on effective weights, in fp64."
     document = page(run_figures.headline(run.config), f"{lead} {memory_in_use(run)}".strip(), sections)
     drawn = [run_figures.draw(directory), run_figures.draw_similarity(directory)]
-    return [*(path for path in drawn if path is not None), _write(document, directory / PAGE)]
+    return [*(path for path in drawn if path is not None), write_atomically(directory / PAGE, document)]
 
 
 def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
@@ -43,9 +44,9 @@ def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
     summed_up = json.dumps(as_json(comparison), indent=2, ensure_ascii=False) + "\n"
     return [
         *drawn,
-        _write(summed_up, directory / JSON),
-        _write(tables.as_markdown(comparison, [path.name for path in drawn]), directory / MARKDOWN),
-        _write(comparison_page(comparison), directory / PAGE),
+        write_atomically(directory / JSON, summed_up),
+        write_atomically(directory / MARKDOWN, tables.as_markdown(comparison, [path.name for path in drawn])),
+        write_atomically(directory / PAGE, comparison_page(comparison)),
     ]
 
 
@@ -60,8 +61,8 @@ def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) ->
         "starts": [asdict(start) for start in found],
     }
     return [
-        _write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", directory / "initialisation.json"),
-        _write(initialisation_markdown(facts), directory / "initialisation.md"),
+        write_atomically(directory / "initialisation.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n"),
+        write_atomically(directory / "initialisation.md", initialisation_markdown(facts)),
     ]
 
 
@@ -99,10 +100,3 @@ def comparison_page(comparison: Comparison) -> str:
     sections.append(Section("Command", code=tables.command(comparison)))
     sections.append(Section("Settings all runs share", code=shared))
     return page(tables.title(comparison), tables.lead(comparison), sections)
-
-
-def _write(content: str, path: Path) -> Path:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
-    return path

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fed.errors import FedError
+from fed.files import replacing
 from fed.types import Factors
 
 FOLDER = "clients"
@@ -155,12 +156,11 @@ class ClientStore:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        temporary = path.with_name(f"{path.name}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-            save_file(own, temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file(own, temporary)
         except (OSError, SafetensorError) as error:
             raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error}") from None
 

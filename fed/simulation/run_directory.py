@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fed import config as configuration
 from fed.errors import FedError
+from fed.files import write_atomically
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -154,6 +155,4 @@ def read_rows(directory: Path) -> list[Row]:
 
 def write_centralised(directory: Path, rows: Sequence[Row]) -> None:
     """Write what centralised LoRA reached, one object for each number of steps, beside the run's rounds."""
-    temporary = directory / f"{CENTRALISED}.tmp"
-    temporary.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / CENTRALISED)
+    write_atomically(directory / CENTRALISED, json.dumps(list(rows), indent=2) + "\n")

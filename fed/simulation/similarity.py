@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fed.files import replacing
 from fed.types import ClientUpdate
 
 FOLDER = "similarity"
@@ -54,10 +55,8 @@ def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate
     folder.mkdir(exist_ok=True)
     arrays = {name: values.numpy() for name, values in module_similarity(updates, rank).items()}
     ids = np.array([update.client.id for update in updates])
-    temporary = folder / f"round-{number}.npz.tmp"
-    with temporary.open("wb") as file:
+    with replacing(folder / f"round-{number}.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, ids=ids, **arrays)
-    temporary.replace(folder / f"round-{number}.npz")
 
 
 def _unit_modules(update: ClientUpdate, matrix: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:

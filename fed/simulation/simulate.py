@@ -12,6 +12,7 @@ from torch import nn
 
 import plora_kernels as pk
 from fed.data.federated_data import FederatedData
+from fed.files import replacing, write_atomically
 from fed.models.shared_model import adapted, delta_beyond_rank
 from fed.simulation import checkpoint
 from fed.simulation.client_store import client_store
@@ -107,9 +108,8 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
         return
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file({f"{matrix}.weight": delta.cpu().contiguous() for matrix, delta in total.items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({f"{matrix}.weight": delta.cpu().contiguous() for matrix, delta in total.items()}, temporary)
 
 
 def _kept_rows(path: Path, last: int) -> list[Row]:
@@ -118,9 +118,7 @@ def _kept_rows(path: Path, last: int) -> list[Row]:
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for line in lines[: last + 1]:
         rows.append(json.loads(line))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines[: last + 1]), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(f"{line}\n" for line in lines[: last + 1]))
     return rows
 
 

@@ -15,17 +15,17 @@ from plora_kernels.fallback import fold as fallback
 Job = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]
 
 
-def _detached(job: Job) -> Job:
+def detached(job: Job) -> Job:
     weight, lora_A, lora_B, index, scale, seed, out = job
     return weight.detach(), lora_A.detach(), lora_B.detach(), index, scale, seed, out.detach()
 
 
-def _takes_kernel(job: Job) -> bool:
-    *operands, _, _, _, out = _detached(job)
+def takes_kernel(job: Job) -> bool:
+    *operands, _, _, _, out = detached(job)
     return runs_kernels(job[0]) and not _is_observed(*operands, out)
 
 
-def _fold_together(jobs: Sequence[Job]) -> None:
+def fold_together(jobs: Sequence[Job]) -> None:
     """Fold by as few launches as there are kinds of jobs; what does not compile is folded by torch."""
     from plora_kernels.kernels.fold_many import batches, fold_batch
 
@@ -37,7 +37,7 @@ def _fold_together(jobs: Sequence[Job]) -> None:
             fallback.fold(*job)
 
 
-def _independent(jobs: Sequence[Job]) -> bool:
+def independent(jobs: Sequence[Job]) -> bool:
     """Say whether no job writes to memory that another one reads or writes."""
     writers = {job[-1].untyped_storage()._cdata: position for position, job in enumerate(jobs)}
     return len(writers) == len(jobs) and all(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fed import config as configuration
 from fed.errors import INTERRUPTED, FedError
+from fed.types import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -173,7 +174,7 @@ def _play(
     screen.say(f"clients: {len(rows)} with {min(rows)} to {max(rows)} rows each; test: {len(data.test)} rows")
     with screen.stage("round", config.rounds) as advance:
 
-        def on_round(row: dict[str, Any]) -> None:
+        def on_round(row: Row) -> None:
             on_row()
             advance(row["round"], round_note(row))
 

@@ -28,6 +28,7 @@ from fed.report.comparison import Comparison
 from fed.report.summary import COST, NOISE, OUTCOME
 from fed.report.tables import percent, summary
 from fed.simulation.run_directory import Run
+from fed.types import Row
 
 _SPEED_OVER_SECONDS = 1800.0  # methods differ in speed: the time left stands on the last half hour
 
@@ -139,7 +140,7 @@ def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[st
     return [[tuple(line[number] for number in part) for line in lines] for part in parts]
 
 
-def round_note(row: dict[str, Any]) -> str:
+def round_note(row: Row) -> str:
     """Say in a few words how a round went: accuracy, loss and the clients' training time."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
@@ -194,7 +195,7 @@ class ComparisonProgress:
         else:
             self._end(cell, payload, failed=kind == "failed")
 
-    def _row(self, cell: Cell, row: dict[str, Any]) -> None:
+    def _row(self, cell: Cell, row: Row) -> None:
         self._played[cell.label] = row["round"]
         if self._bars is None:
             return
@@ -234,7 +235,7 @@ class ComparisonProgress:
         (self._bars.console if self._bars else self._err).print(f"warning: {line}", markup=False)
 
 
-def _reached(row: dict[str, Any]) -> str:
+def _reached(row: Row) -> str:
     return f"accuracy {percent(row):>6}"
 
 

@@ -5,11 +5,72 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
-Row = dict[str, Any]
+
+class Metrics(TypedDict, total=False):
+    """What a model reaches on the test set; `validation_…` are the same on the validation set, where there is one."""
+
+    accuracy: float  # 0 … 1; of instructions the share of answers that are exactly right
+    loss: float | None  # mean cross-entropy in nats, of samples or of the answers' tokens
+    rouge_1: float | None  # of instructions: mean ROUGE-1 and ROUGE-L of the generated answers, 0 … 1
+    rouge_l: float | None
+    validation_accuracy: float
+    validation_loss: float | None
+    validation_rouge_1: float | None
+    validation_rouge_l: float | None
+
+
+class CentralisedRow(Metrics, total=False):
+    """What LoRA trained on all clients' samples together reaches after so many steps."""
+
+    steps: int
+    train_seconds: float
+
+
+class Row(Metrics, total=False):
+    """A line of `rounds.jsonl`: what a round was measured by; round 0 is the unadapted model.
+
+    What nothing was there to measure, or was not to be measured, is None, and so is a metric that is not finite.
+    Rows of earlier versions may lack keys.
+    """
+
+    round: int
+    # Frobenius norms over all matrices (`fed.simulation.noise`).
+    init_noise: float | None  # clients' starts from the server's update, mean over the round's clients
+    agg_noise: float | None  # the new server's update from the mean of the clients' updates
+    agg_noise_module: float | None  # the same, module by module
+    factor_noise: float | None  # A and B of clients' starts from their last ends, in one norm
+    factor_noise_A: float | None
+    factor_noise_B: float | None
+    # Over the network: up for updates that were used, down for all the round's clients.
+    upload_bytes: int
+    download_bytes: int
+    # What training took (`fed.training.memory`).
+    trainable_parameters: float | None  # mean over the round's clients
+    optimizer_bytes: int | None  # of the client that needs most
+    activation_bytes: int | None
+    fold_seconds: float  # folding, loading and undoing it, all clients
+    train_seconds: float
+    peak_memory_bytes: int | None
+    clients_per_pass: int | None  # how many trained together, where they do
+    client_accuracy: list[float] | None  # of each of `clients`, on its own mix of labels, with its own model
+    worst_accuracy: float | None
+    clients: list[int]  # ids of those that took part
+    steps: list[int]  # that each of them trained
+    skipped: list[int]  # ids of those whose update could not be used
+
+
+def measured(row: Row, field: str) -> Any:
+    """Return what a row holds under a field named at run time; None where nothing was measured.
+
+    >>> measured({"round": 1, "accuracy": 0.5}, "accuracy"), measured({"round": 1}, "agg_noise")
+    (0.5, None)
+    """
+    return row.get(field)
+
 
 # One matrix's down-projection A (R, K) and up-projection B (N, R), in PEFT's layout.
 Factors = tuple[Tensor, Tensor]

@@ -4,16 +4,19 @@ Keys are named with dots on the command line and in error messages: `train.learn
 table `[train]`.
 """
 
-from fed.config.loader import apply, load, parse, preset_names, settings_of, table, write
+from fed.config.loader import apply, flat, load, load_saved, parse, preset_names, renamed, settings_of, table, write
 from fed.config.run import CompareConfig, RunConfig
 
 __all__ = [
     "CompareConfig",
     "RunConfig",
     "apply",
+    "flat",
     "load",
+    "load_saved",
     "parse",
     "preset_names",
+    "renamed",
     "settings_of",
     "table",
     "write",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from fed.config.run import CompareConfig, RunConfig, _File
 from fed.errors import FedError
 from fed.files import write_atomically
 
-# What two runs may differ in and still be the same experiment.
-_APART = ("seed", "tracker")
-
 PRESETS = Path(__file__).parent / "presets"
+# Keys of earlier versions by what they are called now; files of saved runs may hold them.
+RENAMED = {"cohort_size": "clients_per_pass"}
 # Tables with keys of their own: the share of the clients for each rank, and what a partitioner is given.
 _OPEN = ("clients.ranks.", "data.partition_options.")
+# What two runs may differ in and still be the same experiment.
+_APART = ("seed", "tracker")
 _EXPECTED = "Input should be "  # how pydantic begins to say what would be right
 
 
@@ -35,12 +36,17 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
     return parse(values, where=str(source))
 
 
+def load_saved(path: Path) -> RunConfig:
+    """Return the configuration that a run, perhaps of an earlier version, left in its directory."""
+    return parse(renamed(_read(path)), where=str(path))
+
+
 def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
     """Return the nested table of a preset or file with the overrides applied, and apart from it its `[compare]`."""
     values = _read(source)
     apply(values, overrides)
     asked = values.pop("compare", {})
-    for key in _dotted({"compare": asked}):
+    for key, _ in flat({"compare": asked}):
         _require_known(key, str(source))
     try:
         return values, _File.model_validate({"compare": asked}).compare
@@ -56,7 +62,7 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:
     """Validate a nested table; `where` names its source in the FedError of an unknown key."""
-    for key in _dotted(table):
+    for key, _ in flat(table):
         _require_known(key, where)
     try:
         return RunConfig.model_validate(table)
@@ -122,18 +128,29 @@ def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def _dotted(table: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    """Yield the dotted name of every value, and of every empty table."""
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a nested table by its dotted name, and every empty table.
+
+    >>> dict(flat({"rounds": 3, "train": {"local_steps": 2}, "data": {}}))
+    {'rounds': 3, 'train.local_steps': 2, 'data': {}}
+    """
     for name, value in table.items():
         if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, value
+
+
+def renamed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table that an earlier version saved with its keys called as they are now."""
+    return {RENAMED.get(key, key): value for key, value in table.items()}
 
 
 def _require_known(key: str, where: str) -> None:
     if key in (known := _fields()) or key.startswith(_OPEN):
         return
+    if key in RENAMED:
+        raise FedError(f"{where}: {key} is called {RENAMED[key]}")
     raise FedError(f"{where}: unknown key {key!r}; the nearest is {_nearest(key, known)!r}")
 
 
@@ -177,12 +194,5 @@ def _key(location: Iterable[int | str]) -> str:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """Return a run's settings that decide its results: dotted key to value."""
-    return {key: value for key, value in _flat(config.model_dump(exclude_none=True)) if key not in _APART}
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    table = config.model_dump(exclude_none=True)
+    return {key: value for key, value in flat(table) if key not in _APART and value != {}}

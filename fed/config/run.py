@@ -26,10 +26,10 @@ class RunConfig(_Table):
     `threads` is how many torch computes with on the CPU; 0 leaves it to torch. A checkpoint to go on from is saved
     after every `checkpoint_every`-th round, never if 0. `tracker` names where rows go besides.
 
-    `execution` is how a round's clients train: one after another, or together, `cohort_size` at a time over one frozen
-    base; 0 takes the size that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are no larger
-    than that holds. With `cohort_compile` torch compiles their forward and backward, which takes a minute or so first;
-    batches are then filled up to `batch_size`, and the step in which memory is measured stays uncompiled.
+    `execution` is how a round's clients train: one after another, or together, `clients_per_pass` at a time over one
+    frozen base; 0 takes the number that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are
+    no larger than that holds. With `cohort_compile` torch compiles their forward and backward, which takes a minute or
+    so first; batches are then filled up to `batch_size`, and the step in which memory is measured stays uncompiled.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -40,7 +40,7 @@ class RunConfig(_Table):
     tracker: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     execution: Literal["sequential", "cohort"] = "sequential"
-    cohort_size: Annotated[int, Field(ge=0, le=10_000)] = 0
+    clients_per_pass: Annotated[int, Field(ge=0, le=10_000)] = 0
     cohort_memory_mib: Annotated[float, Field(ge=0)] = 0.0
     cohort_compile: bool = False
     model: ModelConfig = ModelConfig()

@@ -153,7 +153,7 @@ def read(directory: Path) -> Request:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return Request(
-            content["config"],
+            configuration.renamed(content["config"]),
             tuple(content["methods"]),
             tuple(content["seeds"]),
             content["vary"],

@@ -22,7 +22,7 @@ from fed.simulation.rounds import first_state
 from fed.simulation.run_directory import ADAPTER, read_rows
 from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
-from fed.types import Client, Row
+from fed.types import CentralisedRow, Client, Row
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +112,9 @@ def limits(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_names: Sequence[str], steps: int) -> Row:
+def centralised(
+    config: RunConfig, data: FederatedData, model: nn.Module, head_names: Sequence[str], steps: int
+) -> CentralisedRow:
     """Train rank-R LoRA for `steps` batches of all clients' samples together, and return what it reaches.
 
     The adapter starts where the federated run's does; optimiser, learning rate and batch size are the run's.
@@ -132,4 +134,4 @@ def centralised(config: RunConfig, data: FederatedData, model: nn.Module, head_n
             train(shared, job, config.train)
         train_seconds = time.perf_counter() - began
         metrics = evaluate_held_out(shared.model, data)
-    return finite(metrics) | {"steps": steps, "train_seconds": train_seconds}
+    return {**finite(metrics), "steps": steps, "train_seconds": train_seconds}

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed import config as configuration
-from fed import types
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments import run as running
 from fed.experiments.plan import Cell, Plan
 from fed.simulation.run_directory import BASE, CONFIG
+from fed.types import Row
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ def _require_same(plan: Plan, directory: Path) -> None:
             pairs.append(
                 (
                     cell.label,
-                    configuration.settings_of(configuration.load(path)),
+                    configuration.settings_of(configuration.load_saved(path)),
                     configuration.settings_of(cell.config),
                 )
             )
@@ -124,7 +124,7 @@ class SharedInputs:
         return model
 
 
-def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> types.Row:
+def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     """Play one run of a comparison to its end, from its checkpoint if it was begun before; return its last row."""
     from fed.simulation.checkpoint import last_round
 

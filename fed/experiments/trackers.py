@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fed.config import settings_of
 from fed.errors import FedError
+from fed.types import Row
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-Row = Mapping[str, Any]
 Log = Callable[[Row], None]
 
 PROJECT = "plora-kernels"

@@ -14,6 +14,7 @@ from fed.files import write_atomically
 from fed.report.comparison import Comparison
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.summary import COST, NOISE, Metric
+from fed.types import measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,8 +75,8 @@ def band(comparison: Comparison, variant: Variant, field: str, scale: float = 1.
     by_round: dict[int, list[float]] = {}
     for run in runs:
         for row in run.rows:
-            if row.get(field) is not None:
-                by_round.setdefault(row["round"], []).append(scale * row[field])
+            if (value := measured(row, field)) is not None:
+                by_round.setdefault(row["round"], []).append(scale * value)
     full = {number: values for number, values in by_round.items() if len(values) == len(runs)}
     means = [fmean(values) for values in full.values()]
     deviations = [stdev(values) if len(values) > 1 else 0.0 for values in full.values()]

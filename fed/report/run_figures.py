@@ -14,7 +14,8 @@ from fed import methods
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.tables import population, task_name
-from fed.simulation.run_directory import Row, Run, read
+from fed.simulation.run_directory import Run, read
+from fed.types import Row, measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,14 +80,14 @@ def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
 
 def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     """All noises on a logarithmic axis; a noise that is zero throughout has no place there and says so."""
-    measured = [(field, name, number) for field, name, number in NOISES if any(field in row for row in rows)]
-    for field, name, number in measured or NOISES[:1]:
-        points = [(row["round"], row[field]) for row in rows if row.get(field)]
+    known = [(field, name, number) for field, name, number in NOISES if any(field in row for row in rows)]
+    for field, name, number in known or NOISES[:1]:
+        points = [(row["round"], value) for row in rows if (value := measured(row, field))]
         label = name if points else f"{name}: 0 in every round"
-        if rows and all(row.get(field) is None for row in rows):
+        if rows and all(measured(row, field) is None for row in rows):
             label = f"{name}: not measured"
         axes.plot(*zip(*points, strict=True) if points else ([], []), **theme.line(number), label=label)
-    if any(row[field] for row in rows for field, *_ in measured if field in row):
+    if any(measured(row, field) for row in rows for field, *_ in known):
         axes.set_yscale("log")
     axes.set_title("Noise on effective weights")
     axes.set_ylabel("Frobenius norm of the difference")
@@ -96,7 +97,7 @@ def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     rounds = [row["round"] for row in rows]
     for field, name, number in (("download_bytes", "down", 0), ("upload_bytes", "up", 1)):
-        megabytes = [row[field] / 1e6 for row in rows]
+        megabytes = [measured(row, field) / 1e6 for row in rows]
         axes.plot(rounds, megabytes, **theme.line(number), label=f"{name}, {sum(megabytes):.3g} MB in all")
     axes.set_ylim(bottom=0)
     axes.set_title("Bytes in a round, all its clients")
@@ -106,9 +107,9 @@ def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     """The clients' accuracies: their span, their mean, the worst of them."""
-    measured = [row for row in rows if row.get("client_accuracy")]
-    rounds = [row["round"] for row in measured]
-    percent = [[100 * value for value in row["client_accuracy"] if value is not None] for row in measured]
+    known = [(row["round"], values) for row in rows if (values := row.get("client_accuracy"))]
+    rounds = [number for number, _ in known]
+    percent = [[100 * value for value in values if value is not None] for _, values in known]
     means = [sum(values) / len(values) for values in percent]
     worst = [min(values) for values in percent]
     axes.fill_between(rounds, worst, [max(values) for values in percent], color=theme.colors[0], alpha=0.18, lw=0)
@@ -122,7 +123,7 @@ def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     for field, name, number in _MEMORY:
-        points = [(row["round"], row[field] / 1e6) for row in rows if row.get(field) is not None]
+        points = [(row["round"], value / 1e6) for row in rows if (value := measured(row, field)) is not None]
         if points:
             label = f"{name}, {max(value for _, value in points):.3g} MB at most"
             axes.plot(*zip(*points, strict=True), **theme.line(number), label=label)

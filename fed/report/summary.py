@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
-from fed.simulation.run_directory import Row
+from fed.types import Row, measured
 
 
 class Metric(NamedTuple):
@@ -26,23 +26,23 @@ class Metric(NamedTuple):
 
 
 def _last(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    value = rows[-1].get(field)
+    value = measured(rows[-1], field)
     return None if value is None else scale * value
 
 
 def _mean(rows: Sequence[Row], field: str) -> float | None:
     """The mean over rounds, round 0 apart: nothing was trained before it."""
-    values = [row[field] for row in rows[1:] if row.get(field) is not None]
+    values = [value for row in rows[1:] if (value := measured(row, field)) is not None]
     return fmean(values) if values else None
 
 
 def _sum(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    values = [row[field] for row in rows if row.get(field) is not None]
+    values = [value for row in rows if (value := measured(row, field)) is not None]
     return scale * sum(values) if values else None
 
 
 def _most(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    values = [row[field] for row in rows if row.get(field) is not None]
+    values = [value for row in rows if (value := measured(row, field)) is not None]
     return scale * max(values) if values else None
 
 

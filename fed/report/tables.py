@@ -13,7 +13,8 @@ from fed.config import settings_of
 from fed.experiments.variants import resolved
 from fed.report.comparison import Comparison
 from fed.report.summary import COST, NOISE, OUTCOME, SCORES, Metric
-from fed.simulation.run_directory import Row, Run
+from fed.simulation.run_directory import Run
+from fed.types import Metrics
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -224,7 +225,7 @@ def summary(run: Run) -> list[tuple[str, ...]]:
 
 def memory_in_use(run: Run) -> str:
     """Say how much memory a run took, in one sentence; nothing where it was not measured."""
-    peaks = [row["peak_memory_bytes"] for row in run.rows if row.get("peak_memory_bytes")]
+    peaks = [peak for row in run.rows if (peak := row.get("peak_memory_bytes"))]
     return f"At most {max(peaks) / 1e6:.0f} MB of memory were in use." if peaks else ""
 
 
@@ -235,7 +236,7 @@ def markdown(run: Run) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *lines))
 
 
-def percent(row: Row) -> str:
+def percent(row: Metrics) -> str:
     """Return a row's accuracy as text."""
     return f"{100 * row['accuracy']:.1f} %"
 

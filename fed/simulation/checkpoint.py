@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fed.config import flat, renamed
 from fed.errors import FedError
 from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors
 from fed.types import Client, RunState, ServerState
@@ -84,7 +85,7 @@ def load(directory: Path, config: RunConfig, beginning: RunState, store: ClientS
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise FedError(f"the checkpoint {str(folder)!r} cannot be read: {error}") from None
-    _check_settings(facts["settings"], _settings(config), folder)
+    _check_settings(dict(flat(renamed(facts["settings"]))), _settings(config), folder)
     entries = {int(client): ClientFile(entry[0], tuple(entry[1:])) for client, entry in facts["kept"].items()}
     store.adopt(number, entries)
     _remove_others(folder)
@@ -105,18 +106,7 @@ def _number(path: Path) -> int | None:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return every setting a continued run must share, by dotted name, as JSON holds it."""
-    flat: dict[str, Any] = {}
-
-    def walk(table: Any, prefix: str) -> None:
-        for name, value in vars(table).items():
-            if hasattr(value, "__dict__"):
-                walk(value, f"{prefix}{name}.")
-            elif prefix + name not in _FREE:
-                flat[prefix + name] = value
-
-    walk(config, "")
-    settings: dict[str, Any] = json.loads(json.dumps(flat))
-    return settings
+    return {key: value for key, value in flat(config.model_dump(mode="json")) if key not in _FREE}
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fed.simulation.evaluation import accuracy_for, evaluate, evaluate_held_out,
 from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
 from fed.training.local import Job
 from fed.training.memory import peak_bytes
-from fed.types import Client, ClientResult, Row, RunState, ServerState
+from fed.types import Client, ClientResult, Metrics, Row, RunState, ServerState
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
@@ -58,7 +58,7 @@ class RoundMetrics:
         results: Sequence[ClientResult],
         noise: float | None = None,
         module_noise: float | None = None,
-        cohort_size: int | None = None,
+        clients_per_pass: int | None = None,
     ) -> Row:
         """Return a round's row: bytes up over the updates that were used, bytes down over all its clients."""
         server = after.server
@@ -84,7 +84,7 @@ class RoundMetrics:
             "fold_seconds": sum(result.fold_seconds for result in results),
             "train_seconds": sum(result.train_seconds for result in results),
             "peak_memory_bytes": peak_bytes(self.shared.device) if self.config.measure.memory else None,
-            "cohort_size": cohort_size,
+            "clients_per_pass": clients_per_pass,
             "client_accuracy": accuracies,
             "worst_accuracy": min(accuracies) if accuracies else None,
             "clients": [result.client.id for result in results],
@@ -144,9 +144,9 @@ def _footprint(results: Sequence[ClientResult]) -> Row:
     }
 
 
-def finite(metrics: Mapping[str, float]) -> Row:
+def finite(metrics: Mapping[str, float]) -> Metrics:
     """Return the metrics, those that are not finite as None."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return cast("Metrics", {name: value if math.isfinite(value) else None for name, value in metrics.items()})
 
 
 def _mean(values: Iterator[float | None]) -> float | None:

@@ -50,12 +50,12 @@ class Federation:
     shared: SharedModel
     on_event: Callable[[str], object]
     store: ClientStore | None = None
-    cohort_size: int | None = None  # what an earlier part of the run measured as fastest
+    clients_per_pass: int | None = None  # what an earlier part of the run measured as fastest
 
     @cached_property
     def cohorts(self) -> CohortScheduler:
         """How clients are trained together."""
-        return CohortScheduler(self.shared, self.config, self.on_event, self.cohort_size)
+        return CohortScheduler(self.shared, self.config, self.on_event, self.clients_per_pass)
 
     @cached_property
     def metrics(self) -> RoundMetrics:

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from fed import config as configuration
 from fed.errors import FedError
 from fed.files import write_atomically
+from fed.types import CentralisedRow, Metrics, Row
 
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-Row = dict[str, Any]
 CENTRALISED = "centralised.json"
 
 CONFIG, ROUNDS, BASE, ADAPTER = "config.toml", "rounds.jsonl", "base", "adapter"
@@ -119,14 +119,14 @@ class Run:
 
     config: RunConfig
     rows: list[Row]
-    centralised: list[Row]
+    centralised: list[CentralisedRow]
 
     @property
     def gain_points(self) -> float:
         """Accuracy of the last round less that of the unadapted model, in percentage points."""
         return self.gain_of(self.rows[-1])
 
-    def gain_of(self, row: Row) -> float:
+    def gain_of(self, row: Metrics) -> float:
         """Accuracy of `row` less that of the unadapted model, in percentage points."""
         return 100 * float(row["accuracy"] - self.rows[0]["accuracy"])
 
@@ -141,7 +141,7 @@ def read(directory: Path) -> Run:
         raise FedError(f"{str(directory / ROUNDS)!r} holds no rows: the run ended before its first")
     path = directory / CENTRALISED
     centralised = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return Run(configuration.load(directory / CONFIG), rows, centralised)
+    return Run(configuration.load_saved(directory / CONFIG), rows, centralised)
 
 
 def read_rows(directory: Path) -> list[Row]:
@@ -150,9 +150,14 @@ def read_rows(directory: Path) -> list[Row]:
         *lines, _ = (directory / ROUNDS).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return [parse_row(line) for line in lines]
 
 
-def write_centralised(directory: Path, rows: Sequence[Row]) -> None:
+def parse_row(line: str) -> Row:
+    """Return a line of a run's file, perhaps of an earlier version, as a row."""
+    return cast("Row", configuration.renamed(json.loads(line)))
+
+
+def write_centralised(directory: Path, rows: Sequence[CentralisedRow]) -> None:
     """Write what centralised LoRA reached, one object for each number of steps, beside the run's rounds."""
     write_atomically(directory / CENTRALISED, json.dumps(list(rows), indent=2) + "\n")

@@ -17,7 +17,7 @@ from fed.models.shared_model import adapted, delta_beyond_rank
 from fed.simulation import checkpoint
 from fed.simulation.client_store import client_store
 from fed.simulation.rounds import Federation
-from fed.simulation.run_directory import ADAPTER, BASE, ROUNDS
+from fed.simulation.run_directory import ADAPTER, BASE, ROUNDS, parse_row
 from fed.simulation.similarity import save_similarity
 from fed.types import Row, ServerState
 
@@ -38,7 +38,7 @@ def simulate(
     *,
     resume: bool = False,
 ) -> list[Row]:
-    """Run `config.rounds` federated rounds and return their rows, row 0 being the unadapted model.
+    """Run `config.rounds` federated rounds and return their rows, `fed.types.Row`: row 0 is the unadapted model.
 
     Every row goes to `directory/rounds.jsonl` as soon as it is known, then to `on_round`; `on_event` gets a
     line for each client left out. At the end the adapter is saved to `directory/adapter` in PEFT's format,
@@ -54,13 +54,6 @@ def simulate(
     stopped, times and peak memory apart. The rows returned are all of the run's; `on_round` gets the new ones alone.
     Raises FedError where there is no checkpoint, or one of another configuration.
 
-    A row holds round and the metrics of `fed.simulation.evaluation.evaluate_held_out`; init_noise, agg_noise,
-    agg_noise_module, and factor_noise with its parts factor_noise_A and factor_noise_B; upload_bytes and
-    download_bytes; trainable_parameters (mean over the round's clients), optimizer_bytes and activation_bytes (of the
-    client that needs most); fold_seconds and train_seconds; peak_memory_bytes (`fed.training.memory.peak_bytes`);
-    cohort_size, where clients train together; client_accuracy and worst_accuracy; the ids of the round's clients, the
-    steps each trained, and those skipped. What nothing was there to measure, or was not to be measured, is None, and
-    so is a metric that is not finite.
     `directory/similarity` holds the cosines between modules in the first and the last round.
     """
     lasting = config.checkpoint_every > 0
@@ -74,8 +67,8 @@ def simulate(
         if resume:
             state = checkpoint.load(directory, config, state, store)
             rows = _kept_rows(directory / ROUNDS, state.server.round or -1)  # row 0 is played anew
-            measured = next((row["cohort_size"] for row in reversed(rows) if row.get("cohort_size")), None)
-            federation = replace(federation, cohort_size=measured)
+            measured = next((row["clients_per_pass"] for row in reversed(rows) if row.get("clients_per_pass")), None)
+            federation = replace(federation, clients_per_pass=measured)
         else:
             store.clear()
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,7 +110,7 @@ def _kept_rows(path: Path, last: int) -> list[Row]:
     rows: list[Row] = []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for line in lines[: last + 1]:
-        rows.append(json.loads(line))
+        rows.append(parse_row(line))
     write_atomically(path, "".join(f"{line}\n" for line in lines[: last + 1]))
     return rows
 

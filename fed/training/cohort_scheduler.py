@@ -34,8 +34,8 @@ class CohortScheduler:
         self, shared: SharedModel, config: RunConfig, on_event: Callable[[str], object], size: int | None = None
     ) -> None:
         """`size` is what an earlier part of the run settled on, if the configuration leaves it to be measured."""
-        self._work, self._config, self._on_event = shared, config, on_event
-        self.size = config.cohort_size or size
+        self._shared, self._config, self._on_event = shared, config, on_event
+        self.size = config.clients_per_pass or size
         self._token_bytes: dict[int, float] = {}  # of a batch's activations, a column of tokens, by its samples
         self._compiled = CompiledLosses(on_event) if config.cohort_compile else None
 
@@ -47,7 +47,7 @@ class CohortScheduler:
         updates: dict[int, ClientUpdate] = {}
         for places in self.divide(jobs):
             trained = train_together(
-                self._work,
+                self._shared,
                 [jobs[place] for place in places],
                 self._config.train,
                 self._config.measure.memory,
@@ -74,9 +74,9 @@ class CohortScheduler:
         yield cohort
 
     def _fixed_bytes(self) -> int:
-        layers = self._work.handle.layers.values()
+        layers = self._shared.handle.layers.values()
         own = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
-        model = self._work.model
+        model = self._shared.model
         return tensor_bytes(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own)
 
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
@@ -86,7 +86,7 @@ class CohortScheduler:
         for job in jobs:
             factors = [factor for pair in job.start.factors.values() for factor in pair]
             # A compiled cohort holds R modules a client, whoever it is.
-            places = max(_modules(job), 0 if self._compiled is None else self._work.rank)
+            places = max(_modules(job), 0 if self._compiled is None else self._shared.rank)
             numbers = sum(map(Tensor.numel, factors)) * places // _modules(job)
             numbers += sum(map(Tensor.numel, job.head.values()))
             width = factors[0].element_size()
@@ -108,7 +108,7 @@ class CohortScheduler:
         if self._compiled is None:  # else batches are full
             samples = min(samples, len(job.split))
         if samples not in self._token_bytes:
-            (update,) = train_together(self._work, [job._replace(steps=1)], self._config.train, True, self._compiled)
+            (update,) = train_together(self._shared, [job._replace(steps=1)], self._config.train, True, self._compiled)
             assert update.footprint is not None  # measured
             (first,) = batch_rows(len(job.split), samples, 1, job.rng)
             padded = int(job.split.lengths(first).max())
@@ -119,7 +119,7 @@ class CohortScheduler:
         """Return the size at which a client's step takes least, of those up to `len(jobs)`; say so."""
         brief = [job._replace(steps=min(job.steps, TRIAL_STEPS)) for job in jobs]
         tried: dict[int, float] = {}
-        train_together(self._work, brief[:1], self._config.train)  # what only the first run takes
+        train_together(self._shared, brief[:1], self._config.train)  # what only the first run takes
         for size in sorted({min(size, len(brief)) for size in SIZES}):
             try:
                 seconds = min(self._seconds(brief[:size]) for _ in range(TRIALS))
@@ -136,11 +136,11 @@ class CohortScheduler:
         return best
 
     def _seconds(self, jobs: Sequence[Job]) -> float:
-        device = self._work.device
+        device = self._shared.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        train_together(self._work, jobs, self._config.train)  # reads the losses at the end, so all is done
+        train_together(self._shared, jobs, self._config.train)  # reads the losses at the end, so all is done
         return time.perf_counter() - began
 
 

@@ -50,12 +50,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class _Table(SimpleNamespace):
+    """A table of a configuration that is not validated: a run of three rounds on a tiny model fits none of them."""
+
+    def model_dump(self, mode: str = "python") -> dict[str, Any]:
+        """Return the table as nested dictionaries, as pydantic's models do."""
+        return {name: value.model_dump() if isinstance(value, _Table) else value for name, value in vars(self).items()}
+
+
 def make_config(**changes: Any) -> SimpleNamespace:
     """A run's configuration; `changes` set plain keys, or keys of a table by a mapping: `train={"head": "freeze"}`."""
-    tables = {name: SimpleNamespace(**{**keys, **changes.pop(name, {})}) for name, keys in _DEFAULTS.items()}
+    tables = {name: _Table(**{**keys, **changes.pop(name, {})}) for name, keys in _DEFAULTS.items()}
     plain = {"seed": 5, "rounds": 3, "method": "fed-plora", "device": "cpu", "checkpoint_every": 1}
-    plain |= {"execution": "sequential", "cohort_size": 0, "cohort_memory_mib": 0.0, "cohort_compile": False}
-    return SimpleNamespace(**{**plain, **changes}, **tables)
+    plain |= {"execution": "sequential", "clients_per_pass": 0, "cohort_memory_mib": 0.0, "cohort_compile": False}
+    return _Table(**{**plain, **changes}, **tables)
 
 
 class TinyClassifier(nn.Module):

@@ -197,3 +197,19 @@ def test_only_cohorts_are_compiled() -> None:
         FedError, match="cohort_compile is true, but execution is 'sequential'; 'cohort' would be right"
     ):
         load("digits", ["cohort_compile=true"])
+
+
+def test_a_key_of_an_earlier_version_is_refused_by_the_name_it_has_now(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("cohort_size = 4\n")
+    for source, settings, where in (("digits", ["cohort_size=4"], "--set"), (path, [], str(path))):
+        with pytest.raises(FedError) as refused:
+            load(source, settings)
+        assert str(refused.value) == f"{where}: cohort_size is called clients_per_pass"
+
+
+def test_the_configuration_of_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    write(load("digits", ["execution=cohort", "clients_per_pass=4"]), path)
+    path.write_text(path.read_text().replace("clients_per_pass", "cohort_size"))
+    assert configuration.load_saved(path).clients_per_pass == 4

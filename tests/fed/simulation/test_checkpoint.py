@@ -13,6 +13,7 @@ import pytest
 from fed import methods
 from fed.errors import FedError
 from fed.simulation import checkpoint
+from fed.simulation.run_directory import ROUNDS
 from fed.simulation.simulate import simulate
 from tests.support.tiny_federation import HEAD, MEASURED, TinyClassifier, make_config, make_data
 
@@ -122,3 +123,18 @@ def test_other_settings_and_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FedError, match=r"round-4' cannot be read"):
         run(make("fed-plora"), tmp_path, resume=True)
     assert len(timeless(tmp_path)) == 5
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    config = make("fed-plora")
+    with pytest.raises(StoppedError):
+        run(config, tmp_path / "stopped", stop_after=2)
+    for path in (tmp_path / "stopped" / "checkpoint" / "round-2" / "state.json", tmp_path / "stopped" / ROUNDS):
+        before = path.read_text()
+        path.write_text(before.replace("clients_per_pass", "cohort_size"))
+        assert path.read_text() != before
+    rows = run(config, tmp_path / "stopped", resume=True)
+    assert all("clients_per_pass" in row for row in rows)
+    run(config, tmp_path / "whole")
+    adapters = [path / "adapter" / "adapter_model.safetensors" for path in (tmp_path / "stopped", tmp_path / "whole")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()

@@ -28,7 +28,7 @@ FIELDS = [
     *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
     *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
     *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
-    *("peak_memory_bytes", "cohort_size"),
+    *("peak_memory_bytes", "clients_per_pass"),
     *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
 ]
 
@@ -355,7 +355,7 @@ def test_what_is_not_to_be_measured_is_null(tmp_path: Path) -> None:
     assert left_out == {
         *("init_noise", "agg_noise", "agg_noise_module", "factor_noise", "factor_noise_A", "factor_noise_B"),
         *("trainable_parameters", "optimizer_bytes", "activation_bytes", "client_accuracy", "worst_accuracy"),
-        *("peak_memory_bytes", "cohort_size"),  # clients train one after another
+        *("peak_memory_bytes", "clients_per_pass"),  # clients train one after another
     }
     assert not (tmp_path / "bare" / "similarity").exists()
     assert {path.name for path in (tmp_path / "full" / "similarity").iterdir()} == {"round-1.npz", "round-3.npz"}

@@ -116,7 +116,7 @@ def play(method: str, execution: str, dtype: torch.dtype, rounds: int, **changes
 
 
 def assert_same_numbers(found: Mapping[str, Any], wanted: Mapping[str, Any], rel: float) -> None:
-    times = {"fold_seconds", "train_seconds", "cohort_size", "activation_bytes", "init_noise", "peak_memory_bytes"}
+    times = {"fold_seconds", "train_seconds", "clients_per_pass", "activation_bytes", "init_noise", "peak_memory_bytes"}
     for key, value in wanted.items():
         if key not in times and isinstance(value, float):
             assert found[key] == pytest.approx(value, rel=rel, abs=1e-9 if rel < 1e-6 else 1e-4), key
@@ -133,7 +133,7 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
         (torch.float64, 1, 1e-9, TOLERANCE),
         (torch.float32, 3, 2e-3, {"rtol": 1e-3, "atol": 1e-4}),
     ):
-        together, stands = play(method, "cohort", dtype, rounds, cohort_size=2, **settings)
+        together, stands = play(method, "cohort", dtype, rounds, clients_per_pass=2, **settings)
         apart, wanted = play(method, "sequential", dtype, rounds, **settings)
         assert [row["clients"] for row in together] == [row["clients"] for row in apart]
         for one, other in zip(together, apart, strict=True):
@@ -165,7 +165,7 @@ def test_compiled_rounds_are_the_sequential_ones(method: str, traced: list[Any])
     settings = {"train": UNLIKE | {"weight_decay": 0.1, "max_grad_norm": 0.3}, "measure": {"memory": False}}
     if method == "hetlora":
         settings["hetlora"] = {"weighting": "norm", "prune": True, "decay": 0.5, "penalty": 10.0}
-    _, together = play(method, "cohort", torch.float64, 2, cohort_size=2, cohort_compile=True, **settings)
+    _, together = play(method, "cohort", torch.float64, 2, clients_per_pass=2, cohort_compile=True, **settings)
     _, apart = play(method, "sequential", torch.float64, 2, **settings)
     assert traced
     for ours, theirs in (
@@ -178,7 +178,7 @@ def test_compiled_rounds_are_the_sequential_ones(method: str, traced: list[Any])
 
 def test_hetloras_penalty_and_pruning() -> None:
     table = {"prune": True, "decay": 0.5, "penalty": 10.0, "weighting": "norm"}
-    _, together = play("hetlora", "cohort", torch.float64, 2, hetlora=table, cohort_size=4)
+    _, together = play("hetlora", "cohort", torch.float64, 2, hetlora=table, clients_per_pass=4)
     _, apart = play("hetlora", "sequential", torch.float64, 2, hetlora=table)
     memories = [{name: int(value) for name, value in client.memory.items()} for client in together.clients]
     assert memories == [{name: int(value) for name, value in client.memory.items()} for client in apart.clients]

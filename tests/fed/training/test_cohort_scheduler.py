@@ -52,13 +52,13 @@ def divided(shared: SharedModel, **changes: Any) -> list[list[int]]:
 
 
 def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(shared: SharedModel) -> None:
-    assert divided(shared, cohort_size=4) == [[0, 1, 2, 3], [4, 5]]
+    assert divided(shared, clients_per_pass=4) == [[0, 1, 2, 3], [4, 5]]
     unequal = {"client_steps": [1, 3, 2]}
-    assert divided(shared, cohort_size=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
+    assert divided(shared, clients_per_pass=2, train=unequal) == [[1, 4], [2, 5], [0, 3]]
 
 
 def test_a_cohort_fits_its_memory(shared: SharedModel) -> None:
-    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    config = make_config(**SIX, execution="cohort", clients_per_pass=6, cohort_memory_mib=1.0)
     divider, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     needs, fixed = divider._needs(jobs), divider._fixed_bytes()
     assert [len(cohort) for cohort in divider.divide(jobs)] == [6]
@@ -68,13 +68,13 @@ def test_a_cohort_fits_its_memory(shared: SharedModel) -> None:
     activations = divider._activations(jobs[0], 1)
     assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
     room = (fixed + needs[0] + needs[1] + 1) / MIB
-    for places in divided(shared, cohort_size=6, cohort_memory_mib=room):
+    for places in divided(shared, clients_per_pass=6, cohort_memory_mib=room):
         assert fixed + sum(needs[place] for place in places) <= room * MIB
-    assert max(map(len, divided(shared, cohort_size=6, cohort_memory_mib=room))) == 2
+    assert max(map(len, divided(shared, clients_per_pass=6, cohort_memory_mib=room))) == 2
 
 
 def test_compiled_clients_take_alike(shared: SharedModel) -> None:
-    config = make_config(**SIX, execution="cohort", cohort_size=6, cohort_memory_mib=1.0)
+    config = make_config(**SIX, execution="cohort", clients_per_pass=6, cohort_memory_mib=1.0)
     plain = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
     config.cohort_compile = True
     needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
@@ -90,7 +90,7 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
         clients={"count": 2, "ranks": [2]},
         adapter={"target_modules": "all-linear"},
         execution="cohort",
-        cohort_size=2,
+        clients_per_pass=2,
         cohort_memory_mib=1000.0,
     )
     model = tiny_bert()
@@ -109,7 +109,7 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
 
 def test_what_fits_not_even_one_client_is_refused(shared: SharedModel) -> None:
     with pytest.raises(FedError, match=r"cohort_memory_mib is 0.001: the base takes .* and client 0 alone"):
-        divided(shared, cohort_size=2, cohort_memory_mib=0.001)
+        divided(shared, clients_per_pass=2, cohort_memory_mib=0.001)
 
 
 def test_the_fastest_size_is_measured_once_and_said(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +146,13 @@ def run(directory: Path, resume: bool = False, **changes: Any) -> tuple[list[dic
 def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, said = run(tmp_path, rounds=1)
     assert re.fullmatch(r"cohorts of \d clients measure fastest here \(.*\)", said[0])
-    size = rows[1]["cohort_size"]
+    size = rows[1]["clients_per_pass"]
     monkeypatch.setattr(cohort_scheduler, "SIZES", ())  # measuring anew would fail
     rows, said = run(tmp_path, resume=True, rounds=3)
-    assert [row["cohort_size"] for row in rows] == [None, size, size, size]
+    assert [row["clients_per_pass"] for row in rows] == [None, size, size, size]
     assert said == []
     written = (tmp_path / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line)["cohort_size"] for line in written] == [None, size, size, size]
+    assert [json.loads(line)["clients_per_pass"] for line in written] == [None, size, size, size]
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
     with adapted(make_config(**changes), TinyClassifier(), HEAD) as shared:
         found = []
         for compiled in (False, True):
-            config = make_config(**changes, execution="cohort", cohort_size=3, cohort_compile=compiled)
+            config = make_config(**changes, execution="cohort", clients_per_pass=3, cohort_compile=compiled)
             found.append(CohortScheduler(shared, config, pytest.fail).train(jobs_of(shared, config)))
     assert [len(one.factors["body.first"][0]) for one in found[0]] == [1, 2, 3, 6, 1, 2]
     for one, other in zip(*found, strict=True):
@@ -188,14 +188,14 @@ def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch:
     )
     torch.compiler.reset()
     places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
-    config = make_config(**SIX, execution="cohort", cohort_size=3, cohort_compile=True, measure={"memory": False})
+    config = make_config(**SIX, execution="cohort", clients_per_pass=3, cohort_compile=True, measure={"memory": False})
     cohorts, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     found = cohorts.train([jobs[place] for place in places[:3]])
     begun = len(graphs)
     assert begun > 0
     found += cohorts.train([jobs[place] for place in places[3:]])
     assert len(graphs) == begun
-    plain = make_config(**SIX, execution="cohort", cohort_size=3, measure={"memory": False})
+    plain = make_config(**SIX, execution="cohort", clients_per_pass=3, measure={"memory": False})
     jobs = jobs_of(shared, plain)
     expected = CohortScheduler(shared, plain, pytest.fail).train([jobs[place] for place in places])
     for one, other in zip(found, expected, strict=True):
@@ -209,7 +209,7 @@ def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
     broken[DATA.clients[2].rows] = float("nan")
     data = make_data(sizes=(9, 2, 14, 5, 9, 9))
     data.clients[2].table.inputs["inputs"].copy_(broken)
-    config, said = make_config(**SIX, execution="cohort", cohort_size=6, rounds=1), []
+    config, said = make_config(**SIX, execution="cohort", clients_per_pass=6, rounds=1), []
     rows = simulate(config, data, TinyClassifier(), HEAD, tmp_path, None, said.append)
     assert rows[1]["skipped"] == [2]
     assert said == ["round 1: client 2 is left out: its training loss is nan"]

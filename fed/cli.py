@@ -36,13 +36,18 @@ Jobs = Annotated[int, typer.Option(min=1, help="How many runs at once, each in a
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: bad input is one line on standard error and exit status 2."""
+    """Run the command line; see `run_app`."""
+    run_app(app, "python -m fed", arguments)
+
+
+def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
+    """Run a typer application, called `name`, and exit: bad input is one line on standard error and exit status 2."""
     try:
         status = app(args=arguments, standalone_mode=False)
     except FedError as error:
         _fail(str(error))
     except _UsageError as error:
-        _fail(f"{error.format_message().rstrip('.')}; see python -m fed --help")
+        _fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     sys.exit(status)
@@ -164,35 +169,6 @@ def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The dir
     from fed import commands
 
     commands.noise(directory)
-
-
-@app.command()
-def pretrain(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSONL, CSV or Parquet file, or a folder of them.")],
-    out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/model-NAME")] = None,
-    without: Annotated[str, typer.Option(metavar="NAME,…", help="Files of the folder, or tasks, to leave out.")] = "",
-    text: Annotated[
-        str, typer.Option(help="A row as text, columns in braces.", show_default="data.prompt's default, then {output}")
-    ] = "",
-    layers: Annotated[int, typer.Option(min=1, max=64)] = 4,
-    width: Annotated[int, typer.Option(min=32, max=4096, help="A multiple of 32.")] = 128,
-    vocabulary: Annotated[int, typer.Option(min=300, max=100_000, help="Tokens, at most.")] = 4000,
-    length: Annotated[int, typer.Option(min=8, max=8192, help="Tokens of a row, and most the model can read.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=1e-8, help="The highest.")] = 3e-3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as many as torch takes.")] = 0,
-) -> int:
-    """Make a small Llama and its tokenizer of local text: a checkpoint for instructions where there is none to hand."""
-    from fed import commands
-    from fed.config.data import PROMPT
-    from fed.models.small_llama import Recipe
-
-    recipe = Recipe(layers, width, vocabulary, length, steps, batch_size, learning_rate, seed)
-    left_out = [name.strip() for name in without.split(",") if name.strip()]
-    written = text or f"{PROMPT}{{output}}"
-    return commands.pretrain(path, written, left_out, recipe, out or Path("runs", f"model-{Path(path).stem}"), threads)
 
 
 def _settings(settings: Sequence[str] | None, more: Sequence[str] | None, track: Sequence[str] | None) -> list[str]:

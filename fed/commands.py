@@ -12,7 +12,7 @@ from fed.errors import INTERRUPTED, FedError
 from fed.types import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fed.console import Screen
     from fed.data.federated_data import FederatedData
     from fed.experiments.plan import Plan
-    from fed.models.small_llama import Recipe
     from fed.simulation.run_directory import RunDirectory
 
 
@@ -77,33 +76,6 @@ def resume(out: Path, centralised: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(out, screen)
     return _reported(out, screen, began)
-
-
-def pretrain(path: str, text: str, left_out: Sequence[str], recipe: Recipe, out: Path, threads: int) -> int:
-    """Make a small language model of the rows at `path`, written as `text` says; return the exit status."""
-    from fed.console import Screen
-    from fed.data import text_tables
-    from fed.data.sources import read_local
-    from fed.experiments import run as running
-    from fed.models import small_llama
-    from fed.simulation.run_directory import RunDirectory
-
-    began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite=False)
-    written = text_tables.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
-    try:
-        with running.limits(threads), directory:
-            with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
-                numbers, tokens = small_llama.make(
-                    written, recipe, directory.path, lambda step, loss: advance(step, f"training loss {loss:.3f}")
-                )
-            directory.publish()
-            directory.commit()
-    except KeyboardInterrupt:
-        screen.warn("interrupted: nothing is left of this model")
-        return INTERRUPTED
-    screen.say(f"{len(written)} texts of {tokens} tokens; a model of {numbers} numbers: --set model.path={out}")
-    screen.say(f"done in {time.perf_counter() - began:.0f} s")
-    return 0
 
 
 def noise(directory: Path) -> None:

@@ -45,7 +45,7 @@ RESERVED = {
     "transformers": (
         "fed/models", "fed/data/pretrained.py", "fed/data/tokenization.py", "fed/simulation/evaluation.py", "bench",
     ),
-    "tokenizers": ("fed/data/tokenization.py", "fed/models/small_llama.py"),
+    "tokenizers": ("fed/data/tokenization.py",),
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
     "flwr_datasets": ("fed/data/partition.py",),
 }  # fmt: skip

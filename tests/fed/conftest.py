@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed.models.small_llama import Recipe, make
+from examples.small_llama import Recipe, make
 from tests.support.command_line import Outcome
 from tests.support.text_data import PROMPT, instructions
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.small_llama import Recipe, app, make
+from fed.cli import run_app
 from fed.errors import FedError
-from fed.models.small_llama import Recipe, make
 from tests.support.command_line import Outcome
 from tests.support.text_data import instructions, write_rows
 
@@ -54,6 +55,19 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Call the example's command line in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as exit_:
+            run_app(app, "python examples/small_llama.py", list(arguments))
+        captured = capsys.readouterr()
+        return Outcome(exit_.value.code or 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     """A folder of two tasks."""
     (tmp_path / "tasks").mkdir()
@@ -63,10 +77,10 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_the_command_makes_a_model_of_a_folder_less_what_is_left_out(
-    tasks: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]
+    tasks: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "model"
-    outcome = fed_cli("pretrain", str(tasks), *SIZE, "--without", "task2", "--out", str(out))
+    outcome = command(str(tasks), *SIZE, "--without", "task2", "--out", str(out))
     assert (outcome.status, outcome.err) == (0, "")
     assert "step 4/4  training loss" in outcome.out
     assert "12 texts of" in outcome.out
@@ -87,16 +101,16 @@ def test_the_command_makes_a_model_of_a_folder_less_what_is_left_out(
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    options: tuple[str, ...], message: str, tasks: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]
+    options: tuple[str, ...], message: str, tasks: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:
-    outcome = fed_cli("pretrain", str(tasks), *SIZE, *options, "--out", str(tmp_path / "model"))
+    outcome = command(str(tasks), *SIZE, *options, "--out", str(tmp_path / "model"))
     assert outcome.status == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
 
 
-def test_what_is_there_is_not_replaced(tasks: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]) -> None:
-    outcome = fed_cli("pretrain", str(tasks), *SIZE, "--out", str(tmp_path))
+def test_what_is_there_is_not_replaced(tasks: Path, tmp_path: Path, command: Callable[..., Outcome]) -> None:
+    outcome = command(str(tasks), *SIZE, "--out", str(tmp_path))
     assert outcome.status == 2
     assert "which exists" in outcome.err

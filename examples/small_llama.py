@@ -1,20 +1,36 @@
-"""A small causal language model made of local text, to try instructions where there is no checkpoint to hand."""
+"""A small causal language model made of local text, to try instructions where there is no checkpoint to hand.
+
+    python examples/small_llama.py path/to/tasks --without task1058,task1059 --out runs/llama
+    python -m fed run instructions-paper --set model.path=runs/llama data.path=path/to/tasks data.max_length=128
+
+The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSONL, CSV or Parquet file, or of a
+folder of them, and saves a `transformers` checkpoint.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
+from fed.cli import run_app
 from fed.config import RunConfig, parse
+from fed.config.data import PROMPT
+from fed.console import Screen
+from fed.data import text_tables
 from fed.data.pretrained import quiet
+from fed.data.sources import read_local
 from fed.data.tables import DenseTable, Split
-from fed.errors import FedError
+from fed.errors import INTERRUPTED, FedError
+from fed.experiments.run import limits
 from fed.models.base_model import Progress, pretrain
 from fed.seeding import torch_seed
+from fed.simulation.run_directory import RunDirectory
 
 START, END = "<s>", "</s>"
 _HEAD = 32  # the width of an attention head
@@ -113,3 +129,50 @@ def _llama(tokenizer: Any, recipe: Recipe) -> Any:
     )
     with torch_seed(torch.device("cpu"), recipe.seed, "weights"):
         return LlamaForCausalLM(architecture)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def save_model(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSONL, CSV or Parquet file, or a folder of them.")],
+    out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/model-NAME")] = None,
+    without: Annotated[str, typer.Option(metavar="NAME,…", help="Files of the folder, or tasks, to leave out.")] = "",
+    text: Annotated[
+        str, typer.Option(help="A row as text, columns in braces.", show_default="data.prompt's default, then {output}")
+    ] = f"{PROMPT}{{output}}",
+    layers: Annotated[int, typer.Option(min=1, max=64)] = 4,
+    width: Annotated[int, typer.Option(min=32, max=4096, help="A multiple of 32.")] = 128,
+    vocabulary: Annotated[int, typer.Option(min=300, max=100_000, help="Tokens, at most.")] = 4000,
+    length: Annotated[int, typer.Option(min=8, max=8192, help="Tokens of a row, and most the model can read.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, max=100_000)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, help="The highest.")] = 3e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as many as torch takes.")] = 0,
+) -> int:
+    """Make a small Llama and its tokenizer of local text: a checkpoint for instructions where there is none to hand."""
+    recipe = Recipe(layers, width, vocabulary, length, steps, batch_size, learning_rate, seed)
+    left_out = [name.strip() for name in without.split(",") if name.strip()]
+    target = out or Path("runs", f"model-{Path(path).stem}")
+    began, screen, directory = time.perf_counter(), Screen(), RunDirectory(target, overwrite=False)
+    written = text_tables.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
+    try:
+        with limits(threads), directory:
+            with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
+                numbers, tokens = make(
+                    written, recipe, directory.path, lambda step, loss: advance(step, f"training loss {loss:.3f}")
+                )
+            directory.publish()
+            directory.commit()
+    except KeyboardInterrupt:
+        screen.warn("interrupted: nothing is left of this model")
+        return INTERRUPTED
+    screen.say(f"{len(written)} texts of {tokens} tokens; a model of {numbers} numbers: --set model.path={target}")
+    screen.say(f"done in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_app(app, "python examples/small_llama.py")

@@ -50,6 +50,9 @@ def backend(device: str | torch.device | None = None) -> str:
 
     Raises:
         ConfigError: PLORA_BACKEND is neither, or asks for Triton where it cannot run.
+
+    >>> backend("cpu") if "PLORA_BACKEND" not in os.environ else "torch"
+    'torch'
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

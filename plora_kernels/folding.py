@@ -53,6 +53,12 @@ def fold_(
         StateError: weight requires a gradient and gradients are enabled.
 
     Source: Select-N-Fold, arXiv 2602.16936.
+
+    >>> weight = torch.zeros(2, 3)
+    >>> lora_A, lora_B = torch.ones(2, 3), torch.tensor([[1.0, 10.0], [1.0, 10.0]])
+    >>> fold_(weight, lora_A, lora_B, selected=[0], scale=0.5)  # module 1 goes in
+    tensor([[5., 5., 5.],
+            [5., 5., 5.]])
     """
     scale = check_fold(weight, lora_A, lora_B, scale, sign)
     seed = check_rounding(weight, rounding, seed)
@@ -86,6 +92,10 @@ def fold(
 
     Raises:
         ShapeError: out is not (N, K). StateError: out requires a gradient and gradients are enabled.
+
+    >>> weight = torch.zeros(1, 2)
+    >>> fold(weight, torch.ones(1, 2), torch.ones(1, 1), selected=[]), weight
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
     """
     scale = check_fold(weight, lora_A, lora_B, scale, sign)
     seed = check_rounding(weight, rounding, seed)
@@ -104,7 +114,11 @@ def fold(
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One fold of `fold_many_`: the arguments of `fold_`, and `out` (N, K) to leave the weight as it is."""
+    """One fold of `fold_many_`: the arguments of `fold_`, and `out` (N, K) to leave the weight as it is.
+
+    >>> Fold(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), selected=[]).scale
+    1.0
+    """
 
     weight: Tensor
     lora_A: Tensor
@@ -124,6 +138,11 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
 
     Raises:
         As `fold_` and `fold`.
+
+    >>> weights = [torch.zeros(1, 2), torch.zeros(2, 1)]
+    >>> jobs = [Fold(W, torch.ones(1, W.shape[1]), torch.ones(W.shape[0], 1), []) for W in weights]
+    >>> [W.tolist() for W in fold_many_(jobs)]
+    [[[1.0, 1.0]], [[1.0], [1.0]]]
     """
     scales, seeds = [], []
     for position, one in enumerate(folds):

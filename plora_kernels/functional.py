@@ -90,6 +90,11 @@ def plora_linear(
             (is_grads_batched) by groups that torch's own products make.
 
     Source: arXiv 2602.16936.
+
+    >>> x, weight = torch.ones(2, 3), torch.zeros(4, 3)
+    >>> lora_A, lora_B = torch.ones(2, 3), torch.ones(4, 2)
+    >>> plora_linear(x, weight, lora_A, lora_B, selected=[1], scale=0.5)[0]  # one module: 0.5 · 1 · (1+1+1)
+    tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
     if groups is not None:
         return grouped_plora_linear(
@@ -126,6 +131,11 @@ def grouped_plora_linear(
 
     lora_A (C, R, K), lora_B (C, N, R), groups C+1 offsets, selected a mask (C, R) or C selections, scale one number or
     (C,), dropout_seeds (C,); all else, and what is raised, as there.
+
+    >>> x, weight = torch.ones(3, 2), torch.zeros(1, 2)
+    >>> lora_A, lora_B = torch.ones(2, 1, 2), torch.tensor([[[1.0]], [[10.0]]])
+    >>> grouped_plora_linear(x, weight, lora_A, lora_B, groups=[0, 1, 3]).flatten()  # one row, then two
+    tensor([ 2., 20., 20.])
     """
     frozen = check_unselected(unselected) == "frozen"
     offsets = group_offsets(groups, x.device)

@@ -119,6 +119,13 @@ def module_average(
     Raises:
         ShapeError: an update's shapes do not fit `previous` or its indices.
         SelectionError: an index is out of range or repeated. ConfigError: a weight is not a positive number.
+
+    >>> server = torch.zeros(2, 1), torch.zeros(1, 2)
+    >>> one = torch.tensor([[2.0]]), torch.tensor([[4.0]]), [0]  # trained module 0
+    >>> both = torch.tensor([[6.0], [1.0]]), torch.tensor([[8.0, 1.0]]), [0, 1]
+    >>> module_average(server, [one, both])
+    (tensor([[4.],
+            [1.]]), tensor([[6., 1.]]))
     """
     lora_A, lora_B = previous
     share = [1.0] * len(updates) if weights is None else [float(w) for w in weights]

@@ -31,6 +31,9 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
 
     An override's value is read as TOML (`train.learning_rate=1e-3`, `clients.ranks=[4,8]`); where it is none,
     or the key holds text, it is plain text (`data.text=input`). Raises FedError naming key and value.
+
+    >>> load("digits", ["train.learning_rate=1e-3"]).train.learning_rate
+    0.001
     """
     values, _ = table(source, overrides)
     return parse(values, where=str(source))

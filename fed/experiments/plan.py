@@ -168,7 +168,11 @@ def read(directory: Path) -> Request:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds of `0,1,2` or `0-4`; FedError where it is neither."""
+    """Return the seeds of `0,1,2` or `0-4`; FedError where it is neither.
+
+    >>> parse_seeds("0-2"), parse_seeds("7,1")
+    ((0, 1, 2), (7, 1))
+    """
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

@@ -70,7 +70,11 @@ METHODS = {
 
 
 def find(name: str) -> Method:
-    """Return the method of that name; raises `FedError`, naming those there are, where there is none."""
+    """Return the method of that name; raises `FedError`, naming those there are, where there is none.
+
+    >>> find("fed-plora").title
+    'Fed-PLoRA'
+    """
     if name not in METHODS:
         raise FedError(f"method is {name!r}; one of {', '.join(METHODS)} would be right")
     return METHODS[name]

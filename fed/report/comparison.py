@@ -130,7 +130,11 @@ class Interval:
 
 
 def interval(differences: Sequence[float]) -> Interval:
-    """Return d̄ ± t_{0.975, n−1} · s/√n of n ≥ 1 differences, s their sample standard deviation."""
+    """Return d̄ ± t_{0.975, n−1} · s/√n of n ≥ 1 differences, s their sample standard deviation.
+
+    >>> round(interval([1.0, 2.0, 3.0]).mean, 3)
+    2.0
+    """
     from scipy.special import stdtrit
 
     n, mean = len(differences), fmean(differences)

@@ -148,7 +148,11 @@ def accuracy_for(client_labels: Tensor, right: Tensor, test_labels: Tensor) -> f
 
 
 def rouge_1(answer: str, right: str) -> float:
-    """Return ROUGE-1's F measure, 0 … 1: as `rouge_l`, with the number of words in common in whatever order."""
+    """Return ROUGE-1's F measure, 0 … 1: as `rouge_l`, with the number of words in common in whatever order.
+
+    >>> rouge_1("the cat sat", "the cat ran")  # two words of three
+    0.6666666666666666
+    """
     words, wanted = _words(answer), _words(right)
     return _f_measure((Counter(words) & Counter(wanted)).total(), words, wanted)
 
@@ -158,6 +162,9 @@ def rouge_l(answer: str, right: str) -> float:
 
     lcs is the length of the longest common subsequence of words: runs of letters and digits in lower case, not
     stemmed. Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
+
+    >>> rouge_l("a b c d", "a c b d")  # "a b d" is the longest common subsequence
+    0.75
     """
     words, wanted = _words(answer), _words(right)
     return _f_measure(longest_common_subsequence(words, wanted), words, wanted)
@@ -177,7 +184,11 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 
 def is_exact(answer: str, right: str) -> bool:
-    """Say whether two answers are the same, case, punctuation and white space apart."""
+    """Say whether two answers are the same, case, punctuation and white space apart.
+
+    >>> is_exact("Yes.", "yes")
+    True
+    """
     return _plain(answer) == _plain(right)
 
 

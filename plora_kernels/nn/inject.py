@@ -46,6 +46,10 @@ class PLoRAConfig:
 
     Raises:
         RankError, ConfigError, UnsupportedError: a value cannot be used.
+
+    >>> config = PLoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])
+    >>> config.rank_of("layers.0.q_proj")
+    8
     """
 
     rank: int = 16
@@ -166,6 +170,10 @@ class Injected:
         layers: the adapted layers by full module name, in model order.
         saved_modules: names of the modules that `modules_to_save` matched, without those inside another of them.
         projections: the groups of layers that `fuse_projections` found to share an input, by name.
+
+    >>> handle = inject(nn.Sequential(nn.Linear(8, 8)), PLoRAConfig(rank=2, target_modules=["0"]))
+    >>> {name: (A.shape, B.shape) for name, (A, B) in handle.factors().items()}
+    {'0': (torch.Size([2, 8]), torch.Size([8, 2]))}
     """
 
     model: nn.Module
@@ -290,6 +298,14 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     Raises:
         TargetError: a target does not exist, is not a plain nn.Linear, or a module to save does not exist.
         StateError: the model holds adapted layers already, or a module to save shares its weight with another.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> handle = inject(model, PLoRAConfig(rank=2, target_modules=["0"]))
+    >>> handle.select([1])
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.lora_A', '0.lora_B']
+    >>> handle.restore() is model
+    True
     """
     if any(isinstance(module, FusedPLoRALinear) for module in model.modules()):
         raise StateError("the model holds FusedPLoRALinear layers already; call restore() on their handle first")

@@ -39,6 +39,14 @@ class FusedPLoRALinear(FoldedWeight):
     drawn from torch's generator, or by `dropout_seed` (an int, or one int64 on the device) where that is set.
 
     Source: arXiv 2602.16936.
+
+    >>> layer = FusedPLoRALinear(8, 4, rank=3)
+    >>> layer.select([0, 2])
+    >>> layer(torch.ones(5, 8)).shape, layer.lora_A.shape
+    (torch.Size([5, 4]), torch.Size([2, 8]))
+    >>> layer.unfold()
+    >>> layer.lora_A.shape
+    torch.Size([3, 8])
     """
 
     bias: nn.Parameter | None

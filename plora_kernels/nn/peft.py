@@ -73,6 +73,15 @@ def save_peft(
         handle: what `inject` returned. directory: made if it is not there.
         base_model_name_or_path: noted in the configuration, for `AutoPeftModel`.
         task_type: PEFT's task type; None takes the configuration's.
+
+    >>> import tempfile
+    >>> from plora_kernels.nn.inject import PLoRAConfig, inject
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> handle = inject(model, PLoRAConfig(rank=2, target_modules=["0"]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_peft(handle, folder)
+    ...     sorted(os.listdir(folder))
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -143,6 +152,14 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     Raises:
         ConfigError: the directory holds no PEFT LoRA adapter, or one of a kind this package does not compute.
         TargetError, ShapeError: the adapter does not fit the model. The model is unchanged then.
+
+    >>> import tempfile
+    >>> from plora_kernels.nn.inject import PLoRAConfig, inject
+    >>> saved, model = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_peft(inject(saved, PLoRAConfig(rank=2, target_modules=["0"])), folder)
+    ...     list(load_peft(model, folder).layers)
+    ['0']
     """
     source = Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):

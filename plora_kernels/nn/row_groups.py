@@ -25,6 +25,10 @@ class RowGroups:
     """How a batch divides: group g owns `sizes[g]` of its samples, one after the other along the leading axis.
 
     A layer sees x (samples, …, K), so many rows to each sample; all layers of a model share one object.
+
+    >>> rows = RowGroups([2, 1])
+    >>> len(rows), rows.bounds(torch.zeros(3, 5, 8))  # three samples of five rows
+    (2, (0, 10, 15))
     """
 
     def __init__(self, sizes: Sequence[int], lengths: Sequence[int] | None = None) -> None:
@@ -113,6 +117,11 @@ class GroupModules:
 
     Made by `of`. lora_A (C, R, K) and lora_B (C, N, R), differentiable; `index` (C, W) int32 names the modules each
     group trains, None all; the others enter y without a gradient.
+
+    >>> A, B = torch.ones(2, 1, 3), torch.tensor([[[1.0]], [[10.0]]])
+    >>> modules = GroupModules.of(RowGroups([1, 2]), A, B)
+    >>> modules.linear(torch.ones(3, 3), torch.zeros(1, 3), None).flatten()
+    tensor([ 3., 30., 30.])
     """
 
     rows: RowGroups
@@ -233,6 +242,15 @@ def group_gradients(
         factors it does not depend on: their memory holds zeros.
 
     Raises ConfigError where a layer's groups were made without `gradients`.
+
+    >>> A, B = torch.ones(1, 1, 2, requires_grad=True), torch.ones(1, 1, 1, requires_grad=True)
+    >>> d_A, d_B = torch.empty_like(A), torch.empty_like(B)
+    >>> groups = GroupModules.of(RowGroups([1]), A, B, gradients=(d_A, d_B))
+    >>> loss = groups.linear(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2), None).sum()
+    >>> group_gradients(loss, {"layer": groups})
+    ((), [])
+    >>> d_A, d_B
+    (tensor([[[1., 3.]]]), tensor([[[4.]]]))
     """
     memories = {}
     for name, own in groups.items():

@@ -30,7 +30,11 @@ def fold(
         return
     A, B = gather(lora_A, lora_B, index)
     if weight.dtype not in HALF:
-        torch.addmm(weight, B, A, alpha=scale, out=out)
+        # Laid out as W is: a product that is written the other way round has other bits on some CPUs.
+        total = out if out.stride() == weight.stride() else torch.empty_like(weight)
+        torch.addmm(weight, B, A, alpha=scale, out=total)
+        if total is not out:
+            out.copy_(total)
         return
     A, B = A.float(), B.float()
     n, k = weight.shape

@@ -1,0 +1,92 @@
+"""The torch path's numbers on processors that are not there, as far as one machine can stand for others."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+LEVELS = ("DEFAULT", "AVX2", "AVX512")  # of torch's own kernels; one above what a processor has would crash
+# By torch's level: what its kernels, MKL and oneDNN are told. MKL's second variable counts on Intel's processors alone.
+SETTINGS = {
+    "DEFAULT": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_CBWR": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "AVX512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_CBWR": "AVX512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+    },
+}
+PLACES = (
+    "test_bound.py",
+    "test_reference.py",
+    "test_folding.py",
+    "ops",
+    "fallback",
+    "nn/test_linear.py",
+    "nn/test_row_groups.py",
+)
+# What the settings reach, printed by a process that runs under one.
+PROBE = """
+import hashlib, torch
+generator = torch.Generator().manual_seed(0)
+a, b = (torch.randn(s, generator=generator, dtype=torch.float64).float() for s in ((130, 257), (257, 100)))
+print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256((a @ b).numpy().tobytes()).hexdigest())
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available(),
+        reason="the settings are those of x86 and MKL",
+    ),
+]
+
+
+def run_under(level: str, *arguments: str) -> str:
+    """Return what Python prints under a setting, one thread; skip where torch has no kernels of that level here."""
+    if LEVELS.index(level) > LEVELS.index(torch.backends.cpu.get_cpu_capability()):
+        pytest.skip(f"no {level} here")
+    environment = os.environ | SETTINGS[level] | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{level}: {done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_settings_take_effect() -> None:
+    """Torch's kernels are of the level that was asked for; MKL's oldest, which fuse nothing, have bits of their own."""
+    there = LEVELS[: LEVELS.index(torch.backends.cpu.get_cpu_capability()) + 1]
+    found = {level: run_under(level, "-c", PROBE).split() for level in there}
+    assert [found[level][0] for level in there] == list(there)
+    products = {level: found[level][1] for level in there}
+    assert all(products[level] != products["DEFAULT"] for level in there[1:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_torch_path_is_within_the_bound_on(level: str) -> None:
+    """A processor decides in which order products are summed, and so every bit and the size of every error.
+
+    A tolerance that was found on one machine, or bits that two layouts of one product happen to share there, may
+    therefore fail on the next. MKL, oneDNN and torch can be told to use what other processors would.
+    """
+    places = [f"tests/plora_kernels/{name}" for name in PLACES]
+    # Triton's interpreter computes in NumPy: nothing of that depends on these settings. What torch's compiler made for
+    # one level it takes from its cache for another, where it gives NaN: no processor of its own does that.
+    chosen = "not triton and not test_kernels and not the_kernels and not compile"
+    run_under(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from bench.cases import RANK
@@ -19,6 +20,8 @@ LAYERS, STEPS = "cpu.json", "simulation-cpu.json"
 # A device measured with other tables of block sizes has files of these names beside its own.
 BESIDE = ("-defaults", "-before")
 NOT_MEASURED = "not yet measured"
+# What a mean is over, one and several.
+SHAPES, BATCHES = ("shape", "shapes"), ("batch", "batches")
 TITLES = {
     "forward": "a layer's forward",
     "forward_backward": "a layer's forward + backward",
@@ -26,7 +29,8 @@ TITLES = {
     "projections": "projections of one input, forward + backward",
     "fold": "folding modules into a weight, in place",
 }
-STEP_TITLE = "a training step of many clients ÷ a PEFT loop"
+STEP_TITLE = "a training step of many clients"
+WIDTH = 120
 
 
 class Measured(NamedTuple):
@@ -36,32 +40,37 @@ class Measured(NamedTuple):
     conditions: str
     layers: Mapping[str, Sequence[float]]
     steps: Sequence[float]
+    models: Sequence[str] = ()
 
 
 def committed_summary(results: Path) -> str:
     """Return the table of a folder's result files, a column for the CPU and one for every GPU, and how to read it."""
     devices = [_of_device(path) for path in sorted(results.glob("*.json")) if _is_device(path)]
     columns = [_of_cpu(results), *(devices or [Measured("GPU", "", {}, ())])]
-    rows = [[title, *(_cell(one.layers.get(op, ())) for one in columns)] for op, title in TITLES.items()]
-    rows.append([STEP_TITLE, *(_cell(one.steps, "batches") for one in columns)])
+    rows = [[title, *(_cell(one.layers.get(op, ()), SHAPES) for one in columns)] for op, title in TITLES.items()]
+    rows.append([STEP_TITLE, *(_cell(one.steps, BATCHES) for one in columns)])
+    models = ", ".join(dict.fromkeys(model for one in columns for model in one.models))
+    projections = f"projections of {models}," if models else "projections"
     reading = (
-        "Time divided by PEFT's, below 1 is faster: geometric means, in brackets the least and the greatest. "
-        f"Layers and folds: over the shapes measured at R {RANK}. Training steps (*{OURS}* against *peft-loop*): over "
-        f"models and batches, each at {COHORT} clients or the most it was measured at."
+        "Time divided by PEFT's, below 1 is faster: geometric means, in brackets the least and the greatest. Layers "
+        f"and folds: over {projections} at R {RANK}. Training steps: clients in one pass "
+        "against one PEFT model whose adapter and optimiser state are swapped from client to client, over models and "
+        f"batches, each at {COHORT} clients or, where that was not measured, at the most that were."
     )
     where = " ".join(f"{one.title}: {one.conditions}." for one in columns if one.conditions)
     table = markdown_table(["time ÷ PEFT's", *(one.title for one in columns)], rows)
-    return f"{reading}\n\n{table}\n\n{where}".strip()
+    return "\n\n".join(part for part in (fill(reading, WIDTH), table, fill(where, WIDTH)) if part)
 
 
 def _of_cpu(results: Path) -> Measured:
-    title, machine, conditions = "CPU", "", list[str]()
+    title, machine, conditions, models = "CPU", "", list[str](), list[str]()
     layers: dict[str, list[float]] = {}
     steps: list[float] = []
     if (results / LAYERS).is_file():
         run = load_run(results / LAYERS)
         title = _titled("CPU", [shape.dtype for shape in run.shapes()])
         layers = {op: _of_shapes(run, op) for op in TITLES}
+        models = [shape.model for shape in run.shapes()]
         machine = _machine(run.machine["device_name"], run.machine["threads"])
         conditions.append(f"{machine}; {_when(_commit(run), run.date)}")
     if (results / STEPS).is_file():
@@ -69,22 +78,24 @@ def _of_cpu(results: Path) -> Measured:
         steps, other = _of_steps(found), _machine(found.device_name, found.threads)
         where = "" if other == machine else f"{other}; "
         conditions.append(f"training steps: {where}{_when(found.commit, found.date)}")
-    return Measured(title, "; ".join(conditions), layers, steps)
+    return Measured(title, "; ".join(conditions), layers, steps, models)
 
 
 def _of_device(path: Path) -> Measured:
     meta, records = load_records(path)
     layers: dict[str, list[float]] = {}
-    dtypes: list[str] = []
+    dtypes, models = list[str](), list[str]()
     for providers in by_case(records):
         record, ratio = next(iter(providers.values())), _against_peft(providers)
         op = table_of(record)
         if record["r"] == RANK and op in TITLES and ratio is not None:
             layers.setdefault(op, []).append(ratio)
             dtypes.append(record["dtype"])
+            models += [record["model"]] if "model" in record else []
     run = run_of_device(meta, records)
     when = _when(str(meta.get("commit") or "unknown"), str(meta["date"]))
-    return Measured(_titled(str(meta["device_name"]), dtypes), when, layers, _of_steps(run) if run else ())
+    steps = _of_steps(run) if run else []
+    return Measured(_titled(str(meta["device_name"]), dtypes), when, layers, steps, models)
 
 
 def _is_device(path: Path) -> bool:
@@ -128,7 +139,8 @@ def _against_peft(providers: Mapping[str, Record]) -> float | None:
     return fused / peft if fused and peft else None
 
 
-def _cell(ratios: Sequence[float], over: str = "shapes") -> str:
+def _cell(ratios: Sequence[float], over: tuple[str, str]) -> str:
     if not ratios:
         return NOT_MEASURED
-    return f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)} {over}"
+    count = f"{len(ratios)} {over[len(ratios) > 1]}"
+    return f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}), {count}"

@@ -66,7 +66,8 @@ bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
 
 bench-simulation: $(READY)  ## training steps of many clients, against a PEFT loop, vmap and the bare base model
 	$(BIN)/python -m pytest bench --benchmark-only -k simulation --benchmark-json=bench/results/simulation-cpu.json
-	$(BIN)/python -m bench.report bench/results/simulation-cpu.json --png docs/bench-simulation.png --readme README.md
+	$(BIN)/python -m bench.report bench/results/simulation-cpu.json --png docs/bench-simulation.png \
+		--document docs/benchmarks.md --document README.md
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -1,100 +1,289 @@
-"""The README says what is so: its example runs, its tables are the committed results."""
+"""README and docs say what is so: their Python runs, their tables are the committed results, what they name exists."""
 
 from __future__ import annotations
 
+import functools
 import json
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import plora_kernels as pk
+from bench.harness.records import RecordFile, blank
 from bench.report.clients_tables import clients_markdown
+from bench.report.command import main as report
 from bench.report.device_tables import committed_section
 from bench.report.simulation_tables import committed_simulation
 from bench.report.suite_results import load_run
 from bench.report.suite_tables import markdown as bench_markdown
+from bench.report.summary_tables import NOT_MEASURED, SUMMARY_BEGIN, SUMMARY_END, committed_summary
+from fed import methods
+from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
 from fed.report.tables import markdown as demo_markdown
 from fed.simulation.run_directory import read
-from tests.support.models import tiny_bert
+from tests.bench.saved import saved_run, write_run
+from tests.support.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "bench" / "results"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+# Those written by hand, tables between markers apart.
+PAGES = [
+    *(README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", RESULTS / "README.md"),
+    *sorted(DOCS.glob("*.md")),
+    *sorted(DOCS.rglob("README.md")),
+]
+PAGES = list(dict.fromkeys(PAGES))
+TOP = ("plora_kernels", "fed", "bench", "tests", "docs")
+# Named by pages and not committed: commands make them when they are run.
+MADE = {"bench/results/latest.json", "bench/results/tune", "plora_kernels/tuning/tables"}
+TABLES = r"model|data|clients|adapter|train|server|hetlora|measure|compare"
 
 
-def between(mark: str) -> str:
-    """Return the README's text between two markers."""
-    match = re.search(rf"<!-- {mark}:begin -->\n(.*?)<!-- {mark}:end -->", README, re.DOTALL)
-    assert match is not None, f"README.md has no {mark} markers"
-    return match[1].strip()
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def between(page: Path, mark: str) -> str:
+    """Return a page's text between two markers, without the picture above a table."""
+    match = re.search(rf"<!-- {mark}:begin -->\n(.*?)<!-- {mark}:end -->", text_of(page), re.DOTALL)
+    assert match is not None, f"{named(page)} has no {mark} markers"
+    return re.sub(r"^!\[.*\n\n", "", match[1].strip())
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return a page's fenced blocks of a language."""
+    return [
+        code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), re.DOTALL | re.M) if kind == language
+    ]
+
+
+def words(page: Path) -> Iterator[str]:
+    """Yield the words of everything a page shows as code, its Python apart: that is run."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.M))
+    for span in [*spans, *blocks(page, "")]:
+        for word in span.split():
+            yield word.strip(",;:()[]\"'")
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as they are made where it is shown."""
+    titles = re.findall(r"^#+ (.*)$", text_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
 
 
 def test_the_demo_table_is_the_committed_run() -> None:
-    assert between("demo") == demo_markdown(read(ROOT / "docs" / "results" / "demo")).strip()
+    assert between(DOCS / "federated.md", "demo") == demo_markdown(read(DOCS / "results" / "demo")).strip()
 
 
-def test_the_benchmark_table_is_the_committed_result() -> None:
-    table = re.sub(r"^!\[.*\n\n", "", between("bench"))  # the picture stands above it
-    assert table == bench_markdown(load_run(ROOT / "bench" / "results" / "cpu.json")).strip()
-
-
-def test_the_table_of_training_steps_is_the_committed_result() -> None:
-    table = re.sub(r"^!\[.*\n\n", "", between("simulation"))  # the picture stands above it
-    assert table == committed_simulation(ROOT / "bench" / "results" / "simulation-cpu.json")
-
-
-def test_the_gpu_table_is_the_committed_result() -> None:
-    assert between("gpu") == committed_section(ROOT / "bench" / "results").strip()
+def test_the_benchmark_tables_are_the_committed_results() -> None:
+    page = DOCS / "benchmarks.md"
+    assert between(page, "bench") == bench_markdown(load_run(RESULTS / "cpu.json")).strip()
+    assert between(page, "simulation") == committed_simulation(RESULTS / "simulation-cpu.json")
+    assert between(page, "gpu") == committed_section(RESULTS).strip()
 
 
 def test_the_table_of_clients_is_the_committed_result() -> None:
-    results = ROOT / "bench" / "results"
-    assert (results / "clients-cpu.md").read_text(encoding="utf-8") == clients_markdown(results / "clients-cpu.json")
+    assert text_of(RESULTS / "clients-cpu.md") == clients_markdown(RESULTS / "clients-cpu.json")
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny_bert().save_pretrained("path/to/bert")
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
-    batch = "input_ids=torch.arange(12)[None], labels=torch.tensor([1])"
-    training = f"model({batch}).loss.backward()\noptimizer.step()"
-    assert "...  # train as ever" in code[1]
-    names: dict = {}
-    exec(compile(code[1].replace("...  # train as ever", training), "README.md", "exec"), names)
-    assert not any(isinstance(module, pk.FusedPLoRALinear) for module in names["model"].modules())
-    handle = pk.load_peft(names["model"], "adapter/")
-    moved = next(iter(handle.layers.values())).lora_B.abs().sum(0) > 0
-    assert moved.nonzero().flatten().tolist() == [0, 3, 7, 12]
+def test_the_summary_is_made_of_the_committed_results() -> None:
+    assert between(README, "summary") == committed_summary(RESULTS)
 
 
-def test_every_picture_and_page_it_names_is_there() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    assert targets
-    assert missing == []
+def test_the_summary_s_means_are_those_of_the_files_by_hand() -> None:
+    def cell(ratios: list[float]) -> str:
+        mean = torch.tensor(ratios, dtype=torch.float64).log().mean().exp().item()
+        return f"**{mean:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)}"
+
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|", between(README, "summary"), re.M))
+    layers = [item["extra_info"] for item in json.loads(text_of(RESULTS / "cpu.json"))["benchmarks"]]
+    for op, title in (("forward", "a layer's forward"), ("fold", "folding modules into a weight, in place")):
+        of_op = [facts for facts in layers if (facts["op"], facts["provider"], facts["r"]) == (op, "fused", 16)]
+        assert rows[title] == f"{cell([facts['ratio_to_peft'] for facts in of_op])} shapes"
+    steps = [item["extra_info"] for item in json.loads(text_of(RESULTS / "simulation-cpu.json"))["benchmarks"]]
+    shown: dict[tuple, dict[int, float]] = {}
+    for facts in steps:
+        if facts["provider"] == "cohort":
+            key = facts["model"], facts["batch"], facts["length"]
+            shown.setdefault(key, {})[facts["cohort"]] = facts["ratio_to_peft_loop"]
+    ratios = [sizes.get(10, sizes[max(sizes)]) for sizes in shown.values()]
+    assert rows["a training step of many clients"] == f"{cell(ratios)} batches"
+
+
+def test_the_summary_gets_a_column_a_device_and_says_what_is_not_measured(tmp_path: Path) -> None:
+    assert "| CPU | GPU |" in committed_summary(tmp_path)
+    write_run(tmp_path / "cpu.json", saved_run())
+    meta = {"device_name": "Example GPU", "versions": {}, "commit": "0123456789abcdef+", "date": "2026-01-02T03:04:05"}
+    shape = {"op": "projections", "model": "tiny", "m": 32, "k": 64, "n": 80, "r": 16, "dtype": "bfloat16"}
+    records = [
+        blank(**shape, provider=provider, status="timed", time_ms=ratio, ratio_to_base=ratio)
+        for provider, ratio in (("base", 1.0), ("peft", 2.0), ("fused", 1.5))
+    ]
+    for name in ("example.json", "example-defaults.json"):
+        RecordFile(tmp_path / name, meta).add(records)
+    said = committed_summary(tmp_path)
+    assert "| time ÷ PEFT's | CPU, float32 | Example GPU, bfloat16 |" in said
+    assert (
+        f"| projections of one input, forward + backward | {NOT_MEASURED} | **0.75** (0.75 to 0.75), 1 shape |" in said
+    )
+    assert "Example GPU, bfloat16: commit 0123456789ab with uncommitted changes, 2026-01-02." in " ".join(said.split())
+
+
+def test_one_command_writes_a_result_s_section_and_the_summary_where_their_markers_stand(tmp_path: Path) -> None:
+    results = write_run(tmp_path / "cpu.json", saved_run())
+    page, readme = tmp_path / "docs" / "page.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n", encoding="utf-8")
+    readme.write_text(f"{SUMMARY_BEGIN}\nold\n{SUMMARY_END}\n", encoding="utf-8")
+    png = tmp_path / "docs" / "bench.png"
+    assert report([str(results), "--png", str(png), "--document", str(page), "--readme", str(readme)]) == 0
+    assert bench_markdown(load_run(results)).strip() in text_of(page)
+    assert "](bench.png)" in text_of(page)
+    assert text_of(readme) == f"{SUMMARY_BEGIN}\n\n{committed_summary(tmp_path)}\n\n{SUMMARY_END}\n"
 
 
 def test_the_page_of_results_quotes_the_committed_comparisons() -> None:
-    folder = ROOT / "docs" / "results"
-    said = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*/comparison.md")).splitlines()
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    quoted = [line for line in page.splitlines() if line.startswith("- ")]
+    folder = DOCS / "results"
+    said = "\n".join(text_of(path) for path in folder.glob("*/comparison.md")).splitlines()
+    quoted = [line for line in text_of(folder / "README.md").splitlines() if line.startswith("- ")]
     assert quoted
     assert [line for line in quoted if line not in said] == []
-    targets = re.findall(r"\]\(([^)#]+)\)", page)
-    assert [target for target in targets if "://" not in target and not (folder / target).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["comparison-digits", "comparison-instructions", "selection-digits"])
 def test_a_committed_comparison_is_of_settings_there_are_and_its_words_of_its_figures(name: str) -> None:
-    folder = ROOT / "docs" / "results" / name
+    folder = DOCS / "results" / name
     plan = plans.plan(plans.read(folder))
-    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    found = json.loads(text_of(folder / "comparison.json"))
     assert [variant["name"] for variant in found["variants"]] == [variant.name for variant in plan.variants]
     assert found["missing_runs"] == 0
-    words = (folder / "comparison.md").read_text(encoding="utf-8")
+    said = text_of(folder / "comparison.md")
     for variant in found["variants"]:
         figure = variant["figures"]["accuracy"]
-        assert f"| {variant['label']} | {figure['mean']:.1f} ± {figure['std']:.1f} |" in words
+        assert f"| {variant['label']} | {figure['mean']:.1f} ± {figure['std']:.1f} |" in said
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Stand in a folder with two small models; return the one name that pages take for granted, a batch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    # The same graph without a C++ compiler's seconds.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    tiny_bert().save_pretrained("path/to/bert")
+    tiny_llama().save_pretrained("path/to/llama")
+    return {"batch": {"input_ids": torch.arange(12)[None], "labels": torch.tensor([1])}}
+
+
+def run_python(page: Path, names: dict) -> None:
+    """Run a page's Python, one block after the other."""
+    code = blocks(page, "python")
+    assert code
+    for number, block in enumerate(code, 1):
+        exec(compile(block, f"{named(page)}, block {number}", "exec"), names)
+
+
+def test_the_readme_s_example_runs(ready: dict) -> None:
+    run_python(README, ready)
+    assert not any(isinstance(module, pk.FusedPLoRALinear) for module in ready["model"].modules())
+    handle = pk.load_peft(ready["model"], "adapter/")
+    moved = next(iter(handle.layers.values())).lora_B.abs().sum(0) > 0
+    assert moved.nonzero().flatten().tolist() == [0, 3, 7, 12]
+
+
+def test_the_drop_in_guide_runs(ready: dict) -> None:
+    run_python(DOCS / "drop-in.md", ready)
+
+
+def test_the_federated_guide_runs_and_a_run_leaves_what_it_says(ready: dict) -> None:
+    page = DOCS / "federated.md"
+    run_python(page, ready)
+    section = text_of(page).split("## What a run leaves")[1].split("\n## ")[0]
+    files = [name for line in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(.*?)`", line)]
+    elsewhere = {"base_delta.safetensors", "centralised.json"}  # of other methods, of runs that compare
+    assert elsewhere < set(files)
+    left = {f"{path.name}/" if path.is_dir() else path.name for path in Path("runs/small").iterdir()}
+    assert left == set(files) - elsewhere
+
+
+def test_every_page_s_python_is_run() -> None:
+    having = [named(page) for page in PAGES if blocks(page, "python")]
+    assert having == ["README.md", "docs/drop-in.md", "docs/federated.md"]
+
+
+# -------------------------------------------------------------------------------------------------- what is mentioned
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_path_it_names_is_there(page: Path) -> None:
+    paths = {word.rstrip("/") for word in words(page) if re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", word)}
+    ours = {path for path in paths if path.endswith(".py") or path.split("/")[0] in TOP}
+    assert sorted(path for path in ours - MADE if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_module_and_name_it_mentions_is_there(page: Path) -> None:
+    missing = []
+    for word in words(page):
+        name = re.sub(r"^pk\.", "plora_kernels.", word.split("(")[0])
+        if re.fullmatch(r"(plora_kernels|fed|bench|tests)(\.\w+)+", name):
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(name)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_key_of_the_configuration_and_every_target_of_make_it_mentions_is_there(page: Path) -> None:
+    keys = {word.split("=")[0] for word in words(page) if re.fullmatch(rf"({TABLES})\.[a-z_]+(=.*)?", word)}
+    assert sorted(keys - set(configuration_keys())) == []
+    targets = set(re.findall(r"^([\w-]+):", text_of(ROOT / "Makefile"), re.M))
+    code = re.findall(r"`(make [^`]+)`", text_of(page)) + re.findall(r"^make .*$", "\n".join(blocks(page, "")), re.M)
+    assert {command.split()[1] for command in code} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_picture_page_and_heading_it_links_to_is_there(page: Path) -> None:
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in slugs(file)):
+            missing.append(target)
+    assert missing == []
+
+
+def test_the_tour_s_names_are_defined_in_the_files_it_opens() -> None:
+    steps = re.findall(r"`([\w/]+\.py)`[,:]\s`(\w+)`", text_of(DOCS / "tour.md"))
+    assert len(steps) > 8
+    defined = r"^\s*(?:def|class) {}\b"
+    assert [step for step in steps if not re.search(defined.format(step[1]), text_of(ROOT / step[0]), re.M)] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    linked = set(re.findall(r"\]\(([^)]+)\)", text_of(DOCS / "README.md")))
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    assert pages | {"results/README.md"} <= linked
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(text_of(README).splitlines()) <= 120

@@ -1,8 +1,9 @@
-"""Turn saved benchmark results into a Markdown table and a picture, and put both into the README.
+"""Turn saved benchmark results into a Markdown table and a picture, and put both into documents.
 
-`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--readme README.md] [--keep]`, where RESULTS.json
-is what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has a section of the
-README to itself. What `python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the
+`python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--document PATH]… [--keep]`, where RESULTS.json is
+what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has a section to itself
+between markers, in docs/benchmarks.md. A document with the summary's markers, as the README, gets that of all the files
+beside RESULTS.json. What `python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the
 history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
@@ -20,9 +21,24 @@ from bench.report.markdown import BEGIN, END, update_readme
 from bench.report.simulation_tables import holds_simulation_alone, load_simulation, simulation_markdown
 from bench.report.suite_results import load_run
 from bench.report.suite_tables import markdown
+from bench.report.summary_tables import SUMMARY_BEGIN, SUMMARY_END, committed_summary
 
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 STEPS_BEGIN, STEPS_END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
+BENCH_TITLE, STEPS_TITLE = (
+    "Time of each provider divided by the base matmul's",
+    "What a client's step costs in a cohort",
+)
+
+
+def update_documents(given: argparse.Namespace, section: str, begin: str, end: str, title: str = "") -> None:
+    """Rewrite a result's section, and the summary of the folder's results, in every document with their markers."""
+    for document in given.documents:
+        text = document.read_text(encoding="utf-8") if document.is_file() else ""
+        if begin in text or SUMMARY_BEGIN not in text:  # with neither this refuses
+            update_readme(document, section, given.png, begin, end, title)
+        if SUMMARY_BEGIN in text:
+            update_readme(document, committed_summary(given.results.parent), None, SUMMARY_BEGIN, SUMMARY_END)
 
 
 def report_suites(given: argparse.Namespace) -> str:
@@ -31,8 +47,7 @@ def report_suites(given: argparse.Namespace) -> str:
     text = markdown(run)
     if given.png:
         draw(run, given.png)
-    if given.readme:
-        update_readme(given.readme, text, given.png)
+    update_documents(given, text, BEGIN, END, BENCH_TITLE)
     return text
 
 
@@ -44,8 +59,7 @@ def report_simulation(given: argparse.Namespace) -> str:
     text = simulation_markdown(run)
     if given.png:
         draw_simulation(run, given.png)
-    if given.readme:
-        update_readme(given.readme, text, given.png, STEPS_BEGIN, STEPS_END, "What a client's step costs in a cohort")
+    update_documents(given, text, STEPS_BEGIN, STEPS_END, STEPS_TITLE)
     return text
 
 
@@ -54,14 +68,14 @@ def report_device(given: argparse.Namespace) -> str:
     if given.png:
         raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
     text = device_markdown(*load_records(given.results))
-    if given.readme:  # it shows every device of the folder
-        update_readme(given.readme, committed_section(given.results.parent), None, GPU_BEGIN, GPU_END)
+    if given.documents:  # they show every device of the folder
+        update_documents(given, committed_section(given.results.parent), GPU_BEGIN, GPU_END)
     return text
 
 
 def report_clients(given: argparse.Namespace) -> str:
     """Report what `python -m bench.clients` wrote; return the table."""
-    if given.png or given.readme or given.keep:
+    if given.png or given.documents or given.keep:
         raise ResultsError(f"{given.results} is about clients: it has a table, for --markdown, and nothing else")
     return clients_markdown(given.results)
 
@@ -78,8 +92,8 @@ def report(given: argparse.Namespace) -> str:
 
 def report_history(given: argparse.Namespace) -> str:
     """Report the kept runs; return the table."""
-    if given.readme or given.keep:
-        raise ResultsError("--history shows what was kept; --readme and --keep need a results file instead")
+    if given.documents or given.keep:
+        raise ResultsError("--history shows what was kept; --document and --keep need a results file instead")
     runs = load_history(given.history)
     if given.png:
         draw_history(runs, given.png)
@@ -94,7 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--history", type=Path, nargs="?", const=HISTORY, metavar="DIR", help="the kept runs, over time")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the table here")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw the ratios here")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help=f"rewrite what stands between {BEGIN} and {END}")
+    parser.add_argument(
+        *("--document", "--readme"),
+        dest="documents",
+        type=Path,
+        metavar="PATH",
+        action="append",
+        default=[],
+        help=f"rewrite what stands between markers, such as {BEGIN} and {END}; repeatable",
+    )
     parser.add_argument("--keep", action="store_true", help="add the run to the history")
     given = parser.parse_args(arguments)
     try:
@@ -106,6 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ResultsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not given.markdown and not given.readme:
+    if not given.markdown and not given.documents:
         print(text, end="")
     return 0

@@ -1,4 +1,4 @@
-"""Tables of what `python -m bench.gpu` wrote: a short one for the terminal, one in Markdown for the README."""
+"""Tables of what `python -m bench.gpu` wrote: a short one for the terminal, one in Markdown for documents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from bench.report.markdown import markdown_table
 from bench.report.simulation_tables import reading, run_of_device, simulation_table
 from bench.report.suite_results import OTHER_WAYS, width_text
 
-# The README's, as long as no device's file is committed.
+# What docs/benchmarks.md says as long as no device's file is committed.
 NOT_MEASURED = """\
 GPU: not yet measured. The kernels pass their tests under Triton's interpreter and compile for sm_80, sm_90, sm_100 and
 gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
@@ -49,7 +49,7 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     cases = by_case(records)
     parts = [conditions(meta, records)]
     for name, title in TITLES.items():
-        chosen = [providers for providers in cases if _section(next(iter(providers.values()))) == name]
+        chosen = [providers for providers in cases if table_of(next(iter(providers.values()))) == name]
         if chosen:
             rows = next(iter(chosen[0].values()))["m"]
             parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
@@ -60,7 +60,7 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def committed_section(results: Path) -> str:
-    """Return what the README says of GPUs: the tables of the devices' files in a folder, or that there are none."""
+    """Return what is shown of GPUs: the tables of the devices' files in a folder, or that there are none."""
     found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
     return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
 
@@ -109,8 +109,8 @@ def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     return "\n".join([*lines, f"checks: {len(checks)}, wrong: {len(wrong)}"])
 
 
-def _section(record: Record) -> str | None:
-    """Return which table a case stands in, or None: the file holds more than the README shows."""
+def table_of(record: Record) -> str | None:
+    """Return which table a case stands in, or None: the file holds more than is shown."""
     if record["op"] not in MAIN_OPS:
         return record["op"]
     shape = (record["k"], record["n"])

@@ -1,4 +1,4 @@
-"""Saved figures of training steps, by the suites or by `python -m bench.gpu`, and their table for the README."""
+"""Saved figures of training steps, by the suites or by `python -m bench.gpu`, and their table for documents."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def simulation_markdown(run: SimulationRun) -> str:
 
 
 def committed_simulation(path: Path) -> str:
-    """Return what the README says of a committed file, or that there is none yet."""
+    """Return what is shown of a committed file, or that there is none yet."""
     return simulation_markdown(load_simulation(path)).strip() if path.is_file() else NOT_MEASURED
 
 

@@ -1,0 +1,146 @@
+"""The README's one table: this library's time divided by PEFT's, in geometric means over what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from bench.cases import RANK
+from bench.harness.records import Record, holds_records, load_records
+from bench.report.device_tables import by_case, table_of
+from bench.report.markdown import markdown_table
+from bench.report.simulation_tables import COHORT, OURS, SimulationRun, load_simulation, run_of_device
+from bench.report.suite_results import BenchmarkRun, geometric_mean, load_run
+
+SUMMARY_BEGIN, SUMMARY_END = "<!-- summary:begin -->", "<!-- summary:end -->"
+# Of the folder of results: what the suites saved on a CPU.
+LAYERS, STEPS = "cpu.json", "simulation-cpu.json"
+# A device measured with other tables of block sizes has files of these names beside its own.
+BESIDE = ("-defaults", "-before")
+NOT_MEASURED = "not yet measured"
+# What a mean is over, one and several.
+SHAPES, BATCHES = ("shape", "shapes"), ("batch", "batches")
+TITLES = {
+    "forward": "a layer's forward",
+    "forward_backward": "a layer's forward + backward",
+    "dropout": "the same with LoRA dropout",
+    "projections": "projections of one input, forward + backward",
+    "fold": "folding modules into a weight, in place",
+}
+STEP_TITLE = "a training step of many clients"
+WIDTH = 120
+
+
+class Measured(NamedTuple):
+    """What was measured on one machine: time ÷ PEFT's by op, and that of training steps."""
+
+    title: str
+    conditions: str
+    layers: Mapping[str, Sequence[float]]
+    steps: Sequence[float]
+    models: Sequence[str] = ()
+
+
+def committed_summary(results: Path) -> str:
+    """Return the table of a folder's result files, a column for the CPU and one for every GPU, and how to read it."""
+    devices = [_of_device(path) for path in sorted(results.glob("*.json")) if _is_device(path)]
+    columns = [_of_cpu(results), *(devices or [Measured("GPU", "", {}, ())])]
+    rows = [[title, *(_cell(one.layers.get(op, ()), SHAPES) for one in columns)] for op, title in TITLES.items()]
+    rows.append([STEP_TITLE, *(_cell(one.steps, BATCHES) for one in columns)])
+    models = ", ".join(dict.fromkeys(model for one in columns for model in one.models))
+    projections = f"projections of {models}," if models else "projections"
+    reading = (
+        "Time divided by PEFT's, below 1 is faster: geometric means, in brackets the least and the greatest. Layers "
+        f"and folds: over {projections} at R {RANK}. Training steps: clients in one pass "
+        "against one PEFT model whose adapter and optimiser state are swapped from client to client, over models and "
+        f"batches, each at {COHORT} clients or, where that was not measured, at the most that were."
+    )
+    where = " ".join(f"{one.title}: {one.conditions}." for one in columns if one.conditions)
+    table = markdown_table(["time ÷ PEFT's", *(one.title for one in columns)], rows)
+    return "\n\n".join(part for part in (fill(reading, WIDTH), table, fill(where, WIDTH)) if part)
+
+
+def _of_cpu(results: Path) -> Measured:
+    title, machine, conditions, models = "CPU", "", list[str](), list[str]()
+    layers: dict[str, list[float]] = {}
+    steps: list[float] = []
+    if (results / LAYERS).is_file():
+        run = load_run(results / LAYERS)
+        title = _titled("CPU", [shape.dtype for shape in run.shapes()])
+        layers = {op: _of_shapes(run, op) for op in TITLES}
+        models = [shape.model for shape in run.shapes()]
+        machine = _machine(run.machine["device_name"], run.machine["threads"])
+        conditions.append(f"{machine}; {_when(_commit(run), run.date)}")
+    if (results / STEPS).is_file():
+        found = load_simulation(results / STEPS)
+        steps, other = _of_steps(found), _machine(found.device_name, found.threads)
+        where = "" if other == machine else f"{other}; "
+        conditions.append(f"training steps: {where}{_when(found.commit, found.date)}")
+    return Measured(title, "; ".join(conditions), layers, steps, models)
+
+
+def _of_device(path: Path) -> Measured:
+    meta, records = load_records(path)
+    layers: dict[str, list[float]] = {}
+    dtypes, models = list[str](), list[str]()
+    for providers in by_case(records):
+        record, ratio = next(iter(providers.values())), _against_peft(providers)
+        op = table_of(record)
+        if record["r"] == RANK and op in TITLES and ratio is not None:
+            layers.setdefault(op, []).append(ratio)
+            dtypes.append(record["dtype"])
+            models += [record["model"]] if "model" in record else []
+    run = run_of_device(meta, records)
+    when = _when(str(meta.get("commit") or "unknown"), str(meta["date"]))
+    steps = _of_steps(run) if run else []
+    return Measured(_titled(str(meta["device_name"]), dtypes), when, layers, steps, models)
+
+
+def _is_device(path: Path) -> bool:
+    return holds_records(path) and not path.stem.endswith(BESIDE)
+
+
+def _of_shapes(run: BenchmarkRun, op: str) -> list[float]:
+    shapes = [run.entries.get(shape, {}) for shape in run.shapes(op) if shape.r == RANK]
+    return [entries["fused"].ratio_to_peft for entries in shapes if "fused" in entries]
+
+
+def _of_steps(run: SimulationRun) -> list[float]:
+    """Return the time ÷ the PEFT loop's of every model and batch, at the number of clients its table shows."""
+    shown = (cohorts[COHORT if COHORT in cohorts else max(cohorts)] for cohorts in run.by_setting().values())
+    ratios = (records.get(OURS, {}).get("ratio_to_peft_loop") for records in shown)
+    return [ratio for ratio in ratios if ratio]
+
+
+def _titled(name: str, dtypes: Sequence[str]) -> str:
+    """Return a column's title: what was measured on, and what layers were measured in."""
+    return ", ".join([name, *dict.fromkeys(dtypes)])
+
+
+def _machine(name: str, threads: int | None) -> str:
+    return f"{name}, {threads} threads" if threads else name
+
+
+def _commit(run: BenchmarkRun) -> str:
+    return f"{run.commit['id']}{'+' if run.commit.get('dirty') else ''}"
+
+
+def _when(commit: str, date: str) -> str:
+    """Return commit and day; a commit ends in "+" where files differed from it."""
+    state = " with uncommitted changes" if commit.endswith("+") else ""
+    return f"commit {commit.rstrip('+')[:12]}{state}, {date[:10]}"
+
+
+def _against_peft(providers: Mapping[str, Record]) -> float | None:
+    # Each against the base of its own loop: they may have been timed in different ones.
+    fused, peft = (providers.get(name, {}).get("ratio_to_base") for name in ("fused", "peft"))
+    return fused / peft if fused and peft else None
+
+
+def _cell(ratios: Sequence[float], over: tuple[str, str]) -> str:
+    if not ratios:
+        return NOT_MEASURED
+    count = f"{len(ratios)} {over[len(ratios) > 1]}"
+    return f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}), {count}"

@@ -28,6 +28,13 @@ def fed_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out a run's pictures where nothing looks at them: drawing takes longer than these runs."""
+    for module in ("fed.report.html", "fed.report.run_figures"):
+        monkeypatch.setattr(f"{module}.sheet", lambda *panels, **options: b"no picture")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Models here are so small that a second thread only makes them wait for each other."""

@@ -94,6 +94,7 @@ def test_base_and_adapter_reproduce_the_final_accuracy_with_plain_transformers_a
     assert loss == pytest.approx(rows_of(made)[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_configuration_gives_the_same_files(made: Path, tmp_path: Path, fed_cli: Callable) -> None:
     again = tmp_path / "again"
     assert fed_cli("run", str(made / "config.toml"), "--out", str(again), "--no-centralised").status == 0
@@ -128,6 +129,7 @@ def pets(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_local_checkpoint_learns_a_local_jsonl_file(
     bert: Path, pets: Path, tmp_path: Path, fed_cli: Callable
 ) -> None:
@@ -228,6 +230,7 @@ def test_a_checkpoint_that_breaks_in_its_weights_leaves_nothing(
     check_refused(outcome, "the checkpoint does not load", tmp_path, {"my.toml", "pets.jsonl", "broken"})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_existing_directory_is_replaced_only_if_it_is_empty_or_a_run_and_only_on_request(
     tmp_path: Path, fed_cli: Callable
 ) -> None:
@@ -304,6 +307,7 @@ def interrupt(out: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch, *se
         return fed_cli("run", "digits", "--out", str(out), "--set", *SMALL, *settings)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_keeps_its_rounds_and_goes_on_to_the_same_files(
     made: Path, tmp_path: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +331,7 @@ def test_an_interrupted_run_keeps_its_rounds_and_goes_on_to_the_same_files(
     assert [row["accuracy"] for row in reached[0]] == [row["accuracy"] for row in reached[1]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_finished_plays_nothing_again(made: Path, fed_cli: Callable) -> None:
     before = (made / "rounds.jsonl").read_bytes()
     outcome = fed_cli("resume", str(made))
@@ -335,6 +340,7 @@ def test_a_run_that_is_finished_plays_nothing_again(made: Path, fed_cli: Callabl
     assert (made / "rounds.jsonl").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_checkpoint_cannot_go_on_and_stays(
     tmp_path: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def rows_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_language_model_learns_to_answer_and_its_adapter_loads_with_plain_peft(
     animals: tuple[str, ...], tmp_path: Path, fed_cli: Callable
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_language_model_learns_to_answer_and_its_adapter_loads_with_plain_peft
     assert re.search(r"animals.jsonl +accuracy", outcome.out)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_person_should_know_of_the_data_is_a_warning_each(
     animals: tuple[str, ...], tmp_path: Path, fed_cli: Callable
 ) -> None:

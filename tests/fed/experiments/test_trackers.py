@@ -30,6 +30,7 @@ def test_only_numbers_go_out() -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tensorboard_holds_what_the_rows_hold(tmp_path: Path, fed_cli: Callable[..., Outcome]) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -28,6 +28,7 @@ from plora_kernels.tuning.blocks import (
 from tests.plora_kernels.ops.test_numerics import DEVICE, check
 from tests.support.groups import check_groups, draw_grouped
 from tests.support.numerics import Problem, make_problem, random_mask
+from tests.support.pairwise import pairwise
 
 # The blocks of TMA are at least 16 bytes wide; sizes are small, so that edges fall inside tiles.
 DTYPES = [torch.float16, torch.float32]
@@ -71,19 +72,19 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return designs
 
 
-@pytest.mark.parametrize("form", [None, "folded", "frozen"])
+SHAPES = [(1, 16, 16, 1), (37, 48, 80, 5), (70, 104, 40, 17), (64, 64, 64, 33)]  # rows, K, N, R
+
+
 @pytest.mark.parametrize(
-    ("rows", "k", "n", "rank"), [(1, 16, 16, 1), (37, 48, 80, 5), (70, 104, 40, 17), (64, 64, 64, 33)]
+    ("design", "shape", "form", "dtype", "bias"),
+    pairwise(DESIGNS, SHAPES, [None, "folded", "frozen"], DTYPES, [False, True]),
 )
-@pytest.mark.parametrize("design", DESIGNS)
 def test_designs_are_within_the_bound(
-    design: str, rows: int, k: int, n: int, rank: int, form: str | None, walks: list[str]
+    design: str, shape: tuple[int, int, int, int], form: str | None, dtype: torch.dtype, bias: bool, walks: list[str]
 ) -> None:
-    dtype = DTYPES[(rank + (form is None)) % 2]
+    rank = shape[-1]
     mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-    problem = make_problem(
-        rows, k, n, rank, dtype, mask=mask, unselected=form or "folded", bias=rank != 5, seed=rank, device=DEVICE
-    )
+    problem = make_problem(*shape, dtype, mask=mask, unselected=form or "folded", bias=bias, seed=rank, device=DEVICE)
     run_design(design, problem)
     # Lines of 1, 5, 17 or 33 modules are not what a descriptor fetches.
     walking = "two_launch" if design == "specialised" else design
@@ -145,24 +146,27 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
     assert walks == ["one_launch"] * 6
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS[1:])
-@pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
-def test_overlapping_tiles_are_within_the_bound(design: str, overlap: str, walks: list[str]) -> None:
-    for rank, form in ((5, None), (33, "frozen")):
-        blocks = blocks_of(design, 16)
-        for op in ("forward", "input_gradient"):
-            matmul = blocks[op]
-            assert isinstance(matmul, MatmulBlocks)
-            blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
-        mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-        with lookup.override_blocks(blocks):
-            check(
-                make_problem(
-                    70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
-                    device=DEVICE,
-                )
-            )  # fmt: skip
-    assert walks == ["two_launch" if design == "specialised" else design] * 4
+@pytest.mark.parametrize(
+    ("design", "overlap", "rank", "form"),
+    [(*one, *other) for *one, other in pairwise(PERSISTENT_DESIGNS, OVERLAPS[1:], [(5, None), (33, "frozen")])],
+)
+def test_overlapping_tiles_are_within_the_bound(
+    design: str, overlap: str, rank: int, form: str | None, walks: list[str]
+) -> None:
+    blocks = blocks_of(design, 16)
+    for op in ("forward", "input_gradient"):
+        matmul = blocks[op]
+        assert isinstance(matmul, MatmulBlocks)
+        blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
+    mask = None if form is None else random_mask(rank, rank).to(DEVICE)
+    with lookup.override_blocks(blocks):
+        check(
+            make_problem(
+                70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
+                device=DEVICE,
+            )
+        )  # fmt: skip
+    assert walks == ["two_launch" if design == "specialised" else design] * 2
 
 
 # Twelve tiles: of five programs, two have a tile more than the others, and wait for side tiles.
@@ -269,29 +273,33 @@ def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.Monkey
     assert forced["input_gradient"] not in taken
 
 
-SETTINGS = """
-import torch
+SETTINGS = {
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = False": "ieee",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+}
+# What is set stays set in its process: each setting gets a child of one process, which imports torch for all.
+IN_CHILDREN = """
+import os, sys, torch
 from plora_kernels.kernels.launch import dot_precision
-found = [dot_precision(torch.float32)]
-{setting}
-print(*found, dot_precision(torch.float32), dot_precision(torch.float16))
+for setting in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        found = [dot_precision(torch.float32)]
+        exec(setting)
+        print(*found, dot_precision(torch.float32), dot_precision(torch.float16), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, setting
 """
 
 
-@pytest.mark.parametrize(
-    ("setting", "precision"),
-    [
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = False", "ieee"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
-    ],
-)
-def test_fp32_products_are_as_precise_as_torchs(setting: str, precision: str) -> None:
-    if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this torch has the older flag alone")
-    command = [sys.executable, "-c", SETTINGS.format(setting=setting)]
+def test_fp32_products_are_as_precise_as_torchs() -> None:
+    newer = hasattr(torch.backends, "fp32_precision")
+    settings = {setting: found for setting, found in SETTINGS.items() if newer or "fp32_precision" not in setting}
+    command = [sys.executable, "-c", IN_CHILDREN, *settings]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["ieee", precision, "ieee"]
+    found = dict(zip(settings, result.stdout.splitlines(), strict=True))
+    assert found == {setting: f"ieee {precision} ieee" for setting, precision in settings.items()}

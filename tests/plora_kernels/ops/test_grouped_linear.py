@@ -11,6 +11,7 @@ import torch
 from plora_kernels.fallback import grouped_products
 from tests.support.groups import DEVICE, FORMS, check_groups, draw_grouped, run_each_group, run_groups
 from tests.support.numerics import NAMES
+from tests.support.pairwise import pairwise
 
 # Groups' rows, K, N, R.
 SHAPES = (
@@ -23,16 +24,23 @@ SHAPES = (
 
 
 @pytest.mark.usefixtures("nan_filled")
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize(("share", "form"), FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "selection", "p", "dtype", "bias"),
+    pairwise(SHAPES, FORMS, [0.0, 0.4], [torch.float32, torch.float16], [False, True]),
+    ids=str,
+)
 def test_results_are_within_the_bound(
-    shape: tuple, share: float | None, form: str, p: float, each_backend: str
+    shape: tuple,
+    selection: tuple[float | None, str],
+    p: float,
+    dtype: torch.dtype,
+    bias: bool,
+    each_backend: str,
 ) -> None:
     sizes, k, n, rank = shape
-    dtype = (torch.float32, torch.float16)[(len(sizes) + rank + (form == "frozen") + (p > 0)) % 2]
+    share, form = selection
     scales = [0.5 + g for g in range(len(sizes))] if share is None else 0.5
-    options = {"share": share, "unselected": form, "dropout_p": p, "scale": scales, "bias": len(sizes) != 4}
+    options = {"share": share, "unselected": form, "dropout_p": p, "scale": scales, "bias": bias}
     check_groups(draw_grouped(sizes, k, n, rank, dtype, device=DEVICE, **options))
 
 

@@ -15,32 +15,46 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import plora_kernels as pk
 from plora_kernels.fallback import grouped_products
 from tests.support.groups import DEVICE, GROUPS, draw_grouped, inputs, run_groups
+from tests.support.pairwise import pairwise
 
 INDEX = torch.tensor([[0, 2, *[-1] * 14], [-1] * 16, [3, *[-1] * 15]], dtype=torch.int32)
 
 
-UNDROPPED = (0.0, None, None)
-DROPOUT = (0.3, torch.tensor([5, 6, 7]), torch.arange(15).flip(0))
-
-
-@pytest.mark.parametrize(
-    ("frozen", "index", "dropout"),
-    [(False, None, UNDROPPED), (False, INDEX, DROPOUT), (True, INDEX, UNDROPPED), (True, None, (*DROPOUT[:2], None))],
-    ids=["all", "folded", "frozen", "counted"],
+SEEDS = torch.tensor([5, 6, 7])
+DROPOUT = {
+    "plain": (0.0, None, None),
+    "numbered": (0.3, SEEDS, torch.arange(15).flip(0)),
+    "counted": (0.3, SEEDS, None),
+}
+OPCHECKED = pairwise(
+    ["torch", "triton"],
+    [False, True],
+    ["all", "indexed"],
+    list(DROPOUT),
+    [(True, True, True, True), (False, True, False, False)],
 )
+
+
+# Each check traces the operator several times over; what it looks at is shapes, strides and aliases.
+@pytest.mark.parametrize(("backend", "frozen", "selected", "dropped", "needs"), OPCHECKED, ids=str)
 def test_opcheck_of_the_forward_and_backward(
-    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None, Tensor | None], each_backend: str
+    backend: str,
+    frozen: bool,
+    selected: str,
+    dropped: str,
+    needs: tuple[bool, bool, bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PLORA_BACKEND", backend)
     x, weight, lora_A, lora_B, bias = inputs()
+    index, dropout = INDEX if selected == "indexed" else None, DROPOUT[dropped]
     offsets, scales = torch.tensor(GROUPS), torch.tensor([1.0, 2.0, 0.5])
     arguments = (x, weight, lora_A, lora_B, bias, index, offsets, scales, 0.5, frozen, True, *dropout)
     torch.library.opcheck(torch.ops.plora.grouped_linear.default, arguments)
     _, s = torch.ops.plora.grouped_linear(*arguments)
-    dy = torch.randn(3, 5, 6)
-    for needs in ((True, True, True, True), (False, True, False, False)):
-        tensors = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, offsets, scales)
-        backward = (*tensors, 0.5, frozen, *needs, *dropout)
-        torch.library.opcheck(torch.ops.plora.grouped_linear_backward.default, backward)
+    tensors = (torch.randn(3, 5, 6), *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, offsets, scales)
+    backward = (*tensors, 0.5, frozen, *needs, *dropout)
+    torch.library.opcheck(torch.ops.plora.grouped_linear_backward.default, backward)
 
 
 @pytest.mark.parametrize("selected", [None, [[], [1], [0, 2]]], ids=str)

@@ -12,6 +12,7 @@ from plora_kernels import reference
 from plora_kernels.fallback import grouped_products
 from plora_kernels.selection import index_buffer
 from tests.support.layer_inputs import layer_inputs as inputs
+from tests.support.pairwise import pairwise
 
 INDEX = index_buffer((1, 3), torch.device("cpu"))
 
@@ -19,20 +20,35 @@ INDEX = index_buffer((1, 3), torch.device("cpu"))
 # --------------------------------------------------------------------------------------------- torch's own checks
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("index", [None, INDEX], ids=["all", "indexed"])
-@pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor([5]))], ids=["plain", "dropout"])
+OPCHECKED = pairwise(
+    ["torch", "triton"],
+    [False, True],
+    ["all", "indexed"],
+    ["plain", "dropout"],
+    [(True, True, True, True), (True, False, True, False), (False, True, False, False)],
+)
+
+
+# Each check traces the operator several times over; what it looks at is shapes, strides and aliases.
+@pytest.mark.parametrize(("backend", "frozen", "selected", "dropped", "needs"), OPCHECKED, ids=str)
 def test_opcheck_of_the_forward_and_backward(
-    frozen: bool, index: Tensor | None, dropout: tuple[float, Tensor | None], each_backend: str
+    backend: str,
+    frozen: bool,
+    selected: str,
+    dropped: str,
+    needs: tuple[bool, bool, bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PLORA_BACKEND", backend)
     x, weight, lora_A, lora_B, bias = inputs()
+    index = INDEX if selected == "indexed" else None
+    dropout = (0.3, torch.tensor([5])) if dropped == "dropout" else (0.0, None)
     arguments = (x, weight, lora_A, lora_B, bias, index, 0.5, frozen, True, *dropout)
     torch.library.opcheck(torch.ops.plora.linear.default, arguments)
     _, s = torch.ops.plora.linear(*arguments)
-    dy = torch.randn(3, 5, 6)
-    for needs in ((True, True, True, True), (True, False, True, False), (False, True, False, False)):
-        backward = (dy, *(t.detach() for t in (x, weight, lora_A, lora_B, s)), index, 0.5, frozen, *needs, *dropout)
-        torch.library.opcheck(torch.ops.plora.linear_backward.default, backward)
+    tensors = (torch.randn(3, 5, 6), *(t.detach() for t in (x, weight, lora_A, lora_B, s)))
+    backward = (*tensors, index, 0.5, frozen, *needs, *dropout)
+    torch.library.opcheck(torch.ops.plora.linear_backward.default, backward)
 
 
 def test_opcheck_of_the_fold(each_backend: str) -> None:

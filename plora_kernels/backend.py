@@ -14,10 +14,10 @@ import torch
 from plora_kernels.errors import ConfigError
 
 BACKENDS = ("triton", "torch")
-# What the kernels compute in; float64 and anything else takes the torch path.
+# The dtypes the kernels take; float64 and all others take the torch path.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Devices on which a kernel did not compile: they take the torch path until the process ends.
+# Devices on which a kernel did not compile. They take the torch path until the process ends.
 _given_up: set[torch.device] = set()
 
 
@@ -34,7 +34,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def _interpreted_from_the_start() -> bool:
-    """Say the same without asking the environment anew: Triton asks it once, where a kernel is defined."""
+    """Return the first answer of `interpreted`: Triton reads the variable once, when a kernel is defined."""
     return interpreted()
 
 
@@ -42,14 +42,14 @@ def backend(device: str | torch.device | None = None) -> str:
     """Return "triton" or "torch": the implementation that runs for tensors on `device`.
 
     CUDA and ROCm devices run the Triton kernels if Triton is installed, every other device the torch path. The
-    environment variable PLORA_BACKEND=triton|torch forces one; "triton" on a CPU needs TRITON_INTERPRET=1. Where a
-    kernel did not compile, which a warning has told, it is "torch" from then on.
+    environment variable PLORA_BACKEND=triton|torch forces one; "triton" on a CPU needs TRITON_INTERPRET=1. After a
+    kernel failed to compile on a device, which is warned about once, the device's backend is "torch".
 
     Args:
         device: a torch device or its name; None means "cuda" where there is one, else "cpu".
 
     Raises:
-        ConfigError: PLORA_BACKEND is neither, or asks for Triton where it cannot run.
+        ConfigError: PLORA_BACKEND is neither, or it is "triton" and Triton cannot run on the device.
 
     >>> backend("cpu") if "PLORA_BACKEND" not in os.environ else "torch"
     'torch'
@@ -76,10 +76,11 @@ def backend(device: str | torch.device | None = None) -> str:
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Say whether the Triton kernels take this tensor: its device's backend is Triton and its dtype fits.
 
-    Interpreted bfloat16 takes the torch path: the interpreter multiplies bfloat16 wrongly and says nothing. So do
-    tensors without storage.
+    Under Triton's interpreter bfloat16 takes the torch path, because the interpreter multiplies bfloat16 wrongly
+    without an error. So do meta tensors, which have no storage.
     """
-    if not os.environ.get("PLORA_BACKEND"):  # asked for at every call of a layer: the short ways to the same answer
+    # Shortcuts to the result of `backend`: every call of a layer runs this function.
+    if not os.environ.get("PLORA_BACKEND"):
         if tensor.is_cpu:
             return False
         if tensor.is_cuda and (tensor.dtype is not torch.bfloat16 or not _interpreted_from_the_start()):
@@ -90,25 +91,25 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
 
 
 class fallback_to_torch:  # noqa: N801 (read as a function, like torch.no_grad)
-    """Run kernels in the body; where one does not compile, warn once, give the device up and go on after the body.
+    """Run kernels in the `with` body; if one does not compile, warn, give up the device and continue after the body.
 
-    The body ends with a return, what follows it is the torch path. Errors of a running kernel are raised, and so is
-    everything where PLORA_BACKEND=triton asks for the kernels.
+    The body ends with a return, so the code after it is the torch path. Errors of a kernel that compiled are raised,
+    and with PLORA_BACKEND=triton all errors are.
     """
 
     __slots__ = ("_kernel", "_tensor")
 
     def __init__(self, kernel: str, tensor: torch.Tensor) -> None:
-        """Name the kernel and a tensor on its device for the warning."""
+        """Take what the warning needs: the kernel's name, and a tensor on its device."""
         self._kernel, self._tensor = kernel, tensor
 
     def __enter__(self) -> None:
-        """Begin the body."""
+        """Do nothing."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Say that an error of the compiler's is dealt with."""
+        """Suppress an error of Triton's compiler and remember the device; let other errors pass."""
         if error is None:
             return False
         if os.environ.get("PLORA_BACKEND") == "triton" or not _is_of_the_compiler(error):
@@ -125,18 +126,18 @@ class fallback_to_torch:  # noqa: N801 (read as a function, like torch.no_grad)
 
 
 def _is_of_the_compiler(error: BaseException) -> bool:
-    """Say whether an error means that there is no kernel, rather than that a kernel went wrong."""
+    """Say whether an error means that a kernel could not be compiled, rather than that a compiled one failed."""
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "triton"}
     if names:
         return "InterpreterError" not in names
     if isinstance(error, RuntimeError):
-        # Triton raises plain ones where it finds no driver or no C compiler, and where its passes fail.
+        # Triton raises plain RuntimeErrors if it finds no driver or no C compiler, or if a compiler pass fails.
         return any(cause in str(error) for cause in ("active drivers", "C compiler", "PassManager"))
     return isinstance(error, ImportError | subprocess.CalledProcessError)
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Return a device with its number: "cuda" is the current one."""
+    """Return a device with its index: "cuda" alone means the current CUDA device."""
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""What public functions check of their arguments before an operator sees them, one call's or every group's."""
+"""Checks of the public functions' arguments before an operator runs, for single calls and for groups of rows."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
 
 
 def index_for(selected: Selection | None, rank: int, device: torch.device, *, invert: bool = False) -> Tensor | None:
-    """Return a selection (or its complement) as an index buffer on `device`; None for every module.
+    """Return a selection (or its complement) as an index buffer on `device`; None if every module is selected.
 
-    Host sequences and host tensors are validated on the host. A tensor on the operator's own device that is not the
-    host, and any tensor inside torch.compile, is turned into the buffer there, at width R: it is never read.
+    Host sequences and host tensors are validated on the host. A tensor on another device, and any tensor inside
+    torch.compile, is never read by the host: the buffer of width R is computed from it on the device.
     """
     if selected is None:
         return None
@@ -108,7 +108,7 @@ def check_probability(name: str, value: object) -> float:
 
 
 def check_dropout(p: object, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """Return dropout's seed as one int64 on `device`, None where p is 0; raise ConfigError for what cannot be used."""
+    """Return dropout's seed as one int64 on `device`, or None if p is 0; raise ConfigError for a bad p or seed."""
     if check_probability("dropout_p", p) == 0:
         return None
     if isinstance(seed, Tensor):
@@ -123,14 +123,14 @@ def check_dropout(p: object, seed: int | Tensor | None, device: torch.device) ->
 
 
 def check_unselected(unselected: str) -> str:
-    """Return `unselected` if it names a form; raise ConfigError otherwise."""
+    """Return `unselected` if it is "folded" or "frozen"; raise ConfigError otherwise."""
     if unselected not in UNSELECTED:
         raise ConfigError(f"unselected is {unselected!r}; it may be 'folded' or 'frozen'")
     return unselected
 
 
 def group_offsets(groups: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Return offsets (C+1,) as a tensor, on the host or on `device`; their values are looked at by `host_bounds`."""
+    """Return offsets (C+1,) as a tensor, on the host or on `device`; their values are checked by `host_bounds`."""
     offsets = groups if isinstance(groups, Tensor) else torch.tensor(groups)
     if offsets.dtype not in (torch.int32, torch.int64):
         raise DTypeError(f"groups is {offsets.dtype}; offsets are int32 or int64")
@@ -170,10 +170,11 @@ def check_group_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: 
 
 
 def group_index(selected: GroupSelections | None, groups: int, rank: int, device: torch.device) -> Tensor | None:
-    """Return a selection for each group as index buffers (C, W) int32 on `device`; None for every module of all.
+    """Return the groups' selections as index buffers (C, W) int32 on `device`; None if all groups select all modules.
 
-    A row names a group's modules and then −1. W is a multiple of 16: of the longest selection where they are host
-    values, which are validated, and of R for a mask on a device or inside torch.compile, which is never read.
+    Row g holds the module numbers of group g, then −1. Host values are validated, and W is the length of the longest
+    selection, rounded up to a multiple of 16. A mask on a device or inside torch.compile is never read by the host, and
+    W is R, rounded up to a multiple of 16.
     """
     if selected is None:
         return None
@@ -200,7 +201,7 @@ def group_index(selected: GroupSelections | None, groups: int, rank: int, device
 def group_scales(
     scale: float | Sequence[float] | Tensor, groups: int, device: torch.device
 ) -> tuple[float, Tensor | None]:
-    """Return one number for all groups and None, or 1 and a scale for each group, (C,) on `device`."""
+    """Return the groups' scales: `(scale, None)` if all are one host number, else `(1.0, scales (C,) on device)`."""
     if not isinstance(scale, Tensor | Sequence) or isinstance(scale, str):
         return check_number("scale", scale), None
     if len(scale) != groups if not isinstance(scale, Tensor) else tuple(scale.shape) != (groups,):
@@ -220,7 +221,7 @@ def group_scales(
 
 
 def group_seeds(p: object, seeds: Sequence[int] | Tensor | None, groups: int, device: torch.device) -> Tensor | None:
-    """Return dropout's seeds (C,) int64 on `device`, None where p is 0; raise ConfigError for what cannot be used."""
+    """Return dropout's seeds (C,) int64 on `device`, or None if p is 0; raise ConfigError for a bad p or seed."""
     if check_probability("dropout_p", p) == 0:
         return None
     if isinstance(seeds, Tensor):
@@ -246,7 +247,7 @@ def check_dropout_rows(numbers: Tensor | None, rows: int, device: torch.device) 
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor on `device`; a CUDA device is not waited for, the copy leaves pinned memory."""
+    """Return a host tensor on `device`; to a CUDA device the copy is asynchronous, from pinned memory."""
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

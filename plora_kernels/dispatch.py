@@ -1,8 +1,9 @@
-"""What the package's differentiable operators share: their library, how they are called, what they refuse.
+"""What the package's differentiable operators share: their torch library, how they are called, what they refuse.
 
-Each is an operator `plora::name` with outputs (y, s) and `plora::name_backward`, registered with autograd, and a
-`torch.autograd.Function` around the same two functions for calls that nobody watches: an operator's dispatch costs
-more host time than a small layer computes. `define` makes all of that of a forward and a backward over rows.
+Each operator exists twice. `plora::name`, with outputs (y, s), and `plora::name_backward` are registered with torch's
+dispatcher and with autograd. A `torch.autograd.Function` wraps the same two functions for plain eager calls, because
+dispatching a custom operator takes more host time than a small layer takes to compute. `define` makes both forms from
+a forward and a backward that work on rows.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _OPERANDS = "Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B"
 def is_watched(*tensors: Tensor) -> bool:
     """Say whether a call must go through torch's dispatcher.
 
-    So it must where somebody watches operators, a compiler, a dispatch mode or a tensor subclass, and for a tensor that
-    stands for its negative (`x.conj().imag`), which the dispatcher resolves.
+    It must if a compiler, a dispatch mode or a tensor subclass intercepts operators, or if a tensor has its negative
+    bit set (`x.conj().imag`): its memory holds the negated values, and the dispatcher negates them.
     """
-    if torch.compiler.is_compiling():  # first: a compiler cannot trace what is asked next
+    if torch.compiler.is_compiling():  # checked first: torch.compile cannot trace the checks below
         return True
     for tensor in tensors:
         kind = type(tensor)
@@ -48,14 +49,16 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 def shaped_as(x: Tensor, y: Tensor) -> Tensor:
     """Return y (M, N) as (…, N) for x (…, K)."""
-    # Not a view: autograd lets no one write in place to a view that a custom function returns.
+    # `_unsafe_view` returns a tensor that is not marked as a view. A caller may then write to y in place, which
+    # autograd forbids for a view returned by a custom function.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def is_recorded(dy: Tensor) -> bool:
-    """Say whether a backward goes through its operator.
+    """Say whether a backward must go through its operator, given its output gradient.
 
-    It refuses create_graph=True, and takes a batch of gradients (is_grads_batched=True) apart.
+    The operator raises an error under create_graph=True, and torch runs it once per gradient for a batch of gradients
+    (is_grads_batched=True).
     """
     return is_watched(dy) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
@@ -68,17 +71,17 @@ def define(
     run_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     places: Callable[[Tensor, Tensor | None, bool], int],
 ) -> Callable[..., Tensor]:
-    """Define `plora::name` and `plora::name_backward`, with fakes and autograd, and return what calls them.
+    """Define `plora::name` and `plora::name_backward`, with fakes and autograd, and return a function that calls them.
 
     The forward's arguments are x (…, K), weight, lora_A, lora_B, bias, those of `modules`, scale, frozen, keep_s,
     dropout_p and those of `dropout`; the function that is returned takes the same.
 
     Args:
-        modules: the schema of what says which modules enter and how, an index buffer first.
-        dropout: the schema of what dropout draws from.
+        modules: the schema of the arguments that select the modules, the index buffer first.
+        dropout: the schema of dropout's seeds and row numbers.
         run_forward: returns y (M, N) and S of rows x (M, K), given all the arguments.
         run_backward: returns dx, dA and dB of rows dy (M, N), given dy, x, weight, lora_A, lora_B, s, `modules`, scale,
-            frozen, three flags that say which of them are needed, dropout_p and `dropout`.
+            frozen, the flags need_x, need_A and need_B, dropout_p and `dropout`.
         places: returns the number of columns of S for lora_A, the index and frozen.
     """
     scale_at = 5 + modules.count(",") + 1  # among the forward's arguments
@@ -102,7 +105,7 @@ def define(
         return x.new_empty((*x.shape[:-1], weight.shape[0])), s
 
     def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
-        *before, need_bias = arguments[: scale_at + 5]  # from the weight to the last flag
+        *before, need_bias = arguments[: scale_at + 5]  # from weight to need_bias
         dy_rows, need_x = as_rows(dy), before[-3]
         d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
         d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
@@ -129,9 +132,9 @@ def define(
         needs = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needs)
-        saved, wanted = ctx.saved_tensors, (needs[0], *needs[2:5])  # all but the weight
+        saved, wanted = ctx.saved_tensors, (needs[0], *needs[2:5])  # the weight is frozen
         compute = by_operator if recorded or is_recorded(dy) else backward
-        # The saved tensors are those of the forward up to the scale, S in the bias's place, then dropout's.
+        # Saved are the forward's arguments before the scale, with S in place of the bias, then those of dropout.
         gradients = compute(
             dy, *saved[:scale_at], ctx.scale, ctx.frozen, *wanted, ctx.dropout_p, *saved[scale_at:]
         )  # fmt: skip
@@ -143,7 +146,7 @@ def define(
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            # Not split into forward and setup_context: torch would inspect the signature anew at every call.
+            # One method, no setup_context: with that torch would inspect the signature at every call.
             output = forward(*inputs)
             save_for_backward(ctx, inputs, output)
             return output
@@ -154,15 +157,15 @@ def define(
         torch.library.impl(_library, operator, "CompositeExplicitAutograd")(run)
         torch.library.register_fake(f"plora::{operator}", fake, lib=_library)
         torch.library.register_vmap(f"plora::{operator}", _refuse_vmap, lib=_library)
-    # Whoever had reason to watch the forward, or tensors only the dispatcher reads right, has it in the backward too.
+    # A forward that went through the dispatcher needs it in the backward too: for the same compiler, mode or subclass.
     recorded = functools.partial(differentiate, recorded=True)
     torch.library.register_autograd(f"plora::{name}", recorded, setup_context=save_for_backward, lib=_library)
     torch.library.register_autograd(f"plora::{name}_backward", _refuse_double_backward, lib=_library)
-    # Found once: looking an operator up at every call takes as long as checking its arguments.
+    # Looked up once, because looking up an operator takes as long as checking its arguments.
     operator, by_operator = (getattr(torch.ops.plora, found) for found in (name, f"{name}_backward"))
 
     def call(*arguments: Any) -> Tensor:
-        """Return y, on the shortest way there is: by the operator where somebody watches, else without its dispatch."""
+        """Return y: through the operator if `is_watched`, else without its dispatch, which costs less host time."""
         if is_watched(*arguments[: 4 if arguments[4] is None else 5]):
             y, _ = operator(*arguments)
         elif torch.is_grad_enabled():
@@ -180,7 +183,7 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
 
 
 class _Final(torch.autograd.Function):
-    """Hands on gradients, told what they were computed from, and refuses to be differentiated."""
+    """Identity on gradients that links them to the tensors they were computed from; its own backward raises."""
 
     @staticmethod
     def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *computed_from: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,7 +193,7 @@ class _Final(torch.autograd.Function):
 
 
 def no_double_backward(backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Let a Function's `backward` run without a graph, and refuse to differentiate what it returns."""
+    """Wrap a Function's `backward`: it runs without a graph, and differentiating the gradients it returns raises."""
 
     @functools.wraps(backward)
     def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,7 +201,7 @@ def no_double_backward(backward: Callable[[Any, Tensor], tuple[Tensor | None, ..
             raise UnsupportedError(
                 "groups take no batch of gradients (is_grads_batched=True); go through them one by one"
             )
-        if not torch.is_grad_enabled():  # as it is but under create_graph=True
+        if not torch.is_grad_enabled():  # autograd enables gradients in a backward only under create_graph=True
             return backward(ctx, dy)
         with torch.no_grad():
             gradients = backward(ctx, dy)
@@ -218,7 +221,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedError("plora_linear does not run under torch.func transforms (vmap, grad, jvp); use autograd")
-    # Asked first, as it costs nothing: outside dual_level no tensor has one.
+    # The level is checked first because that is cheap: outside of dual_level no tensor has a tangent.
     given = (t for t in tensors if t is not None)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
         raise UnsupportedError("plora_linear has no forward-mode derivative; use autograd's backward")

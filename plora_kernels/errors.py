@@ -38,4 +38,4 @@ class StateError(PLoRAError):
 
 
 class UnsupportedError(PLoRAError, NotImplementedError):
-    """Something the contract names that this version does not do."""
+    """A use of the package that this version does not support."""

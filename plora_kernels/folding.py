@@ -1,6 +1,6 @@
 """Folding modules into weights: the public functions `fold_`, `fold` and `fold_many_`.
 
-Nothing here reads a device tensor on the host.
+No function here reads a device tensor on the host.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def fold_(
         weight: (N, K), changed in place; lora_A (R, K), lora_B (N, R) of the same dtype and device.
         selected: the modules to leave out: a bool mask (R,), indices, `[]` to fold all, None (all selected) to fold
             none.
-        scale: s. sign: +1 folds, −1 takes out again (to rounding: keep the original where it must be exact).
-        rounding: "nearest", or "stochastic" for a float16 or bfloat16 weight: up or down at random with the
-            expectation exact, so that what is folded again and again does not drift. Values beyond the largest finite
-            one, infinities and NaN become what "nearest" makes of them.
-        seed: 0 … 2⁶³ − 1, for "stochastic" alone, where it is needed: take another for every fold. An element's draw
-            depends on the seed and its place (n, k) only.
+        scale: s. sign: +1 adds the modules, −1 subtracts them again, up to rounding errors: keep the original weight
+            if it must be restored exactly.
+        rounding: "nearest", or "stochastic" for a float16 or bfloat16 weight: up or down at random such that the
+            expectation is exact, so that a weight that is folded many times does not drift. Values beyond the largest
+            finite one, infinities and NaN are rounded as by "nearest".
+        seed: 0 … 2⁶³ − 1, required for "stochastic" and not allowed otherwise; use another one for every fold. The
+            random number of an element depends on the seed and its position (n, k) only.
 
     The sum runs in fp32 (float64 for float64) and is rounded once into the weight. It has no autograd: the factors
     enter as constants.
@@ -81,14 +82,15 @@ def fold(
     rounding: str = "nearest",
     seed: int | None = None,
 ) -> Tensor:
-    """Return W + sign·s·Σ_{j∉selected} b_j a_jᵀ (N, K) in `out` or a new tensor; the weight stays as it is.
+    """Return W + sign·s·Σ_{j∉selected} b_j a_jᵀ (N, K) in `out` or a new tensor; the weight is not changed.
 
-    Arguments, numbers and errors are those of `fold_`, and so are the bits. The kernel reads W once and writes the
-    result once, as `fold_` does; on CPU torch's `addmm` copies an fp32 W first. The result has no autograd.
+    Arguments and errors are those of `fold_`, and the result is equal to its result bit for bit. The kernel reads W
+    once and writes the result once, as for `fold_`; on CPU torch's `addmm` first copies an fp32 W. The result has no
+    autograd.
 
     Args:
-        out: (N, K) of the weight's dtype and device, written whole; it may be the weight itself, and must not overlap
-            it or the factors otherwise.
+        out: (N, K) of the weight's dtype and device; every element is written. It may be the weight itself, but must
+            not overlap it partly, nor overlap the factors.
 
     Raises:
         ShapeError: out is not (N, K). StateError: out requires a gradient and gradients are enabled.
@@ -114,7 +116,7 @@ def fold(
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One fold of `fold_many_`: the arguments of `fold_`, and `out` (N, K) to leave the weight as it is.
+    """One fold of `fold_many_`: the arguments of `fold_`, and `out` (N, K) for the result; None writes to the weight.
 
     >>> Fold(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1), selected=[]).scale
     1.0
@@ -130,14 +132,15 @@ class Fold:
 
 
 def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | None = None) -> list[Tensor]:
-    """Do many folds in place, or into their `out`, and return what was written, in order.
+    """Do many folds in place, or into their `out`, and return the tensors that were written, in order.
 
-    On a GPU the weights of one dtype share a launch, and the host waits for nothing; elsewhere they go one after
-    another. The bits are those of `fold_` and `fold`; stochastically, fold number i draws from seed + i. Everything is
-    checked before anything is written. Folds that share memory are done in order, one launch each.
+    On a GPU the weights of one dtype and alignment share launches of up to 512 folds, and the host does not wait for
+    the device; elsewhere one fold runs after another. Results equal those of `fold_` and `fold` bit for bit; with
+    stochastic rounding fold number i uses seed + i. All arguments are checked before anything is written. Folds that
+    share memory run in order, one launch each.
 
     Raises:
-        As `fold_` and `fold`.
+        The errors of `fold_` and `fold`.
 
     >>> weights = [torch.zeros(1, 2), torch.zeros(2, 1)]
     >>> jobs = [Fold(W, torch.ones(1, W.shape[1]), torch.ones(W.shape[0], 1), []) for W in weights]
@@ -174,7 +177,7 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
 
 
 def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]]:
-    """Return `index_of_others` of every fold; indices known on the host travel to their device together."""
+    """Return `index_of_others` of every fold; indices known on the host go to each device in one copy."""
     found: list[tuple[bool, Tensor | None]] = []
     known: dict[torch.device, list[tuple[int, list[int]]]] = {}
     for position, one in enumerate(folds):
@@ -185,7 +188,8 @@ def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]
             continue
         others = complement(host_indices(selected, rank), rank)
         found.append((bool(others), None))
-        if runs_kernels(one.weight) or len(others) < rank:  # torch takes all modules without an index, a table does not
+        # Without an index the torch path folds all modules; the table of `fold_many_kernel` needs an index always.
+        if runs_kernels(one.weight) or len(others) < rank:
             known.setdefault(device, []).append((position, padded(others)))
     for device, entries in known.items():
         buffer = to_device([place for _, places in entries for place in places], torch.int32, device)
@@ -196,7 +200,7 @@ def _indices_of_others(folds: Sequence[Fold]) -> list[tuple[bool, Tensor | None]
 
 
 def check_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, sign: int) -> float:
-    """Return sign·s; raise unless shapes, dtypes and devices fit together and both are numbers that can be used."""
+    """Return sign·s; raise unless shapes, dtypes and devices fit together, sign is ±1 and scale a finite number."""
     if sign not in (1, -1):
         raise ConfigError(f"sign is {sign!r}; 1 folds and -1 takes out again")
     check_factors(weight, lora_A, lora_B)
@@ -235,7 +239,7 @@ def check_out(weight: Tensor, out: Tensor) -> None:
 
 
 def refuse_gradient(name: str, tensor: Tensor) -> None:
-    """Raise StateError if a change of this tensor in place would be one autograd has to know of."""
+    """Raise StateError if autograd would have to record a change of this tensor in place."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise StateError(
             f"{name} requires a gradient: fold inside torch.no_grad() or call {name}.requires_grad_(False)"
@@ -243,7 +247,7 @@ def refuse_gradient(name: str, tensor: Tensor) -> None:
 
 
 def index_of_others(selected: Selection | None, rank: int, device: torch.device) -> tuple[bool, Tensor | None]:
-    """Return whether anything is to be folded, and the unselected modules as an index buffer (None: all of them)."""
+    """Return whether there may be modules to fold, and the unselected ones as an index buffer (None: all or none)."""
     if selected is None:
         return False, None
     if not _is_on_host(selected):
@@ -255,5 +259,5 @@ def index_of_others(selected: Selection | None, rank: int, device: torch.device)
 
 
 def _is_on_host(selected: Selection) -> bool:
-    """Say whether the host may read a selection; inside torch.compile it reads no tensor."""
+    """Say whether the host may read a selection: inside torch.compile it may not read any tensor."""
     return not isinstance(selected, Tensor) or (selected.device.type == "cpu" and not torch.compiler.is_compiling())

@@ -1,6 +1,6 @@
-"""The public function `plora_linear`: arguments checked and cast, then one operator.
+"""The public function `plora_linear`: it checks and casts its arguments, then calls one operator.
 
-Nothing here reads a device tensor on the host.
+No function here reads a device tensor on the host.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from plora_kernels.errors import ConfigError, ShapeError, StateError
 from plora_kernels.ops import grouped_linear, linear
 from plora_kernels.selection import Selection
 
-# Kinds of device that torch has no autocast for; to ask whether it is enabled there is an error. Found once, without
-# touching a device: the compiler of torch 2.11 cannot trace the question. A kind that torch does not bring itself has
-# autocast, under a name that may be given later.
+# Device types without autocast: torch.is_autocast_enabled raises an error for them. The set is computed at import,
+# without touching a device, because torch.compile of torch 2.11 cannot trace is_autocast_available. A device type that
+# is not listed comes from a backend outside torch, possibly renamed later, and is taken to have autocast.
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "ipu", "xla", "lazy", "vulkan", "meta")
 _WITHOUT_AUTOCAST = frozenset(kind for kind in _KINDS if not torch.amp.is_autocast_available(kind))
 
@@ -56,11 +56,12 @@ def plora_linear(
     """Return `y: (…, N)` = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ, differentiable in x, lora_A, lora_B and bias.
 
     D is LoRA dropout: element (row, feature) of x, flattened to (M, K), is dropped with probability dropout_p and
-    otherwise multiplied by 1/(1−p), as the seed says; the backward makes the same mask anew.
+    otherwise multiplied by 1/(1−p). The mask is a function of the seed, so the backward recomputes it.
 
     Args:
         x: (…, K), any leading shape, contiguous or not, possibly empty.
-        weight: (N, K), the frozen base. With `unselected="folded"` it holds the unselected modules already (`fold_`).
+        weight: (N, K), the frozen base. With `unselected="folded"` the unselected modules were added to it before
+            (`fold_`).
         lora_A: (R, K) down-projection; lora_B: (N, R) up-projection; 1 ≤ R ≤ 256.
         selected: which modules the caller trains. A bool tensor (R,) is a mask, integers are indices, `[]` selects
             none, None all. Host values are validated; a tensor on another device, or inside torch.compile, is never
@@ -72,8 +73,9 @@ def plora_linear(
         dropout_p: 0 ≤ p < 1. It touches selected modules only, in both forms.
         dropout_seed: an integer of 64 bits, or a tensor of one int64 on x's device, which the host never reads. The
             same seed gives the same mask on every device and backend. Needed where dropout_p is not 0.
-        dropout_rows: with groups, the number of each row of x in its group's mask, (M,) int64 on x's device, so that a
-            padded group's real rows may drop what they would without the padding; None counts a group's rows from 0.
+        dropout_rows: with groups, the row number of each row of x in its group's mask, (M,) int64 on x's device, so
+            that the real rows of a padded group can be dropped as without the padding; None counts each group's rows
+            from 0.
         groups: offsets (C+1,) of C groups over the rows of x, flattened: group g has rows groups[g] … groups[g+1]−1,
             perhaps none. Then lora_A is (C, R, K) and lora_B (C, N, R), one adapter a group; selected is a mask (C, R)
             or C selections, scale one number or (C,), dropout_seed (C,), so that the result is that of C calls.
@@ -87,7 +89,7 @@ def plora_linear(
         ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
         StateError: weight requires a gradient; the base is frozen.
         UnsupportedError: double backward; torch.func transforms; a forward-mode tangent; a batch of gradients
-            (is_grads_batched) by groups that torch's own products make.
+            (is_grads_batched) of a grouped call that runs on plain torch products.
 
     Source: arXiv 2602.16936.
 
@@ -127,10 +129,10 @@ def grouped_plora_linear(
     dropout_seeds: Sequence[int] | Tensor | None = None,
     dropout_rows: Tensor | None = None,
 ) -> Tensor:
-    """Return y (…, N) of C groups of the rows of x, each with an adapter of its own: `plora_linear` with `groups`.
+    """Return y (…, N) where each of C groups of the rows of x has its own adapter: `plora_linear` with `groups`.
 
     lora_A (C, R, K), lora_B (C, N, R), groups C+1 offsets, selected a mask (C, R) or C selections, scale one number or
-    (C,), dropout_seeds (C,); all else, and what is raised, as there.
+    (C,), dropout_seeds (C,). The other arguments and the errors are those of `plora_linear`.
 
     >>> x, weight = torch.ones(3, 2), torch.zeros(1, 2)
     >>> lora_A, lora_B = torch.ones(2, 1, 2), torch.tensor([[[1.0]], [[10.0]]])
@@ -181,10 +183,11 @@ def grouped_with_index(
     dropout_seeds: Tensor | None = None,
     dropout_rows: Tensor | None = None,
 ) -> Tensor:
-    """Do the same for groups of rows, on index buffers (C, W), offsets (C+1,), scales (C,) times `scale` or None.
+    """Do what `linear_with_index` does for groups of rows.
 
-    Dropout has seeds (C,) int64 and the rows' numbers in their group's mask, (M,) int64, or None to count them from 0.
-    Who calls many layers on the same groups makes these once: `plora_kernels.checks` returns them.
+    Shapes: index (C, W), offsets (C+1,), scales (C,), which multiply `scale`, or None, dropout_seeds (C,) int64,
+    dropout_rows (M,) int64, the rows' numbers in their group's mask, or None to count them from 0. A caller that runs
+    many layers on the same groups makes these tensors once, by the functions of `plora_kernels.checks`.
     """
     x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
     check_dropout_rows(dropout_rows, math.prod(x.shape[:-1]), x.device)
@@ -214,7 +217,7 @@ def _checked_and_cast(
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Return what autocast casts to on a kind of device, or None where it does not cast."""
+    """Return the dtype that autocast casts to on a device type, or None if it is off or does not exist there."""
     if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

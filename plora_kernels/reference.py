@@ -1,4 +1,4 @@
-"""The mathematics in plain torch, one function per equation: the oracle of every test.
+"""The mathematics in plain torch, one function per equation: the reference that tests compare with.
 
 Every function works in the dtype it is given, float64 included, and never changes its inputs.
 Source: Zhang, Hu, Xu, "Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation",
@@ -106,7 +106,7 @@ def module_average(
     """Average one matrix's modules over the clients that trained them.
 
     a_j ← Σ_{i∈Q_j} w_i a_ij / Σ_{i∈Q_j} w_i and the same for b_j, where Q_j are the updates that hold module j;
-    a module that nobody trained keeps its previous value, bit for bit.
+    a module that is in no update keeps its previous value, bit for bit.
 
     Args:
         previous: the server's (A (R, K), B (N, R)).
@@ -138,7 +138,7 @@ def module_average(
     sum_B = torch.zeros(lora_B.shape, dtype=torch.float64, device=lora_B.device)
     total = torch.zeros(lora_A.shape[0], dtype=torch.float64, device=lora_A.device)
     for position, ((A_i, B_i, indices), w) in enumerate(zip(updates, share, strict=True)):
-        host_indices(indices, lora_A.shape[0])  # refuses what is out of range or repeated
+        host_indices(indices, lora_A.shape[0])  # raises for indices out of range or repeated
         index = torch.as_tensor(indices, dtype=torch.long, device=lora_A.device)
         wanted_A, wanted_B = (len(index), lora_A.shape[1]), (lora_B.shape[0], len(index))
         if tuple(A_i.shape) != wanted_A or tuple(B_i.shape) != wanted_B:

@@ -1,7 +1,7 @@
-"""Which of the R one-rank modules take part: host selections, and the index buffer kernels read.
+"""Selections of one-rank modules: the host form, and the index buffers that kernels read.
 
-An index buffer is an int32 vector whose length is a multiple of 16. Entries −1 stand for nothing; the others are
-distinct module numbers. A kernel that is handed one touches only the modules it names.
+An index buffer is an int32 vector whose length is a multiple of 16. Its entries are distinct module numbers, or −1 for
+no module. A kernel that is given one reads and writes only the modules it names.
 """
 
 from __future__ import annotations
@@ -90,25 +90,25 @@ def padded(indices: Sequence[int]) -> list[int]:
 
 
 def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return host integers as a vector on `device`; a CUDA device is not waited for, the copy leaves pinned memory."""
+    """Return host integers as a vector on `device`; to a CUDA device the copy is asynchronous, from pinned memory."""
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def index_from_mask(mask: Tensor) -> Tensor:
-    """Return masks (…, R) as index buffers on their device, unread by the host: module j or −1 at place j."""
+    """Return masks (…, R) as index buffers on their device, not read by the host: entry j is j if selected, else −1."""
     rank = mask.shape[-1]
     numbers = torch.arange(rank, dtype=torch.int32, device=mask.device)
     index = torch.where(mask, numbers, -1)
-    # Contiguous, as the kernels read it: where nothing is padded the index has the mask's strides.
+    # The kernels read a contiguous index. `pad` by zero entries would keep the mask's strides.
     return torch.nn.functional.pad(index, (0, -rank % INDEX_MULTIPLE), value=-1).contiguous()
 
 
 def mask_from_indices(indices: Tensor, rank: int) -> Tensor:
     """Return integer indices as a mask (R,) on their device without reading them on the host.
 
-    Indices out of range or repeated raise a RuntimeError once the device gets there.
+    Indices out of range or repeated raise a RuntimeError when the device executes the check.
     """
     hits = indices[:, None] == torch.arange(rank, device=indices.device)  # (r, R)
     valid = hits.any(1).all() & (hits.sum(0) <= 1).all()

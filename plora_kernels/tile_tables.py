@@ -1,4 +1,7 @@
-"""Where tables of the rows of tiles stay: with offsets of groups that never change, for every layer and pass."""
+"""A cache of the grouped kernels' tile tables (the rows of each tile), kept as an attribute of the offsets tensor.
+
+Group offsets that never change serve every layer and pass, so their tables are made once.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ from typing import cast
 
 from torch import Tensor
 
-# Rows, rows of a tile, and the stream on which the table was made.
+# Number of rows M, BLOCK_M, and the CUDA stream on which the table was made.
 Key = tuple[int, int, int]
 
 
 def keep_tables(offsets: Tensor) -> Tensor:
-    """Return offsets (C+1,) that nobody writes to any more: tables made from them stay with them and go with them."""
-    # An attribute lives as long as the tensor, and autograd and torch's dispatcher hand on the tensor itself.
+    """Return offsets (C+1,), marked as constant: tables made from them are cached as long as the tensor lives."""
+    # An attribute works because autograd and torch's dispatcher pass on the same Python object.
     offsets._plora_tables = {}  # type: ignore[attr-defined]
     return offsets
 
 
 def tables_of(offsets: Tensor) -> dict[Key, Tensor] | None:
-    """Return the tables kept with offsets, None for those that may change."""
+    """Return the tables cached with offsets, or None for offsets that may change."""
     return cast("dict[Key, Tensor] | None", getattr(offsets, "_plora_tables", None))

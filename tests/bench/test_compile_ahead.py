@@ -39,7 +39,7 @@ from bench.checks.operators import CheckShape, run_each_form
 from bench.measure import Warmup, warm_up
 from bench.audit.offline import TARGETS, compiling_for
 from plora_kernels.tuning.blocks import ShapeClass
-from plora_kernels.tuning.lookup import noting
+from plora_kernels.tuning.lookup import record_blocks
 from triton.backends.nvidia.compiler import CUDABackend
 
 cache, device, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -51,7 +51,8 @@ def refuse(*arguments, **named):
     raise RuntimeError("not in the cache")
 
 seen = mock.patch.object(CUDABackend, "add_stages", refuse) if device == "cpu" else nullcontext()
-with compiling_for(TARGETS["sm_90"]) as launches, noting(), seen:  # what is noted is not replayed: nothing can launch
+# While blocks are recorded no call is replayed: a replay would launch, which nothing can here.
+with compiling_for(TARGETS["sm_90"]) as launches, record_blocks(), seen:
     if kind == "case":
         for op, projection in (("forward_backward", Projection("a", "b", 256, 384)),):
             causes = warm_up(Warmup(Case(op, projection, 512, 16, "bfloat16"), device, compile_ahead.OURS))

@@ -22,7 +22,7 @@ ORDER = {
         "config", "methods", "types", "seeding", "files", "errors",
     ),
     "bench": (
-        "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients", "convergence",
+        "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients",
         "tune", "device", "report", "audit", "measure", "simulation", "providers", "checks", "harness", "gpu_cases",
         "cases",
     ),
@@ -36,7 +36,7 @@ RESERVED = {
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),
-    "matplotlib": ("fed/report", "bench/report/figures.py", "bench/convergence.py"),
+    "matplotlib": ("fed/report", "bench/report/figures.py"),
     "scipy": ("fed/report/comparison.py",),
     "tensorboard": ("fed/experiments/trackers.py",),
     "wandb": ("fed/experiments/trackers.py",),

@@ -51,7 +51,8 @@ def refuse(*arguments, **named):
     raise RuntimeError("not in the cache")
 
 seen = mock.patch.object(CUDABackend, "add_stages", refuse) if device == "cpu" else nullcontext()
-with compiling_for(TARGETS["sm_90"]) as launches, record_blocks(), seen:  # a recorded call is not replayed
+# While blocks are recorded no call is replayed: a replay would launch, which nothing can here.
+with compiling_for(TARGETS["sm_90"]) as launches, record_blocks(), seen:
     if kind == "case":
         for op, projection in (("forward_backward", Projection("a", "b", 256, 384)),):
             causes = warm_up(Warmup(Case(op, projection, 512, 16, "bfloat16"), device, compile_ahead.OURS))

@@ -115,7 +115,7 @@ class TextTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens lie."""
+        """The device that the tokens are on."""
         return self.labels.device
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class InstructionTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens lie."""
+        """The device that the tokens are on."""
         return self.tokens.values.device
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `python -m fed run`, `compare`, `resume` and `report`."""
+"""The command line: `python -m fed run`, `compare`, `resume`, `report` and `noise`."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Sequences:
         return len(self.offsets) - 1
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def padded(self, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class TextTable:
         return batch | {"attention_mask": inside.long(), "labels": self.labels[rows.to(self.device, non_blocking=True)]}
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens["input_ids"].lengths(rows)
 
     def to(self, device: torch.device) -> TextTable:
@@ -193,7 +193,7 @@ class InstructionTable:
         }
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens.lengths(rows)
 
     def to(self, device: torch.device) -> InstructionTable:
@@ -229,7 +229,7 @@ class Split:
         return self.table.batch(self.rows[rows])
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.table.lengths(self.rows[rows])
 
     def batches(self, most_rows: int, most_tokens: int) -> Iterator[Tensor]:

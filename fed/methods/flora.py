@@ -51,7 +51,7 @@ def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerSta
 
 
 def _fresh(like: Tensor, rank: int, rng: ClientRandom, matrix: str) -> Tensor:
-    """Return A (rank, K) drawn uniformly from ±1/√K, in the dtype and on the device of `like` (R, K)."""
+    """Return a random A (rank, K), uniform in [−1/√K, 1/√K), in the dtype and on the device of `like` (R, K)."""
     width = like.shape[1]
     numbers = torch.from_numpy(rng.uniform(rank * width, "fresh", matrix)).view(rank, width)
     return ((2 * numbers - 1) / math.sqrt(width)).to(like)

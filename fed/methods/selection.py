@@ -33,7 +33,7 @@ class Candidates:
 
     @property
     def rank(self) -> int:
-        """Return R."""
+        """R, the number of modules."""
         return self.factors[0].shape[0]
 
 

@@ -67,7 +67,7 @@ def learning_rate(config: RunConfig, client: Client) -> float:
 
 
 class Estimate(NamedTuple):
-    """Bytes one client needs to train r modules a matrix: `fixed_bytes` + r · `module_bytes`."""
+    """The bytes that a client needs to train r modules in each matrix: `fixed_bytes` + r · `module_bytes`."""
 
     fixed_bytes: int
     module_bytes: int

@@ -9,7 +9,7 @@ from torch import Tensor
 from fed.training.memory import tensor_bytes
 from fed.types import Client, ClientStart, ClientUpdate, Factors, ServerState, Stack
 
-# A module index is sent as int16: R is at most 256.
+# The bytes of a module index, which is sent as int16 (R is at most 256).
 INDEX_BYTES = 2
 
 

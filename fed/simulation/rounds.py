@@ -93,7 +93,7 @@ class Federation:
         self.shared.load_server(state.server)
 
     def round(self, before: RunState) -> Round:
-        """Play one round."""
+        """Play the round after the state `before`: draw and train clients, aggregate their updates and measure."""
         restart_peak(self.shared.device)
         results = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
         usable = [result for result in results if result.fault is None]

@@ -120,7 +120,7 @@ class CohortScheduler:
             samples = min(samples, len(job.split))
         if samples not in self._token_bytes:
             (update,) = train_together(self._shared, [job._replace(steps=1)], self._config.train, True, self._compiled)
-            assert update.footprint is not None  # measured
+            assert update.footprint is not None  # because `measure` is true
             (first,) = batch_rows(len(job.split), samples, 1, job.rng)
             padded = int(job.split.lengths(first).max())
             self._token_bytes[samples] = update.footprint.activation_bytes / padded

@@ -48,7 +48,7 @@ class CompiledLosses:
         self._has_drawn = False
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._dynamo import lookup_backend  # takes a second to import
+        from torch._dynamo import lookup_backend  # imported here because it takes a second
 
         self._has_compiled = True
         return lookup_backend("inductor")(graph, inputs)

@@ -1,10 +1,10 @@
-"""A small causal language model made of local text, to try instructions where there is no checkpoint to hand.
+"""Train a small causal language model on local text, to try instruction tuning without downloading a checkpoint.
 
     python examples/small_llama.py path/to/tasks --without task1058,task1059 --out runs/llama
     python -m fed run instructions-paper --set model.path=runs/llama data.path=path/to/tasks data.max_length=128
 
 The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSONL, CSV or Parquet file, or of a
-folder of them, and saves a `transformers` checkpoint.
+folder of such files, and saves a `transformers` checkpoint. The second command uses it as the base model of a run.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _HEAD = 32  # the width of an attention head
 
 @dataclass(frozen=True)
 class Recipe:
-    """A Llama's size, and how long it is trained.
+    """The size and training of a Llama.
 
-    `layers` of `width` (a multiple of 32), as many heads as 32 goes into it; at most `vocabulary` tokens. It is trained
-    for `steps` on `batch_size` rows of `length` tokens, which is also the most it can read. Everything random is drawn
-    from `seed`.
+    It has `layers` layers of `width` features, a multiple of 32, with width / 32 heads each, and at most `vocabulary`
+    tokens. It is trained for `steps` steps, each on `batch_size` rows of `length` tokens, which is also the longest
+    sequence that it can read. All random numbers are drawn from `seed`.
     """
 
     layers: int = 4
@@ -58,9 +58,9 @@ class Recipe:
 def make(texts: Sequence[str], recipe: Recipe, directory: Path, progress: Progress | None = None) -> tuple[int, int]:
     """Save a Llama and its byte-level BPE tokenizer, both trained on `texts`, as a `transformers` checkpoint.
 
-    Each text stands between a start and an end token; the texts end to end are cut into rows, all of whose tokens are
-    learnt. The weights are fp32, those of input and output embeddings the same. Returns how many numbers the model
-    has and how many tokens the texts. Raises FedError where the texts fill no row.
+    The texts, each between a start and an end token, are concatenated and cut into rows; all tokens of a row count in
+    the loss. The weights are fp32; input and output embeddings share theirs. Returns the number of parameters of the
+    model and the number of tokens of the texts. Raises FedError if the texts are too short for one row.
     """
     if recipe.width % _HEAD:
         raise FedError(f"--width is {recipe.width}: it should be a multiple of {_HEAD}, the width of a head")
@@ -88,7 +88,7 @@ def _training(recipe: Recipe) -> RunConfig:
 
 
 def _tokenizer(texts: Sequence[str], recipe: Recipe) -> Any:
-    """A byte-level BPE tokenizer: it begins texts with a start token and has, as Llama's, none to pad with."""
+    """Return a byte-level BPE tokenizer; as Llama's, it begins texts with a start token and has no padding token."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
@@ -125,7 +125,7 @@ def _llama(tokenizer: Any, recipe: Recipe) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
         tie_word_embeddings=True,
-        initializer_range=recipe.width**-0.5,  # the usual 0.02 belongs to wide models: narrow ones pass little on
+        initializer_range=recipe.width**-0.5,  # the usual 0.02 is for wide models; in narrow ones signals would shrink
     )
     with torch_seed(torch.device("cpu"), recipe.seed, "weights"):
         return LlamaForCausalLM(architecture)
@@ -152,7 +152,7 @@ def save_model(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as many as torch takes.")] = 0,
 ) -> int:
-    """Make a small Llama and its tokenizer of local text: a checkpoint for instructions where there is none to hand."""
+    """Train a small Llama and its tokenizer on local text and save a checkpoint, to try instruction tuning with."""
     recipe = Recipe(layers, width, vocabulary, length, steps, batch_size, learning_rate, seed)
     left_out = [name.strip() for name in without.split(",") if name.strip()]
     target = out or Path("runs", f"model-{Path(path).stem}")

@@ -1,4 +1,4 @@
-"""`python -m fed`."""
+"""Entry point of `python -m fed`."""
 
 from fed.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m fed run`, `compare`, `resume` and `report`."""
+"""The command line: `python -m fed run`, `compare`, `resume`, `report` and `noise`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from fed import config as configuration
 from fed.errors import BAD_INPUT, INTERRUPTED, FedError
 
-# typer keeps the parent of its errors about arguments to itself.
+# The base class of typer's errors about arguments, which typer does not export.
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
-    """Run a typer application, called `name`, and exit: bad input is one line on standard error and exit status 2."""
+    """Run a typer application, called `name`, and exit; bad input gives one line on standard error and status 2."""
     try:
         status = app(args=arguments, standalone_mode=False)
     except FedError as error:
@@ -63,7 +63,7 @@ def run(
     centralised: Centralised = True,
     track: Track = None,
 ) -> int:
-    """Run federated fine-tuning and leave its configuration, rounds, base, adapter and report in a directory."""
+    """Run federated fine-tuning and save its configuration, rounds, base, adapter and report in a directory."""
     from fed import commands
 
     config = configuration.load(source, _settings(settings, more, track))
@@ -96,9 +96,10 @@ def compare(
     jobs: Jobs = 1,
     track: Track = None,
 ) -> int:
-    """Run methods, or values of a setting, with the same seeds and compare them; the same command continues it.
+    """Run methods, or values of a setting, with the same seeds and compare them.
 
-    A method that needs equal ranks runs with every client at adapter.rank, or at r as name@r; the scale stays.
+    The same command continues an interrupted comparison. A method that needs equal ranks runs with every client at
+    adapter.rank, or at rank r if named name@r; the scale stays the same.
     """
     from fed import commands
     from fed.experiments import plan as plans
@@ -121,7 +122,7 @@ def resume(
     jobs: Jobs = 1,
     centralised: Centralised = True,
 ) -> int:
-    """Go on with a run or a comparison that was stopped; the files come out as if it had not been."""
+    """Continue an interrupted run or comparison; its files will be the same as without the interruption."""
     from fed import commands
     from fed.experiments import plan as plans
 
@@ -135,7 +136,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's or a comparison's directory.")],
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown alone.")] = False,
 ) -> None:
-    """Print the result of a run or a comparison and write its pictures and report.html anew."""
+    """Print the result of a run or a comparison, and write its pictures and report.html again."""
     from fed.console import Screen
     from fed.experiments.plan import PLAN
     from fed.report import tables, write
@@ -162,9 +163,10 @@ def report(
 
 @app.command()
 def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a Fed-PLoRA run.")]) -> None:
-    """Measure how far clients would start from the server after a run: each way to start them, in fp32 and bf16.
+    """Measure how far clients would start from the server after a run, for several ways to start them.
 
-    The figures are printed and left in the run's directory as initialisation.json and initialisation.md.
+    Each way is measured in fp32 and bf16. The results are printed, and written to initialisation.json and
+    initialisation.md in the run's directory.
     """
     from fed import commands
 

@@ -1,4 +1,4 @@
-"""What the commands do: a run, one that goes on, a comparison. Each returns the exit status."""
+"""The commands behind the command line: run, resume, compare, which return the exit status, and noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int:
-    """Load everything, simulate, compare, report; return the exit status."""
+    """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status."""
     from fed.console import Screen
     from fed.data import federated_data as datasets
     from fed.experiments import run as running
@@ -50,7 +50,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
 
 
 def resume(out: Path, centralised: bool) -> int:
-    """Go on with a run from its last checkpoint; one that went to its end gets what is missing beside its rounds."""
+    """Continue a run from its last checkpoint, train centralised LoRA if missing, report; return the exit status."""
     from fed.console import Screen
     from fed.data import federated_data as datasets
     from fed.experiments import run as running
@@ -79,7 +79,7 @@ def resume(out: Path, centralised: bool) -> int:
 
 
 def noise(directory: Path) -> None:
-    """Measure every way to start clients after a run, print what came out and leave it in the run's directory."""
+    """Measure the initialisation noise of ways to start clients after a run; print it and write it to files."""
     from fed.console import Screen
     from fed.experiments import initialisation_noise
     from fed.experiments import run as running
@@ -100,7 +100,7 @@ def _interrupted(out: Path, screen: Screen) -> int:
 
 
 def _reported(out: Path, screen: Screen, began: float) -> int:
-    """Write the report of a run that went to its end, and say what there is."""
+    """Write the report of a finished run, print its summary and files, and return the exit status."""
     from fed.report.write import publish_run
     from fed.simulation.run_directory import read
 
@@ -112,7 +112,7 @@ def _reported(out: Path, screen: Screen, began: float) -> int:
 
 
 def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, screen: Screen) -> nn.Module:
-    """Load or train the base model; it and the configuration are saved in the run's directory."""
+    """Make the base model, and save it and the configuration in the run's directory."""
     from fed.experiments import run as running
     from fed.simulation.evaluation import evaluate
     from fed.simulation.run_directory import BASE, CONFIG
@@ -138,7 +138,7 @@ def _play(
     on_row: Callable[[], object],
     resume: bool = False,
 ) -> None:
-    """Run the rounds, all or those that are left; `on_row` is called with every row, before it is shown."""
+    """Play all rounds, or with `resume` the remaining ones; `on_row` is called, without arguments, for each new row."""
     from fed.console import round_note
     from fed.experiments import run as running
 
@@ -154,7 +154,7 @@ def _play(
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
-    """Train rank-R LoRA on all clients' rows together, for as many steps as one client, and as all, took."""
+    """Train LoRA of rank R on all clients' rows together, for the local steps of one client, and of all, in the run."""
     from fed.experiments.run import centralised
     from fed.models.base_model import head_names
     from fed.simulation.run_directory import read_rows, write_centralised
@@ -169,7 +169,10 @@ def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: P
 
 
 def compare(plan: Plan, out: Path, jobs: int) -> int:
-    """Play what is not finished yet, then write and show the comparison; return the exit status."""
+    """Play the runs that are not finished, then print and write the comparison; return the exit status.
+
+    Raises FedError at the end if any run failed.
+    """
     from fed.console import ComparisonProgress, Screen
     from fed.experiments.parallel import at_once
     from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid

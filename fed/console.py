@@ -1,4 +1,4 @@
-"""What a run or a comparison shows at the terminal: bars where there is one, else plain lines; then the result."""
+"""Output of runs and comparisons: progress bars on a terminal, plain lines elsewhere, and the results."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fed.report.tables import percent, summary
 from fed.simulation.run_directory import Run
 from fed.types import Row
 
-_SPEED_OVER_SECONDS = 1800.0  # methods differ in speed: the time left stands on the last half hour
+_SPEED_OVER_SECONDS = 1800.0  # time left is estimated from the last half hour, because methods differ in speed
 
-# Called with the steps done and a note on how it goes.
+# A callback that is called with the number of steps done and a note on the last one.
 Advance = Callable[[int, str], None]
 
 _LINES_PER_STAGE = 10
 
 
 class Screen:
-    """The terminal of one run. `terminal` says whether there is one to draw bars on."""
+    """The output of one command, on standard output and, for warnings, standard error."""
 
     def __init__(self) -> None:
         self._out = Console(highlight=False, soft_wrap=True)
@@ -55,7 +55,7 @@ class Screen:
 
     @contextmanager
     def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
-        """Show a stage of `total` steps: a bar, or without a terminal a line for every `every`-th step."""
+        """Show the progress of a stage of `total` steps: a bar, or without a terminal a line every `every` steps."""
         if self._out.is_terminal:
             note, left = TextColumn("{task.fields[note]}"), TextColumn("left")
             if total == 0:
@@ -74,7 +74,7 @@ class Screen:
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
-        """Show a stage whose end cannot be foretold."""
+        """Show a stage whose duration is not known in advance."""
         if self._out.is_terminal:
             with self._bar(TimeElapsedColumn()) as bar:
                 task = bar.add_task(name, total=None)
@@ -89,7 +89,7 @@ class Screen:
         return Progress(name, bar, *columns, console=self._out)
 
     def table(self, lines: Sequence[tuple[str, ...]]) -> None:
-        """Print a table, its heading first; columns that do not fit the terminal follow in further tables."""
+        """Print a table, heading first; columns that do not fit the terminal are printed as further tables."""
         for part in _fitting(lines, self._out.width):
             (heading, *rest) = part
             table = Table(box=None, pad_edge=False)
@@ -102,7 +102,7 @@ class Screen:
             self._out.print(table)
 
     def summarise(self, run: Run) -> None:
-        """Print accuracy before and after with the gain, and beside it what centralised LoRA gains."""
+        """Print a run's accuracy before and after, its gain, and for comparison the gain of centralised LoRA."""
         config = run.config
         self.table(summary(run))
         if run.centralised:
@@ -113,7 +113,7 @@ class Screen:
             )
 
     def show(self, comparison: Comparison) -> None:
-        """Print a comparison: accuracy, differences and their verdicts, noise, cost."""
+        """Print a comparison: accuracy, paired differences, noise, cost, verdicts and notes."""
         self.table(tables.table(comparison, OUTCOME))
         for lines in tables.paired_tables(comparison):
             self.table(lines)
@@ -127,7 +127,7 @@ class Screen:
 
 
 def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:
-    """Cut a table into tables that fit `width`, each beginning with the first column."""
+    """Divide a table by columns into tables that fit `width`, each beginning with the first column."""
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
     parts: list[list[int]] = []
     room = 0
@@ -141,15 +141,15 @@ def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[st
 
 
 def round_note(row: Row) -> str:
-    """Say in a few words how a round went: accuracy, loss and the clients' training time."""
+    """Return a short note on a round: accuracy, loss and the clients' training time."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
 
 
 class ComparisonProgress:
-    """A context that is told what happens to each run of a comparison.
+    """A context manager that shows the progress of a comparison; `on_event` takes the events of its runs.
 
-    `failures` holds a line for each run that could not be played.
+    `failures` holds a line for each run that failed.
     """
 
     def __init__(self, cells: list[Cell], already: int) -> None:
@@ -158,7 +158,7 @@ class ComparisonProgress:
         self._err = Console(highlight=False, soft_wrap=True, stderr=True)
         self._runs, self._ended = already + len(cells), already
         self._rounds = sum(cell.config.rounds for cell in cells)
-        self._played: dict[str, int] = {}  # each run's last round
+        self._played: dict[str, int] = {}  # the last round of each run, by the run's label
         self._began = time.monotonic()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -185,7 +185,7 @@ class ComparisonProgress:
             self._bars.stop()
 
     def on_event(self, cell: Cell, kind: str, payload: Any) -> None:
-        """Show a round ("row"), a run's end ("finished" with its last row, "failed"), or a line ("base", "event")."""
+        """Show a round ("row"), a run's end ("finished" with its last row, "failed") or a message ("base", "event")."""
         if kind == "row":
             self._row(cell, payload)
         elif kind == "base":
@@ -221,7 +221,7 @@ class ComparisonProgress:
         return f"{self._ended:>{len(str(self._runs))}} of {self._runs}"
 
     def _time_left(self) -> str:
-        """The time the remaining rounds take at the speed so far; a bar on a terminal says it already."""
+        """Return the estimated time left as text, or nothing if there is a progress bar, which shows it already."""
         played = sum(self._played.values())
         left = self._rounds - played
         if self._bars is not None or left <= 0 or not played:
@@ -240,7 +240,7 @@ def _reached(row: Row) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words: seconds below two minutes, minutes below two hours, hours beyond."""
+    """Return a time as text: in seconds below two minutes, in minutes below two hours, else in hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

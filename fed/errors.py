@@ -1,8 +1,8 @@
-"""The error a person at the command line sees, and the exit statuses."""
+"""The error that the command line reports to its user, and the exit statuses."""
 
-# What a command returns for what it cannot use, and where Ctrl-C ended it.
+# Exit statuses of a command for unusable input (a FedError), and after Ctrl-C.
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class FedError(ValueError):
-    """A configuration, data set or model that cannot be used: one line that says what would be right."""
+    """An error in a configuration, data set or model; its message is one line that says what would be right."""

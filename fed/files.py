@@ -1,4 +1,4 @@
-"""Files written whole: under a temporary name first, then renamed, so that a reader never meets half of one."""
+"""Atomic writing of files, under a temporary name that is then renamed, so that no reader sees an incomplete file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what lies there at the end takes the place of `path`.
+    """Yield a temporary path beside `path` to write to; at the end the file there replaces `path`.
 
-    Where the body raises, `path` stays as it was and nothing is left beside it.
+    If the body raises, `path` stays as it was and the temporary file is deleted.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.filename is None:  # a full disk names no file by itself
+        if error.filename is None:  # the error of a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except BaseException:
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write a file whole, text as UTF-8, and return its path; where writing fails the old file stays as it is.
+    """Write a file atomically, text as UTF-8, and return its path; if writing fails the old file stays as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for: independent of call order, machine and library version."""
+"""Random numbers keyed by their purpose, so that they do not depend on call order, machine or library version."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def seed_of(*key: int | str) -> int:
 
 
 def permutation(size: int, *key: int | str) -> NDArray[np.int64]:
-    """Return a uniform permutation of 0 … size-1, (size,) int64: what sorts `size` raw 64-bit draws.
+    """Return a uniform permutation of 0 … size-1, (size,) int64: the order that sorts `size` raw 64-bit draws.
 
-    Raw PCG64 output is what NumPy promises to keep for good; its sampling methods are not.
+    It uses raw PCG64 output because NumPy guarantees that not to change between versions, unlike its sampling methods.
     """
     draws = np.random.PCG64(seed_of(*key)).random_raw(size)  # (size,) uint64
     return np.argsort(draws, kind="stable").astype(np.int64)
@@ -35,7 +35,7 @@ def uniform(size: int, *key: int | str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class ClientRandom:
-    """The randomness of one client in one round; each purpose has a stream of its own."""
+    """The random streams of one client in one round, a separate one for each purpose."""
 
     seed: int
     round: int
@@ -46,7 +46,7 @@ class ClientRandom:
         return permutation(size, self.seed, self.round, self.client, *purpose)
 
     def seed_for(self, *purpose: int | str) -> int:
-        """Return a whole number of 63 bits, always the same for one purpose."""
+        """Return a seed, a non-negative integer below 2⁶³, always the same for one purpose."""
         return seed_of(self.seed, self.round, self.client, *purpose) % 2**63
 
     def uniform(self, size: int, *purpose: int | str) -> NDArray[np.float64]:
@@ -56,7 +56,7 @@ class ClientRandom:
 
 @contextmanager
 def torch_seed(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Run the body with torch's generators seeded by the key, CPU's and `device`'s, and put them back."""
+    """Within the context, seed torch's generators of the CPU and of `device` by the key; restore them at the end."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.default_generator.manual_seed(seed_of(*key) % 2**63)

@@ -1,4 +1,4 @@
-"""What passes between server, clients and methods: frozen records of factors, selections and heads."""
+"""The data types that server, clients and methods exchange: immutable records of factors, selections and heads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Metrics(TypedDict, total=False):
-    """What a model reaches on the test set; `validation_…` are the same on the validation set, where there is one."""
+    """Metrics on the test set, and under `validation_…` the same on the validation set, if there is one."""
 
-    accuracy: float  # 0 … 1; of instructions the share of answers that are exactly right
-    loss: float | None  # mean cross-entropy in nats, of samples or of the answers' tokens
-    rouge_1: float | None  # of instructions: mean ROUGE-1 and ROUGE-L of the generated answers, 0 … 1
+    accuracy: float  # 0 … 1; for instructions the share of generated answers that are exactly right
+    loss: float | None  # mean cross-entropy in nats, over samples or over answer tokens
+    rouge_1: float | None  # for instructions only: mean ROUGE-1 and ROUGE-L of the generated answers, 0 … 1
     rouge_l: float | None
     validation_accuracy: float
     validation_loss: float | None
@@ -24,47 +24,47 @@ class Metrics(TypedDict, total=False):
 
 
 class CentralisedRow(Metrics, total=False):
-    """What LoRA trained on all clients' samples together reaches after so many steps."""
+    """Metrics of centralised LoRA, trained on all clients' samples together, after `steps` steps."""
 
     steps: int
     train_seconds: float
 
 
 class Row(Metrics, total=False):
-    """A line of `rounds.jsonl`: what a round was measured by; round 0 is the unadapted model.
+    """The measurements of a round, a line of `rounds.jsonl`; round 0 is the unadapted model.
 
-    What nothing was there to measure, or was not to be measured, is None, and so is a metric that is not finite.
-    Rows of earlier versions may lack keys.
+    A value is None if it was not measured, has no meaning in this run, or is not finite. Rows written by earlier
+    versions may lack keys.
     """
 
     round: int
     # Frobenius norms over all matrices (`fed.simulation.noise`).
-    init_noise: float | None  # clients' starts from the server's update, mean over the round's clients
-    agg_noise: float | None  # the new server's update from the mean of the clients' updates
-    agg_noise_module: float | None  # the same, module by module
-    factor_noise: float | None  # A and B of clients' starts from their last ends, in one norm
+    init_noise: float | None  # distance of a client's starting ΔW from the server's, mean over the round's clients
+    agg_noise: float | None  # distance of the new server's ΔW from the weighted mean of the clients' ΔW
+    agg_noise_module: float | None  # the same distance with the mean taken module by module
+    factor_noise: float | None  # distance of a client's starting A and B from those it ended its last round with
     factor_noise_A: float | None
     factor_noise_B: float | None
-    # Over the network: up for updates that were used, down for all the round's clients.
+    # Network traffic: uploads of the usable updates, downloads of all the round's clients.
     upload_bytes: int
     download_bytes: int
-    # What training took (`fed.training.memory`).
+    # Cost of training (`fed.training.memory`).
     trainable_parameters: float | None  # mean over the round's clients
-    optimizer_bytes: int | None  # of the client that needs most
+    optimizer_bytes: int | None  # largest of any client, as are activation_bytes
     activation_bytes: int | None
-    fold_seconds: float  # folding, loading and undoing it, all clients
+    fold_seconds: float  # loading and folding the clients' starts and undoing it, sum over clients
     train_seconds: float
     peak_memory_bytes: int | None
-    clients_per_pass: int | None  # how many trained together, where they do
-    client_accuracy: list[float] | None  # of each of `clients`, on its own mix of labels, with its own model
+    clients_per_pass: int | None  # number of clients trained together; None if they train one after another
+    client_accuracy: list[float] | None  # of each of `clients`, for its own label distribution, with its own model
     worst_accuracy: float | None
-    clients: list[int]  # ids of those that took part
-    steps: list[int]  # that each of them trained
-    skipped: list[int]  # ids of those whose update could not be used
+    clients: list[int]  # ids of the participating clients
+    steps: list[int]  # local steps of each of `clients`
+    skipped: list[int]  # ids of clients whose update could not be used
 
 
 def measured(row: Row, field: str) -> Any:
-    """Return what a row holds under a field named at run time; None where nothing was measured.
+    """Return a row's value for a field whose name is known only at run time, or None if it was not measured.
 
     >>> measured({"round": 1, "accuracy": 0.5}, "accuracy"), measured({"round": 1}, "agg_noise")
     (0.5, None)
@@ -79,7 +79,8 @@ Factors = tuple[Tensor, Tensor]
 class Stack(NamedTuple):
     """Weighted one-rank modules of one matrix: ΔW = Σ_j w_j b_j a_jᵀ = B diag(w) A.
 
-    A (m, K) and B (N, m) as clients sent them, weights (m,) fp64 with p_i s_i in them: nothing is rounded in scaling.
+    A (m, K) and B (N, m) are as the clients sent them. `weights` (m,) fp64 contain p_i s_i, so that scaling does not
+    round A or B.
     """
 
     A: Tensor
@@ -89,7 +90,7 @@ class Stack(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What a configuration lets methods choose; the same in every round.
+    """The settings of methods, the same in every round.
 
     `selection` names a strategy of `fed.methods.selection`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
     `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once its last modules shrink under a penalty λ
@@ -108,9 +109,9 @@ class Adapter:
     """The server's adapter: ΔW = scale · B A for every adapted matrix.
 
     `factors` maps a matrix (a module's full name in the model) to A (m, K) and B (N, m), in the model's dtype or in
-    fp32. m is R, or more where a method keeps ΔW as a stack of more modules, those of largest norm first. `unselected`
-    says how clients hold the modules they do not train: "folded" into their weight, or "frozen". `rank` is R; left 0
-    it is the largest m there is.
+    fp32. m is R, or more if a method keeps ΔW as a stack of more modules, ordered by decreasing norm. `unselected` is
+    how clients hold the modules that they do not train: "folded" into the weight, or "frozen". `rank` is R; 0 stands
+    for the largest m of all matrices.
     """
 
     factors: Mapping[str, Factors]
@@ -124,7 +125,7 @@ class Adapter:
             object.__setattr__(self, "rank", max((A.shape[0] for A, _ in self.factors.values()), default=0))
 
     def scale_of(self, rank: int) -> float:
-        """Return the scale an adapter of another rank r has at the same α: α/r, or α/√r if rank-stabilised."""
+        """Return the scale of an adapter of rank r with the same α: α/r, or α/√r if rank-stabilised."""
         ratio = self.rank / rank
         return self.scale * (math.sqrt(ratio) if self.rank_stabilized else ratio)
 
@@ -133,9 +134,9 @@ class Adapter:
 class Client:
     """One client: `rank` is its budget r_i, the number of one-rank modules it can train in each matrix.
 
-    `memory` is what its method lets it keep between rounds and `head` its own head where heads are personal; both are
-    empty before its first round. `last_round` is the round it last took part in, 0 where it never did. `gradients`
-    holds one number a module, (R,), for every matrix where selection goes by gradients.
+    `memory` is what its method lets it keep between rounds, empty before its first round. `head` is its own head if
+    heads are personal, else empty. `last_round` is the round it last took part in, or 0. `gradients` holds a gradient
+    norm for each module, (R,) for every matrix, if modules are selected by gradients.
     """
 
     id: int
@@ -149,13 +150,13 @@ class Client:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server holds after `round` rounds: ΔW = base_delta + scale · B A.
+    """The server's state after `round` rounds: ΔW = base_delta + scale · B A.
 
-    `head` maps parameter names to the trained classification head, each tensor as in the model; it is empty
-    where the head is frozen, being then part of the base. `base_delta` is what is folded into the shared base, (N, K)
-    fp32 for every matrix, or empty where nothing is; `fold` is what the last round added to it, and `fold_bytes` the
-    size of that for every round so far. `visits` counts, (R,) int64 for every matrix, how often each module was
-    trained; `moments` belongs to the server's optimiser.
+    `head` maps parameter names to the trained classification head, in the model's shapes; it is empty if the head is
+    frozen, because it is then part of the base. `base_delta` is what is folded into the shared base, (N, K) fp32 by
+    matrix, for matrices that have something folded in. `fold` is what the last round added to it, and `fold_bytes` the
+    size of these additions for every round so far. `visits` counts how often each module was trained, (R,) int64 for
+    every matrix. `moments` are those of the server's optimiser.
     """
 
     adapter: Adapter
@@ -171,7 +172,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class TailPenalty:
-    """A term of the local loss: `weight` · Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F."""
+    """A penalty added to the local loss: `weight` · Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F."""
 
     first: int
     weight: float
@@ -179,12 +180,12 @@ class TailPenalty:
 
 @dataclass(frozen=True)
 class ClientStart:
-    """What a client begins a round with, upon the base with the server's `base_delta` in it.
+    """What a client starts a round with, on top of a base that includes the server's `base_delta`.
 
-    `factors` are its modules, A (m, K) and B (N, m) with m = R, or fewer where it gets only some; `selected` the
-    indices it trains, ascending, for every matrix; `unselected` how it holds the others, "folded" or "frozen"; `scale`
-    its s in ΔW = s · B A. `trained` names the factors it trains, "AB", "A" or "B"; the other one is held fixed.
-    `received` names those that came from the server and were not there already.
+    `factors` are its modules, A (m, K) and B (N, m), with m = R or fewer if it receives only some. `selected` are the
+    indices of the modules it trains, ascending, for every matrix; `unselected` is how it holds the others, "folded" or
+    "frozen". `scale` is its s in ΔW = s · B A. `trained` names the factors it trains, "AB", "A" or "B"; the other
+    factor is held fixed. `received` names the factors it downloads; the client has the other one already.
     """
 
     factors: Mapping[str, Factors]
@@ -197,7 +198,7 @@ class ClientStart:
 
 
 class Footprint(NamedTuple):
-    """What a client's training took: trained numbers, and bytes of optimiser state and of activations kept."""
+    """The cost of a client's training: trainable parameters, and bytes of optimiser state and saved activations."""
 
     trainable_parameters: int
     optimizer_bytes: int
@@ -206,12 +207,12 @@ class Footprint(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client ends with, and of it what it sends back.
+    """What a client ends a round with: its trained modules and head, and which part of them it sends to the server.
 
     `factors` are compact: column j of B (N, r_i) and row j of A (r_i, K) belong to module
-    `selected[matrix][j]`. Modules it was to train and that are not in `selected` are dropped. `weight` is its p_i up to
-    a common factor, as the run weighs clients: 1 (uniform) or its number of samples. `loss` is the mean training loss
-    of its `steps` steps. `sent` names the factors that go to the server; `memory` is what the client keeps.
+    `selected[matrix][j]`. Modules that it started to train but that are not in `selected` are dropped. `weight` is its
+    aggregation weight p_i up to a common factor: 1 (uniform) or its number of samples. `loss` is the mean training loss
+    over its `steps` local steps. `sent` names the factors that go to the server; `memory` is what the client keeps.
     """
 
     client: Client
@@ -233,9 +234,9 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class RunState:
-    """All a run goes on from: the server, its clients by id, and the factors each ended its last round with.
+    """The state of a run between rounds: the server, the clients by id, and the factors each client last ended with.
 
-    The last are kept for measuring alone, and not where noise is not measured.
+    `ends` is used only to measure noise, and stays empty if noise is not measured.
     """
 
     server: ServerState
@@ -245,7 +246,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class ClientResult:
-    """One client's turn in a round: `fault` says why its update cannot be used, or is None."""
+    """The result of one client's training in a round; `fault` is the reason why its update is unusable, or None."""
 
     client: Client
     start: ClientStart
@@ -259,7 +260,7 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class Round:
-    """A round that is over: its row, where the run stands after it, and the updates that were used."""
+    """A finished round: its row, the state of the run after it, and the usable updates."""
 
     row: Row
     state: RunState

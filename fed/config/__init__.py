@@ -1,7 +1,7 @@
-"""A run's configuration: typed, validated once, read from TOML and written back to it.
+"""The configuration of a run: typed and validated settings, read from TOML and written to it.
 
-Keys are named with dots on the command line and in error messages: `train.learning_rate` is `learning_rate` in the TOML
-table `[train]`.
+On the command line and in error messages keys are written with dots: `train.learning_rate` is `learning_rate` in the
+TOML table `[train]`.
 """
 
 from fed.config.loader import apply, flat, load, load_saved, parse, preset_names, renamed, settings_of, table, write

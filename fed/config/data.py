@@ -1,4 +1,4 @@
-"""The configuration's tables `[model]` and `[data]`, and what of them goes together."""
+"""The configuration's tables `[model]` and `[data]`, and a check that their settings are compatible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from fed.config.fields import TABLE, Count, CountOrNone, Fraction, FractionOrNone, Positive
 
-# The columns that make a text or a pair of texts of a GLUE task.
+# The columns of each GLUE task that hold the text and, for pairs of texts, the second text.
 GLUE = {
     "cola": ("sentence", None),
     "mnli": ("premise", "hypothesis"),
@@ -28,7 +28,7 @@ _TURNED = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert
 
 
 class ModelConfig(BaseModel):
-    """The base model: a local checkpoint, or without `path` a small ViT trained on undisturbed digits."""
+    """The base model: a local checkpoint, or without `path` a small ViT, pretrained on unshifted digits."""
 
     model_config = TABLE
 
@@ -39,23 +39,25 @@ class ModelConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """The task: where its rows come from, what is made of them, and how they are dealt out.
+    """The data: the source of its rows, the task, and the partition among clients.
 
-    `name` says where rows come from. "digits": in scikit-learn. "files": `path`, a JSONL, CSV or Parquet file or a
-    folder of one kind of them; with `test_path` tested on that. "natural-instructions": `path`, a folder of JSONL
-    files, one for each task, or the hub; `tasks` names those to use. "glue" (`subset` is the task), "dolly" and
-    "hub" (`path` is the name there) come through the library `datasets`, from `split`, and are tested on
-    `test_split` where there is one; `path` may be a local copy.
+    `name` is the source. "digits": scikit-learn's digits, with the `shift` applied for clients and test. "files":
+    `path`, a JSONL, CSV or Parquet file or a folder of such files; `test_path` may give test rows. "glue" (`subset` is
+    the GLUE task), "dolly", "natural-instructions" and "hub" (`path` is the name there) are loaded by the library
+    `datasets` from `split`, with test rows from `test_split` if it is set; `path` may be a local copy. For
+    "natural-instructions" that is a folder of files, one for each task, and `tasks` names the tasks to use.
 
-    `task`: "classification" of the column `text` (with `text_pair`) into the values of `label`, or "instruction":
-    a causal language model answers `prompt`, in which {column} stands for a row's value and lines whose columns are
-    empty are left out, with the column `output`, in at most `max_new_tokens` tokens.
+    `task` is "classification" of the column `text`, with `text_pair` for pairs, into the values of `label`; or
+    "instruction", in which a causal language model learns to answer `prompt` with the column `output`. In `prompt`
+    {column} stands for a row's value, and lines whose columns are all empty are left out. Evaluation generates at most
+    `max_new_tokens` tokens for each of at most `generated_rows` rows (0: all).
 
-    `partition` deals rows to clients by the values of `partition_by`, without it by label: "dirichlet"
-    (`clients.dirichlet_alpha`), "iid", "pathological" (`labels_per_client`), "natural" (a value is never split), or the
-    name of a partitioner of `flwr_datasets`, given `partition_options`. With `rows_per_client` above 0 every client
-    draws so many rows, whoever else has them. `train_rows` and `test_rows` draw so many rows; 0 takes all. `cache`
-    keeps tokens in the user's cache directory (true), nowhere (false), or in the directory it names.
+    `partition` is how rows are divided among clients, by the values of `partition_by` or else by label: "dirichlet"
+    (`clients.dirichlet_alpha`), "iid", "pathological" (`labels_per_client`), "natural" (all rows of a value go to one
+    client), or the name of a partitioner of `flwr_datasets`, with the arguments `partition_options`. With
+    `rows_per_client` above 0 each client instead draws that many rows, which other clients may have as well.
+    `train_rows` and `test_rows` limit the numbers of rows, drawn at random; 0 takes all. `cache` is where tokens are
+    cached: in the user's cache directory (true), nowhere (false), or in the directory it names.
     """
 
     model_config = TABLE
@@ -93,7 +95,7 @@ class DataConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _infer(cls, values: Any) -> Any:
-        """Fill in what follows from the source, where the file does not say otherwise: a path means files."""
+        """Fill in settings that follow from others, unless they are given: with a `path`, for example, name "files"."""
         if not isinstance(values, dict):
             return values
         inferred: dict[str, Any] = {}
@@ -123,7 +125,7 @@ class DataConfig(BaseModel):
 
     @property
     def title(self) -> str:
-        """The task in a few words."""
+        """A short name of the data, for tables and figures."""
         if self.name == "digits":
             return f"digits {_TURNED[self.shift]}"
         if self.name == "glue":
@@ -133,7 +135,7 @@ class DataConfig(BaseModel):
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:
-    """Raise ValueError, one line that names the key, where the settings of data and model do not go together."""
+    """Raise ValueError, naming the key in one line, if settings of data and model are not compatible."""
     if data.rows_per_client and data.partition not in ("dirichlet", "iid"):
         raise ValueError(
             f"data.rows_per_client is {data.rows_per_client}: it goes with data.partition = 'dirichlet' or 'iid', not "

@@ -1,4 +1,4 @@
-"""What every table of the configuration is made of."""
+"""Types of numbers and the pydantic settings that all tables of the configuration use."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-# A table of the TOML file is frozen, strict about types and closed to unknown keys.
+# Tables of the configuration are immutable, do not convert types, and refuse unknown keys.
 TABLE = ConfigDict(frozen=True, extra="forbid", strict=True)

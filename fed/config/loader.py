@@ -1,4 +1,4 @@
-"""Configurations read from presets, TOML files and `--set`, and written back: errors in one line."""
+"""Reading configurations from presets, TOML files and `--set`, and writing them; errors are one line each."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from fed.errors import FedError
 from fed.files import write_atomically
 
 PRESETS = Path(__file__).parent / "presets"
-# Keys of earlier versions by what they are called now; files of saved runs may hold them.
+# Keys that earlier versions named otherwise, with their present names; the files of saved runs may hold them.
 RENAMED = {"cohort_size": "clients_per_pass"}
-# Tables with keys of their own: the share of the clients for each rank, and what a partitioner is given.
+# Tables with arbitrary keys: the share of clients of each rank, and the arguments of a partitioner.
 _OPEN = ("clients.ranks.", "data.partition_options.")
-# What two runs may differ in and still be the same experiment.
+# Settings that may differ between runs of the same experiment.
 _APART = ("seed", "tracker")
-_EXPECTED = "Input should be "  # how pydantic begins to say what would be right
+_EXPECTED = "Input should be "  # how pydantic begins a message that says what is expected
 
 
 def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration of a preset's name or a TOML file, `key=value` overrides applied in order.
+    """Return the configuration of a preset or TOML file, with the `key=value` overrides applied in order.
 
-    An override's value is read as TOML (`train.learning_rate=1e-3`, `clients.ranks=[4,8]`); where it is none,
-    or the key holds text, it is plain text (`data.text=input`). Raises FedError naming key and value.
+    The value of an override is read as TOML (`train.learning_rate=1e-3`, `clients.ranks=[4,8]`). If it is not valid
+    TOML, or the setting is a string, it is taken as plain text (`data.text=input`). Raises FedError, naming key and
+    value, if a setting is unknown or not valid.
 
     >>> load("digits", ["train.learning_rate=1e-3"]).train.learning_rate
     0.001
@@ -40,12 +41,12 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
 
 
 def load_saved(path: Path) -> RunConfig:
-    """Return the configuration that a run, perhaps of an earlier version, left in its directory."""
+    """Return the configuration that a run saved in its directory, perhaps with an earlier version's names of keys."""
     return parse(renamed(_read(path)), where=str(path))
 
 
 def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
-    """Return the nested table of a preset or file with the overrides applied, and apart from it its `[compare]`."""
+    """Return the nested table of a preset or file with overrides applied, and its table `[compare]` separately."""
     values = _read(source)
     apply(values, overrides)
     asked = values.pop("compare", {})
@@ -58,13 +59,16 @@ def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tupl
 
 
 def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `key=value` overrides in a nested table, in order; FedError naming an unknown key."""
+    """Set `key=value` overrides in a nested table, in order; raise FedError for an unknown key."""
     for override in overrides:
         _apply(values, override)
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:
-    """Validate a nested table; `where` names its source in the FedError of an unknown key."""
+    """Return the configuration of a nested table.
+
+    Raises FedError if a key is unknown or a value not valid; `where` is the name of the table's source in the former.
+    """
     for key, _ in flat(table):
         _require_known(key, where)
     try:
@@ -79,7 +83,7 @@ def write(config: RunConfig, path: Path) -> None:
 
 
 def preset_names() -> tuple[str, ...]:
-    """The names `load` takes in place of a path, sorted."""
+    """Return the names of the presets, which `load` takes in place of a path, sorted."""
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
 
 
@@ -97,7 +101,7 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` in the nested table."""
+    """Set one `a.b=value` in a nested table."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -122,7 +126,7 @@ def _value(text: str, holds_text: bool) -> Any:
 
 
 def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
-    """Every key with its type, by dotted name, tables included."""
+    """Return the type of every key by dotted name, tables included."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         fields[prefix + name] = field.annotation
@@ -132,7 +136,7 @@ def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a nested table by its dotted name, and every empty table.
+    """Yield every value of a nested table with its dotted name; empty tables count as values.
 
     >>> dict(flat({"rounds": 3, "train": {"local_steps": 2}, "data": {}}))
     {'rounds': 3, 'train.local_steps': 2, 'data': {}}
@@ -145,7 +149,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def renamed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table that an earlier version saved with its keys called as they are now."""
+    """Return a table with keys of earlier versions replaced by their present names."""
     return {RENAMED.get(key, key): value for key, value in table.items()}
 
 
@@ -158,7 +162,10 @@ def _require_known(key: str, where: str) -> None:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key most like `key`: as written, or by its last part where the table is wrong or left out."""
+    """Return the known key most similar to `key`.
+
+    The last parts are compared as well as the whole keys, so that a key in a wrong table, or without one, is found.
+    """
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
@@ -169,7 +176,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first of pydantic's findings as `key is value: what would be right`."""
+    """Return the first error that pydantic found as `key is value: what is expected`."""
     findings = error.errors()
     first = findings[0]
     if first["type"] == "value_error" or not first["loc"]:
@@ -180,12 +187,12 @@ def _one_line(error: ValidationError) -> str:
     messages = [finding["msg"] for finding in findings if _key(finding["loc"]) == key]
     if not all(message.startswith(_EXPECTED) for message in messages):
         return f"{key} is {first['input']!r}: {messages[0]}"
-    # A key that takes two types has a finding for each.
+    # For a key that takes two types there is one error for each type.
     return f"{key} is {first['input']!r}: it should be {' or '.join(text.removeprefix(_EXPECTED) for text in messages)}"
 
 
 def _key(location: Iterable[int | str]) -> str:
-    """A finding's location as a dotted key, without the names pydantic gives to the types of a union."""
+    """Return the location of an error as a dotted key, without the parts by which pydantic names types of a union."""
     known, key = _fields(), ""
     for part in location:
         if isinstance(part, int):
@@ -196,6 +203,6 @@ def _key(location: Iterable[int | str]) -> str:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Return a run's settings that decide its results: dotted key to value."""
+    """Return the settings of a run by dotted key, without the seed and the tracker."""
     table = config.model_dump(exclude_none=True)
     return {key: value for key, value in flat(table) if key not in _APART and value != {}}

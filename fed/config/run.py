@@ -1,6 +1,6 @@
-"""Everything a run depends on, typed, and what of its tables has to go together.
+"""The configuration of a run as a typed object, and checks that its tables are compatible.
 
-The defaults are those of the `digits` preset, `threads` apart.
+The defaults are those of the `digits` preset, except `threads`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, Mea
 
 
 class _Table(BaseModel):
-    """One table of the TOML file."""
+    """A table of the TOML file."""
 
     model_config = TABLE
 
 
 class RunConfig(_Table):
-    """Everything a run depends on: the same configuration gives the same files, times and peak memory apart.
+    """The configuration of a run; the same one gives the same files, except for times and peak memory.
 
-    `threads` is how many torch computes with on the CPU; 0 leaves it to torch. A checkpoint to go on from is saved
-    after every `checkpoint_every`-th round, never if 0. `tracker` names where rows go besides.
+    `threads` is the number of CPU threads of torch; 0 leaves it to torch. A checkpoint is saved after every
+    `checkpoint_every`-th round, or never if 0. `tracker` lists experiment trackers that receive the rows as well.
 
-    `execution` is how a round's clients train: one after another, or together, `clients_per_pass` at a time over one
-    frozen base; 0 takes the number that measures fastest on the machine. With `cohort_memory_mib` above 0 cohorts are
-    no larger than that holds. With `cohort_compile` torch compiles their forward and backward, which takes a minute or
-    so first; batches are then filled up to `batch_size`, and the step in which memory is measured stays uncompiled.
+    `execution` is how a round's clients train: one after another ("sequential"), or several together over one frozen
+    base ("cohort"). A cohort has `clients_per_pass` clients; 0 means the number measured to be fastest on this machine.
+    `cohort_memory_mib` above 0 limits a cohort to that memory. With `cohort_compile` torch compiles the forward and
+    backward of cohorts, which takes about a minute at the start; batches are then padded to `batch_size`, and the step
+    in which memory is measured is not compiled.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -63,10 +64,10 @@ class RunConfig(_Table):
 
 
 class CompareConfig(_Table):
-    """What `fed compare` compares where its command line does not say: methods, seeds, a setting's values.
+    """Defaults of the options of `fed compare`: the methods, the seeds and the values of a setting to compare.
 
-    `methods` are names, or `name@r` for every client at rank r; `vary` is `key=value,value,…`; `reference` names what
-    differences are taken from, by default the first.
+    `methods` are names, or `name@r` for a run with every client at rank r. `vary` is `key=value,value,…`. `reference`
+    names the variant that differences are relative to, by default the first.
     """
 
     methods: list[str] = []
@@ -76,13 +77,13 @@ class CompareConfig(_Table):
 
 
 class _File(RunConfig):
-    """All a TOML file may hold."""
+    """The contents of a TOML file: the configuration of a run and the table `[compare]`."""
 
     compare: CompareConfig = CompareConfig()
 
 
 def check_clients(config: RunConfig) -> None:
-    """Raise ValueError where the numbers and ranks of clients do not go with each other or with the adapter."""
+    """Raise ValueError if numbers, ranks or local steps of the clients contradict each other or the adapter's rank."""
     clients, rank = config.clients, config.adapter.rank
     if clients.per_round > clients.count:
         raise ValueError(
@@ -98,7 +99,7 @@ def check_clients(config: RunConfig) -> None:
 
 
 def check_method(config: RunConfig) -> None:
-    """Raise ValueError where the method is unknown, or cannot serve the ranks, selection or server's optimiser."""
+    """Raise ValueError if the method is unknown or does not support the ranks, selection or server's optimiser."""
     from fed import methods
 
     method = methods.find(config.method)

@@ -1,4 +1,4 @@
-"""The configuration's tables on clients, adapter, training and server."""
+"""The configuration's tables `[clients]`, `[adapter]`, `[train]`, `[server]`, `[hetlora]` and `[measure]`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Rank = Annotated[int, Field(ge=1, le=256)]
 
 
 class ClientsConfig(BaseModel):
-    """The population: `count` clients, `per_round` drawn a round, `ranks` dealt out to them in turn.
+    """The clients: `count` of them, of which `per_round` are drawn for each round; client i has rank i of `ranks`.
 
-    `per_round` below 1 is a fraction of the clients. `ranks` may also be a table of shares, `{4 = 0.5, 8 = 0.5}`: it is
-    resolved into a list. With `memory_mib`, budgets in MiB dealt out in turn, every client gets the largest rank whose
-    training fits its budget, and `ranks` is not used. `dirichlet_alpha` sets the label skew: small is skewed,
-    `"iid"` (or `inf`) is none.
+    `ranks` is repeated if it is shorter than `count`. It may also be a table of shares, `{4 = 0.5, 8 = 0.5}`, which is
+    converted into a list. `per_round` below 1 is a fraction of the clients. `memory_mib` lists memory budgets in MiB,
+    also repeated: each client then gets the largest rank whose training fits its budget, and `ranks` is not used.
+    `dirichlet_alpha` sets the label skew: the smaller, the more skewed; `"iid"` or `inf` means none.
     """
 
     model_config = TABLE
@@ -34,7 +34,7 @@ class ClientsConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, values: Any) -> Any:
-        """Turn a fraction of clients a round, and ranks by share, into a number and a list."""
+        """Convert a fractional `per_round` into a number of clients, and a table of rank shares into a list."""
         if not isinstance(values, dict):
             return values
         count, resolved = values.get("count", cls.model_fields["count"].default), {}
@@ -52,9 +52,10 @@ class ClientsConfig(BaseModel):
 
 
 class AdapterConfig(BaseModel):
-    """The global LoRA adapter: `rank` modules a matrix, scale alpha/rank, or alpha/√rank if stabilised.
+    """The global LoRA adapter: `rank` modules in each matrix, with scale alpha/rank, or alpha/√rank if rank-stabilised.
 
-    `selection` is how Fed-PLoRA picks the modules a client trains, `dropout` LoRA dropout in local training.
+    `selection` is how Fed-PLoRA chooses the modules that a client trains, and `unselected` how the client holds the
+    others. `dropout` is the LoRA dropout of local training.
     """
 
     model_config = TABLE
@@ -71,12 +72,14 @@ class AdapterConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """A client's local training, and what its update weighs. `max_grad_norm = 0` turns clipping off.
+    """Local training of clients, and the weights of their updates.
 
-    `client_steps`, dealt out to the clients in turn, or `local_epochs` above 0 stand in place of `local_steps`;
-    `client_learning_rates`, dealt out in turn, in place of `learning_rate`, which centralised training keeps to. The
-    head is trained and averaged ("train"), trained and kept by each client ("personal"), or left alone ("freeze").
-    With `gradient_checkpointing` the backward computes activations again instead of keeping them.
+    `client_steps`, a list that is repeated over the clients, or `local_epochs` above 0 replaces `local_steps`.
+    `client_learning_rates`, also repeated, replaces `learning_rate`, except in centralised training. The head is
+    trained and averaged ("train"), trained and kept by each client ("personal"), or not trained ("freeze").
+    `weighting` makes the updates count equally ("uniform") or by the clients' numbers of samples ("samples").
+    `max_grad_norm = 0` turns gradient clipping off. With `gradient_checkpointing` the backward recomputes activations
+    instead of keeping them.
     """
 
     model_config = TABLE
@@ -97,7 +100,7 @@ class TrainConfig(BaseModel):
 
 
 class ServerConfig(BaseModel):
-    """The server's step: what its method averaged, or Adam with the round's movement as gradient."""
+    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it."""
 
     model_config = TABLE
 
@@ -109,7 +112,10 @@ class ServerConfig(BaseModel):
 
 
 class HetLoRAConfig(BaseModel):
-    """HETLoRA's own choices: what weighs an update, and whether clients prune their rank to `decay` · rank."""
+    """Settings of HETLoRA: `prune` lets clients reduce their rank to `decay` · rank, trained with a `penalty`.
+
+    `weighting` makes an update count by the norm of its ΔW ("norm") or as `train.weighting` says ("run").
+    """
 
     model_config = TABLE
 
@@ -120,7 +126,7 @@ class HetLoRAConfig(BaseModel):
 
 
 class MeasureConfig(BaseModel):
-    """What is measured besides accuracy, loss, bytes and time; each can be left out where it costs too much."""
+    """Measurements besides accuracy, loss, bytes and time; each can be switched off to save time."""
 
     model_config = TABLE
 
@@ -131,9 +137,10 @@ class MeasureConfig(BaseModel):
 
 
 def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:
-    """Return a list of ranks, to be dealt out in turn, that gives each its share of `count` clients, to the nearest.
+    """Return a list of ranks that, repeated over `count` clients, gives each rank its share, as nearly as possible.
 
-    Ranks are spread evenly; what repeats itself is said once. Raises ValueError for what are no shares of ranks.
+    The ranks alternate as evenly as possible, and the list is the shortest one that repeats. Raises ValueError if
+    `shares` does not map ranks to positive shares with a sum of 1.
     """
     if not all(rank.isdecimal() and 1 <= int(rank) <= 256 for rank in shares):
         raise ValueError(f"clients.ranks is {shares}: its keys should be ranks from 1 to 256")

@@ -1,1 +1,1 @@
-"""Rows of digits or text: where they come from, tokenised, held out and dealt to clients."""
+"""Digits or text: reading, tokenising, holding out test samples, and partitioning the rest among clients."""

@@ -1,4 +1,4 @@
-"""The embedded task: handwritten digits, disturbed for clients and test, as they are for the base."""
+"""The embedded task: handwritten digits, unshifted for pretraining the base, shifted for clients and test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fed.data.partition import Array
 from fed.data.tables import DenseTable
 
-_MAX = 16.0  # grey levels of scikit-learn's digits
+_MAX = 16.0  # largest grey level in scikit-learn's digits
 
 
 def load_digits() -> tuple[Tensor, Array, tuple[str, ...]]:
@@ -24,12 +24,12 @@ def load_digits() -> tuple[Tensor, Array, tuple[str, ...]]:
 
 
 def image_table(images: Tensor, labels: Array) -> DenseTable:
-    """Return images and labels as the model takes them."""
+    """Return a table of images and labels under the names of the model's arguments."""
     return DenseTable({"pixel_values": images}, torch.from_numpy(labels))
 
 
 def shift_images(images: Tensor, shift: Literal["rotate90", "rotate180", "invert", "none"]) -> Tensor:
-    """Disturb images (n, 1, H, W) with grey levels in [-1, 1]: turn them to the left, or make a negative."""
+    """Return shifted images (n, 1, H, W) with grey levels in [-1, 1]: rotated counter-clockwise, or inverted."""
     if shift == "invert":
         return -images
     return torch.rot90(images, {"none": 0, "rotate90": 1, "rotate180": 2}[shift], dims=(-2, -1))

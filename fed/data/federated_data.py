@@ -1,4 +1,4 @@
-"""The data of a run: rows of digits or text, some held out, the others dealt out to clients."""
+"""The data of a run: digits or text, with some rows held out and the others partitioned among clients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """What a run trains and tests on; no row is in two of them, but for `undisturbed`.
+    """The training and evaluation rows of a run. Clients, test, pretrain and validation have no row in common.
 
-    clients: the shifted training rows of each client.  test: held-out rows, shifted the same way.
-    pretrain: undisturbed rows the embedded base is trained on.  undisturbed: the test rows before the shift.
-    Both are None for text.  validation: held-out rows to choose settings by; None where none are set aside.
+    clients: the training rows of each client, shifted for digits.  test: held-out rows, shifted the same way.
+    pretrain: unshifted rows for pretraining the embedded base.  undisturbed: the test rows without the shift.
+    Both are None for text.  validation: held-out rows for choosing settings, or None.
     """
 
     clients: tuple[Split, ...]
@@ -38,7 +38,7 @@ class FederatedData:
     validation: Split | None = None
 
     def to(self, device: torch.device) -> FederatedData:
-        """Return the data with the clients' and the held-out rows on a device: every table goes there once."""
+        """Return the data with the clients', test and validation rows on a device; each table is copied only once."""
         moved: dict[int, Table] = {}
 
         def move(split: Split) -> Split:
@@ -58,10 +58,10 @@ class FederatedData:
 def load(
     config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
 ) -> FederatedData:
-    """Load, split and partition the data a configuration names; FedError, one line, where it cannot be had.
+    """Load, split and partition the data that a configuration names; raise FedError if it cannot be loaded.
 
-    `on_event` gets a line on what a person should know, such as rows that were cut; `stage` shows work that takes
-    longer than a second.
+    `on_event` receives messages for the user, for example how many rows were cut. `stage` shows the progress of work
+    that takes longer than a second.
     """
     if config.data.name == "digits":
         return _digits(config)
@@ -69,7 +69,7 @@ def load(
 
 
 def _digits(config: RunConfig) -> FederatedData:
-    """Images for the base, to test, to validate and for the clients, stratified and disjoint."""
+    """Return the digits, split by label into disjoint parts for pretraining, testing, validating and the clients."""
     images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
     held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
@@ -86,7 +86,7 @@ def _digits(config: RunConfig) -> FederatedData:
 
 
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
-    """Rows of text as tokens of the checkpoint's own tokenizer: to test, to validate and for the clients."""
+    """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
     from fed.data import sources, text_tables
 
     rows, data = sources.read(config), config.data
@@ -116,7 +116,7 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
 
 
 def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> Array:
-    """What partitions go by, as numbers (n,): the column `data.partition_by`, else the label, else all are equal."""
+    """Return the groups to partition by, (n,): from the column `data.partition_by`, else the labels, else all zero."""
     data = config.data
     if data.partition_by is not None:
         values = rows.column("data.partition_by", data.partition_by, (str, int))
@@ -134,7 +134,7 @@ def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> Array:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Sorted row indices, disjoint: held out to test and to validate, and the clients'."""
+    """Disjoint sets of sorted row indices: for testing, for validating, and for the clients."""
 
     test: Array
     validation: Array
@@ -142,10 +142,10 @@ class _Parts:
 
     @classmethod
     def of(cls, config: RunConfig, strata: Array, taken: float = 0.0, first_test: int | None = None) -> _Parts:
-        """Hold out the fractions the configuration asks for, of every stratum alike.
+        """Hold out the configured test and validation fractions, the same fraction of every stratum.
 
-        They are fractions of rows of which the part `taken` is gone already. Rows from `first_test` on are the
-        test's, and then no other is.
+        The fractions refer to all rows, of which the fraction `taken` has been removed already. With `first_test`, the
+        rows from that index on are the test rows, and the validation fraction is one of the rows before it.
         """
         data = config.data
         if first_test is None:
@@ -163,7 +163,7 @@ class _Parts:
 
 
 def _drawn(config: RunConfig, rows: Array, most: int, purpose: str) -> Array:
-    """At most so many of the rows, in their order; all if 0."""
+    """Return `most` random rows in their order, or all of them if `most` is 0 or there are no more than that."""
     if most == 0 or len(rows) <= most:
         return rows
     return np.sort(rows[permutation(len(rows), config.seed, purpose)[:most]])

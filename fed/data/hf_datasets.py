@@ -1,4 +1,4 @@
-"""What the library `datasets` reads: CSV and Parquet files, and data sets of the hub. Only needed for those."""
+"""Reading through the library `datasets`, which only CSV and Parquet files and data sets of the hub need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def read_table(path: Path, kind: str, key: str) -> list[Row]:
-    """Return the rows of a CSV (a TSV if it is called so) or Parquet file; nothing is left in any cache."""
+    """Return the rows of a CSV file (TSV if its suffix is .tsv) or Parquet file, without leaving files in a cache."""
     options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
     what = f"{key} is {str(path)!r}: cannot read it as {kind.upper() if kind == 'csv' else kind.capitalize()}"
     with _loading(what) as datasets, tempfile.TemporaryDirectory() as cache:
@@ -37,9 +37,9 @@ def read_table(path: Path, kind: str, key: str) -> list[Row]:
 def load(
     data: DataConfig, name: str, split: str, choose: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
 ) -> tuple[list[Row], Sequence[str] | None]:
-    """Return a split's rows, and the names of the column `data.label` where it holds numbers that have names.
+    """Return the rows of a split, and the label names if the column `data.label` holds numbers that have names.
 
-    `choose` takes the columns and says which rows are wanted, before any of them is brought into memory.
+    `choose` returns the indices of the rows to load, given the columns; other rows are never loaded into memory.
     """
     subset = data.subset
     named = f"{name!r}{f' {subset!r}' if subset else ''}, split {split!r}"
@@ -56,7 +56,7 @@ def load(
 
 @contextmanager
 def _loading(what: str) -> Iterator[Any]:
-    """Give `datasets`, its bars and messages off inside; what it raises over a user's data becomes one line."""
+    """Yield the library `datasets` with its progress bars and messages off; turn its exceptions into a FedError."""
     try:
         import datasets
     except ImportError:
@@ -66,7 +66,8 @@ def _loading(what: str) -> Iterator[Any]:
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # its CSV reader leaves closing to the collector
+            # The library's CSV reader leaves files to be closed by the garbage collector.
+            warnings.simplefilter("ignore", ResourceWarning)
             yield datasets
     except FedError:
         raise

@@ -1,6 +1,7 @@
-"""How rows are dealt out: a held-out part with every label's share in it, and the clients' parts.
+"""Splitting rows: a stratified held-out part, and a partition of the rest among the clients.
 
-IID, Dirichlet and shared rows are drawn here; any other partitioner is `flwr_datasets`' own, imported where asked for.
+IID and Dirichlet partitions and rows shared by clients are implemented here. All other partitioners are those of
+`flwr_datasets`, which is imported only if one of them is used.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _FEWEST_ROWS = 2
 
 
 def deal(config: RunConfig, groups: Array) -> list[Array]:
-    """Return each client's sorted row indices: the rows, whose labels or groups are `groups` (n,), are dealt out once.
+    """Partition n rows, whose labels or groups are `groups` (n,), and return each client's sorted row indices.
 
-    `data.partition` says how. "iid" and "dirichlet" need nothing but this file, give the same parts wherever a run
-    is made, and leave no client empty; the others are those of `flwr_datasets`. With `data.rows_per_client` rows are
-    drawn instead (`draw_rows`): clients share them, and a client's do not depend on how many clients there are. Raises
-    FedError where a client would have no rows.
+    `data.partition` is the kind of partition. "iid" and "dirichlet" are implemented here, give the same parts on every
+    machine and leave no client empty; all others use `flwr_datasets`. With `data.rows_per_client` each client draws its
+    rows instead (`draw_rows`): several clients may then have the same row, and a client's rows do not depend on the
+    number of clients. Raises FedError if a client would have no rows.
     """
     data, clients = config.data, config.clients
     alpha = "iid" if data.partition == "iid" else clients.dirichlet_alpha
@@ -53,7 +54,8 @@ def deal(config: RunConfig, groups: Array) -> list[Array]:
             groups, clients.count, alpha, np.random.default_rng(seed_of(config.seed, "partition"))
         )
 
-    # Their partitioners keep rows in order: the first of a label would all go to the first client.
+    # The partitioners of flwr_datasets keep the order of rows, so without shuffling the first rows of a label would
+    # all go to the first client.
     order = permutation(len(groups), config.seed, "partition", "order")
     parts = [np.sort(order[part]) for part in partition(config, groups[order])]
     if data.partition == "natural":
@@ -69,7 +71,7 @@ def deal(config: RunConfig, groups: Array) -> list[Array]:
 
 
 def _merged(config: RunConfig, parts: list[Array]) -> list[Array]:
-    """One part for each client: where there are more parts than clients, several whole ones in turn, shuffled."""
+    """Return one part for each client; if there are more parts than clients, deal them out shuffled and merge them."""
     count = config.clients.count
     if len(parts) < count:
         raise FedError(
@@ -83,7 +85,7 @@ def _merged(config: RunConfig, parts: list[Array]) -> list[Array]:
 
 
 def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return (taken, left), sorted row indices; of every label round(fraction · rows) rows are taken."""
+    """Return the sorted indices of rows (taken, left), where round(fraction · rows) rows of each label are taken."""
     taken = [
         rng.permutation(rows := np.flatnonzero(labels == label))[: round(fraction * len(rows))]
         for label in np.unique(labels)
@@ -95,11 +97,11 @@ def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -
 def partition_dirichlet(
     labels: Array, clients: int, alpha: float | Literal["iid"], rng: np.random.Generator
 ) -> list[Array]:
-    """Deal rows out to clients with label skew and return each client's sorted row indices.
+    """Partition rows among clients with Dirichlet label skew and return each client's sorted row indices.
 
-    For every label, shares ~ Dirichlet(alpha · 1) cut its shuffled rows into one piece a client; "iid" deals
-    all rows out evenly. A client left with fewer than 2 rows then takes some from the largest, one at a time.
-    Raises FedError where there are fewer than 2 rows a client.
+    The shuffled rows of each label are cut into one piece for each client, by shares ~ Dirichlet(alpha · 1); "iid"
+    divides all rows evenly instead. A client with fewer than 2 rows then takes rows from the client with most, one at a
+    time. Raises FedError if there are fewer than 2 rows per client.
     """
     if len(labels) < _FEWEST_ROWS * clients:
         raise FedError(
@@ -115,7 +117,8 @@ def partition_dirichlet(
         cuts = np.round(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.extend(piece.tolist())
-    # The largest first, of equal ones the first; while any has too few, the largest has more than enough.
+    # A heap with the client with most rows first. As there are at least 2 rows per client, that client has more than 2
+    # while any client has fewer.
     largest = [(-len(part), index) for index, part in enumerate(parts)]
     heapq.heapify(largest)
     for part in parts:
@@ -127,10 +130,11 @@ def partition_dirichlet(
 
 
 def draw_rows(by_label: Sequence[Array], rows: int, alpha: float | Literal["iid"], rng: np.random.Generator) -> Array:
-    """Return one client's sorted row indices, (rows,), drawn without replacement from the rows of every label.
+    """Draw one client's rows without replacement and return their sorted indices, (rows,).
 
-    Shares of the labels ~ Dirichlet(alpha · 1), or as the rows have them if "iid"; how many rows of each label is
-    multinomial. A label that has no more rows leaves what is missing to the others, by their shares.
+    `by_label` holds the indices of all rows of each label. The client's label shares are ~ Dirichlet(alpha · 1), or
+    those of all rows if "iid", and its number of rows of each label is multinomial. If a label has too few rows, the
+    missing ones are drawn from the other labels by their shares.
     """
     available = np.array([len(part) for part in by_label])
     shares = available / available.sum() if alpha == "iid" else rng.dirichlet(np.full(len(by_label), alpha))
@@ -138,7 +142,7 @@ def draw_rows(by_label: Sequence[Array], rows: int, alpha: float | Literal["iid"
     while missing := rows - counts.sum():
         left = available - counts
         weights = np.where(left > 0, shares, 0.0)
-        if weights.sum() == 0:  # a small alpha may leave all but one label a share of nothing
+        if weights.sum() == 0:  # with a small alpha the shares of all labels but one may be rounded to 0
             weights = left.astype(np.float64)
         counts += np.minimum(rng.multinomial(missing, weights / weights.sum()), left)
     drawn = [rng.choice(part, count, replace=False) for part, count in zip(by_label, counts, strict=True) if count]
@@ -146,7 +150,10 @@ def draw_rows(by_label: Sequence[Array], rows: int, alpha: float | Literal["iid"
 
 
 def partition(config: RunConfig, groups: Array) -> list[Array]:
-    """Return row indices, a part for each partition `data.partition` makes of rows with these `groups` (n,)."""
+    """Partition rows with these `groups` (n,) by a partitioner of `flwr_datasets`; return the row indices of each part.
+
+    Raises FedError if the library is missing, or the partitioner is unknown or fails.
+    """
     try:
         import datasets
         import flwr_datasets.partitioner as partitioners
@@ -157,13 +164,14 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
         ) from None
 
     class Numbered(datasets.Dataset):
-        """Rows whose parts are the numbers of their rows: true parts take a minute for ten thousand clients."""
+        """A data set whose `select` returns row numbers: building data sets for 10,000 clients would take a minute."""
 
         def select(self, indices: Iterable[int], *_: object, **__: object) -> Array:
             return np.fromiter(indices, dtype=np.int64)
 
         def sort(self, *names: Any, **settings: Any) -> Any:
-            return datasets.Dataset.from_dict(self[:]).sort(*names, **settings)  # rows have other numbers now
+            # Sorting changes the row numbers, so this returns a plain data set, which keeps them in a column.
+            return datasets.Dataset.from_dict(self[:]).sort(*names, **settings)
 
     name = _NAMED.get(config.data.partition, config.data.partition)
     kind = getattr(partitioners, name, None)
@@ -172,7 +180,7 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
         raise FedError(f"data.partition is {name!r}: flwr_datasets has {known}")
     failure = f"data.partition is {config.data.partition!r}"
     try:
-        # It warns of what is refused below or does no harm, and draws a progress bar.
+        # The library shows a progress bar and warnings that are harmless or lead to a FedError in `deal`.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             maker = kind(**_settings(config, kind))
@@ -184,19 +192,19 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
 
 
 def _numbers(part: Any) -> Array:
-    """The row numbers of a part, or of the rows it holds."""
+    """Return the row numbers of a part, which is an array of them or a data set with a column of them."""
     return part if isinstance(part, np.ndarray) else np.array(part[:][_ROW], dtype=np.int64)
 
 
 def _settings(config: RunConfig, kind: Any) -> dict[str, Any]:
-    """What the run's configuration has to say to a partitioner, as far as it asks for it."""
+    """Return the arguments of a partitioner: those of the run that its constructor takes, and `partition_options`."""
     data = config.data
     ours = {
         "num_partitions": config.clients.count,
         "partition_by": _GROUP,
         "seed": seed_of(config.seed, "partition") % 2**32,
         "num_classes_per_partition": data.labels_per_client,
-        "class_assignment_mode": "first-deterministic",  # as in the paper it is taken from; uses every label
+        "class_assignment_mode": "first-deterministic",  # as in the paper that introduced it; uses every label
     }
     asked = inspect.signature(kind).parameters
     return {name: value for name, value in ours.items() if name in asked} | data.partition_options

@@ -1,4 +1,4 @@
-"""What text needs of a checkpoint: its tokenizer, its labels, the positions it can read."""
+"""What text data needs from a checkpoint: its tokenizer, its label names and its number of positions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tik
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """Load the checkpoint's own tokenizer; one without a padding token pads with its end token."""
+    """Load the checkpoint's tokenizer; if it has no padding token, it pads with its end token."""
     from transformers import AutoTokenizer
 
     path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one of nothing
+    # Without tokenizer files transformers makes a tokenizer that has only special tokens.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise FedError(f"model.path is {str(path)!r}: its tokenizer knows no words; its files should lie there")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -33,20 +34,23 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 
 def tokenizer_files(config: RunConfig) -> list[Path]:
-    """Return the checkpoint's files that say how it makes tokens, by name: all of it that is text."""
+    """Return the checkpoint's files that may define its tokenizer, chosen by suffix and sorted by name."""
     return sorted(
         path for path in checkpoint_of(config).iterdir() if path.suffix in _TOKENIZER_FILES and path.is_file()
     )
 
 
 def saved_label_names(config: RunConfig) -> tuple[str, ...]:
-    """Return the label names of the checkpoint's own head, in its order."""
+    """Return the label names of the checkpoint's head, in the order of its outputs."""
     names = require_positions(config).id2label or {}
     return tuple(str(names[number]) for number in sorted(names))
 
 
 def require_positions(config: RunConfig) -> Any:
-    """Return the checkpoint's transformers configuration; FedError without positions for `data.max_length` tokens."""
+    """Return the checkpoint's transformers configuration.
+
+    Raises FedError if the model has fewer positions than `data.max_length`.
+    """
     from transformers import AutoConfig
 
     path = checkpoint_of(config)
@@ -69,7 +73,7 @@ def checkpoint_of(config: RunConfig) -> Path:
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over a user's files into one line."""
+    """Turn any exception within the context into a FedError: `what` and the first line of the exception."""
     try:
         yield
     except Exception as error:
@@ -79,7 +83,7 @@ def failing_as(what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' notices and progress bars off the terminal inside."""
+    """Within the context, switch off transformers' warnings and progress bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Where rows of text come from: local files, folders of them, and what the library `datasets` loads."""
+"""Reading rows of text: from local files, from folders of files, or through the library `datasets`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Row = dict[str, Any]
 
 _TABULAR = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _KINDS = (".jsonl", *_TABULAR)
-# Their names on the hub.
+# The data sets' names on the Hugging Face hub.
 _HUB = {
     "glue": "nyu-mll/glue",
     "dolly": "databricks/databricks-dolly-15k",
     "natural-instructions": "Muennighoff/natural-instructions",
 }
-# What published data sets call the columns of an instruction.
+# The column names of published instruction data sets, and the names used for them here.
 _RENAMED = {
     "dolly": {"context": "input", "response": "output"},
     "natural-instructions": {
@@ -38,10 +38,10 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were found: `places` says for each where, for error messages.
+    """Rows as they were read, each with its place (such as file and line), which error messages name.
 
-    The rows from `first_test` on are the source's own test rows; without any it is None. `label_names` gives the
-    names of labels that are kept as numbers, in their order.
+    The rows from `first_test` on are the source's own test rows; it is None if there are none. `label_names` are the
+    names of labels that the rows hold as numbers, by number.
     """
 
     rows: Sequence[Row]
@@ -53,9 +53,10 @@ class Rows:
         return len(self.rows)
 
     def column(self, key: str, name: str, kinds: tuple[type, ...] = (str,), empty: bool = False) -> list[Any]:
-        """Return a column, named by the configuration's `key`; FedError naming the first row that has none.
+        """Return the values of the column `name`, which the configuration's `key` names.
 
-        Its values should be of `kinds`; with `empty` they may be missing, and are then None.
+        With `empty` values may be missing, and are then None. Raises FedError, naming the first such row, if a value is
+        missing or not of one of the types `kinds`.
         """
         wanted = " or ".join({str: "a string", int: "an integer", list: "a list"}[kind] for kind in kinds)
         values = []
@@ -70,7 +71,7 @@ class Rows:
 
 
 def read(config: RunConfig) -> Rows:
-    """Return the rows of the source a configuration names; FedError, one line, where they cannot be had."""
+    """Return the rows of the source that a configuration names; raise FedError if they cannot be read."""
     data = config.data
     if data.name == "files":
         return _with_test(read_local(data.path or "", "data.path"), data)
@@ -80,7 +81,7 @@ def read(config: RunConfig) -> Rows:
 
 
 def read_jsonl(path: Path, key: str) -> Rows:
-    """Return the rows of a JSONL file, one object a line, blank lines left out; FedError naming the line."""
+    """Return the rows of a JSONL file, skipping blank lines; raise FedError, naming the line, if one is no object."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -108,10 +109,11 @@ def _object(line: str, place: str) -> Row:
 def read_local(
     name: str, key: str, stem: str = "file", asked: Sequence[str] = (), left_out: Sequence[str] = ()
 ) -> Rows:
-    """Return the rows of a file, or of all files of a folder; then the column `stem` says which one a row stands in.
+    """Return the rows of a file, or of all files in a folder.
 
-    With `asked` only the files called so are read, and those of `left_out` are not. Raises FedError, which names the
-    path by `key`, where they cannot be read.
+    For a folder the column `stem` is added, which holds the name of the row's file without suffix; only files named in
+    `asked` are read, if it is not empty, and files named in `left_out` are not. Raises FedError, with `key` as the name
+    of the setting, if the rows cannot be read.
     """
     path = Path(name)
     if not path.exists():
@@ -148,14 +150,14 @@ def _with_test(rows: Rows, data: DataConfig) -> Rows:
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
-    """The rows with the names this project has for columns; where a row has such a column already, it stays."""
+    """Return the rows with the columns of a published data set renamed; other columns keep their names."""
     names = _RENAMED[name]
     renamed = [{names.get(column, column): value for column, value in row.items()} for row in rows.rows]
     return replace(rows, rows=renamed)
 
 
 def _of_tasks(names: Sequence[str], asked: Sequence[str], key: str = "data.tasks") -> list[int]:
-    """Indices of the names that are asked for; FedError where one asked for is not there."""
+    """Return the indices of the names that match a task in `asked`; raise FedError if a task matches no name."""
     found = sorted(set(names))
     for task in asked:
         if not any(_is_task(name, task) for name in found):
@@ -165,7 +167,7 @@ def _of_tasks(names: Sequence[str], asked: Sequence[str], key: str = "data.tasks
 
 
 def _is_task(name: str, asked: str) -> bool:
-    """Whether `asked` is a task's name, or its number: "task1058" is "task1058_linguistics…" as well."""
+    """Return whether `asked` is a task's full name or its number, as "task1058" is for "task1058_linguistics…"."""
     return name == asked or name.startswith(f"{asked}_")
 
 
@@ -175,7 +177,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _from_library(data: DataConfig) -> Rows:
-    """Rows that `datasets` loads: of the hub, or of a local copy of what is there."""
+    """Return the rows of a data set on the hub, or of a local copy, loaded by the library `datasets`."""
     from fed.data.hf_datasets import load
 
     name = data.path or _HUB[data.name]

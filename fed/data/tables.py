@@ -1,4 +1,4 @@
-"""The rows of a data set, held once; what clients train on and what is held out are views of them by index."""
+"""Tables that hold all rows of a data set once, and splits, which are views of some of their rows by index."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label that cross-entropy leaves out, in torch as in transformers
+IGNORED = -100  # the label that cross-entropy ignores, in torch and in transformers
 
 
 class Table(Protocol):
-    """All rows of a data set. `rows` are int64 indices on the host; everything a batch holds is on `device`."""
+    """All rows of a data set. Arguments `rows` are int64 indices on the CPU; the tensors of a batch are on `device`."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches come to be."""
+        """The device that batches are on."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,7 @@ class Table(Protocol):
         """Return the model's keyword arguments for `rows` (b,), `labels` among them."""
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host; 1 where rows have no length."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU; 1 if rows have no tokens."""
 
     def to(self, device: torch.device) -> Self:
         """Return the table on another device."""
@@ -33,14 +33,14 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class DenseTable:
-    """Rows of one shape: `inputs` are the model's keyword arguments, each (n, …); `labels` (n,) int64."""
+    """Rows of equal shape: `inputs` are the model's keyword arguments, each (n, …), and `labels` are (n,) int64."""
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
 
     @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """The device that the rows are on."""
         return self.labels.device
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class DenseTable:
         return {name: values[rows] for name, values in self.inputs.items()} | {"labels": self.labels[rows]}
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return ones, (b,): nothing is padded."""
+        """Return ones, (b,), because these rows are not padded."""
         return torch.ones(len(rows), dtype=torch.int64)
 
     def to(self, device: torch.device) -> DenseTable:
@@ -62,10 +62,10 @@ class DenseTable:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences end to end, without padding: row i is `values[offsets[i] : offsets[i + 1]]`.
+    """Token sequences, concatenated without padding: row i is `values[offsets[i] : offsets[i + 1]]`.
 
-    values: (total,) int32.  offsets: (n + 1,) int64, always on the host, so that how wide a batch is is known
-    there and no device is asked.
+    values: (total,) int32.  offsets: (n + 1,) int64, always on the CPU, so that the width of a batch is known without
+    waiting for a device.
     """
 
     values: Tensor
@@ -73,7 +73,7 @@ class Sequences:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> Sequences:
-        """Return the sequences, each of one token or more, as one."""
+        """Concatenate sequences of at least one token each."""
         ends = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64).cumsum(0)
         values = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
         return cls(values, torch.cat([ends.new_zeros(1), ends]))
@@ -82,13 +82,13 @@ class Sequences:
         return len(self.offsets) - 1
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def padded(self, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-        """Return tokens (b, L) int64 padded on the right with `fill`, and where they are none, (b, L) bool.
+        """Return tokens (b, L) int64, padded on the right with `fill`, and a mask (b, L) bool, False for padding.
 
-        L is the longest of these rows.
+        L is the length of the longest of these rows.
         """
         lengths, device = self.lengths(rows), self.values.device
         columns = torch.arange(int(lengths.max()), device=device)  # (L,)
@@ -104,9 +104,9 @@ class Sequences:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Texts to be classified: `tokens` by the model's names for them, `labels` (n,) int64.
+    """Texts for classification: `tokens` by the names of the model's arguments, and `labels`, (n,) int64.
 
-    `input_ids` are padded with `pad`, whatever stands beside them (`token_type_ids`) with 0.
+    `input_ids` are padded with `pad`, other arguments such as `token_type_ids` with 0.
     """
 
     tokens: Mapping[str, Sequences]
@@ -115,21 +115,21 @@ class TextTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens lie."""
+        """The device that the tokens are on."""
         return self.labels.device
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return tokens and `attention_mask` (b, L) int64, L the longest of these rows, and `labels` (b,)."""
+        """Return tokens and `attention_mask`, (b, L) int64 with L the longest of these rows, and `labels` (b,)."""
         batch = {}
         for name, sequences in self.tokens.items():
             batch[name], inside = sequences.padded(rows, self.pad if name == "input_ids" else 0)
         return batch | {"attention_mask": inside.long(), "labels": self.labels[rows.to(self.device, non_blocking=True)]}
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens["input_ids"].lengths(rows)
 
     def to(self, device: torch.device) -> TextTable:
@@ -140,12 +140,12 @@ class TextTable:
 
 @dataclass(frozen=True)
 class InstructionTable:
-    """Prompts and the answers to them, for a causal language model.
+    """Prompts and their answers, for a causal language model.
 
-    tokens: prompt, answer and end token of every row.  prompt_lengths: (n,) int64 on the host, how many of them are
-    the prompt's.  answers: for every row the texts that are right, the first of which is the one in `tokens`.
-    tokenizer: the model's own, to read what it generates.  max_new_tokens: how many tokens it may generate.
-    most_generated: how many rows of a split it is to answer when it is measured; 0: all.
+    tokens: the tokens of prompt, answer and end token of every row.  prompt_lengths: (n,) int64 on the CPU, the number
+    of prompt tokens of each row.  answers: the right answers of every row, the first of which is the one in `tokens`.
+    tokenizer: the model's tokenizer, for decoding generated answers.  max_new_tokens: the most tokens to generate.
+    most_generated: the most rows of a split to generate answers for in evaluation; 0: all.
     """
 
     tokens: Sequences
@@ -157,7 +157,7 @@ class InstructionTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens lie."""
+        """The device that the tokens are on."""
         return self.tokens.values.device
 
     def __len__(self) -> int:
@@ -166,7 +166,8 @@ class InstructionTable:
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels`, each (b, L) int64, padded on the right.
 
-        Labels are the tokens of the answer and its end, and -100 elsewhere: the prompt costs no loss.
+        Labels are the tokens of the answer and the end token, and -100 elsewhere, so that prompts do not count in the
+        loss.
         """
         input_ids, inside = self.tokens.padded(rows, self.tokenizer.pad_token_id)
         prompts = self.prompt_lengths[rows].to(self.device, non_blocking=True)
@@ -178,7 +179,7 @@ class InstructionTable:
         }
 
     def prompts(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the prompts alone, `input_ids` and `attention_mask` (b, L) int64, padded on the left to generate."""
+        """Return the prompts only, `input_ids` and `attention_mask` (b, L) int64, padded on the left for generation."""
         input_ids, _ = self.tokens.padded(rows, self.tokenizer.pad_token_id)
         lengths = self.prompt_lengths[rows]
         width = int(lengths.max())
@@ -192,7 +193,7 @@ class InstructionTable:
         }
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens.lengths(rows)
 
     def to(self, device: torch.device) -> InstructionTable:
@@ -202,19 +203,19 @@ class InstructionTable:
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of a table: `rows` (n,) int64 on the host. However many there are, the table is held once."""
+    """Some rows of a table, by their indices `rows` (n,) int64 on the CPU; splits of one table share its memory."""
 
     table: Table
     rows: Tensor
 
     @classmethod
     def whole(cls, table: Table) -> Split:
-        """Return all rows of a table."""
+        """Return a split of all rows of a table."""
         return cls(table, torch.arange(len(table)))
 
     @classmethod
     def joined(cls, splits: Sequence[Split]) -> Split:
-        """Return the rows of all `splits`, one after the other; they are views of one table."""
+        """Return a split of the rows of all `splits`, one after the other; all must be views of one table."""
         table = splits[0].table
         if any(split.table is not table for split in splits):
             raise ValueError("splits of different tables cannot be joined")
@@ -224,17 +225,18 @@ class Split:
         return len(self.rows)
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the model's keyword arguments for `rows` (int64 indices into this split), `labels` among them."""
+        """Return the model's keyword arguments for `rows`, int64 indices into this split, `labels` among them."""
         return self.table.batch(self.rows[rows])
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Return the number of tokens of each of `rows`, (b,) int64 on the host."""
+        """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.table.lengths(self.rows[rows])
 
     def batches(self, most_rows: int, most_tokens: int) -> Iterator[Tensor]:
-        """Yield indices of all rows, the longest first: at most `most_rows`, and `most_tokens` padding included.
+        """Yield the indices of batches of all rows, longest rows first.
 
-        A row longer than `most_tokens` has a batch of its own; rows of one length keep their order.
+        A batch has at most `most_rows` rows and, padding included, `most_tokens` tokens. A row longer than that has a
+        batch of its own. Rows of equal length keep their order.
         """
         lengths, order = self.lengths(torch.arange(len(self))).sort(descending=True, stable=True)
         first = 0

@@ -1,4 +1,4 @@
-"""Rows of text become tables: classification, or prompts and the answers to them."""
+"""Building tables from rows of text: for classification, or of prompts and their answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _COLUMN = re.compile(r"\{([^{}\n]+)\}")
 
 
 def make_labels(config: RunConfig, rows: Rows) -> tuple[Array, tuple[str, ...]]:
-    """Return every row's label as a number (n,), and the labels' names in the order of these numbers.
+    """Return the label number of every row, (n,), and the label names in the order of their numbers.
 
-    Labels may be strings, integers or booleans. Where the checkpoint's own head or the source names the same labels,
-    their order is kept. Raises FedError where there are fewer than two.
+    Labels may be strings, integers or booleans. They are numbered as in the checkpoint's head, or else as in the data
+    source, if one of them has the same set of names, and else in sorted order. Raises FedError if there are fewer than
+    two labels.
     """
     column = config.data.label
     found = rows.column("data.label", column, (str, int))
@@ -54,7 +55,7 @@ def _name(rows: Rows, value: int, index: int) -> str:
 def classification_table(
     config: RunConfig, rows: Rows, labels: Array, on_event: Callable[[str], object], stage: Stage | None
 ) -> Table:
-    """Return the table of the columns `data.text` and, where it is set, `data.text_pair`."""
+    """Return a table of the texts in column `data.text`, paired with those in `data.text_pair` if it is set."""
     texts = rows.column("data.text", config.data.text)
     pairs = None
     if config.data.text_pair is not None:
@@ -66,9 +67,9 @@ def classification_table(
 def instruction_table(
     config: RunConfig, rows: Rows, on_event: Callable[[str], object], stage: Stage | None
 ) -> InstructionTable:
-    """Return the table of filled-in prompts and the answers in the column `data.output`.
+    """Return a table of filled-in prompts and of the answers in the column `data.output`.
 
-    An answer is a string, an integer, or a list of strings any of which is right; the first is trained on.
+    An answer is a string, an integer, or a list of strings, all of which are right; the first is used for training.
     """
     data = config.data
     require_positions(config)
@@ -83,10 +84,10 @@ def instruction_table(
 
 
 def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:
-    """Return the prompt of every row: {column} gives way to its value; a line whose columns are all empty goes.
+    """Return the prompt of every row, with each {column} replaced by the row's value.
 
-    Raises FedError, which names the prompt by `key`, where it names no column, or one that no row has, and where a
-    value is not a string.
+    A line whose columns are all empty is left out. Raises FedError, with `key` as the name of the setting, if the
+    prompt names no column or one that no row has, a value is not a string, or all columns of a row are empty.
     """
     columns = list(dict.fromkeys(_COLUMN.findall(prompt)))
     if not columns:

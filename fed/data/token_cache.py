@@ -1,4 +1,4 @@
-"""Tensors kept in files, each under a name made of all they depend on."""
+"""A cache of tensors in files, each named by a hash of everything that its tensors depend on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_KEY, _CONTENT = "key", "content"  # of a file's metadata
+_KEY, _CONTENT = "key", "content"  # names in a file's metadata
 
 
 def user_directory() -> Path:
-    """Return `$PLORA_KERNELS_CACHE`, or plora_kernels in `$XDG_CACHE_HOME`, or in ~/.cache."""
+    """Return `$PLORA_KERNELS_CACHE`, or else the folder plora_kernels in `$XDG_CACHE_HOME` or in ~/.cache."""
     named = os.environ.get("PLORA_KERNELS_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plora_kernels"
 
@@ -30,11 +30,11 @@ def cached(
     make: Callable[[], dict[str, Tensor]],
     on_event: Callable[[str], object],
 ) -> dict[str, Tensor]:
-    """Return what `make` returns, from the file in `directory` if there is one for this very key.
+    """Return the result of `make`, read from a file in `directory` if one exists for this key, else computed and saved.
 
-    The file's name is a hash of the key, which it also holds, with a hash of its tensors. One that is damaged or
-    holds another key is made anew; `on_event` gets a line on that, and where the file cannot be written. None for a
-    directory keeps nothing.
+    The file is named by a hash of the key, and contains the key and a hash of its tensors. A file that is damaged or
+    holds another key is replaced. `on_event` receives a message about that, or if the file cannot be written. Without a
+    directory nothing is saved.
     """
     if directory is None:
         return make()
@@ -66,7 +66,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write under a temporary name of its own, then rename: two processes may write the same file at once."""
+    """Write to a temporary directory and rename, because two processes may write the same file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as directory:
         temporary = Path(directory) / path.name

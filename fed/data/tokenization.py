@@ -1,4 +1,4 @@
-"""Texts become tokens of the checkpoint's own tokenizer, once: what comes out is kept in the user's cache."""
+"""Tokenising texts by the checkpoint's tokenizer; the tokens are cached, so that this is done once for each text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from fed.errors import FedError
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-# Opens a stage of so many steps; what it gives is called with the steps done and a note. `Screen.stage` is one.
+# Opens a progress display, given a title and a number of steps. The context yields a function to call with the number
+# of steps done and a note. `fed.console.Screen.stage` is one.
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int, str], object]]]
 
-_CHUNK = 2000  # texts: less than a second
+_CHUNK = 2000  # texts tokenised at a time, which takes less than a second
 
 
 def text_tokens(
@@ -32,9 +33,9 @@ def text_tokens(
     on_event: Callable[[str], object],
     stage: Stage | None,
 ) -> tuple[Any, dict[str, Sequences]]:
-    """Return the tokenizer and, by the model's names for them, the tokens of every text or pair of texts.
+    """Return the tokenizer and the tokens of every text or pair of texts, by the names of the model's arguments.
 
-    A text is cut at `data.max_length` tokens; one that has none becomes one padding token.
+    A text or pair is cut to `data.max_length` tokens; one without tokens becomes one padding token.
     """
     tokenizer, length = load_tokenizer(config), config.data.max_length
 
@@ -61,11 +62,11 @@ def instruction_tokens(
     on_event: Callable[[str], object],
     stage: Stage | None,
 ) -> tuple[Any, Sequences, Tensor, int]:
-    """Return the tokenizer, the tokens of prompt, answer and end of every row, how many are the prompt's, and a count.
+    """Return the tokenizer, each row's tokens and number of prompt tokens (n,) int64, and how many rows were cut.
 
-    Prompt lengths are (n,) int64. A prompt may have `data.max_length` − `data.max_new_tokens` tokens and loses its
-    first ones, but for the start token, where it is longer; the answer has what is left, and where it is longer
-    loses its last ones and the end. The count is of the rows that lost some.
+    A row is prompt, answer and end token. A prompt longer than `data.max_length` − `data.max_new_tokens` tokens loses
+    its first ones, except the start token. A row that is then longer than `data.max_length` tokens loses its last ones,
+    which are the end token and the end of the answer.
     """
     tokenizer, length, room = load_tokenizer(config), config.data.max_length, config.data.max_new_tokens
     if tokenizer.eos_token_id is None:
@@ -97,7 +98,10 @@ def instruction_tokens(
 
 
 def _prompt(tokenizer: Any, ids: list[int]) -> list[int]:
-    """A prompt's tokens without the end token some tokenizers add; one without any is its start or end token."""
+    """Return a prompt's tokens without an end token, which some tokenizers add.
+
+    A prompt without tokens becomes the start token, or the end token if the tokenizer has no start token.
+    """
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     start = tokenizer.bos_token_id
@@ -114,7 +118,7 @@ def _shortened(tokenizer: Any, ids: list[int], most: int) -> list[int]:
 def _kept(
     config: RunConfig, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], on_event: Callable[[str], object]
 ) -> dict[str, Tensor]:
-    """What `make` makes of the texts in the key and of the checkpoint's tokenizer, from the cache if it is there."""
+    """Return the result of `make`, cached under `key`, the tokenizer's files and the versions of the libraries."""
     import tokenizers
     import transformers
 
@@ -131,7 +135,7 @@ def _directory(config: RunConfig) -> Path | None:
 
 
 def _chunks(rows: int, stage: Stage | None) -> Iterator[slice]:
-    """Yield slices of all rows; where there is more than one, a stage shows how far it got."""
+    """Yield slices that cover all rows; if there is more than one, show the progress by a stage."""
     starts = range(0, rows, _CHUNK)
     if stage is None or len(starts) < 2:
         yield from (slice(start, start + _CHUNK) for start in starts)

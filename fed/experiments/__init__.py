@@ -1,1 +1,1 @@
-"""One run or a plan of runs, from a configuration to files on disk."""
+"""One run or a comparison of runs, from a configuration to files on disk."""

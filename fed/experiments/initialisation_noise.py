@@ -1,4 +1,7 @@
-"""How far clients start from the server: Fed-PLoRA's ways to hold modules and truncated starts, in fp32 and bf16."""
+"""Initialisation noise of several ways to start clients from one server state, in fp32 and bf16.
+
+The ways are Fed-PLoRA's frozen and folded modules, and the truncated starts of other methods.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Start:
-    """One way to start clients in one dtype: `noise` is the mean of ‖ΔW_i(start) − ΔW_server‖_F over all clients.
+    """The result for one way to start clients in one dtype.
 
-    `share` is that over ‖ΔW_server‖_F.
+    `noise` is the mean of ‖ΔW_i(start) − ΔW_server‖_F over all clients, and `share` is `noise` / ‖ΔW_server‖_F.
     """
 
     name: str
@@ -41,16 +44,17 @@ class Start:
     share: float
 
 
-# The server's state as a method would hold it, and what one client starts with from there.
+# A way to start clients: its name, a function from the server's state to the form a method holds it in, and a function
+# that returns a client's start from that.
 _Way = tuple[str, Callable[[ServerState], ServerState], Callable[[ServerState, Client, ClientRandom], ClientStart]]
 
 
 def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
-    """Measure every way to start all clients of a run after its last round, on what its layers then really hold.
+    """Measure the initialisation noise of all clients of a finished run, for every way to start them.
 
-    Every way starts from the same ΔW, that of the run's global adapter, cast to the dtype as is the base; modules are
-    selected at random. Raises FedError where there is no run that went to its end, or its method holds more than R
-    modules a matrix or folds into the base.
+    Every way starts from the same ΔW, that of the run's final adapter; base and adapter are cast to each dtype. Noise
+    is measured on the layers' actual weights, rounding included. Modules are selected at random. Raises FedError if
+    the run is not finished, or its method folds into the base or holds more than R modules in a matrix.
     """
     run = read(directory)
     config = run.config
@@ -78,14 +82,14 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
 
 
 def _ended(beginning: ServerState, handle: pk.Injected, number: int) -> ServerState:
-    """Return the server with the adapter a run ended with, which `handle` has put into the model; take it out again."""
+    """Return the server with the final adapter of a run, which `handle` has loaded, and restore the model."""
     factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in handle.factors().items()}
     handle.restore()
     return replace(beginning, adapter=replace(beginning.adapter, factors=factors), round=number, options=Options())
 
 
 def table(found: Sequence[Start]) -> list[tuple[str, ...]]:
-    """Return the figures as a table, heading first: a line for each way, noise and share of ΔW for each dtype."""
+    """Return the results as a table, heading first: a line for each way, with noise and share for each dtype."""
     lines = [("clients start with", *(title for dtype in DTYPES for title in (dtype, "of ΔW")))]
     for name in dict.fromkeys(start.name for start in found):
         ours = {start.dtype: start for start in found if start.name == name}
@@ -99,7 +103,7 @@ def _shown(value: float) -> str:
 
 
 def _selecting(unselected: str) -> Callable[[ServerState, Client, ClientRandom], ClientStart]:
-    """Fed-PLoRA's start, the modules a client does not train held in this form."""
+    """Return Fed-PLoRA's start with the modules that a client does not train "frozen" or "folded"."""
 
     def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
         return fed_plora.start(replace(server, adapter=replace(server.adapter, unselected=unselected)), client, rng)
@@ -116,7 +120,7 @@ def _as_it_is(server: ServerState) -> ServerState:
 
 
 def _principal(server: ServerState) -> ServerState:
-    """The same ΔW as modules by falling singular value."""
+    """Return the server with the same ΔW as modules in order of decreasing singular value."""
     adapter = server.adapter
     factors = {
         matrix: principal_modules(Stack(A, B, _weights(A, adapter.scale)), adapter.scale, A)

@@ -1,4 +1,4 @@
-"""Runs of a comparison played several at once, each worker a process of its own."""
+"""Playing several runs of a comparison at once, in worker processes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fed.experiments.runner import OnEvent, SharedInputs, in_turn
 
 
 def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) -> None:
-    """Play runs in `jobs` processes, handing out the next as soon as one is done.
+    """Play runs in `jobs` processes; a process that has finished a run gets the next one.
 
-    What the workers tell comes to `tell` in this process. A worker that dies fails its run alone. An exception
-    here, Ctrl-C among them, ends the workers; what they were at stays as far as it got.
+    `tell` is called in this process with all events of the workers. If a worker dies, only its current run fails. An
+    exception in this process, such as Ctrl-C, terminates the workers; their unfinished runs stay on disk.
     """
     waiting = list(reversed(cells))
     workers = [_Worker(directory) for _ in range(min(jobs, len(cells)))]
@@ -37,10 +37,10 @@ def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) ->
 
 
 class _Worker:
-    """A process that plays the cells it is given, one at a time."""
+    """A process that plays one cell at a time."""
 
     def __init__(self, directory: Path) -> None:
-        # A forked child would share this process's CUDA context and threads' locks.
+        # Not forked, because a forked child would inherit this process's CUDA context and the locks of its threads.
         self._context = multiprocessing.get_context("spawn")
         self._directory = directory
         self.cell: Cell | None = None
@@ -55,14 +55,14 @@ class _Worker:
         theirs.close()
 
     def give(self, cell: Cell) -> None:
-        """Let the process play this cell."""
+        """Send a cell to the process, which is started again if it has died."""
         if not self._process.is_alive():
             self._begin()
         self.cell = cell
         self.pipe.send(cell)
 
     def hear(self, tell: OnEvent) -> bool:
-        """Pass on one message; return whether the worker is free again."""
+        """Receive one message and pass it to `tell`; return whether the worker is idle now."""
         if self.cell is None:
             return True
         try:
@@ -76,20 +76,20 @@ class _Worker:
         return self.cell is None
 
     def end(self) -> None:
-        """End the process, whatever it is at."""
+        """Terminate the process, even while it plays a run."""
         self._process.terminate()
         self._process.join()
         self.pipe.close()
 
 
 def _serve(pipe: Connection, directory: Path) -> None:
-    """Play what comes through the pipe until the parent ends this process or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    """Play the cells that come through the pipe, until the parent process terminates this one or has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process terminates the workers
     bench = SharedInputs(directory)
 
     def tell(cell: Cell, kind: str, payload: Any) -> None:
         pipe.send((kind, payload))
 
-    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+    with suppress(EOFError, BrokenPipeError):  # raised when the parent process has ended
         while True:
             in_turn([pipe.recv()], bench, tell)

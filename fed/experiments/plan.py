@@ -1,4 +1,4 @@
-"""A comparison's plan: the variants of one configuration, the seeds they run with, and where each run lies."""
+"""The plan of a comparison: the variants of one configuration, their seeds, and the directory of each run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PLAN = "comparison.toml"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared, as asked for.
+    """The request for a comparison, as the user made it.
 
-    `table` is the resolved configuration all runs share, `source` and `settings` what it was made of. `methods`
-    are names, `name@r` for every client at rank r; `vary` is `key=value,value,…` or empty; `reference` names the
-    variant the others are held against, the first if empty.
+    `table` is the resolved configuration that all runs share, made from `source` and `settings`. `methods` are names,
+    or `name@r` for a run with every client at rank r. `vary` is `key=value,value,…` or empty. `reference` names the
+    variant that the others are compared with; if empty it is the first.
     """
 
     table: dict[str, Any]
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid; `path` is its directory below the comparison's."""
+    """One run of a comparison: a variant with a seed, and its configuration."""
 
     variant: Variant
     seed: int
@@ -51,18 +51,18 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        """Where the run lies, relative to the comparison's directory."""
+        """The run's directory, relative to that of the comparison."""
         return Path("runs", self.variant.name, f"seed-{self.seed}")
 
     @property
     def label(self) -> str:
-        """The run's name on screen."""
+        """The run's name in messages and progress bars."""
         return f"{self.variant.label}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, resolved: its variants in order, and a cell for each with each seed, seed by seed."""
+    """A resolved request: its variants in order, and a cell for each variant and seed, ordered by seed first."""
 
     request: Request
     variants: tuple[Variant, ...]
@@ -70,12 +70,12 @@ class Plan:
 
     @property
     def reference(self) -> Variant:
-        """The variant the others are held against."""
+        """The variant that the others are compared with."""
         wanted = self.request.reference or self.variants[0].name
         return next(variant for variant in self.variants if variant.name == wanted)
 
     def common(self) -> dict[str, Any]:
-        """Return what all runs agree on: dotted key to value, seed and trackers apart."""
+        """Return the settings that are the same in all runs, by dotted key, without seed and tracker."""
         first, *others = [settings_of(cell.config) for cell in self.cells]
         return {
             key: value for key, value in first.items() if all(key in other and other[key] == value for other in others)
@@ -90,15 +90,14 @@ def request(
     vary: str = "",
     reference: str = "",
 ) -> Request:
-    """Return the request for a comparison; what is empty is as the source's `[compare]` says.
+    """Return the request for a comparison; arguments that are empty are taken from the source's table `[compare]`.
 
-    Where a setting is varied without naming methods, or there are none named there either, it is the configuration's
-    own method.
+    Without `methods`, it compares the configuration's own method if `vary` is given or `[compare]` names no methods.
     """
     table, asked = configuration.table(source, settings)
     own = table.pop("method", configuration.RunConfig.model_fields["method"].default)
     table.pop("seed", None)
-    # Ranks that the file's own method could not serve are no error here: each variant's are checked.
+    # The table is checked with Fed-PLoRA, which takes any ranks; `plan` checks each variant with its own method.
     shared = configuration.parse({**table, "method": "fed-plora"}, where=str(source)).model_dump(exclude_none=True)
     del shared["method"], shared["seed"]
     return Request(
@@ -113,7 +112,7 @@ def request(
 
 
 def plan(asked: Request) -> Plan:
-    """Resolve every variant with every seed; FedError where one cannot be, or where two would be the same."""
+    """Resolve every variant with every seed; raise FedError if one is not valid or two are the same."""
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
         raise FedError(f"--seeds is {','.join(map(str, asked.seeds))!r}: it should name each seed once, e.g. 0,1,2")
     compared = tuple(variants(asked.table, asked.methods, asked.vary))
@@ -132,7 +131,7 @@ def plan(asked: Request) -> Plan:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Say in which key two sets of settings differ first, comparing the keys both hold; None where they do not."""
+    """Return the first difference between two sets of settings, among the keys that both have, or None."""
     for key in before:
         if key in now and before[key] != now[key]:
             return f"{key} = {before[key]!r} there, {now[key]!r} here"
@@ -148,7 +147,7 @@ def write(asked: Request, directory: Path) -> None:
 
 
 def read(directory: Path) -> Request:
-    """Read a comparison's request back; FedError where there is none."""
+    """Read the request of a comparison from its directory; raise FedError if there is none."""
     path = directory / PLAN
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +167,7 @@ def read(directory: Path) -> Request:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds of `0,1,2` or `0-4`; FedError where it is neither.
+    """Return the seeds in a text such as `0,1,2` or `0-4`; raise FedError if it is not of this form.
 
     >>> parse_seeds("0-2"), parse_seeds("7,1")
     ((0, 1, 2), (7, 1))

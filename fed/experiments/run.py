@@ -1,4 +1,4 @@
-"""A run's parts, put together in the same way by every command: data, base model, rounds, centralised LoRA."""
+"""The steps of a run that all commands share: making the base model, playing rounds, training centralised LoRA."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from fed.config import RunConfig
     from fed.data.federated_data import FederatedData
 
-# Called with the steps done and the last loss while a base model is trained.
+# A callback for pretraining, called after each step with the number of steps done and the step's loss.
 Progress = Callable[[int, float], object]
 
 
 def make_base(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
-    """Build the base model, train it where it is the embedded one, and save it to `directory`.
+    """Build the base model, pretrain it if it is the embedded one, and save it to `directory`.
 
-    An adapter that does not fit the model, or a device that is not there, shows before any training.
+    The adapter and the device are checked first, so that an error in them does not come after the pretraining.
     """
     from fed.models import base_model
 
@@ -51,7 +51,7 @@ def make_base(config: RunConfig, data: FederatedData, directory: Path, progress:
 
 
 def check_adapter(config: RunConfig, model: nn.Module) -> None:
-    """Raise where the run's adapter does not fit the model; the model is left as it was."""
+    """Raise an error if the run's adapter does not fit the model; the model is left unchanged."""
     from fed.models.base_model import head_names
     from fed.models.shared_model import adapted
 
@@ -68,14 +68,17 @@ def play(
     on_event: Callable[[str], object],
     resume: bool = False,
 ) -> list[Row]:
-    """Run the rounds in `directory`, all or those after its checkpoint; rows go to `on_round`, then to trackers."""
+    """Play the rounds of a run, all or, with `resume`, those after its checkpoint, and return all rows.
+
+    Each new row goes to `on_round` and then to the run's trackers.
+    """
     from fed.experiments.trackers import tracking
     from fed.models.base_model import head_names
     from fed.simulation.checkpoint import last_round
     from fed.simulation.simulate import simulate
 
     reached = last_round(directory) if resume else None
-    first = reached + 1 if reached else 0  # row 0 is played anew
+    first = reached + 1 if reached else 0  # a run resumed from round 0 yields row 0 again
     with tracking(config, directory, first) as track:
 
         def hand_on(row: Row) -> None:
@@ -86,16 +89,16 @@ def play(
 
 
 def ended(directory: Path, config: RunConfig) -> bool:
-    """Return whether a run went to its end: every round is there, and the adapter that is saved after the last."""
+    """Return whether a run is finished: it has the row of its last round, and the adapter, which is saved after it."""
     rows = read_rows(directory)
     return bool(rows) and rows[-1]["round"] == config.rounds and (directory / ADAPTER).is_dir()
 
 
 @contextmanager
 def limits(threads: int) -> Iterator[None]:
-    """Let torch use so many threads inside, or as many as it likes if 0; FedError for what does not fit a layer.
+    """Within the context, set torch's number of CPU threads (0: keep it) and turn PLoRAErrors into FedErrors.
 
-    The process keeps the memory it frees from here on.
+    From then on the process also keeps freed memory for reuse (`fed.training.memory.keep_freed_memory`).
     """
     import torch
 
@@ -115,11 +118,11 @@ def limits(threads: int) -> Iterator[None]:
 def centralised(
     config: RunConfig, data: FederatedData, model: nn.Module, head_names: Sequence[str], steps: int
 ) -> CentralisedRow:
-    """Train rank-R LoRA for `steps` batches of all clients' samples together, and return what it reaches.
+    """Train LoRA of rank R for `steps` steps on all clients' samples together, and return its row.
 
-    The adapter starts where the federated run's does; optimiser, learning rate and batch size are the run's.
-    The result holds the metrics of `fed.simulation.evaluation.evaluate_held_out`, steps and train_seconds; the
-    model comes back as it was.
+    The adapter starts from the same values as in the federated run; optimiser, learning rate and batch size are the
+    run's. The row holds the metrics of `fed.simulation.evaluation.evaluate_held_out`, steps and train_seconds. The
+    model is restored at the end.
     """
     with adapted(config, model, head_names) as shared:
         data = data.to(shared.device)

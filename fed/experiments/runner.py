@@ -1,4 +1,4 @@
-"""A comparison's runs, played one after another or several at once, each kept as soon as it is finished."""
+"""Playing the runs of a comparison; finished runs are kept, and interrupted ones continue from their checkpoints."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     from fed.data.federated_data import FederatedData
     from fed.data.tokenization import Stage
 
-# Called with a cell, what happened ("base", "row", "event", "finished", "failed"), and a line or the row.
+# A callback that is called with a cell, the kind of event ("base", "row", "event", "finished" or "failed"), and a
+# message or, for "row" and "finished", a row.
 OnEvent = Callable[[Cell, str, Any], object]
 
 BASES = "bases"
 
 
 def open_grid(plan: Plan, directory: Path) -> None:
-    """Make a comparison's directory, or check that the one there holds runs of the same settings.
+    """Create a comparison's directory, or check that an existing one belongs to a comparison with the same settings.
 
-    Methods, values and seeds may be others than before: what is there stays. Raises FedError naming the first
-    setting that differs, and where the directory is something else.
+    Methods, values and seeds may differ from those before; existing runs are kept. Raises FedError, naming the first
+    setting that differs, or if the directory is not that of a comparison.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if not (directory / plans.PLAN).is_file():
@@ -66,14 +67,15 @@ def _require_same(plan: Plan, directory: Path) -> None:
 
 
 def finished(cell: Cell, directory: Path) -> bool:
-    """Return whether a run of the comparison went to its end."""
+    """Return whether a run of the comparison is finished."""
     return running.ended(directory / cell.path, cell.config)
 
 
 class SharedInputs:
-    """Data and base models for a comparison's runs: made once for all runs that share them.
+    """Data and base models of a comparison's runs, made once for all runs that share them.
 
-    Base models lie below `directory/bases`, one for each seed; the last data and model used stay in memory.
+    Base models are saved in `directory/bases`, one for each seed and each set of model and data settings. The data and
+    the model that were used last stay in memory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -84,20 +86,20 @@ class SharedInputs:
     def data(
         self, config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None
     ) -> FederatedData:
-        """Return a run's data; runs of one seed that differ in nothing the data depend on get the same object.
+        """Return a run's data, which is the same object as before if seed and settings that affect the data are equal.
 
-        `on_event` and `stage` are told what `fed.data.federated_data.load` has to say.
+        `on_event` and `stage` are passed to `fed.data.federated_data.load`.
         """
         from fed.data import federated_data
 
         key = _key(config, "data", "clients", "model")
         if self._data is None or self._data[0] != key:
-            self._data = None  # frees the last before the next is made
+            self._data = None  # frees the old data before the new data are loaded
             self._data = key, federated_data.load(config, on_event, stage)
         return self._data[1]
 
     def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
-        """Return the base model of a run and where it is saved, from there if it was made before."""
+        """Return the base model of a run and the path it is saved at; it is made only if that does not exist yet."""
         from fed.models import base_model
 
         key = _key(config, "data", "model")
@@ -113,7 +115,10 @@ class SharedInputs:
         return self._model[1], path
 
     def _made(self, config: RunConfig, path: Path) -> nn.Module:
-        """Make a base model under a temporary name; where another process was first, its like stays."""
+        """Make a base model and save it under a temporary name, then rename it.
+
+        If another process has saved the same base model meanwhile, that one stays.
+        """
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         model = running.make_base(config, self.data(config), temporary)
@@ -125,7 +130,7 @@ class SharedInputs:
 
 
 def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
-    """Play one run of a comparison to its end, from its checkpoint if it was begun before; return its last row."""
+    """Play one run of a comparison to its end, from its checkpoint if it has one; return its last row."""
     from fed.simulation.checkpoint import last_round
 
     config, directory = cell.config, bench.directory / cell.path
@@ -152,9 +157,11 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
 def check(
     cells: Sequence[Cell], bench: SharedInputs, on_event: Callable[[str], object], stage: Stage | None = None
 ) -> None:
-    """Raise FedError where the first seed's data cannot be had, or an adapter does not fit the model.
+    """Check the runs before any is played.
 
-    `on_event` gets what there is to say of the data, each line once: other seeds draw from the same rows.
+    Raises FedError if a tracker is not installed, or if with the first seed data cannot be loaded or an adapter does
+    not fit its model. Other seeds are not loaded, because they use the same rows. `on_event` receives each message
+    about the data once.
     """
     from fed.experiments.trackers import require
     from fed.models import base_model
@@ -179,7 +186,7 @@ def check(
 
 
 def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
-    """Play runs one after another; one that cannot be played is told as "failed" and the others go on."""
+    """Play runs one after another; a FedError in one is reported to `tell` as "failed" and the next run begins."""
     for cell in cells:
         try:
             last = play(cell, bench, tell)
@@ -190,7 +197,7 @@ def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
 
 
 def _key(config: RunConfig, *tables: str) -> str:
-    """A short name for what these tables, the seed and the number of threads decide."""
+    """Return a short hash of the settings in these tables, the seed and the number of threads."""
     decisive = {name: getattr(config, name).model_dump(mode="json") for name in tables}
     content = json.dumps([config.seed, config.threads, decisive], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

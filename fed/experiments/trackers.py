@@ -1,4 +1,4 @@
-"""Where a run's rows go besides `rounds.jsonl`: TensorBoard, Weights & Biases, MLflow."""
+"""Experiment trackers that receive a run's rows besides `rounds.jsonl`: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECT = "plora-kernels"
 
 
 class Tracker(NamedTuple):
-    """The library it needs, the extra that installs it, and a context that gives what takes rows."""
+    """A tracker: the library it needs, the extra that installs it, and a context manager that yields a `Log`."""
 
     library: str
     extra: str
@@ -30,7 +30,7 @@ class Tracker(NamedTuple):
 
 
 def require(names: Sequence[str]) -> None:
-    """Raise FedError, naming the extra to install, for the first tracker whose library is not there."""
+    """Raise FedError, naming the extra to install, for the first tracker whose library is not installed."""
     for name in names:
         library, extra, _ = TRACKERS[name]
         if find_spec(library) is None:
@@ -41,10 +41,10 @@ def require(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(config: RunConfig, directory: Path, first: int = 0) -> Iterator[Log]:
-    """Open the run's trackers and give what hands a row to each of them; they are closed after the body.
+    """Within the context, open the run's trackers; yield a function that sends a row to all of them.
 
-    `first` is the round of the first row to come. Where a run is continued, TensorBoard replaces the rows from there
-    on; the others begin a run of their own.
+    `first` is the round of the first row that will be sent. If the run is resumed, TensorBoard replaces the rows from
+    that round on, and the other trackers begin a new run.
     """
     require(config.tracker)
     with ExitStack() as stack:
@@ -58,7 +58,7 @@ def tracking(config: RunConfig, directory: Path, first: int = 0) -> Iterator[Log
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Return the numbers of a row, without its round; lists, and what was not measured, are left out."""
+    """Return the numbers in a row, without its round, lists, and values that were not measured."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -68,7 +68,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
-    """Write event files to `tensorboard/` in the run's directory, the configuration as text beside the curves."""
+    """Write event files, with the configuration as text, to `tensorboard/` in the run's directory."""
     tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
     writer = tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
     lines = [f"    {key} = {value!r}" for key, value in settings_of(config).items()]
@@ -87,7 +87,7 @@ def _tensorboard(config: RunConfig, directory: Path, first: int) -> Iterator[Log
 
 @contextmanager
 def _wandb(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
-    """Log to a run named after the directory; where it goes is wandb's own affair (`WANDB_MODE`, `WANDB_PROJECT`)."""
+    """Log to a run named after the directory; wandb's own settings, such as `WANDB_MODE`, decide where it is stored."""
     wandb = importlib.import_module("wandb")
     settings = {**settings_of(config), "seed": config.seed}
     name = _run_name(directory)
@@ -102,7 +102,7 @@ def _wandb(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
 
 @contextmanager
 def _mlflow(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
-    """Log to a run named after the directory; where it goes is MLflow's own affair (`MLFLOW_TRACKING_URI`)."""
+    """Log to a run named after the directory; MLflow's own `MLFLOW_TRACKING_URI` decides where it is stored."""
     mlflow = importlib.import_module("mlflow")
     with mlflow.start_run(run_name=_run_name(directory)):
         mlflow.log_params({**settings_of(config), "seed": config.seed})
@@ -110,7 +110,7 @@ def _mlflow(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
 
 
 def _run_name(directory: Path) -> str:
-    """The last two parts of the run's path: a comparison's runs are all called seed-…"""
+    """Return the last two parts of the run's path; the last one alone is seed-… for all runs of a comparison."""
     return "/".join(directory.resolve().parts[-2:])
 
 

@@ -1,4 +1,4 @@
-"""The variants of a comparison: methods, at the ranks they can serve, and values of one setting."""
+"""The variants of a comparison: methods, at ranks that they support, and values of one setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing compared: its directory's name, how it is shown, its settings, and what of them a reader must know."""
+    """One of the variants compared.
+
+    `name` is the name of its directory, `label` its name in tables and figures, `settings` are its `key=value`
+    settings, and `notes` are sentences on them for readers of the results.
+    """
 
     name: str
     label: str
@@ -32,8 +36,8 @@ class Variant:
 def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator[Variant]:
     """Yield every method with every value of `vary` (`key=value,value,…`, or empty), over the settings of `table`.
 
-    A method is named as in a configuration, or `name@r` for every client at rank r. Raises FedError for what is
-    neither, and for a key that is not varied so.
+    A method is a name as in a configuration, or `name@r` for every client at rank r. Raises FedError if one is neither,
+    or if `vary` is malformed or names the seed or the method.
     """
     chosen = [_of_method(table, method) for method in named]
     key, values = _varied(vary)
@@ -51,10 +55,11 @@ def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator
 
 
 def _of_method(table: dict[str, Any], asked: str) -> Variant:
-    """Return a method's variant: at the configuration's ranks, at R where it needs equal ones, or at the rank given.
+    """Return the variant of a method.
 
-    At another rank than R, alpha is set so that the scale s stays what it is. A way to select modules is left to the
-    methods that select.
+    Its clients have the rank r of `name@r` if given, else R if the method needs equal ranks, else the configured ranks.
+    If r is not R, alpha is changed so that the scale s stays the same. For methods that select no modules,
+    `adapter.selection` is set to its default.
     """
     method, at, text = asked.partition("@")
     config = resolved(table, ("method=fed-plora",))
@@ -92,7 +97,7 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
 
 
 def _varied(vary: str) -> tuple[str, list[str | None]]:
-    """Split `key=value,value` where a comma stands outside brackets and quotes."""
+    """Split `key=value,value` into key and values, at commas that are not within brackets or quotes."""
     if not vary:
         return "", [None]
     key, equals, text = vary.partition("=")
@@ -120,12 +125,12 @@ def _split(text: str) -> list[str]:
 
 
 def resolved(table: dict[str, Any], settings: Sequence[str]) -> RunConfig:
-    """Return the configuration of a table with settings applied; the table stays as it is."""
+    """Return the configuration of a table with settings applied, without changing the table."""
     changed = copy.deepcopy(table)
     configuration.apply(changed, settings)
     return configuration.parse(changed, where="--methods or --vary")
 
 
 def _slug(text: str) -> str:
-    """Return `text` as part of a directory's name."""
+    """Return `text` in a form that can be part of a directory's name."""
     return re.sub(r"[^a-z0-9._=@]+", "-", text.lower()).strip("-.")

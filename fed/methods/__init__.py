@@ -1,4 +1,4 @@
-"""Federated methods: two pure functions over stacks of factors each, one file and one line in the table."""
+"""Federated methods. Each is a file with pure functions for a client's start and for aggregation, listed in METHODS."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def send_all(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:
-    """Return the update as it is: everything trained is sent, nothing is kept."""
+    """Return the update unchanged: the client sends everything that it trained and keeps nothing."""
     return update
 
 
 class Method(NamedTuple):
-    """What tells one federated method from another.
+    """The functions of a federated method and its properties.
 
-    `start` says what a client begins a round with; `aggregate` makes the next server state of at least one
-    update; `finish`, for the few that need it, is the client's last word before it sends: what it keeps to itself.
-    None changes what it is given.
+    `start` returns what a client starts a round with, and `aggregate` the next server state from one or more updates.
+    `finish` is applied to a client's update after training, and sets what the client sends and what it keeps. None of
+    them changes its arguments.
 
-    `equal_ranks`: every client's rank must be R. `by_module`: aggregates module by module, so that `agg_noise_module`
-    has a meaning. `moves_factors`: the server's factors go on from round to round, so that a server-side optimiser
-    may take the step. `personal`: clients' models differ after aggregation. `folds`: it adds to the base's weights, or
-    holds more than R modules a matrix, which the base has to take in. `selects`: clients train what
-    `adapter.selection` picks.
+    `equal_ranks`: every client's rank must be R. `by_module`: updates are averaged module by module, so that
+    `agg_noise_module` has a meaning. `moves_factors`: the server's factors change gradually from round to round, so
+    that the server's optimiser can be applied to them. `personal`: clients' models differ after aggregation. `folds`:
+    the method adds to the base's weights, or holds more than R modules in a matrix, of which the rest is folded into
+    the base. `selects`: clients train the modules that `adapter.selection` chooses.
     """
 
     title: str
@@ -70,7 +70,7 @@ METHODS = {
 
 
 def find(name: str) -> Method:
-    """Return the method of that name; raises `FedError`, naming those there are, where there is none.
+    """Return the method of that name; raise `FedError`, listing all names, if there is none.
 
     >>> find("fed-plora").title
     'Fed-PLoRA'

@@ -1,4 +1,4 @@
-"""Weighted means that methods build their aggregation from; all sums run in fp64 and are cast once."""
+"""Weighted means for the aggregation of methods; all sums are computed in fp64 and rounded once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fed.types import ClientUpdate, Factors, ServerState
 def module_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Factors]:
     """Return, for every matrix, A (R, K) and B (N, R) averaged module by module.
 
-    a_j = Σ_{i∈Q_j} p_i a_ij / Σ_{i∈Q_j} p_i, and b_j likewise, with Q_j the clients that trained module j; a
-    module nobody trained keeps the server's value bit for bit.
+    a_j = Σ_{i∈Q_j} p_i a_ij / Σ_{i∈Q_j} p_i, and b_j likewise, with Q_j the clients that trained module j. A module
+    that no client trained keeps the server's value bit for bit.
     """
     weights = [update.weight for update in updates]
     means = {}
@@ -30,7 +30,7 @@ def module_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[s
 
 
 def head_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """Return Σ p_i h_i / Σ p_i of every head parameter, in its dtype; empty where the head is frozen."""
+    """Return Σ p_i h_i / Σ p_i for every head parameter h, in its dtype; empty if the head is frozen."""
     total = sum(update.weight for update in updates)
     means = {}
     for name, previous in server.head.items():
@@ -42,7 +42,7 @@ def head_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str
 
 
 def visit_counts(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """Return how often each module was trained so far, (R,) int64 for every matrix."""
+    """Return how often each module was trained up to and including this round, (R,) int64 for every matrix."""
     counts = {}
     for matrix, (A, _) in server.adapter.factors.items():
         counts[matrix] = server.visits.get(matrix, torch.zeros(A.shape[0], dtype=torch.int64)).clone()
@@ -52,9 +52,9 @@ def visit_counts(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[s
 
 
 def next_state(server: ServerState, updates: Sequence[ClientUpdate], sides: str = "AB") -> ServerState:
-    """Return the server a round later: modules and head averaged over the clients that trained them.
+    """Return the next server state: modules and head averaged over the clients that trained them.
 
-    `sides` names the factors that were trained, "AB", "A" or "B"; the other one stays bit for bit.
+    `sides` names the factors that were trained, "AB", "A" or "B"; the other factor is kept bit for bit.
     """
     factors = {}
     for matrix, mean in module_means(server, updates).items():

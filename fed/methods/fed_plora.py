@@ -1,6 +1,6 @@
-"""Fed-PLoRA: a client trains some of the one-rank modules and folds or freezes the rest.
+"""Fed-PLoRA: a client trains some of the one-rank modules and folds or freezes the others.
 
-Which ones is up to `adapter.selection`: a strategy of `fed.methods.selection`, at random by default.
+The setting `adapter.selection` names the strategy of `fed.methods.selection` that chooses them, by default at random.
 
 Source: Zhang, Hu, Xu, "Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation", ICLR 2026,
 arXiv 2602.16936.
@@ -17,7 +17,7 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return all R modules, of which the client trains r_i, selected afresh for every matrix."""
+    """Return a start with all R modules, of which the client trains r_i, selected separately for each matrix."""
     adapter, strategy = server.adapter, selection.find(server.options.selection)
     selected = {}
     for matrix, factors in adapter.factors.items():
@@ -28,5 +28,5 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return every a_j, b_j as the mean over Q_j, who trained module j; if nobody did it keeps its value."""
+    """Return every a_j and b_j as the mean over the clients that trained module j; a module without any is kept."""
     return next_state(server, updates)

@@ -1,7 +1,7 @@
-"""FedEx-LoRA: FedIT's means of the factors, and what they miss folded into the base.
+"""FedEx-LoRA: factors are averaged as in FedIT, and the error of that is folded into the base.
 
-base += Σ p_i s B_i A_i − s B̄ Ā, so that base and adapter together are the mean of the clients exactly. The residual is
-sent as the factors it is made of, the clients' and the mean's.
+base += Σ p_i s B_i A_i − s B̄ Ā, so that base and adapter together are exactly the mean of the clients' updates. The
+residual is sent as a stack of factors: the clients' and the mean ones.
 
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models",
 ACL 2025, arXiv 2410.09432.
@@ -22,12 +22,12 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState, Stack
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return all R modules, all to be trained, on the corrected base; `FedError` for a client of another rank."""
+    """Return a start with all R modules, all of them trained; raise `FedError` for a client of another rank."""
     return whole_start(server, client, "fedex-lora")
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return Ā, B̄ and the base with Σ p_i s B_i A_i − s B̄ Ā in it; Ā and B̄ are taken as they were rounded."""
+    """Return Ā, B̄ and the base with Σ p_i s B_i A_i − s B̄ Ā folded in, where Ā and B̄ are the rounded means."""
     following = next_state(server, updates)
     total = sum(update.weight for update in updates)
     scale = server.adapter.scale

@@ -14,10 +14,10 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return all R modules, all to be trained; raises `FedError` for a client of another rank."""
+    """Return a start with all R modules, all of them trained; raise `FedError` for a client of another rank."""
     return whole_start(server, client, "fedit")
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return Ā = Σ p_i A_i and B̄ = Σ p_i B_i: module-wise means where all train all."""
+    """Return Ā = Σ p_i A_i and B̄ = Σ p_i B_i, which module-wise means are if all clients train all modules."""
     return next_state(server, updates)

@@ -1,6 +1,6 @@
-"""FFA-LoRA: A stays at its random start, which everybody draws from the shared seed; B̄ = Σ p_i B_i.
+"""FFA-LoRA: A stays at its random initial value, which all clients draw from the shared seed; B̄ = Σ p_i B_i.
 
-With one A for all, Σ p_i s B_i A = s B̄ A: aggregation is exact, and half as many bytes travel.
+As A is the same for all clients, Σ p_i s B_i A = s B̄ A: aggregation is exact, and only B is sent.
 
 Source: Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, arXiv 2403.12313.
 """
@@ -16,10 +16,10 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return all R modules with B alone to be trained; raises `FedError` for a client of another rank."""
+    """Return a start with all R modules, of which B is trained; raise `FedError` for a client of another rank."""
     return whole_start(server, client, "ffa-lora", trained="B", received="B")
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return A as it was and B̄ = Σ p_i B_i."""
+    """Return the unchanged A and B̄ = Σ p_i B_i."""
     return next_state(server, updates, sides="B")

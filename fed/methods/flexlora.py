@@ -1,7 +1,7 @@
-"""FlexLoRA: the server averages the clients' ΔW at full rank, and a client starts from its best rank-r_i approximation.
+"""FlexLoRA: the server averages the clients' ΔW, and client i starts from the mean's best approximation of rank r_i.
 
-ΔW = Σ p_i s B_i A_i = U Σ Vᵀ, kept factored with A = Vᵀ and B = U Σ / s, largest singular value first; client i gets
-the first r_i modules. The first round starts from the usual A and B = 0.
+ΔW = Σ p_i s B_i A_i = U Σ Vᵀ is kept as factors, A = Vᵀ and B = U Σ / s, in order of decreasing singular value; client
+i receives the first r_i modules. The first round starts from a random A and B = 0.
 
 Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
 NeurIPS 2024, arXiv 2402.11505.
@@ -18,12 +18,12 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return the first r_i modules, all to be trained."""
+    """Return a start with the first r_i modules, all of them trained."""
     return leading_start(server, client.rank)
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return ΔW = Σ p_i s B_i A_i as modules by falling singular value, as many as there are."""
+    """Return ΔW = Σ p_i s B_i A_i as modules in order of decreasing singular value, as many as its rank."""
     total = sum(update.weight for update in updates)
     shares = [update.weight / total * server.adapter.scale for update in updates]
     stacks = {matrix: stacked(updates, matrix, shares) for matrix in server.adapter.factors}

@@ -1,7 +1,7 @@
-"""FLoRA: clients train fresh factors of their own rank each round, and the server folds all of them into the base.
+"""FLoRA: clients train new factors of their own rank each round, and the server folds all of them into the base.
 
-ΔW += Σ p_i s_i B_i A_i, which is one product of stacked factors [p_1 s_1 B_1 | …] [A_1; …]: exact for any mix of ranks.
-The stack of Σ r_i modules goes down to every client; s_i = α/r_i, or α/√r_i if rank-stabilised.
+ΔW += Σ p_i s_i B_i A_i, with s_i = α/r_i, or α/√r_i if rank-stabilised. This is one product of stacked factors,
+[p_1 s_1 B_1 | …] [A_1; …], so it is exact for any mix of ranks. Every client downloads the stack of Σ r_i modules.
 
 Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
 NeurIPS 2024, arXiv 2409.05976.
@@ -23,7 +23,10 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return r_i new modules, drawn from the shared seed and not sent: A Kaiming-uniform as at first, B = 0."""
+    """Return a start with r_i new modules, all of them trained: A Kaiming-uniform, as in a new adapter, and B = 0.
+
+    They are drawn from the shared seed, so the client downloads no modules.
+    """
     adapter, rank = server.adapter, client.rank
     factors = {
         matrix: (_fresh(A, rank, rng, matrix), torch.zeros_like(B[:, :1]).repeat(1, rank))
@@ -34,7 +37,7 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return the base with Σ p_i s_i B_i A_i folded into it; the adapter stays at B = 0."""
+    """Return the server with Σ p_i s_i B_i A_i folded into the base; its adapter stays at B = 0."""
     total = sum(update.weight for update in updates)
     shares = [update.weight / total * server.adapter.scale_of(update.client.rank) for update in updates]
     stacks = {matrix: stacked(updates, matrix, shares) for matrix in server.adapter.factors}
@@ -48,7 +51,7 @@ def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerSta
 
 
 def _fresh(like: Tensor, rank: int, rng: ClientRandom, matrix: str) -> Tensor:
-    """Return A (rank, K) drawn uniformly from ±1/√K, in the dtype and on the device of `like` (R, K)."""
+    """Return a random A (rank, K), uniform in [−1/√K, 1/√K), in the dtype and on the device of `like` (R, K)."""
     width = like.shape[1]
     numbers = torch.from_numpy(rng.uniform(rank * width, "fresh", matrix)).view(rank, width)
     return ((2 * numbers - 1) / math.sqrt(width)).to(like)

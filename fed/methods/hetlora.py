@@ -1,8 +1,8 @@
-"""HETLoRA: client i trains the first r_i modules; updates are filled up with zeros and averaged.
+"""HETLoRA: client i trains the first r_i modules; updates are padded with zeros and averaged.
 
 Ā = Σ q_i [A_i; 0] and B̄ = Σ q_i [B_i | 0], with q_i ∝ ‖B_i A_i‖_F for each matrix ("norm") or the run's p_i ("run").
-Self-pruning, on request: a client of rank r adds λ ‖A[γr:]‖ ‖B[:, γr:]‖ to its loss, and where that product has shrunk
-by the end of the round it keeps the first γr modules from then on.
+Self-pruning, if switched on: a client of rank r adds λ Σ_matrices ‖A[γr:]‖ ‖B[:, γr:]‖ to its loss. If that sum is
+smaller at the end of the round than at the start, the client keeps only the first γr modules from then on.
 
 Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024,
 arXiv 2401.06432.
@@ -24,7 +24,7 @@ from fed.types import Client, ClientStart, ClientUpdate, Factors, ServerState, T
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return the first r_i modules, or as many as the client kept, all to be trained."""
+    """Return a start with the first r_i modules, or as many as the client kept after pruning, all of them trained."""
     options = server.options
     rank = int(client.memory["rank"]) if "rank" in client.memory else client.rank
     begun = leading_start(server, rank)
@@ -35,7 +35,7 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 
 def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:
-    """Return the update without its last modules if Σ_matrices ‖A[γr:]‖ ‖B[:, γr:]‖ shrank; the rank is remembered."""
+    """Return the update, cut to γr modules if Σ_matrices ‖A[γr:]‖ ‖B[:, γr:]‖ shrank; the client keeps that rank."""
     if begun.penalty is None:
         return replace(update, memory=update.client.memory)
     first = begun.penalty.first
@@ -50,7 +50,7 @@ def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> Cli
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return the weighted means of the updates, a module a client does not have counting as zero."""
+    """Return the weighted means of the updates; a module that a client does not have counts as zero."""
     factors = {matrix: _padded_mean(server, updates, matrix) for matrix in server.adapter.factors}
     return replace(
         server,
@@ -77,7 +77,7 @@ def _padded_mean(server: ServerState, updates: Sequence[ClientUpdate], matrix: s
 
 
 def _weights(server: ServerState, updates: Sequence[ClientUpdate], matrix: str) -> Tensor:
-    """Return q_i (clients,) fp64, summing to 1; the run's p_i where no client has moved from ΔW = 0."""
+    """Return q_i (clients,) fp64 with sum 1; they are the run's p_i if every client's ΔW is 0."""
     weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
     if server.options.hetlora_weighting == "norm":
         norms = torch.stack([product_norm(B.double(), A.double()) for A, B in (u.factors[matrix] for u in updates)])

@@ -1,4 +1,4 @@
-"""Stacks of modules that methods build their aggregation from: joined, folded into the base, taken apart by SVD."""
+"""Operations on stacks of modules for the aggregation of methods: joining, folding into the base, and SVD."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fed.types import ClientUpdate, Factors, ServerState, Stack
 
 
 def stacked(updates: Sequence[ClientUpdate], matrix: str, shares: Sequence[float | Sequence[float]]) -> Stack:
-    """Return the modules of all updates side by side, A (Σ r_i, K) and B (N, Σ r_i).
+    """Return the modules of all updates in one stack, A (Σ r_i, K) and B (N, Σ r_i).
 
-    `shares` holds what each update's modules are weighted with: one number, or one a module.
+    `shares` holds the weights of each update's modules: one number for all of them, or one for each.
     """
     pairs = [update.factors[matrix] for update in updates]
     weights = [
@@ -27,7 +27,7 @@ def stacked(updates: Sequence[ClientUpdate], matrix: str, shares: Sequence[float
 
 
 def fold(base_delta: Mapping[str, Tensor], stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
-    """Return base_delta + B diag(w) A, (N, K) fp32 for every matrix; sums run in fp64 and are rounded once."""
+    """Return base_delta + B diag(w) A, (N, K) fp32 for every matrix, computed in fp64 and rounded once."""
     folded = {}
     for matrix, (A, B, weights) in stacks.items():
         delta = (B.double() * weights) @ A.double()
@@ -36,7 +36,7 @@ def fold(base_delta: Mapping[str, Tensor], stacks: Mapping[str, Stack]) -> dict[
 
 
 def principal_state(server: ServerState, updates: Sequence[ClientUpdate], stacks: Mapping[str, Stack]) -> ServerState:
-    """Return the server a round later, its ΔW the stacks' taken apart by `principal_modules`, the head averaged."""
+    """Return the next server state, with the stacks' ΔW as modules from `principal_modules` and the head averaged."""
     adapter = server.adapter
     factors = {
         matrix: principal_modules(stack, adapter.scale, adapter.factors[matrix][0][: adapter.rank])
@@ -50,10 +50,10 @@ def principal_state(server: ServerState, updates: Sequence[ClientUpdate], stacks
 def principal_modules(stack: Stack, scale: float, spare: Tensor) -> Factors:
     """Return A (m, K) and B (N, m) with s · B A = B_stack diag(w) A_stack = U Σ Vᵀ, A = Vᵀ and B = U Σ / s.
 
-    The SVD is that of the small core: with B_stack diag(w) = Q₁T₁ and A_stackᵀ = Q₂T₂ it is T₁T₂ᵀ, in fp64; the (N, K)
-    matrix is never formed. Modules stand by falling singular value; m is the rank of the product, or R where that is
-    more. Those without a singular value have b = 0 and orthonormal directions from `spare`, (R, K), or what the stack
-    spans, so that they can be trained; where K allows no more of them a = 0 as well.
+    With B_stack diag(w) = Q₁T₁ and A_stackᵀ = Q₂T₂, only the small core T₁T₂ᵀ is decomposed, in fp64; the (N, K) matrix
+    is never formed. Modules are ordered by decreasing singular value. m is the rank of the product, but at least R.
+    Modules beyond the rank have b = 0 and, so that they can be trained, an a orthonormal to the others, from the span
+    of the stack and `spare`, (R, K); if K is too small for another such direction, a = 0 as well.
     """
     left = stack.B.double() * stack.weights  # (N, n)
     right = torch.cat([stack.A, spare]).double()  # (n + R, K)
@@ -71,7 +71,7 @@ def principal_modules(stack: Stack, scale: float, spare: Tensor) -> Factors:
 
 
 def _resized(values: Tensor, count: int, dim: int) -> Tensor:
-    """Return `values` cut or filled up with zeros to `count` along `dim`."""
+    """Return `values` cut or padded with zeros to the size `count` along `dim`."""
     missing = count - values.shape[dim]
     if missing <= 0:
         return values.narrow(dim, 0, count)
@@ -81,10 +81,11 @@ def _resized(values: Tensor, count: int, dim: int) -> Tensor:
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """Return ‖left · right‖_F, a scalar, of left (N, m) and right (m, K) without forming what is larger.
+    """Return ‖left · right‖_F, a scalar, of left (N, m) and right (m, K).
 
-    With left = Q₁T₁ and rightᵀ = Q₂T₂ it is ‖T₁T₂ᵀ‖_F: orthogonal factors do not change the norm, and
-    nothing is squared before it is subtracted. Where m reaches N or K the product itself is no larger, and is taken.
+    With left = Q₁T₁ and rightᵀ = Q₂T₂ it is ‖T₁T₂ᵀ‖_F, because orthogonal factors do not change the norm. This needs
+    no (N, K) matrix, and unlike a sum of squares it loses no digits when modules cancel. If m reaches N or K the
+    product is formed, because it is then no larger than its factors.
     """
     if left.shape[1] >= min(left.shape[0], right.shape[1]):
         dense: Tensor = torch.linalg.matrix_norm(left @ right)

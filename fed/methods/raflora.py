@@ -1,8 +1,8 @@
-"""raFLoRA: FlexLoRA whose server averages every module over those clients alone that have it.
+"""raFLoRA: FlexLoRA, but every module is averaged only over the clients that have it.
 
-Averaged over everybody, module j of a few large clients is divided by all of them and ΔW drifts to the smallest rank.
-Here the updates are cut at the ranks there are; a slice is averaged over the clients whose rank reaches it, with their
-weights renormalised: ΔW = Σ_i Σ_{j<r_i} (p_i / Σ_{k: r_k>j} p_k) s b_ij a_ijᵀ. Then as FlexLoRA.
+FlexLoRA averages over all clients, so a module that only a few clients of large rank have is scaled down, and ΔW tends
+to the smallest rank. Here the weights for module j are renormalised over the clients whose rank exceeds j:
+ΔW = Σ_i Σ_{j<r_i} (p_i / Σ_{k: r_k>j} p_k) s b_ij a_ijᵀ. Everything else is as in FlexLoRA.
 
 Source: Wu et al., arXiv 2602.13486, 2026.
 """
@@ -18,12 +18,12 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return the first r_i modules, all to be trained."""
+    """Return a start with the first r_i modules, all of them trained."""
     return leading_start(server, client.rank)
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return the sum of the slices' means as modules by falling singular value, as many as there are."""
+    """Return ΔW, with the weights above, as modules in order of decreasing singular value, as many as its rank."""
     scale = server.adapter.scale
     widest = max(update.client.rank for update in updates)
     reach = [sum(update.weight for update in updates if update.client.rank > module) for module in range(widest)]

@@ -1,7 +1,7 @@
-"""RoLoRA: odd rounds train and average B with A fixed, even rounds A with B fixed.
+"""RoLoRA: odd rounds train and average B with A fixed, even rounds train and average A with B fixed.
 
-One factor is the same for all in every round, so the mean of the other is exact: Σ p_i s B_i A = s B̄ A, and likewise
-s B Ā. Either factor learns, and half as many bytes travel as when both do.
+In every round one factor is the same for all clients, so aggregation is exact: Σ p_i s B_i A = s B̄ A, and likewise
+for s B Ā. Both factors are trained in turn, but only one is sent in each round.
 
 Source: Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", arXiv 2502.01755.
 """
@@ -17,9 +17,10 @@ from fed.types import Client, ClientStart, ClientUpdate, ServerState
 
 
 def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return all R modules with one factor to be trained; raises `FedError` for a client of another rank.
+    """Return a start with all R modules, of which one factor is trained.
 
-    A client that took part in the last round lacks only the factor averaged then; any other gets both.
+    A client that took part in the last round downloads only the factor that was averaged then; any other client
+    downloads both. Raises `FedError` for a client of another rank.
     """
     number = server.round + 1
     up_to_date = client.last_round == server.round > 0
@@ -27,7 +28,7 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
-    """Return the mean of the factor this round trained, the other bit for bit as it was."""
+    """Return the mean of the factor that this round trained; the other one is kept bit for bit."""
     return next_state(server, updates, sides=_side(server.round + 1))
 
 

@@ -1,7 +1,7 @@
-"""Which modules a client trains: strategies of one signature, by name.
+"""Strategies for selecting the modules that a client trains, by name.
 
-A strategy gets one matrix's `Candidates`, the client's budget r_i and its randomness, and returns r_i of the modules
-0 … R-1, ascending. It is a function of these alone: neither the order of calls nor other clients matter.
+A strategy takes the `Candidates` of one matrix, the client's budget r_i and its random streams, and returns r_i of the
+modules 0 … R-1, ascending. The result depends on these arguments only, not on the order of calls or other clients.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from fed.types import Factors
 
 @dataclass(frozen=True)
 class Candidates:
-    """The modules of one matrix: the server's A (R, K) and B (N, R), and what is known of each.
+    """The modules of one matrix, the server's A (R, K) and B (N, R), with figures to select by.
 
-    `visits` (R,) int64 counts how often a module was trained so far; `gradients` (R,) fp64 are the norms of the
-    client's own gradient at the start of the round, None where the strategy does not ask for them.
+    `visits` (R,) int64 counts how often each module was trained so far, and is None before the first time. `gradients`
+    (R,) fp64 are the norms of each module's gradient on the client's data at the start of the round; they are None
+    unless modules are selected by gradients.
     """
 
     matrix: str
@@ -32,7 +33,7 @@ class Candidates:
 
     @property
     def rank(self) -> int:
-        """Return R."""
+        """R, the number of modules."""
         return self.factors[0].shape[0]
 
 
@@ -40,11 +41,10 @@ Strategy = Callable[[Candidates, int, ClientRandom], tuple[int, ...]]
 
 
 def random_selection(seed: int, round_number: int, client: int, matrix: str, rank: int, budget: int) -> tuple[int, ...]:
-    """Return `budget` of the modules 0 … rank-1, ascending, every subset equally likely.
+    """Return `budget` of the modules 0 … rank-1, ascending, with equal probability for every subset.
 
-    The draw is a function of (seed, round, client, matrix) alone: the order of calls does not matter, and
-    each client has its own draw for each matrix in each round. Raises `FedError` where budget is outside 0 …
-    rank.
+    The draw depends only on (seed, round, client, matrix), not on the order of calls. Raises `FedError` if budget is
+    outside 0 … rank.
     """
     check_budget(client, rank, budget)
     order = ClientRandom(seed, round_number, client).permutation(rank, "select", matrix)
@@ -58,35 +58,35 @@ def check_budget(client: int, rank: int, budget: int) -> None:
 
 
 def uniform_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Draw every subset with equal chance, anew for every client, matrix and round."""
+    """Draw a subset, all with equal probability, for each client, matrix and round."""
     return random_selection(rng.seed, rng.round, rng.client, modules.matrix, modules.rank, budget)
 
 
 def shared_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Draw one order a round and matrix, the same for all clients: each takes the first r_i of it."""
+    """Take the first r_i modules of a random order, which is the same for all clients in a round and matrix."""
     order = permutation(modules.rank, rng.seed, rng.round, "select", modules.matrix)
     return tuple(sorted(order[:budget].tolist()))
 
 
 def first(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Take modules 0 … r_i-1, always."""
+    """Take modules 0 … r_i-1 in every round."""
     return tuple(range(budget))
 
 
 def round_robin(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Take r_i modules in a row, going on where the last round's ended and shifted by r_i from client to client."""
+    """Take r_i consecutive modules, which move on by r_i, modulo R, from round to round and from client to client."""
     begin = (rng.round - 1 + rng.client) * budget
     return tuple(sorted((begin + step) % modules.rank for step in range(budget)))
 
 
 def largest_norm(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Take the modules of largest ‖b_j‖‖a_j‖."""
+    """Take the modules with the largest ‖b_j‖‖a_j‖."""
     A, B = modules.factors
     return _largest(A.double().norm(dim=1) * B.double().norm(dim=0), modules, budget, rng)
 
 
 def least_visited(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Take the modules that were trained least often so far, by all clients together."""
+    """Take the modules that all clients together have trained least often so far."""
     visits = torch.zeros(modules.rank) if modules.visits is None else modules.visits
     return _largest(-visits.double(), modules, budget, rng)
 
@@ -99,7 +99,7 @@ def largest_gradient(modules: Candidates, budget: int, rng: ClientRandom) -> tup
 
 
 def _largest(scores: Tensor, modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
-    """Return the `budget` modules of largest score (R,); a keyed draw decides between equal ones."""
+    """Return the `budget` modules with the largest scores (R,); among equal ones the client's random order decides."""
     order = rng.permutation(modules.rank, "select", modules.matrix)
     values = scores.tolist()
     ranked = sorted(order.tolist(), key=lambda module: -values[module])
@@ -118,7 +118,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def find(name: str) -> Strategy:
-    """Return the strategy of that name; raises `FedError`, naming those there are, where there is none."""
+    """Return the strategy of that name; raise `FedError`, listing all names, if there is none."""
     if name not in STRATEGIES:
         raise FedError(f"adapter.selection is {name!r}; one of {', '.join(STRATEGIES)} would be right")
     return STRATEGIES[name]

@@ -1,4 +1,4 @@
-"""How methods without a selection let clients start: with all R modules, or with the first r_i of them."""
+"""Starts of clients in methods that select no modules: with all R modules, or with the first r_i of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fed.types import Client, ClientStart, ServerState
 def whole_start(
     server: ServerState, client: Client, method: str, trained: str = "AB", received: str = "AB"
 ) -> ClientStart:
-    """Return all R modules, all to be trained; raises `FedError` for a client of another rank."""
+    """Return a start with all R modules, all of them trained; raise `FedError` for a client of another rank."""
     adapter = server.adapter
     for matrix, (A, _) in adapter.factors.items():
         if A.shape[0] != client.rank:
@@ -22,7 +22,7 @@ def whole_start(
 
 
 def leading_start(server: ServerState, rank: int) -> ClientStart:
-    """Return a start with the adapter's first `rank` modules, all to be trained."""
+    """Return a start with the adapter's first `rank` modules, all of them trained."""
     adapter = server.adapter
     factors = {matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in adapter.factors.items()}
     selected = {matrix: tuple(range(rank)) for matrix in factors}

@@ -1,1 +1,1 @@
-"""The base model a run starts from, and the one copy of it that all clients train on."""
+"""The base model of a run, and the one copy of it that all clients train on."""

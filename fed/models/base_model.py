@@ -1,4 +1,4 @@
-"""The base model of a run: a small ViT trained here on undisturbed digits, or a local checkpoint."""
+"""The base model of a run: the embedded ViT, pretrained on unshifted digits, or a local checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fed.data.federated_data import FederatedData
     from fed.data.tables import Split
 
-# Called with the steps done and the last step's loss while the embedded base is trained.
+# A callback for pretraining, called after each step with the number of steps done and the step's loss.
 Progress = Callable[[int, float], object]
 
 _WARMUP_FRACTION = 0.1
@@ -26,11 +26,11 @@ _CPU = torch.device("cpu")
 
 
 def build(config: RunConfig, data: FederatedData) -> nn.Module:
-    """Return the base model before any training here: CPU, fp32.
+    """Return the base model on the CPU, in fp32, before any pretraining.
 
-    Without `model.path` it is the embedded ViT with freshly drawn weights; otherwise the checkpoint there, as a causal
-    language model for instructions, else with a classification head for `data.label_names`. Raises FedError where
-    there is no usable checkpoint.
+    Without `model.path` it is the embedded ViT with randomly initialised weights. Otherwise it is the checkpoint at
+    that path: a causal language model for instructions, else a classifier for the labels `data.label_names`. Raises
+    FedError if there is no usable checkpoint.
     """
     with quiet():
         if config.model.path is None:
@@ -43,14 +43,15 @@ def build(config: RunConfig, data: FederatedData) -> nn.Module:
 
 
 def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progress | None = None) -> None:
-    """Train every weight centrally with AdamW, in place.
+    """Train all weights of the model in place, centrally, with AdamW.
 
-    The learning rate rises to `model.pretrain_learning_rate` over a tenth of the steps, then falls as a cosine.
+    The learning rate rises to `model.pretrain_learning_rate` over a tenth of the steps and then falls, along cosines.
     """
     steps, peak = config.model.pretrain_steps, config.model.pretrain_learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
     total = max(steps, 2)
-    rising = max(_WARMUP_FRACTION, 1.5 / total)  # the schedule divides by the rise's steps less one
+    # The schedule divides by the number of warm-up steps minus one, which the second bound keeps above 0.
+    rising = max(_WARMUP_FRACTION, 1.5 / total)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=rising)
     batches = _batches(len(rows), config)
     model.train()
@@ -66,7 +67,7 @@ def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progres
 
 
 def save(model: Any, config: RunConfig, directory: Path) -> None:
-    """Save a base model in transformers' format, with the tokenizer of the checkpoint it came from."""
+    """Save a base model in transformers' format, with the tokenizer of its checkpoint if it came from one."""
     with quiet():
         if config.model.path is not None:
             load_tokenizer(config).save_pretrained(directory)
@@ -74,7 +75,7 @@ def save(model: Any, config: RunConfig, directory: Path) -> None:
 
 
 def reopen(directory: Path) -> nn.Module:
-    """Load a base model that `save` wrote, bit for bit as it was: CPU, its own dtype and labels."""
+    """Load a base model that `save` wrote, bit for bit, on the CPU, with the saved dtype and labels."""
     import transformers
 
     with quiet(), failing_as(f"the base model in {str(directory)!r} does not load"):
@@ -85,9 +86,9 @@ def reopen(directory: Path) -> nn.Module:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Name the modules of the classification head: the children with parameters beside the backbone.
+    """Return the names of the modules of the classification head: all children with parameters except the backbone.
 
-    A language model has none: what turns its states into tokens belongs to the base and stays as it is.
+    A language model has none, because its output embeddings belong to the frozen base.
     """
     backbone = getattr(model, "base_model_prefix", "")
     output_embeddings = getattr(model, "get_output_embeddings", None)
@@ -97,7 +98,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
-    """A ViT for 8×8 grey images: 16 patches of 2×2, 4 layers of width 64, drawn from the run's seed."""
+    """Return a ViT for 8×8 grey images, 16 patches of 2×2 and 4 layers of width 64, initialised from the run's seed."""
     from transformers import ViTConfig, ViTForImageClassification
 
     architecture = ViTConfig(
@@ -118,7 +119,7 @@ def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
 
 
 def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
-    """Yield row indices without end: every epoch a fresh order, without its incomplete last batch."""
+    """Yield the row indices of batches without end, in a new random order each epoch, dropping incomplete batches."""
     size, epoch = min(rows, config.model.pretrain_batch_size), 0
     while True:
         order = torch.from_numpy(permutation(rows, config.seed, "pretrain", epoch))
@@ -127,7 +128,7 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
 
 
 def _classifier(config: RunConfig, data: FederatedData) -> Any:
-    """The checkpoint as a sequence classifier; where its head is for other labels, a new one is drawn."""
+    """Return the checkpoint as a sequence classifier, with a new head if its own has another number of labels."""
     from transformers import AutoModelForSequenceClassification
 
     model, _ = _loaded(config, AutoModelForSequenceClassification, ignore_mismatched_sizes=True, **_labels(data))
@@ -135,7 +136,10 @@ def _classifier(config: RunConfig, data: FederatedData) -> Any:
 
 
 def _language_model(config: RunConfig) -> Any:
-    """The checkpoint as a causal language model: it must be one, for what it lacks would be drawn at random."""
+    """Return the checkpoint as a causal language model.
+
+    Raises FedError if the checkpoint lacks any of its weights, because these would be random.
+    """
     from transformers import AutoModelForCausalLM
 
     model, missing = _loaded(config, AutoModelForCausalLM)
@@ -148,7 +152,7 @@ def _language_model(config: RunConfig) -> Any:
 
 
 def _loaded(config: RunConfig, kind: Any, **settings: Any) -> tuple[Any, set[str]]:
-    """The checkpoint as a model of some kind, and the names of the weights it lacks, drawn from the run's seed."""
+    """Return the checkpoint as a model of class `kind`, and the weights it lacks, initialised from the run's seed."""
     path, tokenizer = checkpoint_of(config), load_tokenizer(config)
     loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers keep their inputs alone, and the backward computes their activations again."""
+"""Gradient checkpointing: layers save only their inputs, and the backward recomputes their activations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fed.errors import FedError
 
 @contextmanager
 def recomputing(model: Any, on: bool) -> Iterator[None]:
-    """Have the model's layers recompute in training mode for as long as the body runs; with `on` false do nothing.
+    """Within the context, use gradient checkpointing when the model is in training mode; with `on` false do nothing.
 
-    Raises FedError for a model whose layers cannot.
+    Raises FedError for a model that does not support it.
     """
     if not on:
         yield
@@ -23,13 +23,14 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
             f"train.gradient_checkpointing is true: {type(model).__name__} has no layers that can recompute their "
             "activations; false would be right"
         )
-    # From some version of transformers on gradient checkpointing goes by the name of activation checkpointing.
+    # Newer versions of transformers call gradient checkpointing activation checkpointing.
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
-    # Only the reentrant form needs embeddings with a gradient; here that would cost the first layer's dX.
-    with suppress(AttributeError):  # older versions ask for none, and have none to take back
+    # transformers may make the embeddings require gradients, which only the reentrant form needs. It is switched off,
+    # because otherwise the first layer's dX would be computed for nothing.
+    with suppress(AttributeError):  # raised by older versions, which do not switch it on
         model.disable_input_require_grads()
-    # A cache of keys and values is for generation, which says itself that it wants one.
+    # Training needs no cache of keys and values, and generation switches it on by itself.
     cached = getattr(model.config, "use_cache", None)
     if cached is not None:
         model.config.use_cache = False

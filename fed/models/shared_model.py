@@ -1,4 +1,4 @@
-"""The one model all clients train on: its adapter, a client's start put into it, deltas folded into its base."""
+"""The one model that all clients train on: its adapter, loading a client's start, and folding into its base."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class SharedBase:
-    """The weights W (N, K) of all adapted layers, of which every client starts with W + base_delta.
+    """The weights W (N, K) of all adapted layers, into which the server's base_delta is folded as W + base_delta.
 
-    The sum is taken in fp32 (fp64 for fp64 weights) and rounded once into the weight's dtype. The originals are copied
-    once something is folded in, and always added to: taking it out leaves them bit for bit.
+    The sum is computed in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype. Before anything is
+    folded into a weight its original is copied, and every fold starts from that copy, so that the weight can be
+    restored bit for bit.
     """
 
     def __init__(self, layers: Mapping[str, pk.FusedPLoRALinear]) -> None:
@@ -34,14 +35,14 @@ class SharedBase:
         self._held: Mapping[str, Tensor] = {}
 
     def check_foldable(self, method: str) -> None:
-        """Raise FedError where a weight belongs to another module as well: folding would change that too."""
+        """Raise FedError if a weight is shared with another module, because folding would change that module too."""
         for matrix, layer in self._layers.items():
             if layer.weight_is_tied:
                 raise FedError(f"method is {method!r}, which folds into {matrix}, whose weight another module shares")
 
     @torch.no_grad()
     def apply_delta(self, base_delta: Mapping[str, Tensor]) -> None:
-        """Make every weight W + base_delta, (N, K) fp32 by matrix; a matrix that is not there gets its W back."""
+        """Set every weight to W + base_delta, (N, K) fp32 by matrix; a matrix not in `base_delta` is set to its W."""
         if base_delta is self._held or not (base_delta or self._held):
             return
         for matrix in {*base_delta, *self._held}:
@@ -53,7 +54,7 @@ class SharedBase:
         self._held = base_delta
 
     def changed(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return (weight, original) of every layer whose weight has something in it, by fold or by selection."""
+        """Return (weight, original) of every layer with a base_delta or unselected modules folded into its weight."""
         pairs = {}
         for matrix, layer in self._layers.items():
             weight = layer.weight.detach()
@@ -65,7 +66,7 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class SharedModel:
-    """The one model all clients work on: its adapted layers, their shared base, the head that is trained, and R."""
+    """The one model that all clients train on: its adapted layers, their base, the trained head, and `rank`, R."""
 
     model: nn.Module
     handle: pk.Injected
@@ -75,9 +76,9 @@ class SharedModel:
     rank: int
 
     def load(self, factors: Mapping[str, Factors], head: Mapping[str, Tensor], scale: float | None = None) -> None:
-        """Write the modules, A (m, K) and B (N, m) for every matrix, their scale and the head's values into the model.
+        """Write modules, A (m, K) and B (N, m) for every matrix, their scale and the head's values into the model.
 
-        m need not be R: the layers take the rank of what they are given. Without a scale they keep theirs.
+        m may differ from R; a layer's rank becomes m. Without `scale` the layers keep theirs.
         """
         for matrix, layer in self.handle.layers.items():
             A, B = factors[matrix]
@@ -92,7 +93,7 @@ class SharedModel:
                 parameter.copy_(head[name])
 
     def load_server(self, server: ServerState) -> None:
-        """Put the model where the server is; what it holds beyond R modules a matrix is folded into the base."""
+        """Load the server's state into the model; modules beyond the first R of a matrix are folded into the base."""
         adapter = server.adapter
         factors = {matrix: (A[: self.rank], B[:, : self.rank]) for matrix, (A, B) in adapter.factors.items()}
         self.base.apply_delta(delta_beyond_rank(server, self.rank))
@@ -100,7 +101,7 @@ class SharedModel:
 
 
 def delta_beyond_rank(server: ServerState, rank: int) -> Mapping[str, Tensor]:
-    """Return base_delta + s Σ_{j≥rank} b_j a_jᵀ, (N, K) fp32 for every matrix; base_delta itself where m ≤ rank."""
+    """Return base_delta + s Σ_{j≥rank} b_j a_jᵀ, (N, K) fp32 by matrix, or base_delta itself if no m exceeds `rank`."""
     adapter = server.adapter
     if all(A.shape[0] <= rank for A, _ in adapter.factors.values()):
         return server.base_delta
@@ -113,11 +114,12 @@ def delta_beyond_rank(server: ServerState, rank: int) -> Mapping[str, Tensor]:
 
 @contextmanager
 def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> Iterator[SharedModel]:
-    """Give the model a fresh adapter, drawn from the run's seed, for as long as the body runs.
+    """Within the context, give the model a new adapter, initialised from the run's seed.
 
-    The model moves to the run's device and is left with its own modules, base weights and head, bit for bit.
-    With `train.gradient_checkpointing` its layers recompute activations meanwhile. Raises `FedError` where the device
-    is not there or layers cannot recompute, `plora_kernels.PLoRAError` where the adapter does not fit the model.
+    The model moves to the run's device. At the end its own modules, base weights and head are restored bit for bit.
+    With `train.gradient_checkpointing` its layers recompute activations within the context. Raises `FedError` if the
+    device is not available or the model does not support gradient checkpointing, and `plora_kernels.PLoRAError` if the
+    adapter does not fit the model.
     """
     device = find_device(config.device)
     model.to(device)
@@ -155,9 +157,9 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
 def started(
     shared: SharedModel, start: ClientStart, head: Mapping[str, Tensor], base_delta: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Put the model where a client starts, the unselected modules folded or frozen; undo it after.
+    """Within the context, load a client's start into the model, with the unselected modules folded or frozen.
 
-    The base stays W + base_delta for the next client.
+    At the end the modules are unfolded; the base stays at W + base_delta for the next client.
     """
     shared.base.apply_delta({} if base_delta is None else base_delta)
     shared.load(start.factors, head, start.scale)
@@ -169,12 +171,12 @@ def started(
 
 
 def _within(modules: Sequence[str]) -> str:
-    """Return an expression that matches the full names of these modules and of all they hold."""
+    """Return a regular expression that matches the full names of these modules and of all their submodules."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?"
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device a configuration names; "auto" is CUDA where it is there, else the CPU."""
+    """Return the device that a configuration names; "auto" is CUDA if available, else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise FedError("device is 'cuda', which is not available here; 'cpu' or 'auto' would be right")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,1 +1,1 @@
-"""Finished files to tables, figures and pages; nothing that trains imports it."""
+"""Tables, figures and HTML pages from the files of finished runs."""

@@ -1,4 +1,4 @@
-"""A comparison's finished runs, read: figures by variant and seed, differences paired by seed, their intervals."""
+"""The results of a comparison's finished runs: metrics by variant and seed, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """The finished runs of a plan: variant's name and seed to run."""
+    """The finished runs of a plan, by the variant's name and the seed, and the number of missing runs."""
 
     plan: Plan
     runs: dict[str, dict[int, Run]]
     missing: int
 
     def values(self, variant: Variant, metric: Metric) -> dict[int, float]:
-        """Return a figure of a variant's runs, by seed; seeds where it was not measured are left out."""
+        """Return a metric of a variant's runs by seed, without seeds for which it was not measured."""
         found = {seed: metric.of(run.rows) for seed, run in self.runs[variant.name].items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def metrics(self, names: Sequence[str]) -> list[Metric]:
-        """Return those of the named metrics that any run has."""
+        """Return those of the named metrics that were measured in any run."""
         chosen = [metric for metric in METRICS if metric.name in names]
         return [metric for metric in chosen if any(self.values(variant, metric) for variant in self.plan.variants)]
 
     def paired(self, variant: Variant, metric: Metric = ACCURACY) -> Interval | None:
-        """Return the variant's figure less the reference's, over the seeds both have; None where there are none."""
+        """Return the interval of the variant's metric minus the reference's over common seeds, or None without any."""
         ours, theirs = self.values(variant, metric), self.values(self.plan.reference, metric)
         differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         return interval(differences) if differences else None
 
     @property
     def others(self) -> list[Variant]:
-        """Every variant but the reference."""
+        """All variants except the reference."""
         return [variant for variant in self.plan.variants if variant != self.plan.reference]
 
 
 def collect(directory: Path) -> Comparison:
-    """Read a comparison's finished runs; FedError where none is finished."""
+    """Read the finished runs of a comparison; raise FedError if none is finished."""
     plan = plans.plan(plans.read(directory))
     runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in plan.variants}
     missing = 0
@@ -66,7 +66,7 @@ def collect(directory: Path) -> Comparison:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Return everything as plain values: settings shared, figures of each run, mean and deviation, differences."""
+    """Return a comparison as values for JSON: shared settings, metrics with mean and deviation, paired differences."""
     plan, metrics = comparison.plan, comparison.metrics([metric.name for metric in METRICS])
     variants = []
     for variant in plan.variants:
@@ -112,7 +112,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of n paired differences and the ends of its 95 % interval, None where one seed gives none."""
+    """The mean of n paired differences and the ends of its 95 % interval, which are None if n is 1."""
 
     mean: float
     low: float | None
@@ -121,7 +121,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Return "above", "below", or "tie" where 0 lies inside the interval; "one seed" where there is none."""
+        """Return "above" or "below", "tie" if the interval contains 0, or "one seed" if there is no interval."""
         if self.low is None or self.high is None:
             return "one seed"
         if self.low <= 0 <= self.high:
@@ -130,7 +130,7 @@ class Interval:
 
 
 def interval(differences: Sequence[float]) -> Interval:
-    """Return d̄ ± t_{0.975, n−1} · s/√n of n ≥ 1 differences, s their sample standard deviation.
+    """Return the interval d̄ ± t_{0.975, n−1} · s/√n of n ≥ 1 differences with sample standard deviation s.
 
     >>> round(interval([1.0, 2.0, 3.0]).mean, 3)
     2.0

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: curves with bands, paired differences, noise and cost."""
+"""The figures of a comparison: accuracy curves with bands, paired differences, noise and cost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fed.types import measured
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# x values, and the mean and standard deviation over seeds at each.
+# Values of x, and the mean and the standard deviation over seeds at each of them.
 Band = tuple[list[float], list[float], list[float]]
 
 
 def draw(comparison: Comparison, directory: Path) -> list[Path]:
-    """Draw accuracy.png, noise.png and cost.png into the comparison's directory; return their paths."""
+    """Draw accuracy.png, cost.png and, if noise was measured, noise.png to `directory`; return their paths."""
     paths = []
     for name, panels in sheets(comparison).items():
         columns = 2 if len(panels) in (2, 4) else 3
@@ -34,7 +34,7 @@ def draw(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def sheets(comparison: Comparison) -> dict[str, list[Panel]]:
-    """Return the panels of every picture, by the picture's name; noise only where it was measured."""
+    """Return the panels of each picture by its name; "noise" is left out if it was not measured."""
     shown = {
         "accuracy": [
             Panel(
@@ -70,7 +70,7 @@ def sheets(comparison: Comparison) -> dict[str, list[Panel]]:
 
 
 def band(comparison: Comparison, variant: Variant, field: str, scale: float = 1.0) -> Band:
-    """Return a field's mean and standard deviation over seeds, at every round all finished runs measured it."""
+    """Return a field's mean and deviation over seeds, for rounds in which all finished runs of a variant have it."""
     runs = comparison.runs[variant.name].values()
     by_round: dict[int, list[float]] = {}
     for run in runs:
@@ -106,7 +106,7 @@ def _accuracy(axes: Axes, theme: Theme, comparison: Comparison) -> None:
 
 
 def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:
-    """One noise on a logarithmic axis that has room for 0 below where a variant has none."""
+    """Draw one noise on a logarithmic axis, which is extended down to 0 if a variant has noise 0."""
     positive: list[float] = []
     none = False
     for number, variant in enumerate(comparison.plan.variants):
@@ -122,7 +122,7 @@ def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> 
 
 
 def _logarithmic(axes: Axes, low: float, high: float, zero: bool) -> None:
-    """Scale the y axis by decades, at least one of them; with `zero`, a linear piece down to 0 below."""
+    """Make the y axis logarithmic over whole decades, at least one; with `zero`, add a linear part down to 0."""
     from matplotlib.ticker import NullLocator
 
     bottom, top = floor(log10(low)), max(ceil(log10(high)), floor(log10(low)) + 1)
@@ -140,7 +140,7 @@ def _logarithmic(axes: Axes, low: float, high: float, zero: bool) -> None:
 
 
 def _differences(axes: Axes, theme: Theme, comparison: Comparison) -> None:
-    """A point and its interval for every variant, the first on top."""
+    """Draw the mean difference of each variant with its interval, the first variant on top."""
     numbers = {variant: number for number, variant in enumerate(comparison.plan.variants)}
     shown = [(variant, found) for variant in comparison.others if (found := comparison.paired(variant)) is not None]
     axes.axvline(0, color=theme.grey, linewidth=1)
@@ -156,7 +156,7 @@ def _differences(axes: Axes, theme: Theme, comparison: Comparison) -> None:
 
 
 def _accuracy_per_byte(axes: Axes, theme: Theme, comparison: Comparison) -> None:
-    """Accuracy over bytes, from the first round on, on a logarithmic axis: methods differ by orders of magnitude."""
+    """Draw accuracy over bytes from round 1 on; the axis is logarithmic as methods differ by orders of magnitude."""
     for number, variant in enumerate(comparison.plan.variants):
         _, means, deviations = band(comparison, variant, "accuracy", 100.0)
         _, up, _ = band(comparison, variant, "upload_bytes", 1e-6)
@@ -179,7 +179,7 @@ def _running(values: Sequence[float]) -> list[float]:
 
 
 def _bars(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:
-    """A bar for every variant, its mean beside it, the first on top."""
+    """Draw a horizontal bar labelled with its mean for each variant, the first variant on top."""
     variants = comparison.plan.variants
     found = [list(comparison.values(variant, metric).values()) for variant in variants]
     means = [fmean(values) if values else 0.0 for values in found]

@@ -1,4 +1,4 @@
-"""Pictures in one style: panels side by side on a sheet, on light or on dark paper, as PNG."""
+"""Drawing panels of one style in a grid, with a light or a dark background, as PNG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _STYLES = ("-", "--", "-.", (0, (1, 1.2)))
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of one paper. `colors` are Okabe and Ito's, told apart by people of every colour vision."""
+    """The colours of a light or a dark background.
+
+    `colors` are those of Okabe and Ito, or lighter shades, which readers with colour vision deficiencies can
+    distinguish.
+    """
 
     paper: str
     ink: str
@@ -26,7 +30,7 @@ class Theme:
     colors: tuple[str, ...]
 
     def line(self, number: int) -> dict[str, Any]:
-        """Return colour and line style of the `number`-th thing drawn; styles tell them apart without colour."""
+        """Return colour and line style of line `number`; styles distinguish lines when printed without colour."""
         count = len(self.colors)
         style = _STYLES[(number + number // count) % len(_STYLES)]
         return {"color": self.colors[number % count], "linestyle": style}
@@ -49,7 +53,7 @@ DARK = Theme(
 
 
 class Panel(NamedTuple):
-    """One set of axes: `draw` fills it; `caption` says in words what it shows; `legend` puts its own below it."""
+    """One set of axes with its caption: `draw` draws it, and with `legend` a legend is placed below it."""
 
     caption: str
     draw: Callable[[Axes, Theme], None]
@@ -65,9 +69,9 @@ def sheet(
     size: tuple[float, float] = (4.33, 5.0),
     shared_legend: bool = False,
 ) -> bytes:
-    """Return panels in rows of `columns` as a PNG; `size` is one panel's width and height in inches.
+    """Return a PNG of panels in rows of `columns`; `size` is the width and height of a panel in inches.
 
-    A shared legend stands once, below all of them, in place of each panel's own.
+    With `shared_legend` there is one legend below all panels instead of one for each.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,7 +104,7 @@ def sheet(
 
 
 def over_rounds(axes: Axes, last_round: int) -> None:
-    """Label the x axis with rounds, from 0 to a little beyond the last."""
+    """Set up the x axis for rounds, from 0 to a little beyond the last one."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("round")
@@ -119,23 +123,24 @@ def _finish(axes: Axes, theme: Theme) -> None:
     for spine in axes.spines.values():
         spine.set_color(theme.grey)
     if not axes.images:
-        along: Literal["x", "both"] = "x" if axes.containers else "both"  # bars lie: lines along them would cross them
+        # Bars are horizontal, and grid lines for the y axis would be drawn along them.
+        along: Literal["x", "both"] = "x" if axes.containers else "both"
         axes.grid(axis=along, color=theme.grid, linewidth=0.6)
 
 
 def _legend_below(axes: Axes, theme: Theme) -> None:
-    """Below the axes a legend hides nothing."""
+    """Place the legend below the axes, where it hides nothing."""
     axes.legend(frameon=False, fontsize=9.5, labelcolor=theme.ink, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _legend_of_all(figure: Figure, theme: Theme) -> None:
-    """One entry for every label drawn anywhere on the sheet."""
+    """Place a legend below all panels, with one entry for each label in any of them."""
     entries: dict[Any, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     rows = -(-len(entries) // max(1, int(figure.get_figwidth() / 2.2)))
-    columns = -(-len(entries) // max(1, rows))  # rows of one length
+    columns = -(-len(entries) // max(1, rows))  # makes the rows of the legend equally long
     figure.legend(
         entries.values(),
         entries.keys(),

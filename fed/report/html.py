@@ -1,4 +1,4 @@
-"""A page of HTML that stands alone: text, tables and pictures in one file, for phones, paper and dark rooms."""
+"""A self-contained HTML page of text, tables and pictures, with styles for small screens, print and dark mode."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ figcaption { color: var(--soft); font-size: 0.85rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it: paragraphs, a list, tables (heading first), panels to draw, and code."""
+    """A section of a page: heading, paragraphs, list items, tables (heading first), panels to draw, and code."""
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -49,7 +49,7 @@ class Section:
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return a whole document without a reference to anything outside it; all text is escaped."""
+    """Return a complete HTML document that refers to no other file; all text is escaped."""
     body = "\n".join(map(_section, sections))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -73,7 +73,7 @@ def _section(section: Section) -> str:
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    """A table that scrolls sideways where the screen is narrow."""
+    """Return a table that scrolls horizontally on narrow screens."""
     first, *rest = lines
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in first)
     rows = "\n".join(
@@ -84,7 +84,7 @@ def _table(lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def _figure(panel: Panel) -> str:
-    """A panel drawn twice, for light and for dark; the browser shows the one that fits."""
+    """Return a panel drawn twice, in light and dark colours, of which the browser shows the one for its mode."""
     light, dark = (_embedded(sheet([panel], theme, size=(5.6, 4.6))) for theme in (LIGHT, DARK))
     caption = escape(panel.caption, quote=True)
     return (

@@ -1,4 +1,4 @@
-"""The pictures of a run: what its rows measured over the rounds, and cosines between modules."""
+"""The figures of a run: its measurements over the rounds, and maps of cosines between modules."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SIMILARITY_PICTURE, FOLDER = "similarity.png", "similarity"
-_LEAST_SPAN = 0.05  # a map of cosines all next to 0 should look so
+_LEAST_SPAN = 0.05  # smallest colour range, so that a map of cosines close to 0 looks like that
 
 RUN_PICTURE = "report.png"
-# A row's field, what its line is called, and its colour's number.
+# The field of a row, the label of its line, and the number of the line's colour.
 NOISES = (
     ("agg_noise", "aggregation: new global update from clients' mean", 1),
     ("agg_noise_module", "aggregation, module by module", 4),
@@ -38,13 +38,13 @@ _MEMORY = (("optimizer_bytes", "optimiser state", 0), ("activation_bytes", "acti
 
 
 def draw(directory: Path) -> Path:
-    """Draw a run's panels side by side to `report.png` in its directory; return that path."""
+    """Draw a run's panels to `report.png` in its directory and return that path."""
     run = read(directory)
     return write_atomically(directory / RUN_PICTURE, sheet(panels(run), title=headline(run.config)))
 
 
 def panels(run: Run) -> list[Panel]:
-    """Return the panels of what a run's rows hold: three always, clients and memory where they were measured."""
+    """Return the panels of a run: accuracy, noise and bytes, and clients and memory if they were measured."""
     found = [
         Panel("Accuracy on held-out test data over the rounds.", partial(_accuracy, run=run)),
         Panel("Noise on effective weights in every round.", partial(_noise, rows=run.rows[1:])),
@@ -79,7 +79,7 @@ def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
 
 
 def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    """All noises on a logarithmic axis; a noise that is zero throughout has no place there and says so."""
+    """Draw all noises on a logarithmic axis; a noise that is 0 in every round has only an entry in the legend."""
     known = [(field, name, number) for field, name, number in NOISES if any(field in row for row in rows)]
     for field, name, number in known or NOISES[:1]:
         points = [(row["round"], value) for row in rows if (value := measured(row, field))]
@@ -106,7 +106,7 @@ def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 
 def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
-    """The clients' accuracies: their span, their mean, the worst of them."""
+    """Draw the range, the mean and the minimum of the clients' accuracies."""
     known = [(row["round"], values) for row in rows if (values := row.get("client_accuracy"))]
     rounds = [number for number, _ in known]
     percent = [[100 * value for value in values if value is not None] for _, values in known]
@@ -134,7 +134,10 @@ def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
 
 
 class _Map(NamedTuple):
-    """One array of a round's file, its title and what its axes count; `itself` says that its diagonal is all ones."""
+    """A map to draw: the array in a round's file, its title and the label of its axes.
+
+    `itself` is true if the diagonal holds cosines of modules with themselves, which are 1.
+    """
 
     name: str
     title: str
@@ -169,7 +172,7 @@ _MAPS = (
 
 
 def draw_similarity(directory: Path) -> Path | None:
-    """Draw a run's maps, a row for each round, to `similarity.png`; return its path, None where none were saved."""
+    """Draw a run's maps to `similarity.png`, a row for each round; return its path, or None if none were saved."""
     panels = similarity_panels(directory)
     if not panels:
         return None
@@ -177,9 +180,9 @@ def draw_similarity(directory: Path) -> Path | None:
 
 
 def similarity_panels(directory: Path) -> list[Panel]:
-    """Return three maps for every round saved, the first round first; none where none were saved.
+    """Return three maps for each saved round, in the order of rounds.
 
-    Colours span the same cosines in every map of a kind: ± the largest there is, a thing's cosine with itself apart.
+    All maps of a kind have the same colour range, ± the largest absolute cosine in them, diagonals of ones excluded.
     """
     rounds = _saved(directory)
     panels = []
@@ -209,7 +212,7 @@ def _saved(directory: Path) -> dict[int, dict[str, Array]]:
 
 
 def _span(arrays: list[Array], off_diagonal: bool) -> float:
-    """Return the largest absolute value there is, or there is off the diagonals."""
+    """Return the largest absolute value in the arrays, or outside their diagonals, but at least `_LEAST_SPAN`."""
     largest = [_LEAST_SPAN]
     for values in arrays:
         counted = values[~np.eye(len(values), dtype=bool)] if off_diagonal else values

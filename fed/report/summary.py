@@ -1,4 +1,4 @@
-"""The figures a run is summed up in: from its rows to one number each."""
+"""The metrics that summarise a run, each one number computed from its rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fed.types import Row, measured
 
 
 class Metric(NamedTuple):
-    """One figure of a run: `of` takes it from the rows, None where it was not measured.
+    """One metric of a run: `of` computes it from the rows, or returns None if it was not measured.
 
-    `title` heads a column, `phrase` a picture; `digits` are shown behind the point, by default three significant
-    ones in all.
+    `title` is the heading of its column in tables, and `phrase` the title of its panel in figures. `digits` is the
+    number of decimals shown; None stands for three significant digits.
     """
 
     name: str
@@ -31,7 +31,7 @@ def _last(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
 
 
 def _mean(rows: Sequence[Row], field: str) -> float | None:
-    """The mean over rounds, round 0 apart: nothing was trained before it."""
+    """Return the mean over all rounds except round 0, in which nothing is trained."""
     values = [value for row in rows[1:] if (value := measured(row, field)) is not None]
     return fmean(values) if values else None
 
@@ -98,7 +98,7 @@ METRICS = (
     Metric("fold_seconds", "folding", "s", partial(_sum, field="fold_seconds")),
 )
 OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
-# What differences are taken of, and said in words: points, more being better.
+# Metrics that variants are compared by; they are in per cent, and higher is better.
 SCORES = (ACCURACY, ROUGE)
 NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")
 COST = ("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds")

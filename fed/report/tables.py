@@ -1,4 +1,4 @@
-"""A run and a comparison as tables and words: gains, mean ± deviation, differences paired by seed, what they mean."""
+"""Tables and sentences on a run or a comparison: gains, mean ± deviation, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WORDS = {"above": "ahead", "below": "behind"}
 
 
 def table(comparison: Comparison, names: Sequence[str]) -> Table:
-    """Return the named figures, mean ± standard deviation over seeds, a line for each variant, heading first."""
+    """Return a table of the named metrics, mean ± standard deviation over seeds: a heading, then a line per variant."""
     metrics = comparison.metrics(names)
     lines: Table = [(heading(comparison), *(titled(metric) for metric in metrics))]
     for variant in comparison.plan.variants:
@@ -35,14 +35,14 @@ def table(comparison: Comparison, names: Sequence[str]) -> Table:
 
 
 def paired_tables(comparison: Comparison) -> list[Table]:
-    """Return a table of differences for each score there is; none where nothing is compared."""
+    """Return a table of differences for each score that was measured, or none if there is only one variant."""
     if not comparison.others:
         return []
     return [paired_table(comparison, metric) for metric in SCORES if metric in comparison.metrics(OUTCOME)]
 
 
 def paired_table(comparison: Comparison, metric: Metric) -> Table:
-    """Return every variant's figure less the reference's, paired by seed, with its 95 % interval and a verdict."""
+    """Return each variant's difference from the reference, paired by seed, with its 95 % interval and a verdict."""
     reference = comparison.plan.reference.label
     lines: Table = [(f"{metric.title} less {reference}'s", "difference", "95 % interval", "seeds", "verdict")]
     for variant in comparison.others:
@@ -57,7 +57,7 @@ def paired_table(comparison: Comparison, metric: Metric) -> Table:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Say in words, a sentence for each variant, how its accuracy stands to the reference's."""
+    """Return a sentence for each variant that compares its accuracy with the reference's."""
     reference = comparison.plan.reference.label
     sentences = []
     for variant in comparison.others:
@@ -86,7 +86,7 @@ def _apart(points: float, reference: str) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Say what a reader of the tables must know: ranks made equal, runs that are missing, how to read intervals."""
+    """Return what a reader of the tables must know: ranks that were made equal, missing runs, the use of intervals."""
     lines = list(dict.fromkeys(f"{note}." for variant in comparison.plan.variants for note in variant.notes))
     if comparison.missing:
         lines.append(f"{comparison.missing} of {len(comparison.plan.cells)} runs are not finished and are left out.")
@@ -104,7 +104,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def _same_data(comparison: Comparison) -> bool:
-    """Return whether no variant changes the base model, the data, or how they are dealt out."""
+    """Return whether all variants have the same base model, data and partition among clients."""
     common = comparison.plan.common()
     every = settings_of(comparison.plan.cells[0].config)
     return not any(
@@ -114,7 +114,7 @@ def _same_data(comparison: Comparison) -> bool:
 
 
 def heading(comparison: Comparison) -> str:
-    """Say how many seeds the table stands on."""
+    """Return the number of seeds in words."""
     count = max(len(runs) for runs in comparison.runs.values())
     return f"{count} seeds" if count > 1 else "1 seed"
 
@@ -125,9 +125,9 @@ def titled(metric: Metric) -> str:
 
 
 def spread(values: Sequence[float], metric: Metric) -> str:
-    """Return mean ± sample standard deviation as text, the mean alone of one value, a dash of none.
+    """Return mean ± sample standard deviation as text; for one value only the mean, for no values a dash.
 
-    Without digits of its own the deviation has two significant ones, and the mean as many decimals as it.
+    If the metric has no `digits`, the deviation gets two significant digits and the mean as many decimals.
     """
     if not values:
         return "—"
@@ -146,14 +146,14 @@ def spread(values: Sequence[float], metric: Metric) -> str:
 
 
 def _number(value: float, digits: int | None, significant: int = 3) -> str:
-    """Return fixed `digits` behind the point, or so many significant ones where that is None."""
+    """Return a number with `digits` decimals, or with `significant` digits if that is None."""
     if digits is not None:
         return f"{value:.{digits}f}"
     return f"{value:,.0f}" if 10**significant <= abs(value) < 1e9 else f"{value:.{significant}g}"
 
 
 def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
-    """Return the tables, the verdicts and the notes as Markdown."""
+    """Return a comparison as Markdown: command, tables, verdicts, notes and pictures."""
     parts = [
         f"# {title(comparison)}",
         lead(comparison),
@@ -174,7 +174,7 @@ def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
 
 
 def title(comparison: Comparison) -> str:
-    """Return the comparison's heading: what is compared, on what."""
+    """Return the comparison's title: the variants, or the setting that varies, and the task."""
     asked, labels = comparison.plan.request, [variant.label for variant in comparison.plan.variants]
     task = task_name(comparison.plan.cells[0].config)
     if asked.vary and len(asked.methods) == 1:
@@ -184,20 +184,20 @@ def title(comparison: Comparison) -> str:
 
 
 def lead(comparison: Comparison) -> str:
-    """Say in a sentence what every run did."""
+    """Return a sentence on what all runs share: clients, rounds and local work, and on the number of seeds."""
     config = resolved(comparison.plan.request.table, ("method=fed-plora",))
     return f"{population(config)}; {config.rounds} rounds of {local_work(config)}; {heading(comparison)}."
 
 
 def markdown_table(lines: Table) -> str:
-    """Return a table, its heading first, in Markdown."""
+    """Return a table, whose first line is the heading, in Markdown."""
     first, *rest = lines
     rule = ("---", *["---:"] * (len(first) - 1))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (first, rule, *rest))
 
 
 def command(comparison: Comparison) -> str:
-    """Return the command line that asks for this comparison."""
+    """Return the command line that makes this comparison."""
     asked = comparison.plan.request
     words = ["python", "-m", "fed", "compare", asked.source, "--methods", ",".join(asked.methods)]
     words += ["--seeds", ",".join(map(str, asked.seeds))]
@@ -208,7 +208,7 @@ def command(comparison: Comparison) -> str:
 
 
 def summary(run: Run) -> list[tuple[str, ...]]:
-    """Return a table, its heading first: accuracy before and after with the gain, and what centralised LoRA gains."""
+    """Return a table, heading first: accuracy before and after the run with the gain, and that of centralised LoRA."""
     config, rounds = run.config, run.rows[-1]["round"]
     federated = f"{methods.find(config.method).title}, {rounds} rounds × {local_work(config)}"
     lines: list[tuple[str, ...]] = [
@@ -224,7 +224,7 @@ def summary(run: Run) -> list[tuple[str, ...]]:
 
 
 def memory_in_use(run: Run) -> str:
-    """Say how much memory a run took, in one sentence; nothing where it was not measured."""
+    """Return a sentence on the peak memory of a run, or an empty string if it was not measured."""
     peaks = [peak for row in run.rows if (peak := row.get("peak_memory_bytes"))]
     return f"At most {max(peaks) / 1e6:.0f} MB of memory were in use." if peaks else ""
 
@@ -237,12 +237,12 @@ def markdown(run: Run) -> str:
 
 
 def percent(row: Metrics) -> str:
-    """Return a row's accuracy as text."""
+    """Return a row's accuracy as text, in per cent."""
     return f"{100 * row['accuracy']:.1f} %"
 
 
 def local_work(config: RunConfig) -> str:
-    """Say how long a client trains in a round."""
+    """Return in words how many local steps or epochs a client trains in a round."""
     train = config.train
     if train.local_epochs:
         return f"{train.local_epochs:g} local epochs"
@@ -252,7 +252,7 @@ def local_work(config: RunConfig) -> str:
 
 
 def population(config: RunConfig) -> str:
-    """Describe the clients in a few words: how many, how skewed, of what ranks."""
+    """Return a short description of the clients: their number, label skew and ranks."""
     clients = config.clients
     skew = "iid" if clients.dirichlet_alpha == "iid" else f"Dirichlet {clients.dirichlet_alpha:g}"
     ranks = f"ranks {', '.join(str(rank) for rank in sorted(set(clients.ranks[: clients.count])))}"
@@ -262,5 +262,5 @@ def population(config: RunConfig) -> str:
 
 
 def task_name(config: RunConfig) -> str:
-    """Name the task in a few words."""
+    """Return a short name of the task."""
     return config.data.title

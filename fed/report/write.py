@@ -1,4 +1,4 @@
-"""What is written from the files of a run or a comparison: pictures, tables, and a page that stands alone."""
+"""Writing the reports of a run or a comparison: pictures, tables, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
 
 
 def publish_run(directory: Path) -> list[Path]:
-    """Write a run's pictures and `report.html` anew and return their paths."""
+    """Write a run's pictures and `report.html`, replacing old ones, and return their paths."""
     run = read(directory)
     settings = "\n".join(f"{key} = {value!r}" for key, value in settings_of(run.config).items())
     sections = [
@@ -51,7 +51,7 @@ def publish_comparison(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) -> list[Path]:
-    """Write how far clients start from the server as `initialisation.json` and `initialisation.md`."""
+    """Write a run's initialisation noise to `initialisation.json` and `initialisation.md`; return their paths."""
     config = run.config
     facts = {
         "task": task_name(config),
@@ -67,7 +67,7 @@ def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) ->
 
 
 def initialisation_markdown(facts: dict[str, Any]) -> str:
-    """Return what `initialisation.json` holds as Markdown."""
+    """Return the contents of `initialisation.json` as Markdown."""
     found = [Start(**values) for values in facts["starts"]]
     return (
         f"# How far clients start from the server: {facts['task']}\n\n"
@@ -81,7 +81,7 @@ def initialisation_markdown(facts: dict[str, Any]) -> str:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """Return a comparison as one HTML document."""
+    """Return the report of a comparison as one HTML document."""
     sheets = comparison_figures.sheets(comparison)
     shared = "\n".join(f"{key} = {value!r}" for key, value in comparison.plan.common().items())
     sections = [

@@ -1,1 +1,1 @@
-"""The round loop: sample, start, train, aggregate, measure, save."""
+"""The round loop: draw clients, start them, train them, aggregate their updates, measure and save."""

@@ -1,9 +1,10 @@
-"""What a run needs to go on after it was stopped: the server, where it stood, and which files hold its clients'.
+"""Checkpoints, from which an interrupted run continues: the server's state and references to its clients' files.
 
 `checkpoint/round-N/` holds `state.safetensors`, the server's tensors by slash-joined names, and `state.json`, which
-names the files in `checkpoint/clients` (`fed.simulation.client_store`): what a client kept is written once, in the
-round it took part in. A round's folder is complete under its name or not there: it is written under another and
-renamed, and older ones go after that, then the clients' files that no checkpoint names.
+refers to the files in `checkpoint/clients` (`fed.simulation.client_store`). A client's file is written once, in the
+round that the client took part in, not again with every checkpoint. The folder of a checkpoint is written under a
+temporary name and renamed, so a folder `round-N` is always complete. After that older checkpoints are deleted, and then
+the clients' files that the new one does not refer to.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ if TYPE_CHECKING:
     from fed.config import RunConfig
 
 FOLDER, TENSORS, FACTS = "checkpoint", "state.safetensors", "state.json"
-# Settings a run may be continued with other values of.
+# Settings that may change when a run is resumed.
 _FREE = ("rounds", "threads", "checkpoint_every", "device", "tracker")
 
 
 def is_due(config: RunConfig, number: int) -> bool:
-    """Say whether a checkpoint is saved after round `number`."""
+    """Return whether a checkpoint is saved after round `number`."""
     every = config.checkpoint_every
     return every > 0 and (number % every == 0 or number == config.rounds)
 
 
 def last_round(directory: Path) -> int | None:
-    """Return the round of a run's checkpoint, None where there is none."""
+    """Return the round of a run's last checkpoint, or None if there is none."""
     found = [_number(path) for path in (directory / FOLDER).glob("round-*") if _number(path) is not None]
     return max((number for number in found if number is not None), default=None)
 
 
 def save(directory: Path, config: RunConfig, state: RunState, store: ClientStore) -> None:
-    """Write the checkpoint of the round the run stands at, then remove older ones."""
+    """Write a checkpoint of the run's current round, then delete the others."""
     from safetensors.torch import save_file
 
     folder, number = directory / FOLDER, state.server.round
@@ -68,10 +69,10 @@ def save(directory: Path, config: RunConfig, state: RunState, store: ClientStore
 
 
 def load(directory: Path, config: RunConfig, beginning: RunState, store: ClientStore) -> RunState:
-    """Return where a run stood at its checkpoint; `beginning` is where it stood before its first round.
+    """Return the state of a run at its last checkpoint; `beginning` is its state before the first round.
 
-    The store takes over the clients' files the checkpoint names, and removes those of later rounds. Raises FedError
-    where there is no checkpoint, it or a file cannot be read, or it was made with other settings.
+    The store takes over the clients' files that the checkpoint refers to, and deletes all others. Raises FedError if
+    there is no checkpoint, it cannot be read, a client's file is missing, or it was made with other settings.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -93,7 +94,7 @@ def load(directory: Path, config: RunConfig, beginning: RunState, store: ClientS
 
 
 def _remove_others(folder: Path) -> None:
-    """Remove what stands beside a checkpoint: those of other rounds, and what was left half-written."""
+    """Delete all other checkpoints in the folder's parent, including incomplete ones of interrupted writes."""
     for path in folder.parent.glob("round-*"):
         if path != folder:
             shutil.rmtree(path)
@@ -105,7 +106,7 @@ def _number(path: Path) -> int | None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Return every setting a continued run must share, by dotted name, as JSON holds it."""
+    """Return every setting that must not change when a run is resumed, by dotted name, as JSON values."""
     return {key: value for key, value in flat(config.model_dump(mode="json")) if key not in _FREE}
 
 
@@ -129,7 +130,7 @@ def _tensors(server: ServerState) -> dict[str, Tensor]:
 def _standing(
     beginning: RunState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], store: ClientStore
 ) -> RunState:
-    """Put a standing together again, tensors of the model on its device and counts on the CPU."""
+    """Rebuild the state of a run, with `visits` on the CPU and all other tensors on the model's device."""
     first = beginning.server
     device = next(iter(first.adapter.factors.values()))[0].device
     placed = {name: value if name.startswith("visits/") else value.to(device) for name, value in tensors.items()}

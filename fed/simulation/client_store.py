@@ -1,8 +1,8 @@
-"""What clients keep between rounds lies on disk, a file each: memory holds one client's, however many there are.
+"""Storage on disk for what clients keep between rounds, so that memory holds at most one client's tensors at a time.
 
-`client-I.round-N.safetensors` is what client I kept after round N. A file is written under another name, renamed, and
-never changed; it goes once the client has a newer one and no checkpoint names it. So whatever moment a run is stopped
-at, the files its checkpoint names are there.
+`client-I.round-N.safetensors` holds what client I kept after round N. A file is written under a temporary name, renamed
+and never changed. It is deleted once its client has a newer file and the last checkpoint does not refer to it, so the
+files that a checkpoint refers to exist whenever a run is interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ V = TypeVar("V")
 
 
 class ClientState(NamedTuple):
-    """What a client keeps of a round: what its method remembers, its own head, and the factors it ended with."""
+    """What a client keeps after a round: its method's memory, its personal head, and the factors it ended with."""
 
     memory: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
@@ -34,14 +34,14 @@ class ClientState(NamedTuple):
 
 
 class ClientFile(NamedTuple):
-    """A client's file: the round it was written after, and the fields of `ClientState` that are not empty in it."""
+    """A client's file: the round it was written after, and the non-empty fields of the `ClientState` in it."""
 
     round: int
     fields: tuple[str, ...]
 
 
 class LazyMapping(Mapping[str, V]):
-    """One field of a client's file, read whenever it is asked: it costs no memory while nobody does."""
+    """One field of a client's file as a mapping that reads the file on each access and holds no tensors itself."""
 
     __slots__ = ("_client", "_field", "_round", "_store")
 
@@ -64,28 +64,28 @@ class LazyMapping(Mapping[str, V]):
 
 
 class ClientStore:
-    """The files of a run's clients, below `directory`; tensors are read onto `device`.
+    """The files of a run's clients in `directory/clients`; tensors are read onto `device`.
 
-    What was read last stays in memory until another client's is read.
+    The file that was read last stays in memory until another one is read.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         self.folder = directory / FOLDER
         self._device = device
         self._entries: dict[int, ClientFile] = {}
-        self._checkpoint = -1  # the round of the last checkpoint: older files may be named by it
+        self._checkpoint = -1  # round of the last checkpoint, which may refer to files up to that round
         self._superseded: list[Path] = []
         self._last: tuple[Path, ClientState] | None = None
 
     @property
     def entries(self) -> Mapping[int, ClientFile]:
-        """Every client's file as it stands, by the client's id; those that keep nothing have none."""
+        """The current file of each client by the client's id; clients that keep nothing have none."""
         return self._entries
 
     def keep(self, client: int, number: int, kept: ClientState) -> ClientState:
-        """Write what a client keeps after round `number`, and return it as mappings that read it when asked.
+        """Write what a client keeps after round `number`, and return it as mappings that read the file on access.
 
-        Raises FedError where it cannot be written.
+        Raises FedError if the file cannot be written.
         """
         fields = tuple(field for field in ClientState._fields if getattr(kept, field))
         before = self._entries.pop(client, None)
@@ -97,7 +97,7 @@ class ClientStore:
         return self.stored(client)
 
     def stored(self, client: int) -> ClientState:
-        """Return what a client kept last as mappings that read it when asked; empty ones where it kept nothing."""
+        """Return what a client kept last as mappings that read its file on access, or empty ones if it kept nothing."""
         if client not in self._entries:
             return ClientState({}, {}, {})
         number, fields = self._entries[client]
@@ -106,7 +106,7 @@ class ClientStore:
         )
 
     def read(self, client: int, number: int) -> ClientState:
-        """Return what a client kept after round `number`; FedError where its file is missing or damaged."""
+        """Return what a client kept after round `number`; raise FedError if its file is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -124,14 +124,17 @@ class ClientStore:
         return self._last[1]
 
     def checkpointed(self, number: int) -> None:
-        """Take note that a checkpoint of round `number` names the files as they stand; what it no longer needs goes."""
+        """Record that a checkpoint of round `number` refers to the current files, and delete all superseded ones."""
         self._checkpoint = number
         for path in self._superseded:
             path.unlink(missing_ok=True)
         self._superseded = []
 
     def adopt(self, number: int, entries: Mapping[int, ClientFile]) -> None:
-        """Go on from the files a checkpoint of round `number` names; all others go. FedError where one is missing."""
+        """Take over the files that a checkpoint of round `number` refers to, and delete all others.
+
+        Raises FedError if one of them is missing.
+        """
         wanted = {self._path(client, entry.round).name: client for client, entry in entries.items()}
         there = {path.name for path in self.folder.glob("*")}
         if missing := sorted(wanted.keys() - there):
@@ -144,7 +147,7 @@ class ClientStore:
         self._entries, self._checkpoint = dict(entries), number
 
     def clear(self) -> None:
-        """Remove all files, and the directory if it is empty then."""
+        """Delete the clients' files and their folder, and then the parent directory if it is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
@@ -174,7 +177,7 @@ class ClientStore:
 
 @contextmanager
 def client_store(directory: Path, device: torch.device, lasting: bool) -> Iterator[ClientStore]:
-    """Open the store of a run below `directory`; where it is not `lasting` nothing is left of it in the end."""
+    """Open the store of a run in `directory`; unless it is `lasting`, its files are deleted at the end."""
     store = ClientStore(directory, device)
     try:
         yield store
@@ -184,7 +187,7 @@ def client_store(directory: Path, device: torch.device, lasting: bool) -> Iterat
 
 
 def flat_factors(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Return every A and B by name, `PREFIX/A/MATRIX` and `PREFIX/B/MATRIX`."""
+    """Return every A and B by name: `PREFIX/A/MATRIX` and `PREFIX/B/MATRIX`."""
     return {
         f"{prefix}/{side}/{matrix}": factor
         for matrix, pair in factors.items()
@@ -193,13 +196,13 @@ def flat_factors(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tenso
 
 
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `PREFIX/`, by the rest of the name."""
+    """Return the tensors whose names begin with `PREFIX/`, under their names without that prefix."""
     start = f"{prefix}/"
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
 def group_factors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Factors]:
-    """Return what `flat_factors` made flat."""
+    """Return the factors by matrix from the tensors that `flat_factors` named: its inverse."""
     up = group(tensors, f"{prefix}/B")
     return {matrix: (A, up[matrix]) for matrix, A in group(tensors, f"{prefix}/A").items()}
 

@@ -1,4 +1,4 @@
-"""The clients of a run: their ranks, listed or afforded by memory, who takes part, how long and how fast they train."""
+"""The clients of a run: their ranks, participation in rounds, numbers of local steps and learning rates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 
 def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method: Method) -> tuple[Client, ...]:
-    """Return every client before its first round, ranks dealt out in turn or as its memory budget affords.
+    """Return all clients as they are before the first round.
 
-    Raises FedError where a budget affords nothing, or the method cannot serve the ranks that come out.
+    Client i has rank `clients.ranks[i mod length]`, or, if `clients.memory_mib` is set, the largest rank that fits the
+    memory budget at the same position of that list.
+
+    Raises FedError if a budget is too small for rank 1, or the method needs equal ranks and the budgets give others.
     """
     ranks: Sequence[int] = config.clients.ranks
     if config.clients.memory_mib:
@@ -41,13 +44,13 @@ def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method
 
 
 def drawn(config: RunConfig, clients: Sequence[Client], number: int) -> list[Client]:
-    """Return the clients of round `number` by ascending id, drawn without replacement."""
+    """Return the participating clients of round `number`, drawn without replacement and sorted by id."""
     order = permutation(len(clients), config.seed, number, "clients")
     return [clients[index] for index in sorted(order[: config.clients.per_round].tolist())]
 
 
 def local_steps(config: RunConfig, client: Client) -> int:
-    """Return how many batches a client trains on in a round: its epochs, its own steps, or the steps of all."""
+    """Return a client's number of local steps a round: from `local_epochs`, `client_steps` or `local_steps`."""
     train = config.train
     if train.local_epochs:
         width = min(train.batch_size, client.n_samples)
@@ -58,13 +61,13 @@ def local_steps(config: RunConfig, client: Client) -> int:
 
 
 def learning_rate(config: RunConfig, client: Client) -> float:
-    """Return a client's own learning rate, or that of all."""
+    """Return a client's learning rate: its entry of `client_learning_rates`, or else the common `learning_rate`."""
     rates = config.train.client_learning_rates
     return rates[client.id % len(rates)] if rates else config.train.learning_rate
 
 
 class Estimate(NamedTuple):
-    """Bytes one client needs to train r modules a matrix: `fixed_bytes` + r · `module_bytes`."""
+    """The bytes that a client needs to train r modules in each matrix: `fixed_bytes` + r · `module_bytes`."""
 
     fixed_bytes: int
     module_bytes: int
@@ -74,18 +77,18 @@ class Estimate(NamedTuple):
         return self.fixed_bytes + rank * self.module_bytes
 
     def rank_within(self, budget_bytes: float) -> int:
-        """Return the largest rank whose bytes do not exceed the budget; below 1 where not even one module fits."""
+        """Return the largest rank whose bytes do not exceed the budget; below 1 if not even rank 1 fits."""
         return int((budget_bytes - self.fixed_bytes) // self.module_bytes)
 
 
 def estimate(shared: SharedModel, config: RunConfig, split: Split) -> Estimate:
-    """Return what training takes on this model, at this batch size and optimiser, by rank.
+    """Return the memory that training takes as a function of rank, for this model, batch size and optimiser.
 
-    Fixed: all weights; of the head its gradient and optimiser state; the activations of one batch of `split`'s first
-    rows without the adapter's own. A module: Σ_matrices (K + N) · itemsize for its values, as much for its gradient
-    and for each state of the optimiser (AdamW 2, SGD 1 with momentum), and what it keeps of one batch. Activations are
-    measured at ranks 1 and R and grow linearly between. Where unselected modules are frozen all R are held besides.
-    Temporary buffers and the allocator's own overhead are not in it.
+    `fixed_bytes`: all weights; the gradient and optimiser state of the head; the activations of one batch, `split`'s
+    first rows, without those of the adapter; and, where Fed-PLoRA holds unselected modules frozen, all R modules.
+    `module_bytes`: Σ_matrices (K + N) · itemsize for the values, as much again for the gradient and for each optimiser
+    state (AdamW 2, SGD with momentum 1), and a module's activations of one batch. Activations are measured at ranks 1
+    and R and taken to grow linearly. Temporary buffers and the allocator's overhead are not counted.
     """
     train, adapter = config.train, config.adapter
     states = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
@@ -102,7 +105,7 @@ def estimate(shared: SharedModel, config: RunConfig, split: Split) -> Estimate:
 
 
 def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> list[int]:
-    """Return the rank each budget affords, at most `largest`; FedError for a budget that affords none."""
+    """Return the largest rank that fits each budget, at most `largest`; raise FedError if not even rank 1 fits one."""
     ranks = []
     for budget in budgets_mib:
         rank = need.rank_within(budget * MIB)
@@ -116,7 +119,7 @@ def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> 
 
 
 def _activations(shared: SharedModel, split: Split, batch_size: int, rank: int) -> int:
-    """Return the bytes one batch's forward keeps for its backward with `rank` modules a matrix."""
+    """Return the bytes that the forward of one batch saves for its backward, with `rank` modules in each matrix."""
     before = shared.handle.factors()
     shared.load({matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in before.items()}, dict(shared.head))
     saved = SavedTensors(shared.model)

@@ -1,4 +1,4 @@
-"""What a model reaches on held-out samples: accuracy and loss, or exact match and ROUGE of generated answers."""
+"""Evaluation on held-out samples: accuracy and loss, and for instructions exact match and ROUGE of the answers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fed.data.tables import IGNORED, DenseTable, InstructionTable, Split, TextTa
 
 _WORD = re.compile(r"[^\W_]+")
 
-MOST_ROWS, MOST_TOKENS = 256, 16_384  # of one batch
+MOST_ROWS, MOST_TOKENS = 256, 16_384  # limits of one evaluation batch
 
 
 def evaluate_held_out(model: nn.Module, data: FederatedData, right: Tensor | None = None) -> dict[str, float]:
-    """Return the metrics of the test set, and those of the validation set, if there is one, as `validation_…`.
+    """Return the metrics on the test set and, if there is a validation set, those on it under `validation_…`.
 
-    `right` is filled as by `evaluate` over the test set.
+    `right` is passed to `evaluate` for the test set, which fills it.
     """
     metrics = evaluate(model, data.test, right)
     if data.validation is not None:
@@ -32,12 +32,14 @@ def evaluate_held_out(model: nn.Module, data: FederatedData, right: Tensor | Non
 
 
 def evaluate(model: nn.Module, split: Split, right: Tensor | None = None) -> dict[str, float]:
-    """Return what a model reaches on `split`, in evaluation mode: `accuracy`, `loss` and, for instructions, ROUGE.
+    """Put the model in evaluation mode and return its `accuracy`, `loss` and, for instructions, ROUGE on `split`.
 
-    Classification: accuracy (0 … 1) and mean cross-entropy in nats over every sample. Instructions: `loss` is the
-    mean cross-entropy of the answers' tokens, each token alike; `accuracy` the share of generated answers that are
-    exactly right, `rouge_1` and `rouge_l` their mean ROUGE, each with the right answer it is nearest to. Sums are fp64.
-    `right`, (n,) bool on the rows' device, is filled with which rows are classified rightly; instructions leave it.
+    Classification: accuracy (0 … 1) and mean cross-entropy in nats over all samples. Instructions: `loss` is the mean
+    cross-entropy over all answer tokens with equal weights; `accuracy` is the share of generated answers that are
+    exactly right; `rouge_1` and `rouge_l` are means over the generated answers. Where a prompt has several right
+    answers, each measure takes the one that scores highest. Sums are fp64.
+    `right`, (n,) bool on the rows' device, is set to whether each row is classified correctly; for instructions it is
+    not written.
     """
     model.eval()
     if isinstance(split.table, InstructionTable):
@@ -60,15 +62,15 @@ def _classification(model: nn.Module, split: Split, right: Tensor | None) -> dic
 
 
 def _token_loss(model: nn.Module, split: Split) -> float:
-    """Mean cross-entropy in nats over every token of the answers and their ends."""
+    """Return the mean cross-entropy in nats over all answer tokens, each answer's end token included."""
     loss = torch.zeros((), dtype=torch.float64, device=split.table.device)
     count = torch.zeros((), dtype=torch.int64, device=split.table.device)
     with torch.no_grad():
         for rows in split.batches(MOST_ROWS, MOST_TOKENS):
             batch = split.batch(rows)
-            labels = batch.pop("labels")[:, 1:]  # (b, L - 1): the token each position is followed by
+            labels = batch.pop("labels")[:, 1:]  # (b, L - 1): the next token of every position
             answered = labels != IGNORED
-            # The vocabulary is wide: only the rows of logits that count leave the working dtype.
+            # Only the logits of answer tokens are converted to fp32: over a whole vocabulary that takes much memory.
             logits: Tensor = model(**batch).logits[:, :-1][answered].float()  # (tokens, vocabulary)
             losses = torch.nn.functional.cross_entropy(logits, labels[answered], reduction="none")
             loss += losses.sum(dtype=torch.float64)
@@ -77,7 +79,7 @@ def _token_loss(model: nn.Module, split: Split) -> float:
 
 
 def _answering(model: nn.Module, split: Split, table: InstructionTable) -> dict[str, float]:
-    """Exact match and ROUGE over rows at even distances, `most_generated` of them."""
+    """Return exact match and ROUGE over at most `table.most_generated` rows (0: all), evenly spaced in the split."""
     most = table.most_generated or len(split)
     chosen = torch.arange(min(most, len(split))) * len(split) // min(most, len(split))
     part = Split(table, split.rows[chosen])
@@ -92,9 +94,9 @@ def _answering(model: nn.Module, split: Split, table: InstructionTable) -> dict[
 
 
 def answer(model: Any, table: InstructionTable, rows: Tensor) -> list[str]:
-    """Return the model's answers to the prompts of `rows` (b,), in their order.
+    """Return the model's answers to the prompts of `rows` (b,), in the same order.
 
-    Every token is the likeliest; an answer ends before its end token, or after `max_new_tokens` tokens.
+    Decoding is greedy; an answer ends before the first end token, or after `max_new_tokens` tokens.
     """
     from transformers import GenerationConfig
 
@@ -113,7 +115,7 @@ def answer(model: Any, table: InstructionTable, rows: Tensor) -> list[str]:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end token, and those the checkpoint says end what it generates."""
+    """Return the tokenizer's end token and the end tokens in the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
@@ -126,17 +128,18 @@ def _text(tokenizer: Any, tokens: list[int], ends: list[int]) -> str:
 
 
 def labels_of(split: Split) -> Tensor | None:
-    """Return the labels of a split's rows, (n,) int64 on the CPU; None where rows are not classified."""
+    """Return the class labels of a split's rows, (n,) int64 on the CPU, or None if the task is not classification."""
     if not isinstance(split.table, DenseTable | TextTable):
         return None
     return split.table.labels[split.rows.to(split.table.device)].cpu()
 
 
 def accuracy_for(client_labels: Tensor, right: Tensor, test_labels: Tensor) -> float:
-    """Return Σ_l share_l · accuracy_l, share_l being label l's share of the client's samples.
+    """Return Σ_l share_l · accuracy_l, where share_l is label l's share of the client's samples.
 
-    `right` (n,) says which test rows, of `test_labels` (n,), are right. Clients have no test set of their own; their
-    mix of labels is what tells one from another. Labels the test set lacks are left out and the rest renormalised.
+    `right` (n,) is True for test rows that are classified correctly, and `test_labels` (n,) are their labels. Clients
+    have no test set of their own, so the common test set is weighted by the client's label distribution. Labels that
+    the test set lacks are left out and the other shares renormalised.
     """
     total, weight = 0.0, 0
     for label, count in zip(*client_labels.unique(return_counts=True), strict=True):
@@ -148,7 +151,7 @@ def accuracy_for(client_labels: Tensor, right: Tensor, test_labels: Tensor) -> f
 
 
 def rouge_1(answer: str, right: str) -> float:
-    """Return ROUGE-1's F measure, 0 … 1: as `rouge_l`, with the number of words in common in whatever order.
+    """Return ROUGE-1's F measure, 0 … 1: as `rouge_l`, but counting common words in any order.
 
     >>> rouge_1("the cat sat", "the cat ran")  # two words of three
     0.6666666666666666
@@ -158,10 +161,10 @@ def rouge_1(answer: str, right: str) -> float:
 
 
 def rouge_l(answer: str, right: str) -> float:
-    """Return ROUGE-L's F measure, 0 … 1: 2PR / (P + R), P and R being lcs / words of the answer, and of the right one.
+    """Return ROUGE-L's F measure, 0 … 1: 2PR / (P + R), with P = lcs / words of `answer`, R = lcs / words of `right`.
 
-    lcs is the length of the longest common subsequence of words: runs of letters and digits in lower case, not
-    stemmed. Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
+    lcs is the length of the longest common subsequence of words. A word is a run of letters and digits, in lower case
+    and not stemmed. Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
 
     >>> rouge_l("a b c d", "a c b d")  # "a b d" is the longest common subsequence
     0.75
@@ -171,8 +174,8 @@ def rouge_l(answer: str, right: str) -> float:
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return how many elements of `first` are found in `second` in the same order, at most."""
-    row = [0] * (len(second) + 1)  # row[j]: of what of `first` was seen, and second[:j]
+    """Return the length of the longest common subsequence of `first` and `second`."""
+    row = [0] * (len(second) + 1)  # row[j]: the length for the part of `first` visited so far and second[:j]
     for element in first:
         diagonal = 0
         for column, other in enumerate(second, start=1):
@@ -184,7 +187,7 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 
 def is_exact(answer: str, right: str) -> bool:
-    """Say whether two answers are the same, case, punctuation and white space apart.
+    """Return whether two answers are equal when case, punctuation and white space are ignored.
 
     >>> is_exact("Yes.", "yes")
     True
@@ -201,7 +204,7 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, white space as single blanks, without punctuation, unless there is nothing else."""
+    """Return the text in lower case, with single spaces and no punctuation; text of punctuation alone keeps it."""
     lower = " ".join(text.lower().split())
     bare = "".join(letter for letter in lower if not unicodedata.category(letter).startswith("P"))
     return " ".join(bare.split()) or lower

@@ -1,4 +1,4 @@
-"""Noise of a round, measured in fp64 on effective weights: ΔW is what is added to the original W."""
+"""Initialisation and aggregation noise of a round, in fp64. ΔW is the total update of an original weight W."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fed.types import ClientStart, ClientUpdate, Factors, ServerState
 
 
 def held_update(weight: Tensor, original: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return ΔW: (N, K) fp64, what a layer really adds to its original weight: weight − original + s · B A.
+    """Return the ΔW (N, K), fp64, that a layer applies, rounding included: weight − original + s · B A.
 
-    `weight` and `original` are (N, K) in the working dtype and differ by what was folded; A (r, K) and
-    B (N, r) are the modules the layer sums besides.
+    `weight` and `original` are (N, K) in the working dtype and differ by what was folded in; A (r, K) and B (N, r) are
+    the modules that the layer computes separately.
     """
     return weight.double() - original.double() + scale * (B.double() @ A.double())
 
@@ -23,11 +23,12 @@ def held_update(weight: Tensor, original: Tensor, A: Tensor, B: Tensor, scale: f
 def start_noise(
     server: ServerState, start: ClientStart, changed: Mapping[str, tuple[Tensor, Tensor]] | None = None
 ) -> float:
-    """Return √(Σ_matrices ‖ΔW_i(start) − ΔW_server‖_F²) of one client. `init_noise` is the mean over the round's.
+    """Return √(Σ_matrices ‖ΔW_i(start) − ΔW_server‖_F²) of client i; `init_noise` is the mean over the round's clients.
 
-    `changed` gives (weight, original), (N, K) in the working dtype, for every matrix whose weight has something folded
-    in: there the client's ΔW is what the layer really holds, rounding included. Elsewhere both ΔW are products, and
-    their difference is one of stacked factors that is never formed; it is exactly 0 where the factors are the same.
+    `changed` gives (weight, original), (N, K) in the working dtype, for every matrix with something folded into its
+    weight. For these the client's ΔW is the one the layer applies, rounding included. For all others both ΔW are
+    products, and the norm of their difference is computed from stacked factors, without an (N, K) matrix; it is exactly
+    0 if the factors are equal.
     """
     changed = changed or {}
     norms = []
@@ -47,7 +48,7 @@ def start_noise(
 
 
 def _difference(scale: float, one: Factors, other_scale: float, other: Factors) -> Tensor:
-    """Return ‖s B A − s' B' A'‖_F; modules both have under the same number cancel exactly."""
+    """Return ‖s B A − s' B' A'‖_F; modules that are equal under the same index on both sides cancel exactly."""
     (A, B), (other_A, other_B) = one, other
     shared = min(A.shape[0], other_A.shape[0])
     same = torch.zeros(shared, dtype=torch.bool, device=A.device)
@@ -63,11 +64,11 @@ def _difference(scale: float, one: Factors, other_scale: float, other: Factors) 
 
 
 def agg_noise(following: ServerState, starts: Sequence[ClientStart], updates: Sequence[ClientUpdate]) -> float:
-    """Return √(Σ_matrices ‖ΔW_server − Σ_i p_i ΔW_i(end)‖_F²), `following` being the server after aggregation.
+    """Return √(Σ_matrices ‖ΔW_server − Σ_i p_i ΔW_i(end)‖_F²), where `following` is the server after aggregation.
 
-    ΔW_i(end) = base_delta + s_i B_i A_i over all modules the client ends with. What the round folded into the base
-    enters as the stack it is, so the difference is one product of stacked factors, [B_fold diag(w) | s B̄ |
-    −p_1 s_1 B_1 | …] [A_fold; Ā; A_1; …]. Modules that several clients held and none of them trained enter once.
+    ΔW_i(end) = base_delta + s_i B_i A_i over all modules the client ends with. What the round folded into the base is
+    a stack of modules too, so the difference is one product of stacked factors, [B_fold diag(w) | s B̄ | −p_1 s_1 B_1 |
+    …] [A_fold; Ā; A_1; …]. Modules that clients share and did not train enter once, with the sum of their weights.
     """
     total = sum(update.weight for update in updates)
     norms = []
@@ -77,7 +78,8 @@ def agg_noise(following: ServerState, starts: Sequence[ClientStart], updates: Se
             stack = following.fold[matrix]
             left.append(stack.B.double() * stack.weights)
             right.append(stack.A.double())
-        held: dict[int, tuple[Factors, Tensor]] = {}  # by the identity of what clients started with
+        # Keyed by the id of the start's factors, which clients with the same start share.
+        held: dict[int, tuple[Factors, Tensor]] = {}
         for start, update in zip(starts, updates, strict=True):
             share = update.weight / total * start.scale
             trained_A, trained_B = update.factors[matrix]
@@ -95,15 +97,15 @@ def agg_noise(following: ServerState, starts: Sequence[ClientStart], updates: Se
 
 
 def _untrained(start: ClientStart, matrix: str) -> list[int]:
-    """Return the modules a client holds and was not to train."""
+    """Return the indices of the modules that a client holds and does not train."""
     selected = set(start.selected[matrix])
     return [module for module in range(start.factors[matrix][0].shape[0]) if module not in selected]
 
 
 def agg_noise_module(following: ServerState, updates: Sequence[ClientUpdate]) -> float:
-    """Return √(Σ_matrices ‖s Σ_j (b̄_j ā_jᵀ − mean_{i∈Q_j} b_ij a_ijᵀ)‖_F²), j over the modules somebody trained.
+    """Return √(Σ_matrices ‖s Σ_j (b̄_j ā_jᵀ − mean_{i∈Q_j} b_ij a_ijᵀ)‖_F²) over modules j that some client trained.
 
-    The means weigh clients as the run does: Σ_{i∈Q_j} p_i … / Σ_{i∈Q_j} p_i.
+    Q_j are the clients that trained module j. Means are weighted as in aggregation: Σ_{i∈Q_j} p_i … / Σ_{i∈Q_j} p_i.
     """
     scale = following.adapter.scale
     norms = []
@@ -123,9 +125,10 @@ def agg_noise_module(following: ServerState, updates: Sequence[ClientUpdate]) ->
 
 
 def factor_noise(start: Mapping[str, Factors], previous_end: Mapping[str, Factors]) -> tuple[float, float]:
-    """Return ‖A(start) − A(previous end)‖_F and the same for B over all matrices, modules that are missing being zero.
+    """Return one client's ‖A(start) − A(previous end)‖_F over all matrices, and the same for B.
 
-    Of one client; the round's figure is the mean over those that took part before.
+    Modules that only one of the two has count as zero in the other. A round's factor noise is the mean over the clients
+    that took part before.
     """
     squares: dict[str, list[Tensor]] = {"A": [], "B": []}
     for matrix, pair in start.items():
@@ -140,9 +143,9 @@ def factor_noise(start: Mapping[str, Factors], previous_end: Mapping[str, Factor
 
 
 def end_factors(start: ClientStart, update: ClientUpdate, matrix: str) -> Factors:
-    """Return A (m, K) and B (N, m) a client ends with: its start, the modules it trained replaced.
+    """Return the A (m, K) and B (N, m) that a client ends with: its start with the trained modules replaced.
 
-    Modules it was to train and that its update does not hold were dropped: they are zero.
+    Modules that were selected for training but are missing from the update were dropped by the client, and are zero.
     """
     A, B = (factor.clone() for factor in start.factors[matrix])
     trained_A, trained_B = update.factors[matrix]  # (r_i, K), (N, r_i)

@@ -1,4 +1,4 @@
-"""What a round is measured by: accuracy, noise, bytes, memory and time, in one row."""
+"""The measurements of a round, collected in one row: accuracy, noise, bytes, memory and time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """Measures rounds on the model that all clients share, and leaves it at a state of the server or of a client."""
+    """Measurements of rounds on the model that all clients share.
+
+    Evaluating loads a server's or a client's state into that model and leaves it there.
+    """
 
     config: RunConfig
     data: FederatedData
@@ -36,7 +39,7 @@ class RoundMetrics:
     method: Method
 
     def start_noise(self, state: RunState, job: Job) -> float | None:
-        """Return how far a client's start is from the server, as the base now holds it; None if not measured."""
+        """Return a client's initialisation noise, given what is folded into the base now; None if not measured."""
         if not self.config.measure.noise:
             return None
         return start_noise(state.server, job.start, self.shared.base.changed())
@@ -44,7 +47,11 @@ class RoundMetrics:
     def aggregation_noise(
         self, server: ServerState, usable: Sequence[ClientResult]
     ) -> tuple[float | None, float | None]:
-        """Return agg_noise and agg_noise_module, None where they are not measured or have no meaning."""
+        """Return agg_noise and agg_noise_module.
+
+        Both are None if noise is not measured or no update is usable; the second also if the method does not average
+        module by module.
+        """
         if not usable or not self.config.measure.noise:
             return None, None
         updates = [result.update for result in usable]
@@ -60,7 +67,7 @@ class RoundMetrics:
         module_noise: float | None = None,
         clients_per_pass: int | None = None,
     ) -> Row:
-        """Return a round's row: bytes up over the updates that were used, bytes down over all its clients."""
+        """Return a round's row. Upload bytes count the usable updates only, download bytes all clients of the round."""
         server = after.server
         self.shared.load_server(server)
         right = torch.zeros(len(self.data.test), dtype=torch.bool, device=self.shared.device)
@@ -93,10 +100,11 @@ class RoundMetrics:
         }
 
     def client_accuracies(self, state: RunState, results: Sequence[ClientResult], right: Tensor) -> list[float] | None:
-        """Return the accuracy of each client of the round, with its own model where models are personal.
+        """Return the accuracy of each client of the round, evaluated with its own model where models are personal.
 
-        `right` (n,) says which test rows the global model classifies rightly. None where nothing tells one client's
-        accuracy from another's: one model for all, and no labels.
+        `right` (n,) is True for test rows that the global model classifies correctly; with personal models it is
+        overwritten. Returns None if all clients share one model and there are no labels to weight by, because then
+        every client would have the same accuracy.
         """
         personal = self.method.personal or self.config.train.head == "personal"
         wanted = labels_of(self.data.test)
@@ -114,7 +122,7 @@ class RoundMetrics:
         return accuracies
 
     def load_personal(self, state: RunState, client: Client) -> None:
-        """Put the model where a client's own is: the server's, with what the client kept in its place."""
+        """Load a client's personal model: the server's state with the factors and the head that the client kept."""
         server = state.server
         self.shared.load_server(server)
         factors, scale = self.shared.handle.factors(), server.adapter.scale
@@ -125,7 +133,7 @@ class RoundMetrics:
 
 
 def _factor_noises(results: Sequence[ClientResult]) -> Row:
-    """Return the means over clients seen before: of both factors together, in squares, and of each."""
+    """Return the mean factor noises over clients that took part before: √(A² + B²), A and B."""
     pairs = [result.factor_noise for result in results if result.factor_noise is not None]
     return {
         "factor_noise": _mean(math.hypot(*pair) for pair in pairs),
@@ -135,7 +143,7 @@ def _factor_noises(results: Sequence[ClientResult]) -> Row:
 
 
 def _footprint(results: Sequence[ClientResult]) -> Row:
-    """Return the mean of the clients' trained numbers, and of each kind of memory what the neediest of them took."""
+    """Return the mean number of trained parameters and the largest optimiser and activation memory of any client."""
     taken = [result.update.footprint for result in results if result.update.footprint is not None]
     return {
         "trainable_parameters": _mean(float(of_one.trainable_parameters) for of_one in taken),
@@ -145,7 +153,7 @@ def _footprint(results: Sequence[ClientResult]) -> Row:
 
 
 def finite(metrics: Mapping[str, float]) -> Metrics:
-    """Return the metrics, those that are not finite as None."""
+    """Return the metrics with None in place of values that are not finite, because JSON has no NaN or infinity."""
     return cast("Metrics", {name: value if math.isfinite(value) else None for name, value in metrics.items()})
 
 

@@ -1,4 +1,4 @@
-"""A run's rounds: clients start, train and send; the server aggregates; what that cost and did is measured."""
+"""The rounds of a run: clients start, train and send their updates; the server aggregates; the round is measured."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Federation:
-    """A run's configuration, its data, and the model its clients take turns on.
+    """A run's configuration, its data, and the one model that all its clients train on.
 
-    What clients keep between rounds goes to the `store`; without one it stays in memory.
+    What clients keep between rounds goes to the `store`, or stays in memory if there is none. `on_event` receives
+    messages about the run.
     """
 
     config: RunConfig
@@ -50,25 +51,25 @@ class Federation:
     shared: SharedModel
     on_event: Callable[[str], object]
     store: ClientStore | None = None
-    clients_per_pass: int | None = None  # what an earlier part of the run measured as fastest
+    clients_per_pass: int | None = None  # the fastest number of clients, if measured before the run was interrupted
 
     @cached_property
     def cohorts(self) -> CohortScheduler:
-        """How clients are trained together."""
+        """The scheduler that trains clients in cohorts."""
         return CohortScheduler(self.shared, self.config, self.on_event, self.clients_per_pass)
 
     @cached_property
     def metrics(self) -> RoundMetrics:
-        """What a round's row holds."""
+        """The measurements that go into a round's row."""
         return RoundMetrics(self.config, self.data, self.shared, self.method)
 
     @property
     def method(self) -> methods.Method:
-        """The run's method."""
+        """The aggregation method of the run."""
         return methods.find(self.config.method)
 
     def beginning(self) -> RunState:
-        """Return where the run stands before its first round; FedError where the method cannot serve it."""
+        """Return the state of the run before its first round; raise FedError if its method cannot run with it."""
         if self.method.folds:
             self.shared.base.check_foldable(self.config.method)
         server = first_state(self.shared, self.config)
@@ -78,9 +79,10 @@ class Federation:
         return RunState(server, clients)
 
     def play(self, state: RunState) -> Iterator[Round]:
-        """Yield row 0, if this is the beginning, and every round that is still to come.
+        """Play the remaining rounds and yield each of them, after round 0 if `state` is the beginning of the run.
 
-        When the last is over the model is at the server's last state.
+        Round 0 only evaluates the unadapted model. After the last round the server's final state is loaded into the
+        model.
         """
         if state.server.round == 0:
             yield Round(self.metrics.row(state, state, []), state)
@@ -91,7 +93,7 @@ class Federation:
         self.shared.load_server(state.server)
 
     def round(self, before: RunState) -> Round:
-        """Play one round."""
+        """Play the round after the state `before`: draw and train clients, aggregate their updates and measure."""
         restart_peak(self.shared.device)
         results = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
         usable = [result for result in results if result.fault is None]
@@ -104,7 +106,7 @@ class Federation:
         return Round(row, after, updates)
 
     def train_clients(self, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
-        """Let every client start from the server's state and train, one after another or a cohort at a time."""
+        """Train the participating clients from the server's state, one after another or a cohort at a time."""
         number = state.server.round + 1
         jobs = [self.job(state, client, ClientRandom(self.config.seed, number, client.id)) for client in clients]
         if self.config.execution == "cohort":
@@ -112,7 +114,10 @@ class Federation:
         return [self.train_sequentially(state, job) for job in jobs]
 
     def job(self, state: RunState, client: Client, rng: ClientRandom) -> Job:
-        """Return what a client has to do in a round; a cohort holds unselected modules frozen."""
+        """Return a client's local training in this round.
+
+        In a cohort unselected modules are held frozen: clients with different modules cannot fold them into one base.
+        """
         server, split = state.server, self.data.clients[client.id]
         if self.method.selects and self.config.adapter.selection == "gradient":
             gradients = module_gradients(self.shared, server, split, self.config.train.batch_size, rng)
@@ -124,7 +129,7 @@ class Federation:
         return Job(client, start, client.head or server.head, split, steps, rate, rng)
 
     def train_sequentially(self, state: RunState, job: Job) -> ClientResult:
-        """Let one client train by itself."""
+        """Train one client by itself and return its result."""
         began = self.now()
         with started(self.shared, job.start, job.head, state.server.base_delta):
             ready = self.now()
@@ -136,7 +141,7 @@ class Federation:
         return self.client_result(state, job, update, noise, fold_seconds, trained - before_training)
 
     def train_cohorts(self, state: RunState, jobs: Sequence[Job]) -> list[ClientResult]:
-        """Let clients train in cohorts, on one base; each is booked an equal share of the time."""
+        """Train clients in cohorts on one base and return their results; each gets an equal share of the time."""
         began = self.now()
         self.shared.base.apply_delta(state.server.base_delta)
         ready = self.now()
@@ -158,14 +163,14 @@ class Federation:
         fold_seconds: float,
         train_seconds: float,
     ) -> ClientResult:
-        """Return what came of one client's turn, once its method has said what it sends and what it keeps."""
+        """Return the result of one client's training, after the method has decided what it sends and what it keeps."""
         update, number = self.method.finish(state.server, job.start, update), job.client.id
         moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
         fault = find_fault(update)
         return ClientResult(job.client, job.start, update, noise, moved, fold_seconds, train_seconds, fault)
 
     def aggregate(self, server: ServerState, results: Sequence[ClientResult]) -> ServerState:
-        """Return the next server state from the updates that can be used; without any it keeps what it has."""
+        """Return the next server state from the usable updates; if there is none, the server keeps its adapter."""
         number = server.round + 1
         for result in results:
             if result.fault is not None:
@@ -178,7 +183,7 @@ class Federation:
         return replace(following, fold_bytes=(*server.fold_bytes, stack_bytes(following.fold)))
 
     def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
-        """Return where the run stands after a round: clients remember what they keep, and that they took part."""
+        """Return the state of the run after a round: the new server, and what participating clients keep."""
         clients, ends = list(before.clients), dict(before.ends)
         for result in results:
             client = before.clients[result.client.id]
@@ -191,7 +196,7 @@ class Federation:
         return RunState(server, tuple(clients), ends)
 
     def kept(self, result: ClientResult, number: int) -> ClientState:
-        """Return what a client keeps of its turn in round `number`, from the store where there is one."""
+        """Return what a client keeps after round `number`; if there is a store, it is written there and read lazily."""
         update, ends = result.update, {}
         head = update.head if self.config.train.head == "personal" else {}
         if self.config.measure.noise:
@@ -200,14 +205,14 @@ class Federation:
         return kept if self.store is None else self.store.keep(result.client.id, number, kept)
 
     def now(self) -> float:
-        """Return the time in seconds, once the device has done all it was given."""
+        """Return the time in seconds, after waiting for all work queued on the device."""
         if self.shared.device.type == "cuda":
             torch.cuda.synchronize(self.shared.device)
         return time.perf_counter()
 
 
 def first_state(shared: SharedModel, config: RunConfig) -> ServerState:
-    """Return the server before the first round: the adapter just drawn (B = 0) and the head as it stands."""
+    """Return the server before the first round: the newly initialised adapter (B = 0) and the model's head."""
     scale = next(iter(shared.handle.layers.values())).scale
     adapter, hetlora = config.adapter, config.hetlora
     head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}

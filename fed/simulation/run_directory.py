@@ -1,4 +1,4 @@
-"""A run's directory: never half-written, never in the place of something that is no run, and read back."""
+"""The directory of a run: created as a whole, replacing nothing but an earlier run, and read back into a `Run`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CONFIG, ROUNDS, BASE, ADAPTER = "config.toml", "rounds.jsonl", "base", "adapter"
 
 
 def looks_like_run(directory: Path) -> bool:
-    """Return whether a directory holds what every run holds: its configuration and its rounds."""
+    """Return whether a directory holds the two files that every run has: its configuration and its rounds."""
     return (directory / CONFIG).is_file() and (directory / ROUNDS).is_file()
 
 
 def require_free(target: Path, overwrite: bool) -> None:
-    """Raise FedError unless `target` is free, or `overwrite` is set and it is empty or a run's directory."""
+    """Raise FedError unless `target` does not exist, or `overwrite` is set and it is empty or a run's directory."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FedError(f"--out is {str(target)!r}, which is not a directory; give another name")
     if target.resolve() in (here := Path.cwd().resolve(), *here.parents):
@@ -47,11 +47,11 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 class RunDirectory:
-    """A context in which a run's directory comes to be.
+    """A context manager that creates a run's directory, and removes it again unless the run gets under way.
 
-    What is written to `path` first lies under a temporary name beside `target`. `place` moves it to `target`, and
-    what was there aside. Leaving the context without a call of `keep` puts everything back as it was, so nothing
-    is left of a run that did not get through its first row; `keep` makes the change final.
+    `path` is the directory to write to, at first a temporary one beside `target`. `publish` moves it to `target` and an
+    earlier run at `target` aside. `commit` makes this final and deletes the earlier run. If the context is left
+    without `commit`, the new directory is deleted and the earlier run is put back.
     """
 
     def __init__(self, target: Path, overwrite: bool) -> None:
@@ -75,7 +75,7 @@ class RunDirectory:
         return self
 
     def publish(self) -> None:
-        """Move what was written so far to `target`; from here on `path` is `target`."""
+        """Move the directory to `target`, which `path` is from now on."""
         if self.target.exists():
             self._aside = self._temporary()
             self.target.rename(self._aside / self.target.name)
@@ -83,7 +83,7 @@ class RunDirectory:
         self.path = self.target
 
     def commit(self) -> None:
-        """Make the run's directory final: what it replaces is deleted now."""
+        """Make the run's directory final and delete the one that it replaces."""
         self.kept = True
         if self._aside is not None:
             shutil.rmtree(self._aside)
@@ -112,9 +112,9 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory, read: its configuration, its rows (row 0 first), and what centralised LoRA reached.
+    """The contents of a run's directory: its configuration, its rows (row 0 first) and the centralised LoRA results.
 
-    `centralised` holds rows of steps, accuracy (0 … 1), loss and train_seconds; it is empty where it was left out.
+    `centralised` holds rows of steps, accuracy (0 … 1), loss and train_seconds, or is empty if that was not run.
     """
 
     config: RunConfig
@@ -123,16 +123,16 @@ class Run:
 
     @property
     def gain_points(self) -> float:
-        """Accuracy of the last round less that of the unadapted model, in percentage points."""
+        """Accuracy of the last round minus that of the unadapted model, in percentage points."""
         return self.gain_of(self.rows[-1])
 
     def gain_of(self, row: Metrics) -> float:
-        """Accuracy of `row` less that of the unadapted model, in percentage points."""
+        """Return the accuracy of `row` minus that of the unadapted model, in percentage points."""
         return 100 * float(row["accuracy"] - self.rows[0]["accuracy"])
 
 
 def read(directory: Path) -> Run:
-    """Read a run's files; a last line cut off in mid-writing is left out. Raises FedError where there is no run."""
+    """Read a run's files, without an incomplete last row; raise FedError if the directory is not that of a run."""
     for name in (CONFIG, ROUNDS):
         if not (directory / name).is_file():
             raise FedError(f"{str(directory)!r} is not a run's directory: there is no {name} in it")
@@ -145,7 +145,7 @@ def read(directory: Path) -> Run:
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """Return the rows of a run's file, without a last line cut off in mid-writing; none where there is no file."""
+    """Return the rows of `rounds.jsonl`, without an incomplete last line; an empty list if the file does not exist."""
     try:
         *lines, _ = (directory / ROUNDS).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -154,10 +154,10 @@ def read_rows(directory: Path) -> list[Row]:
 
 
 def parse_row(line: str) -> Row:
-    """Return a line of a run's file, perhaps of an earlier version, as a row."""
+    """Return a line of `rounds.jsonl` as a row; keys that earlier versions named otherwise are renamed."""
     return cast("Row", configuration.renamed(json.loads(line)))
 
 
 def write_centralised(directory: Path, rows: Sequence[CentralisedRow]) -> None:
-    """Write what centralised LoRA reached, one object for each number of steps, beside the run's rounds."""
+    """Write the results of centralised LoRA to `centralised.json`, one object for each number of steps."""
     write_atomically(directory / CENTRALISED, json.dumps(list(rows), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The server's own step: plain averaging, or Adam on the factors with the round's movement as its gradient."""
+"""The server's optimiser: plain averaging, or Adam on the factors with the round's mean change as its gradient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def step(server: ServerState, following: ServerState, settings: ServerConfig) -> ServerState:
-    """Return the state the server goes on with, given what its method made of the round.
+    """Return the server's state after its optimiser's step, given the state `following` that the method aggregated.
 
-    "fedavg" is the method's own result. "fedadam": with Δ = mean − x for every A and B,
-    m ← β₁ m + (1 − β₁) Δ, v ← β₂ v + (1 − β₂) Δ², x ← x + η m / (√v + τ), all in fp64 and rounded once. A module
-    nobody moved keeps its value and its moments. Head and base are the method's.
+    "fedavg" returns `following` as it is. "fedadam": for every A and B, with x from `server`, the mean from `following`
+    and Δ = mean − x, it takes m ← β₁ m + (1 − β₁) Δ, v ← β₂ v + (1 − β₂) Δ², x ← x + η m / (√v + τ), all in fp64 and
+    rounded once. A module with Δ = 0, such as one that no client trained, keeps its value and moments. Head and base
+    are those of `following`.
 
     Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, arXiv 2003.00295.
     """
@@ -47,7 +48,7 @@ def step(server: ServerState, following: ServerState, settings: ServerConfig) ->
 def _adam(
     old: Tensor, mean: Tensor, first: Tensor | None, second: Tensor | None, settings: ServerConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the moved factor and its moments, module by module along the first axis."""
+    """Return the factor after one Adam step and its two moments; the first axis counts the modules."""
     gradient = mean.double() - old.double()
     first = torch.zeros_like(gradient) if first is None else first
     second = torch.zeros_like(gradient) if second is None else second

@@ -1,7 +1,7 @@
-"""Cosines between the one-rank modules clients end a round with: within a client, and from client to client.
+"""Cosines between the one-rank modules that clients end a round with: within a client and between clients.
 
-The cosine of two modules is that of their matrices, ⟨b_j a_jᵀ, b_k a_kᵀ⟩ = (a_j·a_k)(b_j·b_k) over their norms, so that
-no matrix is formed.
+The cosine of two modules is that of their matrices. Because ⟨b_j a_jᵀ, b_k a_kᵀ⟩ = (a_j·a_k)(b_j·b_k), it is computed
+from the factors alone, without forming an (N, K) matrix.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FOLDER = "similarity"
 
 
 def module_similarity(updates: Sequence[ClientUpdate], rank: int) -> dict[str, Tensor]:
-    """Return mean cosines over all matrices, fp64, NaN where no pair was there to compare.
+    """Return mean cosines over all matrices, fp64, NaN where there is no pair to compare.
 
     within (R, R): modules j and k of one client, mean over clients.  across (R, R): module j of one client and k of
     another, mean over ordered pairs of clients.  clients (C, C): the same module of two clients, mean over modules.
-    Trained modules alone count, each under its number; modules of norm 0 have no direction and count nowhere.
+    Only trained modules count, each at its index; modules of norm 0 are left out because they have no direction.
     """
     count = len(updates)
     sums = torch.zeros(count, count, rank, rank, dtype=torch.float64)  # client, other client, module, other module
@@ -50,7 +50,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate], rank: int) -> None:
-    """Write `similarity/round-N.npz`: within, across, clients, and the clients' ids in the order of the last."""
+    """Write `similarity/round-N.npz`: within, across, clients, and ids, the clients' ids along the axes of clients."""
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     arrays = {name: values.numpy() for name, values in module_similarity(updates, rank).items()}
@@ -60,7 +60,7 @@ def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate
 
 
 def _unit_modules(update: ClientUpdate, matrix: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a_j/‖a_j‖ (R, K), b_j/‖b_j‖ (R, N) fp64 at their module's number, and which are there (R,) bool."""
+    """Return a_j/‖a_j‖ (R, K) and b_j/‖b_j‖ (R, N), fp64, by module index, and which modules exist, (R,) bool."""
     A, B = (factor.double().cpu() for factor in update.factors[matrix])
     norms = A.norm(dim=1), B.norm(dim=0)
     kept = (norms[0] > 0) & (norms[1] > 0)

@@ -1,4 +1,4 @@
-"""A whole federated run, with its files."""
+"""A whole federated run: play its rounds and write its files."""
 
 from __future__ import annotations
 
@@ -38,23 +38,27 @@ def simulate(
     *,
     resume: bool = False,
 ) -> list[Row]:
-    """Run `config.rounds` federated rounds and return their rows, `fed.types.Row`: row 0 is the unadapted model.
+    """Run `config.rounds` federated rounds and return their rows (`fed.types.Row`); row 0 is the unadapted model.
 
-    Every row goes to `directory/rounds.jsonl` as soon as it is known, then to `on_round`; `on_event` gets a
-    line for each client left out. At the end the adapter is saved to `directory/adapter` in PEFT's format,
-    with the head where it was trained; a method that folds into the base, or holds more than R modules a matrix,
-    leaves `directory/base_delta.safetensors` beside it: by parameter name, what is to be added to the base's weights
-    in fp32 before the adapter goes on. The directory is made only once the adapter fits the model; the model comes
-    back as it was.
+    Each row is appended to `directory/rounds.jsonl` at the end of its round and then passed to `on_round`. `on_event`
+    receives messages, for example one for each client whose update cannot be used.
 
-    What clients keep between rounds lies in `directory/checkpoint/clients` (`fed.simulation.client_store`). After every
-    `config.checkpoint_every`-th round and the last, `directory/checkpoint` holds all that is needed to go on. With
-    `resume` the run goes on from there, given the same configuration (more rounds are fine), data and base model: rows
-    of rounds after the checkpoint are dropped and played again, and all files come out as those of a run that was never
-    stopped, times and peak memory apart. The rows returned are all of the run's; `on_round` gets the new ones alone.
-    Raises FedError where there is no checkpoint, or one of another configuration.
+    At the end the adapter, and the head if it was trained, is saved to `directory/adapter` in PEFT's format. A method
+    that folds into the base, or holds more than R modules in a matrix, also leaves
+    `directory/base_delta.safetensors`: for each parameter name the fp32 tensor to add to the base's weight before the
+    adapter is applied. `directory/similarity` holds the cosines between modules in the first and the last round.
 
-    `directory/similarity` holds the cosines between modules in the first and the last round.
+    The directory is created only after the adapter has been put into the model, so a model that does not fit leaves
+    none. The model is restored before this function returns.
+
+    What clients keep between rounds is stored in `directory/checkpoint/clients` (`fed.simulation.client_store`). After
+    every `config.checkpoint_every`-th round and the last, a checkpoint is written to `directory/checkpoint`. With
+    `resume` the run continues from it; configuration, data and base model must be the same, but `rounds` may be larger.
+    Rows of rounds after the checkpoint are dropped and those rounds are played again, so that all files equal those of
+    an uninterrupted run except for times and peak memory. The returned rows are those of the whole run; `on_round`
+    receives only the new ones.
+
+    Raises FedError with `resume` if there is no checkpoint, or it was made with another configuration.
     """
     lasting = config.checkpoint_every > 0
     with (
@@ -66,7 +70,8 @@ def simulate(
         rows: list[Row] = []
         if resume:
             state = checkpoint.load(directory, config, state, store)
-            rows = _kept_rows(directory / ROUNDS, state.server.round or -1)  # row 0 is played anew
+            # A checkpoint of round 0 keeps no row, because `Federation.play` then yields row 0 again.
+            rows = _kept_rows(directory / ROUNDS, state.server.round or -1)
             measured = next((row["clients_per_pass"] for row in reversed(rows) if row.get("clients_per_pass")), None)
             federation = replace(federation, clients_per_pass=measured)
         else:
@@ -90,9 +95,10 @@ def simulate(
 
 
 def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
-    """Write what the server's ΔW has besides `rank` modules a matrix, under the parameters' names; nothing if nothing.
+    """Write the part of the server's ΔW that `rank` modules in each matrix do not hold, by parameter name.
 
-    `weight + delta`, taken in fp32 and rounded once into the weight's dtype, is the base the adapter belongs to.
+    The saved adapter belongs on a base of `weight + delta`, computed in fp32 and rounded once to the weight's dtype.
+    If there is no such part, no file is written and an old one is removed.
     """
     path = directory / BASE_DELTA
     total = delta_beyond_rank(server, rank)
@@ -106,7 +112,7 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
 
 
 def _kept_rows(path: Path, last: int) -> list[Row]:
-    """Return the rows up to round `last` and cut the file down to them; a line cut off in writing goes as well."""
+    """Return the rows up to round `last` and remove all later lines from the file, incomplete ones included."""
     rows: list[Row] = []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for line in lines[: last + 1]:

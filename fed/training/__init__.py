@@ -1,1 +1,1 @@
-"""How clients train: one by one, or several in one forward and backward."""
+"""Local training of clients: one after another, or several in one forward and backward."""

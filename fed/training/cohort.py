@@ -1,4 +1,4 @@
-"""Local training of several clients at once: one frozen base, one batch, and for every client modules of its own."""
+"""Local training of several clients at once, a cohort: one frozen base, one joint batch, separate modules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fed.config.training import TrainConfig
     from fed.training.compiled_loss import CompiledLosses
 
-WIDE = 256  # features from which a product with A pays for a layout of its own
+WIDE = 256  # number of input features from which storing A column by column makes products with it faster
 
 
 def train_together(
@@ -37,18 +37,20 @@ def train_together(
     measure: bool = False,
     compiled: CompiledLosses | None = None,
 ) -> list[ClientUpdate]:
-    """Train every job's client, all in one forward and one backward a step, and return their updates in order.
+    """Train all jobs' clients together, with one forward and one backward per step; return their updates in order.
 
-    The updates are those of `fed.training.local.train` but for rounding, client by client: data order and LoRA dropout
-    are drawn from the client's own source, the loss is the sum of the clients' means, and clipping, learning rate,
-    optimiser state and step count are each client's own. A client that is done leaves the batch and is not touched
-    again; one whose loss is not finite spoils no other's. Unselected modules are held frozen, whatever the start says.
-    Dropout of the base model itself draws from the cohort's stream, so with it results depend on who trains together.
+    Each client's update equals that of `fed.training.local.train` up to rounding: data order and LoRA dropout are drawn
+    from the client's own streams, the loss is the sum of the clients' mean losses, and gradient clipping, learning
+    rate, optimiser state and number of steps are separate for each client. A client that has taken all its steps leaves
+    the batch and no longer changes; a client whose loss is not finite does not affect the others. Unselected modules
+    are held frozen, whatever `start.unselected` is. Dropout of the base model itself draws from one stream for the
+    whole cohort, so with it the results depend on which clients train together.
 
-    With `compiled` torch compiles the steps. The shared base must hold the starts' `base_delta` already; the model
-    comes back as it was. Nothing is read from the device before the last step is done, but to check what was compiled.
+    With `compiled` torch compiles the steps. The server's `base_delta` must already be folded into the shared base. The
+    model's modules are restored at the end. Nothing is read from the device before the last step is done, except to
+    check newly compiled steps.
 
-    Raises FedError for a model in which one sample's result depends on others (batch norm).
+    Raises FedError for a model in which the result of one sample depends on others (batch norm).
     """
     check_independent(shared.model)
     cohort = Cohort(shared, jobs, settings, compiled)
@@ -57,7 +59,7 @@ def train_together(
 
 
 def check_independent(model: nn.Module) -> None:
-    """Raise FedError where samples of a batch enter each other's results, which would mix clients."""
+    """Raise FedError for batch norm, which would mix clients because a sample's result depends on the whole batch."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise FedError(
@@ -67,10 +69,13 @@ def check_independent(model: nn.Module) -> None:
 
 
 class _Plan:
-    """One job and the batches ahead: `rows` (steps, b) int64 are rows of the table; the last `unused` only fill up."""
+    """A job with the table rows of its batches, `rows` (steps, b) int64.
+
+    The last `unused` rows of each batch are padding, which does not count in the loss.
+    """
 
     def __init__(self, job: Job, batch_size: int, full: bool) -> None:
-        """With `full` a batch is of `batch_size` rows, however few the client has."""
+        """Draw the batches; with `full`, pad them to `batch_size` rows if the client has fewer samples."""
         self.job = job
         rows = job.split.rows[batch_rows(len(job.split), batch_size, job.steps, job.rng)]
         self.unused = batch_size - rows.shape[1] if full else 0
@@ -78,22 +83,25 @@ class _Plan:
 
     @property
     def size(self) -> int:
-        """Samples of a batch."""
+        """Number of rows in a batch, padding included."""
         return self.rows.shape[1]
 
     @property
     def order(self) -> tuple[int, int]:
-        """What plans are sorted by: those that train longest come first, and batches of one size together."""
+        """Sort key: plans with more steps come first, and among these plans with larger batches."""
         return -self.job.steps, -self.size
 
 
 class Cohort:
-    """Clients side by side, ordered so that those still training are always the first ones."""
+    """Clients that train together, sorted by decreasing number of steps.
+
+    The clients that are still training are thus always the first ones.
+    """
 
     def __init__(
         self, shared: SharedModel, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
     ) -> None:
-        # What is compiled is compiled for a shape, so cohorts are given the same: full batches, at least R modules.
+        # A step is compiled for fixed shapes, so compiled cohorts get the same ones: full batches, at least R modules.
         plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
         rank = 0 if compiled is None else shared.rank
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
@@ -123,14 +131,18 @@ class Cohort:
         self.saved = SavedTensors(shared.model, (self.stacked.values, *self.fixed.values()))
 
     def _optimizer(self, unused: Sequence[str]) -> tuple[StackedOptimizer, Tensor | None]:
-        """Return an optimiser, and which numbers the clients do not train, laid out as their values, or None."""
+        """Return an optimiser and a bool mask, laid out as `stacked.values`, of the elements that no client trains.
+
+        The mask is None if everything is trained. `unused` names the parameters that the loss does not depend on.
+        """
         rates, trained = [job.learning_rate for job in self.jobs], self._trained(unused)
         return StackedOptimizer(self.stacked, self.settings, rates, trained), None if trained is None else ~trained
 
     def _trained(self, unused: Sequence[str]) -> Tensor | None:
-        """Return which numbers the clients train, laid out as their values are, or None where it is all of them.
+        """Return a bool mask, laid out as `stacked.values`, of the elements that are trained, or None if all are.
 
-        A parameter the loss does not depend on is `unused`: as in training one by one, no optimiser moves it.
+        Parameters in `unused`, which the loss does not depend on, are not trained: when a client trains alone their
+        gradient is None, and the optimiser does not move them either.
         """
         if not unused and all(mask is None for mask in self.masks.values()):
             return None
@@ -146,7 +158,7 @@ class Cohort:
         return trained
 
     def train(self, measure: bool) -> Tensor:
-        """Train to the end; return the sum of each client's losses over its steps, (C,)."""
+        """Train all clients for all their steps; return the sum of each client's losses over its steps, (C,)."""
         first_job = self.jobs[0]
         total = torch.zeros(len(self.jobs), device=self.shared.device)
         key = [first_job.rng.seed, first_job.rng.round, *(job.client.id for job in self.jobs)]
@@ -160,11 +172,11 @@ class Cohort:
         return total
 
     def step(self, span: CohortSteps, step: int, measure: bool = False) -> Tensor:
-        """Train the clients of a running span one step; return the losses it began with, (count,)."""
-        with span.seeded(step):  # the backward may recompute the forward
+        """Train the clients of a running span for one step; return their losses before it, (count,)."""
+        with span.seeded(step):  # for the backward too, because gradient checkpointing repeats the forward in it
             with self.saved.watching(measure):
                 batch = span.batch(step)
-                if self.compiled is None or measure:  # a compiled forward hides what it keeps
+                if self.compiled is None or measure:  # saved tensors cannot be counted in a compiled forward
                     losses = client_losses(self.shared.model, batch, span.sizes)
                 else:
                     losses = self.compiled(self.shared.model, batch, span.sizes, span.own_gradients)
@@ -172,19 +184,20 @@ class Cohort:
         return losses.detach()
 
     def _spans(self) -> Iterator[tuple[range, int]]:
-        """Yield ranges of steps with the number of clients that train in them."""
+        """Yield consecutive ranges of steps, each with the number of clients that train in all of its steps."""
         begun = 0
         for steps in sorted({job.steps for job in self.jobs}):
             yield range(begun, steps), sum(job.steps >= steps for job in self.jobs)
             begun = steps
 
     def _move(self, losses: Tensor, span: CohortSteps) -> None:
-        """Take every client's step: its own gradient, clipping and optimiser."""
+        """Compute the gradients of each client's loss, clip each client's separately and take the optimiser's step."""
         count, most = len(span.sizes), self.settings.max_grad_norm
         penalty = span.penalty()
         objective = (losses if penalty is None else losses + penalty).sum()
         unused = span.differentiate(objective)
-        if unused and not self._begun:  # what nothing depends on shows only now
+        # Only the first backward shows which parameters the loss does not depend on.
+        if unused and not self._begun:
             self.optimizer, self.untrained = self._optimizer(unused)
         self._begun = True
         if self.untrained is not None:
@@ -194,7 +207,7 @@ class Cohort:
         self.optimizer.step(count)
 
     def updates(self, total: Tensor, measure: bool) -> list[ClientUpdate]:
-        """Return what every client ends with, in the order the jobs came in."""
+        """Return the clients' updates in the order of the jobs passed to `__init__`."""
         samples, values = sum(plan.size for plan in self.plans), self.stacked.named(self.stacked.values)
         found: dict[int, ClientUpdate] = {}
         for number, (place, plan, loss) in enumerate(zip(self.places, self.plans, total.tolist(), strict=True)):
@@ -220,7 +233,7 @@ class Cohort:
 
 
 class CohortSteps:
-    """Some steps of a cohort in which its first `count` clients train."""
+    """A range of steps of a cohort in which its first `count` clients train."""
 
     def __init__(self, cohort: Cohort, count: int) -> None:
         self._cohort, self._plans = cohort, cohort.plans[:count]
@@ -229,14 +242,15 @@ class CohortSteps:
         self.gradients = {name: own[:count] for name, own in cohort.stacked.named(cohort.stacked.gradients).items()}
         self._leaves = self.trained | {name: stack[:count] for name, stack in cohort.fixed.items()}
         self._rows = pk.RowGroups(self.sizes)
-        self._unused: Tensor | None = None  # which samples of a batch only fill it, (samples,)
+        self._unused: Tensor | None = None  # (samples,) bool: which samples of a batch are padding
         if any(plan.unused for plan in self._plans):
             unused = [torch.arange(plan.size) >= plan.size - plan.unused for plan in self._plans]
             self._unused = torch.cat(unused).to(cohort.shared.device)
         scales = [plan.job.start.scale for plan in self._plans]
         self._groups = {}
         for matrix, layer in cohort.shared.handle.layers.items():
-            # Dropout alone has to know who is selected; elsewhere one mask over all gradients costs less.
+            # Only dropout needs the selection in the layer. Without dropout the gradients of unselected modules are
+            # set to zero after the backward, for all layers at once, which costs less.
             mask = cohort.masks[matrix] if layer.dropout else None
             selected = None if mask is None else mask[:count]
             A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
@@ -245,7 +259,7 @@ class CohortSteps:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the model meet these clients' modules and heads inside."""
+        """Within the context, make the model compute with these clients' modules and heads."""
         shared = self._cohort.shared
         head = {name.removeprefix("head/"): leaf for name, leaf in self._leaves.items() if name.startswith("head/")}
         with (
@@ -255,7 +269,7 @@ class CohortSteps:
             yield
 
     def differentiate(self, loss: Tensor) -> list[str]:
-        """Write the loss's gradients to the cohort's memory; return the names of what it does not depend on."""
+        """Write the gradients of `loss` to the cohort's `stacked`; return the parameters it does not depend on."""
         heads = [name for name in self.trained if name.startswith("head/")]
         found, idle = pk.group_gradients(loss, self._groups, [self.trained[name] for name in heads])
         unused = [f"{side}/{matrix}" for matrix in idle for side in self._cohort.sides]
@@ -268,12 +282,12 @@ class CohortSteps:
         return unused
 
     def own_gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return copies of the loss's gradients by what these clients train and it depends on, (count, …) by name."""
+        """Return copies of the gradients of `loss`, (count, …) by name, for all trained parameters it depends on."""
         unused = self.differentiate(loss)
         return {name: own.clone() for name, own in self.gradients.items() if name not in unused}
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return all clients' samples of a step as one batch."""
+        """Return all clients' samples of a step as one batch, with the labels of padding set to IGNORED."""
         batch = self._cohort.table.batch(torch.cat([plan.rows[step] for plan in self._plans]))
         if self._unused is not None:
             labels = batch["labels"]
@@ -282,7 +296,10 @@ class CohortSteps:
 
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:
-        """Give every layer that drops its clients' seeds for one step; masks are those of a client on its own."""
+        """Within the context, give every layer with LoRA dropout its clients' seeds for one step.
+
+        Each client's dropout mask is thus the same as when it trains alone.
+        """
         layers = self._cohort.shared.handle.layers
         if not any(layer.dropout for layer in layers.values()):
             yield
@@ -302,7 +319,10 @@ class CohortSteps:
             yield
 
     def penalty(self) -> Tensor | None:
-        """Return every client's λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, (count,), 0 for who has none."""
+        """Return each client's λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, (count,), or None if no client has one.
+
+        The entry of a client without a penalty is 0.
+        """
         penalties = [plan.job.start.penalty for plan in self._plans]
         if not any(penalties):
             return None
@@ -320,9 +340,9 @@ class CohortSteps:
 
 
 def _stack(factors: Sequence[Factors], fewest: int) -> Factors:
-    """Return clients' A (m, K) and B (N, m) as (C, R, K) and (C, N, R), zeros where a client has fewer modules.
+    """Stack the clients' A (m, K) and B (N, m) to (C, R, K) and (C, N, R), padded with zeros where m < R.
 
-    R is that of the client with most, and at least `fewest`.
+    R is the largest m of the clients, but at least `fewest`.
     """
     most = max(fewest, *(A.shape[0] for A, _ in factors))
     if all(A.shape[0] == most for A, _ in factors):
@@ -336,12 +356,12 @@ def _stack(factors: Sequence[Factors], fewest: int) -> Factors:
 
 
 def _is_wide(stacked_A: Tensor) -> bool:
-    """Say whether A (C, R, K) shall lie column by column: x·Aᵀ of a few rows then takes a third of the time on CPU."""
+    """Return whether to store A (C, R, K) column by column, which makes x·Aᵀ of a few rows 3 times as fast on CPU."""
     return stacked_A.device.type == "cpu" and stacked_A.shape[2] >= WIDE
 
 
 def _mask(chosen: Sequence[Sequence[int]], stacked_A: Tensor) -> Tensor | None:
-    """Return which modules of a matrix each client trains, (C, R) bool on the host, or None where all train all."""
+    """Return which modules of a matrix each client trains, (C, R) bool on the CPU, or None if all clients train all."""
     rank = stacked_A.shape[1]
     if all(len(indices) == rank for indices in chosen):
         return None

@@ -1,4 +1,4 @@
-"""How the clients of a round are divided into cohorts: as many as asked for, as fit, or as measure fastest."""
+"""Division of a round's clients into cohorts, whose size is configured or measured, within a memory limit."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ from fed.types import ClientUpdate
 if TYPE_CHECKING:
     from fed.config import RunConfig
 
-SIZES = (1, 2, 5, 10, 20, 50, 100)  # those that are tried
-TRIAL_STEPS, TRIALS = 2, 2  # of which the faster counts
-ENOUGH = 1.1  # two sizes in a row this much slower than the best end the trials: larger ones only get slower
+SIZES = (1, 2, 5, 10, 20, 50, 100)  # sizes of cohorts to time
+TRIAL_STEPS, TRIALS = 2, 2  # local steps of a trial, and trials of each size, of which the fastest counts
+ENOUGH = 1.1  # the timing ends after two sizes in a row that are slower than the best by this factor
 
 
 class CohortScheduler:
-    """Trains a round's clients a cohort at a time; `size` is how many there are in one, None until that is measured."""
+    """Trainer of a round's clients, a cohort at a time.
+
+    `size` is the largest number of clients in a cohort; it is None until it has been measured.
+    """
 
     def __init__(
         self, shared: SharedModel, config: RunConfig, on_event: Callable[[str], object], size: int | None = None
     ) -> None:
-        """`size` is what an earlier part of the run settled on, if the configuration leaves it to be measured."""
+        """Take the size from the configuration, or else from `size`, which the run measured before it was resumed."""
         self._shared, self._config, self._on_event = shared, config, on_event
         self.size = config.clients_per_pass or size
-        self._token_bytes: dict[int, float] = {}  # of a batch's activations, a column of tokens, by its samples
+        # Bytes of a batch's activations for each token of its padded length, by the number of samples in the batch.
+        self._token_bytes: dict[int, float] = {}
         self._compiled = CompiledLosses(on_event) if config.cohort_compile else None
 
     def train(self, jobs: Sequence[Job]) -> list[ClientUpdate]:
-        """Train every job's client and return their updates in order; see `fed.training.cohort.train_together`.
+        """Train the clients of all jobs and return their updates in order; see `fed.training.cohort.train_together`.
 
-        Raises FedError where `cohort_memory_mib` does not hold one client.
+        Raises FedError if a client does not fit into `cohort_memory_mib` even alone.
         """
         updates: dict[int, ClientUpdate] = {}
         for places in self.divide(jobs):
@@ -57,7 +61,11 @@ class CohortScheduler:
         return [updates[place] for place in range(len(jobs))]
 
     def divide(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
-        """Yield the places of each cohort's jobs: clients of as many steps and as large factors go together."""
+        """Yield the indices into `jobs` of each cohort.
+
+        Clients with similar numbers of steps and modules go together, so that a cohort stays full for most of its steps
+        and pads few modules.
+        """
         order = sorted(range(len(jobs)), key=lambda place: (-jobs[place].steps, -_modules(jobs[place])))
         budget = self._config.cohort_memory_mib * MIB
         needs = self._needs(jobs) if budget else [0] * len(jobs)
@@ -80,12 +88,15 @@ class CohortScheduler:
         return tensor_bytes(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own)
 
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
-        """Return each client's bytes: its numbers, their gradients and optimiser state, and its batch's activations."""
+        """Return each client's bytes: parameters, gradients, optimiser state and the activations of a batch.
+
+        Raises FedError if a client does not fit into `cohort_memory_mib` together with the base.
+        """
         needs = []
         longest = max(int(job.split.table.lengths(job.split.rows).max()) for job in jobs)
         for job in jobs:
             factors = [factor for pair in job.start.factors.values() for factor in pair]
-            # A compiled cohort holds R modules a client, whoever it is.
+            # A compiled cohort holds at least R modules for each client.
             places = max(_modules(job), 0 if self._compiled is None else self._shared.rank)
             numbers = sum(map(Tensor.numel, factors)) * places // _modules(job)
             numbers += sum(map(Tensor.numel, job.head.values()))
@@ -103,23 +114,23 @@ class CohortScheduler:
         return needs
 
     def _activations(self, job: Job, longest: int) -> int:
-        """Return the bytes a client's batch takes where texts are padded to `longest` tokens."""
+        """Return the bytes of the activations of a client's batch when it is padded to `longest` tokens."""
         samples = self._config.train.batch_size
-        if self._compiled is None:  # else batches are full
+        if self._compiled is None:  # compiled cohorts pad every batch to `batch_size` samples
             samples = min(samples, len(job.split))
         if samples not in self._token_bytes:
             (update,) = train_together(self._shared, [job._replace(steps=1)], self._config.train, True, self._compiled)
-            assert update.footprint is not None  # measured
+            assert update.footprint is not None  # because `measure` is true
             (first,) = batch_rows(len(job.split), samples, 1, job.rng)
             padded = int(job.split.lengths(first).max())
             self._token_bytes[samples] = update.footprint.activation_bytes / padded
         return math.ceil(self._token_bytes[samples] * longest)
 
     def _fastest(self, jobs: Sequence[Job]) -> int:
-        """Return the size at which a client's step takes least, of those up to `len(jobs)`; say so."""
+        """Return the size, at most `len(jobs)`, with the least time per client and step; report it to `on_event`."""
         brief = [job._replace(steps=min(job.steps, TRIAL_STEPS)) for job in jobs]
         tried: dict[int, float] = {}
-        train_together(self._shared, brief[:1], self._config.train)  # what only the first run takes
+        train_together(self._shared, brief[:1], self._config.train)  # warm-up, because the first call is slower
         for size in sorted({min(size, len(brief)) for size in SIZES}):
             try:
                 seconds = min(self._seconds(brief[:size]) for _ in range(TRIALS))
@@ -140,7 +151,8 @@ class CohortScheduler:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        train_together(self._shared, jobs, self._config.train)  # reads the losses at the end, so all is done
+        # This waits for the device, because it reads the losses at the end.
+        train_together(self._shared, jobs, self._config.train)
         return time.perf_counter() - began
 
 
@@ -149,5 +161,5 @@ def _modules(job: Job) -> int:
 
 
 def _fitting(needs: Sequence[int], room: float) -> int:
-    """Return how many of these clients, in order, fit into one cohort."""
+    """Return how many of the clients, taken in order, fit into one cohort of `room` bytes."""
     return sum(total <= room for total in itertools.accumulate(needs))

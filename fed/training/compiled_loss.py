@@ -1,4 +1,4 @@
-"""Compiled training steps, held against plain ones before they are relied upon."""
+"""Compiled training steps of cohorts, whose results are checked against plain steps before they are relied upon."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from torch import Tensor, nn
 
 from fed.training.losses import client_losses
 
-# How much of its norm a gradient of a compiled step may be off: it adds up in another order, and in a model of float64
-# some layers compute in float32 all the same, as Llama's norms do.
+# Allowed error of a compiled step's loss or gradient, relative to its norm, by its dtype. It is not zero because a
+# compiled step adds in another order; in a float64 model some layers, such as Llama's norms, compute in float32.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
 BOUND_OF_HALF_PRECISION = 0.1
-# Nothing is closer than what it was made of: in a model of bfloat16 the loss is float32, of logits that were rounded to
-# bfloat16, where compiled layers round less often than plain ones. A logit off by δ moves a loss by less than 2 δ of
-# itself; this many eps of the model's coarsest dtype leave δ three roundings of a logit of 4.
+# The allowed relative error is at least this many eps of the model's coarsest dtype. In a bfloat16 model the loss is
+# float32, but it is computed from logits rounded to bfloat16, and compiled layers round less often than plain ones. An
+# error δ in a logit changes the loss by at most 2 δ relative to it; 12 eps allow a δ of 6 eps, which is three roundings
+# of a logit of 4.
 ROUNDINGS = 12
-# A gradient that is as good as nothing beside the client's others is all rounding.
+# A gradient is compared at no smaller a scale than this part of the norm of all the client's gradients, because a much
+# smaller gradient consists of rounding errors.
 NOTHING = 1e-3
-# In the first step most methods' B is zero: neither what the modules add nor dA could be wrong.
+# More than one step is compared, because in the first B is zero with most methods, so that the modules' output and dA
+# are zero too and errors in them would not show.
 COMPARED_STEPS = 3
-# Every number of clients in a cohort is compiled for itself; torch stops at 8.
+# Limit on recompilations. Each number of clients in a cohort is compiled separately, and torch's default limit is 8.
 SHAPES = 64
 
 Gradients = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 class CompiledLosses:
-    """`fed.training.losses.client_losses`, compiled by torch as new shapes of cohorts come.
+    """`fed.training.losses.client_losses`, compiled by torch for each new shape of a cohort.
 
-    What has just been compiled is not taken on trust: for some steps losses and gradients are compared with those of
-    plain steps. Where they differ, or where torch cannot compile, `on_event` gets a line and plain steps are taken from
-    then on. A model that draws numbers (dropout of its own) draws others when compiled and cannot be compared;
-    `on_event` is told of that once.
+    After each compilation the losses and gradients of the next `COMPARED_STEPS` steps are compared with those of plain
+    steps. If they differ, or torch cannot compile the step, a message goes to `on_event` and all further steps are
+    plain. A model with dropout of its own draws other random numbers when compiled, so its steps cannot be compared;
+    that is reported to `on_event` once.
     """
 
     def __init__(self, on_event: Callable[[str], object]) -> None:
@@ -45,7 +48,7 @@ class CompiledLosses:
         self._has_drawn = False
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._dynamo import lookup_backend  # takes a second to import
+        from torch._dynamo import lookup_backend  # imported here because it takes a second
 
         self._has_compiled = True
         return lookup_backend("inductor")(graph, inputs)
@@ -53,9 +56,9 @@ class CompiledLosses:
     def __call__(
         self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], gradients: Gradients
     ) -> Tensor:
-        """Return what `client_losses` returns.
+        """Return the clients' losses, as `client_losses` does.
 
-        `gradients` gives those of a loss, (C, …) by name, without those of what the loss does not depend on.
+        `gradients` must return the gradients of a loss, (C, …) by name, without parameters it does not depend on.
         """
         if self._losses is client_losses:
             return client_losses(model, batch, sizes)
@@ -69,7 +72,7 @@ class CompiledLosses:
             self._to_compare -= 1
             found = losses.detach().clone(), gradients(losses.sum())
         except Exception as error:
-            losses = None  # and what it keeps for a backward
+            losses = None  # frees its graph with the saved activations before the step is computed again
             if not self._is_compilers(error):
                 raise
             self._give_up(f"torch cannot compile the cohort's step ({_first_line(error)})")
@@ -120,13 +123,16 @@ class CompiledLosses:
 
 
 def _coarsest_eps(model: nn.Module) -> float:
-    """Return the largest eps of a dtype that a model computes in; weights of fewer than 16 bits are only stored so."""
+    """Return the largest eps of the dtypes a model computes in; dtypes below 16 bits are used for storage only."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize >= 2), default=0.0)
 
 
 def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], least: float = 0.0) -> str | None:
-    """Say where tensors (C, …) of C clients differ by more than rounding, or return None; `least` is always allowed."""
+    """Return where tensors (C, …) of C clients differ by more than rounding, or None.
+
+    A relative error of `least` is always allowed.
+    """
     if found.keys() != expected.keys():
         return f"{', '.join(sorted(found.keys() ^ expected.keys()))} has a gradient in one of them alone"
     sizes = {name: _norms(own) for name, own in expected.items()}
@@ -135,7 +141,7 @@ def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], lea
         bound = max(BOUNDS.get(own.dtype, BOUND_OF_HALF_PRECISION), least)
         other, size = found[name], torch.maximum(sizes[name], NOTHING * whole)
         off = _norms(other.double() - own.double()) / size.clamp_min(torch.finfo(torch.float64).tiny)
-        # A client of whom nothing is finite has no result in either.
+        # Where the expected norm is not finite, because the client's training diverged, the other must not be either.
         wrong = torch.where(sizes[name].isfinite(), ~(off <= bound), _norms(other).isfinite())
         if wrong.any():
             client = int(wrong.nonzero()[0])
@@ -149,7 +155,7 @@ def _norms(stacked: Tensor) -> Tensor:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the generators a model on a device draws from."""
+    """Return the states of the random generators that a model on `device` draws from."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -163,5 +169,5 @@ def _restore(states: list[Tensor], device: torch.device) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    inner = getattr(error, "inner_exception", error)  # torch wraps what the compiler says
+    inner = getattr(error, "inner_exception", error)  # torch wraps the error of the compiler backend
     return str(inner).strip().split("\n")[0] or type(inner).__name__

@@ -1,4 +1,4 @@
-"""One client's local training: the clients of a run take turns on one model, which is never copied."""
+"""Local training of one client at a time, on the one model that all clients of a run share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-    """One client's local training: where it starts, its head, its data, how long and how fast, and its randomness."""
+    """One client's local training: its start, head, samples, local steps, learning rate and random streams."""
 
     client: Client
     start: ClientStart
@@ -34,12 +34,13 @@ class Job(NamedTuple):
 
 
 def train(shared: SharedModel, job: Job, settings: TrainConfig, measure: bool = False) -> ClientUpdate:
-    """Train the selected modules, and the head if it is to be, on the job's batches of the client's samples.
+    """Train a client's selected modules, and the head unless it is frozen, and return its update.
 
-    The body of `started`: the optimiser sees the compact A (r_i, K) and B (N, r_i) alone, or one of the two where the
-    start holds the other fixed. The order of samples, LoRA dropout and the model's own are drawn from the job's source.
-    Nothing is read from the device before the last step is done. With `measure` the update says what memory training
-    took; the first step is watched for that.
+    Call it within `fed.models.shared_model.started`, which loads the job's start. The optimiser holds only the compact
+    A (r_i, K) and B (N, r_i), or only one of them if the start holds the other fixed. The order of samples, LoRA
+    dropout and the model's own dropout are drawn from the job's `rng`. Nothing is read from the device before the last
+    step is done, so the CPU does not wait. With `measure` the update has a footprint; activations are counted in the
+    first step.
     """
     compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in shared.handle.layers.items()}
     parameters = [*trained_factors(compact, job.start.trained), *shared.head.values()]
@@ -74,7 +75,7 @@ def ended_with(
     loss: float,
     footprint: Footprint | None,
 ) -> ClientUpdate:
-    """Return the update of a client that ended with these compact factors and head."""
+    """Return the update of a client that ended its training with these compact factors and this head."""
     return ClientUpdate(
         client=job.client,
         factors=factors,
@@ -89,14 +90,14 @@ def ended_with(
 
 
 def key_dropout(shared: SharedModel, rng: ClientRandom, step: int) -> None:
-    """Give every layer that drops its seed for one step, keyed by (seed, round, client, step, matrix)."""
+    """Set the dropout seed of every layer with LoRA dropout for one step, from (seed, round, client, step, matrix)."""
     for matrix, layer in shared.handle.layers.items():
         if layer.dropout:
             layer.dropout_seed = rng.seed_for("lora dropout", step, matrix)
 
 
 def trained_factors(compact: Mapping[str, tuple[nn.Parameter, nn.Parameter]], sides: str) -> list[nn.Parameter]:
-    """Return the parameters of the sides that are trained, "AB", "A" or "B"; the others need no gradient from here."""
+    """Return the parameters of the trained factors, `sides` being "AB", "A" or "B"; set `requires_grad` accordingly."""
     chosen = []
     for pair in compact.values():
         for side, factor in zip("AB", pair, strict=True):
@@ -107,7 +108,7 @@ def trained_factors(compact: Mapping[str, tuple[nn.Parameter, nn.Parameter]], si
 
 
 def tail_penalty(factors: Mapping[str, Factors], penalty: TailPenalty) -> Tensor:
-    """Return λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, differentiable."""
+    """Return λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, a differentiable scalar."""
     first = penalty.first
     terms = [torch.linalg.vector_norm(A[first:]) * torch.linalg.vector_norm(B[:, first:]) for A, B in factors.values()]
     return penalty.weight * torch.stack(terms).sum()
@@ -116,9 +117,10 @@ def tail_penalty(factors: Mapping[str, Factors], penalty: TailPenalty) -> Tensor
 def module_gradients(
     shared: SharedModel, server: ServerState, split: Split, batch_size: int, rng: ClientRandom
 ) -> dict[str, Tensor]:
-    """Return (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ of all R modules, (R,) fp64 for every matrix, on a client's first batch.
+    """Return the gradient norms (‖∂L/∂a_j‖² + ‖∂L/∂b_j‖²)^½ of all R modules, (R,) fp64 on the CPU by matrix.
 
-    The model is at the server's state and in evaluation mode; nothing is changed.
+    L is the loss of the client's first batch, in evaluation mode and at the server's state, which is loaded into the
+    model and left there.
     """
     shared.load_server(server)
     shared.model.eval()
@@ -133,7 +135,7 @@ def module_gradients(
 
 
 def find_fault(update: ClientUpdate) -> str | None:
-    """Say what makes an update unusable, its loss or a value that is not finite; None where nothing does."""
+    """Return why an update is unusable, a loss or a value that is not finite, or None if it is usable."""
     if not math.isfinite(update.loss):
         return f"its training loss is {update.loss}"
     tensors = {
@@ -152,7 +154,7 @@ def find_fault(update: ClientUpdate) -> str | None:
 def make_optimizer(
     parameters: Sequence[nn.Parameter], settings: TrainConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Return AdamW or SGD over `parameters`, in torch's fused form."""
+    """Return AdamW or SGD over `parameters`, in torch's fused implementation."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, fused=True)
     return torch.optim.SGD(
@@ -165,7 +167,10 @@ def make_optimizer(
 
 
 def batch_rows(n_samples: int, batch_size: int, steps: int, rng: ClientRandom) -> Tensor:
-    """Return sample indices (steps, min(batch_size, n_samples)) int64, permutation after permutation."""
+    """Return the sample indices of each batch, (steps, min(batch_size, n_samples)) int64.
+
+    They go through one random permutation of the samples after another, so a batch may contain samples of two epochs.
+    """
     width = min(batch_size, n_samples)
     epochs = math.ceil(steps * width / n_samples)
     order = np.concatenate([rng.permutation(n_samples, "order", epoch) for epoch in range(epochs)])

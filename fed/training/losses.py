@@ -1,4 +1,4 @@
-"""The training loss of clients whose samples stand one after the other in one batch."""
+"""The training losses of several clients that share one batch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fed.data.tables import IGNORED
 
 
 def client_losses(model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int]) -> Tensor:
-    """Return every client's mean cross-entropy in nats, (C,) in the logits' dtype, in fp32 for half precision.
+    """Return each client's mean cross-entropy in nats, (C,), in the logits' dtype, or fp32 for half precision.
 
-    Client c owns `sizes[c]` samples of the batch, in order. `labels` (b,) are classes, of which the mean goes over the
-    client's samples; labels (b, L) are the tokens of a causal language model, and it goes over those that count. A
-    client without samples or tokens has loss 0. Nothing is read from the device.
+    Client c owns `sizes[c]` consecutive samples of the batch. If `labels` are classes, (b,), the mean is over the
+    client's samples; if they are the tokens of a causal language model, (b, L), it is over the client's tokens. Labels
+    that are IGNORED do not count; a client without any other label has loss 0. Nothing is read from the device.
     """
     inputs = dict(batch)
     labels = inputs.pop("labels")
     logits: Tensor = model(**inputs).logits
-    if labels.dim() == 2:  # each position is followed by the label to its right
+    if labels.dim() == 2:  # the logits at each position predict the next token
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (labels != IGNORED).view(labels.shape[0], -1).sum(1)
@@ -29,7 +29,7 @@ def client_losses(model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[in
 
 
 def sums(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return every client's sum of its values (b,), (C,): what is not finite stays with its client."""
+    """Return the sum of each client's values, (b,) to (C,); NaN and infinity affect only the client that has them."""
     if len(set(sizes)) == 1:
         return values.view(len(sizes), -1).sum(1)
     return torch.stack([part.sum() for part in values.split(list(sizes))])

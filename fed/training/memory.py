@@ -1,4 +1,4 @@
-"""Memory of local training: what a step keeps for its backward, what the optimiser holds, what the process took."""
+"""Memory of local training: activations saved for the backward, optimiser state, and the peak of the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fed.config.training import TrainConfig
 
-# Of glibc's mallopt: how much free memory stays at the heap's end, and from which size on a block is mapped apart.
+# Parameters of glibc's mallopt: how much free memory stays at the end of the heap, and the size from which a block gets
+# a memory mapping of its own.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
@@ -24,10 +25,10 @@ STATUS = Path("/proc/self/status")
 
 
 class SavedTensors:
-    """Counts the bytes a forward pass keeps for its backward: every storage once, the model's own left out."""
+    """Counter of the bytes that a forward saves for its backward: each storage once, the model's own excluded."""
 
     def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
-        """Watch a model; `others` are left out besides."""
+        """Exclude the model's parameters and buffers, and the storages of `others`."""
         own = (*model.parameters(), *model.buffers(), *others)
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._seen: dict[int, int] = {}
@@ -39,7 +40,7 @@ class SavedTensors:
 
     @contextmanager
     def watching(self, on: bool) -> Iterator[None]:
-        """Count what is saved for backward inside; with `on` false do nothing."""
+        """Within the context, count the tensors saved for backward; with `on` false do nothing."""
         if not on:
             yield
             return
@@ -54,15 +55,15 @@ class SavedTensors:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Begin anew what `peak_bytes` looks back on; only CUDA can."""
+    """Reset the peak that `peak_bytes` returns; on CPU this is not possible and does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory in use: on CUDA what torch allocated since `restart_peak`, else what the process ever had.
+    """Return the peak memory: on CUDA of torch's allocations since `restart_peak`, else of the process since its start.
 
-    The process's is the kernel's figure where /proc holds it: getrusage's begins with that of the parent process.
+    The peak of the process is read from /proc where it exists, because getrusage may report that of the parent process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -82,25 +83,26 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_bytes(settings: TrainConfig, numbers: int, tensors: int, width: int) -> int:
-    """Return what `optimizer_bytes` would be for so many trained numbers of `width` bytes, in so many tensors."""
+    """Return the `optimizer_bytes` of training `numbers` parameters of `width` bytes each, in `tensors` tensors."""
     if settings.optimizer == "adamw":
         return 2 * numbers * width + 4 * tensors  # two moments, and a step count for each tensor
     return numbers * width if settings.momentum else 0
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory for its next tensors, up to a GiB; say whether its C library can be told.
+    """Let this process keep up to 1 GiB of freed memory for reuse; return whether the C library supports it.
 
-    By default glibc hands the end of its heap back to the system as soon as some of it is free, and the next step has
-    every page mapped and cleared anew: a quarter of a small model's step, measured. It holds until the process ends.
+    By default glibc returns free memory at the end of its heap to the system, and the next training step must have
+    every page mapped and cleared again, which took a quarter of a small model's step when measured. The setting lasts
+    until the process ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc, whose allocators need no telling
+    except (AttributeError, OSError, TypeError):  # the C library is not glibc and has no mallopt
         return False
     return bool(mallopt(MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return Σ numel · itemsize."""
+    """Return the bytes of the tensors: Σ numel · itemsize."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Classification heads of several clients in one pass: every client's samples meet its own."""
+"""Classification heads of several clients in one forward: each client's samples go through its own head."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import plora_kernels as pk
 
 
 class StackedLinear(nn.Module):
-    """y_c = x_c W_cᵀ + b_c for x (samples, …, K), of which client c owns `sizes[c]` samples, in order.
+    """Linear layers of C clients, y_c = x_c W_cᵀ + b_c; client c owns `sizes[c]` consecutive samples of x.
 
-    weight (C, N, K) and bias (C, N) or None are the clients', differentiable.
+    x is (samples, …, K), weight (C, N, K) and bias (C, N) or None; gradients flow to all three.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
         super().__init__()
-        # Plain attributes: as parameters they would no longer be the leaves the caller holds gradients of.
+        # Kept in a tuple, because wrapping them in nn.Parameter would make other leaves than the caller's.
         self._operands, self._rows = (weight, bias), pk.RowGroups(sizes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,10 +30,10 @@ class StackedLinear(nn.Module):
 
 
 class OneByOne(nn.Module):
-    """Any module, called once for each client with that client's parameters and samples.
+    """A module that calls another one once for each client, with that client's parameters and samples.
 
-    Every tensor argument whose leading axis counts the samples is cut; the module returns one tensor that starts with
-    the samples as well.
+    Every tensor argument whose first axis has the length of the batch is split by client. The called module must return
+    one tensor whose first axis counts the samples.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
@@ -41,7 +41,7 @@ class OneByOne(nn.Module):
         self._module, self._stacks, self._sizes = (module,), dict(parameters), list(sizes)
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        """Return the clients' outputs, one after the other."""
+        """Return the clients' outputs, concatenated along the first axis."""
         samples, outputs, start = sum(self._sizes), [], 0
         for client, size in enumerate(self._sizes):
             rows = slice(start, start + size)
@@ -62,9 +62,10 @@ def _own(value: Any, rows: slice, samples: int) -> Any:
 def stacked_head(
     model: nn.Module, modules: Sequence[str], parameters: Mapping[str, Tensor], sizes: Sequence[int]
 ) -> Iterator[None]:
-    """Let clients meet their own parameters, (C, …) by full name, in the named modules inside.
+    """Within the context, make the named modules use each client's own parameters, (C, …) by full name.
 
-    Linear layers run batched; a module that holds parameters of another kind runs client by client.
+    Modules whose parameters all belong to linear layers run these layers for all clients at once; any other module runs
+    client by client.
     """
     replaced: dict[str, nn.Module] = {}
     try:
@@ -81,7 +82,7 @@ def stacked_head(
 def _stand_ins(
     name: str, module: nn.Module, parameters: Mapping[str, Tensor], sizes: Sequence[int]
 ) -> list[tuple[str, nn.Module]]:
-    """Return what stands in for a module, or for the linear layers in it, by full name."""
+    """Return the replacements of a module, or of the linear layers in it, with their full names."""
     holders = [(path, part) for path, part in module.named_modules() if [*part.parameters(recurse=False)]]
     if any(type(part) is not nn.Linear for _, part in holders):
         own = {

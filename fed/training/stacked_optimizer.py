@@ -1,4 +1,4 @@
-"""The trained numbers of several clients side by side in one memory, as the model and torch's optimiser take them."""
+"""The trained parameters of several clients in one contiguous tensor, and an optimiser over it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class Stacked:
-    """Named tensors (C, …) of C clients in one memory, `values`, and their gradients in another of the same layout.
+    """Named parameters (C, …) of C clients in one flat tensor, `values`, and their `gradients` in a second one.
 
-    The C clients' tensors of one name lie together: the first c of them are one contiguous piece, which is what batched
-    products read and write fastest, and where nobody has left, all names together are one piece for the optimiser.
+    Both are laid out name by name and, within a name, client by client. The parameters of the first c clients under one
+    name are thus contiguous, which makes batched products fastest; and while all clients train, all parameters are one
+    contiguous piece, which makes the optimiser fastest.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], columns: Collection[str] = ()) -> None:
-        """Copy `tensors`, each (C, …), all of one dtype and device; matrices named in `columns` lie column by column.
+        """Copy `tensors`, each (C, …), storing the matrices named in `columns` column by column.
 
-        Raises FedError for tensors of several kinds.
+        Raises FedError unless all have one dtype and device.
         """
         kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
         if len(kinds) > 1:
@@ -44,7 +45,7 @@ class Stacked:
             place.copy_(tensor.detach())
 
     def named(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the tensors (C, …) that a memory laid out as `values` holds, as views."""
+        """Return views (C, …) by name of the parts of a flat tensor laid out as `values`."""
         parts = memory.split([self.clients * prod(shape) for shape in self._shapes.values()])
         return {name: self._view(name, part) for name, part in zip(self._shapes, parts, strict=True)}
 
@@ -56,11 +57,11 @@ class Stacked:
         return part.view(self.clients, *shape)
 
     def leaves(self, count: int) -> dict[str, Tensor]:
-        """Return the first `count` clients' tensors, (count, …), as leaves to differentiate by."""
+        """Return the first `count` clients' parameters, (count, …) by name, as leaves that require gradients."""
         return {name: own[:count].requires_grad_() for name, own in self.named(self.values.detach()).items()}
 
     def clip_(self, count: int, max_norm: float) -> None:
-        """Scale each of the first `count` clients' gradients down to a norm of `max_norm`, as torch's clipping does."""
+        """Clip the gradient norm of each of the first `count` clients to `max_norm`, as torch's `clip_grad_norm_`."""
         gradients = [own[:count] for own in self.named(self.gradients).values()]
         norms = torch.stack([torch.linalg.vector_norm(own.flatten(1), dim=1) for own in gradients])
         factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
@@ -68,7 +69,7 @@ class Stacked:
             own.mul_(factors.view(-1, *[1] * (own.dim() - 1)))
 
     def pieces(self, count: int, rates: Sequence[float]) -> list[Piece]:
-        """Return the memory of the first `count` clients in as few pieces as have one learning rate each."""
+        """Return the fewest contiguous pieces of `values` that cover the first `count` clients, one rate per piece."""
         if count == self.clients and len(set(rates)) == 1:
             return [Piece(0, len(self.values), rates[0])]
         found, start = [], 0
@@ -83,7 +84,7 @@ class Stacked:
 
 
 class Piece(NamedTuple):
-    """Elements start … stop−1 of a memory, which share a learning rate."""
+    """Elements start … stop−1 of a flat tensor, whose clients share the learning rate `rate`."""
 
     start: int
     stop: int
@@ -91,9 +92,9 @@ class Piece(NamedTuple):
 
 
 class StackedOptimizer:
-    """torch's AdamW or SGD over the memory of `Stacked`, each client with its own learning rate and state.
+    """torch's AdamW or SGD over the values of a `Stacked`, with a learning rate and state for each client.
 
-    Weight decay touches only what a client trains, `trained` laid out as `values`; None: everything.
+    Weight decay applies only where the bool mask `trained`, laid out as `values`, is True; None stands for everywhere.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class StackedOptimizer:
     ) -> None:
         self._stacked, self._settings, self._rates = stacked, settings, list(learning_rates)
         self._decay: Tensor | None = None
-        if trained is not None and settings.weight_decay:  # the optimiser knows of no masks
+        if trained is not None and settings.weight_decay:  # torch's optimisers take no mask: `step` applies the decay
             decay = trained.to(stacked.values.dtype) * settings.weight_decay
             if settings.optimizer == "adamw":
                 rates = torch.tensor(learning_rates, dtype=decay.dtype, device=decay.device)
@@ -113,7 +114,7 @@ class StackedOptimizer:
 
     @torch.no_grad()
     def step(self, count: int) -> None:
-        """Move the first `count` clients; who left does not come back."""
+        """Take one step for the first `count` clients; `count` must never grow from one call to the next."""
         if self._torch is None or count != self._count:
             self._torch = self._with(count)
         if self._decay is not None:
@@ -124,7 +125,7 @@ class StackedOptimizer:
         self._torch.step()
 
     def _with(self, count: int) -> torch.optim.Optimizer:
-        """Return an optimiser of the first `count` clients that goes on from the state of the one before."""
+        """Return an optimiser of the first `count` clients that continues from the current one's state."""
         pieces = self._stacked.pieces(count, self._rates)
         groups = [
             {"params": [self._parameter(piece) for piece in pieces if piece.rate == rate], "lr": rate}
@@ -150,11 +151,11 @@ class StackedOptimizer:
         return parameter
 
     def _hand_on(self, before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:
-        """Give an optimiser the state that another one keeps of the same memory, cut as its own parameters are."""
+        """Copy the state of the optimiser `before` to `after`, which may divide `values` into other pieces."""
         whole: dict[str, Tensor] = {}
         for parameter in _parameters(before):
             for key, value in before.state[parameter].items():
-                if key == "step":  # all clients began together
+                if key == "step":  # equal for all pieces, because all clients began together
                     whole[key] = value
                     continue
                 if key not in whole:

@@ -289,7 +289,7 @@ class FusedPLoRALinear(FoldedWeight):
         """Copy A (R, K) and B (N, R) into the layer.
 
         Raises:
-            StateError: a selection stands. ShapeError: the shapes differ from the layer's.
+            StateError: modules are selected. ShapeError: the shapes differ from the layer's.
         """
         self.refuse_selection("set the factors")
         for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):

@@ -2,8 +2,8 @@
 
 The model is not changed: it calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)`. The first call computes all three outputs
 and keeps the other two until their layers are called with the same tensor. If no valid output is kept for a layer
-(another tensor, a change to x or to a layer, another grad mode or stream), the group is computed anew or the layer runs
-alone.
+(another tensor, a change to x or to a layer, another grad mode or stream), the group is computed again or the layer
+runs alone.
 """
 
 from __future__ import annotations

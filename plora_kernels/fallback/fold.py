@@ -1,7 +1,7 @@
-"""Folding in plain torch: what runs on CPU and wherever Triton does not.
+"""Folding in plain torch: it runs on CPU, and on other devices where the Triton kernels do not run.
 
-fp32 and float64 weights take one `addmm`. Half precision goes through fp32 a few rows at a time, so that the sum is
-rounded once and what passes between the steps stays in the cache.
+fp32 and float64 weights take one `addmm`. Half-precision weights are summed in fp32, so that the sum is rounded once;
+on CPU a few rows at a time, so that the fp32 values stay in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from plora_kernels.counter_rng import HALF, element_bits, round_stochastically
 from plora_kernels.fallback.linear import gather
 
-# Elements of a half-precision W worked on at a time on CPU: half a mebibyte in fp32.
+# Elements of a half-precision W that are folded at a time on CPU: 512 KiB in fp32.
 CHUNK_ELEMENTS = 1 << 17
 
 
@@ -25,7 +25,7 @@ def fold(
     seed: int | None,
     out: Tensor,
 ) -> None:
-    """Write W + s·Σ_j b_j a_jᵀ to `out` (N, K), as the kernel of the same name."""
+    """Write W + s·Σ_j b_j a_jᵀ to `out` (N, K), as `plora_kernels.kernels.fold.fold` does."""
     if weight.numel() == 0:
         return
     A, B = gather(lora_A, lora_B, index)

@@ -1,8 +1,8 @@
-"""Training groups of rows: gradients go to memory the caller gives, small layers are differentiated by their weights.
+"""Training groups of rows: gradients are written to the caller's memory, small layers are differentiated by W_g.
 
-A small layer's backward consists of calls more than of products. Autograd is therefore asked for dW_g, the gradient of
-each group's own weight W_g = W + s_g·B_g A_g, which costs one node of its own in the graph, and what that holds of the
-factors is taken out afterwards: dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
+The backward of a small layer spends more time in the overhead of calls than in products. Autograd therefore computes
+only dW_g, the gradient of each group's own weight W_g = W + s_g·B_g A_g, which is a leaf of the graph. The factors'
+gradients are computed from it afterwards: dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from plora_kernels.fallback.grouped_products import GroupLayout, add_product_, o
 
 
 class GradientMemory:
-    """Where the gradients of one layer's stacked factors go, and the groups' own weights while a pass lasts.
+    """Memory for the gradients of one layer's stacked factors, and the groups' own weights W_g during a pass.
 
-    A pass is one forward and `collect` after it. In between the layer may run any number of times.
+    A pass is one forward of the model and the `collect` after it. In it the layer may run any number of times.
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, d_A: Tensor | None, d_B: Tensor | None) -> None:
         """Take memory for dA (C, R, K) and dB (C, N, R); None for a factor that does not train.
 
-        Raises ShapeError, DTypeError, DeviceError or ConfigError where it is not as the factor is.
+        Raises ShapeError, DTypeError or DeviceError if the memory differs from its factor, and ConfigError if a factor
+        that requires a gradient has none.
         """
         self._factors = lora_A, lora_B
         self._gradients = d_A, d_B
@@ -34,16 +35,19 @@ class GradientMemory:
             _check_fits(name, factor, own)
         self._written = [False, False]
         self._cuts: dict[tuple[EqualGroups, ...], list[_GroupWeights]] = {}
-        self._made: dict[tuple[EqualGroups, ...], list[_GroupWeights]] = {}  # in this pass
+        self._made: dict[tuple[EqualGroups, ...], list[_GroupWeights]] = {}  # computed in this pass
         self._made_of: tuple[int, ...] = ()
 
     def leaves(self) -> list[Tensor]:
-        """Return what to differentiate a loss by: the factors that train, and weights made of them in this pass."""
+        """Return the tensors to differentiate a loss by: the factors that train, and the W_g made in this pass."""
         factors = [factor for factor in self._factors if factor.requires_grad]
         return factors + [cut.leaf for cuts in self._made.values() for cut in cuts]
 
     def place(self, which: int) -> Tensor:
-        """Return memory for a gradient of A (0) or B (1): its own, once in a pass, then new for autograd to add."""
+        """Return memory for a gradient of A (0) or B (1).
+
+        The first call in a pass returns the caller's memory, later calls new memory, whose content autograd adds.
+        """
         own = self._gradients[which]
         if own is None or self._written[which]:
             return torch.empty_like(self._factors[which])
@@ -51,9 +55,9 @@ class GradientMemory:
         return own
 
     def weights(self, weight: Tensor, layout: GroupLayout) -> list[Tensor]:
-        """Return the groups' own weights as leaves, `collect` being told their gradients; made once for all calls."""
+        """Return the groups' own weights as leaves, whose gradients `collect` takes; computed once for a pass."""
         state = tuple(tensor._version for tensor in (weight, *self._factors))
-        if state != self._made_of:  # somebody has moved them
+        if state != self._made_of:  # the weight or a factor was changed in place since
             self._made.clear()
             self._made_of = state
         if layout.runs not in self._cuts:
@@ -69,9 +73,9 @@ class GradientMemory:
         return [cut.leaf for cut in cuts]
 
     def collect(self, gradients: Sequence[Tensor | None], copies: list[tuple[Tensor, Tensor]]) -> bool:
-        """Bring dA and dB into their memory, given the gradients of `leaves`; say whether there were any.
+        """Write dA and dB to their memory, given the gradients of `leaves`; say whether there were any.
 
-        What has yet to be copied, to where and from where, is added to `copies`.
+        Gradients that the caller still has to copy are added to `copies` as (target, source).
         """
         left, begun = list(gradients), [False, False]
         for which, (factor, own) in enumerate(zip(self._factors, self._gradients, strict=True)):
@@ -100,9 +104,10 @@ class GradientMemory:
 
 
 class _GroupWeights:
-    """What belongs to one run of c groups, its own weights among it: views made once, for a small layer is soon done.
+    """The factors, gradient memory, scales and own weights W_g of one run of c groups of equal size.
 
-    All are (c, …), or without that axis for a group alone.
+    These are views (c, …), or (…) if the run is a single group. They are made once, because making views takes long
+    beside the products of a small layer.
     """
 
     def __init__(
@@ -119,20 +124,20 @@ class _GroupWeights:
         cls, run: EqualGroups, weight: Tensor, factors: tuple[Tensor, Tensor],
         gradients: tuple[Tensor | None, Tensor | None], layout: GroupLayout,
     ) -> _GroupWeights:  # fmt: skip
-        """Cut a layer's factors, gradients' memory and scales for one run; its weights have memory, no values yet."""
+        """Slice a layer's factors, gradient memory and scales for one run; allocate the weights without values."""
         scales = None if layout.scales is None else own_part(layout.scales, run)
         own = [own_part(factor.detach(), run) for factor in factors]
         memory = [None if gradient is None else own_part(gradient, run) for gradient in gradients]
         return cls(own, memory, layout.scale, scales, weight.new_empty(*own[0].shape[:-2], *weight.shape))
 
     def make(self, weight: Tensor) -> None:
-        """Write W_g = W + s_g·B_g A_g, (c, N, K), into the weights."""
+        """Compute the weights W_g = W + s_g·B_g A_g, (c, N, K)."""
         up = self._B if self._scales is None else self._B * self._scales
         product = torch.addmm if self._own.dim() == 2 else torch.baddbmm
         product(weight, up, self._A, alpha=self._scale, out=self._own)
 
     def take_apart(self, gradient: Tensor, add: Sequence[bool]) -> None:
-        """Write what a gradient dW_g (c, N, K) holds of dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ, or add it."""
+        """Write dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ for dW_g (c, N, K), or add them where `add` is set."""
         (d_A, d_B), (add_A, add_B) = self._gradients, add
         if self._scales is not None:
             gradient = gradient * self._scales

@@ -1,9 +1,9 @@
-"""The grouped form in plain torch: C groups of rows share one weight, each meets its own modules.
+"""The grouped form in plain torch: C groups of rows share one weight, and each has its own modules.
 
     y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        for the rows of every group g
 
-The base matmul runs once over all rows. What belongs to the groups runs as batched matmuls over runs of neighbouring
-groups with equally many rows, so equal groups take one call and ragged ones a call a run; nothing is padded.
+The base matmul runs once over all rows. The groups' products run as batched matmuls over runs of neighbouring groups
+with equally many rows: groups of one size take one call, others one call per run. No rows are padded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from plora_kernels.counter_rng import keep_mask_of_rows
 
 
 class EqualGroups(NamedTuple):
-    """Neighbouring groups first … last−1, each of `size` rows, the first of which is row `row`; `whole`: all there are.
+    """A run of neighbouring groups first … last−1 with `size` rows each, which begin at row `row`.
 
-    A view less counts: beside a small layer's products, a call of torch is not short.
+    `whole` says that these are all groups. Then slicing is skipped, because a torch call takes long beside the products
+    of a small layer.
     """
 
     first: int
@@ -34,7 +35,7 @@ class EqualGroups(NamedTuple):
 
     @property
     def is_alone(self) -> bool:
-        """Whether it is one group."""
+        """Whether the run is a single group."""
         return self.last - self.first == 1
 
     def of(self, rows: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class EqualGroups(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def equal_groups(bounds: tuple[int, ...]) -> tuple[EqualGroups, ...]:
-    """Cut groups, given by their bounds (C+1), into runs of equal size."""
+    """Divide groups, given by their C+1 bounds, into runs of neighbours of equal size."""
     sizes = [end - start for start, end in itertools.pairwise(bounds)]
     runs, first = [], 0
     for size, same in itertools.groupby(sizes):
@@ -61,26 +62,29 @@ def equal_groups(bounds: tuple[int, ...]) -> tuple[EqualGroups, ...]:
 
 
 def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return every group's indexed modules, A (C, W, K) and B (C, N, W); a place whose index is −1 holds zeros."""
+    """Return every group's indexed modules, A (C, W, K) and B (C, N, W), with zeros where the index is −1."""
     if index is None:
         return lora_A, lora_B
     groups, modules = torch.arange(index.shape[0], device=index.device)[:, None], index.clamp_min(0).long()
     absent = (index < 0)[:, :, None]
     return (
         lora_A[groups, modules].masked_fill_(absent, 0.0),
-        # Laid out as lora_B is: a product with the other layout some CPUs add to y step by step, less exactly.
+        # In lora_B's memory layout: with the other one some CPUs add the product to y step by step, less exactly.
         lora_B.take_along_dim(modules[:, None, :], 2).masked_fill_(absent.mT, 0.0),
     )
 
 
 def _factors(lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return A and B of the modules that enter, B times the groups' own scales where there are any."""
+    """Return A and B of the modules that enter y, with B times the groups' own scales if there are any."""
     A, B = _gather(lora_A, lora_B, index)
     return A, B if scales is None else B * scales.to(B.dtype)[:, None, None]
 
 
 def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[EqualGroups]) -> Tensor:
-    """Return rows · down (M, W) for down (C, D, W), zero at places without a module even where a row holds infinity."""
+    """Return rows · down (M, W) for down (C, D, W): the side product S or dS.
+
+    Columns without a module are set to zero, because their product is NaN for a row that holds infinity.
+    """
     side = rows.new_empty(rows.shape[0], down.shape[2])
     for run in runs:
         part = run.of(side)
@@ -98,9 +102,9 @@ def _are_absent(index: Tensor, rank: int) -> Tensor:
 def _keep(
     bounds: Sequence[int], columns: int, index: Tensor | None, p: float, seeds: Tensor | None, numbers: Tensor | None
 ) -> Tensor | None:
-    """Return what dropout keeps of x (M, K), each group by its seed; None without dropout.
+    """Return dropout's bool mask of x (M, K) from the groups' seeds and the rows' `numbers`; None without dropout.
 
-    A row is known by its number (M,), by default counted from 0 in its group.
+    `numbers` (M,) are the rows' numbers in their group's mask; by default a group's rows count from 0.
     """
     if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
         return None
@@ -127,13 +131,13 @@ def forward(
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y, s)`: y (M, N), and s (M, places) = D(x_g) A_gᵀ if `keep_s`, else without elements.
+    """Return `(y, s)`: y (M, N), and s (M, W or R) = D(x_g) A_gᵀ if `keep_s`, else without elements.
 
     Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None, bounds
     C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the
     rows' numbers in their group's mask.
     """
-    applied = None if frozen else index  # frozen modules all enter y
+    applied = None if frozen else index  # the modules that enter y: all if `frozen`
     A, B = _factors(lora_A, lora_B, applied, scales)
     runs = equal_groups(tuple(bounds))
     y = functional.linear(x, weight, bias)
@@ -142,7 +146,7 @@ def forward(
         s = _side_product(x, A.mT, applied, runs)
     else:
         s = _side_product(torch.where(kept, x, 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
-        if frozen and index is not None:  # dropout touches the selected modules only
+        if frozen and index is not None:  # dropout applies to the selected modules only
             plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
             for run in runs:
                 run.of(s).copy_(torch.where(run.among(absent)[:, None, :], run.of(plain), run.of(s)))
@@ -180,7 +184,7 @@ def backward(
     d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     factor = scale if kept is None else scale / (1 - dropout_p)
-    ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, places), times the scales
+    ds = _side_product(dy, B, applied, runs) if need_x or need_A else None  # (M, W or R), times the groups' own scales
     if ds is not None and need_x:
         absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
         d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
@@ -188,7 +192,7 @@ def backward(
         dropped = x if kept is None else torch.where(kept, x, 0.0)
         d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
     if need_B:
-        # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul: the long axis stays contiguous.
+        # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul, because the long axis stays contiguous.
         d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
     if need_B and scales is not None:
         d_B = d_B * scales.to(d_B.dtype)[:, None, None]
@@ -203,7 +207,7 @@ def backward(
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Return s · left · right, batched, the scale applied inside the product: no pass of its own."""
+    """Return s · left · right, batched. The product applies the scale, which saves a pass over memory."""
     return _add_product_(left.new_empty(left.shape[0], left.shape[1], right.shape[2]), left, right, scale, beta=0)
 
 
@@ -212,13 +216,13 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: 
     if out.dtype.itemsize >= 4:
         return out.baddbmm_(left, right, beta=beta, alpha=scale)
     for one, of_left, of_right in zip(out, left, right, strict=True):
-        # Small batched products of half precision are rounded after every step of the sum.
+        # One `addmm_` a group: small batched products of half precision are rounded after every step of the sum.
         one.addmm_(of_left, of_right, beta=beta, alpha=scale)
     return out
 
 
 def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[EqualGroups], groups: int, scale: float) -> Tensor:
-    """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D): zero for a group without rows."""
+    """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D); a group without rows gets zeros."""
     out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
     for run in runs:
         _add_product_(run.among(out), run.of(thin).mT, run.of(wide), scale, beta=0)
@@ -236,9 +240,9 @@ def _input_gradient(
     kept: Tensor | None,
     absent: Tensor | None,
 ) -> Tensor:
-    """Return dx (M, K) = dY W + s·dS_g A_g, where `kept` drops what modules that are not `absent` (C, R) add.
+    """Return dx (M, K) = dY W + s·dS_g A_g; the mask `kept` applies to the part of modules that are not `absent`.
 
-    `factor` is s, over 1−p under dropout.
+    `absent` is (C, R) bool or None if all modules are selected; `factor` is s without dropout, else s/(1−p).
     """
     d_x = dy @ weight
     for run in runs:
@@ -256,8 +260,8 @@ def _input_gradient(
 
 
 def _at_modules(gradient: Tensor, index: Tensor, rank: int) -> Tensor:
-    """Return (C, R, D) with row t of `gradient` (C, W, D) at module index[t], and zeros for modules no index names."""
-    # One spare row takes what belongs to no module, so that no place has to be read on the host.
+    """Return (C, R, D) with row t of `gradient` (C, W, D) at module index[t], and zeros for all other modules."""
+    # Rows whose index is −1 go to one spare row at the end, so that the host need not read the index.
     out = gradient.new_zeros(gradient.shape[0], rank + 1, gradient.shape[2])
     groups = torch.arange(index.shape[0], device=index.device)[:, None]
     out[groups, torch.where(index < 0, rank, index).long()] = gradient

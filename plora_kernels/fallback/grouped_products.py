@@ -1,10 +1,10 @@
-"""The grouped form in plain torch where every module trains and nothing is dropped, in as few calls as there can be.
+"""The grouped form in plain torch, with few calls, for groups that train every module and have no dropout.
 
     y_g = x_g Wᵀ + bias + s_g·(x_g A_gᵀ) B_gᵀ        for the rows of every group g
 
-Training many small adapters consists of this. Beside products of some rows neither autograd's bookkeeping nor a pass
-over what was just written is short, so each way to compute it is one node of the graph, scales ride in the products,
-and gradients are written where the caller wants them.
+Training many small adapters runs mostly this. With few rows, autograd's bookkeeping and extra passes over memory take
+as long as the products. Therefore a product by factors is one node of the graph, the products apply the scales, and
+gradients are written directly to the caller's memory.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from plora_kernels.backend import runs_kernels
 from plora_kernels.dispatch import as_rows, no_double_backward, shaped_as
 from plora_kernels.fallback.grouped_linear import EqualGroups, equal_groups
 
-THIN = 2  # how much longer a multiplication takes in a product of rank R than in one with the weight, on CPU
-LARGEST = 2**18  # elements of a weight that groups may have of their own: there is one base, whatever the ranks
-FEWEST_ROWS = 8  # a group, below which dB taken out of dW_g is less exact than by itself
-CALLS = 5_000_000  # multiplications that take as long as what rank-R products need more calls for
+THIN = 2  # on CPU a multiplication in a rank-R product takes so many times as long as one in a product with the weight
+LARGEST = 2**18  # elements of the largest weight W_g that is made for each group
+FEWEST_ROWS = 8  # with fewer rows a group, dB computed from dW_g is less exact than dB computed by itself
+CALLS = 5_000_000  # multiplications that take as long as the additional calls of rank-R products
 
 
 class Memory(Protocol):
-    """Where the gradients of a layer's stacked factors are written."""
+    """Memory for the gradients of a layer's stacked factors; `GradientMemory` implements it."""
 
     def place(self, which: int) -> Tensor:
         """Return memory for a gradient of A (0) or B (1)."""
 
     def weights(self, weight: Tensor, layout: GroupLayout) -> list[Tensor]:
-        """Return the groups' own weights, differentiated by what is asked of them."""
+        """Return the groups' own weights W_g as leaves of the graph."""
 
 
 class GroupLayout(NamedTuple):
-    """What is known before any row is seen: the groups, s, the groups' own scales times s, and the gradients' memory.
+    """What does not depend on the values of x: the runs of groups, the scales, and the memory for gradients.
 
-    scales: (C, 1, 1) in the tensors' dtype, or None.
+    The scale of group g is s_g = scale·scales[g]; scales are (C, 1, 1) in the tensors' dtype, or None for s_g = scale.
     """
 
     runs: tuple[EqualGroups, ...]
@@ -53,7 +53,7 @@ class GroupLayout(NamedTuple):
         cls, bounds: tuple[int, ...], scale: float, scales: Tensor | None, like: Tensor,
         memory: Memory | None = None,
     ) -> GroupLayout:  # fmt: skip
-        """Return the form of groups with C+1 bounds; scales (C,) or None are cast as `like`."""
+        """Return the layout of groups with C+1 bounds; scales (C,) or None get the dtype and device of `like`."""
         own = None if scales is None else scales.to(like)[:, None, None]
         return cls(equal_groups(bounds), scale, own, memory)
 
@@ -62,29 +62,30 @@ class GroupLayout(NamedTuple):
         return torch.empty_like(factor) if self.memory is None else self.memory.place(which)
 
     def scaled(self, groups: Tensor, run: EqualGroups) -> Tensor:
-        """Return what belongs to the groups of a run times their own scales, without s."""
+        """Return `groups`, a tensor of the groups of a run, times scales[g], but not times `scale`."""
         return groups if self.scales is None else groups * own_part(self.scales, run)
 
 
 def supports(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Say whether `linear` computes these operands, whose shapes fit: full precision, and no kernels take them.
+    """Say whether this file's products may take these operands, whose shapes fit: at least fp32, and no kernels run.
 
-    In half precision W_g would lose what is added to it, and small batched products are rounded after every step.
+    Half precision is excluded: W_g would lose small updates to rounding, and small batched products are rounded after
+    every step of the sum.
     """
     alike = x.dtype is weight.dtype is lora_A.dtype is lora_B.dtype
     return alike and x.dtype.itemsize >= 4 and not runs_kernels(x)
 
 
 def serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, dropout_p: float) -> bool:
-    """Say whether plain products compute these operands, whose shapes fit: all modules train, none is dropped."""
+    """Say whether `supports` holds, all modules train and there is no dropout."""
     return index is None and not dropout_p and supports(x, weight, lora_A, lora_B)
 
 
 def group_weights_are_cheaper(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
     """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
 
-    Forward and backward add m·3R(N+K) multiplications to the base by rank-R products, or m·NK + 4·NKR by W_g and its
-    gradient, for m rows a group. On CPU thin products run at half the speed of the others.
+    For m rows a group, forward and backward need in addition to the base products m·3R(N+K) multiplications by rank-R
+    products, or m·NK + 4·NKR by W_g and its gradient. On CPU products of rank R run at half the speed of the others.
     """
     n, k = weight.shape
     if rows < FEWEST_ROWS * groups or n * k > LARGEST:
@@ -100,7 +101,7 @@ class ProductPlan(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, rank: int, layout: GroupLayout, groups: int) -> ProductPlan:
-        """Return the faster of the two for x (…, K), of so many groups with R modules each."""
+        """Return the faster of the two plans for x (…, K) of `groups` groups with `rank` modules each."""
         return cls(layout, group_weights_are_cheaper(math.prod(x.shape[:-1]), groups, weight, rank))
 
     def apply(self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,8 +126,11 @@ def traced(
     scales: Tensor | None,
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """Return y (samples, …, N) by operations a compiler can take apart; `product` is that of the groups' rows."""
-    # No `alpha`: inductor fuses products with additions and leaves it out (pytorch issue 167313).
+    """Return y (samples, …, N) by plain operations that torch.compile can trace.
+
+    `product(x, weights, bias)` is the product of each group's rows with its own weights: `RowGroups.product`.
+    """
+    # No `alpha`: when inductor fuses a product with an addition, it ignores alpha (pytorch issue 167313).
     scaled = lora_B * scale
     if scales is not None:
         scaled = scaled * scales.to(scaled.dtype)[:, None, None]
@@ -139,13 +143,13 @@ def traced(
 def by_factors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
 ) -> Tensor:
-    """Return y (…, N) by the base product over all rows and products of rank R beside it, one node of the graph."""
+    """Return y (…, N) by the base product over all rows and rank-R products for each run, as one autograd node."""
     y: Tensor = _ByFactors.apply(x, weight, lora_A, lora_B, bias, layout)
     return y
 
 
 def own_weights(weight: Tensor, lora_A: Tensor, lora_B: Tensor, layout: GroupLayout) -> list[Tensor]:
-    """Return W_g = W + s_g·B_g A_g for each run of c groups, (c, N, K), and (N, K) for a group alone."""
+    """Return W_g = W + s_g·B_g A_g, one tensor per run of c groups: (c, N, K), or (N, K) for a single group."""
     scaled = lora_B if layout.scales is None else lora_B * layout.scales
     return [
         (torch.addmm if run.is_alone else torch.baddbmm)(
@@ -156,7 +160,7 @@ def own_weights(weight: Tensor, lora_A: Tensor, lora_B: Tensor, layout: GroupLay
 
 
 def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, layout: GroupLayout) -> Tensor:
-    """Return y (…, N) by the groups' own weights, `own_weights`: for small layers."""
+    """Return y (…, N) by the groups' own weights, as `own_weights` returns them: for small layers."""
     if layout.runs[0].is_alone and layout.runs[0].whole:
         return functional.linear(x, weights[0], bias)
     rows, parts = as_rows(x), []
@@ -172,7 +176,7 @@ def by_weights(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, layout
 
 
 class _ByFactors(torch.autograd.Function):
-    """The base product over all rows, and products of rank R beside it."""
+    """The base product over all rows, plus rank-R products for each run of groups."""
 
     @staticmethod
     def forward(
@@ -217,18 +221,18 @@ class _ByFactors(torch.autograd.Function):
 
 
 def _part(rows: Tensor, run: EqualGroups) -> Tensor:
-    """Return the rows of a run's groups, (c, m, D), or (m, D) of a group alone, whose products then are torch's own."""
+    """Return the rows of a run's groups: (c, m, D) for batched products, or (m, D) of a single group for plain ones."""
     if not run.is_alone:
         return run.of(rows)
     return rows if run.whole else rows.narrow(0, run.row, run.size)
 
 
 def own_part(groups: Tensor, run: EqualGroups) -> Tensor:
-    """Return a run's part of (C, …), or the tensor of a group alone."""
+    """Return a run's part of (C, …), without the leading axis for a single group."""
     return groups[run.first] if run.is_alone else run.among(groups)
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, beta: int = 1, alpha: float = 1.0) -> None:
-    """Make `out` beta·out + alpha·left·right; with beta 0 what it held is not read."""
+    """Set `out` to beta·out + alpha·left·right in place; with beta 0 its old values are not read."""
     add = out.addmm_ if out.dim() == 2 else out.baddbmm_
     add(left, right, beta=beta, alpha=alpha)

@@ -1,4 +1,4 @@
-"""Projections of one input in plain torch: each forward by itself, one dX added up in place."""
+"""Projections that share one input, in plain torch: a forward for each, and one dX summed in place."""
 
 from __future__ import annotations
 

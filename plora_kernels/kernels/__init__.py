@@ -1,1 +1,1 @@
-"""Triton kernels, one subject a file; imported only when a kernel is needed."""
+"""Triton kernels, one subject per file; imported only when a kernel is needed."""

@@ -5,8 +5,8 @@ The forward and dX are the same computation with other matrices:
     forward   y  = x Wᵀ + bias + s((D(x) Aᵀ) ⊙ m) Bᵀ     in = x,  main = Wᵀ, down = Aᵀ, up = Bᵀ
     dX        dx = dY W        + s D'((dY B) ⊙ m) A       in = dY, main = W,  down = B,  up = A
 
-so the same kernels serve both, told apart by strides. Dropout D sits before the side product in the forward and after
-it in dX. `blocks.DESIGNS` names the ways to reach the side product.
+so the same kernels serve both with different strides. The side product is in · down (`side_product.py`); dropout D
+applies before it in the forward and after it in dX. `tuning.blocks.DESIGNS` lists the ways to compute it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FEW_ROWS = 64
 def find_matmul_blocks(
     op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None
 ) -> MatmulBlocks:
-    """Return the blocks, design included, of out = inputs · main with `width` module places.
+    """Return the blocks and the design of out = inputs · main, where the side product has `width` columns.
 
-    `op` is "forward" or "input_gradient": what the blocks are looked up by. Where descriptors cannot fetch the
-    matrices, or `drop_out` masks what is added to out, the design is one of pointer loads.
+    `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, or if
+    `drop_out` masks the low-rank part of out, the design is one with pointer loads.
     """
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
@@ -70,22 +70,23 @@ def adapted_matmul(
     """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·side · up, side (M, R) = (in · down) ⊙ m.
 
     Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
-    `side` has one column per place of the index, rounded to the inputs' dtype, and no elements unless `keep_side`; one
-    that is given is used and returned. `drop_in` drops elements of `in` for the side product, `drop_out` elements of
-    what the side product adds to out.
+    `side` has one column per entry of the index, or per module without one, rounded to the inputs' dtype. If `side` is
+    given, it is used and returned. Otherwise the returned one has no elements unless `keep_side` is set or the design
+    stores it in memory anyway. `drop_in` drops elements of `in` for the side product, `drop_out` elements of the
+    low-rank part of out.
     """
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
-    # Every tile of a row block would hash the same mask again: under dropout the side product goes first.
+    # Under dropout the side product is computed first: otherwise every tile of a row block would hash the mask again.
     by_algebra = blocks.design in ALGEBRA_DESIGNS and index is None and drop_out is None
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
-        # A few rows are one or two programs of ours, which torch's matmul cuts along K to fill the device.
+        # Few rows would be one or two programs of `side_product`; torch's matmul splits K to fill the device.
         few = by_algebra and drop_in is None and rows <= FEW_ROWS
         leads = blocks.dependent and blocks.design in PERSISTENT_DESIGNS
         side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
     if by_algebra and side is not None:
         if blocks.design == "algebra_first":
-            # Not by `replay.empty`: what torch computes is not replayed.
+            # Not allocated by `replay.empty`: a call that contains torch's own matmuls is never replayed.
             whole = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
             start, beta = (whole, 0) if bias is None else (bias, 1)
             return torch.addmm(start, side, up, beta=beta, alpha=scale, out=whole).addmm_(inputs, main), side
@@ -109,7 +110,7 @@ def adapted_matmul(
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
-        if blocks.design not in POINTER_DESIGNS:  # those of algebra, of an index
+        if blocks.design not in POINTER_DESIGNS:  # an algebra design, which cannot take an index
             blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,
@@ -119,12 +120,13 @@ def adapted_matmul(
 
 
 def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None) -> MatmulBlocks:
-    """Return blocks for pointer loads where those found are made for another design, or for tiles without dropout.
+    """Return blocks for pointer loads, used if the blocks found are for another design or for tiles without dropout.
 
-    A tile under dropout sums what will be masked apart, in as many registers as the rest.
+    Under dropout a tile has a second accumulator, for the part that will be masked, which takes as many registers as
+    the first.
     """
     hardware = lookup.hardware_of(inputs.device)
-    shape, aligned = layer_class("forward", inputs, main, width)  # or dX: the defaults are the same
+    shape, aligned = layer_class("forward", inputs, main, width)  # for dX too: its defaults are the same
     blocks = pointer_blocks(shape, hardware, aligned)
     if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
         return blocks
@@ -132,6 +134,6 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
 
 
 def _takes_walking(inputs: Tensor, main: Tensor) -> bool:
-    """Say whether descriptors can fetch both matrices and store their product, in lines of its own."""
+    """Say whether tensor descriptors can load both matrices and store their product, a row-major tensor."""
     lines = main.shape[1] * inputs.element_size() % 16 == 0
     return lines and inputs.stride(1) == 1 and inputs.shape[1] > 0 and takes_descriptors(inputs, main)

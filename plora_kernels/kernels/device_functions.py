@@ -1,4 +1,7 @@
-"""What kernels share: which places hold a module, the low-rank product, dropout's mask, the loop of a tile."""
+"""Device functions of several kernels: module indices, the low-rank product, dropout's mask, the K loop of a tile.
+
+Side product: S = D(x) Aᵀ or dS = dY B, see `side_product.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from plora_kernels.kernels.counter_rng import element_words
 
 @triton.jit
 def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr, offset_type: tl.constexpr):
-    """Return the module numbers of places r0 … r0+BLOCK_R−1 and which of them stand for a module: (BLOCK_R,)."""
+    """Return the modules of columns r0 … r0+BLOCK_R−1 of a side product, and which of them exist: (BLOCK_R,) each."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     present = places < R
     if HAS_INDEX:
@@ -24,7 +27,7 @@ def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexp
 
 @triton.jit
 def are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK: tl.constexpr):
-    """Return which of `modules` (BLOCK_R,) an index of selected_width entries names; −1 is no module."""
+    """Return which of `modules` (BLOCK_R,) are in an index of selected_width entries; −1 is no module."""
     places = tl.arange(0, SELECTED_BLOCK)
     entries = tl.load(selected_ptr + places, mask=places < selected_width, other=-1)  # (SELECTED_BLOCK,)
     return tl.max((entries[None, :] == modules[:, None]).to(tl.int32), axis=1) > 0
@@ -34,10 +37,10 @@ def are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK: tl.const
 def add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32."""
     if dtype == tl.float16:
-        # side · s may pass fp16's 65504 where side and the result do not: the smaller factor takes the scale.
+        # side · s may exceed fp16's 65504 where neither side nor the result does, so the scale goes to `up`.
         product = tl.dot(side.to(dtype), (up.to(tl.float32) * scale).to(dtype), acc, input_precision=PRECISION)
     else:
-        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less
+        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less than above
     return product
 
 
@@ -57,7 +60,7 @@ def add_low_rank(
     SELECTED_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return `(acc, low)` with s · side · up added: to `low` what dropout has yet to mask, to `acc` the rest.
+    """Return `(acc, low)` with s · side · up added: to `low` the part that dropout will mask, to `acc` the rest.
 
     side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), modules (BLOCK_R,), acc and low (BLOCK_M, BLOCK_N) fp32.
     """
@@ -74,7 +77,10 @@ def add_low_rank(
 
 @triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Return the row and column of an output tile: GROUP_M row tiles at a time share columns of the main matrix."""
+    """Return the tile row and column of an output tile; tiles are ordered in groups of GROUP_M rows.
+
+    Programs of a group load the same columns of the main matrix, which stay in the L2 cache.
+    """
     group_width = GROUP_M * tiles_n
     first_m = (tile // group_width) * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -83,7 +89,7 @@ def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
-    """Store the side product of places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R)."""
+    """Store columns r0 … r0+BLOCK_R−1 of the side product: (BLOCK_M, BLOCK_R)."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     side_offsets = rows[:, None] * stride_sm + places[None, :]
     tl.store(side_base + side_offsets, side, mask=row_ok[:, None] & (places < R)[None, :])
@@ -91,10 +97,10 @@ def store_side(side_base, side, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.cons
 
 @triton.jit
 def load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
-    """Return the side product of places r0 … r0+BLOCK_R−1 as fp32: (BLOCK_M, BLOCK_R)."""
+    """Return columns r0 … r0+BLOCK_R−1 of the side product as fp32: (BLOCK_M, BLOCK_R)."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     side_offsets = rows[:, None] * stride_sm + places[None, :]
-    # Past the first-level cache: another multiprocessor may have written it in this launch.
+    # ".cg" bypasses the L1 cache: another multiprocessor may have written these values in this launch.
     ok = row_ok[:, None] & (places < R)[None, :]
     side = tl.load(side_base + side_offsets, mask=ok, other=0.0, cache_modifier=".cg")
     return side.to(tl.float32)
@@ -102,7 +108,7 @@ def load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_N: tl.constexpr):
-    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps: `plora_kernels.counter_rng`'s bits.
+    """Return which elements of a (BLOCK_M, BLOCK_N) tile dropout keeps, the same as `plora_kernels.counter_rng` keeps.
 
     numbers (BLOCK_M,): the rows' numbers in the mask.
     """
@@ -137,11 +143,11 @@ def multiply(
     SIDE_GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return `(acc, side)`: in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R), both fp32.
+    """Run the K loop of a tile; return `(acc, side)`: in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R).
 
-    Bases point to the tile's first row, first column and first module; rows (BLOCK_M,), columns (BLOCK_N,), depth
-    (BLOCK_K,) and modules (BLOCK_R,) are offsets from there, 32 bits wide where those suffice, and `*_ok` say which
-    exist. With SIDE_GIVEN the side product is not made: zeros.
+    Both are fp32. Bases point to the tile's first row, first column and first module; rows (BLOCK_M,), columns
+    (BLOCK_N,), depth (BLOCK_K,) and modules (BLOCK_R,) are offsets from there, in 32 bits where that suffices, and the
+    masks `*_ok` say which exist. With SIDE_GIVEN the side product is not computed, and zeros are returned for it.
     """
     in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
     main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
@@ -149,8 +155,8 @@ def multiply(
     in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
     main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
-    # The steps of `down` add to an offset, not to its pointer. For AMD GPUs Triton 3.6 compiles no pointer that a loop
-    # carries and its pipeline still steps and loads from behind the loop, as it does with narrow matrices.
+    # The loop advances an offset of `down`, not its pointer. For narrow matrices Triton 3.6's pipeliner advances and
+    # loads from the pointer once more after the loop, and for AMD GPUs such a loop-carried pointer does not compile.
     down_start = tl.full((), 0, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)

@@ -5,8 +5,9 @@ Both are G = s·Lᵀ X over the rows, with L (M, R) thin and X (M, D) wide:
     dA  = s·dSᵀ D(x)   (R, K)      L = dS = dY B,   X = D(x), dropout of the layer if it has one
     dBᵀ = s·Sᵀ dY      (R, N)      L = S = D(x) Aᵀ, X = dY
 
-The rows are cut into as many splits as fill the device, whose partial sums (fp32) a second launch adds in order. For
-groups of rows there is one G a group, of its own rows and times its own scale; a group without rows gets zeros.
+S and dS are the side products of forward and backward (`side_product.py`). The rows are split such that the device is
+filled, and a second launch adds the splits' fp32 partial sums in order. For groups of rows there is one G per group,
+from its own rows and with its own scale; a group without rows gets zeros.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def store_gradient(
     BLOCK_R: tl.constexpr,
     HAS_INDEX: tl.constexpr,
 ):
-    """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed at the modules' rows of out: out[module(r), d].
+    """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed into the modules' rows of out: out[module(r), d].
 
-    The places are r0 … r0+BLOCK_R−1; module(r) is index[r] when there is an index (−1 stores nothing), else r.
+    r is r0 … r0+BLOCK_R−1; module(r) is index[r] if there is an index (−1 stores nothing), else r.
     """
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
     tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
@@ -100,18 +101,17 @@ def partial_gradient_kernel(
 ):
     """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
 
-    thin (M, ·), wide (M, D), out (splits, R, D); column(r) is index[r] when there is one (−1 gives zero), else r. If
+    thin (M, ·), wide (M, D), out (splits, R, D); column(r) is index[r] if there is an index (−1 gives zero), else r. If
     WHOLE there is one split, and out is the gradient itself: see `store_gradient`, with out_index (R,).
-    With DROPOUT the elements of `wide` that it drops count as zero. If GROUPED, a group's rows are those that offsets
-    (C+1,) say, out is (C · splits, R, D), the indices (C, R), seed (C,), scales (C,), and numbers (M,) are read if
-    NUMBERED.
+    With DROPOUT the dropped elements of `wide` count as zero. If GROUPED, offsets (C+1,) give each group's rows, out is
+    (C · splits, R, D), the indices are (C, R), seed (C,) and scales (C,), and numbers (M,) are read if NUMBERED.
     """
     part = tl.program_id(2)
     if GROUPED:
         group = part // splits
         start = tl.load(offsets_ptr + group).to(tl.int32)
         end = tl.load(offsets_ptr + group + 1).to(tl.int32)
-        # Whole blocks a split, so that no row block straddles two of them.
+        # A split is a whole number of row blocks, so that no block lies in two splits.
         split_rows = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_M) * BLOCK_M
         first = (start + (part % splits) * split_rows).to(tl.int64)
         last = tl.minimum(first + split_rows, end)
@@ -129,7 +129,7 @@ def partial_gradient_kernel(
     thin_columns, thin_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
     column_ok = columns < D
 
-    # Transposed, with the wide axis first: a product 16 modules high would leave three quarters of wgmma's rows empty.
+    # Computed as the transpose, (D, R): wgmma has 64 rows, of which a product with 16 modules as rows would fill 16.
     acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
     for m in range(0, split_rows, BLOCK_M):
         rows = first + m + tl.arange(0, BLOCK_M).to(tl.int64)  # (BLOCK_M,)
@@ -142,7 +142,7 @@ def partial_gradient_kernel(
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
         thin_mask = row_ok[:, None] & thin_ok[None, :]
-        if DEPENDENT:  # past the first-level cache: written by a launch that this one does not wait for
+        if DEPENDENT:  # ".cg" bypasses the L1 cache: `thin` comes from a launch that this one did not wait for
             t = tl.load(thin_tile, mask=thin_mask, other=0.0, cache_modifier=".cg")  # (BLOCK_M, BLOCK_R)
         else:
             t = tl.load(thin_tile, mask=thin_mask, other=0.0)  # (BLOCK_M, BLOCK_R)
@@ -169,7 +169,8 @@ def partial_gradient_kernel(
         tile = out_ptr + places[None, :] * stride_or + columns[:, None]
         tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
     if DEPENDENT:
-        # Beside the launch before, whose results this one does not read: but what follows both may.
+        # The launch before may still run. This one does not load its results, but a later launch may, so this launch
+        # must not end before that one has.
         if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
             tl.extra.cuda.gdc_wait()
 
@@ -195,10 +196,11 @@ def reduce_gradient_kernel(
     BY_MODULE: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
-    """Add the splits in order, scale, round once and store at the module's own row: out[module(r), d].
+    """Add the splits in order, scale, round once and store in the module's row: out[module(r), d].
 
-    partial (splits, R, D) fp32 with a row per place, or per module if BY_MODULE; out addressed by (module, d); a place
-    whose index is −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each its own.
+    partial (splits, R, D) fp32 has a row per entry of the index, or per module if BY_MODULE; out is addressed by
+    (module, d); an entry −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each
+    group its own scale.
     """
     if LAUNCHES_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -222,7 +224,7 @@ def reduce_gradient_kernel(
 
 
 class Sums(NamedTuple):
-    """How the rows of a gradient are cut; `partial` is (C · splits, R, D) fp32, or of one split the gradient itself."""
+    """How a gradient's rows are split; `partial` is (C · splits, R, D) fp32, or with one split the gradient itself."""
 
     blocks: GradientBlocks
     splits: int
@@ -232,15 +234,14 @@ class Sums(NamedTuple):
 def plan_sums(
     out: Tensor, wide: Tensor, width: int, *, dropout: Dropout | None = None, groups: Groups | None = None
 ) -> Sums:
-    """Return how `factor_gradient_` sums the gradient of `width` places, with the memory it takes."""
+    """Return how `factor_gradient_` sums a gradient of `width` rows, and allocate its partial sums."""
     (rows, d), count = wide.shape, 1 if groups is None else groups.total
     rows_each = max(1, rows // count)
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
     blocks = find_blocks(GradientBlocks, shape, wide.device, is_aligned(wide))
     wide_tiles = wide.dtype.itemsize >= 4 or not is_aligned(wide)
     if (groups is not None and wide_tiles) or (dropout is not None and wide.dtype.itemsize >= 4):
-        # The mask, or what tells groups apart, takes registers that fp32 tiles, or lines that start anywhere, do not
-        # leave.
+        # The dropout mask and the group arguments take registers. Tiles of fp32, or with unaligned loads, would spill.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
     programs = cdiv(d, blocks.block_d) * cdiv(width, blocks.block_r) * count
     multiprocessors = lookup.multiprocessors_of(wide.device)
@@ -264,15 +265,15 @@ def factor_gradient_(
     """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it; with groups, of each group into out (C, R, D).
 
     Args:
-        out: any strides; rows that `out_index` does not name are left as they are.
-        thin: (M, ·), the side product; `thin_index` names the columns to use, None takes all in order.
+        out: any strides; rows that `out_index` does not name are not written.
+        thin: (M, ·), the side product; `thin_index` (W,) names the columns to use, None takes all in order.
         wide: (M, D).
-        out_index: int32, the row of `out` for every place; −1 stores nothing; None stores in order.
+        out_index: (W,) int32, the row of `out` for every column used; −1 stores nothing; None stores in order.
         dropout: D, of the elements of `wide`; None keeps all.
-        groups: indices are (C, W) then, seeds (C,), and `scale` comes on top of the groups' own.
-        beside: begin beside the launch before this one, which lets its dependents begin and does not make `thin` or
-            `wide`, where there is programmatic dependent launch. What `plan_sums` returned ahead of that launch: memory
-            taken after it may be memory that it still uses.
+        groups: indices are (C, W) then, seeds (C,), and `scale` multiplies the groups' own scales.
+        beside: run at the same time as the launch before this one, by programmatic dependent launch where the device
+            has it. That launch must trigger its dependents and must not write `thin` or `wide`. `beside` is what
+            `plan_sums` returned before that launch: memory allocated later may still be in use by it.
     """
     (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
     width, count = thin.shape[1] if index is None else index.shape[-1], 1 if groups is None else groups.total
@@ -281,7 +282,7 @@ def factor_gradient_(
     sums = beside if beside is not None else plan_sums(out, wide, width, dropout=dropout, groups=groups)
     blocks, splits, partial = sums
     tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
-    # Whole blocks a split, so that no row block straddles two of them.
+    # A split is a whole number of row blocks, so that no block lies in two splits.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     whole, dropped = splits == 1, DropoutArguments.of(dropout, wide)
     scale *= dropped.keep_scale
@@ -341,11 +342,11 @@ def reduce_partials_(
     groups: Groups | None = None,
     leads: bool = False,
 ) -> None:
-    """Add partial (splits, R, D) fp32 over its splits into out (R, D), scaled and rounded once, any strides.
+    """Write the sum of partial (splits, R, D) fp32 over its splits to out (R, D), scaled and rounded once.
 
-    With an index, place t goes to row index[t] of out and −1 nowhere; it is read from row t of `partial`, or from row
-    index[t] if `by_module`. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W). If this
-    launch `leads`, the next may begin before it has ended.
+    out has any strides. With an index, row t of `partial`, or row index[t] if `by_module`, goes to row index[t] of out;
+    an entry −1 is skipped. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W). With `leads`
+    the next launch may begin before this one has ended.
     """
     parts, width, d = partial.shape
     places, count = width if index is None else index.shape[-1], 1 if groups is None else groups.total

@@ -1,4 +1,4 @@
-"""Fold modules into one weight, in place or into another buffer: one read of W, one write of the result."""
+"""Fold modules into one weight W, in place or into another tensor, with one read of W and one write of the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _add_modules(
     HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return delta + Σ_j b_j a_jᵀ over the places r0 … r0+BLOCK_R−1: (BLOCK_N, BLOCK_K) fp32."""
+    """Return delta + Σ_j b_j a_jᵀ over the modules at r0 … r0+BLOCK_R−1 of the index: (BLOCK_N, BLOCK_K) fp32."""
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
     a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
     a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
@@ -77,12 +77,13 @@ def fold_tile(
 ):
     """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
-    weight and out (N, K), possibly one matrix; a (R, K), b (N, R), index int32 or unused. R counts places, all of
-    them in one block if ONE_BLOCK. Tiles are numbered along K first: neighbours finish each other's rows.
+    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or unused. R is the number of
+    modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. Tiles are numbered along K first, so that
+    neighbouring programs complete the same rows.
     """
     tiles_k = tl.cdiv(K, BLOCK_K)
     first_row, first_column = (tile // tiles_k) * BLOCK_N, (tile % tiles_k) * BLOCK_K
-    # A tile's base is a 64-bit scalar, since N·K may pass 2³¹; offsets inside take 32 bits unless strides are huge.
+    # A tile's base is a 64-bit scalar, since N·K may exceed 2³¹; offsets inside take 32 bits, unless WIDE_OFFSETS.
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
     columns = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
@@ -90,7 +91,7 @@ def fold_tile(
     tile_ok = row_ok[:, None] & column_ok[None, :]
     base_row, base_column = first_row.to(tl.int64), first_column.to(tl.int64)
 
-    # The one long read comes first: the factors, small and cached, arrive while it is under way.
+    # The weight, the one large load, is issued first: the factors are small, cached, and arrive while it is in flight.
     weight_base = weight_ptr + base_row * stride_wn + base_column * stride_wk
     w = tl.load(weight_base + rows[:, None] * stride_wn + columns[None, :] * stride_wk, mask=tile_ok, other=0.0)
     a_base, b_base = a_ptr + base_column * stride_ak, b_ptr + base_row * stride_bn
@@ -147,7 +148,7 @@ def fold_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold one weight, a tile a program; see `fold_tile`."""
+    """Fold one weight, one tile per program; see `fold_tile`."""
     fold_tile(
         weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, seed_low, seed_high,
         stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
@@ -166,7 +167,7 @@ def fold(
 ) -> None:
     """Write W + s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to `out` (N, K), which may be `weight`.
 
-    With a seed the sum is rounded stochastically (fp16, bf16), without one to nearest.
+    With a seed the sum is rounded stochastically (fp16, bf16), otherwise to nearest.
     """
     (n, k), width = weight.shape, lora_A.shape[0] if index is None else index.shape[0]
     if weight.numel() == 0:

@@ -1,6 +1,6 @@
-"""Fold into many weights in one launch per dtype: a table on the device says whose tile each program does.
+"""Fold many weights with few launches: a table on the device gives each program its weight and tile.
 
-The table travels to the device in one asynchronous copy; nothing waits for it on the host.
+The table is copied to the device asynchronously; the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from plora_kernels.tuning.lookup import find_blocks
 # weight, lora_A, lora_B, index, scale, seed, out: the arguments of `fold`.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, float, int | None, Tensor]
 
-COLUMNS = 16  # of a table row: 128 bytes, one line of the cache
-MOST_LAYERS = 512  # in one launch; every program looks through their first tiles
-_NEVER = 2**62  # the first tile of a layer that is not there
+COLUMNS = 16  # int64 columns of the table: a row has 128 bytes, one cache line
+MOST_LAYERS = 512  # in one launch, because every program searches the first tiles of all layers
+_NEVER = 2**62  # the first tile of padding layers, larger than any tile's number
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def fold_many_kernel(
 ):
     """Fold one tile of one of the table's weights; see `fold_tile`.
 
-    table int64: the first tile of every layer (LAYERS,), then a row (COLUMNS,) a layer, as `_table_row` lays it out.
-    All matrices have the element type of `like` and are contiguous along K, lora_B aside.
+    table int64: the first tile of every layer (LAYERS,), then for each layer a row (COLUMNS,) made by `_table_row`.
+    All matrices have the element type of `like`, and all but lora_B are contiguous along K.
     """
     tile = tl.program_id(0)
     first_tiles = tl.load(table_ptr + tl.arange(0, LAYERS))  # (LAYERS,) int64
@@ -68,7 +68,7 @@ def fold_many_kernel(
     stride_br = tl.load(row_ptr + 12).to(stride_type)
     scale = tl.load(row_ptr + 13).to(tl.int32).to(tl.float32, bitcast=True)
     seed = tl.load(row_ptr + 14)
-    if ALIGNED:  # what Triton would have seen in arguments of its own
+    if ALIGNED:  # tell Triton what it would find out about kernel arguments by itself
         weight_ptr, out_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(out_ptr, 16)
         a_ptr, b_ptr = tl.multiple_of(a_ptr, 16), tl.multiple_of(b_ptr, 16)
         K = tl.multiple_of(K, 16)
@@ -82,10 +82,11 @@ def fold_many_kernel(
 
 
 def batches(folds: Sequence[Arguments]) -> list[list[Arguments]]:
-    """Return the folds, those of one device, dtype and kind of rounding together: each list is one launch.
+    """Return the folds in lists, of which each is one launch of at most MOST_LAYERS folds.
 
-    What a table cannot hold goes alone: a matrix that is not contiguous along K, a fold without an index, and anything
-    while a CUDA graph is being captured, which would replay the copy of a table that is gone.
+    The folds of a list have the same device, dtype, rounding, alignment and offset width. A list has a single fold if a
+    matrix is not contiguous along K, if there is no index, and during the capture of a CUDA graph, because its replays
+    would copy a table that has been freed on the host.
     """
     alone: list[list[Arguments]] = []
     together: dict[tuple[object, ...], list[Arguments]] = defaultdict(list)
@@ -113,7 +114,7 @@ def fold_batch(batch: Sequence[Arguments]) -> None:
 
 def _is_aligned(arguments: Arguments) -> bool:
     weight, lora_A, lora_B, *_, out = arguments
-    # Wide stores under one predicate would run over a line's end into what lies between two lines.
+    # Vectorised stores with one predicate would write beyond the end of a row, into the gap before the next row.
     whole = weight.shape[1] % 16 == 0
     return whole and all(is_aligned(matrix) for matrix in (weight, out, lora_A)) and lora_B.data_ptr() % 16 == 0
 
@@ -124,7 +125,7 @@ def _is_wide(arguments: Arguments) -> bool:
 
 
 def _launch(group: Sequence[Arguments]) -> None:
-    """Fold a group of one kind: all aligned or none, all with strides that need wide offsets or none."""
+    """Fold one list of `batches`: either all folds are aligned or none, and the same for wide offsets."""
     aligned, wide = _is_aligned(group[0]), _is_wide(group[0])
     largest = max((arguments[0] for arguments in group), key=Tensor.numel)
     width = max(_width(arguments) for arguments in group)
@@ -164,7 +165,7 @@ def _width(arguments: Arguments) -> int:
 
 
 def _table_row(arguments: Arguments) -> list[int]:
-    """Return what `fold_many_kernel` reads of one fold, the scale as the bits of an fp32."""
+    """Return the table row of one fold for `fold_many_kernel`; the scale is given by the bits of its fp32 value."""
     weight, lora_A, lora_B, index, scale, seed, out = arguments
     pointers = [t.data_ptr() if t is not None else 0 for t in (weight, out, lora_A, lora_B, index)]
     sizes = [*weight.shape, _width(arguments)]

@@ -1,4 +1,7 @@
-"""Forward and backward of a PLoRA linear layer on groups of rows, each with modules of its own."""
+"""Forward and backward of a PLoRA linear layer on groups of rows, each with its own modules.
+
+The side products S = D(x_g) A_gᵀ and dS = dY_g B_g are those of `side_product.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from plora_kernels.kernels.side_product import side_product
 
 
 def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.device) -> Groups:
-    """Return groups with offsets and scales on the device, where a host's copy is not waited for."""
+    """Return groups with offsets and scales on the device; copies from the host are asynchronous."""
     if scales is not None:
         scales = (scales * scale).to(device, torch.float32, non_blocking=True)
     return Groups(offsets.to(device, non_blocking=True).contiguous(), scales, 1.0 if scales is not None else scale)
@@ -23,7 +26,7 @@ def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.
 def _dropout(
     index: Tensor | None, frozen: bool, p: float, seeds: Tensor | None, numbers: Tensor | None
 ) -> Dropout | None:
-    """Return the dropout of the side branch, or None where it touches nothing; see `forward.layer_dropout`."""
+    """Return the dropout of the low-rank branch, or None if it applies to no module, as `linear.layer_dropout`."""
     if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
         return None
     numbers = numbers.contiguous() if numbers is not None else None
@@ -47,12 +50,12 @@ def forward(
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y, s)`: y (M, N), and if `keep_s` s (M, places) = D(x_g) A_gᵀ.
+    """Return `(y, s)`: y (M, N), and if `keep_s` s (M, W or R) = D(x_g) A_gᵀ.
 
     Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None for all
     modules, offsets (C+1,), scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or
-    None, the rows' numbers in their group's mask. If `frozen`, all modules enter and the index names those that D,
-    dropout, applies to.
+    None, the rows' numbers in their group's mask. If `frozen`, all R modules enter y, and the index names those that
+    the dropout D applies to.
     """
     y, s = grouped_matmul(
         x,
@@ -92,7 +95,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return `(dx, dA, dB)`, (M, K), (C, R, K), (C, N, R); a gradient that is not needed has no elements.
 
-    Unselected modules get zeros; s is what the forward kept.
+    The gradients of unselected modules are zero; s is the side product that the forward kept.
     """
     d_x, d_lora_A, d_lora_B = None, None, None
     groups = _groups(offsets, scales, scale, dy.device)
@@ -124,5 +127,5 @@ def backward(
     if need_B:
         d_lora_B = make(lora_B.shape, dy.dtype, dy.device)
         factor_gradient_(d_lora_B.mT, s, dy, thin_index=thin_index, out_index=index, scale=1.0, groups=groups)
-    # An operator's outputs may not alias.
+    # A tensor for each missing gradient, because an operator's outputs must not alias.
     return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

@@ -1,7 +1,8 @@
 """The adapted matmul of groups of rows: out_g = in_g · main + bias + s_g·((in_g · down_g) ⊙ m_g) · up_g.
 
-As `adapted_matmul`, which see: it serves the forward and dX. A tile's rows belong to one group, whose modules are the
-only ones it touches; rows are not padded, tiles at a group's end are masked.
+This is `adapted_matmul` for groups, for the forward and dX; in · down is the side product (`side_product.py`). All rows
+of a tile belong to one group, and the tile loads that group's modules only. Rows are not padded: the tile at the end of
+a group is masked.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from plora_kernels.tuning.blocks import MatmulBlocks, tile
 from plora_kernels.tuning.defaults import pointer_blocks
 from plora_kernels.tuning.lookup import find_blocks
 
-# Elements of a tile, at most, of which a mask drops the low-rank part: that is summed apart, in registers or tensor
-# memory of its own. Of twice as many sm_90 spills, and for sm_100 Triton 3.9 compiles a kernel that does nothing.
+# The largest tile, in elements, if dropout masks the low-rank part of out: that part has a second accumulator, in
+# registers or tensor memory. With a tile twice as large sm_90 spills, and for sm_100 Triton 3.9 compiles a kernel that
+# does nothing.
 MASKED_TILE = 128 * 128
 
 
@@ -91,9 +93,9 @@ def grouped_matmul_kernel(
     """Compute one tile of out, at most BLOCK_M rows of one group by BLOCK_N columns.
 
     in (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, ·), up (C, ·, D_OUT), bias (D_OUT,), index (C, R) int32 or unused,
-    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), numbers (M,) of the rows in
-    their group's mask or unused unless NUMBERED, selected (C, selected_width), out (M, D_OUT), side (M, R): read if
-    SIDE_GIVEN, else R ≤ BLOCK_R and it is made along with the tile. All else is as in `tile_matmul_kernel`.
+    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), numbers (M,), the rows' numbers in their
+    group's mask, read if NUMBERED, selected (C, selected_width), out (M, D_OUT), side (M, R): loaded if SIDE_GIVEN,
+    else computed along with the tile, which needs R ≤ BLOCK_R. All else is as in `tile_matmul_kernel`.
     """
     pid_m, pid_n = tile_position(tl.program_id(0), T, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
     group, first, end, number = load_tile(table_ptr, pid_m)
@@ -133,14 +135,14 @@ def grouped_matmul_kernel(
                     dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
                 )  # fmt: skip
         else:
-            side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+            side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
             up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
             u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
             acc, low = add_low_rank(
                 acc, low, side, u, modules, scale, keep_scale, selected_base, selected_width,
                 dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
             )  # fmt: skip
-            if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+            if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
@@ -159,10 +161,10 @@ def grouped_matmul_kernel(
 def find_grouped_blocks(
     op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int, drop_out: Dropout | None
 ) -> MatmulBlocks:
-    """Return blocks for out = inputs · main with `width` places, tiles as high as the mean group; always pointer loads.
+    """Return blocks for out = inputs · main with `width` side columns, with pointer loads and block_m of a mean group.
 
-    They are those of all rows together, which is what fills the device. `op` is "forward" or "input_gradient". What was
-    measured for another design does not hold here.
+    They are looked up for the rows of all groups together, because all groups share the launch that fills the device.
+    `op` is "forward" or "input_gradient". Blocks measured for a design other than "tile" are replaced by the default.
     """
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
@@ -171,10 +173,10 @@ def find_grouped_blocks(
     block_m, block_n = tile(shape.m // max(1, groups.total), blocks.block_m), blocks.block_n
     warps, stages = blocks.num_warps, blocks.num_stages
     if inputs.dtype is torch.float32:
-        # What tells groups apart takes a few registers more: a third stage would spill.
+        # The group arguments take a few more registers, so a third stage would spill.
         stages = min(stages, 2)
         if drop_out is not None and drop_out.numbers is not None:
-            block_n = min(block_n, 32)  # rows' own numbers are a register too many
+            block_n = min(block_n, 32)  # loading the rows' numbers takes a register, and a wider tile would spill
     elif aligned and block_m * block_n < 128 * 128:
         warps = 4
     if drop_out is not None:
@@ -196,16 +198,18 @@ def grouped_matmul(
     drop_out: Dropout | None,
     keep_side: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(out, side)`: out (M, D_OUT) and side (M, places), which has no elements unless it is kept or was needed.
+    """Return `(out, side)`: out (M, D_OUT) and side (M, W or R).
 
-    Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides; index (C, places)
-    int32 or None. `drop_in` drops elements of `inputs` for the side product, `drop_out` what that adds to out.
+    side has no elements, unless `keep_side` is set or a launch of its own computed it. Shapes: inputs (M, D_IN), main
+    (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides; index (C, W) int32 or None. `drop_in` drops
+    elements of `inputs` for the side product, `drop_out` elements of the low-rank part of out.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[2] if index is None else index.shape[1]
     out = empty((rows, d_out), inputs.dtype, inputs.device)
     blocks = find_grouped_blocks(op, inputs, main, groups, width, drop_out)
-    # More modules than a block holds would read `inputs` again in every tile; dropout would hash its mask again.
+    # The side product is computed first if otherwise every tile would load `inputs` again, for a second block of
+    # modules, or hash the dropout mask again.
     given = drop_in is not None or width > blocks.block_r
     if given:
         side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)

@@ -1,6 +1,7 @@
-"""Which rows a tile of the grouped form has: a table made on the device, so that offsets are never read by the host.
+"""The table of tiles of the grouped form: each tile's group and rows.
 
-It is made once for offsets that never change (`tile_tables`), for others in every call.
+It is computed on the device, so the host never reads the offsets: once for offsets that never change
+(`plora_kernels.tile_tables`), otherwise in every call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _TILES_A_PROGRAM = 16
 
 
 class Groups(NamedTuple):
-    """What tells groups apart on the device: offsets (C+1,) int32 or int64, scales (C,) fp32 times `scale` or None."""
+    """Groups on the device: offsets (C+1,) int32 or int64, and the scales.
+
+    Either scales (C,) fp32 are the groups' scales and `scale` is 1, or scales is None and all groups have `scale`.
+    """
 
     offsets: Tensor
     scales: Tensor | None
@@ -29,7 +33,7 @@ class Groups(NamedTuple):
 
     @property
     def total(self) -> int:
-        """C."""
+        """The number of groups, C."""
         return self.offsets.shape[0] - 1
 
 
@@ -43,9 +47,9 @@ def grouped_tiles_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Store for every tile (T,) its group, first row, the group's last row plus one, and the first row's number in it.
+    """Store for every tile its group, its first row, the end of the group's rows, and the first row's number in it.
 
-    offsets (C+1,); table (T, 4) int32. Tiles follow one another by group; those beyond the last have group −1.
+    offsets (C+1,); table (T, 4) int32. Tiles are ordered by group; table rows after the last tile have group −1.
     """
     tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # (BLOCK_T,)
     group = tl.full((BLOCK_T,), -1, tl.int32)
@@ -58,7 +62,7 @@ def grouped_tiles_kernel(
         starts = tl.load(offsets_ptr + groups, mask=groups < C, other=0).to(tl.int32)
         ends = tl.load(offsets_ptr + groups + 1, mask=groups < C, other=0).to(tl.int32)
         counts = (ends - starts + BLOCK_M - 1) // BLOCK_M
-        past = before + tl.cumsum(counts, 0)  # (BLOCK_C,) tiles up to and with each group
+        past = before + tl.cumsum(counts, 0)  # (BLOCK_C,) number of tiles of all groups up to and including each one
         within = tiles[:, None] - (past - counts)[None, :]  # (BLOCK_T, BLOCK_C) the tile's number in its group
         here = (within >= 0) & (within < counts[None, :])
         group = tl.maximum(group, tl.max(tl.where(here, groups[None, :], -1), 1))
@@ -75,14 +79,14 @@ def grouped_tiles_kernel(
 
 @triton.jit
 def load_tile(table_ptr, tile):
-    """Return a tile's `(group, first row, end of its group, number of the first row in the group)`."""
+    """Return a tile's `(group, first row, end of the group's rows, number of the first row in the group)`."""
     row = table_ptr + 4 * tile
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
 
 
 @triton.jit
 def row_numbers(numbers_ptr, number, row_ok, BLOCK_M: tl.constexpr, NUMBERED: tl.constexpr):
-    """Return the numbers (BLOCK_M,) rows have in a mask: those at `numbers_ptr` if NUMBERED, else number, number+1 …"""
+    """Return the rows' numbers in a mask, (BLOCK_M,): loaded from numbers_ptr if NUMBERED, else number, number+1 …"""
     rows = tl.arange(0, BLOCK_M)
     return tl.load(numbers_ptr + rows, mask=row_ok, other=0) if NUMBERED else number + rows
 
@@ -93,17 +97,18 @@ def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:
 
 
 def _table(offsets: Tensor, rows: int, block_m: int) -> Tensor:
-    """Return the table kept with the offsets, or a new one, which is kept where it may be."""
+    """Return the table cached with the offsets, or a new one, which is cached if the offsets never change."""
     tables = tables_of(offsets)
     if tables is None:
         return _make_table(offsets, rows, block_m)
     if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Nothing is pending when a capture begins. What is made inside is there in the graph's replays alone.
+        # A table of any stream may be used, because no work is pending when a capture begins. A table made during the
+        # capture is not cached, because it has values only when the graph is replayed.
         kept = (table for key, table in tables.items() if key[:2] == (rows, block_m))
         found = next(kept, None)
         return _make_table(offsets, rows, block_m) if found is None else found
     stream = torch.cuda.current_stream(offsets.device).cuda_stream if offsets.is_cuda else 0
-    key = rows, block_m, stream  # another stream might read what is not there yet
+    key = rows, block_m, stream  # per stream, because another stream might read the table before it is written
     if key not in tables:
         tables[key] = _make_table(offsets, rows, block_m)
     return tables[key]

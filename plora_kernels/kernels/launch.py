@@ -1,4 +1,4 @@
-"""What launchers ask about tensors: alignment, width of offsets, precision, and the dropout a layer applies."""
+"""Helpers of the kernels' launchers: alignment, offset width and precision of tensors, and dropout's arguments."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from plora_kernels.tuning.blocks import ShapeClass
 
 
 class Dropout(NamedTuple):
-    """LoRA dropout of probability `p`: `seed` one int64 number on the device.
+    """LoRA dropout of probability `p`; `seed` is one int64 number on the device.
 
-    `selected` is the index of the modules it touches, None for all that enter: frozen modules that are not selected see
-    x as it is. In the grouped form there is a seed and an index for each group, (C,) and (C, W), and `numbers` (M,) are
-    the rows' numbers in their group's mask, None if they count from 0.
+    `selected` is the index of the modules it applies to, or None for all that enter y: frozen modules that are not
+    selected get x without dropout. In the grouped form seeds are (C,) and indices (C, W), and `numbers` (M,) are the
+    rows' numbers in their group's mask, or None if a group's rows count from 0.
     """
 
     p: float
@@ -27,17 +27,17 @@ class Dropout(NamedTuple):
 
     @property
     def selected_width(self) -> int:
-        """Entries of the index, or of a group's; 0 without one."""
+        """The number of entries of the index (of one group's index in the grouped form); 0 without an index."""
         return 0 if self.selected is None else self.selected.shape[-1]
 
     @property
     def selected_block(self) -> int:
-        """The index's entries as the kernels load them, a power of two; 0 without an index."""
+        """`selected_width` rounded up to a power of two, as the kernels load it; 0 without an index."""
         return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
 
 
 class DropoutArguments(NamedTuple):
-    """What kernels take of a dropout, or of none: pointers that are not read and numbers that change nothing."""
+    """The dropout arguments of kernels; without dropout, tensors that are not read and neutral numbers."""
 
     seed: Tensor
     numbers: Tensor
@@ -50,7 +50,7 @@ class DropoutArguments(NamedTuple):
 
     @classmethod
     def of(cls, dropout: Dropout | None, unused: Tensor) -> DropoutArguments:
-        """Return the arguments; `unused` stands where there is nothing to point at."""
+        """Return the arguments; the tensor `unused` is passed where a kernel reads no tensor."""
         if dropout is None:
             return cls(unused, unused, unused, 0, 0, 1.0, 0, False)
         p, seed, selected, numbers = dropout
@@ -72,41 +72,41 @@ def launches_dependents(device: torch.device) -> bool:
 
 
 def cdiv(size: int, block: int) -> int:
-    """Return ⌈size / block⌉: Triton's own unwraps its arguments at every call, microseconds on the way to a launch."""
+    """Return ⌈size / block⌉. Used in place of `triton.cdiv`, which takes microseconds to unwrap its arguments."""
     return -(-size // block)
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Say whether Triton will load lines of this matrix in wide pieces.
+    """Say whether Triton will vectorise loads of this matrix.
 
-    It must be contiguous along one axis, with a stride along the other and a start that 16 divides (elements and
-    bytes): what Triton specialises on.
+    The matrix must be contiguous along one axis, its other stride a multiple of 16 elements, and its address a multiple
+    of 16 bytes: Triton specialises kernels on these properties.
     """
     short, long = sorted(matrix.stride())
     return short == 1 and long % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def layer_class(op: str, inputs: Tensor, main: Tensor, width: int) -> tuple[ShapeClass, bool]:
-    """Return what blocks of inputs · main with `width` module places are looked up by, and whether all is aligned."""
+    """Return the lookup key of the blocks of inputs · main with `width` side columns, and whether all is aligned."""
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     aligned = is_aligned(inputs) and is_aligned(main) and d_out % 16 == 0
     return ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width), aligned
 
 
 def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
-    """Say whether an offset inside a tile of at most block × block elements may pass 2³¹."""
+    """Say whether an offset inside a tile of at most block × block elements may exceed 2³¹."""
     return any(2 * block * max(tensor.stride()) >= 2**31 for tensor in tensors)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return tl.dot's input precision: tf32 for fp32 only where torch's own matmuls may use it, else IEEE."""
+    """Return tl.dot's input precision: "tf32" for fp32 if torch's own matmuls may use tf32, else "ieee"."""
     return "tf32" if dtype is torch.float32 and _may_use_tf32() else "ieee"
 
 
 def _may_use_tf32() -> bool:
     """Say whether torch's own fp32 matmuls may use tf32 on a GPU.
 
-    Where torch has `fp32_precision` the older flag must not be asked: it raises once the newer one was set.
+    If torch has `fp32_precision`, the older flag `allow_tf32` must not be read: it raises once the newer one is set.
     """
     settings = (getattr(place, "fp32_precision", "") for place in (torch.backends.cuda.matmul, torch.backends))
     precision = next((precision for precision in settings if precision != "none"), "none")

@@ -14,9 +14,9 @@ from plora_kernels.tuning.blocks import PERSISTENT_DESIGNS, SIDE_FIRST
 
 
 def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Dropout | None:
-    """Return the dropout a layer's side branch has, or None where it touches nothing.
+    """Return the dropout of a layer's low-rank branch, or None if it applies to no module.
 
-    Folded, every module that enters is selected; frozen, the index names those that are.
+    If not `frozen`, all modules that enter y are selected; if `frozen`, the index names the selected ones.
     """
     if seed is None or p == 0.0 or (index is not None and index.shape[0] == 0):
         return None
@@ -37,10 +37,11 @@ def forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, s (M, places) = D(x) Aᵀ.
+    """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, S (M, W or R) = D(x) Aᵀ.
 
-    Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index int32 or None for all modules. If
-    `frozen`, all modules enter and the index names those that D, dropout, applies to.
+    Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index (W,) int32 or None for all modules.
+    S is the side product (`side_product.py`). If `frozen`, all R modules enter y, and the index names those that the
+    dropout D applies to.
     """
     applied = None if frozen else index
     main, down = weight.t(), lora_A.t()
@@ -80,9 +81,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return `(dx, dA, dB)`; a gradient that is not needed has no elements.
 
-    dx (M, K) = dY W + s·D'((dY B) ⊙ m) A, all modules when `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ D(x);
-    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, places) = S = D(x) Aᵀ as the forward kept it, index
-    int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' masks what D masked.
+    dx (M, K) = dY W + s·D'((dY B) ⊙ m) A, over all modules if `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ D(x);
+    dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, W or R) = S = D(x) Aᵀ as the forward kept it, index
+    (W,) int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' applies the mask of D.
     """
     d_x = None
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
@@ -93,7 +94,7 @@ def backward(
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
     ds, beside = None, None
-    # Where dS has a launch of its own, dB comes from the same read of dY.
+    # If dS has its own launch, that launch computes dB from the same read of dY.
     reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
     if reads_once and d_lora_B is not None:
         leads = blocks is not None and blocks.dependent
@@ -102,7 +103,7 @@ def backward(
         places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
         walks = blocks.gradient_beside and blocks.design in PERSISTENT_DESIGNS
         if walks and d_lora_A is not None and places * d_lora_A.numel() > 0:
-            # Programs that walk and have no tile in the last round leave their multiprocessors to dA.
+            # Persistent programs without a tile in the last wave end early and leave their multiprocessors to dA.
             beside = plan_sums(d_lora_A, x, places, dropout=dropout)
         d_x, ds = adapted_matmul(
             dy,
@@ -128,5 +129,5 @@ def backward(
         )
     if d_lora_B is not None and not reads_once:
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
-    # An operator's outputs may not alias.
+    # A tensor for each missing gradient, because an operator's outputs must not alias.
     return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

@@ -3,9 +3,12 @@
     dS = dY B          (M, R)      partial sums over chunks of N
     dB = s·dYᵀ S       (N, R)      partial sums over splits of the rows
 
-A program holds one chunk of columns for one split of the rows: it adds to its dB and stores its part of dS as it goes.
-Partial sums are fp32; a second launch for each adds them in order, unless there is but one. Where those of dS outweigh
-dY, it is read twice.
+S = D(x) Aᵀ is the side product of the forward, dS that of the backward (`side_product.py`).
+
+A program takes one chunk of dY's columns and one split of its rows. Over its blocks of rows it accumulates dB and
+stores partial sums of dS. If there are several partial sums, they are fp32, and a second launch for each gradient adds
+them in order. If writing and reading the partial sums of dS moves more bytes than a second read of dY, dY is read
+twice.
 """
 
 from __future__ import annotations
@@ -60,9 +63,9 @@ def output_gradient_kernel(
 ):
     """Store ds[chunk] (M, R) = dY[:, chunk] B[chunk] for the split's rows and db[split] (R, chunk) = (dYᵀ S)ᵀ.
 
-    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32; R counts
-    places, and places without a module hold zeros. One chunk's ds is rounded to dS. If WHOLE there is one split, and
-    db is dBᵀ itself: see `store_gradient`, with out_index (R,).
+    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
+    number of columns of s; columns without a module hold zeros. If there is one chunk, ds is dS in the dtype of dy. If
+    WHOLE, there is one split, and db is dBᵀ itself: see `store_gradient`, with out_index (R,).
     """
     chunk, r0, split = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
     columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
@@ -84,7 +87,7 @@ def output_gradient_kernel(
         s = tl.load(s_tile, mask=row_ok[:, None] & place_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_R)
         db = tl.dot(tl.trans(d), s, db, input_precision=PRECISION)  # (BLOCK_N, BLOCK_R) fp32
         ds = tl.dot(d, b, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-        ds = tl.where(module_ok[None, :], ds, 0.0)  # 0 · infinity at places without a module
+        ds = tl.where(module_ok[None, :], ds, 0.0)  # columns without a module hold NaN where dY is infinite
         ds_tile = ds_ptr + chunk.to(tl.int64) * stride_dsc + rows[:, None] * stride_dsm + places[None, :]
         tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=row_ok[:, None] & place_ok[None, :])
     if WHOLE:
@@ -118,15 +121,15 @@ def output_gradient_(
     scale: float,
     leads: bool = False,
 ) -> Tensor:
-    """Write dB = s·dYᵀ S into the columns of d_lora_B (N, R) and return dS (M, places) = dY B in dY's dtype.
+    """Write dB = s·dYᵀ S into the columns of d_lora_B (N, R) and return dS (M, W) = dY B in dY's dtype.
 
     Args:
-        d_lora_B: (N, R); columns that `out_index` does not name are left as they are.
+        d_lora_B: (N, R); columns that `out_index` does not name are not written.
         dy: (M, N). lora_B: (N, R).
-        s: (M, places), the forward's side product.
-        index: the modules of the places, int32, −1 for none; None: all modules in order.
-        out_index: the modules whose gradient is wanted, int32: `index`, or some of them where that is None.
-        leads: the next launch, which takes dS, may begin before the last of these has ended.
+        s: (M, W), the forward's side product.
+        index: (W,) int32, the modules of the columns of s, −1 for none; None: all modules in order.
+        out_index: int32, the modules whose gradient is wanted: `index`, or a subset of all modules if that is None.
+        leads: the next launch, which loads dS, may begin before the last launch of this function has ended.
     """
     (rows, n), width = dy.shape, s.shape[1]
     if rows * width * n == 0:
@@ -134,13 +137,14 @@ def output_gradient_(
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
     blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
     chunks = cdiv(n, blocks.block_n)
-    if 2 * 4 * width > dy.element_size() * blocks.block_n:  # writing and reading partial sums, or reading dY again
+    # Bytes per row and chunk: writing and reading fp32 partial sums of dS, against reading dY a second time.
+    if 2 * 4 * width > dy.element_size() * blocks.block_n:
         thin_index = out_index if index is None else None
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
         return side_product(dy, lora_B, index=index, dropout=None, leads=leads)
     tiles_r, multiprocessors = cdiv(width, blocks.block_r), lookup.multiprocessors_of(dy.device)
     splits = row_splits(rows, width, chunks * tiles_r, blocks.block_m, blocks.waves, multiprocessors)
-    # Whole blocks a split, so that no row block straddles two of them.
+    # A split is a whole number of row blocks, so that no block lies in two splits.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
     gradient, by_module = d_lora_B.t(), index is None and out_index is not None
     whole = splits == 1 and not by_module

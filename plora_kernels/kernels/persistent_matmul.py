@@ -1,14 +1,15 @@
-"""The adapted matmul in a persistent launch fed by tensor descriptors (TMA): aligned matrices, sm_90 and later.
+"""The adapted matmul as a persistent kernel with tensor descriptors (TMA): aligned matrices, sm_90 and later.
 
-Programs stay and walk over the output tiles. By itself each tile begins anew: its first loads wait until the tile
-before is stored. `blocks.OVERLAPS` says what may hide that. The side product is recomputed in every tile, read from
-memory, or made in the same launch before a tile needs it:
+Each program computes several output tiles in turn. By default the first loads of a tile start only after the tile
+before is stored; `tuning.blocks.OVERLAPS` lists the ways to hide that gap. The side product (`side_product.py`) is
+recomputed in every tile, loaded from memory, or computed in the same launch, by side tiles:
 
-    side tiles are drawn by an atomic ticket and published each with a release flag, for which output tiles of the same
-    rows wait. All programs draw before anything else ("one_launch"), or those alone that have a tile less than the
-    others, while these are at their first ("drawn"). Who would wait for a flag draws what is left to be drawn; who
-    waits, waits for a program that has started and waits for nobody: launches that share the device cannot hang each
-    other.
+    A side tile is the side product of the rows of one row of output tiles. Programs take side tiles by an atomic ticket
+    and publish each with a release flag, for which the output tiles of the same rows wait. In "one_launch" all programs
+    take side tiles before any output tile. In "drawn" only those do that have one output tile fewer than the others,
+    while the others compute their first one. A program that would wait for a flag first computes the side tiles that
+    are not taken. Hence it only waits for a program that has started and that itself waits for no other, so launches
+    that share the device cannot deadlock.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
 
 @triton.jit
 def load_either_way(desc, depth, column, TRANSPOSED: tl.constexpr):
-    """Return the tile of a matrix at (depth, column), whose descriptor is that of its transpose if TRANSPOSED."""
+    """Return a matrix's tile at (depth, column); `desc` describes the matrix or, if TRANSPOSED, its transpose."""
     if TRANSPOSED:  # noqa: SIM108
         tile = desc.load([column, depth]).T
     else:
@@ -60,7 +61,7 @@ def _side_rows(
     offset_type: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return in · down of BLOCK_M rows and places r0 … r0+BLOCK_R−1: (BLOCK_M, BLOCK_R) fp32."""
+    """Return columns r0 … r0+BLOCK_R−1 of in · down for BLOCK_M rows: (BLOCK_M, BLOCK_R) fp32."""
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     down_base = down_ptr
@@ -72,7 +73,7 @@ def _side_rows(
         d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         down_base += down_step
-    return tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+    return tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
 
 
 @triton.jit
@@ -108,12 +109,12 @@ def _add_modules(
     dtype: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return acc + s · side · up of places r0 … r0+BLOCK_R−1, the side product read if SIDE_STORED, else made."""
+    """Return acc + s · side · up for side columns r0 … r0+BLOCK_R−1, loaded if SIDE_STORED, else computed."""
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
     if SIDE_STORED:
         side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
     else:
-        # Modules beyond one block read `in` again: registers hold BLOCK_R of the side product.
+        # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
         side = _side_rows(
             in_desc, down_ptr, index_ptr, first_row, r0, D_IN, R, stride_dd, stride_dr,
             BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
@@ -149,7 +150,7 @@ def _make_side_tile(
     dtype: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store in · down of the rows of one side tile, all places, and raise the tile's flag in the workspace."""
+    """Store in · down of the rows of one side tile, all columns, and set the tile's flag in the workspace."""
     side_base = side_ptr + (side_tile * BLOCK_M).to(tl.int64) * stride_sm
     for r0 in range(0, R, BLOCK_R):
         side = _side_rows(
@@ -157,7 +158,7 @@ def _make_side_tile(
             BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
         )  # fmt: skip
         store_side(side_base, side.to(dtype), rows, rows < M - side_tile * BLOCK_M, r0, R, stride_sm, BLOCK_R)
-    tl.debug_barrier()  # every thread has stored before one of them publishes
+    tl.debug_barrier()  # all threads must have stored before one of them publishes the tile
     tl.atomic_xchg(workspace_ptr + 1 + side_tile, 1, sem="release")
 
 
@@ -202,15 +203,15 @@ def persistent_matmul_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute out (M, D_OUT) = in · main + bias + s·side · up, the programs walking over (BLOCK_M, BLOCK_N) tiles.
+    """Compute out (M, D_OUT) = in · main + bias + s·side · up, each program several (BLOCK_M, BLOCK_N) tiles in turn.
 
     in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
-    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R counts places, in
-    MODULE_BLOCKS blocks. The side product is read if SIDE_GIVEN, made in this launch by whoever draws its tiles if
-    SIDE_FIRST (programs from `drawing_from` on before anything else, all others when they would wait for one), else
-    recomputed in every tile and, if STORE_SIDE, stored by those of the first column. workspace (1 + row tiles,) int32,
-    zeros: the next ticket, then a flag for every row tile. FLATTEN asks for the loads of a tile under the end of the
-    one before, EARLY for those of up, and of a given side, ahead of the long product; together they are wrong.
+    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R is the number of columns of
+    side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
+    tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
+    every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
+    zeros: the next ticket, then a flag for every side tile. FLATTEN starts the loads of a tile during the epilogue of
+    the tile before; EARLY loads up, and a given side, before the K loop. Both together give wrong results.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
@@ -232,7 +233,8 @@ def persistent_matmul_kernel(
                 )  # fmt: skip
                 ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
-    # Where the side product's own launch still runs, nothing of it may be read, and nothing written, before it ends.
+    # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load the
+    # side product nor store anything.
     if DEPENDENT and (FLATTEN or EARLY):
         tl.extra.cuda.gdc_wait()
     if LAUNCHES_DEPENDENTS and (FLATTEN or EARLY or not DEPENDENT):
@@ -248,7 +250,7 @@ def persistent_matmul_kernel(
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         up_ok = module_ok[:, None] & column_ok[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if EARLY:  # on their way while the long product runs
+        if EARLY:  # these loads are in flight during the K loop
             u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
         if EARLY and SIDE_GIVEN:
             side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
@@ -269,7 +271,7 @@ def persistent_matmul_kernel(
                 tl.extra.cuda.gdc_launch_dependents()
         if SIDE_FIRST:
             while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
-                # Nobody waits for a tile that no program has drawn.
+                # Compute side tiles that no program has taken, so that every awaited tile is being computed.
                 if ticket < tiles_m:
                     ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
                     if ticket < tiles_m:
@@ -279,8 +281,8 @@ def persistent_matmul_kernel(
                             BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, dtype, PRECISION,
                         )  # fmt: skip
         if not SIDE_GIVEN and not SIDE_FIRST:
-            side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
-            if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+            side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
+            if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
         elif not EARLY or SIDE_FIRST:
@@ -288,7 +290,7 @@ def persistent_matmul_kernel(
         if not EARLY:
             u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
         acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        if FLATTEN:  # a loop inside would keep the tiles from being flattened
+        if FLATTEN:  # unrolled, because a run-time loop here would prevent the flattening
             for block in tl.static_range(1, MODULE_BLOCKS):
                 acc = _add_modules(
                     acc, block * BLOCK_R, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
@@ -309,7 +311,7 @@ def persistent_matmul_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
-        # In two halves: the staging buffer of a whole tile would cost a stage of loads its shared memory.
+        # Stored in two halves: the staging buffer of a whole tile would take the shared memory of a pipeline stage.
         halves = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
         left, right = halves.split()  # (BLOCK_M, BLOCK_N // 2) fp32 each
         out_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], left.to(dtype))
@@ -317,7 +319,7 @@ def persistent_matmul_kernel(
 
 
 def takes_descriptors(*matrices: Tensor) -> bool:
-    """Say whether TMA can fetch these matrices: lines contiguous, 16-byte starts and strides, sizes in 32 bits."""
+    """Say whether TMA can load these matrices: contiguous along an axis, 16-byte starts and strides, 32-bit sizes."""
     return all(
         1 in matrix.stride()
         and max(matrix.stride()) * matrix.element_size() % 16 == 0
@@ -343,9 +345,9 @@ def persistent_matmul(
     keep_side: bool,
     blocks: MatmulBlocks,
 ) -> None:
-    """Write out (M, D_OUT) and, if wanted, side (M, places); see `adapted_matmul` for the shapes.
+    """Write out (M, D_OUT) and, if `keep_side` or the design needs it, side (M, W); see `adapted_matmul` for shapes.
 
-    inputs and out must be row-major; main either way round; all as `takes_descriptors` says.
+    inputs and out must be row-major, main row- or column-major, and all must pass `takes_descriptors`.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
@@ -353,9 +355,9 @@ def persistent_matmul(
     programs = min(blocks.resident * lookup.multiprocessors_of(inputs.device), tiles_m * tiles_n)
     makes_side = blocks.design in SIDE_WITHIN and not side_given
     module_blocks = cdiv(width, blocks.block_r)
-    # Without places there is no launch of ours that this one would depend on.
+    # A side product without columns had no launch, so this one would depend on some other kernel.
     dependent = blocks.dependent and side_given and width > 0 and launches_dependents(inputs.device)
-    # Only where no loop over modules is left inside a tile.
+    # Only if a tile has no loop besides its K loop: none that waits for side tiles, none that loads `in` again.
     flatten = blocks.overlap == "flatten" and (side_given or (module_blocks == 1 and not makes_side))
     transposed = main.stride(1) != 1
     matrix = main.t() if transposed else main
@@ -372,13 +374,13 @@ def persistent_matmul(
             bias.contiguous() if bias is not None else inputs,
             index if index is not None else inputs,
             side,
-            # Zeros of its own: a buffer kept between launches could end up in the memory pool of a captured graph.
+            # Allocated for each launch: a buffer kept between launches could lie in the memory pool of a CUDA graph.
             zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else inputs,
             rows,
             d_in,
             d_out,
             width,
-            # With as many full rounds as there are, the last programs have a tile less.
+            # Programs from this number on have one tile fewer than the others; 0 if the last wave is full.
             tiles_m * tiles_n % programs if blocks.design == "drawn" else 0,
             scale,
             *down.stride(),

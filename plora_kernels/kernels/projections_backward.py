@@ -2,7 +2,8 @@
 
     dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
 
-One fp32 accumulator takes every projection's part, so dX is rounded once and nothing is added in passes of its own.
+All projections add to one fp32 accumulator, so dX is rounded once and needs no separate additions. dS_p is the side
+product of the backward (`side_product.py`).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def projections_input_gradient_kernel(
 ):
     """Compute one (BLOCK_M, BLOCK_K) tile of dX, all projections summed in one fp32 accumulator and rounded once.
 
-    dx (M, K) is contiguous. Tuples of one entry a projection: dy (M, N_p) of any strides; weight (N_p, K), ds (M, R_p)
-    and a (R_p, K) are contiguous; widths N_p, ranks R_p (0 for none), scales s_p.
+    dx (M, K) is contiguous. Tuples with one entry per projection: dy (M, N_p) has any strides; weight (N_p, K),
+    ds (M, R_p) and a (R_p, K) are contiguous; widths N_p, ranks R_p (may be 0), scales s_p.
     """
     pid_m, pid_k = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
@@ -162,8 +163,8 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return one projection's `(dS, dA, dB)`: dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S.
 
-    Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules: dA and dB of the others are zero; None
-    where not needed. dS and dB come from one read of dY.
+    Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules. dA and dB are zero for modules that the
+    index does not name, and None if not needed. dS and dB come from one read of dY where `output_gradient_` does so.
     """
     make = empty if index is None else zeros
     d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None

@@ -1,9 +1,10 @@
-"""Several adapted linears of one input as one launch.
+"""Several adapted linears of one input in one launch.
 
     y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
 
-Each projection keeps its own tensors: the kernel takes tuples of pointers and finds a tile's projection from its
-number. Nothing is concatenated or copied, and tiles of narrow projections fill one another's last wave.
+Each projection keeps its own tensors: the kernel takes tuples of pointers and computes a tile's projection from the
+tile's number. No tensors are concatenated or copied, and tiles of narrow projections share waves. S_p = x A_pᵀ is the
+side product (`side_product.py`).
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ def projections_forward_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute one (BLOCK_M, BLOCK_N) tile of one projection's y; its first column of tiles also stores x A_pᵀ.
+    """Compute one (BLOCK_M, BLOCK_N) tile of one projection's y; tiles of its first column also store x A_pᵀ.
 
-    x (M, K) of any strides. Tuples of one entry a projection: weight (N_p, K), a (R_p, K), b (N_p, R_p), y (M, N_p) and
-    s (M, R_p) are contiguous, bias (N_p,) may be None; widths N_p, ranks R_p (0 for none), scales s_p.
-    Sums run in fp32; the side product is rounded to the inputs' dtype before it meets b.
+    x (M, K) has any strides. Tuples with one entry per projection: weight (N_p, K), a (R_p, K), b (N_p, R_p),
+    y (M, N_p) and s (M, R_p) are contiguous, bias (N_p,) may be None; widths N_p, ranks R_p (may be 0), scales s_p.
+    Sums run in fp32; the side product is rounded to the inputs' dtype before it is multiplied by b.
     """
     tiles_n = tl.cdiv(widths[0], BLOCK_N)
     for p in tl.static_range(1, PROJECTIONS):
         tiles_n += tl.cdiv(widths[p], BLOCK_N)
     pid_m, pid_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
 
-    # The projection this tile belongs to: the last whose first column of tiles is not beyond it.
+    # This tile belongs to the last projection whose first column of tiles is at or before the tile's column.
     projection = pid_n * 0
     first_tile = pid_n * 0
     start = tl.cdiv(widths[0], BLOCK_N)
@@ -80,7 +81,7 @@ def projections_forward_kernel(
         start += tl.cdiv(widths[p], BLOCK_N)
     pid_n -= first_tile
 
-    # 64-bit scalars say where a tile begins; offsets inside it take 32 bits unless strides are enormous.
+    # A tile's start is a 64-bit scalar; offsets inside it take 32 bits, unless these overflow (WIDE_OFFSETS).
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
@@ -119,14 +120,14 @@ def projections_forward_kernel(
     b_base = b_ptr + first_column * R
     s_offsets = rows[:, None] * R + modules[None, :]
     b_offsets = columns[None, :] * R + modules[:, None]
-    side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+    side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where x is infinite
     b = tl.load(b_base + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
     acc = add_scaled_product(side, b, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-    if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+    if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
         if pid_n == 0:
             tl.store(s_base + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
 
-    # Ranks beyond one block read x again for their part of the side product: registers hold BLOCK_R of it.
+    # For further blocks of modules x is loaded again: registers hold only BLOCK_R columns of the side product.
     for r0 in range(BLOCK_R, R, BLOCK_R):
         module_ok = modules < R - r0
         a_ptr += tl.full((), BLOCK_R, tl.int64) * K
@@ -148,8 +149,8 @@ def projections_forward_kernel(
                 tl.store(s_base + r0 + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
 
     for p in tl.static_range(PROJECTIONS):
-        if bias_ptrs[p] is not None:  # known when the kernel is compiled
-            present = tl.where(projection == p, N - pid_n * BLOCK_N, 0)  # none of it for a tile of another projection
+        if bias_ptrs[p] is not None:  # known at compile time
+            present = tl.where(projection == p, N - pid_n * BLOCK_N, 0)  # masks tiles of other projections
             bias = tl.load(bias_ptrs[p] + first_column + columns, mask=columns < present, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
     y_base = y_ptr + first_row * N + first_column
@@ -158,9 +159,10 @@ def projections_forward_kernel(
 
 
 def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
-    """Return the blocks of projections that share their input: `d_in` and `d_out` as in `ShapeClass`, rank the largest.
+    """Return the blocks of projections that share their input; `d_in` and `d_out` are as in `ShapeClass`.
 
-    `op` is "projections_forward" or "projections_input_gradient"; inputs has the rows and the dtype.
+    `op` is "projections_forward" or "projections_input_gradient", `inputs` has the number of rows and the dtype, and
+    `rank` is the largest rank.
     """
     shape = ShapeClass(op, dtype_name(inputs.dtype), inputs.shape[0], d_in, d_out, rank)
     return find_blocks(MatmulBlocks, shape, inputs.device, aligned)
@@ -189,7 +191,7 @@ def forward(
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
     blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned)
-    block_n = tile(max(widths), blocks.block_n)  # chosen for their sum, no wider than any
+    block_n = tile(max(widths), blocks.block_n)  # chosen for the sum of widths, so limited here to the widest one
     grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, block_n) for n in widths),)
     with torch.cuda.device_of(x):
         launch(

@@ -1,11 +1,13 @@
-"""Calls that repeat: what one allocated and launched is recorded, and done again without working it out anew.
+"""Record and replay repeated calls: their allocations and kernel launches.
 
-Between two calls of one form (sizes, strides, dtypes, alignments, numbers) only the tensors differ. Looking up blocks,
-making views, and binding forty arguments in Triton keeps the host longer than a small layer keeps the device; a replay
-puts the new tensors in the old places and hands the compiled kernels to the driver.
+Two calls of the same form (sizes, strides, dtypes, alignments, numbers) differ only in their tensors. Looking up
+blocks, making views and binding forty arguments in Triton takes more host time than a small layer takes on the device.
+The first call of a form is therefore recorded; a replay puts the new tensors into the recorded arguments and passes the
+compiled kernels to the driver.
 
-What runs in a recorded function comes through `empty`, `zeros`, `look_up` and `launch`, and what it returns is made by
-those. A tensor from anywhere else is found by its address, and such a call is never replayed.
+A recorded function must allocate by `empty` and `zeros`, launch by `launch`, and get cached tensors by `look_up`. It
+may return only its arguments and tensors from these functions. A tensor of another origin is detected, because its
+address is unknown, and a call that uses one is never replayed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from plora_kernels.tuning import lookup
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# More forms than a model has; what makes more has rows that keep changing.
+# The recordings kept for a function. No model has so many forms; only a changing number of rows makes more.
 MOST_FORMS = 4096
 
 
@@ -43,7 +45,7 @@ class _Allocation(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """A tensor that a function finds for what lies in a slot."""
+    """A tensor that `function` returns for the tensor in slot `of`."""
 
     slot: int
     function: Callable[..., Tensor]
@@ -55,7 +57,7 @@ class _Look(NamedTuple):
 
 
 class _Descriptor(NamedTuple):
-    """A tensor descriptor of what lies in a slot."""
+    """A tensor descriptor of the tensor in a slot."""
 
     slot: int
     shape: list[int]
@@ -71,7 +73,7 @@ class _Descriptor(NamedTuple):
 
 
 class _Tuple(NamedTuple):
-    """A tuple of arguments, those of `places` what lies in slots."""
+    """A tuple of arguments; `places` are pairs (position, slot) of its tensors."""
 
     items: list[Any]
     places: list[tuple[int, int]]
@@ -88,13 +90,17 @@ class _Tuple(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """A compiled kernel on its grid, and its arguments; `places` says which are what lies in which slots."""
+    """A compiled kernel with its grid and arguments.
+
+    `places` are pairs (position, slot) of the arguments that are tensors; `made` are pairs (position, argument) of
+    those that are made from tensors at each replay.
+    """
 
     kernel: Callable[..., None]
     arguments: list[Any]
     places: list[tuple[int, int]]
     made: list[tuple[int, _Descriptor | _Tuple]]
-    last: tuple[int, ...]  # slots that nothing uses after this
+    last: tuple[int, ...]  # slots whose tensors are freed after this launch, because no later step uses them
 
     def run(self, slots: list[Tensor | None], device: torch.device) -> None:
         arguments = self.arguments.copy()
@@ -109,7 +115,7 @@ class _Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Interpreted:
-    """Stands for a compiled kernel where Triton interprets: constants among the arguments go back to their names."""
+    """Takes the place of a compiled kernel under Triton's interpreter: it passes constexpr arguments by name."""
 
     kernel: Any
     names: tuple[str, ...]
@@ -125,7 +131,7 @@ class _Interpreted:
 
 
 def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
-    """Yield what arguments hold, sequences opened."""
+    """Yield the arguments, and in place of lists and tuples their items, recursively."""
     for argument in arguments:
         if isinstance(argument, list | tuple):
             yield from _flat(argument)
@@ -134,19 +140,20 @@ def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Recording:
-    """What a call does: slots hold its arguments' tensors, then what it allocates."""
+    """The steps of a call. Slots are numbered: first the tensors among its arguments, then those it allocates."""
 
     def __init__(self, arguments: Sequence[object]) -> None:
         self.tensors = [argument for argument in _flat(arguments) if isinstance(argument, Tensor)]
         self.given = len(self.tensors)
         self.steps: list[_Allocation | _Look | _Launch] = []
         addresses = [tensor.data_ptr() for tensor in self.tensors if tensor.numel()]
-        # Of two arguments at one address nobody could tell which a view belongs to. One on the host is copied.
+        # Not replayable: two arguments at one address, because a view could belong to either, and tensors on several
+        # devices, because one on the host is copied to the device.
         alone = len(set(addresses)) == len(addresses)
         self.usable = alone and len({tensor.device for tensor in self.tensors}) == 1
 
     def allocated(self, tensor: Tensor, zeros: bool) -> Tensor:
-        # Held until the recording ends, so that no other tensor takes its address.
+        # The tensor is held until the recording ends, so that no other one gets its address.
         self.steps.append(_Allocation(len(self.tensors), tuple(tensor.shape), tensor.dtype, zeros))
         self.tensors.append(tensor)
         return tensor
@@ -166,7 +173,7 @@ class _Recording:
             elif isinstance(argument, tuple):
                 made.append((place, _Tuple(*self._places(argument))))
                 kept[place] = None
-        if not hasattr(compiled, "__getitem__"):  # what Triton still compiles in the background
+        if not hasattr(compiled, "__getitem__"):  # Triton still compiles the kernel in the background
             self.usable = False
             return
         x, y, z = (*grid, 1, 1)[:3]
@@ -174,12 +181,12 @@ class _Recording:
         self.steps.append(_Launch(run, kept, places, made, ()))
 
     def _places(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
-        """Return the arguments without tensors, and where which slots' go."""
+        """Return the arguments with None for tensors, and pairs (position, slot) of these tensors."""
         places = [(place, self._slot(one)) for place, one in enumerate(arguments) if isinstance(one, Tensor)]
         return [None if isinstance(one, Tensor) else one for one in arguments], places
 
     def replay(self, outputs: Any) -> _Replay | None:
-        """Return the replay, or None where a tensor came from somewhere else."""
+        """Return the replay, or None if the call cannot be replayed."""
         form = self._form(outputs)
         if not self.usable:
             return None
@@ -194,14 +201,17 @@ class _Recording:
         return _Replay(steps[::-1], len(self.tensors) - self.given, form)
 
     def _form(self, outputs: Any) -> Any:
-        """Return the outputs with slots in the tensors' places; of a view only its beginning would be known."""
+        """Return the outputs with slot numbers in place of tensors.
+
+        A view as output makes the call unusable: its slot is known by its address, but its shape and strides are not.
+        """
         if isinstance(outputs, Tensor):
             self.usable &= any(known is outputs for known in self.tensors)
             return self._slot(outputs)
         return outputs if outputs is None else type(outputs)(map(self._form, outputs))
 
     def _slot(self, tensor: Tensor) -> int:
-        """Return whose memory a tensor is: the tensor itself, or a view that begins where it does."""
+        """Return the slot of a tensor: of the tensor itself, or of the one at whose address a view begins."""
         for slot, known in enumerate(self.tensors):
             if known is tensor:
                 return slot
@@ -231,14 +241,14 @@ class _Replay(NamedTuple):
 
 
 def _filled(form: Any, slots: Sequence[Tensor | None]) -> Any:
-    """Return outputs of this form, the slots' tensors in their places."""
+    """Return outputs of this form, with the slots' tensors in place of slot numbers."""
     if isinstance(form, int):
         return slots[form]
     return form if form is None else type(form)([_filled(part, slots) for part in form])
 
 
 class _Local(threading.local):
-    """The recording of the call this thread is in, or None: autograd differentiates in threads of its own."""
+    """This thread's current recording, or None. Autograd runs backwards in other threads, which record separately."""
 
     recording: _Recording | None = None
 
@@ -247,12 +257,13 @@ _local = _Local()
 
 
 def replayed(function: F) -> F:
-    """Record what `function` does at the first call of a form, and replay it at the next.
+    """Wrap `function`: record its steps at the first call of a form, and replay them at later calls.
 
-    Its arguments are tensors of one device, numbers, None, and sequences of such; the first is a tensor or begins with
-    one. It returns tensors, None and sequences of them. Nothing is replayed while blocks are forced or noted.
+    Its arguments are tensors, numbers, None, and sequences of these; the first is a tensor or a sequence that begins
+    with one. It returns tensors, None and sequences of them. A call with tensors on several devices is not replayed,
+    nor is any call inside `override_blocks` or `record_blocks`.
     """
-    replays: dict[tuple[object, ...], _Replay | None] = {}  # None: what cannot be replayed
+    replays: dict[tuple[object, ...], _Replay | None] = {}  # None: calls of this form cannot be replayed
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -283,7 +294,7 @@ def replayed(function: F) -> F:
 
 
 def _look_at(arguments: Sequence[Any], form: list[object], tensors: list[Tensor]) -> None:
-    """Add what the arguments have in common with others of their form to `form`, and the tensors to `tensors`."""
+    """Append to `form` what identifies the form of the arguments, and to `tensors` the tensors among them."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             tensors.append(argument)
@@ -297,19 +308,19 @@ def _look_at(arguments: Sequence[Any], form: list[object], tensors: list[Tensor]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `torch.empty` of this shape, contiguous."""
+    """Return `torch.empty` of this shape, contiguous, and record the allocation."""
     tensor, recording = torch.empty(shape, dtype=dtype, device=device), _local.recording
     return tensor if recording is None else recording.allocated(tensor, zeros=False)
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `torch.zeros` of this shape, contiguous."""
+    """Return `torch.zeros` of this shape, contiguous, and record the allocation."""
     tensor, recording = torch.zeros(shape, dtype=dtype, device=device), _local.recording
     return tensor if recording is None else recording.allocated(tensor, zeros=True)
 
 
 def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tensor:
-    """Return `function(of, *numbers)`, a tensor that may be there already; a replay asks again, for its own `of`."""
+    """Return `function(of, *numbers)`, a tensor that may be cached; replays call `function` again for their `of`."""
     recording, _local.recording = _local.recording, None
     try:
         tensor = function(of, *numbers)
@@ -321,9 +332,10 @@ def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tenso
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:
-    """Run a kernel: its arguments in order, its constants and Triton's options by name, as `kernel[grid](…)` does.
+    """Run a kernel as `kernel[grid](…)` does, and record the launch.
 
-    With `scratch` it may ask Triton's allocator for device memory, as one does that makes tensor descriptors.
+    Arguments are given in order, constexprs and Triton's options by name. `scratch` is set for a kernel that needs
+    device memory from Triton's allocator, because it makes tensor descriptors.
     """
     run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
     compiled, recording = run(*arguments, **named), _local.recording
@@ -336,12 +348,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = 
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Return memory for a kernel of this thread's device and stream: torch's blocks are aligned to 512 bytes."""
+    """Return device memory for a kernel on the current device and stream; torch aligns allocations to 512 bytes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `run` with torch as Triton's allocator, which others in this thread keep as they have set it."""
+    """Return `run` with torch as Triton's allocator; the allocator that other code in this thread has set is kept."""
 
     def with_scratch(*arguments: Any, **named: Any) -> Any:
         context = contextvars.copy_context()

@@ -1,7 +1,9 @@
-"""The side product alone: S = D(x) Aᵀ, or dS = dY B; one read of the large matrix.
+"""The side product: S = D(x) Aᵀ in the forward, dS = dY B in the backward, from one read of the large matrix.
 
-Where output tiles do not make it themselves: under dropout, whose mask would be hashed again in every tile, and in the
-designs that start with it. For groups of rows a table says which rows a tile has, and of which group.
+It has one column per module, or per entry of an index buffer; entries −1 are columns without a module, which hold
+zeros. This launch is used where the output tiles do not compute the side product themselves: under dropout, whose mask
+every tile would hash again, and in the designs that start with it. For groups of rows a table gives each tile its group
+and rows.
 """
 
 from __future__ import annotations
@@ -62,12 +64,12 @@ def side_product_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store side (M, R) = D(in) · down for BLOCK_M rows and BLOCK_R places; R counts places.
+    """Store BLOCK_M rows and BLOCK_R columns of side (M, R) = D(in) · down; R is the number of columns of side.
 
     in (M, D_IN), down (D_IN, ·), index (R,) int32 or unused. With DROPOUT, D drops elements of `in` and scales the rest
     by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names. If GROUPED,
-    the tile is one of `grouped_tiles`' table; down, index, seed and selected have a leading axis (C,), and numbers (M,)
-    are read if NUMBERED.
+    the tile is a row of the table of `grouped_tiles`; down, index, seed and selected have a leading axis (C,), and
+    numbers (M,) are read if NUMBERED.
     """
     if LAUNCHES_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -95,7 +97,7 @@ def side_product_kernel(
     in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # of rows nothing is dropped from
+    whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # side product without dropout
     if DROPOUT:
         numbers = row_numbers(numbers_ptr + first_row, number, row_ok, BLOCK_M, NUMBERED)  # (BLOCK_M,)
     for k in range(0, D_IN, BLOCK_K):
@@ -115,7 +117,7 @@ def side_product_kernel(
         side *= keep_scale
         if SELECTED_BLOCK > 0:
             side = tl.where(are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :], side, whole)
-    side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+    side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
     places = r0 + tl.arange(0, BLOCK_R)
     side_tile = side_ptr + first_row * stride_sm + rows[:, None] * stride_sm + places[None, :]
     tl.store(side_tile, side.to(side_ptr.dtype.element_ty), mask=row_ok[:, None] & (places < R)[None, :])
@@ -130,11 +132,12 @@ def side_product(
     groups: Groups | None = None,
     leads: bool = False,
 ) -> Tensor:
-    """Return side (M, places) = D(inputs) · down in the inputs' dtype; zero at places whose index is −1.
+    """Return side (M, W) = D(inputs) · down in the inputs' dtype; W is the length of the index, or R without one.
 
-    Shapes: inputs (M, D_IN), down (D_IN, R), index int32 or None for all modules in order. With groups, each row meets
-    its group's of down (C, D_IN, R) and index (C, places), and dropout's seed is (C,), selected (C, ·). The next launch
-    may begin before this one has ended if it `leads`.
+    Shapes: inputs (M, D_IN), down (D_IN, R), index (W,) int32 or None for all modules in order; columns whose index is
+    −1 hold zeros. With groups, rows use their group's part of down (C, D_IN, R) and index (C, W), and dropout's seed is
+    (C,), selected (C, ·). With `leads` the next launch may begin before this one has ended (programmatic dependent
+    launch).
     """
     (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
     side = empty((rows, width), inputs.dtype, inputs.device)
@@ -142,7 +145,7 @@ def side_product(
         return side
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
-    # Tiles no higher than the mean group.
+    # Tiles have no more rows than an average group, rounded up to a power of two.
     block_m = blocks.block_m if groups is None else tile(rows // max(1, groups.total), blocks.block_m)
     table = grouped_tiles(groups.offsets, rows, block_m) if groups is not None else None
     tiles = cdiv(rows, block_m) if table is None else table.shape[0]

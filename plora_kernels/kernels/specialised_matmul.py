@@ -1,13 +1,13 @@
-"""The adapted matmul with warps of two kinds in a persistent launch: some load, some multiply (sm_90, half precision).
+"""The adapted matmul as a persistent kernel with warp specialisation: some warps load, others multiply.
 
-One group of warps does nothing but fetch tiles by tensor descriptors, two others multiply 64 rows each: while these
-finish a tile and store it, that one is already at the next. The side product is given; it enters as the first step of
-the sum, fetched like every other:
+For half precision on sm_90. One warp group only loads tiles by tensor descriptors (TMA), two others multiply 64 rows
+each. While these finish and store a tile, the first already loads the next one. The side product (`side_product.py`) is
+already in memory and enters as the first steps of the sum, loaded like the others:
 
-    acc = s · side · up,  then  acc += in · main  over the depth
+    acc = s · side · up,  then  acc += in · main  in the K loop
 
-Descriptors are made in the kernel: Triton 3.6 cuts what a descriptor of the host fetches in two for the two groups, and
-goes on waiting for the whole.
+The kernel makes its descriptors itself. With descriptors made on the host, Triton 3.6 halves each load for the two warp
+groups, but still waits for the bytes of a whole one.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def specialised_matmul_kernel(
     DEPENDENT: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
-    """Compute out (M, D_OUT) = in · main + bias + s·side · up, the programs walking over (BLOCK_M, BLOCK_N) tiles.
+    """Compute out (M, D_OUT) = in · main + bias + s·side · up, each program several (BLOCK_M, BLOCK_N) tiles in turn.
 
     in (M, D_IN), side (M, R) and out row-major; main (D_IN, D_OUT) and up (R, D_OUT), given as their transposes if
-    *_TRANSPOSED; bias (D_OUT,) or unused. The stride of each is that of its lines. Sums run in fp32.
+    *_TRANSPOSED; bias (D_OUT,) or unused. Strides are those between rows as given; rows are contiguous. Sums run in
+    fp32.
     """
     if (
         DEPENDENT
-    ):  # until the launch that makes the side product has ended, which may still use what memory this one has
+    ):  # wait for the end of the launch before: it writes the side product, and may still use this one's memory
         tl.extra.cuda.gdc_wait()
     if LAUNCHES_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -98,7 +99,7 @@ def specialised_matmul_kernel(
 
 
 def takes_specialised(inputs: Tensor, main: Tensor, up: Tensor, side: Tensor, blocks: MatmulBlocks) -> bool:
-    """Say whether this kernel takes a product: half precision, descriptors for all matrices, tiles that halve."""
+    """Say whether this kernel takes a product: half precision, descriptors for all matrices, 64 rows per warp group."""
     halves = blocks.block_m % 128 == 0 and inputs.dtype.itemsize == 2
     return halves and side.numel() > 0 and takes_descriptors(inputs, main, up, side)
 
@@ -114,9 +115,9 @@ def specialised_matmul(
     scale: float,
     blocks: MatmulBlocks,
 ) -> None:
-    """Write out (M, D_OUT) = inputs · main + bias + scale · side · up, where `takes_specialised` says so.
+    """Write out (M, D_OUT) = inputs · main + bias + scale · side · up, for operands that `takes_specialised` accepts.
 
-    Shapes: inputs (M, D_IN) and side (M, R) row-major, main (D_IN, D_OUT), up (R, D_OUT), either way round.
+    Shapes: inputs (M, D_IN) and side (M, R) row-major; main (D_IN, D_OUT), up (R, D_OUT), row- or column-major.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     tiles = cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n)

@@ -1,4 +1,7 @@
-"""The adapted matmul as one program a tile, loads by pointer: any shape, any strides, any device."""
+"""The adapted matmul with one program per output tile and pointer loads: any shape, any strides, any device.
+
+`adapted_matmul` explains the computation, `side_product` the side product in · down.
+"""
 
 from __future__ import annotations
 
@@ -69,17 +72,16 @@ def tile_matmul_kernel(
     """Compute one (BLOCK_M, BLOCK_N) tile of out; with STORE_SIDE the programs of the first column store in · down.
 
     in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
-    out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: read if SIDE_GIVEN, else made along with the tile. R
-    counts places: modules, or entries of the index. DROPOUT masks what the side product adds to out, for the modules
-    that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is rounded to the
-    inputs' dtype before it meets `up`.
+    out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: loaded if SIDE_GIVEN, else computed along with the
+    tile. R is the number of columns of side: modules, or entries of the index. DROPOUT masks the low-rank part of out,
+    for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is
+    rounded to the inputs' dtype before it is multiplied by `up`.
     """
-    # Neighbouring programs share columns of main while it is in the cache: GROUP_M row tiles at a time.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
     pid_m, pid_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
 
-    # A tile's base is a 64-bit scalar, since M·D_IN may pass 2³¹; offsets inside a tile take 32 bits, half the
-    # registers, unless the launcher saw strides so large that even those would not fit.
+    # A tile's base is a 64-bit scalar, since M·D_IN may exceed 2³¹. Offsets inside a tile take 32 bits, which halves
+    # their registers, unless the strides are so large that even these offsets would overflow (WIDE_OFFSETS).
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
@@ -101,14 +103,14 @@ def tile_matmul_kernel(
     side_base = side_ptr + first_row * stride_sm
     low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if not SIDE_GIVEN:
-        side = tl.where(module_ok[None, :], side, 0.0)  # 0 · infinity at places without a module
+        side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
         acc, low = add_low_rank(
             acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
             dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
         )  # fmt: skip
-        if STORE_SIDE:  # a constexpr: it may not share a condition with a run-time value
+        if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
             if pid_n == 0:
                 store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
     for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
@@ -116,11 +118,11 @@ def tile_matmul_kernel(
         if SIDE_GIVEN:
             side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
         else:
-            # Modules beyond one block read `in` again for their part: registers hold BLOCK_R of the side product.
+            # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
             in_base, down_start = in_ptr + first_row * stride_im, tl.full((), 0, tl.int64)
             in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
             in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
-            down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd  # of an offset, as in `multiply`
+            down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd  # added to an offset, as in `multiply`
             down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
             side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for k in range(0, D_IN, BLOCK_K):
@@ -171,7 +173,7 @@ def tile_matmul(
     keep_side: bool,
     blocks: MatmulBlocks,
 ) -> None:
-    """Write out (M, D_OUT) and, if `keep_side`, side (M, places); see `adapted_matmul` for the shapes."""
+    """Write out (M, D_OUT) and, if `keep_side`, the side product side (M, W); see `adapted_matmul` for the shapes."""
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     dropped = DropoutArguments.of(dropout, inputs)

@@ -1,4 +1,4 @@
-"""A weight into which modules are folded, and the way back to the original, bit for bit."""
+"""A layer's weight into which modules are folded, and from which the original is restored bit for bit."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ ORIGINALS = ("device", "host")
 
 
 def check_original(original: str) -> None:
-    """Raise ConfigError unless `original` is a place where a folded weight's original can be kept."""
+    """Raise ConfigError unless `original` is "device" or "host", where a folded weight's original can be kept."""
     if original not in ORIGINALS:
         raise ConfigError(f"original is {original!r}; it may be 'device' or 'host'")
 
 
 class FoldedWeight(nn.Module):
-    """A layer with a `weight` (N, K) that other values may take the place of, and that is put back to what it was.
+    """A layer whose `weight` (N, K) can be replaced by a folded one and restored to the original.
 
     The original is kept on the weight's device (`original_weight`, a buffer that is never saved) or in host memory. On
-    the device it keeps its memory: the parameter, still the same object, lives in other memory meanwhile. The weight's
-    version tells whether somebody else changed it in between.
+    the device the original keeps its memory, and the parameter, still the same object, uses new memory while folded.
+    The weight's version counter shows whether other code changed it in between.
     """
 
     weight: nn.Parameter
     original_weight: Tensor | None
 
     def _keep_originals(self, original: str) -> None:
-        """Say where originals are kept, "device" or "host"; nothing is folded yet."""
+        """Set where originals are kept, "device" or "host"; the weight is not folded yet."""
         self.original = original
         self.register_buffer("original_weight", None, persistent=False)
         self._host_original: Tensor | None = None
         self._folded_version: int | None = None
 
     def _keep_original(self) -> tuple[Tensor, Tensor | None]:
-        """Keep the original; return the weight to fold into, and memory for the result (None: in place).
+        """Keep the original; return the weight to fold, and memory for the result (None: fold in place).
 
-        On its device the original keeps its memory: the fold goes to memory of its own, which `_take_folded` gives to
-        the weight, so that W is read once and written once.
+        With "device" the original keeps its memory: the fold writes to new memory, which `_take_folded` gives to the
+        parameter, so that W is read once and written once, without a copy.
         """
         weight = self.weight.detach()
         if self.original == "host":
@@ -49,23 +49,23 @@ class FoldedWeight(nn.Module):
         return weight, torch.empty_like(weight)
 
     def _take_folded(self, folded: Tensor) -> None:
-        """Let the weight hold what modules were folded into: itself, or memory that takes the place of its own."""
+        """Make `folded` the weight's values: the weight itself after a fold in place, or the new memory."""
         if folded is not self.weight:
             self.original_weight = self.weight.data
             self._give_memory(folded)
         self._folded_version = self.weight._version
 
     def _folded_anew(self, weight: Tensor) -> Tensor | None:
-        """Return the original `weight` folded once more as the layer folds now; None if it does not."""
+        """Return the original `weight`, folded again with the current selection; None without a selection."""
         raise NotImplementedError
 
     def _give_memory(self, values: Tensor) -> None:
-        """Let the weight, still the same parameter, live in the memory of `values`; autograd counts it as a change."""
+        """Make the weight, still the same parameter, use the memory of `values`, and raise its version counter."""
         self.weight.data = values
         torch.autograd.graph.increment_version(self.weight)
 
     def _drop_original(self) -> None:
-        """Put the weight back to its original, if one is kept, and keep it no longer."""
+        """Restore the weight from its original, if one is kept, and release the original."""
         original = self._original()
         if original is not None:
             weight = self.weight
@@ -77,10 +77,10 @@ class FoldedWeight(nn.Module):
         self.original_weight = self._host_original = self._folded_version = None
 
     def _weight_is_as_folded(self) -> bool:
-        """Say whether the weight still is what folding made of it; true if nothing is folded.
+        """Say whether the weight still has the values that folding gave it; true if nothing is folded.
 
-        Its version tells without looking. Where that moved, as a wrapper's broadcast of equal values moves it, the
-        weight is compared with its original folded anew.
+        An unchanged version counter proves it without reading the weight. If the counter changed, as it does when a
+        wrapper broadcasts equal values into the weight, the original is folded again and compared.
         """
         if self._folded_version is None or self._folded_version == self.weight._version:
             return True
@@ -89,15 +89,15 @@ class FoldedWeight(nn.Module):
         return anew is None or torch.equal(anew, self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast the layer, a standing selection included."""
+        """Move or cast the layer; a selection is kept."""
         as_folded = self._weight_is_as_folded()
         super()._apply(fn, recurse)
         if self._folded_version is not None and as_folded:
-            self._folded_version = self.weight._version  # a cast may give the weight a new count
+            self._folded_version = self.weight._version  # a cast may have changed the version counter
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled layer, whose weight counts its changes anew."""
+        """Restore a copied or unpickled layer, whose weight has a new version counter."""
         super().__setstate__(state)
         if self._folded_version is not None:
             self._folded_version = self.weight._version

@@ -35,17 +35,18 @@ class PLoRAConfig:
         dropout: p of LoRA dropout, in training mode.
         target_modules: as in PEFT: a list of names (whole, or the end of a name after a dot), a regular expression
             that must match a whole name, or "all-linear" for every nn.Linear but the output layer (see `task_type`).
-        exclude_modules: names or an expression, matched the same way, that are left alone.
+        exclude_modules: names or an expression, matched the same way, of modules that are not replaced.
         modules_to_save: names (whole or the end of a name) of modules that stay trainable in full and are saved
             with the adapter, such as a classification head.
-        task_type: PEFT's task type, such as "SEQ_CLS"; saved, and "all-linear" leaves a classification head out if set.
-        rank_pattern, alpha_pattern: as in PEFT: a rank or α of their own for modules whose name ends with the key.
-        original: where the copy of a folded weight is kept, "device" or "host".
+        task_type: PEFT's task type, such as "SEQ_CLS". It is saved, and with "SEQ_CLS" "all-linear" leaves out the
+            classification head.
+        rank_pattern, alpha_pattern: as in PEFT: another rank or α for modules whose name ends with the key.
+        original: where the original of a folded weight is kept, "device" or "host".
         fuse_projections: compute targeted siblings that read one tensor, such as q, k and v or gate and up, in one
-            launch, and their joint input gradient in another; the model's structure and results stay as they are.
+            launch, and their joint input gradient in another. The model's structure and results do not change.
 
     Raises:
-        RankError, ConfigError, UnsupportedError: a value cannot be used.
+        RankError, ConfigError: a value cannot be used.
 
     >>> config = PLoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])
     >>> config.rank_of("layers.0.q_proj")
@@ -118,7 +119,7 @@ def _within(entries: Iterable[str], name: str) -> bool:
 
 
 def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
-    """Return what "all-linear" leaves out, by PEFT's conventions: the LM head, or the head of a SEQ_CLS model."""
+    """Return the module that "all-linear" leaves out as PEFT does: the LM head, or the head of a SEQ_CLS model."""
     embeddings = getattr(model, "get_output_embeddings", None)
     if not callable(embeddings):
         return None
@@ -132,7 +133,7 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
     """Return the names of the modules that `config` targets, in model order.
 
     Raises:
-        TargetError: an entry, or everything, matches nothing; the nearest names are given.
+        TargetError: an entry matches no module, or no module is left; the message gives the nearest names.
     """
     kept = [name for name, _ in model.named_modules() if name and not _within(config.modules_to_save, name)]
     if config.exclude_modules:
@@ -168,7 +169,7 @@ class Injected:
     Attributes:
         model: the model, changed in place. config: what was injected.
         layers: the adapted layers by full module name, in model order.
-        saved_modules: names of the modules that `modules_to_save` matched, without those inside another of them.
+        saved_modules: names of the modules that `modules_to_save` matched, without those that lie inside another one.
         projections: the groups of layers that `fuse_projections` found to share an input, by name.
 
     >>> handle = inject(nn.Sequential(nn.Linear(8, 8)), PLoRAConfig(rank=2, target_modules=["0"]))
@@ -187,8 +188,8 @@ class Injected:
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.
 
-        Everything is checked before anything changes; on a GPU one launch folds the weights of one dtype. Should a
-        fold fail all the same, for want of memory say, no selection stands afterwards.
+        All arguments are checked before anything changes; on a GPU the weights of one dtype are folded together
+        (`fold_many_`). If a fold fails nevertheless, for instance without enough memory, no selection is left.
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
@@ -207,10 +208,10 @@ class Injected:
         select_in_all(list(self.layers.values()), chosen, unselected)
 
     def unfold(self, *, discard_changes: bool = False) -> None:
-        """Undo the selection in every layer; the base weights are the originals again, bit for bit.
+        """Undo the selection in every layer and restore the original base weights, bit for bit.
 
         Raises:
-            StateError: a weight was changed while it was folded, and `discard_changes` is not set; nothing is undone.
+            StateError: a weight was changed while it was folded, and `discard_changes` is not set. No layer is changed.
         """
         if not discard_changes:
             for layer in self.layers.values():
@@ -227,7 +228,7 @@ class Injected:
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
-            StateError: a selection stands. ShapeError: a tensor does not fit.
+            StateError: modules are selected. ShapeError: a tensor does not fit.
         """
         self._check_names(factors, "factors")
         for name, layer in self.layers.items():
@@ -235,15 +236,15 @@ class Injected:
 
     @contextmanager
     def grouped(self, groups: Mapping[str, GroupModules]) -> Iterator[None]:
-        """Let groups of a batch's samples meet modules of their own inside: many adapters, one pass over one base.
+        """Inside the context, give every group of a batch's samples its own modules: many adapters, one base pass.
 
-        Every layer gets its entry of `groups`, (C, R, K) and (C, N, R); the layers' own modules take no part. Gradients
-        go to the stacked factors. Layers whose input does not keep a batch's samples one after the other, routed
-        experts for one, cannot be told from others and must not be adapted.
+        Every layer uses its entry of `groups`, with factors (C, R, K) and (C, N, R), in place of its own modules.
+        Gradients go to these stacked factors. A layer must get the samples of a batch in order along the leading axis.
+        Layers that do not, such as routed experts, must not be adapted: this cannot be detected.
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
-            StateError: a selection stands. ShapeError, RankError: factors do not fit their layer.
+            StateError: modules are selected. ShapeError, RankError: factors do not fit their layer.
         """
         self._check_present()
         self._check_names(groups, "groups")
@@ -261,12 +262,12 @@ class Injected:
 
     @torch.no_grad()
     def restore(self) -> nn.Module:
-        """Put the plain linears back, as they were before `inject`, and return the model; the adapter is dropped."""
+        """Put back the plain linears that `inject` replaced, drop the adapter, and return the model."""
         self._check_present()
         self.unfold()
         for name, linear in self._linears.items():
             layer = self.layers[name]
-            # Moving or loading may have replaced them.
+            # Moving the model or loading a state dict may have replaced the parameters.
             linear.weight, linear.bias = layer.weight, cast(nn.Parameter, layer.bias)
             self.model.set_submodule(name, linear.train(layer.training))
         for name, parameter in self.model.named_parameters():
@@ -292,8 +293,8 @@ class Injected:
 def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     """Replace the targeted linears of `model` by `FusedPLoRALinear`, in place, and freeze everything else.
 
-    The layers share the model's own weights; nothing is copied. Trainable afterwards: the adapters, and the modules
-    named by `config.modules_to_save`. Until something is trained the model computes what it computed before.
+    The layers share the model's own weights; no weight is copied. Afterwards only the adapters and the modules named by
+    `config.modules_to_save` are trainable. Until they are trained, the model's results are the same as before.
 
     Raises:
         TargetError: a target does not exist, is not a plain nn.Linear, or a module to save does not exist.
@@ -327,7 +328,8 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     layers: dict[str, FusedPLoRALinear] = {}
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}  # find_targets returns nothing else
+    # The casts hold: check_replaceable has refused everything but a plain nn.Linear.
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
     siblings = {name for group in projections for name in group}
     for name, linear in linears.items():
@@ -354,7 +356,7 @@ def outermost(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_parent(model: nn.Module, name: str) -> None:
-    """Raise TargetError where torch would read the linear's weight itself, past any adapter."""
+    """Raise TargetError if the parent module would use the linear's weight directly and so skip the adapter."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
@@ -368,7 +370,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _shared_storages(model: nn.Module) -> set[int]:
-    """Return the storages that more than one parameter or buffer place of the model uses."""
+    """Return the storages that more than one parameter or buffer name of the model uses."""
     places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     counts = Counter(_storage(tensor) for _, tensor in places)
     return {storage for storage, count in counts.items() if count > 1}

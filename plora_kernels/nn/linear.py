@@ -28,15 +28,15 @@ class FusedPLoRALinear(FoldedWeight):
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A` (R, K) and `lora_B` (N, R), trainable, all in one
     dtype. After `select` the trainable parameters are the compact (r, K) and (N, r) of the selected modules alone, so
-    an optimiser built then cannot move the others; the others sit in the weight ("folded") or are summed without a
+    an optimiser built then cannot change the others. The others are added to the weight ("folded") or summed without a
     gradient ("frozen"). `state_dict` always holds weight, bias, lora_A and lora_B in full, the weight unfolded.
 
-    Folding keeps the original weight, on its device or in host memory (`original`), and always starts from it:
-    `unfold` returns the base bit for bit, however often modules were selected. Kept on the device, the original stays
-    where it is and the parameter, still the same object, points to other memory while modules are folded into it.
+    Folding keeps a copy of the original weight, on its device or in host memory (`original`), and always starts from
+    it, so `unfold` restores the base bit for bit, however often modules were selected. With "device" the original
+    keeps its memory, and the parameter, still the same object, uses new memory while modules are folded into it.
 
-    With `dropout` > 0, every call in training mode drops elements of what the selected modules see of x: by a seed
-    drawn from torch's generator, or by `dropout_seed` (an int, or one int64 on the device) where that is set.
+    With `dropout` > 0, every call in training mode drops elements of x for the selected modules. The seed is drawn from
+    torch's generator, unless `dropout_seed` (an int, or one int64 on the device) is set.
 
     Source: arXiv 2602.16936.
 
@@ -56,7 +56,7 @@ class FusedPLoRALinear(FoldedWeight):
     full_B: Tensor | None
     selected_index: Tensor | None
     dropout_seed: int | Tensor | None
-    groups: GroupModules | None = None  # of `Injected.grouped`
+    groups: GroupModules | None = None  # set inside `Injected.grouped`
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class FusedPLoRALinear(FoldedWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make a layer whose base weight and bias are drawn as `nn.Linear` draws them."""
+        """Make a layer whose base weight and bias are initialised like those of `nn.Linear`."""
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
         self._adapt(base, rank, alpha, rank_stabilized, dropout, original)
@@ -89,16 +89,16 @@ class FusedPLoRALinear(FoldedWeight):
     ) -> FusedPLoRALinear:
         """Return a layer that shares the linear's weight and bias (and freezes them) and adds R modules.
 
-        The layer starts as the linear itself: A is Kaiming-uniform, B zero, as in PEFT.
+        At first the layer computes the same as the linear: A is Kaiming-uniform and B zero, as in PEFT.
 
         Args:
-            linear: an `nn.Linear`, not a subclass with a forward of its own.
+            linear: an `nn.Linear`, not a subclass of it.
             rank: R, 1–256. alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
-            dropout: p of LoRA dropout, active in training mode, on what selected modules see of x.
-            original: where the copy of a folded weight is kept, "device" or "host".
+            dropout: p of LoRA dropout, applied in training mode to the x of selected modules.
+            original: where the original of a folded weight is kept, "device" or "host".
 
         Raises:
-            TargetError: not a plain nn.Linear. RankError, ConfigError, UnsupportedError: an argument cannot be used.
+            TargetError: not a plain nn.Linear. RankError, ConfigError: an argument cannot be used.
         """
         check_replaceable(linear, "from_linear got")
         layer = cls.__new__(cls)
@@ -118,13 +118,13 @@ class FusedPLoRALinear(FoldedWeight):
         self.dropout, self.dropout_seed = dropout, None
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
-        self.requires_grad_(False)  # the base is frozen; the factors below are not
+        self.requires_grad_(False)  # freezes the base; the factors do not exist yet
         self.lora_A = nn.Parameter(base.weight.new_empty(self.rank, self.in_features))
         self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, self.rank))
         self.weight_is_tied = False
         self._selected: tuple[int, ...] | None = None
         self._unselected = "folded"
-        # Set while a selection stands; never saved.
+        # Set while modules are selected; never saved.
         for name in ("full_A", "full_B", "selected_index"):
             self.register_buffer(name, None, persistent=False)
         self._keep_originals(original)
@@ -132,7 +132,7 @@ class FusedPLoRALinear(FoldedWeight):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Draw A Kaiming-uniform (a = √5) and set B to zero, as PEFT starts an adapter."""
+        """Draw A Kaiming-uniform (a = √5) and set B to zero, as PEFT initialises an adapter."""
         self.refuse_selection("reset the adapter")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -140,13 +140,13 @@ class FusedPLoRALinear(FoldedWeight):
     # ------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y (…, N) for x (…, K); inside `Injected.grouped` every group of samples meets its own modules."""
+        """Return y (…, N) for x (…, K); inside `Injected.grouped` every group of samples uses its own modules."""
         if self.groups is not None:
             groups = self.groups if self.training else self.groups.without_dropout()
             return groups.linear(x, self.weight, self.bias)
         frozen = self._unselected == "frozen"
         if self.lora_A.shape[0] == 0 and self.full_A is not None and self.full_B is not None and not frozen:
-            # Everything is folded: the modules are there, none of them enters.
+            # All modules are folded into the weight, so the call selects none of them.
             return plora_linear(x, self.weight, self.full_A, self.full_B, [], bias=self.bias, scale=self.scale)
         lora_A, lora_B = self._merged_factors() if frozen else (self.lora_A, self.lora_B)
         index = self.selected_index if frozen else None
@@ -160,16 +160,16 @@ class FusedPLoRALinear(FoldedWeight):
             return 0.0, None
         if self.dropout_seed is not None:
             return self.dropout, check_dropout(self.dropout, self.dropout_seed, device)
-        # From torch's generator of the device: reproducible by torch.manual_seed, redrawn alike by checkpointing, and
-        # a new mask at every replay of a CUDA graph.
+        # Drawn from torch's generator of the device: torch.manual_seed makes it reproducible, activation checkpointing
+        # draws the same seed again, and every replay of a CUDA graph gets a new mask.
         return self.dropout, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
     def _merged_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (R, K) and B (N, R) with the compact parameters at their places, differentiable in those."""
+        """Return A (R, K) and B (N, R) with the compact parameters at their modules, differentiable in those."""
         if self.full_A is None or self.full_B is None or self.selected_index is None:
             return self.lora_A, self.lora_B
         places = self.selected_index[: self.lora_A.shape[0]].long()
-        # A caller may have cast the trained parameters, to fp32 over a bf16 base for one.
+        # A caller may have cast the trained parameters, for instance to fp32 over a bf16 base.
         lora_A, lora_B = self.lora_A.to(self.full_A.dtype), self.lora_B.to(self.full_B.dtype)
         return self.full_A.index_copy(0, places, lora_A), self.full_B.index_copy(1, places, lora_B)
 
@@ -177,13 +177,13 @@ class FusedPLoRALinear(FoldedWeight):
 
     @property
     def selected(self) -> tuple[int, ...] | None:
-        """The modules being trained, sorted, or None while no selection stands (all R are trained)."""
+        """The selected modules, sorted, or None without a selection (all R are trained)."""
         return self._selected
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def select(self, indices_or_mask: Selection, unselected: str = "folded") -> None:
-        """Train these modules alone: Select-N-Fold. A selection that stands is undone first.
+        """Train these modules alone: Select-N-Fold. An earlier selection is undone first.
 
         `lora_A` and `lora_B` become new parameters, (r, K) and (N, r), in the order of the module numbers: build the
         optimiser after selecting.
@@ -191,10 +191,10 @@ class FusedPLoRALinear(FoldedWeight):
         Args:
             indices_or_mask: host indices, or a bool mask (R,); `[]` selects none.
             unselected: "folded" adds the other modules to the weight (the original is kept); "frozen" leaves the
-                weight alone and sums them without a gradient.
+                weight as it is and sums them without a gradient.
 
         Raises:
-            SelectionError, ShapeError, ConfigError: the selection or the form is not valid.
+            SelectionError, ShapeError, ConfigError: the selection or `unselected` is not valid.
             StateError: the weight cannot be folded: it is trainable, shared with another module, or was changed.
         """
         indices = host_indices(indices_or_mask, self.rank)
@@ -202,7 +202,7 @@ class FusedPLoRALinear(FoldedWeight):
         select_in_all([self], [indices], unselected)
 
     def check_selectable(self, unselected: str) -> None:
-        """Raise ConfigError or StateError if `select` with this form would be refused; change nothing."""
+        """Raise the ConfigError or StateError that `select` with this `unselected` would raise; change nothing."""
         check_unselected(unselected)
         self.check_unfoldable()
         if unselected == "frozen":
@@ -213,7 +213,7 @@ class FusedPLoRALinear(FoldedWeight):
             raise StateError("weight is shared with another module and cannot be folded: use unselected='frozen'")
 
     def check_unfoldable(self) -> None:
-        """Raise StateError if `unfold` would be refused: somebody else changed the weight while it was folded."""
+        """Raise StateError if other code changed the weight while modules were folded into it, as `unfold` does."""
         if not self._weight_is_as_folded():
             raise StateError(
                 "weight was changed while modules were folded into it: unfold(discard_changes=True) gives back the "
@@ -221,7 +221,7 @@ class FusedPLoRALinear(FoldedWeight):
             )
 
     def _fold_of_others(self, indices: tuple[int, ...]) -> Fold | None:
-        """Keep the original and return the fold of every module but these, or None if there is no other."""
+        """Keep the original and return the fold of all modules except `indices`, or None if that leaves none."""
         if not complement(indices, self.rank):
             return None
         dtype = self.weight.dtype
@@ -230,7 +230,7 @@ class FusedPLoRALinear(FoldedWeight):
         return Fold(weight, lora_A, lora_B, indices, self.scale, out=out)
 
     def _hold(self, indices: tuple[int, ...], unselected: str, folded: Tensor | None) -> None:
-        """Let a selection stand, with the weight its modules were folded into (None: none were)."""
+        """Make a selection current; `folded` is the weight with the other modules folded in (None: none are)."""
         full_A, full_B = self.lora_A.data, self.lora_B.data
         index = index_buffer(indices, full_A.device)
         places = index[: len(indices)].long()
@@ -244,12 +244,13 @@ class FusedPLoRALinear(FoldedWeight):
     @torch.inference_mode(False)
     @torch.no_grad()
     def unfold(self, *, discard_changes: bool = False) -> None:
-        """Put the trained modules back among the R and the weight back to its original, bit for bit.
+        """Undo the selection: `lora_A` and `lora_B` hold all R modules again, the weight is the original bit for bit.
 
-        Without a selection it does nothing. A weight whose `.data` was replaced while folded is put back unnoticed.
+        Without a selection it does nothing. If the weight's `.data` was replaced while modules were folded, the
+        original is restored without an error, because that change cannot be detected.
 
         Args:
-            discard_changes: go back to the original even if somebody else changed the weight while it was folded.
+            discard_changes: restore the original even if other code changed the weight while modules were folded in.
 
         Raises:
             StateError: the weight was changed while it was folded, and `discard_changes` is not set.
@@ -271,7 +272,7 @@ class FusedPLoRALinear(FoldedWeight):
         return fold(weight, *factors, self._selected, scale=self.scale)
 
     def refuse_selection(self, action: str) -> None:
-        """Raise StateError if a selection stands; `action` says what cannot be done then."""
+        """Raise StateError if modules are selected; `action` names in the message what cannot be done then."""
         if self._selected is not None:
             raise StateError(f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first")
 
@@ -288,7 +289,7 @@ class FusedPLoRALinear(FoldedWeight):
         """Copy A (R, K) and B (N, R) into the layer.
 
         Raises:
-            StateError: a selection stands. ShapeError: the shapes differ from the layer's.
+            StateError: modules are selected. ShapeError: the shapes differ from the layer's.
         """
         self.refuse_selection("set the factors")
         for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
@@ -298,7 +299,7 @@ class FusedPLoRALinear(FoldedWeight):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Return a new `nn.Linear` with weight W + s·B A, all modules in it; the layer stays as it is."""
+        """Return a new `nn.Linear` with weight W + s·B A over all modules; the layer is not changed."""
         original = self._original()
         weight = (self.weight if original is None else original).detach().to(self.weight.device)
         lora_A, lora_B = self.factors()
@@ -321,19 +322,19 @@ class FusedPLoRALinear(FoldedWeight):
         destination[prefix + "lora_A"], destination[prefix + "lora_B"] = self.factors()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load full tensors even while a selection stands: undo it, load, redo it with the same parameters."""
+        """Load full tensors. A selection is undone for that and made again, with the same parameter objects."""
         selected, unselected, trained = self._selected, self._unselected, (self.lora_A, self.lora_B)
-        self.unfold(discard_changes=True)  # what is loaded replaces them
+        self.unfold(discard_changes=True)  # the loaded weight replaces any changed one
         super()._load_from_state_dict(*arguments)
         if selected is None:
             return
         self.select(selected, unselected)
         for parameter, value in zip(trained, (self.lora_A, self.lora_B), strict=True):
             parameter.data = value.data  # loading with assign=True may bring another dtype
-        self.lora_A, self.lora_B = trained  # an optimiser holds these
+        self.lora_A, self.lora_B = trained  # an optimiser may hold these objects
 
     def extra_repr(self) -> str:
-        """Say the sizes, the rank and what is selected."""
+        """Return the sizes, the rank and the selection as text, for `repr`."""
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"rank={self.rank}, scale={self.scale:g}"
@@ -346,10 +347,10 @@ class FusedPLoRALinear(FoldedWeight):
 @torch.inference_mode(False)
 @torch.no_grad()
 def select_in_all(layers: Sequence[FusedPLoRALinear], chosen: Sequence[tuple[int, ...]], unselected: str) -> None:
-    """Let every layer train its own `chosen` modules, all folded weights written in one call.
+    """Select in every layer its own `chosen` modules; one call of `fold_many_` folds all weights.
 
-    The arguments are checked (`check_selectable`) and the indices sorted. Should it fail all the same, for want of
-    memory say, no selection stands afterwards in any of the layers and their weights are the originals.
+    The caller has checked the arguments (`check_selectable`) and sorted the indices. If the selection fails
+    nevertheless, for instance without enough memory, no layer has a selection and all weights are the originals.
     """
     for layer in layers:
         layer.unfold()
@@ -370,9 +371,9 @@ def select_in_all(layers: Sequence[FusedPLoRALinear], chosen: Sequence[tuple[int
 
 
 def check_replaceable(module: nn.Module, where: str) -> None:
-    """Raise TargetError unless a FusedPLoRALinear can stand for the module: a plain nn.Linear, nothing hung on it.
+    """Raise TargetError unless a FusedPLoRALinear can replace the module: a plain nn.Linear without hooks.
 
-    `where` begins the message: "from_linear got", "target module 'q_proj' is".
+    `where` is the start of the message, such as "from_linear got" or "target module 'q_proj' is".
     """
     if type(module) is not nn.Linear:
         raise TargetError(f"{where} a {type(module).__name__}; only a plain nn.Linear can be replaced")

@@ -1,6 +1,6 @@
-"""Adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+"""Save and load adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`.
 
-The only file that imports PEFT, and only when one of its functions is called.
+This is the only file that imports PEFT, and it does so only when one of its functions is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(rf"^{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# What an adapter may ask for and this package does not compute; PEFT's field and the value that means "no".
+# Features of PEFT that this package does not support: the configuration's field, and the value that turns it off.
 _UNSUPPORTED: dict[str, Any] = {
     "use_dora": False,
     "bias": "none",
@@ -43,14 +43,16 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-# PEFT's readers for these tasks look for a head under these names whether or not the configuration lists it.
+# When PEFT loads an adapter of one of these tasks, it expects a head under these names, listed by the configuration or
+# not.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-# Starts that leave the base weight as it is. The others subtract something from it, and PEFT does so again on loading.
+# Initialisations that do not change the base weight. The others subtract something from it, and PEFT does so again when
+# it loads the adapter.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def _wrapped_by_peft(model: nn.Module, entries: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Return the modules PEFT keeps whole for these `modules_to_save`: names that end with an entry, outermost ones."""
+    """Return the modules PEFT saves whole for `modules_to_save` entries: names that end with one, the outermost."""
     wanted = (*entries, *_HEADS.get(task_type or "", ()))
     names = [name for name, _ in model.named_modules() if name.endswith(wanted)] if wanted else []
     return outermost(names)
@@ -65,14 +67,14 @@ def save_peft(
 ) -> Path:
     """Write the adapter as PEFT writes it, so that `PeftModel.from_pretrained` loads it, and return the directory.
 
-    Every layer's full A (R, K) and B (N, R) are written, whatever is selected at the moment, and all of every module
-    PEFT will look for: the modules to save, and the head of a classification or question-answering task. An existing
-    adapter in the directory is replaced once both files are complete; other files in it are left alone.
+    The files hold every layer's full A (R, K) and B (N, R), whatever is selected at the moment, and the whole modules
+    that PEFT will look for: the modules to save, and the head of a classification or question-answering task. An
+    existing adapter in the directory is replaced once both files are complete; its other files are not touched.
 
     Args:
-        handle: what `inject` returned. directory: made if it is not there.
-        base_model_name_or_path: noted in the configuration, for `AutoPeftModel`.
-        task_type: PEFT's task type; None takes the configuration's.
+        handle: what `inject` returned. directory: created if it does not exist.
+        base_model_name_or_path: written to the configuration, for `AutoPeftModel`.
+        task_type: PEFT's task type; None takes that of `handle.config`.
 
     >>> import tempfile
     >>> from plora_kernels.nn.inject import PLoRAConfig, inject
@@ -134,7 +136,7 @@ def _put_in_order(path: Path, targets: list[str]) -> None:
 
 
 def _exactly(name: str) -> str:
-    """Return a pattern key that is this module alone: PEFT reads keys as expressions for the end of a name."""
+    """Return a pattern key that matches this module alone: PEFT matches keys as expressions with the end of a name."""
     return "^" + re.escape(name)
 
 
@@ -150,8 +152,8 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     model's own. The factors take the dtype of the weight they belong to.
 
     Raises:
-        ConfigError: the directory holds no PEFT LoRA adapter, or one of a kind this package does not compute.
-        TargetError, ShapeError: the adapter does not fit the model. The model is unchanged then.
+        ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support.
+        TargetError, ShapeError: the adapter does not fit the model. The model is not changed then.
 
     >>> import tempfile
     >>> from plora_kernels.nn.inject import PLoRAConfig, inject
@@ -223,7 +225,7 @@ def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Te
         if match:
             sides.setdefault(match["module"], {})[match["side"]] = value
         else:
-            # PEFT saves an embedding or output layer it adapts whole, under the name of its own wrapper.
+            # PEFT saves the whole weight of an adapted embedding or output layer, under its wrapper's `base_layer`.
             saved[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
     for name, pair in sides.items():
         if set(pair) != {"A", "B"}:

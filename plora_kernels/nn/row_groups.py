@@ -1,4 +1,4 @@
-"""Groups of a batch's samples, each of which meets modules of its own in every adapted layer of a model."""
+"""Groups of a batch's samples: each group has its own modules in every adapted layer of a model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from plora_kernels.tile_tables import keep_tables
 
 
 class RowGroups:
-    """How a batch divides: group g owns `sizes[g]` of its samples, one after the other along the leading axis.
+    """How a batch is divided: the samples of group g are `sizes[g]` consecutive ones along the leading axis.
 
-    A layer sees x (samples, …, K), so many rows to each sample; all layers of a model share one object.
+    In a layer's x (samples, …, K) each sample has the same number of rows. All layers of a model share one object.
 
     >>> rows = RowGroups([2, 1])
     >>> len(rows), rows.bounds(torch.zeros(3, 5, 8))  # three samples of five rows
@@ -32,10 +32,11 @@ class RowGroups:
     """
 
     def __init__(self, sizes: Sequence[int], lengths: Sequence[int] | None = None) -> None:
-        """Make groups of `sizes` samples, C ≥ 1 of them, some perhaps 0.
+        """Make C ≥ 1 groups of `sizes` samples each; a size may be 0.
 
-        `lengths`: where texts are padded to the longest of all groups, the width each group's own padding would give.
-        LoRA dropout then counts rows as it would there, so that a group's mask does not depend on its neighbours.
+        `lengths` is for texts that are padded to the longest of all groups: the length of each group's longest text.
+        LoRA dropout then numbers a group's rows as if it were padded to that length only, so that its mask does not
+        depend on the other groups.
 
         Raises ConfigError for no groups, a negative size, or lengths that are not one for each group.
         """
@@ -45,7 +46,7 @@ class RowGroups:
             raise ConfigError(f"lengths is {list(lengths)}; {len(sizes)} groups need one each")
         self.sizes, self.samples = tuple(sizes), sum(sizes)
         self._runs = equal_groups((0, *itertools.accumulate(sizes)))
-        # A tensor, for a compiler takes every other list of lengths for something new.
+        # A tensor, because torch.compile would recompile for every new list of lengths.
         self._numbers = None if lengths is None or len(set(lengths)) == 1 else _numbered(sizes, lengths)
         self._offsets: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -63,28 +64,29 @@ class RowGroups:
                 f"x is {tuple(x.shape)}, {rows} rows; groups of {list(self.sizes)} samples need a multiple of "
                 f"{self.samples}"
             )
-        each = rows // max(self.samples, 1)  # not `divmod`, which torch's compiler cannot trace for rows it leaves open
+        each = rows // max(self.samples, 1)  # torch.compile cannot trace `divmod` of a dynamic number of rows
         return 0, *itertools.accumulate(size * each for size in self.sizes)
 
     def offsets(self, x: Tensor) -> Tensor:
         """Return `bounds` as a tensor (C+1,) int64 on x's device."""
-        if torch.compiler.is_compiling():  # a compiler would guard the contents of the dictionary
+        if torch.compiler.is_compiling():  # torch.compile would put guards on the contents of the dictionary
             return torch.tensor(self.bounds(x)).to(x.device, non_blocking=True)
         key = math.prod(x.shape[:-1]), x.device
         if key not in self._offsets:
-            with torch.inference_mode(False):  # a later call may train
+            with torch.inference_mode(False):  # a later call may train, which forbids inference tensors
                 self._offsets[key] = keep_tables(torch.tensor(self.bounds(x)).to(x.device, non_blocking=True))
         return self._offsets[key]
 
     def product(self, x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         """Return y_g = x_g · weights_g + bias, (samples, …, N), for x (samples, …, K) and weights (C, K, N).
 
-        `bias` is (N,), or (C, N) for one a group, or None. Neighbouring groups of one size run as one batched product.
+        `bias` is (N,), or (C, N) with one for each group, or None. Neighbouring groups of one size run as one batched
+        product.
         """
-        if len(self._runs) == 1:  # whole tensors: a slice's gradient would be a copy
+        if len(self._runs) == 1:  # use the whole tensors, because the backward of a slice makes a copy
             return _batched(x, weights, bias, self.sizes[0])
-        # Slices, not `split`: inductor recomputes those in the backward; what `split` gave it keeps beside the whole,
-        # and then writes over the whole while the parts are still to be read.
+        # Slices, not `split`: inductor recomputes slices in the backward. The parts that `split` returns it saves along
+        # with the whole tensor, and then overwrites the whole tensor before the parts are read.
         parts = []
         for run in self._runs:
             samples = x.narrow(0, run.row, run.size * (run.last - run.first))
@@ -93,18 +95,18 @@ class RowGroups:
         return torch.cat(parts)
 
     def numbers(self, x: Tensor) -> Tensor | None:
-        """Return the number each row of x (samples, L, K) has for dropout, (samples · L,) int64; None: as it stands."""
+        """Return the row numbers of x (samples, L, K) for dropout, (samples · L,) int64; None counts from 0 a group."""
         if self._numbers is None or x.dim() != 3 or x.shape[0] * x.shape[1] != self._numbers.shape[0]:
             return None
         if torch.compiler.is_compiling():
             return self._numbers.to(x.device, non_blocking=True)
-        with torch.inference_mode(False):  # as above
+        with torch.inference_mode(False):  # as in `offsets`
             self._numbers = self._numbers.to(x.device, non_blocking=True)
         return self._numbers
 
 
 def _numbered(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Return the numbers rows have among their group's own, were its samples no longer than `lengths` says."""
+    """Return the rows' numbers in their group, as if its samples were padded to the group's own length only."""
     with torch.inference_mode(False):
         places = torch.arange(max(lengths))
         parts = [torch.arange(size)[:, None] * own + places for size, own in zip(sizes, lengths, strict=True)]
@@ -115,8 +117,8 @@ def _numbered(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
 class GroupModules:
     """The modules that C groups have in one layer: y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) Bᵀ_g) for each group g.
 
-    Made by `of`. lora_A (C, R, K) and lora_B (C, N, R), differentiable; `index` (C, W) int32 names the modules each
-    group trains, None all; the others enter y without a gradient.
+    Make one by `of`. lora_A (C, R, K) and lora_B (C, N, R) are differentiable; `index` (C, W) int32 names the modules
+    each group trains, None means all; the others enter y without a gradient.
 
     >>> A, B = torch.ones(2, 1, 3), torch.tensor([[[1.0]], [[10.0]]])
     >>> modules = GroupModules.of(RowGroups([1, 2]), A, B)
@@ -150,8 +152,8 @@ class GroupModules:
     ) -> GroupModules:
         """Return the modules of `len(rows)` groups; arguments are those of `plora_linear` with `groups`.
 
-        `gradients` is memory of the factors' shapes and dtype for dA and dB (None for a factor that does not train),
-        to be filled by `group_gradients`, which must then take the place of `backward`.
+        `gradients` is memory of the factors' shapes and dtype for dA and dB (None for a factor that does not train).
+        `group_gradients` fills it and must then be called in place of `backward`.
 
         Raises:
             ShapeError, RankError, SelectionError, DeviceError, ConfigError: an argument does not fit the groups.
@@ -188,7 +190,7 @@ class GroupModules:
             refuse_transforms(x, weight, self.lora_A, self.lora_B, bias)
             key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
             if key not in self._plans:
-                with torch.inference_mode(False):  # what it keeps may be met in training
+                with torch.inference_mode(False):  # a later call may train with the plan's tensors
                     self._plans[key] = self._plan(x, weight)
             plan = self._plans[key]
             if plan is not None:
@@ -210,14 +212,14 @@ class GroupModules:
         )
 
     def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
-        """Say whether plain products of torch compute y; what fails here the operator refuses by name."""
+        """Say whether plain torch products can compute y; for shapes that do not fit the operator raises the error."""
         fits = x.shape[-1] == weight.shape[1] and math.prod(x.shape[:-1]) % max(self.rows.samples, 1) == 0
         if not fits or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
             return False
         return grouped_products.serves(x, weight, self.lora_A, self.lora_B, self.index, self.dropout_p)
 
     def _plan(self, x: Tensor, weight: Tensor) -> ProductPlan | None:
-        """Return how plain products compute y, None where the operator has to run."""
+        """Return the plan of plain torch products for y, or None if the operator has to run."""
         if not self._is_plain(x, weight):
             return None
         layout = GroupLayout.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
@@ -227,21 +229,21 @@ class GroupModules:
 def group_gradients(
     loss: Tensor, groups: Mapping[str, GroupModules], others: Sequence[Tensor] = ()
 ) -> tuple[tuple[Tensor | None, ...], list[str]]:
-    """Write a loss's gradients by all groups' factors to the memory that was given for them; read nothing back.
+    """Write the gradients of a loss by the groups' factors to the memory given for them; the host reads no tensor.
 
-    This is `backward` for groups made with `gradients`: small layers are differentiated by each group's own weight
-    W_g = W + s_g·B_g A_g, whose gradient is taken apart once, dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ.
+    Call it in place of `backward` for groups made with `gradients`. Small layers are differentiated by each group's own
+    weight W_g = W + s_g·B_g A_g; from its gradient, dA_g = s_g·B_gᵀ dW_g and dB_g = s_g·dW_g A_gᵀ are computed once.
 
     Args:
-        loss: a scalar made in one forward, by layers that met `groups`.
+        loss: a scalar made in one forward, by layers that used `groups`.
         groups: one for each layer, as `Injected.grouped` takes them.
-        others: tensors to differentiate by as well.
+        others: further tensors to differentiate by.
 
     Returns:
-        The gradients by `others`, None where the loss does not depend on one, and the names of the layers whose
-        factors it does not depend on: their memory holds zeros.
+        The gradients by `others`, None for one the loss does not depend on, and the names of the layers whose factors
+        the loss does not depend on: their memory holds zeros.
 
-    Raises ConfigError where a layer's groups were made without `gradients`.
+    Raises ConfigError if a layer's groups were made without `gradients`.
 
     >>> A, B = torch.ones(1, 1, 2, requires_grad=True), torch.ones(1, 1, 1, requires_grad=True)
     >>> d_A, d_B = torch.empty_like(A), torch.empty_like(B)
@@ -266,7 +268,7 @@ def group_gradients(
             if not memory.collect(found[place : place + len(own_leaves)], copies):
                 unused.append(name)
             place += len(own_leaves)
-        if copies:  # on a device one launch, not two for every layer
+        if copies:  # on a GPU this takes one launch instead of two for every layer
             torch._foreach_copy_([own for own, _ in copies], [gradient for _, gradient in copies])
     return found[: len(others)], unused
 

@@ -1,8 +1,9 @@
 """Layers that read the same tensor one after another, such as q, k and v, computed in one launch at the first call.
 
-The model is left as it is: it calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)`. The first of them computes all three and
-keeps the others' outputs until they are called with the same tensor. Whatever else happens (another tensor, a change
-to x or to a layer, another mode, a layer that is not called) a layer that finds nothing of its own to take runs alone.
+The model is not changed: it calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)`. The first call computes all three outputs
+and keeps the other two until their layers are called with the same tensor. If no valid output is kept for a layer
+(another tensor, a change to x or to a layer, another grad mode or stream), the group is computed again or the layer
+runs alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from plora_kernels.functional import autocast_dtype
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.ops.projections import Computed, JointGradient, Projection, attach, forward
 
-# Names under which transformers keep linears that read one tensor, as they are called in a parent's forward.
+# Names of linears that read the same tensor in common transformers, in the order in which the parent calls them.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -32,14 +33,14 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-MISSES_ALLOWED = 3  # rounds in a row in which an output was computed and not taken, before the layers part
+MISSES_ALLOWED = 3  # after so many rounds in a row with an output that was not taken, the layers run alone for good
 
 
 def find_siblings(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
-    """Return the names, two or more at a time, of linears that seem to share their input.
+    """Return groups of two or more names of linears that seem to share their input.
 
-    They lie under one parent, have names of one entry of `SIBLINGS`, and agree in input size, dtype and device. Whether
-    they are called with one tensor shows at run time.
+    The linears of a group have the same parent, names of one entry of `SIBLINGS`, and the same input size, dtype and
+    device. Whether they are called with the same tensor is only known at run time.
     """
     parents = dict.fromkeys(name.rpartition(".")[0] for name in linears)
     groups = []
@@ -55,14 +56,17 @@ def find_siblings(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
 
 
 class _State(NamedTuple):
-    """What a layer's results depend on besides x. Its tensors are held so that no other can take their numbers."""
+    """What a layer's results depend on besides x.
+
+    The marks hold ids and addresses of tensors. The tensors are held as well, so that no new tensor can get the same.
+    """
 
     marks: tuple[float | None, ...]
     tensors: tuple[Tensor | None, ...]
 
 
 class _Waiting(NamedTuple):
-    """A layer's output that was computed and not taken yet, with the layer's state and operands at that time."""
+    """A layer's output that was computed but not taken yet, with the layer's state and operands at that time."""
 
     state: _State
     operands: Projection
@@ -70,18 +74,19 @@ class _Waiting(NamedTuple):
 
 
 class _Round:
-    """One input on its way through the layers: the outputs not taken yet, and the joint gradient of those taken."""
+    """The outputs of all layers of a group for one x: those not taken yet, and the joint gradient of the others."""
 
     def __init__(self, x: Tensor, waiting: dict[int, _Waiting]) -> None:
         self._circumstances = _circumstances(x)
         self._waiting = waiting
         self.untaken = len(waiting)
         self.joint = JointGradient(x.shape)
-        # Outputs that nobody takes live no longer than x. The callback must not hold the round, which holds it.
+        # Outputs that no layer takes are freed together with x. The callback refers to `waiting` and not to the round,
+        # because the round holds the weak reference and with it the callback.
         self._x = weakref.ref(x, lambda _: waiting.clear())
 
     def fits(self, x: Tensor) -> bool:
-        """Say whether this is the round's tensor, unchanged, and the modes are the same."""
+        """Say whether x is the round's tensor, unchanged, and grad mode and CUDA stream are the same."""
         return self._x() is x and self._circumstances == _circumstances(x)
 
     def take(self, layer: SiblingPLoRALinear) -> _Waiting | None:
@@ -93,12 +98,12 @@ class _Round:
         return found
 
     def drop(self) -> None:
-        """Let go of what nobody took."""
+        """Free the outputs that were not taken."""
         self._waiting.clear()
 
 
 class SharedInput:
-    """The layers of one group, held weakly, and the round they are in."""
+    """The layers of one group, held by weak references, and the current round."""
 
     def __init__(self, size: int) -> None:
         self._members: list[weakref.ref[SiblingPLoRALinear] | None] = [None] * size
@@ -106,19 +111,19 @@ class SharedInput:
         self._misses = 0
 
     def enter(self, place: int, layer: SiblingPLoRALinear) -> None:
-        """Make a layer the member at this place."""
+        """Make a layer member number `place`."""
         self._members[place] = weakref.ref(layer)
 
     def leave_round(self) -> int:
-        """Forget outputs that were computed and not taken; return how many."""
-        current, self._round = self._round, None  # at once: another thread may begin a round meanwhile
+        """End the round and free the outputs that were not taken; return how many there were."""
+        current, self._round = self._round, None  # in one statement: another thread may begin a round meanwhile
         if current is None:
             return 0
         current.drop()
         return current.untaken
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
-        """Return the layer's y (…, N) out of one launch for the whole group, or None if the layer is to run alone."""
+        """Return the layer's y (…, N) from one launch for the whole group, or None if the layer has to run alone."""
         member = self._members[layer.place]
         if member is None or member() is not layer or type(layer) is not SiblingPLoRALinear or not _may_share(x):
             return None
@@ -130,7 +135,8 @@ class SharedInput:
             return None
         if not current.untaken:
             self._misses, self._round = 0, None
-        operands = found.operands if found.operands.trained is None else layer.operands()  # now with a graph
+        # `_begin` ran without a graph, but a frozen layer's factors are merged tensors: they need one for the gradient.
+        operands = found.operands if found.operands.trained is None else layer.operands()
         return attach(x, operands, found.computed, current.joint)
 
     def _begin(self, x: Tensor) -> _Round | None:
@@ -146,12 +152,13 @@ class SharedInput:
             return None
         computed = forward(x, operands, keep_s=torch.is_grad_enabled())
         states = (member.state() for member in able)
-        # Kept for the layers to come; this one goes on with its own, whatever another thread puts there meanwhile.
+        # Kept for the layers that are called next. The caller uses the returned round, because another thread may
+        # replace `self._round`.
         self._round = begun = _Round(x, dict(enumerate(map(_Waiting, states, operands, computed))))
         return begun
 
     def __getstate__(self) -> int:
-        """Copy and pickle the size alone: the copied layers enter by themselves."""
+        """Copy and pickle the number of members only: the copied layers enter again by `__setstate__`."""
         return len(self._members)
 
     def __setstate__(self, size: int) -> None:
@@ -163,8 +170,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     Parameters, state dict, selection and results are those of `FusedPLoRALinear`; every layer keeps its own rank,
     scale, bias and selection. Layers run alone inside torch.compile, under an autocast that casts, in inference mode
-    (whose tensors count no changes), on tensor subclasses, where a weight is not contiguous, and while one of them
-    drops elements of x, each by a mask of its own, or runs groups.
+    (whose tensors have no version counter), on tensor subclasses, if a weight is not contiguous, while one of them uses
+    dropout, because each has its own mask, and while they run groups (`Injected.grouped`).
     """
 
     shared: SharedInput
@@ -186,19 +193,19 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     @property
     def drops(self) -> bool:
-        """Whether this layer would drop elements of x now."""
+        """Whether dropout is active in this layer now."""
         return self.training and self.dropout > 0
 
     def operands(self) -> Projection:
-        """Return what enters y now: the trained modules of a folded layer, all R of a frozen one."""
+        """Return the operands of y: the trained modules of a layer with folded others, all R with frozen others."""
         trained = self.selected_index if self._unselected == "frozen" else None  # no index while nothing is selected
         lora_A, lora_B = (self.lora_A, self.lora_B) if trained is None else self._merged_factors()
-        if lora_A.shape[0] == 0:  # nothing is trained: no gradient, as in the layer alone
+        if lora_A.shape[0] == 0:  # no module is trained and gets a gradient, as when the layer runs alone
             lora_A, lora_B = lora_A.detach(), lora_B.detach()
         return Projection(self.weight, lora_A, lora_B, self.bias, self.scale, trained)
 
     def state(self) -> _State:
-        """Return what y depends on besides x, to tell whether it changed."""
+        """Return what y depends on besides x, to detect a change."""
         held, buffers = self._parameters, self._buffers
         tensors = (
             held["weight"],
@@ -219,20 +226,20 @@ class SiblingPLoRALinear(FusedPLoRALinear):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled layer, which enters the copy of its group."""
+        """Restore a copied or unpickled layer and enter it into the copy of its group."""
         super().__setstate__(state)
         self.shared.enter(self.place, self)
 
 
 def _circumstances(x: Tensor) -> tuple[object, ...]:
-    """Return what must not change while outputs wait: the count of x's changes, the grad mode, the CUDA stream."""
+    """Return what must not change while outputs are kept: x's version, the grad mode, the CUDA stream, a capture."""
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return x._version, torch.is_grad_enabled(), stream, capturing
 
 
 def _may_share(x: Tensor) -> bool:
-    """Say whether an output computed now would be the same at a later call, and nobody watches what is computed."""
+    """Say whether outputs of x may be computed ahead: no inference tensor, torch.func transform or autocast to cast."""
     if x.numel() == 0 or x.dim() == 0 or x.is_inference():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -241,7 +248,7 @@ def _may_share(x: Tensor) -> bool:
 
 
 def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Say whether projections can enter a joint launch on x; where not, the layer alone says what is wrong."""
+    """Say whether the projections can share a launch on x. If they do not fit, the layer runs alone and raises."""
     tensors = [t for projection in projections for t in projection[:4] if t is not None]
     weights = [projection.weight for projection in projections]
     dtype, device, k = x.dtype, x.device, x.shape[-1]

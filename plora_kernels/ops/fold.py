@@ -26,7 +26,7 @@ def takes_kernel(job: Job) -> bool:
 
 
 def fold_together(jobs: Sequence[Job]) -> None:
-    """Fold by as few launches as there are kinds of jobs; what does not compile is folded by torch."""
+    """Fold with one launch for each batch of similar jobs; torch folds a batch whose kernel does not compile."""
     from plora_kernels.kernels.fold_many import batches, fold_batch
 
     for batch in batches(jobs):
@@ -50,9 +50,10 @@ def independent(jobs: Sequence[Job]) -> bool:
 def run_fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
-    """Fold checked tensors: by the operators where somebody watches them, else directly, which costs less host time."""
+    """Fold checked tensors: through the operators if `_is_observed`, else directly, which costs less host time."""
     if not torch.compiler.is_compiling() and out.is_neg():
-        # One that stands for its negative (`z.conj().imag`): no operator writes through that.
+        # `out` has its negative bit set (`z.conj().imag`): its memory holds negated values, so fold to a plain tensor
+        # and let `copy_` negate.
         plain = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         run_fold(weight.detach().resolve_neg(), lora_A, lora_B, index, scale, seed, plain)
         with torch.inference_mode() if out.is_inference() else torch.no_grad():
@@ -72,7 +73,7 @@ def run_fold(
 
 
 def _is_observed(*tensors: Tensor) -> bool:
-    """Say whether somebody must see an operator: a compiler, a mode, a tensor subclass, a torch.func transform."""
+    """Say whether the call must be an operator: for a compiler, a mode, a tensor subclass, a torch.func transform."""
     return is_watched(*tensors) or torch._C._are_functorch_transforms_active()
 
 

@@ -2,8 +2,9 @@
 
     y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        for the rows of every group g
 
-It takes tensors that were checked, selections as index buffers (C, W) and offsets (C+1,); `functional` does the
-checking. Offsets on the host are validated here, where every way to call passes; those on a device are not read.
+It takes checked tensors, selections as index buffers (C, W) and offsets (C+1,); `plora_kernels.functional` checks them.
+Offsets on the host are validated here, because every call passes through here. The kernels do not read offsets on a
+device on the host; the torch path does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from plora_kernels.fallback import grouped_products
 
 
 def _places(lora_A: Tensor, index: Tensor | None, frozen: bool) -> int:
-    """Return the number of columns of S: every module, or one per entry of a group's index."""
+    """Return the number of columns of S: one per module, or one per entry of a group's index."""
     return lora_A.shape[1] if frozen or index is None else index.shape[1]
 
 
@@ -76,7 +77,7 @@ def linear(
     dropout_seeds: Tensor | None,
     dropout_rows: Tensor | None,
 ) -> Tensor:
-    """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if dB will want it."""
+    """Return y (…, N) of `plora::grouped_linear`, differentiable; S is kept if the backward needs it for dB."""
     refuse_transforms(x, weight, lora_A, lora_B, bias)
     operands = x, weight, lora_A, lora_B
     if grouped_products.serves(*operands, index, dropout_p) and not is_watched(*operands):

@@ -2,7 +2,7 @@
 
     y = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ
 
-It takes tensors that were checked and a selection as an index buffer; `functional` does the checking.
+It takes checked tensors and a selection as an index buffer; `plora_kernels.functional` checks them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from plora_kernels.fallback import linear as fallback
 
 
 def _places(lora_A: Tensor, index: Tensor | None, frozen: bool) -> int:
-    """Return the number of columns of S: every module, or one per entry of the index."""
+    """Return the number of columns of S: one per module, or one per entry of the index."""
     return lora_A.shape[0] if frozen or index is None else index.shape[0]
 
 
@@ -58,7 +58,7 @@ def linear(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    """Return y (…, N) of `plora::linear`, differentiable; S is kept if dB will want it."""
+    """Return y (…, N) of `plora::linear`, differentiable; S = D(x) Aᵀ is kept if the backward needs it for dB."""
     refuse_transforms(x, weight, lora_A, lora_B, bias)
     keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     return _call(x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)

@@ -3,9 +3,9 @@
     y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
     dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
 
-The forward is computed at once, but every projection gets a node of its own in autograd's graph, as if it had run
-alone: outputs may be differentiated together or one by one, in any order. In the backward each node computes its own dA
-and dB and hands its part of dX to the last of them the engine will run, which computes the sum.
+One launch computes all forwards, but every projection gets its own node in autograd's graph, as if it had run alone:
+outputs may be differentiated together or one by one, in any order. In the backward each node computes its own dA and dB
+and records its part of dX. The node that the engine runs last computes the sum of the parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from plora_kernels.fallback import projections as fallback
 class Projection(NamedTuple):
     """One projection's operands: weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None, s, and the selection.
 
-    `trained` is None where all R modules are; else an index buffer: all enter y and dX, those it names get a gradient.
+    All R modules enter y and dX. `trained` is an index buffer of those that get a gradient, or None if all do.
     """
 
     weight: Tensor
@@ -38,7 +38,7 @@ class Projection(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """One projection's results: y (M, N) and S = x Aᵀ (M, R), which has no elements where no graph is made."""
+    """One projection's results: y (M, N) and S = x Aᵀ (M, R), which has no elements if gradients are disabled."""
 
     y: Tensor
     s: Tensor
@@ -73,7 +73,7 @@ def _run_forward(x: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
-    """Return dX (M, K), the sum of the parts: one launch where the kernels run, else added up in place."""
+    """Return dX (M, K), the sum of the parts: in one launch by the kernels, or added up in place by torch."""
     if runs_kernels(parts[0].dy):
         with fallback_to_torch("the joint input gradient", parts[0].dy):
             from plora_kernels.kernels import projections_backward as kernels
@@ -97,39 +97,39 @@ def _factor_gradients(
 
 @dataclass
 class _Gathering:
-    """The parts of dX handed in so far in one run of the backward engine, and by which nodes."""
+    """The parts of dX that are recorded so far in one run of the backward engine, and the nodes that have run."""
 
     arrived: set[int] = field(default_factory=set)
     parts: list[_Part] = field(default_factory=list)
 
 
 class JointGradient:
-    """dX of the projections of one input: their backwards hand in parts, the last to run gets the sum to return.
+    """dX of the projections of one input: each node's backward adds its part, and the last one returns the sum.
 
-    Autograd adds what the nodes return for x, so it does not matter which of them returns it. Who is last is known only
-    in the backward: the engine is asked which of the nodes it will run. Nodes are held weakly, and parts by the run of
-    the engine they belong to: a repeated, nested or abandoned backward mixes nothing.
+    Autograd adds the gradients that the nodes return for x, so any one of them may return the sum. Which node is last
+    is known only in the backward, by asking the engine which nodes it will still run. Nodes are held by weak
+    references. Parts are kept by the engine run they belong to, so repeated, nested or aborted backwards do not mix.
     """
 
     def __init__(self, shape: torch.Size) -> None:
-        """Gather for an x of this shape, (…, K)."""
+        """Take the shape of x, (…, K), which is that of dX."""
         self._shape = shape
         self._nodes: list[weakref.ref[Any]] = []
         self._gatherings: dict[int, _Gathering] = {}
 
     def join(self, node: Any) -> int:
-        """Enter a projection's node and return its number."""
+        """Add a projection's node and return its number."""
         self._nodes.append(weakref.ref(node))
         return len(self._nodes) - 1
 
     def add(self, node: Any, part: _Part | None) -> Tensor | None:
-        """Hand in a node's part of dX (None: it has none); return dX (…, K) if no other node is to come, else None."""
+        """Add a node's part of dX (None: it has none); return dX (…, K) if no other node will run, else None."""
         run = torch._C._current_graph_task_id()
         gathering = self._gatherings.setdefault(run, _Gathering())
         gathering.arrived.add(node.number)
         if part is not None:
             gathering.parts.append(part)
-        edge = node.next_functions[0]  # where dX goes
+        edge = node.next_functions[0]  # the graph edge that dX flows along
         for number, reference in enumerate(self._nodes):
             other = reference()
             if other is None or number in gathering.arrived or other.next_functions[0] != edge:
@@ -141,7 +141,7 @@ class JointGradient:
 
 
 class _Attach(torch.autograd.Function):
-    """Give a projection that was computed already its place in the graph."""
+    """Autograd node of a projection whose y and S are already computed."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ class _Attach(torch.autograd.Function):
         joint: JointGradient,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, computed.s, index)  # what the layer alone would save
+        ctx.save_for_backward(x, weight, lora_A, lora_B, computed.s, index)  # the same tensors as `plora::linear` saves
         ctx.scale, ctx.joint, ctx.number = scale, joint, joint.join(ctx)
         return computed.y
 
@@ -168,7 +168,7 @@ class _Attach(torch.autograd.Function):
         if dy is not None:
             x, weight, lora_A, lora_B, s, index = ctx.saved_tensors
             if is_recorded(dy):
-                # Called with create_graph=True: the operator records itself, so as to refuse a double backward by name.
+                # Under create_graph=True the operator enters the graph, so that a double backward raises its own error.
                 needs = (need_x, need_A, need_B, need_bias)
                 results = torch.ops.plora.linear_backward(
                     dy, x, weight, lora_A, lora_B, s, index, ctx.scale, index is not None, *needs, 0.0, None

@@ -1,1 +1,1 @@
-"""Block sizes: what they are, safe defaults, tuned tables, and which one a launch takes."""
+"""Block sizes: their definition, safe defaults, tuned tables, and the choice for a launch."""

@@ -1,38 +1,41 @@
-"""Block sizes of the kernels: what they are, and what memory they take.
+"""Block sizes of the kernels, and the shared memory they take.
 
-Plain data and host arithmetic: no Triton, no device query beyond what a caller passes.
+This file holds plain data and host arithmetic. It does not import Triton, and callers pass what it needs to know about
+a device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# How the forward and dX reach s · side · up, the low-rank part of an output tile:
-#   tile             one launch, pointer loads, the side product recomputed in every tile; any shape, any device
-#   tile_two_launch  the side product first, by a launch of its own; then tiles that read it. In the backward that first
-#                    launch takes dS and dB from one read of dY
-#   persistent       as tile, in a persistent launch fed by tensor descriptors (TMA)
-#   two_launch       as tile_two_launch, the tiles those of persistent
-#   one_launch       side tiles first, then output tiles that wait for them, in one persistent launch
-#   drawn            as one_launch, but the side tiles are made by the programs that have a tile less than the others,
-#                    and by whoever would have to wait for one that nobody has begun
-#   specialised      as two_launch, with warps that load and others that multiply; half precision on sm_90
-#   algebra          the side product first, torch's own matmul, and the low-rank part added in place: y is read and
-#                    written once more and half precision rounded once more, but where that is fastest it is
-#   algebra_first    the same with the low-rank part made first and torch's matmul added to it
+# The designs: variants of the algorithm by which the forward and dX add s · side · up, the low-rank part, to an output
+# tile. The side product is S = D(x) Aᵀ or dS = dY B (`kernels/side_product.py`).
+#   tile             one launch with pointer loads; every tile recomputes the side product; any shape, any device
+#   tile_two_launch  a first launch computes the side product, a second one the tiles, which load it. In the backward
+#                    the first launch computes dS and dB from one read of dY
+#   persistent       as tile, but a persistent kernel with tensor descriptors (TMA)
+#   two_launch       as tile_two_launch, but the second launch is the persistent kernel
+#   one_launch       one persistent launch: all programs compute side tiles first, then output tiles, which wait for the
+#                    side tiles of their rows
+#   drawn            as one_launch, but only the programs with one output tile fewer than the others start with side
+#                    tiles; a program that would wait for a side tile first computes those that no program has taken
+#   specialised      as two_launch, with warp specialisation (some warps load, others multiply); half precision, sm_90
+#   algebra          the side product, then torch's own matmul, then the low-rank part added in place. y is read and
+#                    written once more, and half precision is rounded once more; at some shapes it is still the fastest
+#   algebra_first    as algebra, but torch's matmul is added in place to the low-rank part
 POINTER_DESIGNS = ("tile", "tile_two_launch")
 PERSISTENT_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
 ALGEBRA_DESIGNS = ("algebra", "algebra_first")
 KERNEL_DESIGNS = (*POINTER_DESIGNS, *PERSISTENT_DESIGNS)
 DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
-# Those that start with a launch of the side product, which in the backward gives dB as well.
+# Designs that start with a launch for the side product. In the backward that launch computes dB as well.
 SIDE_FIRST = ("tile_two_launch", "two_launch", "specialised", *ALGEBRA_DESIGNS)
-# Those that make the side product in the launch of the output tiles, and hand it over through memory.
+# Designs that compute the side product in the launch of the output tiles and pass it on through global memory.
 SIDE_WITHIN = ("one_launch", "drawn")
-# How a walking program hides what lies between two tiles, beside its stages:
+# How a persistent program hides the gap between two of its output tiles, in addition to software pipelining:
 #   none     not at all
-#   flatten  the loads of a tile begin under the end of the one before
-#   early    up, and a side product that is given, are loaded before the long product
+#   flatten  the loads of a tile start during the epilogue of the tile before (`flatten=True` of tl.range)
+#   early    up, and a side product that is already in memory, are loaded before the K loop
 OVERLAPS = ("none", "flatten", "early")
 
 LAYER_OPS = ("forward", "input_gradient")
@@ -42,12 +45,13 @@ OPS = (*LAYER_OPS, "side_product", "output_gradient", "factor_gradient", "fold",
 
 @dataclass(frozen=True)
 class MatmulBlocks:
-    """Forward and dX: out tile (block_m, block_n), depth block_k, modules block_r at a time, by `design`.
+    """Forward and dX: output tile (block_m, block_n), K steps of block_k, block_r modules at a time, by `design`.
 
-    Of projections that share their input the design is "tile". Walking designs have an `overlap`, one of OVERLAPS, and
-    `resident` programs a multiprocessor. Where the side product has a launch of its own, one that is `dependent` begins
-    before that has ended, and with `gradient_beside` the launch of dA begins before this one of dX has, on
-    multiprocessors without a tile in the last round (programmatic dependent launch).
+    The kernels of projections that share their input have the design "tile". Persistent designs have an `overlap`, one
+    of OVERLAPS, and `resident` programs per multiprocessor. If the side product has its own launch, two flags ask for
+    programmatic dependent launch: `dependent` lets this launch begin before that of the side product has ended, and
+    `gradient_beside` lets the launch of dA begin before this one of dX has ended, on the multiprocessors that have no
+    tile in the last wave.
     """
 
     design: str
@@ -66,7 +70,7 @@ class MatmulBlocks:
 
 @dataclass(frozen=True)
 class SideBlocks:
-    """The side product alone: block_m rows and block_r modules a program, depth block_k."""
+    """The side product alone: block_m rows and block_r modules per program, K steps of block_k."""
 
     block_m: int
     block_k: int
@@ -77,9 +81,9 @@ class SideBlocks:
 
 @dataclass(frozen=True)
 class OutputGradientBlocks:
-    """dS and dB from one read of dY: block_m rows a step, block_n columns a program.
+    """dS and dB from one read of dY: block_m rows per step, block_n columns per program.
 
-    The rows are cut into as many parts as give every multiprocessor `waves` programs: see `row_splits`.
+    The rows are split such that every multiprocessor gets `waves` programs: see `row_splits`.
     """
 
     block_m: int
@@ -92,7 +96,7 @@ class OutputGradientBlocks:
 
 @dataclass(frozen=True)
 class GradientBlocks:
-    """Tiles of dA and dB: block_r modules × block_d columns, block_m rows a step, the rows cut as by `row_splits`."""
+    """Tiles of dA and dB: block_r modules × block_d columns, block_m rows per step; rows are split by `row_splits`."""
 
     block_m: int
     block_d: int
@@ -129,12 +133,13 @@ KINDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """What blocks are chosen by: the kernel and the sizes of what it works on.
+    """The key by which blocks are chosen: the kernel, and the dtype and sizes of its operands.
 
     `op` is one of OPS. The main product is (m, d_in) · (d_in, d_out): d_in = K and d_out = N in the forward, the other
     way round for dX. A side product has d_out = r. A factor gradient sums m rows of d_in columns into (r, d_in), the
-    output gradient m rows of d_in = N columns. A fold has m = d_out = N and d_in = K. Of projections, N is the sum of
-    their widths and r their largest rank. r counts module places.
+    output gradient m rows of d_in = N columns. A fold has m = d_out = N and d_in = K. For projections, N is the sum of
+    their widths and r their largest rank. r is the number of columns of the side product: R without an index, else the
+    entries of the index.
     """
 
     op: str
@@ -147,19 +152,22 @@ class ShapeClass:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What blocks depend on of a device: 10·major + minor of a CUDA device (90 for sm_90), else 0, and its size."""
+    """The device properties that blocks depend on.
+
+    `capability` is 10·major + minor of a CUDA device (90 for sm_90), and 0 for others.
+    """
 
     capability: int
     multiprocessors: int
 
     @property
     def has_tma(self) -> bool:
-        """Say whether it multiplies from shared memory, which descriptors fill: sm_90 to sm_11x."""
+        """Say whether matrix units read operands from shared memory, which TMA loads fill: sm_90 to sm_11x."""
         return 90 <= self.capability < 120
 
     @property
     def is_hopper(self) -> bool:
-        """Say whether it is an sm_90."""
+        """Say whether the device is an sm_90."""
         return 90 <= self.capability < 100
 
     @property
@@ -169,15 +177,15 @@ class Hardware:
 
 
 def tile(size: int, most: int) -> int:
-    """Return the smallest power of two ≥ size, held to 16 … most (a tl.dot axis is at least 16)."""
+    """Return the smallest power of two ≥ size, clamped to 16 … most (an axis of tl.dot is at least 16)."""
     return min(most, max(16, 1 << max(0, size - 1).bit_length()))
 
 
 def shared_bytes(capability: int) -> int:
-    """Return the shared memory a block of programs may take, less what the compiler keeps for itself.
+    """Return the shared memory in bytes that a program may take, less what the compiler uses for itself.
 
-    sm_90 and sm_10x have 227 KiB, and so has sm_110; sm_80 and sm_87 163, sm_86, sm_89 and sm_12x 99; AMD's gfx942 (0)
-    has 64.
+    sm_90, sm_10x and sm_110 have 227 KiB; sm_80 and sm_87 have 163; sm_86, sm_89 and sm_12x have 99; AMD's gfx942
+    (capability 0) has 64, which is assumed for older GPUs too.
     """
     if 90 <= capability < 120:
         return 227_000
@@ -187,10 +195,10 @@ def shared_bytes(capability: int) -> int:
 
 
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
-    """Return the bytes of the tiles that a program has on their way in all its stages: the least it needs shared.
+    """Return the bytes of the tiles in flight over all pipeline stages: a lower bound of a program's shared memory.
 
-    Walking designs hold half a tile of the output beside them, which is being stored while the next loads come in, and
-    the tiles of side and up where these are loaded ahead.
+    Persistent designs need in addition half an output tile, which is stored while the next loads arrive, and the tiles
+    of side and up where `overlap` loads these ahead.
     """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
@@ -216,11 +224,11 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
 
 
 def row_splits(rows: int, width: int, programs: int, block_m: int, waves: int, multiprocessors: int) -> int:
-    """Return into how many parts to cut the rows of a gradient, each of which the second pass reads once more.
+    """Return the number of parts to split a gradient's rows into; a second launch adds the parts' partial sums.
 
-    As many as give every multiprocessor `waves` programs, given the programs there are without a cut. A part has at
-    least block_m rows and 16 for each of `width` modules: its sum in fp32 then is no more than a quarter of what the
-    part reads in half precision.
+    The splits give every multiprocessor `waves` programs, where `programs` is their number without a split. A part has
+    at least block_m rows, and 16 rows for each of `width` modules. Writing and reading back its fp32 partial sums then
+    moves at most a quarter of the bytes that the part reads in half precision.
     """
     wanted = -(-waves * multiprocessors // programs)
     return max(1, min(wanted, rows // max(block_m, 16 * width)))

@@ -1,6 +1,6 @@
-"""Which block sizes a tuner may try on a device: what fits its shared memory, by design and tile size.
+"""The block sizes that a tuner tries on a device: those that fit its shared memory, by design and tile size.
 
-Plain host arithmetic: nothing is compiled or measured here.
+Plain host arithmetic: this file compiles and measures nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from plora_kernels.tuning.blocks import (
 )
 from plora_kernels.tuning.defaults import default_blocks
 
-# Row and column sizes of an output tile.
+# (block_m, block_n) of an output tile.
 TILES = (
     (16, 32),
     (16, 64),
@@ -44,14 +44,16 @@ TILES = (
     (64, 256),
     (128, 256),
 )
-# The most elements of one in float32: through FMA a larger one spills kilobytes and takes half a minute to compile.
+# The largest float32 tile in elements: with FMA instructions a larger one spills kilobytes of registers and takes half
+# a minute to compile.
 WIDE_TILE = 64 * 128
 
 
 def candidates(shape: ShapeClass, hardware: Hardware) -> tuple[Blocks, ...]:
     """Return the blocks worth measuring for an aligned shape, the default first, without repeats.
 
-    What would overflow the shared memory of the device is left out by estimate; what is left may still fail to compile.
+    Blocks that would exceed the device's shared memory by the estimate of `staged_bytes` are left out. The others may
+    still fail to compile.
     """
     default, limit = default_blocks(shape, hardware, aligned=True), shared_bytes(hardware.capability)
     fitting = (blocks for blocks in _variants(shape, hardware, default) if staged_bytes(blocks, shape.dtype) <= limit)
@@ -82,28 +84,29 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         designs = KERNEL_DESIGNS if hardware.has_tma else POINTER_DESIGNS
     wide_dtype = shape.dtype == "float32"
     narrow, wide = tile(shape.r, 32), tile(shape.r, 64 if shape.op in LAYER_OPS else 32)
-    depths = (16, 32, 64, 128) if wide_dtype else (32, 64, 128)  # a line of 64 bytes at least
+    depths = (16, 32, 64, 128) if wide_dtype else (32, 64, 128)  # block_k of at least 64 contiguous bytes
     for design, (block_m, block_n), block_k, stages in product(designs, TILES, depths, (2, 3, 4, 5)):
         if block_m > tile(shape.m, 128) or block_n > tile(shape.d_out, 256):
             continue
         if wide_dtype and block_m * block_n > WIDE_TILE:
             continue
-        # What stays on its multiprocessor has a large tile, if the shape has room for one, and long lines on their way.
+        # A persistent program needs a large tile, if the shape has room for one, and many K columns in flight
+        # (block_k · stages): `small` below leaves the others out.
         large = min(128 * 128, tile(shape.m, 128) * tile(shape.d_out, 256))
         if design in PERSISTENT_DESIGNS and not hardware.is_hopper and block_m * block_n > 128 * 128:
-            continue  # the accumulators of sm_100 have a memory of their own, which more than one of these may overflow
+            continue  # sm_100 keeps accumulators in tensor memory, which more than one of these tiles may overflow
         small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
         if design in PERSISTENT_DESIGNS and small:
             continue
         if design == "specialised":
-            # Two groups of warps multiply 64 rows each.
+            # Two warp groups multiply 64 rows each, so block_m is 128.
             if hardware.is_hopper and not wide_dtype and block_m == 128 and block_n >= 128:
                 blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
                 yield from _beside_other_launches(shape, hardware, blocks)
             continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        # A side product lies in registers beside the tile: half of it at a time may leave it room, and a large tile of
-        # walking programs leaves no room for more.
+        # The side product's block takes registers beside the accumulator. Half of its modules at a time may prevent
+        # spills, and the large tiles of persistent programs have no registers left for a block wider than 32.
         halves = {tile(shape.r, 16), narrow} if design in PERSISTENT_DESIGNS else {narrow, wide}
         for block_r in sorted(halves) if design != "tile" else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
@@ -111,19 +114,22 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 
 
 def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
-    """Yield a walking design's ways to hide what lies between two tiles, by itself or by a second program."""
+    """Yield a persistent design with every overlap it may have, with one and two programs per multiprocessor."""
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
     if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100
         overlaps = tuple(overlap for overlap in overlaps if overlap != "flatten")
     if blocks.design == "persistent" and blocks.block_r < shape.r:
-        overlaps = ("none",)  # the loop that makes the side product of further modules is not flattened
+        overlaps = ("none",)  # the loop over further blocks of modules prevents flattening
     large = blocks.block_m * blocks.block_n > 128 * 128
     for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
         yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))
 
 
 def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
-    """Yield blocks as they are and, where the side product has a launch of its own, beside that and beside dA's."""
+    """Yield the blocks and, if the side product has its own launch, their variants with programmatic dependent launch.
+
+    Those overlap with the launch of the side product (`dependent`) and of dA (`gradient_beside`).
+    """
     yield blocks
     if blocks.design in SIDE_FIRST and hardware.has_dependent_launches:
         yield replace(blocks, dependent=True)

@@ -1,7 +1,7 @@
-"""Safe block sizes for any device, where no table has tuned ones.
+"""Safe block sizes for any device, used where no table has tuned ones.
 
-At the shapes of `python -m bench.audit` every default fits the shared memory of its devices and compiles without a
-register spill; a test holds that.
+At the shapes of `python -m bench.audit` every default fits the shared memory of its devices and compiles without
+register spills; a test checks that.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def default_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> Bloc
     """Return blocks that compile and run for this shape on any device.
 
     Args:
-        hardware: the device; tiles shrink until there is one for at least half of its multiprocessors.
-        aligned: the large matrices load in wide, asynchronous pieces. Where one does not, its elements are addressed
-            one by one, which takes registers: tiles are smaller.
+        hardware: the device; tiles shrink until there is one for more than half of its multiprocessors.
+        aligned: the large matrices can be loaded by vectorised, asynchronous copies. Otherwise elements are addressed
+            one by one, which takes registers, so tiles are smaller.
     """
-    wide = shape.dtype == "float32"  # through FMA or tf32: twice the shared memory an element, smaller tiles
+    wide = shape.dtype == "float32"  # FMA or tf32, and twice the shared memory per element: smaller tiles
     if shape.op in LAYER_OPS:
         return _hopper_blocks(shape, hardware, wide, aligned) or pointer_blocks(shape, hardware, aligned)
     if shape.op in PROJECTION_OPS:
@@ -48,10 +48,10 @@ def default_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> Bloc
 
 
 def pointer_blocks(shape: ShapeClass, hardware: Hardware, aligned: bool) -> MatmulBlocks:
-    """Return what `default_blocks` would be for a layer without tensor descriptors: a design of POINTER_DESIGNS."""
+    """Return the default blocks of a layer without tensor descriptors: their design is one of POINTER_DESIGNS."""
     blocks = _filling(_matmul_blocks(shape, hardware, shape.dtype == "float32", aligned), shape, hardware)
     design = "tile_two_launch" if _side_goes_first(shape, blocks.block_n, hardware) else "tile"
-    # A side product that is read takes registers beside the tile: 64 modules of it would spill.
+    # The block of a side product that is loaded takes registers beside the accumulator: 64 modules would spill.
     block_r = min(blocks.block_r, 32) if design in SIDE_FIRST else blocks.block_r
     return replace(blocks, design=design, block_r=block_r)
 
@@ -64,7 +64,7 @@ def _matmul_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: b
         return MatmulBlocks("tile", tile(m, 64), tile(n, 64), 32, tile(r, 32), 8, 8, 3)
     block_m, block_n = tile(m, 128), tile(n, 128)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
-    if hardware.has_tma:  # sm_90 and sm_100 multiply from shared memory; sm_120 has less than half of it
+    if hardware.has_tma:  # these multiply from shared memory and have much of it; sm_120 has less than half as much
         return MatmulBlocks("tile", block_m, block_n, 64, tile(r, 64), 8, warps, 3)
     return MatmulBlocks("tile", block_m, block_n, 32, tile(r, 32), 8, warps, 3)
 
@@ -83,7 +83,7 @@ def _projection_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligne
 
 
 def _filling(blocks: MatmulBlocks, shape: ShapeClass, hardware: Hardware) -> MatmulBlocks:
-    """Halve the tile's longer side while twice the tiles would still be no more than one a multiprocessor."""
+    """Halve the tile's longer side as long as twice the tiles are still at most one per multiprocessor."""
     block_m, block_n = blocks.block_m, blocks.block_n
     while 2 * -(-shape.m // block_m) * -(-shape.d_out // block_n) <= hardware.multiprocessors:
         if block_n >= block_m and block_n > 32:
@@ -95,37 +95,38 @@ def _filling(blocks: MatmulBlocks, shape: ShapeClass, hardware: Hardware) -> Mat
     if (block_m, block_n) != (blocks.block_m, blocks.block_n) and blocks.block_k > 16:
         blocks = replace(blocks, num_warps=4)
     if hardware.has_tma and block_m == 16 and blocks.block_k == 64:
-        # Few rows are bound by the reading of weights: deeper steps keep more of it in flight.
+        # With few rows the weight's memory traffic is the limit: a larger block_k keeps more loads in flight.
         blocks = replace(blocks, block_k=128)
     return replace(blocks, block_m=block_m, block_n=block_n)
 
 
 def _hopper_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: bool) -> MatmulBlocks | None:
-    """Return persistent tiles fed by descriptors where large tiles keep an sm_90 busy, else None.
+    """Return blocks of a persistent kernel with tensor descriptors if large tiles keep an sm_90 busy, else None.
 
-    Triton's authors found the plain matmul so made 13 % ahead of a persistent one by pointer loads on an H100, in fp16
-    at M = N = 8192, K = 4096 (triton-lang/triton, pull request 5461). Nobody has measured it here.
+    For a plain matmul Triton's authors found such a kernel 13 % faster than a persistent one with pointer loads, on an
+    H100 in fp16 at M = N = 8192, K = 4096 (triton-lang/triton, pull request 5461). This default itself is not measured.
     """
-    if wide or not aligned or not hardware.is_hopper or shape.m <= 64:  # rows that a tile would be half empty of
+    if wide or not aligned or not hardware.is_hopper or shape.m <= 64:  # 64 rows fill only half a tile
         return None
     tiles = -(-shape.m // 128) * -(-shape.d_out // 256)
-    places = -(-tiles // hardware.multiprocessors) * hardware.multiprocessors  # of all rounds, the last one included
+    places = -(-tiles // hardware.multiprocessors) * hardware.multiprocessors  # tile slots in all waves
     if 3 * tiles < 2 * places:
         return None
-    # More than sixteen modules of a side product made in the loop would spill.
+    # A side product of more than 16 modules, accumulated in the K loop, would spill.
     first = shape.r > 16 or _side_goes_first(shape, 256, hardware)
     return MatmulBlocks("two_launch" if first else "persistent", 128, 256, 64, tile(shape.r, 32), 8, 8, 3)
 
 
 def _side_goes_first(shape: ShapeClass, block_n: int, hardware: Hardware) -> bool:
-    """Say whether a read of the input costs less than a side product in every tile, block_n columns wide.
+    """Say whether a separate launch for the side product costs less than recomputing it in every tile.
 
-    Recomputed, it costs 2·m·d_in·r operations in each column of tiles; read, m·d_in elements once. GPUs do some 200
-    operations of half precision (30 of fp32) in the time of one byte. It must also be long enough to fill the device.
+    Recomputing costs 2·m·d_in·r operations in each column of tiles, which is block_n wide; a separate launch reads the
+    input's m·d_in elements once more. GPUs do about 200 operations in half precision (30 in fp32) in the time of one
+    byte. The launch must also have enough rows to fill the device.
     """
     recomputed = shape.r * -(-shape.d_out // block_n)
     wide = shape.dtype == "float32"
-    # Of float32 more than sixteen modules, read sixteen at a time, would spill.
+    # In float32 more than 16 modules, loaded 16 at a time, would spill.
     dearer = (recomputed >= 64 and shape.r <= 16) if wide else recomputed >= 192
     return dearer and shape.m >= 32 * hardware.multiprocessors
 
@@ -135,8 +136,8 @@ def _side_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, aligned: boo
     block_m, programs_each = tile(shape.m, 32 if wide else 64), -(-shape.r // block_r)
     while block_m > 16 and 2 * -(-shape.m // block_m) * programs_each <= hardware.multiprocessors:
         block_m //= 2
-    # A read of the input by one program a multiprocessor or two, each of which must have 32 KiB on its way to keep a
-    # memory of 4 TB/s busy. More modules, or lines that start anywhere, would spill.
+    # One or two programs per multiprocessor read the input, and each needs 32 KiB of loads in flight to saturate 4 TB/s
+    # of memory bandwidth. More modules, or unaligned loads, would spill with block_k = 128.
     block_k = 128 if hardware.has_tma and aligned and shape.r <= 32 else 64
     return SideBlocks(block_m, 32 if wide else block_k, block_r, 4, 3)
 
@@ -152,7 +153,7 @@ def _output_gradient_blocks(shape: ShapeClass, hardware: Hardware, wide: bool, a
         return OutputGradientBlocks(
             32 if wide else 64, tile(shape.d_in, 64), tile(shape.r, 32 if wide else 64), 2, 4, 2 if wide else 3
         )
-    # Partial sums of dS go by column chunks: with many modules only wide chunks are worth a single read of dY.
+    # Every column chunk stores partial sums of dS: with many modules, a single read of dY only pays with wide chunks.
     roomy = shared_bytes(hardware.capability) >= 160_000
     block_n = tile(shape.d_in, 256 if shape.r > 32 and roomy else 128)
     return OutputGradientBlocks(64, block_n, tile(shape.r, 64), 2, 8 if block_n == 256 else 4, 3)
@@ -164,5 +165,5 @@ def _fold_blocks(shape: ShapeClass, wide: bool, aligned: bool) -> FoldBlocks:
         return FoldBlocks(tile(n, 32), tile(k, 64), 16, 4, 2)
     if wide:
         return FoldBlocks(tile(n, 32), tile(k, 128), 16, 4, 2)
-    # Four such programs share a multiprocessor of sm_90 and keep 64 KiB of W on its way.
+    # Four such programs fit on a multiprocessor of sm_90 and keep 64 KiB of loads of W in flight.
     return FoldBlocks(tile(n, 64), tile(k, 128), tile(r, 64), 4, 2)

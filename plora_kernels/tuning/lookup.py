@@ -1,6 +1,6 @@
-"""Which blocks a launch takes: the nearest measured entry for its device, or the safe default.
+"""The choice of a launch's blocks: the nearest measured entry for its device, or the safe default.
 
-Looked up on the host and remembered; nothing is tuned at run time.
+The host looks them up and caches them; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plora_kernels.tuning.defaults import default_blocks
 from plora_kernels.tuning.tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
 B = TypeVar("B", bound=Blocks)
-# How far from a shape an entry may be measured, in powers of two: its rows, and all its sizes together.
+# How far an entry's shape may be from a launch's, in powers of two: its rows, and the sum over all its sizes.
 MOST_ROW_STEPS, MOST_STEPS = 2, 4
 
 _forced: dict[str, Blocks] = {}
@@ -32,8 +32,9 @@ _generation = 0
 def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
     """Return the blocks, of the class `kind`, that a launch of this shape takes on a device.
 
-    In this order: what `override_blocks` says; the nearest entry of the user's table for the device, of the packaged
-    one, or of the packaged table of the device most like it; the default. Tables hold aligned shapes alone.
+    The first of these: the blocks of `override_blocks`; the nearest entry in the user's table for the device, in the
+    packaged table for it, and in the packaged table of the most similar device; the default. Tables are used for
+    aligned shapes only.
     """
     blocks = _forced.get(shape.op) or _chosen(shape, device, aligned)
     if _taken is not None:
@@ -45,7 +46,7 @@ def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned:
 
 @contextmanager
 def override_blocks(blocks: Mapping[str, Blocks]) -> Iterator[None]:
-    """Let every launch of the named ops take these blocks: the way in for the tuner and for tests."""
+    """Make every launch of the named ops use these blocks inside the context; for the tuner and for tests."""
     before = dict(_forced)
     _forced.update(blocks)
     try:
@@ -57,7 +58,7 @@ def override_blocks(blocks: Mapping[str, Blocks]) -> Iterator[None]:
 
 @contextmanager
 def record_blocks() -> Iterator[dict[str, Blocks]]:
-    """Yield a dictionary that receives the blocks of every op launched meanwhile, those of its last launch."""
+    """Yield a dictionary that collects, for each op launched inside the context, the blocks of its last launch."""
     global _taken
     before, _taken = _taken, {}
     try:
@@ -82,27 +83,27 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 def hardware_of(device: torch.device) -> Hardware:
-    """Return what blocks depend on of a device."""
+    """Return the properties of a device that blocks depend on."""
     return Hardware(capability_of(device), multiprocessors_of(device))
 
 
 def table_paths(name: str) -> tuple[Path, Path]:
-    """Return where the tables of a device of this name lie: the user's, and the packaged one."""
+    """Return the paths of the tables of a device with this name: the user's table and the packaged one."""
     file = f"{device_key(name)}.json"
     return user_folder() / file, PACKAGED / file
 
 
 def tables_generation() -> int | None:
-    """Return a number that changes whenever launches may take other blocks; None while they are forced or noted."""
+    """Return a number that changes when launches may get other blocks; None inside `override_` and `record_blocks`."""
     return None if _forced or _taken is not None else _generation
 
 
 def forget_tables() -> None:
-    """Read the tables anew at the next launch: after one was written."""
+    """Clear the caches, so that the next launch reads the tables again; call it after writing a table."""
     global _generation
     _tables_of.cache_clear()
     _chosen.cache_clear()
-    _generation += 1  # last: what is looked up from now on is new
+    _generation += 1  # after the caches are cleared, so that blocks found under the new number are new
 
 
 @functools.lru_cache(maxsize=8192)
@@ -115,9 +116,9 @@ def _chosen(shape: ShapeClass, device: torch.device, aligned: bool) -> Blocks:
 
 @functools.cache
 def _tables_of(device: torch.device) -> tuple[Table, ...]:
-    """Return a device's tables in the order they are looked at; an unreadable one is passed over with a warning.
+    """Return a device's tables in the order of lookup; an unreadable one is skipped with a warning.
 
-    They are the user's, the packaged one, and, of the other packaged ones, that of the device most like it.
+    They are the user's table, the packaged one, and the packaged table of the most similar other device.
     """
     if device.type != "cuda":
         return ()
@@ -139,10 +140,11 @@ def _readable(path: Path) -> Table | None:
 
 
 def _is_like(table: Table, hardware: Hardware) -> bool:
-    """Say whether blocks measured on a table's device are worth more than a default: its matrix units work alike.
+    """Say whether a table's device has the same kind of matrix units, so that its blocks are better than a default.
 
-    Those of sm_90 multiply from shared memory into registers, of sm_10x and sm_11x into a memory of their own, of older
-    GPUs and sm_12x from registers; AMD's are a family of their own. What compiles for one may not for another.
+    Those of sm_90 multiply from shared memory into registers, those of sm_10x and sm_11x from shared memory into tensor
+    memory, and those of older GPUs and sm_12x from registers; AMD's are another kind. Blocks that compile for one kind
+    may not compile for another.
     """
     capability = table.meta.get("capability")
     if not isinstance(capability, int):
@@ -163,10 +165,10 @@ def _difference(table: Table, hardware: Hardware) -> tuple[int, float]:
 def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None:
     """Return the table's entry of the same op and dtype whose sizes are nearest, in powers of two; None without one.
 
-    An entry whose rows differ by more than four times, or whose sizes by more than sixteen in all, says nothing of this
-    shape: what is fastest for 8,192 rows is not for one. A smaller r counts heavily: blocks made for fewer modules read
-    the large input again for the rest. In the table of a device with more shared memory, entries that need it are
-    passed over.
+    Entries are ignored if their rows differ by more than a factor of 4, or all sizes together by more than a factor of
+    16: the blocks that are fastest for 8,192 rows are not for one row. A smaller r counts as a large distance, because
+    blocks for fewer modules read the large input again for the others. In the table of a device with more shared
+    memory, entries that need more than this device has are ignored.
     """
     limit, theirs = shared_bytes(hardware.capability), shared_bytes(table.meta.get("capability") or 0)
     same = [
@@ -180,12 +182,12 @@ def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None
 
 
 def _steps(a: int, b: int) -> float:
-    """Return how many powers of two a is above b."""
+    """Return log₂(a/b): how many powers of two a is above b."""
     return math.log2(max(a, 1) / max(b, 1))
 
 
 def _is_near(entry: ShapeClass, wanted: ShapeClass) -> bool:
-    # Fewer than sixteen rows fill one tile as sixteen do.
+    # A tile has at least 16 rows, so fewer rows take as long as 16.
     pairs = (
         (max(entry.m, 16), max(wanted.m, 16)),
         (entry.d_in, wanted.d_in),

@@ -1,7 +1,7 @@
-"""Measured block sizes on disk: one JSON file a device, the user's own or the one that comes with the package.
+"""Measured block sizes on disk: one JSON file per device, the user's own or the one that comes with the package.
 
-A file holds `{"meta": {…}, "entries": [{op, dtype, m, d_in, d_out, r, blocks: {…}, time_ms}, …]}`. `bench.tune` writes
-them; nothing is measured here.
+A file holds `{"meta": {…}, "entries": [{op, dtype, m, d_in, d_out, r, blocks: {…}, time_ms}, …]}`. `bench.tune`
+measures the entries and writes the files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A device's measurements. `meta` says where they are from; its `capability` is 10·major + minor."""
+    """A device's measurements. `meta` describes the device; its `capability` is 10·major + minor."""
 
     meta: Mapping[str, Any]
     entries: tuple[Entry, ...]
@@ -43,7 +43,7 @@ def device_key(name: str) -> str:
 
 
 def user_folder() -> Path:
-    """Return the folder of the user's tables: $PLORA_KERNELS_CACHE, else plora_kernels in the user's cache."""
+    """Return the folder of the user's tables: $PLORA_KERNELS_CACHE, else plora_kernels in the user's cache folder."""
     named = os.environ.get("PLORA_KERNELS_CACHE")
     if named:
         return Path(named)
@@ -51,7 +51,7 @@ def user_folder() -> Path:
 
 
 def load_table(path: Path) -> Table:
-    """Read a table; raises ConfigError, naming the file, if it does not hold one."""
+    """Read a table; raise a ConfigError that names the file if it does not hold one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = tuple(_entry(item) for item in content["entries"])
@@ -64,7 +64,7 @@ def load_table(path: Path) -> Table:
 
 
 def save_table(path: Path, entries: Iterable[Entry], meta: Mapping[str, Any]) -> None:
-    """Write a table under a temporary name, then rename it."""
+    """Write a table to a temporary file and rename that, so that readers never see half a table."""
     items = [{**asdict(entry.shape), "blocks": asdict(entry.blocks), "time_ms": entry.time_ms} for entry in entries]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

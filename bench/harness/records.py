@@ -16,7 +16,8 @@ the next, the code may not. Under `--defaults` it is null, and the records have 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,23 @@ class ResultsError(ValueError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: under a temporary name first, then renamed; where that fails the old one stays as it is."""
+    """Write a text file whole or not at all; makes its folder."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write under, which then takes the place of `path`; makes the folder.
+
+    Where writing fails nothing of it is left, and what was at `path` stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file by itself
+    finally:
+        partial.unlink(missing_ok=True)

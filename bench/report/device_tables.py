@@ -10,6 +10,7 @@ from bench.harness.records import Record, case_key, holds_records, load_records
 from bench.report.markdown import markdown_table
 from bench.report.simulation_tables import reading, run_of_device, simulation_table
 from bench.report.suite_results import OTHER_WAYS, width_text
+from bench.report.titles import TITLES
 
 # The README's, as long as no device's file is committed.
 NOT_MEASURED = """\
@@ -17,19 +18,21 @@ GPU: not yet measured. The kernels pass their tests under Triton's interpreter a
 gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
 is known yet of their speed or of bfloat16 on a device."""
 
-TITLES = {
-    "forward": "**Forward**, M = {rows}.",
-    "forward_backward": "**Forward + backward**, M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
-    "fold": "**Fold**, in place; *base* copies W, *peft* is its `merge`.",
-    "decode": "**Decode**: a forward of one row and of sixteen.",
-    "dropout": f"**LoRA dropout**, p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
-    "projections_forward": "**Projections of one input, forward**: *base* is the plain linears one after another, "
-    "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
-    "projections": "**Projections of one input, forward + backward**, M = {rows}: gradients of x, every A and B.",
-    "fold_out": "**Fold out of place**, into a buffer; *base* copies W into it, *peft* does and merges there, "
-    "*fused-inplace* is `fold_`.",
-    "fold_many": "**Fold of many weights**, in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is "
-    "`fold_many_`.",
+# A forward of few rows has a section of its own.
+DECODE = "decode"
+HEADS = {name: title.head for name, title in TITLES.items()} | {DECODE: "Decode"}
+# The README's sections in order, and what each shows, said behind its head.
+NOTES = {
+    "forward": ", M = {rows}.",
+    "forward_backward": ", M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
+    "fold": ", in place; *base* copies W, *peft* is its `merge`.",
+    DECODE: ": a forward of one row and of sixteen.",
+    "dropout": f", p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
+    "projections_forward": ": *base* is the plain linears one after another, *fused-apart* this library's layers each "
+    "alone, *fused* the same with `fuse_projections`.",
+    "projections": ", M = {rows}: gradients of x, every A and B.",
+    "fold_out": ", into a buffer; *base* copies W into it, *peft* does and merges there, *fused-inplace* is `fold_`.",
+    "fold_many": ", in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
 # The terminal's columns of time ÷ base, under these names.
 SUMMARY = {
@@ -48,11 +51,11 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return a device's figures as Markdown: what it ran on, then the shapes the kernels are designed for."""
     cases = by_case(records)
     parts = [conditions(meta, records)]
-    for name, title in TITLES.items():
+    for name, note in NOTES.items():
         chosen = [providers for providers in cases if _section(next(iter(providers.values()))) == name]
         if chosen:
             rows = next(iter(chosen[0].values()))["m"]
-            parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
+            parts.append(f"**{HEADS[name]}**{note.format(rows=rows)}\n\n{_table(chosen)}")
     run = run_of_device(meta, records)
     if run is not None:
         parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
@@ -121,7 +124,7 @@ def _section(record: Record) -> str | None:
     if record["op"] == "fold":
         return "fold"
     if record["m"] in DECODE_ROWS:
-        return "decode"
+        return DECODE
     tiny = shape == (TINY.k, TINY.n)
     wanted = tiny or (record["m"] == TABLE_ROWS and record["r"] in TABLE_RANKS and record["dtype"] == "bfloat16")
     return record["op"] if wanted else None

@@ -8,20 +8,10 @@ from collections.abc import Sequence
 from bench.cases import DROPOUT_P
 from bench.report.markdown import markdown_table
 from bench.report.suite_results import OTHER_WAYS, PROVIDERS, BenchmarkRun, Entry, Shape, geometric_mean
+from bench.report.titles import TITLES
 
-OP_TITLES = {
-    "forward": "Forward",
-    "forward_backward": "Forward + backward",
-    "fold": "Fold",
-    "dropout": "LoRA dropout",
-    "projections_forward": "Projections of one input, forward",
-    "projections": "Projections of one input, forward + backward",
-    "fold_out": "Fold out of place",
-    "fold_many": "Fold of many weights",
-}
-
-
-OP_NOTES = {
+# What an operator's table shows, said behind its title.
+NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
     "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
@@ -34,8 +24,6 @@ OP_NOTES = {
     "fold_many": "All weights of an attention in place, caches cold; *base* copies each, *peft* merges each, "
     "*fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
-
-
 MIB = 2**20
 
 
@@ -91,7 +79,7 @@ def _op_section(run: BenchmarkRun, op: str) -> str:
     header = ["shape", *providers, *ratios, "peak peft", "peak fused"]
     rows = [_row(run, shape, providers, others) for shape in shapes]
     rows.append(_mean_row(run, op, providers, others))
-    return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{markdown_table(header, rows)}"
+    return f"**{TITLES[op].head}.** {NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
 def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -15,8 +15,7 @@ from bench.device.simulations import time_simulations
 from bench.device.state import LEAST_SECONDS, Run, Work, case_facts, check_title, title, unchecked
 from bench.harness.processes import Outcome, Workers
 from bench.harness.records import Record, case_key
-from bench.measure import Warmup, chosen_providers, untimed
-from bench.providers.registry import is_ours
+from bench.measure import Warmup, chosen_providers, status_of_lost, untimed
 
 # A piece of work that takes longer is stopped: checking a shape or compiling a case, and timing one.
 AHEAD_SECONDS, TIMING_SECONDS = 90.0, 60.0
@@ -185,8 +184,8 @@ def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None
 
 
 def _untimed(item: Timing, name: str, cause: str) -> Record:
-    """Return the record of a provider that was lost: ours should not have been."""
-    return untimed(item.case, item.device, name, "wrong" if is_ours(name) else "not available", cause)
+    """Return the record of a provider whose process ended before it was timed."""
+    return untimed(item.case, item.device, name, status_of_lost(name), cause)
 
 
 def _show(run: Run, name: str, records: Sequence[Record]) -> None:

@@ -4,15 +4,21 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+# Longer than the slowest call keeps the host, by this factor and this much.
+LEAD_FACTOR, LEAD_SECONDS = 1.5, 100e-6
 # More than any last-level cache of the devices in use.
 CPU_FLUSH_BYTES = 96 * 2**20
 CUDA_FLUSH_BYTES = 1024 * 2**20
+
+
+def nothing() -> None:
+    """Prepare or undo what needs no such thing."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Step:
     """One provider's call: `reset()` prepares it and is not timed, `run()` is."""
 
     run: Callable[[], object]
-    reset: Callable[[], None]
+    reset: Callable[[], None] = nothing
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,20 @@ def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Cal
     elif cold:
         buffer, times = torch.empty(CPU_FLUSH_BYTES, dtype=torch.int8), 1
     else:
-        return lambda: None
+        return nothing
 
     def flush() -> None:
         for _ in range(times):
             buffer.zero_()
 
     return flush
+
+
+def lead_seconds(host: Collection[float]) -> float:
+    """Return how long to keep the device busy before a timed call so that the host, which the calls keep for `host`
+    seconds each, is done with launching it by then; nothing where no host time counts.
+    """
+    return LEAD_FACTOR * max(host) + LEAD_SECONDS if host else 0.0
 
 
 def host_seconds(step: Step, calls: int = 15) -> float:
@@ -134,6 +147,12 @@ def host_seconds(step: Step, calls: int = 15) -> float:
         timer.call(step.run)
     torch.cuda.synchronize()
     return statistics.median(timer.read())
+
+
+def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the interquartile range of a provider's rounds."""
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return median, third - first
 
 
 def round_order(names: list[str], number: int) -> list[str]:

@@ -9,20 +9,16 @@ from torch import Tensor
 import plora_kernels as pk
 from bench.cases import Case, Problem
 from bench.checks.correctness import WITH_ADAPTER, WITHOUT_ADAPTER, Expected, Results, numbered
-from bench.harness.timing import Step
+from bench.harness.timing import Step, nothing
 from bench.providers.base import Maker, Provider
 from bench.providers.peft_layers import peft_siblings
-
-
-def _nothing() -> None:
-    """Undo what needs no undoing."""
 
 
 def _provider(
     written: Sequence[Tensor],
     before: Sequence[Tensor] | None,
     run: Callable[[], object],
-    undo: Callable[[], None] = _nothing,
+    undo: Callable[[], None] = nothing,
     expected: Expected = WITH_ADAPTER,
 ) -> Provider:
     """Time `run`, which writes `written`; before each call that is `before`, to the bit, or NaN where there is none."""

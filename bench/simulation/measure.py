@@ -15,7 +15,7 @@ from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
 from bench.harness.processes import Outcome, note, one_line
 from bench.harness.records import Record, blank
-from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave
+from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave, median_and_spread, nothing
 from bench.simulation.cases import DIGITS_VIT, IMAGE_TOKENS, RANK, SimulationCase, simulation_cases
 from bench.simulation.problem import Problem, Values, make_problem
 from bench.simulation.providers import make_step, providers_of
@@ -88,8 +88,8 @@ def measure(
             note([one.record for one in summed_up(seconds).values()])
 
     note(None)
-    timed = {name: Step(step, _nothing) for name, step in steps.items()}
-    return summed_up(interleave(timed, _timer(device), _nothing, plan, tell))
+    timed = {name: Step(step) for name, step in steps.items()}
+    return summed_up(interleave(timed, _timer(device), nothing, plan, tell))
 
 
 def _checked(
@@ -118,10 +118,9 @@ def _checked(
 
 def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> dict[str, object]:
     medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
-    first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
     return {
         "seconds": medians[name],
-        "spread_seconds": third - first,
+        "spread_seconds": median_and_spread(seconds[name])[1],
         "rounds": len(seconds[name]),
         "clients_steps_per_second": case.cohort / medians[name],
         "ratio_to_base": medians[name] / medians["base"],
@@ -143,10 +142,6 @@ def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) 
 
 def _timer(device: torch.device) -> Timer:
     return SynchronisedTimer() if device.type == "cuda" else WallTimer()
-
-
-def _nothing() -> None:
-    return None
 
 
 class ReferenceGradients:

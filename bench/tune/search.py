@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.harness.processes import note
-from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interleave, timer_for
+from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interleave, lead_seconds, timer_for
 from bench.tune.trials import Trial
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, ShapeClass
 
@@ -45,12 +45,14 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
 
     Notes each candidate's place before its first call at full size, and None once they run in turn.
     """
-    steps = {str(number): Step(trial.with_blocks(blocks), _nothing) for number, blocks in enumerate(candidates)}
-    timer, lead_s = timer_for(device), 0.0
+    steps = {str(number): Step(trial.with_blocks(blocks)) for number, blocks in enumerate(candidates)}
+    timer, host = timer_for(device), []
     if device.type == "cuda":
-        lead_s = 1.5 * max(_host_seconds(int(name), step) for name, step in steps.items()) + 100e-6
+        for name, step in steps.items():
+            note(int(name))
+            host.append(host_seconds(step, calls=3))
     note(None)
-    flush = cache_flush(device, cold=False, lead_s=lead_s)
+    flush = cache_flush(device, cold=False, lead_s=lead_seconds(host))
     found: dict[str, Timed] = {}
     for rounds in STAGES:
         plan = Plan(seconds_per_provider=0.0, min_rounds=rounds, max_rounds=rounds, warmup_rounds=1)
@@ -59,11 +61,6 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
         going_on = survivors({name: found[name] for name in steps})
         steps = {name: steps[name] for name in going_on}
     return sorted(found.values(), key=lambda timed: (-timed.rounds, timed.time_ms))
-
-
-def _host_seconds(place: int, step: Step) -> float:
-    note(place)
-    return host_seconds(step, calls=3)
 
 
 def survivors(timed: Mapping[str, Timed]) -> list[str]:
@@ -142,7 +139,3 @@ def _unlikely(blocks: Blocks) -> tuple[float, ...]:
         return ()
     depth = abs(math.log2(blocks.block_k / 64)) if blocks.block_k else 0.0
     return -blocks.block_m * blocks.block_n, depth, abs(blocks.num_stages - 3)
-
-
-def _nothing() -> None:
-    return None

@@ -41,7 +41,7 @@ from bench.gpu_cases import device_cases
 from bench.harness.machine import settle_compilers, usable_cores
 from bench.harness.processes import one_line, outcomes
 from bench.measure import Warmup, warm_up
-from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
+from bench.providers.registry import PROVIDERS, is_ours
 from bench.sitting import LIMITS as SITTINGS
 from bench.sitting import plan
 from bench.tune import command
@@ -51,7 +51,7 @@ from bench.tune.trials import Trial, for_checking, make_trial
 from plora_kernels.tuning.blocks import Blocks, ShapeClass
 from plora_kernels.tuning.candidates import candidates
 
-OURS = tuple(filter(is_ours, dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS])))
+OURS = tuple(filter(is_ours, PROVIDERS))
 # Tensors of this device have sizes and no storage.
 NOWHERE = torch.device("meta")
 # A group of a cached kernel's files, which names them by absolute paths.

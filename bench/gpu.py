@@ -23,7 +23,7 @@ from bench.cases import OPS
 from bench.checks.inputs import DTYPES, CheckShape
 from bench.checks.operators import GATE_SHAPES, SHAPES, check_shapes
 from bench.device.run import do
-from bench.device.state import Run, Work, case_facts, left
+from bench.device.state import Run, Work, left
 from bench.gpu_cases import device_cases
 from bench.harness.machine import (
     RESERVE_SECONDS,
@@ -39,11 +39,10 @@ from bench.harness.options import at_least
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import SIMULATION, ResultsError, case_key, open_records
 from bench.harness.timing import Plan
-from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS
+from bench.providers.registry import PROVIDERS
 from bench.report.device_tables import summary
 from bench.simulation.measure import device_simulations
 
-PROVIDERS = tuple(dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS]))
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
 # Names of shapes to check.
 GATE, ALL = "gate", "all"
@@ -74,7 +73,7 @@ def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[C
 
 def choose_work(options: argparse.Namespace) -> Work:
     """Return all there is to do."""
-    cases = {case_key(case_facts(case)): case for case in device_cases(options.device) if case.op in options.ops}
+    cases = {case_key(case.facts()): case for case in device_cases(options.device) if case.op in options.ops}
     simulations = device_simulations(options.device) if SIMULATION in options.ops else ()
     first, last = choose_checks(options)
     return Work(first, list(cases.values())[: options.cases], simulations, last)

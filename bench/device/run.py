@@ -12,7 +12,7 @@ from bench.cases import Case
 from bench.checks.operators import check_record
 from bench.device.jobs import Check, Job, Timing, perform
 from bench.device.simulations import time_simulations
-from bench.device.state import LEAST_SECONDS, Run, Work, case_facts, check_title, title, unchecked
+from bench.device.state import LEAST_SECONDS, Run, Work, check_title, title, unchecked
 from bench.harness.processes import Outcome, Workers
 from bench.harness.records import Record, case_key
 from bench.measure import Warmup, chosen_providers, status_of_lost, untimed
@@ -137,7 +137,7 @@ def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
 
 def _note_failures(run: Run, case: Case, failed: Mapping[str, str]) -> None:
     if failed:
-        run.failed.setdefault(case_key(case_facts(case)), {}).update(failed)
+        run.failed.setdefault(case_key(case.facts()), {}).update(failed)
         run.say(f"    FAILED {title(case)}: " + "; ".join(f"{name}: {cause}" for name, cause in failed.items()))
 
 
@@ -169,10 +169,10 @@ def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None
     """Add the timing of a case's providers, with those they are divided by; record here what can only fail again."""
     failed = {
         name: str(record["cause"])
-        for name, record in run.file.of_case(case_facts(case)).items()
+        for name, record in run.file.of_case(case.facts()).items()
         if name in REFERENCES and record["status"] != "timed"
     }
-    failed |= run.failed.get(case_key(case_facts(case)), {})
+    failed |= run.failed.get(case_key(case.facts()), {})
     names = chosen_providers(case, REFERENCES + tuple(wanted))
     item = Timing(case, run.device, run.plan, names, {name: why for name, why in failed.items() if name in names})
     if set(wanted) <= set(item.failed):

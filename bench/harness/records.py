@@ -112,12 +112,7 @@ def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
     Raises ResultsError naming the file and what is wrong: it is missing, not JSON, no list, or lacks a key.
     """
-    if not path.is_file():
-        raise ResultsError(f"{path} does not exist; `python -m bench.gpu --out {path.parent}` writes it")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON: {error}") from error
+    saved = read_json(path, f"python -m bench.gpu --out {path.parent}")
     if not isinstance(saved, list) or not saved or not all(isinstance(record, dict) for record in saved):
         raise ResultsError(f"{path} is no list of records; `python -m bench.gpu` writes one")
     for position, record in enumerate(saved):
@@ -131,6 +126,16 @@ def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
 class ResultsError(ValueError):
     """A results file that is missing or does not hold what a benchmark run saves."""
+
+
+def read_json(path: Path, command: str) -> Any:
+    """Return what a file holds; raises ResultsError if it is not JSON or missing, with the command that writes it."""
+    if not path.is_file():
+        raise ResultsError(f"{path} does not exist; `{command}` writes it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from bench.cases import DROPOUT_P, MAIN_OPS, OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.harness.records import Record, case_key, holds_records, load_records
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.simulation_tables import reading, run_of_device, simulation_table
 from bench.report.suite_results import OTHER_WAYS, width_text
 from bench.report.titles import TITLES
@@ -44,6 +44,7 @@ SUMMARY = {
     "peft": "peft",
     "peft-autocast": "auto",
 }
+CASE_HEADER = f"{'case':<52} {'base ms':>8}"
 Providers = Mapping[str, Record]
 
 
@@ -81,14 +82,14 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return one paragraph: device, versions, commit, ceilings, what was checked and how to read the figures."""
     checks = [record for record in records if record["op"] == "check"]
     wrong = sum(record.get("status") == "wrong" for record in records)
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     limits = meta.get("ceilings", {})
     measured = [f"copies {limits['copy_gbps'] / 1e3:.2f} TB/s"] if "copy_gbps" in limits else []
     if "matmul_tflops_bfloat16" in limits:
         measured.append(f"multiplies bfloat16 at {limits['matmul_tflops_bfloat16']:.3g} TFLOP/s")
     found = "nothing was wrong" if not wrong else f"{wrong} results were wrong and not timed"
     return (
-        f"{meta['device_name']}; {versions}; commit {_commit(meta.get('commit'))}, {meta['date'][:10]}. "
+        f"{meta['device_name']}; {versions_text(meta['versions'])}; {commit_text(meta.get('commit'))}, "
+        f"{meta['date'][:10]}. "
         f"It {' and '.join(measured)}. {len(checks)} checks against float64 in every dtype, and every provider of "
         f"every shape before it was timed: {found}. Medians in ms of the device's time, caches flushed and providers "
         "interleaved, in brackets time ÷ *base*; *host* is what a call keeps the host, in µs."
@@ -98,18 +99,21 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return a table for the terminal: a line a case, times ÷ base, the host time of PEFT and fused."""
     header = " ".join(f"{name:>6}" for name in SUMMARY.values())
-    lines = [f"{'case':<52} {'base ms':>8} {header} {'host µs':>11}"]
+    lines = [f"{CASE_HEADER} {header} {'host µs':>11}"]
     for providers in by_case(records):
-        any_record = next(iter(providers.values()))
-        name = " ".join(str(any_record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
-        base = providers.get("base", {}).get("time_ms")
-        ratios = (f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
-        lines.append(
-            f"{name:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(ratios)} {_hosts(providers):>11}".rstrip()
-        )
+        ratios = " ".join(f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
+        lines.append(f"{case_columns(providers)} {ratios} {_hosts(providers):>11}".rstrip())
     checks = [record for record in records if record["op"] == "check"]
     wrong = [record for record in checks if record.get("status") == "wrong"]
     return "\n".join([*lines, f"checks: {len(checks)}, wrong: {len(wrong)}"])
+
+
+def case_columns(providers: Providers) -> str:
+    """Return what a case's line in the terminal begins with: the case, and the base's time."""
+    record = next(iter(providers.values()))
+    name = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
+    base = providers.get("base", {}).get("time_ms")
+    return f"{name:<52} {f'{base:.4g}' if base else '–':>8}"
 
 
 def _section(record: Record) -> str | None:
@@ -170,9 +174,3 @@ def _hosts(providers: Providers) -> str:
         return " / ".join(f"{value:.0f}" if isinstance(value, float) else "–" for value in values)
 
     return host(providers.get(name, {}).get("host_us") for name in ("peft", "fused"))
-
-
-def _commit(commit: str | None) -> str:
-    if not commit:
-        return "unknown"
-    return commit[:12] + (" with uncommitted changes" if commit.endswith("+") else "")

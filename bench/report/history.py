@@ -86,13 +86,12 @@ def read_run(path: Path) -> HistoryEntry:
         ratios = tuple(_ratio(record) for record in timed)
         return HistoryEntry(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
     run = load_run(path)
-    commit = str(run.commit["id"]) + ("+" if run.commit.get("dirty") else "")
     ratios = tuple(
         _ratio({**asdict(shape), **asdict(entry), "provider": provider})
         for shape, entries in run.entries.items()
         for provider, entry in entries.items()
     )
-    return HistoryEntry(run.date, commit, run.machine["device_name"], run.machine["versions"], ratios)
+    return HistoryEntry(run.date, run.commit, run.machine["device_name"], run.machine["versions"], ratios)
 
 
 def keep(path: Path, folder: Path = HISTORY) -> Path:

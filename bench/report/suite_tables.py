@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bench.cases import DROPOUT_P
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.suite_results import OTHER_WAYS, PROVIDERS, BenchmarkRun, Entry, Shape, geometric_mean
 from bench.report.titles import TITLES
 
@@ -58,16 +58,14 @@ def markdown(run: BenchmarkRun) -> str:
 
 def conditions(run: BenchmarkRun) -> str:
     """Return one paragraph on device, versions, commit and how to read the figures."""
-    machine, commit = run.machine, run.commit
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    machine = run.machine
     rows = sorted({shape.m for shape in run.shapes() if shape.m})
     dtypes = sorted({shape.dtype for shape in run.shapes()})
-    state = " with uncommitted changes" if commit.get("dirty") else ""
     return (
-        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; {versions}; "
-        f"commit {str(commit['id'])[:12]}{state}, {run.date[:10]}. M = {', '.join(map(str, rows)) or '–'} rows, "
-        f"{', '.join(dtypes)}. Medians of interleaved rounds in ms, in brackets time ÷ *base*; peak is what one "
-        "call allocates at most, in MiB."
+        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; "
+        f"{versions_text(machine['versions'])}; {commit_text(run.commit)}, {run.date[:10]}. "
+        f"M = {', '.join(map(str, rows)) or '–'} rows, {', '.join(dtypes)}. Medians of interleaved rounds in ms, in "
+        "brackets time ÷ *base*; peak is what one call allocates at most, in MiB."
     )
 
 

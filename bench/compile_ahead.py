@@ -28,12 +28,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from bench import gpu
 from bench.audit.jobs import SECONDS_EACH
 from bench.audit.machine_code import Usage, is_trap, usage_of
-from bench.audit.offline import TARGETS, Launch, Target, compiling_for
+from bench.audit.offline import NOWHERE, TARGETS, Launch, Target, compiling_for, refuse_interpreter
 from bench.cases import Case
 from bench.checks.inputs import DTYPES, CheckShape
 from bench.checks.operators import check_shapes, run_each_form
@@ -52,8 +50,6 @@ from plora_kernels.tuning.blocks import Blocks, ShapeClass
 from plora_kernels.tuning.candidates import candidates
 
 OURS = tuple(filter(is_ours, PROVIDERS))
-# Tensors of this device have sizes and no storage.
-NOWHERE = torch.device("meta")
 # A group of a cached kernel's files, which names them by absolute paths.
 GROUP = "__grp__"
 # What a cache holds beside binaries: the first text of a kernel, which nothing reads.
@@ -296,8 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(f"{options.cache}: {size_mb(options.cache):.1f} MB")
         return 0
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+    if refuse_interpreter():
         return 2
     settle_cache(options.cache)
     return fill(options)

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from bench.cases import MAIN_OPS
 from bench.harness.machine import settle_compilers
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import write_text
@@ -42,7 +43,6 @@ MARGIN_SECONDS = 10.0
 LOG_BYTES = 2 * 2**20
 SHOWN_LINES = 3
 FIRST_CASES = 12
-LAYER_OPS = ("forward", "forward_backward", "fold")
 EAGER = ("base", "peft", "inplace", "fused-apart", "fused-inplace", "fused")
 REFUSED = "--fresh starts over"
 
@@ -82,7 +82,7 @@ def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tup
 def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
     cuda = device == "cuda"
     workers = () if cuda else ("--workers", "1")
-    some = (*common, *workers, "--ops", *LAYER_OPS, "--cases", str(FIRST_CASES if cuda else 2))
+    some = (*common, *workers, "--ops", *MAIN_OPS, "--cases", str(FIRST_CASES if cuda else 2))
     gate = ("--shapes", "4096x4096", "--ranks", "16", "--classes", "6", "--class-seconds", "6")
     tuned = gate if cuda else ("--classes", "2", "--candidates", "2")
     checks = ("--check-dtypes", "bfloat16", "--check-shapes", "gate")

@@ -19,6 +19,9 @@ import torch
 
 from plora_kernels.tuning.blocks import Hardware
 
+# Tensors of this device have sizes and no storage.
+NOWHERE = torch.device("meta")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -51,6 +54,14 @@ TARGETS = {
 }
 
 
+def refuse_interpreter() -> bool:
+    """Say on stderr that nothing would be compiled, and return True, where Triton's interpreter is on."""
+    on = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if on:
+        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+    return on
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was compiled and not made: the kernel's name and what the compiler gave."""
@@ -78,7 +89,7 @@ class _AbsentDevice:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+        return NOWHERE
 
 
 def _asking_for_kernels() -> list[ModuleType]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import generator_on
 from bench.checks.correctness import Results, WrongResultError, check
@@ -16,9 +15,6 @@ from plora_kernels import reference
 from plora_kernels.counter_rng import multiplier
 from plora_kernels.tuning.blocks import DESIGNS, Blocks, Hardware
 from plora_kernels.tuning.lookup import hardware_of
-
-if TYPE_CHECKING:
-    pass
 
 FORMS = (
     "all",
@@ -78,6 +74,14 @@ def draw(shape: CheckShape) -> Inputs:
         dy=normal(m, n, spread=n**-0.5),
         mask=torch.arange(r) % 3 == 0,
     )
+
+
+def frozen_linear(weight: Tensor) -> nn.Linear:
+    """Return a frozen bias-free nn.Linear that shares `weight`'s storage."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def expected(

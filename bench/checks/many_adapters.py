@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import plora_kernels as pk
 from bench.checks.correctness import Results
-from bench.checks.inputs import DROPOUT_P, DROPOUT_SEED, DTYPES, SCALE, Inputs, assert_within_bound, expected
-
-if TYPE_CHECKING:
-    from bench.checks.inputs import CheckShape
+from bench.checks.inputs import (
+    DROPOUT_P,
+    DROPOUT_SEED,
+    DTYPES,
+    SCALE,
+    CheckShape,
+    Inputs,
+    assert_within_bound,
+    expected,
+    frozen_linear,
+)
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -76,9 +82,7 @@ class _Siblings(nn.Module):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         for name, weight in zip(NAMES, weights, strict=True):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            self.add_module(name, linear)
+            self.add_module(name, frozen_linear(weight.clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([getattr(self, name)(x) for name in NAMES], 1)

@@ -23,6 +23,7 @@ from bench.checks.inputs import (
     assert_within_bound,
     draw,
     expected,
+    frozen_linear,
     require_equal,
 )
 from bench.checks.many_adapters import check_grouped, check_siblings
@@ -68,7 +69,7 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
     for form, error in run_each_form(shape, forms):
         found: dict[str, object] = {"status": "passed"}
         if error is not None:
-            found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
+            found = {"status": "wrong", "cause": str(error) if isinstance(error, WrongResultError) else one_line(error)}
         records.append(check_record(shape, form) | found)
         note(records[-1])
     return records
@@ -104,10 +105,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _is_wrong(error: Exception) -> bool:
-    return isinstance(error, WrongResultError)
 
 
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
@@ -214,9 +211,7 @@ def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Run forward, backward and a layer's select with synchronising calls refused."""
-    linear = torch.nn.Linear(shape.k, shape.n, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(inputs.weight.clone(), requires_grad=False)
-    layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r)
+    layer = pk.FusedPLoRALinear.from_linear(frozen_linear(inputs.weight.clone()), rank=shape.r)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
     with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():

@@ -125,7 +125,7 @@ def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
     if outcome.value is not None:
         _note_failures(run, item.case, outcome.value)
         return None
-    ran = outcome.notes[-1] if outcome.notes else None
+    ran = outcome.last_note
     if ran is None:  # its tensors could not even be drawn: timing it will say so
         run.say(f"    {title(item.case)} did not warm up: {outcome.error}")
         return None
@@ -152,7 +152,7 @@ def time_cases(run: Run, timer: Workers, cases: Sequence[Case], compiled: bool, 
         if outcome.cut:
             continue
         wanted = _wanted(run, item.case, compiled)
-        ran = outcome.notes[-1] if outcome.notes else None
+        ran = outcome.last_note
         if outcome.value is None and ran is not None:
             _note_failures(run, item.case, {ran: str(outcome.error)})
             _queue(run, jobs, item.case, wanted)

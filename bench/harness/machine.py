@@ -150,10 +150,15 @@ def _median_s(run: Callable[[], object], device: torch.device) -> float:
     return statistics.median(timer.read()[2:])
 
 
+def timestamp() -> str:
+    """Return the time of day in UTC, as results are dated."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+
+
 def describe(device: torch.device, commit: str | None) -> dict[str, object]:
     """Return the meta record: the device, versions, what code ran, how it was timed."""
     found = environment(device, threads=torch.get_num_threads())
-    found["date"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    found["date"] = timestamp()
     found["commit"], found["source"] = commit or commit_of(Path.cwd()), source_digest()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -35,6 +35,11 @@ class Outcome:
     notes: tuple[Any, ...] = ()
     cut: bool = False
 
+    @property
+    def last_note(self) -> Any:
+        """What it noted last, None if nothing."""
+        return self.notes[-1] if self.notes else None
+
 
 class LostProcessError(Exception):
     """Raised by work whose process can do no more, such as one whose device gave up: another takes its place."""

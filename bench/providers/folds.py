@@ -80,15 +80,20 @@ def _unmerge(layers: Sequence[PeftLinear]) -> None:
             layer.unmerge()
 
 
-def _inplace(case: Case, problem: Problem) -> Provider:
+def _each(problem: Problem, fold: Callable[[Tensor, Problem], object]) -> Provider:
+    """Fold every projection's adapter into its weight, one after another."""
     originals, written = _weights(problem)
     parts = problem.parts()
 
-    def fold() -> None:
+    def fold_all() -> None:
         for weight, part in zip(written, parts, strict=True):
-            weight.addmm_(part.B, part.A, alpha=part.scale)
+            fold(weight, part)
 
-    return _provider(written, originals, fold)
+    return _provider(written, originals, fold_all)
+
+
+def _inplace(case: Case, problem: Problem) -> Provider:
+    return _each(problem, lambda weight, part: weight.addmm_(part.B, part.A, alpha=part.scale))
 
 
 def _inplace_out(case: Case, problem: Problem) -> Provider:
@@ -101,14 +106,7 @@ def _inplace_out(case: Case, problem: Problem) -> Provider:
 
 
 def _fused_each(case: Case, problem: Problem) -> Provider:
-    originals, written = _weights(problem)
-    parts = problem.parts()
-
-    def fold() -> None:
-        for weight, part in zip(written, parts, strict=True):
-            pk.fold_(weight, part.A, part.B, [], scale=part.scale)
-
-    return _provider(written, originals, fold)
+    return _each(problem, lambda weight, part: pk.fold_(weight, part.A, part.B, [], scale=part.scale))
 
 
 def _fused_out(case: Case, problem: Problem) -> Provider:

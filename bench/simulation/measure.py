@@ -68,7 +68,7 @@ def measure(
     keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
     known = providers_of(case)
-    names = [name for name in known if wanted is None or name in wanted or name in ("base", "peft-loop")]
+    names = [name for name in known if wanted is None or name in wanted or name in REFERENCES]
     began = time.perf_counter()
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began
@@ -110,7 +110,7 @@ def _checked(
             causes[name] = ("wrong", str(error))
         except Exception as error:  # out of memory, an operator that does not run under a transform
             require_device(device.type, error)
-            if name in ("base", "peft-loop"):
+            if name in REFERENCES:
                 raise
             causes[name] = ("not available", one_line(error))
     return steps, peaks, causes
@@ -227,7 +227,7 @@ def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
 
 def blamed(outcome: Outcome) -> str | None:
     """Return the provider that ran alone when its process was stopped, if one did."""
-    last = outcome.notes[-1] if outcome.notes and not outcome.cut else None
+    last = None if outcome.cut else outcome.last_note
     return last if isinstance(last, str) and last not in REFERENCES else None
 
 

@@ -21,6 +21,7 @@ from bench.checks.inputs import (
     CheckShape,
     Inputs,
     assert_within_bound,
+    by_operator,
     draw,
     expected,
     frozen_linear,
@@ -118,24 +119,8 @@ def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
 
 def _fused(inputs: Inputs, mask: Tensor | None, unselected: str, dropout_p: float = 0.0) -> Results:
     """Return y and every gradient of ⟨y, dy⟩ by the operator."""
-    leaves = {
-        name: tensor.detach().requires_grad_()
-        for name, tensor in (("dx", inputs.x), ("dA", inputs.A), ("dB", inputs.B), ("dbias", inputs.bias))
-    }
-    y = pk.plora_linear(
-        leaves["dx"],
-        inputs.weight,
-        leaves["dA"],
-        leaves["dB"],
-        mask,
-        bias=leaves["dbias"],
-        scale=SCALE,
-        unselected=unselected,
-        dropout_p=dropout_p,
-        dropout_seed=DROPOUT_SEED if dropout_p else None,
-    )
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    seed = DROPOUT_SEED if dropout_p else None
+    return by_operator(inputs, inputs.A, inputs.B, mask, unselected=unselected, dropout_p=dropout_p, dropout_seed=seed)
 
 
 def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -145,10 +130,8 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
         x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
         given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
     dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
-    exact, plain = (
-        expected(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
-    )
-    assert_within_bound(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+    found = _fused(given, mask, unselected, dropout_p)
+    assert_within_bound(shape, form, found, lambda dtype: expected(inputs, dtype, mask, unselected, dropout_p))
 
 
 def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -157,13 +140,13 @@ def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    def wanted(dtype: torch.dtype) -> Results:
+        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.A, inputs.B))
+        return {"weight": reference.fold(weight, A, B, inputs.mask, scale=SCALE)}
+
     # The mask stays on the host: how many modules it leaves is known there.
-    exact, plain = (
-        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), inputs.mask, scale=SCALE)
-        for dtype in (torch.float64, DTYPES[shape.dtype])
-    )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
-    assert_within_bound(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+    assert_within_bound(shape, form, {"weight": folded}, wanted)
 
 
 def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -186,8 +169,9 @@ def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
     _fused(inputs, None, "folded")
     other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
-    exact, plain = (expected(other, dtype, None, "folded", 0.0) for dtype in (torch.float64, DTYPES[shape.dtype]))
-    assert_within_bound(shape, form, _fused(other, None, "folded"), exact, plain)
+    assert_within_bound(
+        shape, form, _fused(other, None, "folded"), lambda dtype: expected(other, dtype, None, "folded", 0.0)
+    )
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:

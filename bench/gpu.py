@@ -44,7 +44,7 @@ from bench.report.device_tables import summary
 from bench.simulation.measure import device_simulations
 
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
-# Names of shapes to check.
+# What `--check-shapes` takes beside sizes: the shapes that are timed first, and all.
 GATE, ALL = "gate", "all"
 
 
@@ -56,7 +56,7 @@ def records_path(out: Path, device: torch.device, *, defaults: bool) -> Path:
 def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[CheckShape]]:
     """Return what is checked before anything is timed, and what with the time left.
 
-    First come the shapes of what is timed first in bfloat16; every shape that is asked for by name is among the first.
+    First come, in bfloat16, the shapes that are timed first. Shapes that the options name are all checked first.
     """
     if options.no_checks:
         return [], []
@@ -179,7 +179,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 for a wrong result, 2 for input that cannot be used."""
     started = time.monotonic()
-    settle_compilers()  # as what compiled ahead did
+    settle_compilers()  # so that kernels that were compiled ahead are found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)
     options.started = started

@@ -31,7 +31,7 @@ from bench.providers.registry import every_provider, is_ours, make_provider, pro
 from plora_kernels.tuning.lookup import record_blocks
 
 INPUT_SETS = 3
-# Why a provider is not timed.
+# The status of a provider that is not timed.
 WRONG, NOT_AVAILABLE = "wrong", "not available"
 
 
@@ -39,7 +39,7 @@ WRONG, NOT_AVAILABLE = "wrong", "not available"
 class Measurement:
     """A case's figures by provider: `seconds` of each round, `peak_bytes`, causes of absence.
 
-    `host_seconds` are those that a call keeps the host of a device that works asynchronously.
+    `host_seconds` is for how long a call keeps the host, on a device that works asynchronously.
     """
 
     case: Case

@@ -23,7 +23,7 @@ from plora_kernels.tuning.lookup import override_blocks
 from plora_kernels.tuning.tables import PACKAGED, load_table
 
 DTYPES = ("bfloat16", "float16", "float32")
-# One job compiles some ten kernels.
+# How long one job may take; it compiles some ten kernels.
 SECONDS_EACH = 900.0
 
 
@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation of everything a shape launches, with the blocks a design or a table's entry says."""
+    """One compilation of everything a shape launches, with the blocks of a design or of a table's entry."""
 
     shape: Shape
     dtype: str
@@ -167,7 +167,7 @@ def _layer(shape: ShapeClass) -> Shape:
 
 
 def audit_job(job: Job) -> list[Row]:
-    """Compile everything a job launches and read it; what does not compile is a row that says so."""
+    """Compile everything a job launches and read it; what does not compile becomes a row with the error."""
     settle_compilers()
     failed = []
     with compiling_for(job.target) as launches, override_blocks(dict(job.blocks)):

@@ -19,15 +19,15 @@ from bench.measure import Warmup, chosen_providers, status_of_lost, untimed
 
 # A piece of work that takes longer is stopped: checking a shape or compiling a case, and timing one.
 AHEAD_SECONDS, TIMING_SECONDS = 90.0, 60.0
-# Of the whole time, while there are training steps to measure: theirs alone.
+# The share of the whole time that is kept for training steps, while some are missing.
 SIMULATION_SHARE = 0.4
-# Of the time there is for cases: what compiling some of them ahead may take.
+# The share of the time left for cases that compiling a chunk of them ahead may take.
 AHEAD_SHARE = 0.6
-# Cases that are compiled at once and then timed: as compiling goes on, so does what is known.
+# How many cases are compiled ahead before they are timed: in small chunks a run that is cut has timed something.
 CHUNK, COMPILED_CHUNK = 24, 10
-# Whom every loop has, for the others are divided by them.
+# Providers that are timed in every loop, because the others' times are divided by theirs.
 REFERENCES = ("base", "peft")
-# What takes long to compile, and nothing waits for it.
+# The provider that takes long to compile: it is compiled and timed after all others.
 COMPILED = "peft-compiled"
 
 
@@ -126,7 +126,7 @@ def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
         _note_failures(run, item.case, outcome.value)
         return None
     ran = outcome.last_note
-    if ran is None:  # its tensors could not even be drawn: timing it will say so
+    if ran is None:  # its tensors could not even be drawn: timing it fails as well, and that is recorded
         run.say(f"    {title(item.case)} did not warm up: {outcome.error}")
         return None
     _note_failures(run, item.case, {ran: str(outcome.error)})

@@ -1,18 +1,19 @@
 """What `python -m bench.gpu` leaves: a JSON list of records, written whole after every case, so that a cut run resumes.
 
-The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
-that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
-Several projections of one input have `widths`, whose sum is n. This library's providers have `blocks`, by op: the
-designs and sizes its kernels took. Training steps, op "simulation", have no matrix and no
-time_ms, but seconds for all clients of a cohort.
+The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS. Where a
+provider was not timed its figures are null, and `status` is "wrong" or "not available" instead of "timed"; checks,
+which have no figures, are "passed" or "wrong". Several projections of one input have `widths`, whose sum is n. This
+library's providers have `blocks`, by op: the designs and sizes its kernels took. Training steps, op "simulation", have
+no matrix and no time_ms, but the seconds that a step of all clients of a cohort takes.
 
-A case's providers may come from several runs, or several loops of one: each provider has one record a case, and what
-is missing is timed in a loop of its own with *base* and *peft*, which have their records already. So every ratio is of
-one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the record's own loop, and `ratio_to_peft` is
-against PEFT in it. Ratios of a case compare where times of different loops do not.
+A case's providers may have been timed in several runs, or in several loops of one run. Each provider has one record a
+case; a provider that has none yet is timed in a new loop, together with *base* and *peft*, whose records stay as they
+are. So both numbers of a ratio are from one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the
+record's own loop, and `ratio_to_peft` is against PEFT in that loop. Within a case ratios can be compared, times of
+different loops cannot.
 
-Every record says in `tables` which tables of block sizes it ran with, as a digest: tables may change from one run to
-the next, the code may not. Under `--defaults` it is null, and the records have a file of their own.
+A record's `tables` is a digest of the tables of block sizes it ran with: a run may go on with other tables, but not
+with other code. Under `--defaults` it is null, and the records have a file of their own.
 """
 
 import json
@@ -25,7 +26,7 @@ from typing import Any
 # The op of training steps, which have keys of their own.
 SIMULATION = "simulation"
 KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
-# What must agree for new records to stand beside old ones.
+# What must be the same for new records to be added to a file's.
 SAME = ("device", "device_name", "versions", "source")
 Record = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def blank(**known: object) -> dict[str, object]:
 
 @dataclass
 class RecordFile:
-    """Records and the file that holds them; each that is added says `stamp` too."""
+    """Records and the file that holds them; every record that is added gets the items of `stamp`."""
 
     path: Path
     meta: dict[str, Any]
@@ -57,7 +58,7 @@ class RecordFile:
     stamp: dict[str, Any] = field(default_factory=dict)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file; what cannot be written is not there."""
+        """Append records and write the file; where it cannot be written they are not kept in memory either."""
         before = len(self.records)
         self.records.extend({**record, **self.stamp} for record in records)
         try:
@@ -88,7 +89,7 @@ def open_records(
 ) -> RecordFile:
     """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
 
-    Records added from now on say what `stamp` says; those of the file keep what they say.
+    Records added from now on get the items of `stamp`; those of the file stay as they are.
 
     Raises ResultsError if the file was made by another device, other versions or other code.
     """

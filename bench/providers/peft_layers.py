@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bench.cases import Case, Problem
 from bench.checks.inputs import frozen_linear
 
-# What models call as many linears of one input; a fold takes the output's too.
+# The names that models give to so many linears of one input, and for folds to those with the output's linear.
 NAMES = {
     1: ("proj",),
     2: ("gate_proj", "up_proj"),

@@ -25,7 +25,7 @@ MAKERS: dict[Op, dict[str, Maker]] = {
 }
 # Every provider of any op.
 PROVIDERS = tuple(dict.fromkeys(name for makers in MAKERS.values() for name in makers))
-# What `python -m bench.gpu` times beyond the suites.
+# Providers that only `python -m bench.gpu` times, the suites do not.
 BEYOND_SUITES = ("peft-autocast", "inplace")
 
 

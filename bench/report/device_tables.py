@@ -21,7 +21,7 @@ is known yet of their speed or of bfloat16 on a device."""
 # A forward of few rows has a section of its own.
 DECODE = "decode"
 HEADS = {name: title.head for name, title in TITLES.items()} | {DECODE: "Decode"}
-# The README's sections in order, and what each shows, said behind its head.
+# The README's sections in order, and what each shows, as it stands behind the head.
 NOTES = {
     "forward": ", M = {rows}.",
     "forward_backward": ", M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
@@ -64,7 +64,7 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def committed_section(results: Path) -> str:
-    """Return what the README says of GPUs: the tables of the devices' files in a folder, or that there are none."""
+    """Return the README's text about GPUs: the tables of the devices' files in a folder, or that there are none."""
     found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
     return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
 

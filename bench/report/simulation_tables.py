@@ -13,7 +13,7 @@ from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.suite_results import commit_name
 from bench.simulation.cases import RANK
 
-# Shown where it was measured; else the largest size there is.
+# The cohort size whose figures the table shows; where it was not measured, the largest that was.
 COHORT = 10
 OURS = "cohort"
 NOT_MEASURED = """\
@@ -127,7 +127,7 @@ def simulation_markdown(run: SimulationRun) -> str:
 
 
 def committed_simulation(path: Path) -> str:
-    """Return what the README says of a committed file, or that there is none yet."""
+    """Return the README's text about a committed file, or that there is none yet."""
     return simulation_markdown(load_simulation(path)).strip() if path.is_file() else NOT_MEASURED
 
 

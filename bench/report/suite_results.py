@@ -9,9 +9,9 @@ from typing import Any
 from bench.cases import OPS
 from bench.harness.records import ResultsError, read_json
 
-# In the order of tables.
+# The suites' providers, in the order of a table's columns.
 PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
-# What else this library could have been called for, to be compared with.
+# This library's other ways to do the same, and the column that compares *fused* with each.
 OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 
 

@@ -10,7 +10,7 @@ from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.suite_results import OTHER_WAYS, PROVIDERS, BenchmarkRun, Entry, Shape, geometric_mean
 from bench.report.titles import TITLES
 
-# What an operator's table shows, said behind its title.
+# What an operator's table shows, as it stands behind the title.
 NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",

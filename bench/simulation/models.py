@@ -20,7 +20,7 @@ from transformers import (
 
 from bench.simulation.cases import ModelShape
 
-# What is trained in full, by family.
+# The module that is trained in full, by family.
 HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score"}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

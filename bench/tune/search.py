@@ -15,10 +15,10 @@ from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interlea
 from bench.tune.trials import Trial
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, ShapeClass
 
-# Rounds of each stage; between two stages this share goes on, the best of every design at least.
+# Rounds of each stage. This share of the candidates goes on to the next, so many at least, and every design's best.
 STAGES = (4, 12, 40)
 SHARE, AT_LEAST = 0.25, 4
-# A class whose neighbour was searched tries the neighbour's best of each design.
+# How many candidates of each design a class tries where one like it was searched: that one's best.
 INHERITED = 8
 
 
@@ -86,9 +86,9 @@ def narrowed(
 ) -> tuple[Blocks, ...]:
     """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
 
-    Like this are a class of the same op, and the forward for dX, of the same dtype and with rows that differ by no
-    more than four times; of several the nearest counts. How many modules are taken at a time, and what dX does for dA,
-    is this class's own.
+    A class is like this one if it is of the same op, or the forward where this one is dX, of the same dtype, and its
+    rows are at most four times as many or as few; of several the nearest counts. Candidates that differ from its best
+    only in `block_r` and `gradient_beside` are all tried: the best of those depends on the class.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:
@@ -107,7 +107,7 @@ def narrowed(
 
 
 def _regardless(blocks: Blocks) -> Blocks:
-    """Return blocks without what is a class's own."""
+    """Return blocks with `block_r` and `gradient_beside` left out: their best values differ from class to class."""
     same = replace(blocks, block_r=0)
     return replace(same, gradient_beside=False) if isinstance(same, MatmulBlocks) else same
 

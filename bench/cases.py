@@ -17,10 +17,10 @@ Op = Literal[
     "fold_many",
 ]
 
-# The passes over one projection, at every shape; then what fewer shapes are enough for.
+# The passes over one projection, which are measured at every shape; the other ops are measured at fewer.
 MAIN_OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
 OPS: tuple[Op, ...] = (*MAIN_OPS, "dropout", "projections_forward", "projections", "fold_out", "fold_many")
-# Those that end in gradients, and those that have no rows.
+# The ops that compute gradients, and those whose cases have no rows.
 BACKWARD: tuple[Op, ...] = ("forward_backward", "dropout", "projections")
 FOLDS: tuple[Op, ...] = ("fold", "fold_out", "fold_many")
 # The probability of LoRA dropout in op "dropout".
@@ -31,9 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map of a public model, (…, k) to (…, n): `model` and `name` say which.
+    """A linear map of a public model, (…, k) to (…, n): `model` and `name` identify it.
 
-    Several of one input have `widths`, whose sum is n; one has none.
+    Several projections of one input are one object with their `widths`, whose sum is n; a single one has no `widths`.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Projection:
 
     @property
     def count(self) -> int:
-        """How many projections it is."""
+        """Return the number of projections."""
         return len(self.widths) or 1
 
 
@@ -145,7 +145,8 @@ def several(model: str, name: str, k: int, *widths: int) -> Projection:
     return Projection(model, name, k, sum(widths), widths)
 
 
-# What an attention asks of one input, and with what folds beside them; a gated feed-forward layer's two.
+# The projections of an attention's input; the same with its output's, which a fold takes too; and the two of a gated
+# feed-forward layer.
 QKV = (
     several("bert-base", "q, k, v", 768, 768, 768, 768),
     several("llama-1b", "q, k, v", 2048, 2048, 512, 512),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.harness.machine import commit_of, device_slug, environment
+from bench.harness.machine import commit_of, device_slug, environment, timestamp
 from bench.harness.memory import tensor_bytes
 from bench.harness.processes import outcomes
 from bench.harness.records import ResultsError, write_text
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kind": KIND,
         "machine": environment(device, threads=1),
         "commit": commit,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "date": timestamp(),
         "settings": SETTINGS,
         "points": [asdict(point) for point in measured],
     }

@@ -7,11 +7,12 @@ checks and times and `python -m bench.tune` tries, on tensors without storage, i
 A kernel is found where these are the same: Triton's files, what its ptxas calls itself, the kernel's source and line,
 what arguments are specialised on, constants and options. Neither the folder of the code nor the machine counts, but
 files of a cache name each other by absolute paths: carry CACHE_DIR to the same path, or `--pack FILE` here and
-`--unpack FILE` there, which writes them anew. What is not found is compiled as ever: of a cache made by another Triton,
-or for other blocks or other sources, nothing is used and nothing is wrong. Binaries alone are kept
-(TRITON_STORE_BINARY_ONLY), no text of what led to them.
+`--unpack FILE` there, which writes the paths anew. A kernel that is not found is compiled as usual, so a cache made by
+another Triton, or for other blocks or other sources, is of no use and does no harm. Only binaries are kept
+(TRITON_STORE_BINARY_ONLY), not the texts they were compiled from.
 
-Block sizes are defaults and candidates, not what tables say; what a tuner writes there is one of the candidates.
+Kernels are compiled with default blocks and candidates, not with those of tables; every entry that a tuner writes into
+a table was one of the candidates.
 """
 
 from __future__ import annotations
@@ -28,12 +29,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from bench import gpu
 from bench.audit.jobs import SECONDS_EACH
 from bench.audit.machine_code import Usage, is_trap, usage_of
-from bench.audit.offline import TARGETS, Launch, Target, compiling_for
+from bench.audit.offline import NOWHERE, TARGETS, Launch, Target, compiling_for, refuse_interpreter
 from bench.cases import Case
 from bench.checks.inputs import DTYPES, CheckShape
 from bench.checks.operators import check_shapes, run_each_form
@@ -41,7 +40,7 @@ from bench.gpu_cases import device_cases
 from bench.harness.machine import settle_compilers, usable_cores
 from bench.harness.processes import one_line, outcomes
 from bench.measure import Warmup, warm_up
-from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS, is_ours
+from bench.providers.registry import PROVIDERS, is_ours
 from bench.sitting import LIMITS as SITTINGS
 from bench.sitting import plan
 from bench.tune import command
@@ -51,12 +50,10 @@ from bench.tune.trials import Trial, for_checking, make_trial
 from plora_kernels.tuning.blocks import Blocks, ShapeClass
 from plora_kernels.tuning.candidates import candidates
 
-OURS = tuple(filter(is_ours, dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS])))
-# Tensors of this device have sizes and no storage.
-NOWHERE = torch.device("meta")
-# A group of a cached kernel's files, which names them by absolute paths.
+OURS = tuple(filter(is_ours, PROVIDERS))
+# The beginning of the name of a file that lists a cached kernel's files by absolute paths.
 GROUP = "__grp__"
-# What a cache holds beside binaries: the first text of a kernel, which nothing reads.
+# The ending of a kernel's source text, which a cache holds beside the binaries and nothing reads.
 UNREAD = ".source"
 
 
@@ -102,7 +99,7 @@ class Found:
 
 
 def pieces(options: argparse.Namespace, target: Target) -> list[Work]:
-    """List what is asked for: checks, cases, candidates of classes, then defaults of the other classes."""
+    """List what the options choose: checks, cases, candidates of classes, then defaults of the other classes."""
     what = _of_sitting(options.sitting, target) if options.sitting is not None else []
     what += _checks(shape for shape in check_shapes("cuda") if shape.dtype in options.check_dtypes)
     what += _cases(device_cases("cuda")[: options.cases])
@@ -237,7 +234,7 @@ def settle_cache(cache: Path) -> None:
 
 
 def fill(options: argparse.Namespace) -> int:
-    """Compile what is asked for and say what came of it; return 1 if something does not compile."""
+    """Compile what the options choose and print what came of it; return 1 if something does not compile."""
     import triton
 
     target = TARGETS[options.target]
@@ -296,8 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(f"{options.cache}: {size_mb(options.cache):.1f} MB")
         return 0
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+    if refuse_interpreter():
         return 2
     settle_cache(options.cache)
     return fill(options)

@@ -65,7 +65,7 @@ def record(
     case_name: str,
     provider: str,
 ) -> Callable[[], None]:
-    """Hand the provider's measured rounds to pytest-benchmark, or say why there are none."""
+    """Hand the provider's measured rounds to pytest-benchmark, or skip with the reason why there are none."""
 
     def hand_over() -> None:
         measurement = measured(op, case_name)

@@ -23,7 +23,7 @@ from bench.cases import OPS
 from bench.checks.inputs import DTYPES, CheckShape
 from bench.checks.operators import GATE_SHAPES, SHAPES, check_shapes
 from bench.device.run import do
-from bench.device.state import Run, Work, case_facts, left
+from bench.device.state import Run, Work, left
 from bench.gpu_cases import device_cases
 from bench.harness.machine import (
     RESERVE_SECONDS,
@@ -39,13 +39,12 @@ from bench.harness.options import at_least
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import SIMULATION, ResultsError, case_key, open_records
 from bench.harness.timing import Plan
-from bench.providers.registry import FOLD_PROVIDERS, LINEAR_PROVIDERS
+from bench.providers.registry import PROVIDERS
 from bench.report.device_tables import summary
 from bench.simulation.measure import device_simulations
 
-PROVIDERS = tuple(dict.fromkeys([*LINEAR_PROVIDERS, *FOLD_PROVIDERS]))
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
-# Names of shapes to check.
+# What `--check-shapes` takes beside sizes: the shapes that are timed first, and all.
 GATE, ALL = "gate", "all"
 
 
@@ -57,7 +56,7 @@ def records_path(out: Path, device: torch.device, *, defaults: bool) -> Path:
 def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[CheckShape]]:
     """Return what is checked before anything is timed, and what with the time left.
 
-    First come the shapes of what is timed first in bfloat16; every shape that is asked for by name is among the first.
+    First come, in bfloat16, the shapes that are timed first. Shapes that the options name are all checked first.
     """
     if options.no_checks:
         return [], []
@@ -74,7 +73,7 @@ def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[C
 
 def choose_work(options: argparse.Namespace) -> Work:
     """Return all there is to do."""
-    cases = {case_key(case_facts(case)): case for case in device_cases(options.device) if case.op in options.ops}
+    cases = {case_key(case.facts()): case for case in device_cases(options.device) if case.op in options.ops}
     simulations = device_simulations(options.device) if SIMULATION in options.ops else ()
     first, last = choose_checks(options)
     return Work(first, list(cases.values())[: options.cases], simulations, last)
@@ -180,7 +179,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 for a wrong result, 2 for input that cannot be used."""
     started = time.monotonic()
-    settle_compilers()  # as what compiled ahead did
+    settle_compilers()  # so that kernels that were compiled ahead are found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)
     options.started = started

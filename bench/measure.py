@@ -1,13 +1,13 @@
-"""One case measured: every provider checked, weighed and timed in turn.
+"""One case measured: every provider made, checked, weighed and timed in turn.
 
-`measure` is for the suites and raises where a result is wrong; `measure_on_device` is for `python -m bench.gpu`, which
-records what is wrong or absent and goes on.
+`measure` is for the suites: a result that is wrong is raised. `measure_on_device` is for `python -m bench.gpu`: what is
+wrong or absent is recorded, and the others are timed.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -17,51 +17,105 @@ from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
 from bench.harness.processes import note, one_line
 from bench.harness.records import blank
-from bench.harness.timing import Plan, cache_flush, host_seconds, interleave, timer_for
+from bench.harness.timing import (
+    Plan,
+    cache_flush,
+    host_seconds,
+    interleave,
+    lead_seconds,
+    median_and_spread,
+    timer_for,
+)
 from bench.providers.base import Provider, ProviderUnavailableError
 from bench.providers.registry import every_provider, is_ours, make_provider, provider_names
 from plora_kernels.tuning.lookup import record_blocks
 
 INPUT_SETS = 3
-# Longer than the slowest call keeps the host, by this factor and this much.
-LEAD_FACTOR, LEAD_SECONDS = 1.5, 100e-6
+# The status of a provider that is not timed.
+WRONG, NOT_AVAILABLE = "wrong", "not available"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A case's figures by provider: `seconds` of each round, `peak_bytes`, causes of absence."""
+    """A case's figures by provider: `seconds` of each round, `peak_bytes`, causes of absence.
+
+    `host_seconds` is for how long a call keeps the host, on a device that works asynchronously.
+    """
 
     case: Case
     device: str
     seconds: dict[str, list[float]]
     peak_bytes: dict[str, int]
     not_available: dict[str, str] = field(default_factory=dict)
+    host_seconds: dict[str, float] = field(default_factory=dict)
 
     def facts(self) -> dict[str, object]:
         """Return what was measured, as the saved JSON names it."""
         return {**self.case.facts(), "device": self.device}
 
     def entry(self, provider: str) -> dict[str, object]:
-        """Return the facts and one provider's median and interquartile range, ratios, peak bytes."""
-        time_ms = self._median_ms(provider)
-        first, _, third = statistics.quantiles(self.seconds[provider], n=4, method="inclusive")
-        return {
-            **self.facts(),
-            "provider": provider,
-            "time_ms": time_ms,
-            "iqr_ms": (third - first) * 1e3,
-            "rounds": len(self.seconds[provider]),
-            "ratio_to_base": time_ms / self._median_ms("base"),
-            "ratio_to_peft": time_ms / self._median_ms("peft"),
-            "peak_bytes": self.peak_bytes[provider],
-        }
+        """Return what the suites save of a provider: the facts, its figures and their interquartile range."""
+        return {**self.facts(), "provider": provider, **self._figures(provider, "iqr_ms")}
 
     def missing(self, provider: str) -> dict[str, object]:
         """Return the facts and why a provider has no figures."""
         return {**self.facts(), "provider": provider, "cause": self.not_available[provider]}
 
-    def _median_ms(self, provider: str) -> float:
-        return statistics.median(self.seconds[provider]) * 1e3
+    def record(self, provider: str, *, adapted: bool) -> dict[str, object]:
+        """Return the record that `python -m bench.gpu` keeps of a provider, `adapted` if it has an adapter."""
+        median_s, base_s = self._median_s(provider), self._median_s("base")
+        return {
+            **_facts(self.case, self.device, provider),
+            **self._figures(provider, "spread_ms"),
+            "base_ms": base_s * 1e3,
+            "host_us": self.host_seconds[provider] * 1e6 if provider in self.host_seconds else None,
+            "tflops": operations(self.case, adapted=adapted) / median_s / 1e12,
+            "gbps": least_bytes(self.case, adapted=adapted) / median_s / 1e9,
+            "status": "timed",
+        }
+
+    def _figures(self, provider: str, spread_name: str) -> dict[str, object]:
+        median_s, spread_s = median_and_spread(self.seconds[provider])
+        return {
+            "time_ms": median_s * 1e3,
+            spread_name: spread_s * 1e3,
+            "rounds": len(self.seconds[provider]),
+            "ratio_to_base": median_s / self._median_s("base"),
+            "ratio_to_peft": median_s / self._median_s("peft") if "peft" in self.seconds else None,
+            "peak_bytes": self.peak_bytes[provider],
+        }
+
+    def _median_s(self, provider: str) -> float:
+        return statistics.median(self.seconds[provider])
+
+
+@dataclass
+class Exclusions:
+    """Why providers of a case are not timed, a status and a cause by name.
+
+    With `strict` only a provider that cannot run on this machine is excluded: every other error is raised.
+    """
+
+    device: torch.device
+    strict: bool = False
+    causes: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Note which provider runs alone in the body, for a crash is then its own; exclude it if it fails.
+
+        Raises LostProcessError if it leaves a device that does no more work.
+        """
+        note(name)
+        try:
+            yield
+        except ProviderUnavailableError as error:
+            self.causes[name] = (NOT_AVAILABLE, str(error))
+        except Exception as error:  # a wrong result, out of memory, a kernel that does not compile
+            if self.strict:
+                raise
+            require_device(self.device.type, error)
+            self.causes[name] = (WRONG, str(error) if isinstance(error, WrongResultError) else one_line(error))
 
 
 def measure(case: Case, device: torch.device, plan: Plan) -> Measurement:
@@ -71,37 +125,54 @@ def measure(case: Case, device: torch.device, plan: Plan) -> Measurement:
     run here is left out and its cause kept.
     """
     problem = make_problem(case, device)
-    providers, not_available = _make_providers(case, problem)
-    _check_all(case, problem, providers)
-    peaks = {}
-    for name, provider in providers.items():
-        provider.step.reset()
-        peaks[name] = peak_bytes(provider.step.run, device)
-    seconds = interleave(
-        {name: provider.step for name, provider in providers.items()},
-        timer_for(device),
-        cache_flush(device, cold=case.op in FOLDS),
-        plan,
-    )
-    return Measurement(case, device.type, seconds, peaks, not_available)
+    excluded = Exclusions(device, strict=True)
+    providers = _right(case, problem, _make(case, problem, provider_names(case.op), excluded), excluded)
+    measured = _time(case, device, plan, providers)
+    return replace(measured, not_available={name: cause for name, (_, cause) in excluded.causes.items()})
 
 
-def _make_providers(case: Case, problem: Problem) -> tuple[dict[str, Provider], dict[str, str]]:
-    providers, not_available = {}, {}
-    for name in provider_names(case.op):
-        try:
+def _make(case: Case, problem: Problem, names: Sequence[str], excluded: Exclusions) -> dict[str, Provider]:
+    """Return the providers that can be made."""
+    providers = {}
+    for name in names:
+        with excluded.alone(name):
             providers[name] = make_provider(name, case, problem)
-        except ProviderUnavailableError as error:
-            not_available[name] = str(error)
-    return providers, not_available
+    return providers
 
 
-def _check_all(case: Case, problem: Problem, providers: dict[str, Provider]) -> None:
+def _right(
+    case: Case, problem: Problem, providers: Mapping[str, Provider], excluded: Exclusions
+) -> dict[str, Provider]:
+    """Return the providers whose results are right; the outputs of ours are poisoned before they run."""
     for expected in dict.fromkeys(provider.expected for provider in providers.values()):
+        note(None)
         exact, plain = references(case, problem, expected)
         for name, provider in providers.items():
-            if provider.expected is expected:
-                check(name, provider.results(), exact, plain)
+            if provider.expected is not expected:
+                continue
+            with excluded.alone(name), poisoned_outputs() if is_ours(name) else nullcontext():
+                # Calls after the first replay what it recorded: it is those that are timed.
+                results = [provider.results() for _ in range(2)][-1]
+                check(name, results, exact, plain)
+    return {name: provider for name, provider in providers.items() if name not in excluded.causes}
+
+
+def _time(
+    case: Case, device: torch.device, plan: Plan, providers: Mapping[str, Provider], *, host_ahead: bool = False
+) -> Measurement:
+    """Read each provider's memory, then time all in turn; on a GPU the host may be kept ahead of the device."""
+    steps = {name: provider.step for name, provider in providers.items()}
+    peaks, host = {}, {}
+    for name, step in steps.items():
+        note(name)
+        step.reset()
+        peaks[name] = peak_bytes(step.run, device)
+        if host_ahead and device.type == "cuda":
+            host[name] = host_seconds(step)
+    note(None)
+    flush = cache_flush(device, cold=case.op in FOLDS, lead_s=lead_seconds(host.values()))
+    seconds = interleave(steps, timer_for(device), flush, plan)
+    return Measurement(case, device.type, seconds, peaks, host_seconds=host)
 
 
 @dataclass(frozen=True)
@@ -120,21 +191,15 @@ def warm_up(work: Warmup) -> dict[str, str]:
     """
     device = torch.device(work.device)
     problem = make_problem(work.case, device)
-    failed = {}
+    excluded = Exclusions(device)
     for name in chosen_providers(work.case, work.providers):
-        note(name)
-        try:
-            provider = make_provider(name, work.case, problem)
-            provider.step.reset()
-            provider.step.run()
+        with excluded.alone(name):
+            step = make_provider(name, work.case, problem).step
+            step.reset()
+            step.run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        except ProviderUnavailableError:
-            continue
-        except Exception as error:  # a finding about the provider, whatever it is
-            require_device(work.device, error)
-            failed[name] = one_line(error)
-    return failed
+    return {name: cause for name, (status, cause) in excluded.causes.items() if status == WRONG}
 
 
 def chosen_providers(case: Case, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -152,35 +217,27 @@ def measure_on_device(
     """
     problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
     chosen = chosen_providers(case, wanted)
-    # Ours are wrong where their process ends; of the others nothing is known.
-    causes = {name: ("wrong" if is_ours(name) else "not available", cause) for name, cause in failed.items()}
-    providers: dict[str, Provider] = {}
-    for name in chosen:
-        if name in causes:
-            continue
-        note(name)
-        try:
-            providers[name] = make_provider(name, case, problem)
-        except ProviderUnavailableError as error:
-            causes[name] = ("not available", str(error))
-        except Exception as error:  # out of memory, a kernel that does not compile
-            require_device(device.type, error)
-            causes[name] = ("wrong", one_line(error))
+    excluded = Exclusions(device, causes={name: (status_of_lost(name), cause) for name, cause in failed.items()})
+    providers = _make(case, problem, [name for name in chosen if name not in failed], excluded)
     blocks = {}
     for name, provider in providers.items():
         if is_ours(name):
             note(name)
             blocks[name] = _blocks(provider)
-    for name, cause in _wrong(case, problem, providers).items():
-        causes[name] = ("wrong", cause)
-        del providers[name]
+    providers = _right(case, problem, providers, excluded)
     if "base" not in providers:
-        causes |= dict.fromkeys(providers, ("not available", "there was no base to divide by"))
+        excluded.causes |= dict.fromkeys(providers, (NOT_AVAILABLE, "there was no base to divide by"))
         providers = {}
-    records = {name: untimed(case, device.type, name, *cause) for name, cause in causes.items()}
+    records = {name: untimed(case, device.type, name, *why) for name, why in excluded.causes.items()}
     if providers:
-        records |= _time(case, device, plan, providers)
+        measured = _time(case, device, plan, providers, host_ahead=True)
+        records |= {name: measured.record(name, adapted=one.expected.adapted) for name, one in providers.items()}
     return [records[name] | blocks.get(name, {}) for name in chosen]
+
+
+def status_of_lost(name: str) -> str:
+    """Return the status of a provider whose process ended: ours should not have; of the others nothing is known."""
+    return WRONG if is_ours(name) else NOT_AVAILABLE
 
 
 def _blocks(provider: Provider) -> dict[str, object]:
@@ -188,63 +245,6 @@ def _blocks(provider: Provider) -> dict[str, object]:
     with record_blocks() as taken, suppress(Exception):  # what fails here is found wrong next
         provider.results()
     return {"blocks": {op: asdict(blocks) for op, blocks in taken.items()}}
-
-
-def _wrong(case: Case, problem: Problem, providers: Mapping[str, Provider]) -> dict[str, str]:
-    """Return why each provider is wrong that is, its outputs poisoned before it runs."""
-    found = {}
-    for expected in dict.fromkeys(provider.expected for provider in providers.values()):
-        note(None)
-        exact, plain = references(case, problem, expected)
-        for name, provider in providers.items():
-            if provider.expected is not expected:
-                continue
-            note(name)
-            try:
-                with poisoned_outputs() if is_ours(name) else nullcontext():
-                    # Calls after the first replay what it recorded: it is those that are timed.
-                    results = [provider.results() for _ in range(2)][-1]
-                check(name, results, exact, plain)
-            except WrongResultError as error:
-                found[name] = str(error)
-            except Exception as error:  # a provider that fails while it runs is not timed either
-                require_device(problem.x.device.type, error)
-                found[name] = one_line(error)
-    return found
-
-
-def _time(case: Case, device: torch.device, plan: Plan, providers: Mapping[str, Provider]) -> dict[str, dict]:
-    steps = {name: provider.step for name, provider in providers.items()}
-    peaks, host = {}, {}
-    for name, step in steps.items():
-        note(name)
-        step.reset()
-        peaks[name] = peak_bytes(step.run, device)
-        if device.type == "cuda":
-            host[name] = host_seconds(step)
-    lead_s = LEAD_FACTOR * max(host.values()) + LEAD_SECONDS if host else 0.0
-    note(None)
-    flush = cache_flush(device, cold=case.op in FOLDS, lead_s=lead_s)
-    seconds = interleave(steps, timer_for(device), flush, plan)
-    medians = {name: statistics.median(durations) for name, durations in seconds.items()}
-    records = {}
-    for name, durations in seconds.items():
-        first, _, third = statistics.quantiles(durations, n=4, method="inclusive")
-        adapted = providers[name].expected.adapted
-        records[name] = _facts(case, device.type, name) | {
-            "time_ms": medians[name] * 1e3,
-            "spread_ms": (third - first) * 1e3,
-            "rounds": len(durations),
-            "base_ms": medians["base"] * 1e3,
-            "ratio_to_base": medians[name] / medians["base"],
-            "ratio_to_peft": medians[name] / medians["peft"] if "peft" in medians else None,
-            "host_us": host[name] * 1e6 if name in host else None,
-            "peak_bytes": peaks[name],
-            "tflops": operations(case, adapted=adapted) / medians[name] / 1e12,
-            "gbps": least_bytes(case, adapted=adapted) / medians[name] / 1e9,
-            "status": "timed",
-        }
-    return records
 
 
 def untimed(case: Case, device_type: str, name: str, status: str, cause: str) -> dict[str, object]:

@@ -9,7 +9,7 @@ sitting whose machine is gone.
 Every step is a process with a time limit, so that a hang costs its share and no more; what one leaves unused goes to
 the next. DIR receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),
 tune/<device>.json, sitting.log with all that was printed and sitting.json with what became of every step. Triton's
-cache is where $TRITON_CACHE_DIR says, and is left as it is. `--device cpu` rehearses both under Triton's interpreter.
+cache, in $TRITON_CACHE_DIR, is not cleared. `--device cpu` rehearses both under Triton's interpreter.
 """
 
 import argparse
@@ -27,23 +27,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from bench.cases import MAIN_OPS
 from bench.harness.machine import settle_compilers
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import write_text
 from bench.report.sitting_tables import sitting_table
 
-# How long each sitting may take, and what starting it and the last table take of that.
+# How long each sitting may take, and how much of that starting it and showing the last table take.
 LIMITS = {"first": 300.0, "second": 420.0}
 OVERHEAD_SECONDS = 8.0
-# A step is asked to end this long before its limit, and its processes are killed at it.
-ASKED_SECONDS = 3.0
-# What `--budget-seconds` leaves of a step's limit: importing torch, and the last table.
+# A step gets SIGTERM this long before its limit; at the limit its processes are killed.
+TERMINATION_SECONDS = 3.0
+# How much less than its limit a step's `--budget-seconds` is: the time for importing torch and showing the last table.
 MARGIN_SECONDS = 10.0
 LOG_BYTES = 2 * 2**20
 SHOWN_LINES = 3
 FIRST_CASES = 12
-LAYER_OPS = ("forward", "forward_backward", "fold")
 EAGER = ("base", "peft", "inplace", "fused-apart", "fused-inplace", "fused")
+# In the message of a step that does not go on from records of other code or versions.
 REFUSED = "--fresh starts over"
 
 
@@ -51,7 +52,7 @@ REFUSED = "--fresh starts over"
 class Step:
     """A module to run with arguments: how long it should take, and after how long it is stopped.
 
-    One that has a `budget` is told how long it has.
+    One that has a `budget` gets its time as `--budget-seconds`.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Done:
 
 
 def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tuple[Step, ...]:
-    """Return the steps of a sitting, in order; records call the code `commit` where git does not know."""
+    """Return the steps of a sitting, in order. Where git knows no commit, records name the code `commit`."""
     named = () if commit is None else ("--commit", commit)
     return (_first if sitting == "first" else _second)(("--out", str(out), "--device", device, *named), device)
 
@@ -82,7 +83,7 @@ def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tup
 def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
     cuda = device == "cuda"
     workers = () if cuda else ("--workers", "1")
-    some = (*common, *workers, "--ops", *LAYER_OPS, "--cases", str(FIRST_CASES if cuda else 2))
+    some = (*common, *workers, "--ops", *MAIN_OPS, "--cases", str(FIRST_CASES if cuda else 2))
     gate = ("--shapes", "4096x4096", "--ranks", "16", "--classes", "6", "--class-seconds", "6")
     tuned = gate if cuda else ("--classes", "2", "--candidates", "2")
     checks = ("--check-dtypes", "bfloat16", "--check-shapes", "gate")
@@ -133,7 +134,7 @@ def sit(sitting: str, steps: Sequence[Step], out: Path, device: str, end: float)
 
 
 def _sit_through(sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float) -> Done:
-    """Run one step, again without what other code or versions left where it refuses to go on from that."""
+    """Run one step; where it refuses to add to records of other code or versions, set those aside and run it again."""
     found, lines = run_step(sitting, step, out, environment, end)
     if found.status == 2 and any(REFUSED in line for line in lines):
         print(f"{step.name}: what is in {out} was made by other code or versions; it is set aside", flush=True)
@@ -145,7 +146,7 @@ def _sit_through(sitting: str, step: Step, out: Path, environment: Mapping[str, 
 def run_step(
     sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float
 ) -> tuple[Done, Sequence[str]]:
-    """Run one step until it ends or its time is up; return what became of it and the last it said."""
+    """Run one step until it ends or its time is up; return what became of it and the last lines it printed."""
     began = time.monotonic()
     limit_s = end - began
     budget = ("--budget-seconds", f"{max(0.0, limit_s - MARGIN_SECONDS):.0f}") if step.budget else ()
@@ -174,13 +175,13 @@ def run_step(
 
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
-    """Return a process's exit status, or None where it does not end in time, asked shortly before or not."""
+    """Return a process's exit status; None where it has not ended shortly before its time is up and gets SIGTERM."""
     try:
-        return process.wait(max(0.0, end - ASKED_SECONDS - time.monotonic()))
+        return process.wait(max(0.0, end - TERMINATION_SECONDS - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(ASKED_SECONDS)
+            process.wait(TERMINATION_SECONDS)
         return None
 
 
@@ -192,11 +193,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.wait(1.0)
 
 
-def _keep(said: IO[bytes], log: IO[bytes], last: list[str]) -> None:
-    """Write what a process says to the log, up to its share of it, and keep its last lines."""
+def _keep(printed: IO[bytes], log: IO[bytes], last: list[str]) -> None:
+    """Write what a process prints to the log, LOG_BYTES of it at most, and keep its last lines."""
     left = LOG_BYTES
     with suppress(ValueError, OSError):  # closed because the time was up, or a full disk
-        for line in said:
+        for line in printed:
             last.append(line.decode(errors="replace").rstrip())
             del last[:-20]
             if left > 0:
@@ -205,7 +206,7 @@ def _keep(said: IO[bytes], log: IO[bytes], last: list[str]) -> None:
                 left -= len(line)
                 if left <= 0:
                     log.write(b"(the rest is left out)\n")
-    for _ in said:  # whoever writes must not wait
+    for _ in printed:  # a process whose pipe is full would wait for ever
         pass
 
 
@@ -217,7 +218,7 @@ def _earlier(out: Path, sitting: str) -> list[dict[str, object]]:
 
 
 def set_aside(out: Path) -> None:
-    """Rename records that no others may be added to."""
+    """Rename records and logs to "-before": they are of other code or versions, and none may be added to them."""
     logs = sorted((out / "tune").glob("*.json"))
     for path in [*(path for path in sorted(out.glob("*.json")) if path.name != "sitting.json"), *logs]:
         if not path.stem.endswith("-before"):

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.audit.jobs import DTYPES, SHAPES, Row, audit, design_jobs, shape_jobs, table_jobs
-from bench.audit.offline import TARGETS
+from bench.audit.offline import TARGETS, refuse_interpreter
 from bench.harness.machine import usable_cores
 from bench.harness.records import write_text
 
@@ -42,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-designs", action="store_true", help="leave out designs that are candidates only")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes to compile in (0: this one)")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+    if refuse_interpreter():
         return 2
     targets = [TARGETS[name] for name in options.targets]
     jobs = [

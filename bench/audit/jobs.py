@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import plora_kernels as pk
 from bench.audit.machine_code import LIMITS, instructions_of, is_trap, resident_blocks, usage_of
-from bench.audit.offline import Launch, Target, compiling_for
+from bench.audit.offline import NOWHERE, Launch, Target, compiling_for
 from bench.checks.designs import Shape, design_ways
 from bench.harness.machine import settle_compilers
 from bench.harness.processes import one_line, outcomes
@@ -22,7 +23,7 @@ from plora_kernels.tuning.lookup import override_blocks
 from plora_kernels.tuning.tables import PACKAGED, load_table
 
 DTYPES = ("bfloat16", "float16", "float32")
-# One job compiles some ten kernels.
+# How long one job may take; it compiles some ten kernels.
 SECONDS_EACH = 900.0
 
 
@@ -66,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation of everything a shape launches, with the blocks a design or a table's entry says."""
+    """One compilation of everything a shape launches, with the blocks of a design or of a table's entry."""
 
     shape: Shape
     dtype: str
@@ -85,10 +86,7 @@ class Job:
 
 def run_shape(shape: Shape, dtype: torch.dtype) -> None:
     """Call every operator once on tensors without storage: a forward, its backward, the folds."""
-
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=dtype, device=NOWHERE)
     x, weight, bias = empty(shape.m, shape.k), empty(shape.n, shape.k), empty(shape.n)
     lora_A, lora_B = empty(shape.r, shape.k), empty(shape.n, shape.r)
     selected = list(range(shape.r)) if shape.indexed else None
@@ -108,17 +106,14 @@ def run_shape(shape: Shape, dtype: torch.dtype) -> None:
 
 def run_groups(shape: Shape, dtype: torch.dtype) -> None:
     """Call the grouped form on four groups of the shape's rows and differentiate it, without dropout and with it."""
-
-    def empty(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, dtype=dtype, device=NOWHERE)
     leaves = [
         empty(*size).requires_grad_() for size in ((shape.m, shape.k), (4, shape.r, shape.k), (4, shape.n, shape.r))
     ]
-    offsets, seeds = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 4))
+    offsets, seeds = (empty(size, dtype=torch.int64) for size in (5, 4))
     selected = [list(range(shape.r - 1))] * 4 if shape.indexed else None
     form: dict[str, Any] = {"bias": empty(shape.n), "groups": offsets, "dropout_seed": seeds, "selected": selected}
-    numbers = torch.empty(shape.m, dtype=torch.int64, device="meta")
+    numbers = empty(shape.m, dtype=torch.int64)
     for unselected, p, rows in (("folded", 0.0, None), ("frozen", 0.1, None), ("frozen", 0.1, numbers)):
         form |= {"unselected": unselected, "dropout_p": p, "dropout_rows": rows}
         y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], **form)
@@ -129,10 +124,10 @@ def run_projections(shape: Shape, dtype: torch.dtype) -> None:
     """Call three projections of one input together, two of them a quarter as wide, and differentiate them together."""
     widths = {"q_proj": shape.n, "k_proj": max(1, shape.n // 4), "v_proj": max(1, shape.n // 4)}
     model = torch.nn.ModuleDict(
-        {name: torch.nn.Linear(shape.k, n, name != "k_proj", "meta", dtype) for name, n in widths.items()}
+        {name: torch.nn.Linear(shape.k, n, name != "k_proj", NOWHERE, dtype) for name, n in widths.items()}
     )
     handle = pk.inject(model, pk.PLoRAConfig(rank=shape.r, target_modules=list(widths), fuse_projections=True))
-    x = torch.empty(shape.m, shape.k, dtype=dtype, device="meta", requires_grad=True)
+    x = torch.empty(shape.m, shape.k, dtype=dtype, device=NOWHERE, requires_grad=True)
     ys = [layer(x) for layer in handle.layers.values()]
     torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
 
@@ -172,7 +167,7 @@ def _layer(shape: ShapeClass) -> Shape:
 
 
 def audit_job(job: Job) -> list[Row]:
-    """Compile everything a job launches and read it; what does not compile is a row that says so."""
+    """Compile everything a job launches and read it; what does not compile becomes a row with the error."""
     settle_compilers()
     failed = []
     with compiling_for(job.target) as launches, override_blocks(dict(job.blocks)):

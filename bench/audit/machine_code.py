@@ -102,7 +102,7 @@ def _amdgcn(text: str, name: str) -> int:
 
 
 def _cubin_usage(cubin: bytes) -> dict[str, int]:
-    """Return what cuobjdump says of a kernel: REG (a thread), STACK and LOCAL (bytes a thread)."""
+    """Return what cuobjdump reads from a kernel: REG (a thread), STACK and LOCAL (bytes a thread)."""
     import triton.backends.nvidia
 
     cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there: Triton is told of a device, and launches stop short of it.
+"""Compile kernels for GPUs that are not there: Triton gets a device's description, and kernels are not launched.
 
 The operators run on tensors without storage. Triton's own binder specialises every argument (tensors, integers,
 descriptors, tuples) as at run time, so what is compiled is what would run; no kernel has to be registered here.
@@ -18,6 +18,9 @@ from unittest import mock
 import torch
 
 from plora_kernels.tuning.blocks import Hardware
+
+# Tensors of this device have sizes and no storage.
+NOWHERE = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ TARGETS = {
 }
 
 
+def refuse_interpreter() -> bool:
+    """Say on stderr that nothing would be compiled, and return True, where Triton's interpreter is on."""
+    on = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if on:
+        print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
+    return on
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was compiled and not made: the kernel's name and what the compiler gave."""
@@ -61,7 +72,7 @@ class Launch:
 
 
 class _AbsentDevice:
-    """Stands in for Triton's driver: says which device there would be."""
+    """Stands in for Triton's driver and describes the target as if it were there."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -78,11 +89,11 @@ class _AbsentDevice:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+        return NOWHERE
 
 
-def _asking_for_kernels() -> list[ModuleType]:
-    """Return the modules that ask whether kernels take a tensor; they say no to one without storage."""
+def _callers_of_runs_kernels() -> list[ModuleType]:
+    """Return the modules that call `runs_kernels`, which refuses tensors without storage: it is replaced in each."""
     import plora_kernels
 
     loaded = [module for name, module in sys.modules.items() if name.startswith(f"{plora_kernels.__name__}.")]
@@ -115,9 +126,9 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
     plora_kernels.tuning.lookup.forget_tables()
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        # Asked for by name, a kernel that does not compile raises instead of giving way to torch.
+        # With the backend named, a kernel that does not compile raises an error, and torch does not take its place.
         patches.enter_context(mock.patch.dict(os.environ, PLORA_BACKEND="triton"))
-        for module in _asking_for_kernels():
+        for module in _callers_of_runs_kernels():
             patches.enter_context(mock.patch.object(module, "runs_kernels", return_value=True))
         for name, value in (("capability_of", target.capability), ("multiprocessors_of", target.multiprocessors)):
             patches.enter_context(mock.patch.object(plora_kernels.tuning.lookup, name, return_value=value))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import plora_kernels as pk
 from bench.cases import generator_on
 from bench.checks.correctness import Results, WrongResultError, check
 from bench.checks.designs import Shape as AuditShape
@@ -16,9 +18,6 @@ from plora_kernels import reference
 from plora_kernels.counter_rng import multiplier
 from plora_kernels.tuning.blocks import DESIGNS, Blocks, Hardware
 from plora_kernels.tuning.lookup import hardware_of
-
-if TYPE_CHECKING:
-    pass
 
 FORMS = (
     "all",
@@ -41,6 +40,7 @@ CUDA_FORMS = ("graph replay", "no synchronisation")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 # tf32 keeps ten bits of the mantissa.
 TF32_EPS = 2.0**-10
+GRADIENTS = ("dx", "dA", "dB", "dbias")
 SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
 
 
@@ -80,6 +80,14 @@ def draw(shape: CheckShape) -> Inputs:
     )
 
 
+def frozen_linear(weight: Tensor) -> nn.Linear:
+    """Return a frozen bias-free nn.Linear that shares `weight`'s storage."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 def expected(
     inputs: Inputs,
     dtype: torch.dtype,
@@ -97,11 +105,25 @@ def expected(
     dropped = multiplier(seed, x.shape[0], x.shape[1], dropout_p, dtype) if dropout_p else None
     y = reference.forward(x, weight, A, B, mask, bias=bias, scale=SCALE, unselected=unselected, dropout=dropped)
     gradients = reference.gradients(dy, x, weight, A, B, mask, scale=SCALE, unselected=unselected, dropout=dropped)
-    return {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
+    return {"y": y, **dict(zip(GRADIENTS, gradients, strict=True))}
 
 
-def assert_within_bound(shape: CheckShape, form: str, results: Results, exact: Results, plain: Results) -> None:
-    """Raise WrongResultError where results are worse than `bench.checks.correctness` allows."""
+def by_operator(inputs: Inputs, A: Tensor, B: Tensor, mask: Tensor | None, **form: Any) -> Results:
+    """Return y and every gradient of ⟨y, dy⟩ by `plora_linear`, with the given factors and `form` of the call."""
+    x, A, B, bias = leaves = [tensor.detach().requires_grad_() for tensor in (inputs.x, A, B, inputs.bias)]
+    y = pk.plora_linear(x, inputs.weight, A, B, mask, bias=bias, scale=SCALE, **form)
+    gradients = torch.autograd.grad(y, leaves, inputs.dy)
+    return {"y": y.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
+
+
+def assert_within_bound(
+    shape: CheckShape, form: str, results: Results, wanted: Callable[[torch.dtype], Results]
+) -> None:
+    """Raise WrongResultError where results are further from `wanted(float64)` than `bench.checks.correctness` allows.
+
+    `wanted(dtype)` is what plain torch gives in a dtype; the shape's own says how far that is from float64.
+    """
+    exact, plain = wanted(torch.float64), wanted(DTYPES[shape.dtype])
     check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
 
 

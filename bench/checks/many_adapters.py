@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import plora_kernels as pk
 from bench.checks.correctness import Results
-from bench.checks.inputs import DROPOUT_P, DROPOUT_SEED, DTYPES, SCALE, Inputs, assert_within_bound, expected
-
-if TYPE_CHECKING:
-    from bench.checks.inputs import CheckShape
+from bench.checks.inputs import (
+    DROPOUT_P,
+    DROPOUT_SEED,
+    SCALE,
+    CheckShape,
+    Inputs,
+    assert_within_bound,
+    by_operator,
+    expected,
+    frozen_linear,
+)
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -35,26 +41,9 @@ def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
         for group, (first, last) in enumerate(itertools.pairwise(bounds))
     ]
     seeds = [DROPOUT_SEED + group for group in range(len(groups))]
-    leaves = {
-        "dx": inputs.x.detach().requires_grad_(),
-        "dA": torch.stack([group.A for group in groups]).requires_grad_(),
-        "dB": torch.stack([group.B for group in groups]).requires_grad_(),
-        "dbias": inputs.bias.detach().requires_grad_(),
-    }
-    y = pk.plora_linear(
-        leaves["dx"],
-        inputs.weight,
-        leaves["dA"],
-        leaves["dB"],
-        torch.stack([group.mask for group in groups]) if drops else None,
-        bias=leaves["dbias"],
-        scale=SCALE,
-        dropout_p=DROPOUT_P if drops else 0.0,
-        dropout_seed=seeds if drops else None,
-        groups=bounds,
-    )
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
-    results = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    A, B, masks = (torch.stack([getattr(group, name) for group in groups]) for name in ("A", "B", "mask"))
+    dropout = {"dropout_p": DROPOUT_P, "dropout_seed": seeds} if drops else {}
+    results = by_operator(inputs, A, B, masks if drops else None, groups=bounds, **dropout)
 
     def alone(dtype: torch.dtype) -> Results:
         parts = [
@@ -67,7 +56,7 @@ def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
             "dbias": inputs.dy.to(dtype).sum(0),
         }
 
-    assert_within_bound(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
+    assert_within_bound(shape, form, results, alone)
 
 
 class _Siblings(nn.Module):
@@ -76,9 +65,7 @@ class _Siblings(nn.Module):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         for name, weight in zip(NAMES, weights, strict=True):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            self.add_module(name, linear)
+            self.add_module(name, frozen_linear(weight.clone()))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([getattr(self, name)(x) for name in NAMES], 1)
@@ -112,4 +99,4 @@ def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
             **{name: torch.stack([part[name] for part in parts]) for name in ("dA", "dB")},
         }
 
-    assert_within_bound(shape, form, results, alone(torch.float64), alone(DTYPES[shape.dtype]))
+    assert_within_bound(shape, form, results, alone)

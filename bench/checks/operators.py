@@ -21,8 +21,10 @@ from bench.checks.inputs import (
     CheckShape,
     Inputs,
     assert_within_bound,
+    by_operator,
     draw,
     expected,
+    frozen_linear,
     require_equal,
 )
 from bench.checks.many_adapters import check_grouped, check_siblings
@@ -68,7 +70,7 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
     for form, error in run_each_form(shape, forms):
         found: dict[str, object] = {"status": "passed"}
         if error is not None:
-            found = {"status": "wrong", "cause": str(error) if _is_wrong(error) else one_line(error)}
+            found = {"status": "wrong", "cause": str(error) if isinstance(error, WrongResultError) else one_line(error)}
         records.append(check_record(shape, form) | found)
         note(records[-1])
     return records
@@ -106,10 +108,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _is_wrong(error: Exception) -> bool:
-    return isinstance(error, WrongResultError)
-
-
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
     """Return what a form selects and what becomes of the rest."""
     if form in ("all", "strided") or form.startswith("design"):
@@ -121,24 +119,8 @@ def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
 
 def _fused(inputs: Inputs, mask: Tensor | None, unselected: str, dropout_p: float = 0.0) -> Results:
     """Return y and every gradient of ⟨y, dy⟩ by the operator."""
-    leaves = {
-        name: tensor.detach().requires_grad_()
-        for name, tensor in (("dx", inputs.x), ("dA", inputs.A), ("dB", inputs.B), ("dbias", inputs.bias))
-    }
-    y = pk.plora_linear(
-        leaves["dx"],
-        inputs.weight,
-        leaves["dA"],
-        leaves["dB"],
-        mask,
-        bias=leaves["dbias"],
-        scale=SCALE,
-        unselected=unselected,
-        dropout_p=dropout_p,
-        dropout_seed=DROPOUT_SEED if dropout_p else None,
-    )
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    seed = DROPOUT_SEED if dropout_p else None
+    return by_operator(inputs, inputs.A, inputs.B, mask, unselected=unselected, dropout_p=dropout_p, dropout_seed=seed)
 
 
 def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -148,10 +130,8 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
         x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
         given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
     dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
-    exact, plain = (
-        expected(inputs, dtype, mask, unselected, dropout_p) for dtype in (torch.float64, DTYPES[shape.dtype])
-    )
-    assert_within_bound(shape, form, _fused(given, mask, unselected, dropout_p), exact, plain)
+    found = _fused(given, mask, unselected, dropout_p)
+    assert_within_bound(shape, form, found, lambda dtype: expected(inputs, dtype, mask, unselected, dropout_p))
 
 
 def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -160,13 +140,13 @@ def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
+    def wanted(dtype: torch.dtype) -> Results:
+        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.A, inputs.B))
+        return {"weight": reference.fold(weight, A, B, inputs.mask, scale=SCALE)}
+
     # The mask stays on the host: how many modules it leaves is known there.
-    exact, plain = (
-        reference.fold(inputs.weight.to(dtype), inputs.A.to(dtype), inputs.B.to(dtype), inputs.mask, scale=SCALE)
-        for dtype in (torch.float64, DTYPES[shape.dtype])
-    )
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
-    assert_within_bound(shape, form, {"weight": folded}, {"weight": exact}, {"weight": plain})
+    assert_within_bound(shape, form, {"weight": folded}, wanted)
 
 
 def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -189,8 +169,9 @@ def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
     _fused(inputs, None, "folded")
     other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
-    exact, plain = (expected(other, dtype, None, "folded", 0.0) for dtype in (torch.float64, DTYPES[shape.dtype]))
-    assert_within_bound(shape, form, _fused(other, None, "folded"), exact, plain)
+    assert_within_bound(
+        shape, form, _fused(other, None, "folded"), lambda dtype: expected(other, dtype, None, "folded", 0.0)
+    )
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -214,9 +195,7 @@ def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Run forward, backward and a layer's select with synchronising calls refused."""
-    linear = torch.nn.Linear(shape.k, shape.n, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(inputs.weight.clone(), requires_grad=False)
-    layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r)
+    layer = pk.FusedPLoRALinear.from_linear(frozen_linear(inputs.weight.clone()), rank=shape.r)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
     with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():

@@ -42,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work, with the blocks that tables say or with the default ones."""
+    """One piece of work, with blocks from the tables or with the default ones."""
 
     work: Check | Warmup | Timing | Simulation
     defaults: bool = False

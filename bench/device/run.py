@@ -12,23 +12,22 @@ from bench.cases import Case
 from bench.checks.operators import check_record
 from bench.device.jobs import Check, Job, Timing, perform
 from bench.device.simulations import time_simulations
-from bench.device.state import LEAST_SECONDS, Run, Work, case_facts, check_title, title, unchecked
+from bench.device.state import LEAST_SECONDS, Run, Work, check_title, title, unchecked
 from bench.harness.processes import Outcome, Workers
 from bench.harness.records import Record, case_key
-from bench.measure import Warmup, chosen_providers, untimed
-from bench.providers.registry import is_ours
+from bench.measure import Warmup, chosen_providers, status_of_lost, untimed
 
 # A piece of work that takes longer is stopped: checking a shape or compiling a case, and timing one.
 AHEAD_SECONDS, TIMING_SECONDS = 90.0, 60.0
-# Of the whole time, while there are training steps to measure: theirs alone.
+# The share of the whole time that is kept for training steps, while some are missing.
 SIMULATION_SHARE = 0.4
-# Of the time there is for cases: what compiling some of them ahead may take.
+# The share of the time left for cases that compiling a chunk of them ahead may take.
 AHEAD_SHARE = 0.6
-# Cases that are compiled at once and then timed: as compiling goes on, so does what is known.
+# How many cases are compiled ahead before they are timed: in small chunks a run that is cut has timed something.
 CHUNK, COMPILED_CHUNK = 24, 10
-# Whom every loop has, for the others are divided by them.
+# Providers that are timed in every loop, because the others' times are divided by theirs.
 REFERENCES = ("base", "peft")
-# What takes long to compile, and nothing waits for it.
+# The provider that takes long to compile: it is compiled and timed after all others.
 COMPILED = "peft-compiled"
 
 
@@ -126,8 +125,8 @@ def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
     if outcome.value is not None:
         _note_failures(run, item.case, outcome.value)
         return None
-    ran = outcome.notes[-1] if outcome.notes else None
-    if ran is None:  # its tensors could not even be drawn: timing it will say so
+    ran = outcome.last_note
+    if ran is None:  # its tensors could not even be drawn: timing it fails as well, and that is recorded
         run.say(f"    {title(item.case)} did not warm up: {outcome.error}")
         return None
     _note_failures(run, item.case, {ran: str(outcome.error)})
@@ -138,7 +137,7 @@ def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
 
 def _note_failures(run: Run, case: Case, failed: Mapping[str, str]) -> None:
     if failed:
-        run.failed.setdefault(case_key(case_facts(case)), {}).update(failed)
+        run.failed.setdefault(case_key(case.facts()), {}).update(failed)
         run.say(f"    FAILED {title(case)}: " + "; ".join(f"{name}: {cause}" for name, cause in failed.items()))
 
 
@@ -153,7 +152,7 @@ def time_cases(run: Run, timer: Workers, cases: Sequence[Case], compiled: bool, 
         if outcome.cut:
             continue
         wanted = _wanted(run, item.case, compiled)
-        ran = outcome.notes[-1] if outcome.notes else None
+        ran = outcome.last_note
         if outcome.value is None and ran is not None:
             _note_failures(run, item.case, {ran: str(outcome.error)})
             _queue(run, jobs, item.case, wanted)
@@ -170,10 +169,10 @@ def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None
     """Add the timing of a case's providers, with those they are divided by; record here what can only fail again."""
     failed = {
         name: str(record["cause"])
-        for name, record in run.file.of_case(case_facts(case)).items()
+        for name, record in run.file.of_case(case.facts()).items()
         if name in REFERENCES and record["status"] != "timed"
     }
-    failed |= run.failed.get(case_key(case_facts(case)), {})
+    failed |= run.failed.get(case_key(case.facts()), {})
     names = chosen_providers(case, REFERENCES + tuple(wanted))
     item = Timing(case, run.device, run.plan, names, {name: why for name, why in failed.items() if name in names})
     if set(wanted) <= set(item.failed):
@@ -185,8 +184,8 @@ def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None
 
 
 def _untimed(item: Timing, name: str, cause: str) -> Record:
-    """Return the record of a provider that was lost: ours should not have been."""
-    return untimed(item.case, item.device, name, "wrong" if is_ours(name) else "not available", cause)
+    """Return the record of a provider whose process ended before it was timed."""
+    return untimed(item.case, item.device, name, status_of_lost(name), cause)
 
 
 def _show(run: Run, name: str, records: Sequence[Record]) -> None:

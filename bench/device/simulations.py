@@ -32,7 +32,7 @@ def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> None:
                     jobs.append(run.job(item))
                     continue
                 outcome = Outcome([])
-            if outcome.cut and not any(isinstance(told, list) for told in outcome.notes):
+            if outcome.cut and not any(isinstance(noted, list) for noted in outcome.notes):
                 continue
             records = simulation_records(item, outcome)
             run.file.add(records)

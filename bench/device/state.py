@@ -51,7 +51,7 @@ class Run:
 
     def missing(self, case: Case) -> tuple[str, ...]:
         """Return the providers of a case that have no record."""
-        known = self.file.of_case(case_facts(case))
+        known = self.file.of_case(case.facts())
         return tuple(name for name in chosen_providers(case, self.providers) if name not in known)
 
     def missing_forms(self, shape: CheckShape) -> tuple[str, ...]:
@@ -89,9 +89,3 @@ def title(case: Case) -> str:
 def check_title(shape: CheckShape) -> str:
     """Return a checked shape in words."""
     return f"{shape.dtype} M {shape.m} K {shape.k} N {shape.n} R {shape.r}"
-
-
-def case_facts(case: Case) -> dict[str, object]:
-    """Return what a case's records are found by."""
-    k, n = case.projection.k, case.projection.n
-    return {"op": case.op, "m": case.m, "k": k, "n": n, "r": case.r, "dtype": case.dtype}

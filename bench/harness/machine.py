@@ -23,7 +23,7 @@ from plora_kernels.tuning.tables import PACKAGED, user_folder
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 64 * 2**20}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
 REPEATS = 9
-# Writing and showing the last table.
+# What is kept of the time for writing and showing the last table.
 RESERVE_SECONDS = 4.0
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
@@ -37,11 +37,11 @@ def usable_cores() -> int:
 
 
 def settle_compilers() -> None:
-    """Let Triton compile alike in every process: what is set here is part of the key that a kernel is cached under.
+    """Let Triton compile alike in every process: it caches kernels under keys that contain what is set here.
 
-    What the environment says already stands. Triton 3.9 asks for a choice of fused multiply-add; it is what it always
-    did. `torch.compile` points Triton at torch's ptxas, of another CUDA, from the first kernel on that it makes in a
-    process: named here, Triton's own stays the one.
+    Variables that are set already stay as they are. Triton 3.9 has an option for fused multiply-adds; older ones always
+    used them. Once `torch.compile` has made a kernel, Triton would use torch's ptxas, of another CUDA, for the rest of
+    the process; it keeps its own where that is named in the environment.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     found = importlib.util.find_spec("triton")
@@ -150,10 +150,15 @@ def _median_s(run: Callable[[], object], device: torch.device) -> float:
     return statistics.median(timer.read()[2:])
 
 
+def timestamp() -> str:
+    """Return the time of day in UTC, as results are dated."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+
+
 def describe(device: torch.device, commit: str | None) -> dict[str, object]:
     """Return the meta record: the device, versions, what code ran, how it was timed."""
     found = environment(device, threads=torch.get_num_threads())
-    found["date"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    found["date"] = timestamp()
     found["commit"], found["source"] = commit or commit_of(Path.cwd()), source_digest()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -164,7 +169,9 @@ def describe(device: torch.device, commit: str | None) -> dict[str, object]:
 
 
 def measure_kernels() -> None:
-    """Ask for the kernels by name, in this process and its workers: one that does not compile raises, not gives way."""
+    """Choose the kernels by name, in this process and its workers: one that does not compile then raises an error, and
+    plain torch does not take its place.
+    """
     os.environ.setdefault("PLORA_BACKEND", "triton")
 
 

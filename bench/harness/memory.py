@@ -34,7 +34,7 @@ def _cuda_peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak_bytes(run: Callable[[], object]) -> int:
-    # There is one cycle to record; torch 2.11 warns that it forgets those before it, unless asked not to.
+    # Without acc_events torch 2.11 warns that it forgets earlier cycles; there is one alone.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         kept = run()
     del kept
@@ -55,7 +55,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # looking at some libraries' objects deprecates them
+        warnings.simplefilter("ignore")  # some libraries' objects warn that they are deprecated when they are looked at
         for found in gc.get_objects():
             if issubclass(type(found), torch.Tensor):
                 storage = found.untyped_storage()

@@ -1,7 +1,7 @@
-"""Work done in processes of its own, several at once: to compile in parallel, and so that a crash or a kernel that
-never ends costs one piece of work and not the run.
+"""Work done in other processes, several at once: to compile in parallel, and so that a crash or a kernel that never
+ends costs one piece of work and not the run.
 
-What a piece of work finds on its way it may `note`: that outlives its process.
+A piece of work may `note` what it has found so far, which is not lost when its process ends.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NoReturn
 
-# Until a new process has imported torch and opened the device.
+# How long a new process may take to import torch and open the device.
 STARTUP_SECONDS = 120.0
-# How long the processes that are stopped are waited for, all together.
+# How long stopping processes may take, all of them together.
 STOP_SECONDS = 5.0
 
 
@@ -27,7 +27,7 @@ STOP_SECONDS = 5.0
 class Outcome:
     """What became of one piece of work: its value, or why there is none; and what it noted on its way.
 
-    One that was `cut` failed for want of time: nothing is known against it.
+    It was `cut` where the whole run's time was up before it was done: that is no fault of its own.
     """
 
     value: Any = None
@@ -35,9 +35,14 @@ class Outcome:
     notes: tuple[Any, ...] = ()
     cut: bool = False
 
+    @property
+    def last_note(self) -> Any:
+        """Return what the work noted last, None if it noted nothing."""
+        return self.notes[-1] if self.notes else None
+
 
 class LostProcessError(Exception):
-    """Raised by work whose process can do no more, such as one whose device gave up: another takes its place."""
+    """Raised by work after which its process is of no use, as when its device failed: a new process takes its place."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ _listener: Callable[[Any], None] | None = None
 
 
 def note(value: object) -> None:
-    """Send what is known so far to whoever waits for this piece of work: `Outcome.notes`, even if it never ends."""
+    """Keep what is known so far in this piece of work's `Outcome.notes`, even if the work never ends."""
     if _listener is not None:
         _listener(value)
 
@@ -85,7 +90,7 @@ def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once: neither a device's driver nor a process that cannot be stopped is waited for."""
+    """End this process at once, without waiting for a device's driver or for processes that cannot be stopped."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -221,7 +226,7 @@ class Workers:
         return self._next < len(self._items) and time.monotonic() < self._deadline
 
     def _look_at(self, worker: _Worker, spoke: bool) -> Iterator[tuple[int, Outcome]]:
-        """Take a worker's answer, or its death or silence for one."""
+        """Yield the outcome of a worker's item if it sent one, ended, or took too long."""
         position, cut = worker.position, False
         answer = self._hear(worker) if spoke else None
         if answer is None:
@@ -238,7 +243,7 @@ class Workers:
             yield position, replace(answer, notes=tuple(worker.notes), cut=cut)
 
     def _hear(self, worker: _Worker) -> Outcome | None:
-        """Take all that a worker sent; return its answer, if that is among it."""
+        """Read all that a worker sent; return its item's outcome if that has come."""
         try:
             while worker.connection.poll():
                 told = worker.connection.recv()

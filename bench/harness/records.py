@@ -1,22 +1,24 @@
 """What `python -m bench.gpu` leaves: a JSON list of records, written whole after every case, so that a cut run resumes.
 
-The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS; figures
-that there are not are null and `status` says why ("wrong", "not available"; "passed" for a check that only checks).
-Several projections of one input have `widths`, whose sum is n. This library's providers have `blocks`, by op: the
-designs and sizes its kernels took. Training steps, op "simulation", have no matrix and no
-time_ms, but seconds for all clients of a cohort.
+The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS. Where a
+provider was not timed its figures are null, and `status` is "wrong" or "not available" instead of "timed"; checks,
+which have no figures, are "passed" or "wrong". Several projections of one input have `widths`, whose sum is n. This
+library's providers have `blocks`, by op: the designs and sizes its kernels took. Training steps, op "simulation", have
+no matrix and no time_ms, but the seconds that a step of all clients of a cohort takes.
 
-A case's providers may come from several runs, or several loops of one: each provider has one record a case, and what
-is missing is timed in a loop of its own with *base* and *peft*, which have their records already. So every ratio is of
-one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the record's own loop, and `ratio_to_peft` is
-against PEFT in it. Ratios of a case compare where times of different loops do not.
+A case's providers may have been timed in several runs, or in several loops of one run. Each provider has one record a
+case; a provider that has none yet is timed in a new loop, together with *base* and *peft*, whose records stay as they
+are. So both numbers of a ratio are from one loop: `ratio_to_base` is time_ms ÷ `base_ms`, the base's median in the
+record's own loop, and `ratio_to_peft` is against PEFT in that loop. Within a case ratios can be compared, times of
+different loops cannot.
 
-Every record says in `tables` which tables of block sizes it ran with, as a digest: tables may change from one run to
-the next, the code may not. Under `--defaults` it is null, and the records have a file of their own.
+A record's `tables` is a digest of the tables of block sizes it ran with: a run may go on with other tables, but not
+with other code. Under `--defaults` it is null, and the records have a file of their own.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 # The op of training steps, which have keys of their own.
 SIMULATION = "simulation"
 KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
-# What must agree for new records to stand beside old ones.
+# What must be the same for new records to be added to a file's.
 SAME = ("device", "device_name", "versions", "source")
 Record = Mapping[str, Any]
 
@@ -48,7 +50,7 @@ def blank(**known: object) -> dict[str, object]:
 
 @dataclass
 class RecordFile:
-    """Records and the file that holds them; each that is added says `stamp` too."""
+    """Records and the file that holds them; every record that is added gets the items of `stamp`."""
 
     path: Path
     meta: dict[str, Any]
@@ -56,7 +58,7 @@ class RecordFile:
     stamp: dict[str, Any] = field(default_factory=dict)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file; what cannot be written is not there."""
+        """Append records and write the file; where it cannot be written they are not kept in memory either."""
         before = len(self.records)
         self.records.extend({**record, **self.stamp} for record in records)
         try:
@@ -87,7 +89,7 @@ def open_records(
 ) -> RecordFile:
     """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
 
-    Records added from now on say what `stamp` says; those of the file keep what they say.
+    Records added from now on get the items of `stamp`; those of the file stay as they are.
 
     Raises ResultsError if the file was made by another device, other versions or other code.
     """
@@ -111,12 +113,7 @@ def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
 
     Raises ResultsError naming the file and what is wrong: it is missing, not JSON, no list, or lacks a key.
     """
-    if not path.is_file():
-        raise ResultsError(f"{path} does not exist; `python -m bench.gpu --out {path.parent}` writes it")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON: {error}") from error
+    saved = read_json(path, f"python -m bench.gpu --out {path.parent}")
     if not isinstance(saved, list) or not saved or not all(isinstance(record, dict) for record in saved):
         raise ResultsError(f"{path} is no list of records; `python -m bench.gpu` writes one")
     for position, record in enumerate(saved):
@@ -132,13 +129,34 @@ class ResultsError(ValueError):
     """A results file that is missing or does not hold what a benchmark run saves."""
 
 
+def read_json(path: Path, command: str) -> Any:
+    """Return what a file holds; raises ResultsError if it is not JSON or missing, with the command that writes it."""
+    if not path.is_file():
+        raise ResultsError(f"{path} does not exist; `{command}` writes it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON: {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: under a temporary name first, then renamed; where that fails the old one stays as it is."""
+    """Write a text file whole or not at all; makes its folder."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write under, which then takes the place of `path`; makes the folder.
+
+    Where writing fails nothing of it is left, and what was at `path` stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file by itself
+    finally:
+        partial.unlink(missing_ok=True)

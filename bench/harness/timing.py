@@ -4,15 +4,21 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+# The device is kept busy for longer than the slowest call keeps the host: this factor times that, and this much more.
+LEAD_FACTOR, LEAD_SECONDS = 1.5, 100e-6
 # More than any last-level cache of the devices in use.
 CPU_FLUSH_BYTES = 96 * 2**20
 CUDA_FLUSH_BYTES = 1024 * 2**20
+
+
+def nothing() -> None:
+    """Prepare or undo what needs no such thing."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Step:
     """One provider's call: `reset()` prepares it and is not timed, `run()` is."""
 
     run: Callable[[], object]
-    reset: Callable[[], None]
+    reset: Callable[[], None] = nothing
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Plan:
     warmup_rounds: int = 2
 
     def __post_init__(self) -> None:
-        # Without a warm-up nothing says how many rounds there is time for.
+        # The number of rounds is chosen by how long the last warm-up round took, unless it is fixed.
         least = 0 if self.min_rounds == self.max_rounds else 1
         if self.min_rounds < 2 or self.warmup_rounds < least:
             given = f"min_rounds={self.min_rounds}, warmup_rounds={self.warmup_rounds}"
@@ -95,13 +101,13 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Callable[[], None]:
-    """Return what runs, untimed, before each timed call.
+    """Return a function to call, untimed, before each timed call.
 
     On CUDA a buffer larger than the L2 cache is overwritten before every call, as often as it takes to keep the device
-    busy for `lead_s`: the host gets that far ahead, so that launch latency is not timed. What the call writes then
-    pushes out as much of the buffer as will later be pushed out of its own. On the CPU a buffer is overwritten where
-    the case is `cold` only (a weight that is folded once in a while is not in the cache); elsewhere the caches hold
-    what the other providers' calls leave there.
+    busy for `lead_s`: the host gets that far ahead, so that launch latency is not timed. The cache is then full of
+    the buffer's bytes, not yet written to memory: a call waits until as many of those are written as it leaves of its
+    own. On the CPU a buffer is overwritten only where the case is `cold` (a weight that is folded once in a while is
+    not in the cache); elsewhere the caches hold what the other providers' calls leave there.
     """
     if device.type == "cuda":
         buffer, times = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device), 1
@@ -113,7 +119,7 @@ def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Cal
     elif cold:
         buffer, times = torch.empty(CPU_FLUSH_BYTES, dtype=torch.int8), 1
     else:
-        return lambda: None
+        return nothing
 
     def flush() -> None:
         for _ in range(times):
@@ -122,8 +128,15 @@ def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Cal
     return flush
 
 
+def lead_seconds(host: Collection[float]) -> float:
+    """Return how long to keep the device busy before a timed call so that the host, which the calls keep for `host`
+    seconds each, is done with launching it by then; nothing where no host time counts.
+    """
+    return LEAD_FACTOR * max(host) + LEAD_SECONDS if host else 0.0
+
+
 def host_seconds(step: Step, calls: int = 15) -> float:
-    """Return the median seconds a call keeps the host on a device that works asynchronously: checks, launches.
+    """Return the median seconds that checks and launches of a call keep the host; the device works on meanwhile.
 
     The device's queue is empty at the start and takes every call without waiting.
     """
@@ -134,6 +147,12 @@ def host_seconds(step: Step, calls: int = 15) -> float:
         timer.call(step.run)
     torch.cuda.synchronize()
     return statistics.median(timer.read())
+
+
+def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the interquartile range of a provider's rounds."""
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return median, third - first
 
 
 def round_order(names: list[str], number: int) -> list[str]:

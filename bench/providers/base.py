@@ -20,7 +20,8 @@ class ProviderUnavailableError(Exception):
 class Provider:
     """A provider made ready for one case: `step` is timed, `results` runs it and names what comes out.
 
-    `expected` says what that must be. Results are of one seed of torch's generator, timed calls of any.
+    `expected` describes the right results. `results` starts torch's generator from one seed, so that dropout can be
+    checked; timed calls take it as it is.
     """
 
     step: Step
@@ -43,8 +44,8 @@ def layer_provider(
 ) -> Provider:
     """Time `call` on the problem's inputs in turn: without a graph for a forward, with every gradient otherwise.
 
-    `adapter` holds what else has a gradient, by its name; without any the provider is the base. `kept` (m, k) is what
-    dropout leaves it of x in `results`.
+    `adapter` holds what else has a gradient, by its name; without any the provider is the base. `kept` (m, k)
+    tells which elements of x dropout leaves to the adapter in `results`.
     """
     backward = case.op in BACKWARD
     widths = list(problem.widths or problem.weight.shape[:1])

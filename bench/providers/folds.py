@@ -9,20 +9,16 @@ from torch import Tensor
 import plora_kernels as pk
 from bench.cases import Case, Problem
 from bench.checks.correctness import WITH_ADAPTER, WITHOUT_ADAPTER, Expected, Results, numbered
-from bench.harness.timing import Step
+from bench.harness.timing import Step, nothing
 from bench.providers.base import Maker, Provider
 from bench.providers.peft_layers import peft_siblings
-
-
-def _nothing() -> None:
-    """Undo what needs no undoing."""
 
 
 def _provider(
     written: Sequence[Tensor],
     before: Sequence[Tensor] | None,
     run: Callable[[], object],
-    undo: Callable[[], None] = _nothing,
+    undo: Callable[[], None] = nothing,
     expected: Expected = WITH_ADAPTER,
 ) -> Provider:
     """Time `run`, which writes `written`; before each call that is `before`, to the bit, or NaN where there is none."""
@@ -84,15 +80,20 @@ def _unmerge(layers: Sequence[PeftLinear]) -> None:
             layer.unmerge()
 
 
-def _inplace(case: Case, problem: Problem) -> Provider:
+def _each(problem: Problem, fold: Callable[[Tensor, Problem], object]) -> Provider:
+    """Fold every projection's adapter into its weight, one after another."""
     originals, written = _weights(problem)
     parts = problem.parts()
 
-    def fold() -> None:
+    def fold_all() -> None:
         for weight, part in zip(written, parts, strict=True):
-            weight.addmm_(part.B, part.A, alpha=part.scale)
+            fold(weight, part)
 
-    return _provider(written, originals, fold)
+    return _provider(written, originals, fold_all)
+
+
+def _inplace(case: Case, problem: Problem) -> Provider:
+    return _each(problem, lambda weight, part: weight.addmm_(part.B, part.A, alpha=part.scale))
 
 
 def _inplace_out(case: Case, problem: Problem) -> Provider:
@@ -105,14 +106,7 @@ def _inplace_out(case: Case, problem: Problem) -> Provider:
 
 
 def _fused_each(case: Case, problem: Problem) -> Provider:
-    originals, written = _weights(problem)
-    parts = problem.parts()
-
-    def fold() -> None:
-        for weight, part in zip(written, parts, strict=True):
-            pk.fold_(weight, part.A, part.B, [], scale=part.scale)
-
-    return _provider(written, originals, fold)
+    return _each(problem, lambda weight, part: pk.fold_(weight, part.A, part.B, [], scale=part.scale))
 
 
 def _fused_out(case: Case, problem: Problem) -> Provider:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import plora_kernels as pk
 from bench.cases import DROPOUT_P, Case, Problem
+from bench.checks.inputs import frozen_linear
 from bench.providers.base import Maker, Provider, ProviderUnavailableError, layer_provider, named_factors
 from bench.providers.dropout_masks import kept_by_call, kept_by_layer, kept_by_torch
-from bench.providers.peft_layers import frozen_linear, peft_factors, peft_siblings
+from bench.providers.peft_layers import peft_factors, peft_siblings
 
 
 def base(case: Case, problem: Problem) -> Provider:

@@ -8,8 +8,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from bench.cases import Case, Problem
+from bench.checks.inputs import frozen_linear
 
-# What models call as many linears of one input; a fold takes the output's too.
+# The names that models give to so many linears of one input, and for folds to those with the output's linear.
 NAMES = {
     1: ("proj",),
     2: ("gate_proj", "up_proj"),
@@ -28,14 +29,6 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in self.children())
-
-
-def frozen_linear(weight: Tensor) -> nn.Linear:
-    """Return a frozen bias-free nn.Linear that shares `weight`'s storage."""
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
 
 
 def peft_siblings(

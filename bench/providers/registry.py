@@ -7,7 +7,7 @@ Where that has two ways, *fused* is the one the op is about: *fused-apart* takes
 *fused-inplace* folds in place.
 """
 
-from bench.cases import FOLDS, OPS, Case, Op, Problem
+from bench.cases import Case, Op, Problem
 from bench.providers.base import Maker, Provider
 from bench.providers.folds import FOLD, FOLD_MANY, FOLD_OUT
 from bench.providers.layers import DROPOUT, LAYER
@@ -23,7 +23,9 @@ MAKERS: dict[Op, dict[str, Maker]] = {
     "fold_out": FOLD_OUT,
     "fold_many": FOLD_MANY,
 }
-# What `python -m bench.gpu` times beyond the suites.
+# Every provider of any op.
+PROVIDERS = tuple(dict.fromkeys(name for makers in MAKERS.values() for name in makers))
+# Providers that only `python -m bench.gpu` times, the suites do not.
 BEYOND_SUITES = ("peft-autocast", "inplace")
 
 
@@ -45,8 +47,3 @@ def make_provider(name: str, case: Case, problem: Problem) -> Provider:
 def is_ours(name: str) -> bool:
     """Say whether a provider is this library."""
     return name.split("-")[0] == "fused"
-
-
-# Every provider of an op with rows, and of a fold.
-LINEAR_PROVIDERS = tuple(dict.fromkeys(name for op in OPS if op not in FOLDS for name in MAKERS[op]))
-FOLD_PROVIDERS = tuple(dict.fromkeys(name for op in FOLDS for name in MAKERS[op]))

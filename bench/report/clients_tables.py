@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.records import ResultsError
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
 
 KIND = "clients"
 MIB = 2**20
@@ -46,19 +46,14 @@ def clients_markdown(path: Path) -> str:
 
 def _conditions(saved: dict[str, Any]) -> str:
     machine = saved["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    versions, commit = versions_text(machine["versions"]), commit_text(saved["commit"])
     settings = " ".join(saved["settings"])
     return (
-        f"{machine['device_name']}, one thread; {versions}; {_commit(saved)}, {saved['date'][:10]}. "
+        f"{machine['device_name']}, one thread; {versions}; {commit}, {saved['date'][:10]}. "
         f"The preset `digits` with `{settings}`, after all clients have taken part once. Medians over rounds; "
         "*tensors* are all that live between two rounds, *process* the most memory the process ever took, *kept* what "
         f"all clients keep between rounds.{_disturbed(saved['points'])}"
     )
-
-
-def _commit(saved: dict[str, Any]) -> str:
-    commit = str(saved["commit"])
-    return f"commit {commit[:12]}{' with uncommitted changes' if commit.endswith('+') else ''}"
 
 
 def _disturbed(points: list[dict[str, Any]]) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 from bench.cases import DROPOUT_P, MAIN_OPS, OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.harness.records import Record, case_key, holds_records, load_records
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.simulation_tables import reading, run_of_device, simulation_table
 from bench.report.suite_results import OTHER_WAYS, width_text
+from bench.report.titles import TITLES
 
 # What docs/benchmarks.md says as long as no device's file is committed.
 NOT_MEASURED = """\
@@ -17,19 +18,21 @@ GPU: not yet measured. The kernels pass their tests under Triton's interpreter a
 gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
 is known yet of their speed or of bfloat16 on a device."""
 
-TITLES = {
-    "forward": "**Forward**, M = {rows}.",
-    "forward_backward": "**Forward + backward**, M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
-    "fold": "**Fold**, in place; *base* copies W, *peft* is its `merge`.",
-    "decode": "**Decode**: a forward of one row and of sixteen.",
-    "dropout": f"**LoRA dropout**, p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
-    "projections_forward": "**Projections of one input, forward**: *base* is the plain linears one after another, "
-    "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
-    "projections": "**Projections of one input, forward + backward**, M = {rows}: gradients of x, every A and B.",
-    "fold_out": "**Fold out of place**, into a buffer; *base* copies W into it, *peft* does and merges there, "
-    "*fused-inplace* is `fold_`.",
-    "fold_many": "**Fold of many weights**, in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is "
-    "`fold_many_`.",
+# A forward of few rows has a section of its own.
+DECODE = "decode"
+HEADS = {name: title.head for name, title in TITLES.items()} | {DECODE: "Decode"}
+# The README's sections in order, and what each shows, as it stands behind the head.
+NOTES = {
+    "forward": ", M = {rows}.",
+    "forward_backward": ", M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
+    "fold": ", in place; *base* copies W, *peft* is its `merge`.",
+    DECODE: ": a forward of one row and of sixteen.",
+    "dropout": f", p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
+    "projections_forward": ": *base* is the plain linears one after another, *fused-apart* this library's layers each "
+    "alone, *fused* the same with `fuse_projections`.",
+    "projections": ", M = {rows}: gradients of x, every A and B.",
+    "fold_out": ", into a buffer; *base* copies W into it, *peft* does and merges there, *fused-inplace* is `fold_`.",
+    "fold_many": ", in place; *peft* merges each, *fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
 # The terminal's columns of time ÷ base, under these names.
 SUMMARY = {
@@ -41,6 +44,7 @@ SUMMARY = {
     "peft": "peft",
     "peft-autocast": "auto",
 }
+CASE_HEADER = f"{'case':<52} {'base ms':>8}"
 Providers = Mapping[str, Record]
 
 
@@ -48,11 +52,11 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return a device's figures as Markdown: what it ran on, then the shapes the kernels are designed for."""
     cases = by_case(records)
     parts = [conditions(meta, records)]
-    for name, title in TITLES.items():
+    for name, note in NOTES.items():
         chosen = [providers for providers in cases if table_of(next(iter(providers.values()))) == name]
         if chosen:
             rows = next(iter(chosen[0].values()))["m"]
-            parts.append(title.format(rows=rows) + "\n\n" + _table(chosen))
+            parts.append(f"**{HEADS[name]}**{note.format(rows=rows)}\n\n{_table(chosen)}")
     run = run_of_device(meta, records)
     if run is not None:
         parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
@@ -78,14 +82,14 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return one paragraph: device, versions, commit, ceilings, what was checked and how to read the figures."""
     checks = [record for record in records if record["op"] == "check"]
     wrong = sum(record.get("status") == "wrong" for record in records)
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     limits = meta.get("ceilings", {})
     measured = [f"copies {limits['copy_gbps'] / 1e3:.2f} TB/s"] if "copy_gbps" in limits else []
     if "matmul_tflops_bfloat16" in limits:
         measured.append(f"multiplies bfloat16 at {limits['matmul_tflops_bfloat16']:.3g} TFLOP/s")
     found = "nothing was wrong" if not wrong else f"{wrong} results were wrong and not timed"
     return (
-        f"{meta['device_name']}; {versions}; commit {_commit(meta.get('commit'))}, {meta['date'][:10]}. "
+        f"{meta['device_name']}; {versions_text(meta['versions'])}; {commit_text(meta.get('commit'))}, "
+        f"{meta['date'][:10]}. "
         f"It {' and '.join(measured)}. {len(checks)} checks against float64 in every dtype, and every provider of "
         f"every shape before it was timed: {found}. Medians in ms of the device's time, caches flushed and providers "
         "interleaved, in brackets time ÷ *base*; *host* is what a call keeps the host, in µs."
@@ -95,18 +99,21 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return a table for the terminal: a line a case, times ÷ base, the host time of PEFT and fused."""
     header = " ".join(f"{name:>6}" for name in SUMMARY.values())
-    lines = [f"{'case':<52} {'base ms':>8} {header} {'host µs':>11}"]
+    lines = [f"{CASE_HEADER} {header} {'host µs':>11}"]
     for providers in by_case(records):
-        any_record = next(iter(providers.values()))
-        name = " ".join(str(any_record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
-        base = providers.get("base", {}).get("time_ms")
-        ratios = (f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
-        lines.append(
-            f"{name:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(ratios)} {_hosts(providers):>11}".rstrip()
-        )
+        ratios = " ".join(f"{_ratio(providers.get(provider)):>6}" for provider in SUMMARY)
+        lines.append(f"{case_columns(providers)} {ratios} {_hosts(providers):>11}".rstrip())
     checks = [record for record in records if record["op"] == "check"]
     wrong = [record for record in checks if record.get("status") == "wrong"]
     return "\n".join([*lines, f"checks: {len(checks)}, wrong: {len(wrong)}"])
+
+
+def case_columns(providers: Providers) -> str:
+    """Return what a case's line in the terminal begins with: the case, and the base's time."""
+    record = next(iter(providers.values()))
+    name = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
+    base = providers.get("base", {}).get("time_ms")
+    return f"{name:<52} {f'{base:.4g}' if base else '–':>8}"
 
 
 def table_of(record: Record) -> str | None:
@@ -121,7 +128,7 @@ def table_of(record: Record) -> str | None:
     if record["op"] == "fold":
         return "fold"
     if record["m"] in DECODE_ROWS:
-        return "decode"
+        return DECODE
     tiny = shape == (TINY.k, TINY.n)
     wanted = tiny or (record["m"] == TABLE_ROWS and record["r"] in TABLE_RANKS and record["dtype"] == "bfloat16")
     return record["op"] if wanted else None
@@ -167,9 +174,3 @@ def _hosts(providers: Providers) -> str:
         return " / ".join(f"{value:.0f}" if isinstance(value, float) else "–" for value in values)
 
     return host(providers.get(name, {}).get("host_us") for name in ("peft", "fused"))
-
-
-def _commit(commit: str | None) -> str:
-    if not commit:
-        return "unknown"
-    return commit[:12] + (" with uncommitted changes" if commit.endswith("+") else "")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.cases import MAIN_OPS
-from bench.harness.records import Record, ResultsError
-from bench.report.history import LINE_TITLES, HistoryEntry, Mean, by_device, means
+from bench.harness.records import Record, ResultsError, replacing
+from bench.report.history import HistoryEntry, Mean, by_device, means
 from bench.report.simulation_tables import Setting, SimulationRun
 from bench.report.suite_results import BenchmarkRun, Entry
+from bench.report.titles import TITLES
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each for print.
 SIMULATION_STYLES = {
@@ -30,8 +32,7 @@ SUITE_STYLES = {
     "fused": ("#0072B2", "o"),
 }
 COLUMNS = 3
-# The ops drawn; tables alone show the others, whose shapes are their own.
-TITLES = {"forward": "forward", "forward_backward": "forward + backward", "fold": "fold"}
+# The ops drawn, which are measured at every shape, and what each is divided by; only tables show the others.
 BASES = {"forward": "base matmul", "forward_backward": "base matmuls", "fold": "a copy of W"}
 
 
@@ -40,24 +41,29 @@ def draw(run: BenchmarkRun, path: Path) -> None:
 
     Raises ResultsError if none of the drawn ops was measured.
     """
-    ops = [op for op in run.ops if op in TITLES]
+    ops = [op for op in run.ops if op in BASES]
     if not ops:
-        raise ResultsError(f"there is nothing to draw: the picture shows {', '.join(TITLES)} alone")
+        raise ResultsError(f"there is nothing to draw: the picture shows {', '.join(BASES)} alone")
     labels = list(dict.fromkeys(shape.label for op in ops for shape in run.shapes(op)))
     figure = Figure(figsize=(1.8 + 3.4 * len(ops), 1.6 + 0.3 * len(labels)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(ops), squeeze=False, sharey=True)[0]
     for axes, op in zip(panels, ops, strict=True):
         _draw_op(axes, run, op, labels)
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()
-    keys = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
     figure.suptitle(_subject(run), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with one legend for all its panels below them."""
+    keys: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        keys |= dict(zip(labels, handles, strict=True))
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
+    with replacing(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _subject(run: BenchmarkRun) -> str:
@@ -83,7 +89,7 @@ def _draw_op(axes: Axes, run: BenchmarkRun, op: str, labels: Sequence[str]) -> N
     axes.axvline(1.0, color="black", linewidth=1)
     axes.grid(axis="x", linewidth=0.4)
     axes.set_xlabel(f"time ÷ {BASES[op]}")
-    axes.set_title(TITLES[op], fontsize=10)
+    axes.set_title(TITLES[op].short, fontsize=10)
 
 
 def _spread(entries: Mapping[str, Entry], provider: str) -> float:
@@ -95,21 +101,14 @@ def draw_history(runs: Sequence[HistoryEntry], path: Path) -> None:
     """Draw the means over the runs, a row of panels per device and one panel per main op, and write a PNG."""
     devices = by_device(runs)
     figure = Figure(figsize=(11, 0.8 + 3.0 * len(devices)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(len(devices), len(MAIN_OPS), squeeze=False)
     for row, (device, own) in zip(panels, devices.items(), strict=True):
         for axes, op in zip(row, MAIN_OPS, strict=True):
             _draw_means(axes, means(own, op))
-            axes.set_title(
-                f"{LINE_TITLES[op]}, {device}" if op == MAIN_OPS[0] else LINE_TITLES[op], fontsize=9, loc="left"
-            )
+            title = TITLES[op].short
+            axes.set_title(f"{title}, {device}" if op == MAIN_OPS[0] else title, fontsize=9, loc="left")
         row[0].set_ylabel("fused time ÷")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    _write(figure, path)
 
 
 def _draw_means(axes: Axes, points: Sequence[Mean]) -> None:
@@ -132,7 +131,6 @@ def draw_simulation(run: SimulationRun, path: Path) -> None:
     columns = min(COLUMNS, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.4 * columns, 0.8 + 2.7 * rows), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (setting, cohorts) in zip(panels, curves.items(), strict=False):
         _draw_setting(axes, setting, cohorts)
@@ -143,14 +141,9 @@ def draw_simulation(run: SimulationRun, path: Path) -> None:
             axes.set_ylabel("ms per client and step")
         if place + columns >= len(curves):
             axes.set_xlabel("clients in the cohort")
-    keys = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
     threads = f", CPU threads: {run.threads}" if run.threads else ""
     figure.suptitle(f"{run.device_name}{threads}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    canvas.print_png(str(partial))
-    partial.replace(path)
+    _write(figure, path)
 
 
 def _draw_setting(axes: Axes, setting: Setting, cohorts: Mapping[int, Mapping[str, Record]]) -> None:

@@ -17,19 +17,10 @@ from bench.cases import OPS
 from bench.harness.records import ResultsError, holds_records, load_records, write_text
 from bench.report.markdown import markdown_table
 from bench.report.suite_results import geometric_mean, load_run
+from bench.report.titles import TITLES
 from plora_kernels.tuning.tables import device_key
 
 HISTORY = Path(__file__).parents[1] / "results" / "history"
-LINE_TITLES = {
-    "forward": "forward",
-    "forward_backward": "forward + backward",
-    "fold": "fold",
-    "dropout": "dropout",
-    "projections_forward": "projections, forward",
-    "projections": "projections",
-    "fold_out": "fold out of place",
-    "fold_many": "fold of many",
-}
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,12 @@ def read_run(path: Path) -> HistoryEntry:
         ratios = tuple(_ratio(record) for record in timed)
         return HistoryEntry(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
     run = load_run(path)
-    commit = str(run.commit["id"]) + ("+" if run.commit.get("dirty") else "")
     ratios = tuple(
         _ratio({**asdict(shape), **asdict(entry), "provider": provider})
         for shape, entries in run.entries.items()
         for provider, entry in entries.items()
     )
-    return HistoryEntry(run.date, commit, run.machine["device_name"], run.machine["versions"], ratios)
+    return HistoryEntry(run.date, run.commit, run.machine["device_name"], run.machine["versions"], ratios)
 
 
 def keep(path: Path, folder: Path = HISTORY) -> Path:
@@ -152,7 +142,7 @@ def history_markdown(runs: Sequence[HistoryEntry]) -> str:
     for device, own in by_device(runs).items():
         cells = {op: {mean.run.file_name: mean.text for mean in means(own, op)} for op in OPS}
         ops = [op for op in OPS if cells[op]]
-        header = ["run", "torch", *(f"{LINE_TITLES[op]} ÷ base / ÷ PEFT" for op in ops)]
+        header = ["run", "torch", *(f"{TITLES[op].short} ÷ base / ÷ PEFT" for op in ops)]
         rows = [
             [run.name, str(run.versions.get("torch")), *(cells[op].get(run.file_name, "–") for op in ops)]
             for run in own

@@ -1,7 +1,7 @@
-"""Markdown tables."""
+"""Markdown: tables, what figures were made with, and sections of the README."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench.harness.records import ResultsError, write_text
@@ -13,6 +13,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose first column is flush left, the others flush right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def versions_text(versions: Mapping[str, str | None]) -> str:
+    """Return the versions of what is installed: "torch 2.13.0, peft 0.19.1"."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def commit_text(commit: str | None) -> str:
+    """Return "commit 0123456789ab", and that files differed from it where it ends in "+"."""
+    if not commit:
+        return "commit unknown"
+    return f"commit {commit.rstrip('+')[:12]}{' with uncommitted changes' if commit.endswith('+') else ''}"
 
 
 def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:

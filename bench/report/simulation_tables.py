@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.records import SIMULATION, Record, ResultsError, holds_records, load_records
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
+from bench.report.suite_results import commit_name
 from bench.simulation.cases import RANK
 
-# Shown where it was measured; else the largest size there is.
+# The cohort size whose figures the table shows; where it was not measured, the largest that was.
 COHORT = 10
 OURS = "cohort"
 NOT_MEASURED = """\
@@ -112,10 +113,9 @@ def _run_of_suites(path: Path) -> SimulationRun | None:
         own = simulated([*items, *saved["not_available"]])
         if not own:
             return None
-        machine, commit = saved["machine_info"], saved["commit_info"]
-        name = str(commit["id"]) + ("+" if commit.get("dirty") else "")
+        machine, commit = saved["machine_info"], commit_name(saved["commit_info"])
         return SimulationRun(
-            own, machine["device_name"], machine["threads"], machine["versions"], name, saved["datetime"]
+            own, machine["device_name"], machine["threads"], machine["versions"], commit, saved["datetime"]
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} is not what the suites save ({type(error).__name__}: {error})") from error
@@ -172,7 +172,6 @@ def reading(run: SimulationRun) -> str:
 
 
 def _conditions(run: SimulationRun) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if version)
     threads = f", {run.threads} CPU threads" if run.threads else ""
-    state = " with uncommitted changes" if run.commit.endswith("+") else ""
-    return f"{run.device_name}{threads}; {versions}; commit {run.commit.rstrip('+')[:12]}{state}, {run.date[:10]}."
+    versions, commit = versions_text(run.versions), commit_text(run.commit)
+    return f"{run.device_name}{threads}; {versions}; {commit}, {run.date[:10]}."

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.records import SIMULATION, Record, ResultsError, case_key, load_records
+from bench.harness.records import SIMULATION, Record, ResultsError, load_records
+from bench.report.device_tables import CASE_HEADER, by_case, case_columns
 
 # Columns of time ÷ base; "default" is *fused* with the default blocks.
 COLUMNS = ("fused", "default", "peft", "peft-compiled")
@@ -30,18 +31,10 @@ def _cases(path: Path) -> list[str]:
         default = load_records(defaults)[1] if defaults.is_file() else []
     except ResultsError as error:
         return [str(error)]
-    cases: dict[tuple[object, ...], dict[str, Record]] = {}
-    for name, found in (("", records), ("default", [one for one in default if one["provider"] == "fused"])):
-        for record in found:
-            if record["op"] not in ("check", SIMULATION):
-                cases.setdefault(case_key(record), {})[name or record["provider"]] = record
-    lines = [str(meta["device_name"]), f"{'case':<52} {'base ms':>8} " + " ".join(f"{name:>13}" for name in COLUMNS)]
-    for providers in list(cases.values())[:MOST_CASES]:
-        record = next(iter(providers.values()))
-        case = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
-        base = providers.get("base", {}).get("time_ms")
-        figures = (f"{_ratio(providers.get(name)):>13}" for name in COLUMNS)
-        lines.append(f"{case:<52} {f'{base:.4g}' if base else '–':>8} {' '.join(figures)}")
+    cases = by_case([*records, *({**one, "provider": "default"} for one in default if one["provider"] == "fused")])
+    lines = [str(meta["device_name"]), " ".join([CASE_HEADER, *(f"{name:>13}" for name in COLUMNS)])]
+    for providers in cases[:MOST_CASES]:
+        lines.append(" ".join([case_columns(providers), *(f"{_ratio(providers.get(name)):>13}" for name in COLUMNS)]))
     checks = [record for record in records if record["op"] == "check"]
     steps = [record for record in records if record["op"] == SIMULATION]
     wrong = sum(record.get("status") == "wrong" for record in [*records, *default])

@@ -1,6 +1,5 @@
 """Saved benchmark results: read from pytest-benchmark's JSON, checked once, typed from then on."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import OPS
-from bench.harness.records import ResultsError
+from bench.harness.records import ResultsError, read_json
 
-# In the order of tables.
+# The suites' providers, in the order of a table's columns.
 PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
-# What else this library could have been called for, to be compared with.
+# This library's other ways to do the same, and the column that compares *fused* with each.
 OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 
 
@@ -50,12 +49,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """A run: `entries` and `not_available` (the cause) by shape and provider, `machine` and `commit` as saved."""
+    """A run: `entries` and `not_available` (the cause) by shape and provider, `machine` as saved.
+
+    `commit` ends in "+" where files differed from it.
+    """
 
     entries: Mapping[Shape, Mapping[str, Entry]]
     not_available: Mapping[Shape, Mapping[str, str]]
     machine: Mapping[str, Any]
-    commit: Mapping[str, Any]
+    commit: str
     date: str
 
     @property
@@ -74,14 +76,10 @@ def load_run(path: Path) -> BenchmarkRun:
 
     Raises ResultsError naming the file and what is missing: the file, JSON, the benchmark list, or a field.
     """
-    if not path.is_file():
-        raise ResultsError(f"{path} does not exist; `pytest --benchmark --benchmark-json={path}` writes it")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON: {error}") from error
+    command = f"pytest --benchmark --benchmark-json={path}"
+    saved = read_json(path, command)
     if not isinstance(saved, dict) or not saved.get("benchmarks"):
-        raise ResultsError(f"{path} holds no benchmarks; `pytest --benchmark --benchmark-json={path}` writes some")
+        raise ResultsError(f"{path} holds no benchmarks; `{command}` writes some")
     entries: dict[Shape, dict[str, Entry]] = {}
     not_available: dict[Shape, dict[str, str]] = {}
     try:
@@ -89,9 +87,15 @@ def load_run(path: Path) -> BenchmarkRun:
             entries.setdefault(_shape(facts), {})[facts["provider"]] = _entry(facts)
         for facts in _of_layers(saved["not_available"]):
             not_available.setdefault(_shape(facts), {})[facts["provider"]] = facts["cause"]
-        return BenchmarkRun(entries, not_available, saved["machine_info"], saved["commit_info"], saved["datetime"])
+        commit = commit_name(saved["commit_info"])
+        return BenchmarkRun(entries, not_available, saved["machine_info"], commit, saved["datetime"])
     except KeyError as error:
         raise ResultsError(f"{path} has no {error.args[0]!r}; `pytest --benchmark` of this version saves it") from error
+
+
+def commit_name(saved: Mapping[str, Any]) -> str:
+    """Return the commit that pytest-benchmark saved, "+" behind it where files differed from it."""
+    return str(saved["id"]) + ("+" if saved.get("dirty") else "")
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -6,22 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bench.cases import DROPOUT_P
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.suite_results import OTHER_WAYS, PROVIDERS, BenchmarkRun, Entry, Shape, geometric_mean
+from bench.report.titles import TITLES
 
-OP_TITLES = {
-    "forward": "Forward",
-    "forward_backward": "Forward + backward",
-    "fold": "Fold",
-    "dropout": "LoRA dropout",
-    "projections_forward": "Projections of one input, forward",
-    "projections": "Projections of one input, forward + backward",
-    "fold_out": "Fold out of place",
-    "fold_many": "Fold of many weights",
-}
-
-
-OP_NOTES = {
+# What an operator's table shows, as it stands behind the title.
+NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
     "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
@@ -34,8 +24,6 @@ OP_NOTES = {
     "fold_many": "All weights of an attention in place, caches cold; *base* copies each, *peft* merges each, "
     "*fused-apart* is `fold_` of each, *fused* is `fold_many_`.",
 }
-
-
 MIB = 2**20
 
 
@@ -70,16 +58,14 @@ def markdown(run: BenchmarkRun) -> str:
 
 def conditions(run: BenchmarkRun) -> str:
     """Return one paragraph on device, versions, commit and how to read the figures."""
-    machine, commit = run.machine, run.commit
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    machine = run.machine
     rows = sorted({shape.m for shape in run.shapes() if shape.m})
     dtypes = sorted({shape.dtype for shape in run.shapes()})
-    state = " with uncommitted changes" if commit.get("dirty") else ""
     return (
-        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; {versions}; "
-        f"commit {str(commit['id'])[:12]}{state}, {run.date[:10]}. M = {', '.join(map(str, rows)) or '–'} rows, "
-        f"{', '.join(dtypes)}. Medians of interleaved rounds in ms, in brackets time ÷ *base*; peak is what one "
-        "call allocates at most, in MiB."
+        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; "
+        f"{versions_text(machine['versions'])}; {commit_text(run.commit)}, {run.date[:10]}. "
+        f"M = {', '.join(map(str, rows)) or '–'} rows, {', '.join(dtypes)}. Medians of interleaved rounds in ms, in "
+        "brackets time ÷ *base*; peak is what one call allocates at most, in MiB."
     )
 
 
@@ -91,7 +77,7 @@ def _op_section(run: BenchmarkRun, op: str) -> str:
     header = ["shape", *providers, *ratios, "peak peft", "peak fused"]
     rows = [_row(run, shape, providers, others) for shape in shapes]
     rows.append(_mean_row(run, op, providers, others))
-    return f"**{OP_TITLES[op]}.** {OP_NOTES[op]}\n\n{markdown_table(header, rows)}"
+    return f"**{TITLES[op].head}.** {NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
 def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str], others: Sequence[str]) -> list[str]:

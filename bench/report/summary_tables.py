@@ -10,7 +10,7 @@ from typing import NamedTuple
 from bench.cases import RANK
 from bench.harness.records import Record, holds_records, load_records
 from bench.report.device_tables import by_case, table_of
-from bench.report.markdown import markdown_table
+from bench.report.markdown import commit_text, markdown_table
 from bench.report.simulation_tables import COHORT, OURS, SimulationRun, load_simulation, run_of_device
 from bench.report.suite_results import BenchmarkRun, geometric_mean, load_run
 
@@ -72,7 +72,7 @@ def _of_cpu(results: Path) -> Measured:
         layers = {op: _of_shapes(run, op) for op in TITLES}
         models = [shape.model for shape in run.shapes()]
         machine = _machine(run.machine["device_name"], run.machine["threads"])
-        conditions.append(f"{machine}; {_when(_commit(run), run.date)}")
+        conditions.append(f"{machine}; {_when(run.commit, run.date)}")
     if (results / STEPS).is_file():
         found = load_simulation(results / STEPS)
         steps, other = _of_steps(found), _machine(found.device_name, found.threads)
@@ -93,7 +93,7 @@ def _of_device(path: Path) -> Measured:
             dtypes.append(record["dtype"])
             models += [record["model"]] if "model" in record else []
     run = run_of_device(meta, records)
-    when = _when(str(meta.get("commit") or "unknown"), str(meta["date"]))
+    when = _when(meta.get("commit"), str(meta["date"]))
     steps = _of_steps(run) if run else []
     return Measured(_titled(str(meta["device_name"]), dtypes), when, layers, steps, models)
 
@@ -123,14 +123,9 @@ def _machine(name: str, threads: int | None) -> str:
     return f"{name}, {threads} threads" if threads else name
 
 
-def _commit(run: BenchmarkRun) -> str:
-    return f"{run.commit['id']}{'+' if run.commit.get('dirty') else ''}"
-
-
-def _when(commit: str, date: str) -> str:
-    """Return commit and day; a commit ends in "+" where files differed from it."""
-    state = " with uncommitted changes" if commit.endswith("+") else ""
-    return f"commit {commit.rstrip('+')[:12]}{state}, {date[:10]}"
+def _when(commit: str | None, date: str) -> str:
+    """Return commit and day."""
+    return f"{commit_text(commit)}, {date[:10]}"
 
 
 def _against_peft(providers: Mapping[str, Record]) -> float | None:

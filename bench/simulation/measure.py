@@ -15,7 +15,7 @@ from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
 from bench.harness.processes import Outcome, note, one_line
 from bench.harness.records import Record, blank
-from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave
+from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave, median_and_spread, nothing
 from bench.simulation.cases import DIGITS_VIT, IMAGE_TOKENS, RANK, SimulationCase, simulation_cases
 from bench.simulation.problem import Problem, Values, make_problem
 from bench.simulation.providers import make_step, providers_of
@@ -24,13 +24,14 @@ from fed.training.memory import keep_freed_memory
 
 NORMS = {"Frobenius": 2.0, "max": float("inf")}
 SECONDS_EACH = 120.0
-# Whom every loop has, for the others are divided by them.
+# Providers that are timed in every loop, because the others' times are divided by theirs.
 REFERENCES = ("base", "peft-loop")
 
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
-# Where the cohort's gradients in fp64 take this long, the check was warm-up enough and a few rounds have to do.
+# Where the cohort's gradients in fp64 take this long the case is slow: a few rounds, without a warm-up, have to do.
 LONG_SECONDS, LONG_ROUNDS = 3.0, 3
-# On the CPU memory is read from a profile of the step, which costs more than the step: at one size, in small steps.
+# On the CPU memory is read from a profile of the step, which costs more than the step: it is read for cohorts of this
+# size alone, and where their batch is no larger than this.
 WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
 
 
@@ -68,7 +69,7 @@ def measure(
     keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
     known = providers_of(case)
-    names = [name for name in known if wanted is None or name in wanted or name in ("base", "peft-loop")]
+    names = [name for name in known if wanted is None or name in wanted or name in REFERENCES]
     began = time.perf_counter()
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began
@@ -83,34 +84,34 @@ def measure(
             found[name] = Found(figures, durations)
         return {name: replace(found[name], record=_facts(case, device, name) | found[name].record) for name in names}
 
-    def tell(seconds: Mapping[str, list[float]]) -> None:
+    def note_records(seconds: Mapping[str, list[float]]) -> None:
         if len(seconds["base"]) > 1:
             note([one.record for one in summed_up(seconds).values()])
 
     note(None)
-    timed = {name: Step(step, _nothing) for name, step in steps.items()}
-    return summed_up(interleave(timed, _timer(device), _nothing, plan, tell))
+    timed = {name: Step(step) for name, step in steps.items()}
+    return summed_up(interleave(timed, _timer(device), nothing, plan, note_records))
 
 
 def _checked(
     case: SimulationCase, device: torch.device, problem: Problem, names: Sequence[str], exact: list[Values]
 ) -> tuple[dict[str, Callable[[], None]], dict[str, int | None], dict[str, tuple[str, str]]]:
     """Return steps and peak bytes of the providers whose gradients are right, and why the others are left out."""
-    yardstick = ReferenceGradients(exact, peft_loop(problem).gradients())
+    reference = ReferenceGradients(exact, peft_loop(problem).gradients())
     steps, peaks, causes = {}, {}, {}
     for name in names:
         note(name)
         try:
             step, trainer = make_step(name, problem)
-            if trainer is not None and name != "peft-loop":  # whose own gradients made the yardstick
-                yardstick.check(name, trainer.gradients())
+            if trainer is not None and name != "peft-loop":  # the bounds are made from its own gradients
+                reference.check(name, trainer.gradients())
             peaks[name] = _peak(case, device, step)
             steps[name] = step
         except WrongResultError as error:
             causes[name] = ("wrong", str(error))
         except Exception as error:  # out of memory, an operator that does not run under a transform
             require_device(device.type, error)
-            if name in ("base", "peft-loop"):
+            if name in REFERENCES:
                 raise
             causes[name] = ("not available", one_line(error))
     return steps, peaks, causes
@@ -118,10 +119,9 @@ def _checked(
 
 def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> dict[str, object]:
     medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
-    first, _, third = statistics.quantiles(seconds[name], n=4, method="inclusive")
     return {
         "seconds": medians[name],
-        "spread_seconds": third - first,
+        "spread_seconds": median_and_spread(seconds[name])[1],
         "rounds": len(seconds[name]),
         "clients_steps_per_second": case.cohort / medians[name],
         "ratio_to_base": medians[name] / medians["base"],
@@ -143,10 +143,6 @@ def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) 
 
 def _timer(device: torch.device) -> Timer:
     return SynchronisedTimer() if device.type == "cuda" else WallTimer()
-
-
-def _nothing() -> None:
-    return None
 
 
 class ReferenceGradients:
@@ -193,7 +189,7 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A case on a device, as it is sent to a process: whom to measure, and why others are not (any more)."""
+    """A case on a device, as it is sent to a process: the providers to measure, and why some of them failed before."""
 
     case: SimulationCase
     device: str
@@ -218,11 +214,12 @@ def simulate(work: Simulation) -> list[Record]:
 def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
     """Return a record per wanted provider: what a process found or, where it was stopped, had found by then.
 
-    Where it found nothing that is one record, which says why: what is divided by did not run.
+    Where it found nothing, the providers that the others are divided by did not run: one record, of the base, has the
+    cause.
     """
     found: list[Record] | None = outcome.value
     if found is None:
-        found = next((told for told in reversed(outcome.notes) if isinstance(told, list)), None)
+        found = next((noted for noted in reversed(outcome.notes) if isinstance(noted, list)), None)
     if found is None:
         return [_lost(work, "base", outcome.error)]
     named: dict[str, Record] = {record["provider"]: blank(**record) for record in found}
@@ -232,7 +229,7 @@ def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
 
 def blamed(outcome: Outcome) -> str | None:
     """Return the provider that ran alone when its process was stopped, if one did."""
-    last = outcome.notes[-1] if outcome.notes and not outcome.cut else None
+    last = None if outcome.cut else outcome.last_note
     return last if isinstance(last, str) and last not in REFERENCES else None
 
 

@@ -20,9 +20,9 @@ from transformers import (
 
 from bench.simulation.cases import ModelShape
 
-# What is trained in full, by family.
+# The module that is trained in full, by family.
 HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score"}
-ATTENTION = "sdpa"
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,23 +60,15 @@ def _vit(shape: ModelShape) -> Any:
             image_size=8,
             patch_size=2,
             num_channels=1,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
             initializer_range=0.1,
+            **NO_DROPOUT,
             **_sizes(shape),
         )
     )
 
 
 def _bert(shape: ModelShape) -> Any:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=shape.vocabulary,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **_sizes(shape),
-        )
-    )
+    return BertForSequenceClassification(BertConfig(vocab_size=shape.vocabulary, **NO_DROPOUT, **_sizes(shape)))
 
 
 def _llama(shape: ModelShape) -> Any:
@@ -99,7 +91,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         "num_attention_heads": shape.heads,
         "intermediate_size": shape.inner,
         "num_labels": shape.labels,
-        "attn_implementation": ATTENTION,
+        "attn_implementation": "sdpa",
     }
 
 

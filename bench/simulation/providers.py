@@ -27,8 +27,8 @@ TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "cohort-compiled": compiled,
 }
 PROVIDERS = ("base", *TRAINERS)
-# Compiling takes longer than all the rest of a case: for most models, and on a GPU, whose time is short, it is measured
-# for a client alone and for the usual cohort.
+# Compiling takes longer than all the rest of a case. For most models, and for all on a GPU, whose time is short, the
+# compiled provider is therefore measured only for a single client and for the usual cohort.
 COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
 
 

@@ -6,9 +6,10 @@ layers are pointed to the client's own parameters, and each client has an optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -32,18 +33,12 @@ class ResidentLoop:
         self.optimizers = [make_optimizer(list(client.values())) for client in self.clients]
 
     def step(self) -> None:
-        for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
-            self._swap_in(client)
-            optimizer.zero_grad()
-            self.loss(self.model, batch).backward()
+        for _, optimizer in self._backward_of_each():
             optimizer.step()
 
     def gradients(self) -> list[Values]:
         found = []
-        for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
-            self._swap_in(client)
-            optimizer.zero_grad()
-            self.loss(self.model, batch).backward()
+        for client, optimizer in self._backward_of_each():
             found.append({name: cast(Tensor, parameter.grad) for name, parameter in client.items()})
             optimizer.zero_grad()
         return found
@@ -51,9 +46,14 @@ class ResidentLoop:
     def values(self) -> list[Values]:
         return [{name: parameter.detach() for name, parameter in client.items()} for client in self.clients]
 
-    def _swap_in(self, client: Mapping[str, nn.Parameter]) -> None:
-        for (module, attribute), parameter in zip(self.slots.values(), client.values(), strict=True):
-            setattr(module, attribute, parameter)
+    def _backward_of_each(self) -> Iterator[tuple[dict[str, nn.Parameter], torch.optim.Optimizer]]:
+        """Swap in one client after another and yield it, its gradients ready, with its optimiser."""
+        for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
+            for (module, attribute), parameter in zip(self.slots.values(), client.values(), strict=True):
+                setattr(module, attribute, parameter)
+            optimizer.zero_grad()
+            self.loss(self.model, batch).backward()
+            yield client, optimizer
 
 
 def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:

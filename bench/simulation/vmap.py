@@ -41,7 +41,7 @@ class StackedTrainer:
 
     def _gradients(self) -> Values:
         with warnings.catch_warnings():
-            # An operator without a batching rule, attention for one, runs client by client: it says so every time.
+            # An operator without a batching rule, attention for one, runs client by client and warns at every call.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             found: Values = self.mapped({name: value.detach() for name, value in self.stacked.items()}, self.batch)
         return found

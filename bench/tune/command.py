@@ -2,10 +2,9 @@
 
 `python -m bench.tune` goes through the shape classes, the most important first. Candidates are compiled and checked
 against fp64 in processes of their own (one that hangs, crashes or errs is reported and dropped), then timed with the
-cache flushed, all of them briefly and the best longer. Each is said as it is known. After each class the table is
-written: the user's
-($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one that comes with the package. The log
-beside it holds every measurement; the same command goes on where it was cut.
+cache flushed, all of them briefly and the best longer. Each candidate's result is printed as it comes. After each class
+the table is written: the user's ($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one that
+comes with the package. The log beside it holds every measurement; the same command goes on where it was cut.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def choose_classes(options: argparse.Namespace) -> list[ShapeClass]:
-    """Return what is asked for of what can be tuned, the most important first."""
+    """Return the classes to tune that the options choose, the most important first."""
     chosen = [
         shape
         for shape in shape_classes(options.device)
@@ -95,7 +94,7 @@ def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path
     file = f"{device_slug(device)}.json"
     own = PACKAGED if options.package else user_folder()
     if options.out is not None:
-        # The user's tables may be those of DIR.
+        # In a sitting the user's tables are those of DIR: the two paths are then the same.
         tables = dict.fromkeys(path.absolute() for path in (own / file, options.out / "tables" / file))
         return tuple(tables), options.log or options.out / "tune" / file
     logs = LOGS if options.package else user_folder() / "tune"
@@ -135,7 +134,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
     started = time.monotonic()
-    settle_compilers()  # as what compiled ahead did
+    settle_compilers()  # so that kernels that were compiled ahead are found
     options = parse(arguments)
     options.started = started
     if options.device == "cuda" and torch.cuda.is_available():

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.harness.processes import note
-from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interleave, timer_for
+from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interleave, lead_seconds, timer_for
 from bench.tune.trials import Trial
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, ShapeClass
 
-# Rounds of each stage; between two stages this share goes on, the best of every design at least.
+# Rounds of each stage. This share of the candidates goes on to the next, so many at least, and every design's best.
 STAGES = (4, 12, 40)
 SHARE, AT_LEAST = 0.25, 4
-# A class whose neighbour was searched tries the neighbour's best of each design.
+# How many candidates of each design a class tries where one like it was searched: that one's best.
 INHERITED = 8
 
 
@@ -45,12 +45,14 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
 
     Notes each candidate's place before its first call at full size, and None once they run in turn.
     """
-    steps = {str(number): Step(trial.with_blocks(blocks), _nothing) for number, blocks in enumerate(candidates)}
-    timer, lead_s = timer_for(device), 0.0
+    steps = {str(number): Step(trial.with_blocks(blocks)) for number, blocks in enumerate(candidates)}
+    timer, host = timer_for(device), []
     if device.type == "cuda":
-        lead_s = 1.5 * max(_host_seconds(int(name), step) for name, step in steps.items()) + 100e-6
+        for name, step in steps.items():
+            note(int(name))
+            host.append(host_seconds(step, calls=3))
     note(None)
-    flush = cache_flush(device, cold=False, lead_s=lead_s)
+    flush = cache_flush(device, cold=False, lead_s=lead_seconds(host))
     found: dict[str, Timed] = {}
     for rounds in STAGES:
         plan = Plan(seconds_per_provider=0.0, min_rounds=rounds, max_rounds=rounds, warmup_rounds=1)
@@ -59,11 +61,6 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
         going_on = survivors({name: found[name] for name in steps})
         steps = {name: steps[name] for name in going_on}
     return sorted(found.values(), key=lambda timed: (-timed.rounds, timed.time_ms))
-
-
-def _host_seconds(place: int, step: Step) -> float:
-    note(place)
-    return host_seconds(step, calls=3)
 
 
 def survivors(timed: Mapping[str, Timed]) -> list[str]:
@@ -89,9 +86,9 @@ def narrowed(
 ) -> tuple[Blocks, ...]:
     """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
 
-    Like this are a class of the same op, and the forward for dX, of the same dtype and with rows that differ by no
-    more than four times; of several the nearest counts. How many modules are taken at a time, and what dX does for dA,
-    is this class's own.
+    A class is like this one if it is of the same op, or the forward where this one is dX, of the same dtype, and its
+    rows are at most four times as many or as few; of several the nearest counts. Candidates that differ from its best
+    only in `block_r` and `gradient_beside` are all tried: the best of those depends on the class.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:
@@ -110,7 +107,7 @@ def narrowed(
 
 
 def _regardless(blocks: Blocks) -> Blocks:
-    """Return blocks without what is a class's own."""
+    """Return blocks with `block_r` and `gradient_beside` left out: their best values differ from class to class."""
     same = replace(blocks, block_r=0)
     return replace(same, gradient_beside=False) if isinstance(same, MatmulBlocks) else same
 
@@ -142,7 +139,3 @@ def _unlikely(blocks: Blocks) -> tuple[float, ...]:
         return ()
     depth = abs(math.log2(blocks.block_k / 64)) if blocks.block_k else 0.0
     return -blocks.block_m * blocks.block_n, depth, abs(blocks.num_stages - 3)
-
-
-def _nothing() -> None:
-    return None

@@ -131,7 +131,7 @@ def _time(
         if outcome.cut:
             return None
         tried = items[position].candidates
-        ran = outcome.notes[-1] if outcome.notes else None
+        ran = outcome.last_note
         lost = tried if ran is None else (tried[ran],)
         dropped += [(blocks, outcome) for blocks in lost]
         for blocks in lost:

@@ -26,7 +26,7 @@ from bench.checks.operators import GATE_SHAPES, check_shapes
 from bench.device import run as device_run
 from bench.device import simulations
 from bench.device.jobs import Check, Job, Timing, default_blocks_alone, perform
-from bench.device.state import Run, Work, case_facts, left
+from bench.device.state import Run, Work, left
 from bench.gpu_cases import GATE, TINY, device_cases
 from bench.harness import machine, records
 from bench.harness.processes import LostProcessError, Outcome, note, outcomes
@@ -289,7 +289,7 @@ def test_the_first_cases_and_fewer_rounds() -> None:
     assert {case.op for case in cases} == {"forward", "fold"}
     assert gpu.choose_plan(None).max_rounds == 24
     assert (gpu.choose_plan(5).min_rounds, gpu.choose_plan(5).max_rounds) == (5, 5)
-    keys = [records.case_key(case_facts(case)) for case in gpu.choose_work(gpu.parse(["--out", "x"])).cases]
+    keys = [records.case_key(case.facts()) for case in gpu.choose_work(gpu.parse(["--out", "x"])).cases]
     assert len(set(keys)) == len(keys)
 
 

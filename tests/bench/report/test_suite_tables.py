@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from bench.cases import MAIN_OPS, OPS
 from bench.harness.records import ResultsError
@@ -95,6 +96,22 @@ def test_the_picture_shows_the_main_ops_or_says_that_there_are_none(
     saved["not_available"] = []
     assert main([str(write_run(tmp_path / "rest.json", saved)), "--png", str(tmp_path / "rest.png")]) == 2
     assert "the picture shows forward, forward_backward, fold alone" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_what_was_there(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(canvas: FigureCanvasAgg, name: str) -> None:
+        Path(name).write_bytes(b"half")
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", fail)
+    png = tmp_path / "bench.png"
+    png.write_bytes(b"old")
+    with pytest.raises(ValueError, match="no such font"):
+        draw(load_run(results), png)
+    assert png.read_bytes() == b"old"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_every_row_of_a_table_has_as_many_cells(results: Path) -> None:

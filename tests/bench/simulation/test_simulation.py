@@ -258,19 +258,19 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
         measure(tiny(), CPU, QUICK)
 
 
-def test_the_yardstick_by_hand() -> None:
+def test_the_bounds_of_reference_gradients_by_hand() -> None:
     exact_values = [{"a": torch.tensor([3.0, 4.0], dtype=torch.float64)}]
     plain = [{"a": torch.tensor([3.0, 4.0005])}]
-    yardstick = ReferenceGradients(exact_values, plain)
-    assert yardstick.bounds == pytest.approx({"Frobenius": 2e-4, "max": 2.5e-4}, rel=1e-3)
-    yardstick.check("near", [{"a": torch.tensor([3.0, 4.0009])}])
+    reference = ReferenceGradients(exact_values, plain)
+    assert reference.bounds == pytest.approx({"Frobenius": 2e-4, "max": 2.5e-4}, rel=1e-3)
+    reference.check("near", [{"a": torch.tensor([3.0, 4.0009])}])
     with pytest.raises(WrongResultError, match=r"far: the gradients of client 0 are off by 0\.00022 in rel"):
-        yardstick.check("far", [{"a": torch.tensor([3.0, 4.0011])}])
+        reference.check("far", [{"a": torch.tensor([3.0, 4.0011])}])
     for other in ([{"b": torch.ones(2)}], [{"a": torch.ones(3)}], [{"a": torch.tensor([3.0, float("nan")])}]):
         with pytest.raises(WrongResultError):
-            yardstick.check("other", other)
+            reference.check("other", other)
     with pytest.raises(WrongResultError, match="gradients of 2 clients, not of 1"):
-        yardstick.check("more", exact_values * 2)
+        reference.check("more", exact_values * 2)
     assert ReferenceGradients(exact_values, [{"a": torch.tensor([3.0, 4.0])}]).bounds["max"] == 4 * 2.0**-23
 
 

@@ -1,0 +1,22 @@
+"""What the operators are called in tables and pictures."""
+
+from typing import NamedTuple
+
+
+class Title(NamedTuple):
+    """An operator's name at the head of a table, and in a column or a panel, where there is less room."""
+
+    head: str
+    short: str
+
+
+TITLES = {
+    "forward": Title("Forward", "forward"),
+    "forward_backward": Title("Forward + backward", "forward + backward"),
+    "fold": Title("Fold", "fold"),
+    "dropout": Title("LoRA dropout", "dropout"),
+    "projections_forward": Title("Projections of one input, forward", "projections, forward"),
+    "projections": Title("Projections of one input, forward + backward", "projections"),
+    "fold_out": Title("Fold out of place", "fold out of place"),
+    "fold_many": Title("Fold of many weights", "fold of many"),
+}

@@ -26,7 +26,7 @@ from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
 from fed.training.memory import MIB
-from plora_kernels.nn import row_groups
+from plora_kernels.fallback import grouped_products
 from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("by", ["weights", "factors", "operator"])
 def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled here is what is tested
-    monkeypatch.setattr(row_groups, "pays", lambda *operands: by == "weights")
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *operands: by == "weights")
     monkeypatch.setattr(CompiledLosses, "_compare", lambda *arguments: None)  # it would mend what is wrong
     plan = cohort._Plan  # batches are left as they are, so that unequal groups are compiled as well
     monkeypatch.setattr(cohort, "_Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))

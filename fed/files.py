@@ -26,7 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.filename is None:  # the error of a full disk does not name the file
+        # The error of a full disk names no file, and a user does not know the temporary one.
+        if error.errno is not None and error.filename in (None, str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except BaseException:

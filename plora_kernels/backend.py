@@ -51,7 +51,7 @@ def backend(device: str | torch.device | None = None) -> str:
     Raises:
         ConfigError: PLORA_BACKEND is neither, or it is "triton" and Triton cannot run on the device.
 
-    >>> backend("cpu") if "PLORA_BACKEND" not in os.environ else "torch"
+    >>> backend("cpu")
     'torch'
     """
     if device is None:

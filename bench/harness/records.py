@@ -17,11 +17,12 @@ with other code. Under `--defaults` it is null, and the records have a file of t
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fed.files import write_atomically
 
 # The op of training steps, which have keys of their own.
 SIMULATION = "simulation"
@@ -141,22 +142,5 @@ def read_json(path: Path, command: str) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; makes its folder."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write under, which then takes the place of `path`; makes the folder.
-
-    Where writing fails nothing of it is left, and what was at `path` stays as it is.
-    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file by itself
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, text)

@@ -7,7 +7,7 @@ from torch import Tensor
 import plora_kernels as pk
 from bench.cases import Case, Problem
 from bench.providers.base import Maker, Provider, layer_provider, named_factors
-from bench.providers.layers import base, compiled_provider, fused_layer
+from bench.providers.linear import base, compiled_provider, fused_layer
 from bench.providers.peft_layers import NAMES, Siblings, peft_factors, peft_siblings
 
 

@@ -9,8 +9,8 @@ Where that has two ways, *fused* is the one the op is about: *fused-apart* takes
 
 from bench.cases import Case, Op, Problem
 from bench.providers.base import Maker, Provider
-from bench.providers.folds import FOLD, FOLD_MANY, FOLD_OUT
-from bench.providers.layers import DROPOUT, LAYER
+from bench.providers.fold import FOLD, FOLD_MANY, FOLD_OUT
+from bench.providers.linear import DROPOUT, LAYER
 from bench.providers.projections import PROJECTIONS
 
 MAKERS: dict[Op, dict[str, Maker]] = {

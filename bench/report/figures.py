@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.cases import MAIN_OPS
-from bench.harness.records import Record, ResultsError, replacing
+from bench.harness.records import Record, ResultsError
 from bench.report.history import HistoryEntry, Mean, by_device, means
 from bench.report.simulation_tables import Setting, SimulationRun
 from bench.report.suite_results import BenchmarkRun, Entry
 from bench.report.titles import TITLES
+from fed.files import replacing
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each for print.
 SIMULATION_STYLES = {
@@ -62,6 +63,7 @@ def _write(figure: Figure, path: Path) -> None:
         handles, labels = axes.get_legend_handles_labels()
         keys |= dict(zip(labels, handles, strict=True))
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=len(keys), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         FigureCanvasAgg(figure).print_png(str(partial))
 

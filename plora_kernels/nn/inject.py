@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError, StateError, TargetError
-from plora_kernels.nn.folded_weight import ORIGINALS
+from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable, select_in_all
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
@@ -86,8 +86,7 @@ class PLoRAConfig:
             for pattern in patterns:
                 _check_expression(name, pattern)
         check_probability("dropout", self.dropout)
-        if self.original not in ORIGINALS:
-            raise ConfigError(f"original is {self.original!r}; it may be 'device' or 'host'")
+        check_original(self.original)
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name modules, or use 'all-linear'")
         if isinstance(self.modules_to_save, str) or self.modules_to_save is None:

@@ -300,11 +300,12 @@ def test_a_full_disk_is_said_and_leaves_the_file_whole(
     assert gpu.main([*out, "--cases", "1"]) == 0
     before = (tmp_path / "cpu.json").read_bytes()
 
-    def full(self: Path, text: str, encoding: str) -> int:
-        self.write_bytes(text.encode()[:100])
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert gpu.main(out) == 2
     printed = capsys.readouterr()
     assert f"No space left on device: '{tmp_path / 'cpu.json'}'" in printed.err

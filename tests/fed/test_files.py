@@ -41,3 +41,13 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: .*a'"):
         write_half(path, OSError(errno.ENOSPC, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_file_that_was_to_be_written_or_the_other_one_it_is_about(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with pytest.raises(FileNotFoundError) as missing:
+        write_atomically(folder / "a", "text")
+    assert missing.value.filename == str(folder / "a")
+    with pytest.raises(FileNotFoundError) as other:
+        write_half(tmp_path / "b", FileNotFoundError(errno.ENOENT, "No such file or directory", "rows.jsonl"))
+    assert other.value.filename == "rows.jsonl"

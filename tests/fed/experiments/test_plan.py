@@ -93,6 +93,15 @@ def test_a_request_reads_back_to_the_same_plan(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.toml"]
 
 
+def test_the_request_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    asked = plans.request("digits", ["execution=cohort", "clients_per_pass=3"], ["fed-plora"], (0,))
+    plans.write(asked, tmp_path)
+    path = tmp_path / "comparison.toml"
+    path.write_text(path.read_text().replace("clients_per_pass = 3", "cohort_size = 3"))
+    assert plans.read(tmp_path) == asked
+    assert plans.plan(plans.read(tmp_path)).cells[0].config.clients_per_pass == 3
+
+
 def test_the_first_setting_that_differs_is_named() -> None:
     before, now = planned("rounds=3").common(), planned("train.learning_rate=0.5", "rounds=3").common()
     assert plans.difference(before, now) == "train.learning_rate = 0.002 there, 0.5 here"

@@ -137,28 +137,9 @@ def report(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown alone.")] = False,
 ) -> None:
     """Print the result of a run or a comparison, and write its pictures and report.html again."""
-    from fed.console import Screen
-    from fed.experiments.plan import PLAN
-    from fed.report import tables, write
-    from fed.report.comparison import collect
-    from fed.report.tables import markdown
-    from fed.simulation.run_directory import read
+    from fed import commands
 
-    screen = Screen()
-    if (directory / PLAN).is_file():
-        comparison = collect(directory)
-        if as_markdown:
-            screen.say(tables.as_markdown(comparison).rstrip())
-            return
-        screen.show(comparison)
-        written = write.publish_comparison(comparison, directory)
-    else:
-        if as_markdown:
-            screen.say(markdown(read(directory)).rstrip())
-            return
-        screen.summarise(read(directory))
-        written = write.publish_run(directory)
-    screen.say(f"\nreport  {written[-1]}")
+    commands.report(directory, as_markdown)
 
 
 @app.command()

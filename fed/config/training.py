@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from fed.config.fields import TABLE, Count, Fraction, NotNegative, Positive
-
-if TYPE_CHECKING:
-    pass
 
 Rank = Annotated[int, Field(ge=1, le=256)]
 

@@ -12,15 +12,13 @@ import inspect
 import io
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.seeding import permutation, seed_of
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 _NAMED = {"natural": "NaturalIdPartitioner", "pathological": "PathologicalPartitioner"}
 _ROW, _GROUP = "row", "group"

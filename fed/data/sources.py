@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fed.config import RunConfig
+from fed.config.data import DataConfig
+from fed.data.hf_datasets import load, read_table
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.config.data import DataConfig
 
 Row = dict[str, Any]
 
@@ -136,8 +135,6 @@ def read_local(
 def _file(path: Path, key: str) -> Rows:
     if path.suffix not in _TABULAR:
         return read_jsonl(path, key)
-    from fed.data.hf_datasets import read_table
-
     rows = read_table(path, _TABULAR[path.suffix], key)
     return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
 
@@ -178,8 +175,6 @@ def _some(names: Iterable[str]) -> str:
 
 def _from_library(data: DataConfig) -> Rows:
     """Return the rows of a data set on the hub, or of a local copy, loaded by the library `datasets`."""
-    from fed.data.hf_datasets import load
-
     name = data.path or _HUB[data.name]
     choose = (lambda columns: _of_tasks(columns["task_name"], data.tasks)) if data.tasks else None
     found, names = load(data, name, data.split, choose)

@@ -7,18 +7,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 
 from fed import config as configuration
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.errors import FedError
 from fed.experiments.variants import Variant, resolved, variants
 from fed.files import write_atomically
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 PLAN = "comparison.toml"
 

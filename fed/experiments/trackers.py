@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.errors import FedError
 from fed.types import Row
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 Log = Callable[[Row], None]
 

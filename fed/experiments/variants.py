@@ -7,14 +7,12 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fed import config as configuration
 from fed import methods
+from fed.config import RunConfig
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fed.config import RunConfig
+from fed.data.federated_data import FederatedData
 from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, quiet
+from fed.data.tables import Split
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-    from fed.data.tables import Split
 
 # A callback for pretraining, called after each step with the number of steps done and the step's loss.
 Progress = Callable[[int, float], object]

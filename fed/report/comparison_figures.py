@@ -7,7 +7,9 @@ from functools import partial
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from fed.experiments.variants import Variant
 from fed.files import write_atomically
@@ -15,9 +17,6 @@ from fed.report.comparison import Comparison
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.summary import COST, NOISE, Metric
 from fed.types import measured
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Values of x, and the mean and the standard deviation over seeds at each of them.
 Band = tuple[list[float], list[float], list[float]]
@@ -123,8 +122,6 @@ def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> 
 
 def _logarithmic(axes: Axes, low: float, high: float, zero: bool) -> None:
     """Make the y axis logarithmic over whole decades, at least one; with `zero`, add a linear part down to 0."""
-    from matplotlib.ticker import NullLocator
-
     bottom, top = floor(log10(low)), max(ceil(log10(high)), floor(log10(low)) + 1)
     step = max(1, round((top - bottom) / 5))
     decades = [10.0**power for power in range(bottom, top + 1, step)]

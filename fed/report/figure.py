@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 _DPI = 130
 _STYLES = ("-", "--", "-.", (0, (1, 1.2)))
@@ -73,10 +75,6 @@ def sheet(
 
     With `shared_legend` there is one legend below all panels instead of one for each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(
@@ -105,8 +103,6 @@ def sheet(
 
 def over_rounds(axes: Axes, last_round: int) -> None:
     """Set up the x axis for rounds, from 0 to a little beyond the last one."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlabel("round")
     axes.set_xlim(0, 1.03 * max(1, last_round))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -6,21 +6,19 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from fed import methods
+from fed.config import RunConfig
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.tables import population, task_name
 from fed.simulation.run_directory import Run, read
 from fed.types import Row, measured
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from fed.config import RunConfig
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SIMILARITY_PICTURE, FOLDER = "similarity.png", "similarity"
@@ -221,8 +219,6 @@ def _span(arrays: list[Array], off_diagonal: bool) -> float:
 
 
 def _map(axes: Axes, theme: Theme, values: Array, span: float, title: str, axis: str, names: list[int] | None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     image = axes.imshow(values, cmap="RdBu_r", vmin=-span, vmax=span, interpolation="nearest")
     axes.set_facecolor(theme.grid)
     axes.set_title(title)

@@ -6,18 +6,14 @@ import shlex
 from collections.abc import Sequence
 from math import floor, log10
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
 
 from fed import methods
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.experiments.variants import resolved
 from fed.report.comparison import Comparison
 from fed.report.summary import COST, NOISE, OUTCOME, SCORES, Metric
 from fed.simulation.run_directory import Run
 from fed.types import Metrics
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 Table = list[tuple[str, ...]]
 
@@ -227,13 +223,6 @@ def memory_in_use(run: Run) -> str:
     """Return a sentence on the peak memory of a run, or an empty string if it was not measured."""
     peaks = [peak for row in run.rows if (peak := row.get("peak_memory_bytes"))]
     return f"At most {max(peaks) / 1e6:.0f} MB of memory were in use." if peaks else ""
-
-
-def markdown(run: Run) -> str:
-    """Return the summary as a Markdown table."""
-    heading, *lines = summary(run)
-    rule = ("---", *["---:"] * (len(heading) - 1))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *lines))
 
 
 def percent(row: Metrics) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fed.errors import FedError
@@ -107,9 +109,6 @@ class ClientStore:
 
     def read(self, client: int, number: int) -> ClientState:
         """Return what a client kept after round `number`; raise FedError if its file is missing or damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self._path(client, number)
         if self._last is None or self._last[0] != path:
             self._last = None
@@ -156,9 +155,6 @@ class ClientStore:
         return self.folder / f"client-{client}.round-{number}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}

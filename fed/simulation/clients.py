@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from fed.config import RunConfig
+from fed.data.federated_data import FederatedData
+from fed.data.tables import Split
 from fed.errors import FedError
+from fed.methods import Method
+from fed.models.shared_model import SharedModel
 from fed.seeding import permutation, torch_seed
 from fed.training.memory import MIB, SavedTensors, tensor_bytes
 from fed.types import Client
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-    from fed.data.tables import Split
-    from fed.methods import Method
-    from fed.models.shared_model import SharedModel
 
 
 def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method: Method) -> tuple[Client, ...]:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
 from fed import methods
+from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
@@ -33,9 +33,6 @@ from fed.types import (
     RunState,
     ServerState,
 )
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 
 @dataclass(frozen=True)

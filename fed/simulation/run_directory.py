@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self, cast
 
 from fed import config as configuration
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.files import write_atomically
 from fed.types import CentralisedRow, Metrics, Row
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 CENTRALISED = "centralised.json"
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fed.config.training import ServerConfig
 from fed.types import Factors, ServerState
-
-if TYPE_CHECKING:
-    from fed.config.training import ServerConfig
 
 
 def step(server: ServerState, following: ServerState, settings: ServerConfig) -> ServerState:

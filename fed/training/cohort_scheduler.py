@@ -6,11 +6,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.models.shared_model import SharedModel
 from fed.training.cohort import train_together
@@ -18,9 +18,6 @@ from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job, batch_rows
 from fed.training.memory import MIB, state_bytes, tensor_bytes
 from fed.types import ClientUpdate
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # sizes of cohorts to time
 TRIAL_STEPS, TRIALS = 2, 2  # local steps of a trial, and trials of each size, of which the fastest counts

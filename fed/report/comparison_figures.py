@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,38 +34,21 @@ def draw(comparison: Comparison, directory: Path) -> list[Path]:
 
 def sheets(comparison: Comparison) -> dict[str, list[Panel]]:
     """Return the panels of each picture by its name; "noise" is left out if it was not measured."""
-    shown = {
-        "accuracy": [
-            Panel(
-                "Accuracy on held-out test data: mean over seeds, ± one standard deviation.",
-                partial(_accuracy, comparison=comparison),
-            )
-        ]
-    }
+    caption = "Accuracy on held-out test data: mean over seeds, ± one standard deviation."
+    accuracy = [Panel(caption, partial(_accuracy, comparison=comparison))]
     if any(comparison.paired(variant) for variant in comparison.others):
         caption = "Accuracy less the reference's, paired by seed, with 95 % intervals: across the line is a tie."
-        shown["accuracy"].append(Panel(caption, partial(_differences, comparison=comparison), legend=False))
-    noises = [
-        Panel(
-            f"{metric.title.capitalize()} in every round, mean over seeds.",
-            partial(_noise, comparison=comparison, metric=metric),
-        )
-        for metric in comparison.metrics(NOISE)
-    ]
-    if noises:
-        shown["noise"] = noises
-    shown["cost"] = [
-        Panel("Accuracy over all bytes sent so far, up and down.", partial(_accuracy_per_byte, comparison=comparison)),
-        *(
-            Panel(
-                f"{metric.phrase} ({metric.unit}), mean over seeds.",
-                partial(_bars, comparison=comparison, metric=metric),
-                legend=False,
-            )
-            for metric in comparison.metrics([name for name in COST if name != "trainable_parameters"])
-        ),
-    ]
-    return shown
+        accuracy.append(Panel(caption, partial(_differences, comparison=comparison), legend=False))
+    noise = []
+    for metric in comparison.metrics(NOISE):
+        caption = f"{metric.title.capitalize()} in every round, mean over seeds."
+        noise.append(Panel(caption, partial(_noise, comparison=comparison, metric=metric)))
+    caption = "Accuracy over all bytes sent so far, up and down."
+    cost = [Panel(caption, partial(_accuracy_per_byte, comparison=comparison))]
+    for metric in comparison.metrics([name for name in COST if name != "trainable_parameters"]):
+        caption = f"{metric.phrase} ({metric.unit}), mean over seeds."
+        cost.append(Panel(caption, partial(_bars, comparison=comparison, metric=metric), legend=False))
+    return {"accuracy": accuracy} | ({"noise": noise} if noise else {}) | {"cost": cost}
 
 
 def band(comparison: Comparison, variant: Variant, field: str, scale: float = 1.0) -> Band:
@@ -99,9 +82,7 @@ def _last_round(comparison: Comparison) -> int:
 def _accuracy(axes: Axes, theme: Theme, comparison: Comparison) -> None:
     for number, variant in enumerate(comparison.plan.variants):
         _plot_band(axes, theme, number, variant.label, band(comparison, variant, "accuracy", 100.0))
-    axes.set_title("Accuracy on held-out test data")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, _last_round(comparison))
+    over_rounds(axes, _last_round(comparison), "Accuracy on held-out test data", "accuracy (%)")
 
 
 def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:
@@ -115,9 +96,7 @@ def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> 
         none = none or min(means, default=1.0) == 0
     if positive:
         _logarithmic(axes, min(positive), max(positive), none)
-    axes.set_title(metric.title.capitalize())
-    axes.set_ylabel("Frobenius norm")
-    over_rounds(axes, _last_round(comparison))
+    over_rounds(axes, _last_round(comparison), metric.title.capitalize(), "Frobenius norm")
 
 
 def _logarithmic(axes: Axes, low: float, high: float, zero: bool) -> None:
@@ -158,21 +137,13 @@ def _accuracy_per_byte(axes: Axes, theme: Theme, comparison: Comparison) -> None
         _, means, deviations = band(comparison, variant, "accuracy", 100.0)
         _, up, _ = band(comparison, variant, "upload_bytes", 1e-6)
         _, down, _ = band(comparison, variant, "download_bytes", 1e-6)
-        sent = _running([a + b for a, b in zip(up, down, strict=True)])
+        sent = list(accumulate(a + b for a, b in zip(up, down, strict=True)))
         _plot_band(axes, theme, number, variant.label, (sent[1:], means[1:], deviations[1:]))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title("Accuracy over megabytes sent")
     axes.set_xlabel("megabytes up and down, all clients")
     axes.set_ylabel("accuracy (%)")
-
-
-def _running(values: Sequence[float]) -> list[float]:
-    total, sums = 0.0, []
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
 
 
 def _bars(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:

@@ -101,8 +101,10 @@ def sheet(
     return buffer.getvalue()
 
 
-def over_rounds(axes: Axes, last_round: int) -> None:
-    """Set up the x axis for rounds, from 0 to a little beyond the last one."""
+def over_rounds(axes: Axes, last_round: int, title: str, measure: str) -> None:
+    """Set the title, the label of the y axis, and an x axis for rounds, from 0 to a little beyond the last one."""
+    axes.set_title(title)
+    axes.set_ylabel(measure)
     axes.set_xlabel("round")
     axes.set_xlim(0, 1.03 * max(1, last_round))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

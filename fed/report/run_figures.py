@@ -71,9 +71,7 @@ def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
         label = f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
         axes.axhline(reached, color=vermilion, linestyle=style, label=label)
     axes.set_ylim(0, 100)
-    axes.set_title("Accuracy on held-out test data")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, run.rows[-1]["round"])
+    over_rounds(axes, run.rows[-1]["round"], "Accuracy on held-out test data", "accuracy (%)")
 
 
 def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -87,9 +85,7 @@ def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
         axes.plot(*zip(*points, strict=True) if points else ([], []), **theme.line(number), label=label)
     if any(measured(row, field) for row in rows for field, *_ in known):
         axes.set_yscale("log")
-    axes.set_title("Noise on effective weights")
-    axes.set_ylabel("Frobenius norm of the difference")
-    over_rounds(axes, rows[-1]["round"] if rows else 0)
+    over_rounds(axes, _last_round(rows), "Noise on effective weights", "Frobenius norm of the difference")
 
 
 def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -98,9 +94,7 @@ def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
         megabytes = [measured(row, field) / 1e6 for row in rows]
         axes.plot(rounds, megabytes, **theme.line(number), label=f"{name}, {sum(megabytes):.3g} MB in all")
     axes.set_ylim(bottom=0)
-    axes.set_title("Bytes in a round, all its clients")
-    axes.set_ylabel("megabytes")
-    over_rounds(axes, rounds[-1] if rounds else 0)
+    over_rounds(axes, _last_round(rows), "Bytes in a round, all its clients", "megabytes")
 
 
 def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -114,9 +108,7 @@ def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     axes.plot(rounds, means, **theme.line(0), label=f"mean of clients: {means[-1]:.1f} %")
     axes.plot(rounds, worst, **theme.line(1), label=f"worst client: {worst[-1]:.1f} %")
     axes.set_ylim(0, 100)
-    axes.set_title("Accuracy client by client")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, rows[-1]["round"])
+    over_rounds(axes, _last_round(rows), "Accuracy client by client", "accuracy (%)")
 
 
 def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -126,9 +118,11 @@ def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
             label = f"{name}, {max(value for _, value in points):.3g} MB at most"
             axes.plot(*zip(*points, strict=True), **theme.line(number), label=label)
     axes.set_ylim(bottom=0)
-    axes.set_title("Memory of local training")
-    axes.set_ylabel("megabytes")
-    over_rounds(axes, rows[-1]["round"] if rows else 0)
+    over_rounds(axes, _last_round(rows), "Memory of local training", "megabytes")
+
+
+def _last_round(rows: Sequence[Row]) -> int:
+    return rows[-1]["round"] if rows else 0
 
 
 class _Map(NamedTuple):
@@ -145,27 +139,9 @@ class _Map(NamedTuple):
 
 
 _MAPS = (
-    _Map(
-        "within",
-        "within a client",
-        "module",
-        True,
-        "Cosine of two modules of one client, mean over clients",
-    ),
-    _Map(
-        "across",
-        "from client to client",
-        "module",
-        False,
-        "Cosine of a client's module with another client's, mean",
-    ),
-    _Map(
-        "clients",
-        "same module, two clients",
-        "client",
-        True,
-        "Cosine of a module of two clients, mean over modules",
-    ),
+    _Map("within", "within a client", "module", True, "Cosine of two modules of one client, mean over clients"),
+    _Map("across", "from client to client", "module", False, "Cosine of a client's module with another client's, mean"),
+    _Map("clients", "same module, two clients", "client", True, "Cosine of a module of two clients, mean over modules"),
 )
 
 

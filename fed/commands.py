@@ -174,7 +174,7 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     already = len(plan.cells) - len(left)
     if already:
         screen.say(f"{already} of {len(plan.cells)} runs are finished already")
-    board = ComparisonProgress(left, already)
+    board = ComparisonProgress(screen, left, already)
     try:
         with board:
             in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self, cast
 
 from fed import config as configuration
@@ -87,9 +86,7 @@ class RunDirectory:
             shutil.rmtree(self._aside)
             self._aside = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.kept:
             return
         shutil.rmtree(self.path, ignore_errors=True)

@@ -16,7 +16,7 @@ from fed import methods
 from fed.config import RunConfig
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
-from fed.report.tables import population, task_name
+from fed.report.tables import population
 from fed.simulation.run_directory import Run, read
 from fed.types import Row, measured
 
@@ -57,7 +57,7 @@ def panels(run: Run) -> list[Panel]:
 
 def headline(config: RunConfig) -> str:
     """Return a run's settings in one line: method, task and clients."""
-    return f"{methods.find(config.method).title} on {task_name(config)}: {population(config)}"
+    return f"{methods.find(config.method).title} on {config.data.title}: {population(config)}"
 
 
 def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:

@@ -172,7 +172,7 @@ def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
 def title(comparison: Comparison) -> str:
     """Return the comparison's title: the variants, or the setting that varies, and the task."""
     asked, labels = comparison.plan.request, [variant.label for variant in comparison.plan.variants]
-    task = task_name(comparison.plan.cells[0].config)
+    task = comparison.plan.cells[0].config.data.title
     if asked.vary and len(asked.methods) == 1:
         return f"{methods.find(asked.methods[0].partition('@')[0]).title} by {asked.vary.partition('=')[0]} on {task}"
     names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
@@ -208,7 +208,7 @@ def summary(run: Run) -> list[tuple[str, ...]]:
     config, rounds = run.config, run.rows[-1]["round"]
     federated = f"{methods.find(config.method).title}, {rounds} rounds × {local_work(config)}"
     lines: list[tuple[str, ...]] = [
-        (f"test data: {task_name(config)}", "accuracy", "gain", "ratio"),
+        (f"test data: {config.data.title}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
         (federated, percent(run.rows[-1]), f"{run.gain_points:+.1f} points", ""),
     ]
@@ -248,8 +248,3 @@ def population(config: RunConfig) -> str:
     if clients.memory_mib:
         ranks = "ranks by memory"
     return f"{clients.count} clients, {clients.per_round} a round, {skew}, {ranks} of R = {config.adapter.rank}"
-
-
-def task_name(config: RunConfig) -> str:
-    """Return a short name of the task."""
-    return config.data.title

@@ -76,11 +76,7 @@ def compare(
     more: More = None,
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAME,…",
-            help="Methods; name@r puts every client at rank r.",
-            show_default="the file's",
-        ),
+        typer.Option(metavar="NAME,…", help="Methods; name@r puts every client at rank r.", show_default="the file's"),
     ] = "",
     seeds: Annotated[
         str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.", show_default="the file's")
@@ -105,14 +101,8 @@ def compare(
     from fed.experiments import plan as plans
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    asked = plans.request(
-        source,
-        _settings(settings, more, track),
-        names,
-        plans.parse_seeds(seeds) if seeds else (),
-        vary=vary,
-        reference=reference,
-    )
+    numbers = plans.parse_seeds(seeds) if seeds else ()
+    asked = plans.request(source, _settings(settings, more, track), names, numbers, vary, reference)
     return commands.compare(plans.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
 
 

@@ -26,12 +26,7 @@ _HUB = {
 # The column names of published instruction data sets, and the names used for them here.
 _RENAMED = {
     "dolly": {"context": "input", "response": "output"},
-    "natural-instructions": {
-        "definition": "instruction",
-        "inputs": "input",
-        "targets": "output",
-        "task_name": "task",
-    },
+    "natural-instructions": {"definition": "instruction", "inputs": "input", "targets": "output", "task_name": "task"},
 }
 
 

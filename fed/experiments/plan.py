@@ -137,8 +137,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def write(asked: Request, directory: Path) -> None:
     """Write the request as `comparison.toml`."""
-    fields = asdict(asked)
-    content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    content = asdict(asked)
     content["config"] = content.pop("table")
     write_atomically(directory / PLAN, tomli_w.dumps(content))
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,8 @@ def _require_same(plan: Plan, directory: Path) -> None:
     pairs = [("its runs share", before.common(), plan.common())]
     for cell in plan.cells:
         if (path := directory / cell.path / CONFIG).is_file():
-            pairs.append(
-                (
-                    cell.label,
-                    configuration.settings_of(configuration.load_saved(path)),
-                    configuration.settings_of(cell.config),
-                )
-            )
+            there = configuration.settings_of(configuration.load_saved(path))
+            pairs.append((cell.label, there, configuration.settings_of(cell.config)))
     for what, there, here in pairs:
         if (differs := plans.difference(there, here)) is not None:
             raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
@@ -131,22 +127,15 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     """Play one run of a comparison to its end, from its checkpoint if it has one; return its last row."""
     config, directory = cell.config, bench.directory / cell.path
     with running.limits(config.threads):
-        model, base = bench.base(config, lambda line: tell(cell, "base", line))
+        model, base = bench.base(config, partial(tell, cell, "base"))
         resume = last_round(directory) is not None
         if not resume:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             configuration.write(config, directory / CONFIG)
             (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
-        rows = running.play(
-            config,
-            bench.data(config),
-            model,
-            directory,
-            lambda row: tell(cell, "row", row),
-            lambda line: tell(cell, "event", line),
-            resume=resume,
-        )
+        on_row, on_event = partial(tell, cell, "row"), partial(tell, cell, "event")
+        rows = running.play(config, bench.data(config), model, directory, on_row, on_event, resume=resume)
     return rows[-1]
 
 

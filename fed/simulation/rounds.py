@@ -23,16 +23,7 @@ from fed.simulation.server_optimizer import step
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.local import Job, find_fault, module_gradients, train
 from fed.training.memory import restart_peak
-from fed.types import (
-    Adapter,
-    Client,
-    ClientResult,
-    ClientUpdate,
-    Options,
-    Round,
-    RunState,
-    ServerState,
-)
+from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
 
 
 @dataclass(frozen=True)

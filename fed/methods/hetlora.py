@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fed.methods.average import head_means
+from fed.methods.average import next_round
 from fed.methods.low_rank import product_norm
 from fed.methods.starts import leading_start
 from fed.seeding import ClientRandom
@@ -52,12 +52,7 @@ def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> Cli
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
     """Return the weighted means of the updates; a module that a client does not have counts as zero."""
     factors = {matrix: _padded_mean(server, updates, matrix) for matrix in server.adapter.factors}
-    return replace(
-        server,
-        adapter=replace(server.adapter, factors=factors),
-        head=head_means(server, updates),
-        round=server.round + 1,
-    )
+    return next_round(server, updates, replace(server.adapter, factors=factors))
 
 
 def tail_size(factors: Mapping[str, Factors], first: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fed.methods.average import head_means
+from fed.methods.average import next_round
 from fed.types import ClientUpdate, Factors, ServerState, Stack
 
 
@@ -42,9 +42,7 @@ def principal_state(server: ServerState, updates: Sequence[ClientUpdate], stacks
         matrix: principal_modules(stack, adapter.scale, adapter.factors[matrix][0][: adapter.rank])
         for matrix, stack in stacks.items()
     }
-    return replace(
-        server, adapter=replace(adapter, factors=factors), head=head_means(server, updates), round=server.round + 1
-    )
+    return next_round(server, updates, replace(adapter, factors=factors))
 
 
 def principal_modules(stack: Stack, scale: float, spare: Tensor) -> Factors:

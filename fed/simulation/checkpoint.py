@@ -39,8 +39,8 @@ def is_due(config: RunConfig, number: int) -> bool:
 
 def last_round(directory: Path) -> int | None:
     """Return the round of a run's last checkpoint, or None if there is none."""
-    found = [_number(path) for path in (directory / FOLDER).glob("round-*") if _number(path) is not None]
-    return max((number for number in found if number is not None), default=None)
+    names = (re.fullmatch(r"round-(\d+)", path.name) for path in (directory / FOLDER).glob("round-*"))
+    return max((int(name[1]) for name in names if name), default=None)
 
 
 def save(directory: Path, config: RunConfig, state: RunState, store: ClientStore) -> None:
@@ -92,11 +92,6 @@ def _remove_others(folder: Path) -> None:
     for path in folder.parent.glob("round-*"):
         if path != folder:
             shutil.rmtree(path)
-
-
-def _number(path: Path) -> int | None:
-    match = re.fullmatch(r"round-(\d+)", path.name)
-    return int(match[1]) if match else None
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -109,12 +109,10 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
 
 def _kept_rows(path: Path, last: int) -> list[Row]:
     """Return the rows up to round `last` and remove all later lines from the file, incomplete ones included."""
-    rows: list[Row] = []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for line in lines[: last + 1]:
-        rows.append(parse_row(line))
-    write_atomically(path, "".join(f"{line}\n" for line in lines[: last + 1]))
-    return rows
+    kept = lines[: last + 1]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    return [parse_row(line) for line in kept]
 
 
 def _discard(event: str) -> None:

@@ -90,7 +90,7 @@ class Screen:
     def table(self, lines: Sequence[tuple[str, ...]]) -> None:
         """Print a table, heading first; columns that do not fit the terminal are printed as further tables."""
         for part in _fitting(lines, self._out.width):
-            (heading, *rest) = part
+            heading, *rest = part
             table = Table(box=None, pad_edge=False)
             table.add_column(heading[0], no_wrap=True)
             for title in heading[1:]:

@@ -176,7 +176,6 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
     if kind is None:
         known = ", ".join(partitioners.__all__)
         raise FedError(f"data.partition is {name!r}: flwr_datasets has {known}")
-    failure = f"data.partition is {config.data.partition!r}"
     try:
         # The library shows a progress bar and warnings that are harmless or lead to a FedError in `deal`.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -186,7 +185,7 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
             return [_numbers(maker.load_partition(part)) for part in range(maker.num_partitions)]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise FedError(f"{failure}: {reason}") from error
+        raise FedError(f"data.partition is {config.data.partition!r}: {reason}") from error
 
 
 def _numbers(part: Any) -> Array:

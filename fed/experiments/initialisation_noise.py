@@ -82,7 +82,7 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
 
 def _ended(beginning: ServerState, handle: pk.Injected, number: int) -> ServerState:
     """Return the server with the final adapter of a run, which `handle` has loaded, and restore the model."""
-    factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in handle.factors().items()}
+    factors = handle.factors()
     handle.restore()
     return replace(beginning, adapter=replace(beginning.adapter, factors=factors), round=number, options=Options())
 

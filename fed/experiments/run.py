@@ -17,7 +17,7 @@ from fed.data.tables import Split
 from fed.errors import FedError
 from fed.experiments.trackers import tracking
 from fed.models import base_model
-from fed.models.base_model import head_names
+from fed.models.base_model import Progress, head_names
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation.checkpoint import last_round
@@ -30,9 +30,6 @@ from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
 from fed.types import CentralisedRow, Client, Row
 from plora_kernels import PLoRAError
-
-# A callback for pretraining, called after each step with the number of steps done and the step's loss.
-Progress = Callable[[int, float], object]
 
 
 def make_base(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:

@@ -54,11 +54,8 @@ class Screen:
     @contextmanager
     def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
         """Show the progress of a stage of `total` steps: a bar, or without a terminal a line every `every` steps."""
-        if self.is_terminal:
+        if self.is_terminal and total:
             note, left = TextColumn("{task.fields[note]}"), TextColumn("left")
-            if total == 0:
-                yield lambda done, note: None
-                return
             with self.bars(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
                 task = bar.add_task(name, total=total, note="")
                 yield lambda done, note: bar.update(task, completed=done, note=note)

@@ -205,16 +205,16 @@ def command(comparison: Comparison) -> str:
 
 def summary(run: Run) -> list[tuple[str, ...]]:
     """Return a table, heading first: accuracy before and after the run with the gain, and that of centralised LoRA."""
-    config, rounds = run.config, run.rows[-1]["round"]
+    config, rounds, reached = run.config, run.rows[-1]["round"], run.gain_of(run.rows[-1])
     federated = f"{methods.find(config.method).title}, {rounds} rounds × {local_work(config)}"
     lines: list[tuple[str, ...]] = [
         (f"test data: {config.data.title}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
-        (federated, percent(run.rows[-1]), f"{run.gain_points:+.1f} points", ""),
+        (federated, percent(run.rows[-1]), f"{reached:+.1f} points", ""),
     ]
     for row in run.centralised:
         gain = run.gain_of(row)
-        ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
+        ratio = f"{reached / gain:.2f}" if gain > 0 else "—"
         lines.append((f"centralised LoRA, {row['steps']} steps", percent(row), f"{gain:+.1f} points", ratio))
     return lines
 

@@ -15,7 +15,8 @@ from tests.support.saved_runs import make_row, make_run
 
 def test_a_run_reads_back_with_its_gains(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", [make_row(number) for number in range(4)])
-    assert read(directory).gain_points == pytest.approx(30)
+    run = read(directory)
+    assert run.gain_of(run.rows[-1]) == pytest.approx(30)
     assert read(directory).centralised == []
     write_centralised(directory, [{"steps": 20, "accuracy": 0.6, "loss": 1.0, "train_seconds": 1.0}])
     run = read(directory)

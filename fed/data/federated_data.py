@@ -10,10 +10,10 @@ import torch
 
 from fed.config import RunConfig
 from fed.data import sources, text_tables
-from fed.data.digits import image_table, load_digits, shift_images
+from fed.data.digits import load_digits, shift_images
 from fed.data.partition import Array, deal, split_stratified
 from fed.data.sources import Rows
-from fed.data.tables import Split, Table
+from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
 from fed.seeding import permutation, seed_of
@@ -71,7 +71,7 @@ def _digits(config: RunConfig) -> FederatedData:
     images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
     held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
-    plain = image_table(images, labels)
+    plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
     shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
         clients=_deal(config, shifted, labels, rest[held_out.clients]),

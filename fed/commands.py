@@ -21,7 +21,6 @@ from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
 from fed.models import base_model
-from fed.models.base_model import head_names
 from fed.report import tables
 from fed.report.comparison import collect
 from fed.report.write import publish_comparison, publish_initialisation, publish_run
@@ -158,7 +157,7 @@ def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: P
     reached = []
     for steps in sorted({of_one, of_all}):
         with screen.wait(f"centralised: {steps} steps"):
-            reached.append(running.centralised(config, data, model, head_names(model), steps))
+            reached.append(running.centralised(config, data, model, base_model.head_names(model), steps))
     write_centralised(out, reached)
 
 

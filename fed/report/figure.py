@@ -90,8 +90,8 @@ def sheet(
     for axes, panel in zip(cells, panels, strict=False):
         panel.draw(axes, theme)
         _finish(axes, theme)
-        if panel.legend and not shared_legend:
-            _legend_below(axes, theme)
+        if panel.legend and not shared_legend:  # below the axes a legend hides nothing
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), **_legend_style(theme))
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     if shared_legend:
@@ -126,9 +126,8 @@ def _finish(axes: Axes, theme: Theme) -> None:
         axes.grid(axis=along, color=theme.grid, linewidth=0.6)
 
 
-def _legend_below(axes: Axes, theme: Theme) -> None:
-    """Place the legend below the axes, where it hides nothing."""
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=theme.ink, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+def _legend_style(theme: Theme) -> dict[str, Any]:
+    return {"frameon": False, "fontsize": 9.5, "labelcolor": theme.ink}
 
 
 def _legend_of_all(figure: Figure, theme: Theme) -> None:
@@ -138,13 +137,6 @@ def _legend_of_all(figure: Figure, theme: Theme) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     rows = -(-len(entries) // max(1, int(figure.get_figwidth() / 2.2)))
-    columns = -(-len(entries) // max(1, rows))  # makes the rows of the legend equally long
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=max(1, columns),
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=theme.ink,
-    )
+    columns = max(1, -(-len(entries) // max(1, rows)))  # makes the rows of the legend equally long
+    style = _legend_style(theme)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, **style)

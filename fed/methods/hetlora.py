@@ -36,10 +36,8 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:
     """Return the update, cut to γr modules if Σ_matrices ‖A[γr:]‖ ‖B[:, γr:]‖ shrank; the client keeps that rank."""
-    if begun.penalty is None:
-        return replace(update, memory=update.client.memory)
-    first = begun.penalty.first
-    if not tail_size(update.factors, first) < tail_size(begun.factors, first):
+    first = None if begun.penalty is None else begun.penalty.first
+    if first is None or not tail_size(update.factors, first) < tail_size(begun.factors, first):
         return replace(update, memory=update.client.memory)
     return replace(
         update,

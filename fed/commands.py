@@ -1,4 +1,8 @@
-"""The commands behind the command line: run, resume and compare, which return the exit status, report and noise."""
+"""The commands behind the command line: run, resume and compare, which return the exit status, report and noise.
+
+Each imports `fed.report.write` itself, once there is something to write: it loads matplotlib, whose 30 MB would
+otherwise count in the peak memory of the rounds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,6 @@ from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_
 from fed.models import base_model
 from fed.report import tables
 from fed.report.comparison import collect
-from fed.report.write import publish_comparison, publish_initialisation, publish_run
 from fed.simulation.evaluation import evaluate
 from fed.simulation.run_directory import BASE, CENTRALISED, CONFIG, RunDirectory, read, read_rows, write_centralised
 from fed.types import Row
@@ -73,6 +76,8 @@ def resume(out: Path, centralised: bool) -> int:
 
 def report(directory: Path, as_markdown: bool) -> None:
     """Print the result of a run or a comparison; unless `as_markdown`, write its pages again as well."""
+    from fed.report import write
+
     screen = Screen()
     if (directory / PLAN).is_file():
         comparison = collect(directory)
@@ -80,14 +85,14 @@ def report(directory: Path, as_markdown: bool) -> None:
             screen.say(tables.as_markdown(comparison).rstrip())
             return
         screen.show(comparison)
-        written = publish_comparison(comparison, directory)
+        written = write.publish_comparison(comparison, directory)
     else:
         run = read(directory)
         if as_markdown:
             screen.say(tables.markdown_table(tables.summary(run)))
             return
         screen.summarise(run)
-        written = publish_run(directory)
+        written = write.publish_run(directory)
     screen.say(f"\nreport  {written[-1]}")
 
 
@@ -97,7 +102,9 @@ def noise(directory: Path) -> None:
     with running.limits(run.config.threads), screen.wait("starting every client in every way"):
         found = initialisation_noise.measure(directory, screen.warn)
     screen.table(initialisation_noise.table(found))
-    written = publish_initialisation(run, found, directory)
+    from fed.report import write
+
+    written = write.publish_initialisation(run, found, directory)
     screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
 
 
@@ -108,7 +115,9 @@ def _interrupted(out: Path, screen: Screen) -> int:
 
 def _reported(out: Path, screen: Screen, began: float) -> int:
     """Write the report of a finished run, print its summary and files, and return the exit status."""
-    written = ", ".join(path.name for path in publish_run(out))
+    from fed.report import write
+
+    written = ", ".join(path.name for path in write.publish_run(out))
     screen.summarise(read(out))
     screen.say(f"\n{out}:\nconfig.toml, rounds.jsonl, base/, adapter/, {written}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
@@ -186,7 +195,9 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
         return INTERRUPTED
     comparison = collect(out)
     screen.show(comparison)
-    written = publish_comparison(comparison, out)
+    from fed.report import write
+
+    written = write.publish_comparison(comparison, out)
     screen.say(f"\n{out}:\n{', '.join(path.name for path in written)}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     if board.failures:

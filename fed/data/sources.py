@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def read(config: RunConfig) -> Rows:
     """Return the rows of the source that a configuration names; raise FedError if they cannot be read."""
     data = config.data
     if data.name == "files":
-        return _with_test(read_local(data.path or "", "data.path"), data)
+        rows = read_local(data.path or "", "data.path")
+        if data.test_path is None:
+            return rows
+        test = read_local(data.test_path, "data.test_path")
+        return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
     if data.name in _RENAMED and data.path is not None and Path(data.path).exists():
         return _renamed(read_local(data.path, "data.path", stem="task", asked=data.tasks), data.name)
     return _from_library(data)
@@ -131,14 +135,7 @@ def _file(path: Path, key: str) -> Rows:
     if path.suffix not in _TABULAR:
         return read_jsonl(path, key)
     rows = read_table(path, _TABULAR[path.suffix], key)
-    return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
-
-
-def _with_test(rows: Rows, data: DataConfig) -> Rows:
-    if data.test_path is None:
-        return rows
-    test = read_local(data.test_path, "data.test_path")
-    return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
+    return Rows(rows, _rows_of(str(path), rows))
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
@@ -179,5 +176,5 @@ def _from_library(data: DataConfig) -> Rows:
     return _renamed(rows, data.name) if data.name in _RENAMED else rows
 
 
-def _rows_of(source: str, rows: Sequence[Row]) -> Iterator[str]:
-    return (f"{source} row {number}" for number in range(1, len(rows) + 1))
+def _rows_of(source: str, rows: Sequence[Row]) -> list[str]:
+    return [f"{source} row {number}" for number in range(1, len(rows) + 1)]

@@ -76,11 +76,7 @@ def compare(
     more: More = None,
     methods: Annotated[
         str,
-        typer.Option(
-            metavar="NAME,…",
-            help="Methods; name@r puts every client at rank r.",
-            show_default="the file's",
-        ),
+        typer.Option(metavar="NAME,…", help="Methods; name@r puts every client at rank r.", show_default="the file's"),
     ] = "",
     seeds: Annotated[
         str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.", show_default="the file's")
@@ -105,14 +101,8 @@ def compare(
     from fed.experiments import plan as plans
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    asked = plans.request(
-        source,
-        _settings(settings, more, track),
-        names,
-        plans.parse_seeds(seeds) if seeds else (),
-        vary=vary,
-        reference=reference,
-    )
+    numbers = plans.parse_seeds(seeds) if seeds else ()
+    asked = plans.request(source, _settings(settings, more, track), names, numbers, vary, reference)
     return commands.compare(plans.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
 
 
@@ -137,28 +127,9 @@ def report(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown alone.")] = False,
 ) -> None:
     """Print the result of a run or a comparison, and write its pictures and report.html again."""
-    from fed.console import Screen
-    from fed.experiments.plan import PLAN
-    from fed.report import tables, write
-    from fed.report.comparison import collect
-    from fed.report.tables import markdown
-    from fed.simulation.run_directory import read
+    from fed import commands
 
-    screen = Screen()
-    if (directory / PLAN).is_file():
-        comparison = collect(directory)
-        if as_markdown:
-            screen.say(tables.as_markdown(comparison).rstrip())
-            return
-        screen.show(comparison)
-        written = write.publish_comparison(comparison, directory)
-    else:
-        if as_markdown:
-            screen.say(markdown(read(directory)).rstrip())
-            return
-        screen.summarise(read(directory))
-        written = write.publish_run(directory)
-    screen.say(f"\nreport  {written[-1]}")
+    commands.report(directory, as_markdown)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -35,8 +34,6 @@ _SPEED_OVER_SECONDS = 1800.0  # time left is estimated from the last half hour, 
 # A callback that is called with the number of steps done and a note on the last one.
 Advance = Callable[[int, str], None]
 
-_LINES_PER_STAGE = 10
-
 
 class Screen:
     """The output of one command, on standard output and, for warnings, standard error."""
@@ -44,6 +41,7 @@ class Screen:
     def __init__(self) -> None:
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+        self.is_terminal = self._out.is_terminal
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -56,12 +54,9 @@ class Screen:
     @contextmanager
     def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
         """Show the progress of a stage of `total` steps: a bar, or without a terminal a line every `every` steps."""
-        if self._out.is_terminal:
+        if self.is_terminal and total:
             note, left = TextColumn("{task.fields[note]}"), TextColumn("left")
-            if total == 0:
-                yield lambda done, note: None
-                return
-            with self._bar(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
+            with self.bars(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
                 task = bar.add_task(name, total=total, note="")
                 yield lambda done, note: bar.update(task, completed=done, note=note)
             return
@@ -75,8 +70,8 @@ class Screen:
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
         """Show a stage whose duration is not known in advance."""
-        if self._out.is_terminal:
-            with self._bar(TimeElapsedColumn()) as bar:
+        if self.is_terminal:
+            with self.bars(TimeElapsedColumn()) as bar:
                 task = bar.add_task(name, total=None)
                 yield
                 bar.update(task, total=1, completed=1)
@@ -84,14 +79,15 @@ class Screen:
             self.say(name)
             yield
 
-    def _bar(self, *columns: ProgressColumn) -> Progress:
-        name, bar = TextColumn("{task.description}"), BarColumn(bar_width=16)
-        return Progress(name, bar, *columns, console=self._out)
+    def bars(self, *columns: ProgressColumn, width: int = 16, **settings: Any) -> Progress:
+        """Return progress bars with a name before and these columns behind them; what is said appears above them."""
+        name, bar = TextColumn("{task.description}"), BarColumn(bar_width=width)
+        return Progress(name, bar, *columns, console=self._out, **settings)
 
     def table(self, lines: Sequence[tuple[str, ...]]) -> None:
         """Print a table, heading first; columns that do not fit the terminal are printed as further tables."""
         for part in _fitting(lines, self._out.width):
-            (heading, *rest) = part
+            heading, *rest = part
             table = Table(box=None, pad_edge=False)
             table.add_column(heading[0], no_wrap=True)
             for title in heading[1:]:
@@ -152,10 +148,9 @@ class ComparisonProgress:
     `failures` holds a line for each run that failed.
     """
 
-    def __init__(self, cells: list[Cell], already: int) -> None:
+    def __init__(self, screen: Screen, cells: list[Cell], already: int) -> None:
         self.failures: list[str] = []
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._screen = screen
         self._runs, self._ended = already + len(cells), already
         self._rounds = sum(cell.config.rounds for cell in cells)
         self._played: dict[str, int] = {}  # the last round of each run, by the run's label
@@ -164,23 +159,14 @@ class ComparisonProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        if self._out.is_terminal and self._rounds:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=12),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(compact=True),
-                console=self._out,
-                speed_estimate_period=_SPEED_OVER_SECONDS,
-            )
+        if self._screen.is_terminal and self._rounds:
+            columns = MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True)
+            self._bars = self._screen.bars(*columns, width=12, speed_estimate_period=_SPEED_OVER_SECONDS)
             self._bars.start()
             self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=f"{self._count()} runs")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bars is not None:
             self._bars.stop()
 
@@ -189,7 +175,7 @@ class ComparisonProgress:
         if kind == "row":
             self._row(cell, payload)
         elif kind == "base":
-            self._say(payload)
+            self._screen.say(payload)
         elif kind == "event":
             self._warn(f"{cell.label}: {payload}")
         else:
@@ -215,7 +201,7 @@ class ComparisonProgress:
         self._played[cell.label] = cell.config.rounds
         if self._bars is not None:
             self._bars.update(self._tasks["all"], note=f"{self._count()} runs")
-        self._say(f"run {self._count()}  {_reached(outcome)}  {cell.label}{self._time_left()}")
+        self._screen.say(f"run {self._count()}  {_reached(outcome)}  {cell.label}{self._time_left()}")
 
     def _count(self) -> str:
         return f"{self._ended:>{len(str(self._runs))}} of {self._runs}"
@@ -228,11 +214,12 @@ class ComparisonProgress:
             return ""
         return f"  ({duration((time.monotonic() - self._began) / played * left)} left)"
 
-    def _say(self, line: str) -> None:
-        (self._bars.console if self._bars else self._out).print(line, markup=False)
-
     def _warn(self, line: str) -> None:
-        (self._bars.console if self._bars else self._err).print(f"warning: {line}", markup=False)
+        """Print a warning on standard error, or above the progress bars if there are any."""
+        if self._bars is None:
+            self._screen.warn(line)
+        else:
+            self._screen.say(f"warning: {line}")
 
 
 def _reached(row: Row) -> str:

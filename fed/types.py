@@ -226,11 +226,6 @@ class ClientUpdate:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     footprint: Footprint | None = None
 
-    @property
-    def n_samples(self) -> int:
-        """Number of training samples the client holds."""
-        return self.client.n_samples
-
 
 @dataclass(frozen=True)
 class RunState:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fed.config.fields import TABLE, Count, CountOrNone, Fraction, FractionOrNone, Positive
+from fed.config.fields import Count, CountOrNone, Fraction, FractionOrNone, Positive, Table
 
 # The columns of each GLUE task that hold the text and, for pairs of texts, the second text.
 GLUE = {
@@ -27,10 +27,8 @@ PARTITIONS = ("dirichlet", "iid", "pathological", "natural")
 _TURNED = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert": "inverted", "none": "undisturbed"}
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Table):
     """The base model: a local checkpoint, or without `path` a small ViT, pretrained on unshifted digits."""
-
-    model_config = TABLE
 
     path: str | None = None
     pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 500
@@ -38,7 +36,7 @@ class ModelConfig(BaseModel):
     pretrain_batch_size: Count = 16
 
 
-class DataConfig(BaseModel):
+class DataConfig(Table):
     """The data: the source of its rows, the task, and the partition among clients.
 
     `name` is the source. "digits": scikit-learn's digits, with the `shift` applied for clients and test. "files":
@@ -59,8 +57,6 @@ class DataConfig(BaseModel):
     `train_rows` and `test_rows` limit the numbers of rows, drawn at random; 0 takes all. `cache` is where tokens are
     cached: in the user's cache directory (true), nowhere (false), or in the directory it names.
     """
-
-    model_config = TABLE
 
     name: Literal["digits", "files", "glue", "natural-instructions", "dolly", "hub"] = "digits"
     path: str | None = None

@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,8 @@ _OPEN = ("clients.ranks.", "data.partition_options.")
 # Settings that may differ between runs of the same experiment.
 _APART = ("seed", "tracker")
 _EXPECTED = "Input should be "  # how pydantic begins a message that says what is expected
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -49,19 +51,25 @@ def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tupl
     """Return the nested table of a preset or file with overrides applied, and its table `[compare]` separately."""
     values = _read(source)
     apply(values, overrides)
-    asked = values.pop("compare", {})
-    for key, _ in flat({"compare": asked}):
-        _require_known(key, str(source))
-    try:
-        return values, _File.model_validate({"compare": asked}).compare
-    except ValidationError as error:
-        raise FedError(_one_line(error)) from None
+    asked = _validated(_File, {"compare": values.pop("compare", {})}, str(source))
+    return values, asked.compare
 
 
 def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `key=value` overrides in a nested table, in order; raise FedError for an unknown key."""
+    """Set `key=value` overrides such as `a.b=value` in a nested table, in order; raise FedError for an unknown key."""
     for override in overrides:
-        _apply(values, override)
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {override!r}")
+        _require_known(key, "--set")
+        *parents, last = key.split(".")
+        table = values
+        for name in parents:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise FedError(f"--set {override}: {name} is {table!r} in the file, where a table belongs")
+        table[last] = _value(text.strip(), holds_text=_fields().get(key) in (str, str | None))
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:
@@ -69,10 +77,14 @@ def parse(table: dict[str, Any], where: str) -> RunConfig:
 
     Raises FedError if a key is unknown or a value not valid; `where` is the name of the table's source in the former.
     """
+    return _validated(RunConfig, table, where)
+
+
+def _validated(model: type[M], table: dict[str, Any], where: str) -> M:
     for key, _ in flat(table):
         _require_known(key, where)
     try:
-        return RunConfig.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as error:
         raise FedError(_one_line(error)) from None
 
@@ -98,21 +110,6 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
         raise FedError(f"{path} is not TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FedError(f"cannot read {path} as a TOML file: {error}") from None
-
-
-def _apply(table: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value` in a nested table."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {override!r}")
-    _require_known(key, "--set")
-    *parents, last = key.split(".")
-    for name in parents:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise FedError(f"--set {override}: {name} is {table!r} in the file, where a table belongs")
-    table[last] = _value(text.strip(), holds_text=_fields().get(key) in (str, str | None))
 
 
 def _value(text: str, holds_text: bool) -> Any:

@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from fed.config.data import DataConfig, ModelConfig, check_data
-from fed.config.fields import TABLE
+from fed.config.fields import Table
 from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
 
 
-class _Table(BaseModel):
-    """A table of the TOML file."""
-
-    model_config = TABLE
-
-
-class RunConfig(_Table):
+class RunConfig(Table):
     """The configuration of a run; the same one gives the same files, except for times and peak memory.
 
     `threads` is the number of CPU threads of torch; 0 leaves it to torch. A checkpoint is saved after every
@@ -63,7 +57,7 @@ class RunConfig(_Table):
         return self
 
 
-class CompareConfig(_Table):
+class CompareConfig(Table):
     """Defaults of the options of `fed compare`: the methods, the seeds and the values of a setting to compare.
 
     `methods` are names, or `name@r` for a run with every client at rank r. `vary` is `key=value,value,…`. `reference`

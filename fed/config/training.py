@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fed.config.fields import TABLE, Count, Fraction, NotNegative, Positive
-
-if TYPE_CHECKING:
-    pass
+from fed.config.fields import Count, Fraction, NotNegative, Positive, Table
 
 Rank = Annotated[int, Field(ge=1, le=256)]
 
 
-class ClientsConfig(BaseModel):
+class ClientsConfig(Table):
     """The clients: `count` of them, of which `per_round` are drawn for each round; client i has rank i of `ranks`.
 
     `ranks` is repeated if it is shorter than `count`. It may also be a table of shares, `{4 = 0.5, 8 = 0.5}`, which is
@@ -22,8 +19,6 @@ class ClientsConfig(BaseModel):
     also repeated: each client then gets the largest rank whose training fits its budget, and `ranks` is not used.
     `dirichlet_alpha` sets the label skew: the smaller, the more skewed; `"iid"` or `inf` means none.
     """
-
-    model_config = TABLE
 
     count: Annotated[int, Field(ge=1, le=10_000)] = 20
     per_round: Count = 10
@@ -51,14 +46,12 @@ class ClientsConfig(BaseModel):
         return "iid" if value == float("inf") else value
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(Table):
     """The global LoRA adapter: `rank` modules in each matrix, with scale alpha/rank, or alpha/√rank if rank-stabilised.
 
     `selection` is how Fed-PLoRA chooses the modules that a client trains, and `unselected` how the client holds the
     others. `dropout` is the LoRA dropout of local training.
     """
-
-    model_config = TABLE
 
     rank: Rank = 16
     alpha: Positive = 32.0
@@ -71,7 +64,7 @@ class AdapterConfig(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Table):
     """Local training of clients, and the weights of their updates.
 
     `client_steps`, a list that is repeated over the clients, or `local_epochs` above 0 replaces `local_steps`.
@@ -81,8 +74,6 @@ class TrainConfig(BaseModel):
     `max_grad_norm = 0` turns gradient clipping off. With `gradient_checkpointing` the backward recomputes activations
     instead of keeping them.
     """
-
-    model_config = TABLE
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 2e-3
@@ -99,10 +90,8 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = False
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(Table):
     """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it."""
-
-    model_config = TABLE
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: Positive = 1e-2
@@ -111,13 +100,11 @@ class ServerConfig(BaseModel):
     tau: Positive = 1e-3
 
 
-class HetLoRAConfig(BaseModel):
+class HetLoRAConfig(Table):
     """Settings of HETLoRA: `prune` lets clients reduce their rank to `decay` · rank, trained with a `penalty`.
 
     `weighting` makes an update count by the norm of its ΔW ("norm") or as `train.weighting` says ("run").
     """
-
-    model_config = TABLE
 
     weighting: Literal["norm", "run"] = "norm"
     prune: bool = False
@@ -125,10 +112,8 @@ class HetLoRAConfig(BaseModel):
     penalty: NotNegative = 1e-3
 
 
-class MeasureConfig(BaseModel):
+class MeasureConfig(Table):
     """Measurements besides accuracy, loss, bytes and time; each can be switched off to save time."""
-
-    model_config = TABLE
 
     noise: bool = True
     similarity: bool = True

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fed.data.partition import Array
-from fed.data.tables import DenseTable
 
 _MAX = 16.0  # largest grey level in scikit-learn's digits
 
@@ -21,11 +20,6 @@ def load_digits() -> tuple[Tensor, Array, tuple[str, ...]]:
     digits = load()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (2 / _MAX) - 1
     return images, digits.target.astype(np.int64), tuple(str(name) for name in digits.target_names)
-
-
-def image_table(images: Tensor, labels: Array) -> DenseTable:
-    """Return a table of images and labels under the names of the model's arguments."""
-    return DenseTable({"pixel_values": images}, torch.from_numpy(labels))
 
 
 def shift_images(images: Tensor, shift: Literal["rotate90", "rotate180", "invert", "none"]) -> Tensor:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from fed.data.digits import image_table, load_digits, shift_images
+from fed.config import RunConfig
+from fed.data import sources, text_tables
+from fed.data.digits import load_digits, shift_images
 from fed.data.partition import Array, deal, split_stratified
-from fed.data.tables import Split, Table
+from fed.data.sources import Rows
+from fed.data.tables import DenseTable, Split, Table
+from fed.data.tokenization import Stage
 from fed.errors import FedError
 from fed.seeding import permutation, seed_of
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.data.sources import Rows
-    from fed.data.tokenization import Stage
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _digits(config: RunConfig) -> FederatedData:
     images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
     held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
-    plain = image_table(images, labels)
+    plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
     shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
         clients=_deal(config, shifted, labels, rest[held_out.clients]),
@@ -87,8 +85,6 @@ def _digits(config: RunConfig) -> FederatedData:
 
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
-    from fed.data import sources, text_tables
-
     rows, data = sources.read(config), config.data
     names: tuple[str, ...] = ()
     labels: Array | None = None

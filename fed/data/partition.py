@@ -12,15 +12,13 @@ import inspect
 import io
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.seeding import permutation, seed_of
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 _NAMED = {"natural": "NaturalIdPartitioner", "pathological": "PathologicalPartitioner"}
 _ROW, _GROUP = "row", "group"
@@ -178,7 +176,6 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
     if kind is None:
         known = ", ".join(partitioners.__all__)
         raise FedError(f"data.partition is {name!r}: flwr_datasets has {known}")
-    failure = f"data.partition is {config.data.partition!r}"
     try:
         # The library shows a progress bar and warnings that are harmless or lead to a FedError in `deal`.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -188,7 +185,7 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
             return [_numbers(maker.load_partition(part)) for part in range(maker.num_partitions)]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise FedError(f"{failure}: {reason}") from error
+        raise FedError(f"data.partition is {config.data.partition!r}: {reason}") from error
 
 
 def _numbers(part: Any) -> Array:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fed.config import RunConfig
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-
 
 _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken"}
 

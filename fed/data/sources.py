@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fed.config import RunConfig
+from fed.config.data import DataConfig
+from fed.data.hf_datasets import load, read_table
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.config.data import DataConfig
 
 Row = dict[str, Any]
 
@@ -27,12 +26,7 @@ _HUB = {
 # The column names of published instruction data sets, and the names used for them here.
 _RENAMED = {
     "dolly": {"context": "input", "response": "output"},
-    "natural-instructions": {
-        "definition": "instruction",
-        "inputs": "input",
-        "targets": "output",
-        "task_name": "task",
-    },
+    "natural-instructions": {"definition": "instruction", "inputs": "input", "targets": "output", "task_name": "task"},
 }
 
 
@@ -74,7 +68,11 @@ def read(config: RunConfig) -> Rows:
     """Return the rows of the source that a configuration names; raise FedError if they cannot be read."""
     data = config.data
     if data.name == "files":
-        return _with_test(read_local(data.path or "", "data.path"), data)
+        rows = read_local(data.path or "", "data.path")
+        if data.test_path is None:
+            return rows
+        test = read_local(data.test_path, "data.test_path")
+        return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
     if data.name in _RENAMED and data.path is not None and Path(data.path).exists():
         return _renamed(read_local(data.path, "data.path", stem="task", asked=data.tasks), data.name)
     return _from_library(data)
@@ -136,17 +134,8 @@ def read_local(
 def _file(path: Path, key: str) -> Rows:
     if path.suffix not in _TABULAR:
         return read_jsonl(path, key)
-    from fed.data.hf_datasets import read_table
-
     rows = read_table(path, _TABULAR[path.suffix], key)
-    return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
-
-
-def _with_test(rows: Rows, data: DataConfig) -> Rows:
-    if data.test_path is None:
-        return rows
-    test = read_local(data.test_path, "data.test_path")
-    return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
+    return Rows(rows, _rows_of(str(path), rows))
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
@@ -178,8 +167,6 @@ def _some(names: Iterable[str]) -> str:
 
 def _from_library(data: DataConfig) -> Rows:
     """Return the rows of a data set on the hub, or of a local copy, loaded by the library `datasets`."""
-    from fed.data.hf_datasets import load
-
     name = data.path or _HUB[data.name]
     choose = (lambda columns: _of_tasks(columns["task_name"], data.tasks)) if data.tasks else None
     found, names = load(data, name, data.split, choose)
@@ -189,5 +176,5 @@ def _from_library(data: DataConfig) -> Rows:
     return _renamed(rows, data.name) if data.name in _RENAMED else rows
 
 
-def _rows_of(source: str, rows: Sequence[Row]) -> Iterator[str]:
-    return (f"{source} row {number}" for number in range(1, len(rows) + 1))
+def _rows_of(source: str, rows: Sequence[Row]) -> list[str]:
+    return [f"{source} row {number}" for number in range(1, len(rows) + 1)]

@@ -187,10 +187,7 @@ class InstructionTable:
         columns = torch.arange(width, device=self.device) - (width - lengths[:, None])  # (b, L), negative: padding
         shifted = input_ids.gather(1, columns.clamp(min=0))
         inside = columns >= 0
-        return {
-            "input_ids": torch.where(inside, shifted, self.tokenizer.pad_token_id),
-            "attention_mask": inside.long(),
-        }
+        return {"input_ids": torch.where(inside, shifted, self.tokenizer.pad_token_id), "attention_mask": inside.long()}
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""

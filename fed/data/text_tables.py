@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from fed.config import RunConfig
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
 from fed.data.sources import Rows
 from fed.data.tables import InstructionTable, Table, TextTable
 from fed.data.tokenization import Stage, instruction_tokens, text_tokens
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 _COLUMN = re.compile(r"\{([^{}\n]+)\}")
 

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fed.config import RunConfig
 from fed.data.pretrained import load_tokenizer, tokenizer_files
 from fed.data.tables import Sequences
 from fed.data.token_cache import cached, user_directory
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 # Opens a progress display, given a title and a number of steps. The context yields a function to call with the number
 # of steps done and a note. `fed.console.Screen.stage` is one.

@@ -11,15 +11,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 import plora_kernels as pk
 from fed.data import federated_data
 from fed.errors import FedError
 from fed.experiments import run as running
-from fed.methods import fed_plora
+from fed.methods import fed_plora, flexlora
 from fed.methods.low_rank import principal_modules, product_norm
-from fed.methods.starts import leading_start
 from fed.models import base_model
 from fed.models.shared_model import SharedModel, adapted, started
 from fed.seeding import ClientRandom
@@ -42,11 +40,6 @@ class Start:
     dtype: str
     noise: float
     share: float
-
-
-# A way to start clients: its name, a function from the server's state to the form a method holds it in, and a function
-# that returns a client's start from that.
-_Way = tuple[str, Callable[[ServerState], ServerState], Callable[[ServerState, Client, ClientRandom], ClientStart]]
 
 
 def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
@@ -74,8 +67,14 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
     found = []
     for name, dtype in DTYPES.items():
         with adapted(config, model.to(dtype), head) as shared:
-            for title, hold, start in _WAYS:
-                held = hold(_cast(server, dtype))
+            plain = _cast(server, dtype)
+            ways = (
+                ("Fed-PLoRA, frozen", _holding(plain, "frozen"), fed_plora.start),
+                ("Fed-PLoRA, folded", _holding(plain, "folded"), fed_plora.start),
+                ("FlexLoRA, raFLoRA", _principal(plain), flexlora.start),
+                ("HETLoRA, FedIT cut to r_i", plain, flexlora.start),
+            )
+            for title, held, start in ways:
                 noise = fmean(_noise(shared, held, start, client, config.seed) for client in state.clients)
                 found.append(Start(title, name, noise, noise / _norm(held)))
     return found
@@ -83,7 +82,7 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
 
 def _ended(beginning: ServerState, handle: pk.Injected, number: int) -> ServerState:
     """Return the server with the final adapter of a run, which `handle` has loaded, and restore the model."""
-    factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in handle.factors().items()}
+    factors = handle.factors()
     handle.restore()
     return replace(beginning, adapter=replace(beginning.adapter, factors=factors), round=number, options=Options())
 
@@ -92,9 +91,8 @@ def table(found: Sequence[Start]) -> list[tuple[str, ...]]:
     """Return the results as a table, heading first: a line for each way, with noise and share for each dtype."""
     lines = [("clients start with", *(title for dtype in DTYPES for title in (dtype, "of ΔW")))]
     for name in dict.fromkeys(start.name for start in found):
-        ours = {start.dtype: start for start in found if start.name == name}
-        pairs = ((_shown(ours[dtype].noise), _shown(ours[dtype].share)) for dtype in DTYPES)
-        lines.append((name, *(cell for pair in pairs for cell in pair)))
+        ours = [start for start in found if start.name == name]  # in the order of DTYPES
+        lines.append((name, *(_shown(value) for start in ours for value in (start.noise, start.share))))
     return lines
 
 
@@ -102,43 +100,19 @@ def _shown(value: float) -> str:
     return f"{value:.2e}" if value else "0"
 
 
-def _selecting(unselected: str) -> Callable[[ServerState, Client, ClientRandom], ClientStart]:
-    """Return Fed-PLoRA's start with the modules that a client does not train "frozen" or "folded"."""
-
-    def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-        return fed_plora.start(replace(server, adapter=replace(server.adapter, unselected=unselected)), client, rng)
-
-    return start
-
-
-def _leading(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    return leading_start(server, client.rank)
-
-
-def _as_it_is(server: ServerState) -> ServerState:
-    return server
+def _holding(server: ServerState, unselected: str) -> ServerState:
+    """Return the server with clients that hold the modules that they do not train "frozen" or "folded"."""
+    return replace(server, adapter=replace(server.adapter, unselected=unselected))
 
 
 def _principal(server: ServerState) -> ServerState:
     """Return the server with the same ΔW as modules in order of decreasing singular value."""
     adapter = server.adapter
-    factors = {
-        matrix: principal_modules(Stack(A, B, _weights(A, adapter.scale)), adapter.scale, A)
-        for matrix, (A, B) in adapter.factors.items()
-    }
+    factors = {}
+    for matrix, (A, B) in adapter.factors.items():
+        weights = torch.full((A.shape[0],), adapter.scale, dtype=torch.float64, device=A.device)
+        factors[matrix] = principal_modules(Stack(A, B, weights), adapter.scale, A)
     return replace(server, adapter=replace(adapter, factors=factors))
-
-
-def _weights(A: Tensor, scale: float) -> Tensor:
-    return torch.full((A.shape[0],), scale, dtype=torch.float64, device=A.device)
-
-
-_WAYS: tuple[_Way, ...] = (
-    ("Fed-PLoRA, frozen", _as_it_is, _selecting("frozen")),
-    ("Fed-PLoRA, folded", _as_it_is, _selecting("folded")),
-    ("FlexLoRA, raFLoRA", _principal, _leading),
-    ("HETLoRA, FedIT cut to r_i", _as_it_is, _leading),
-)
 
 
 def _noise(

@@ -7,18 +7,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 
 from fed import config as configuration
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.errors import FedError
 from fed.experiments.variants import Variant, resolved, variants
 from fed.files import write_atomically
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 PLAN = "comparison.toml"
 
@@ -140,8 +137,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def write(asked: Request, directory: Path) -> None:
     """Write the request as `comparison.toml`."""
-    fields = asdict(asked)
-    content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    content = asdict(asked)
     content["config"] = content.pop("table")
     write_atomically(directory / PLAN, tomli_w.dumps(content))
 

@@ -6,32 +6,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fed import methods
+from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.data.tables import Split
 from fed.errors import FedError
+from fed.experiments.trackers import tracking
+from fed.models import base_model
+from fed.models.base_model import Progress, head_names
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
+from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate_held_out
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
 from fed.simulation.run_directory import ADAPTER, read_rows
+from fed.simulation.simulate import simulate
 from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
 from fed.types import CentralisedRow, Client, Row
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-
-# A callback for pretraining, called after each step with the number of steps done and the step's loss.
-Progress = Callable[[int, float], object]
+from plora_kernels import PLoRAError
 
 
 def make_base(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
@@ -39,8 +37,6 @@ def make_base(config: RunConfig, data: FederatedData, directory: Path, progress:
 
     The adapter and the device are checked first, so that an error in them does not come after the pretraining.
     """
-    from fed.models import base_model
-
     model = base_model.build(config, data)
     check_adapter(config, model)
     model.cpu()
@@ -52,9 +48,6 @@ def make_base(config: RunConfig, data: FederatedData, directory: Path, progress:
 
 def check_adapter(config: RunConfig, model: nn.Module) -> None:
     """Raise an error if the run's adapter does not fit the model; the model is left unchanged."""
-    from fed.models.base_model import head_names
-    from fed.models.shared_model import adapted
-
     with adapted(config, model, head_names(model)):
         pass
 
@@ -72,11 +65,6 @@ def play(
 
     Each new row goes to `on_round` and then to the run's trackers.
     """
-    from fed.experiments.trackers import tracking
-    from fed.models.base_model import head_names
-    from fed.simulation.checkpoint import last_round
-    from fed.simulation.simulate import simulate
-
     reached = last_round(directory) if resume else None
     first = reached + 1 if reached else 0  # a run resumed from round 0 yields row 0 again
     with tracking(config, directory, first) as track:
@@ -100,10 +88,6 @@ def limits(threads: int) -> Iterator[None]:
 
     From then on the process also keeps freed memory for reuse (`fed.training.memory.keep_freed_memory`).
     """
-    import torch
-
-    from plora_kernels import PLoRAError
-
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

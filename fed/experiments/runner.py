@@ -7,23 +7,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from fed import config as configuration
+from fed.config import RunConfig
+from fed.data import federated_data
+from fed.data.federated_data import FederatedData
+from fed.data.tokenization import Stage
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments import run as running
 from fed.experiments.plan import Cell, Plan
+from fed.experiments.trackers import require
+from fed.models import base_model
+from fed.simulation.checkpoint import last_round
 from fed.simulation.run_directory import BASE, CONFIG
 from fed.types import Row
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-    from fed.data.tokenization import Stage
 
 # A callback that is called with a cell, the kind of event ("base", "row", "event", "finished" or "failed"), and a
 # message or, for "row" and "finished", a row.
@@ -54,13 +57,8 @@ def _require_same(plan: Plan, directory: Path) -> None:
     pairs = [("its runs share", before.common(), plan.common())]
     for cell in plan.cells:
         if (path := directory / cell.path / CONFIG).is_file():
-            pairs.append(
-                (
-                    cell.label,
-                    configuration.settings_of(configuration.load_saved(path)),
-                    configuration.settings_of(cell.config),
-                )
-            )
+            there = configuration.settings_of(configuration.load_saved(path))
+            pairs.append((cell.label, there, configuration.settings_of(cell.config)))
     for what, there, here in pairs:
         if (differs := plans.difference(there, here)) is not None:
             raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
@@ -90,8 +88,6 @@ class SharedInputs:
 
         `on_event` and `stage` are passed to `fed.data.federated_data.load`.
         """
-        from fed.data import federated_data
-
         key = _key(config, "data", "clients", "model")
         if self._data is None or self._data[0] != key:
             self._data = None  # frees the old data before the new data are loaded
@@ -100,8 +96,6 @@ class SharedInputs:
 
     def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
         """Return the base model of a run and the path it is saved at; it is made only if that does not exist yet."""
-        from fed.models import base_model
-
         key = _key(config, "data", "model")
         path = self.directory / BASES / f"seed-{config.seed}-{key}"
         if self._model is None or self._model[0] != key:
@@ -131,26 +125,17 @@ class SharedInputs:
 
 def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     """Play one run of a comparison to its end, from its checkpoint if it has one; return its last row."""
-    from fed.simulation.checkpoint import last_round
-
     config, directory = cell.config, bench.directory / cell.path
     with running.limits(config.threads):
-        model, base = bench.base(config, lambda line: tell(cell, "base", line))
+        model, base = bench.base(config, partial(tell, cell, "base"))
         resume = last_round(directory) is not None
         if not resume:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             configuration.write(config, directory / CONFIG)
             (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
-        rows = running.play(
-            config,
-            bench.data(config),
-            model,
-            directory,
-            lambda row: tell(cell, "row", row),
-            lambda line: tell(cell, "event", line),
-            resume=resume,
-        )
+        on_row, on_event = partial(tell, cell, "row"), partial(tell, cell, "event")
+        rows = running.play(config, bench.data(config), model, directory, on_row, on_event, resume=resume)
     return rows[-1]
 
 
@@ -163,9 +148,6 @@ def check(
     not fit its model. Other seeds are not loaded, because they use the same rows. `on_event` receives each message
     about the data once.
     """
-    from fed.experiments.trackers import require
-    from fed.models import base_model
-
     built: dict[str, nn.Module] = {}
     said: set[str] = set()
 

@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.errors import FedError
 from fed.types import Row
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 Log = Callable[[Row], None]
 
@@ -70,19 +67,16 @@ def scalars(row: Row) -> dict[str, float]:
 def _tensorboard(config: RunConfig, directory: Path, first: int) -> Iterator[Log]:
     """Write event files, with the configuration as text, to `tensorboard/` in the run's directory."""
     tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
-    writer = tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
     lines = [f"    {key} = {value!r}" for key, value in settings_of(config).items()]
-    writer.add_text("config", "\n".join(lines))
+    with tensorboard.SummaryWriter(str(directory / "tensorboard"), purge_step=first or None) as writer:
+        writer.add_text("config", "\n".join(lines))
 
-    def log(row: Row) -> None:
-        for name, value in scalars(row).items():
-            writer.add_scalar(name, value, row["round"])
-        writer.flush()
+        def log(row: Row) -> None:
+            for name, value in scalars(row).items():
+                writer.add_scalar(name, value, row["round"])
+            writer.flush()
 
-    try:
         yield log
-    finally:
-        writer.close()
 
 
 @contextmanager

@@ -7,14 +7,12 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fed import config as configuration
 from fed import methods
+from fed.config import RunConfig
 from fed.errors import FedError
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
@@ -61,39 +59,29 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
     If r is not R, alpha is changed so that the scale s stays the same. For methods that select no modules,
     `adapter.selection` is set to its default.
     """
-    method, at, text = asked.partition("@")
+    name, at, text = asked.partition("@")
+    method = methods.find(name)
     config = resolved(table, ("method=fed-plora",))
     selection, usual = config.adapter.selection, type(config.adapter).model_fields["selection"].default
-    settings, notes = [f"method={method}"], []
-    if selection != usual and not methods.find(method).selects:
+    settings, notes = [f"method={name}"], []
+    if selection != usual and not method.selects:
         settings.append(f"adapter.selection={usual}")
         notes.append(f"adapter.selection = {selection!r} is for Fed-PLoRA alone: other methods do not select modules")
     R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
     if at and not (text.isdecimal() and 1 <= int(text) <= R):
         raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
     mixed = bool(config.clients.memory_mib) or dealt != {R}
-    if not at and not (mixed and methods.find(method).equal_ranks):
-        return Variant(method, methods.find(method).title, tuple(settings), tuple(notes))
+    if not at and not (mixed and method.equal_ranks):
+        return Variant(name, method.title, tuple(settings), tuple(notes))
     rank = int(text) if at else R
     share = rank / R
     alpha = config.adapter.alpha * (share**0.5 if config.adapter.rank_stabilized else share)
     reason = "as asked for" if at else "it needs equal ranks"
     same_scale = "" if rank == R else f", alpha {alpha:g} for the same scale"
-    at_one_rank = (
-        f"{methods.find(method).title} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})"
-    )
-    return Variant(
-        name=f"{method}@{rank}" if at else method,
-        label=f"{methods.find(method).title} (rank {rank})",
-        settings=(
-            *settings,
-            f"clients.ranks=[{rank}]",
-            "clients.memory_mib=[]",
-            f"adapter.rank={rank}",
-            f"adapter.alpha={alpha!r}",
-        ),
-        notes=(at_one_rank, *notes),
-    )
+    notes.insert(0, f"{method.title} runs with every client at rank {rank} of R = {R} ({reason}{same_scale})")
+    settings += [f"clients.ranks=[{rank}]", "clients.memory_mib=[]", f"adapter.rank={rank}", f"adapter.alpha={alpha!r}"]
+    label = f"{method.title} (rank {rank})"
+    return Variant(f"{name}@{rank}" if at else name, label, tuple(settings), tuple(notes))
 
 
 def _varied(vary: str) -> tuple[str, list[str | None]]:

@@ -65,7 +65,7 @@ METHODS = {
         personal=True,
     ),
     "rolora": Method("RoLoRA", rolora.start, rolora.aggregate, equal_ranks=True, by_module=True, moves_factors=True),
-    "raflora": Method("raFLoRA", raflora.start, raflora.aggregate, folds=True),
+    "raflora": Method("raFLoRA", flexlora.start, raflora.aggregate, folds=True),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
-from fed.types import ClientUpdate, Factors, ServerState
+from fed.types import Adapter, ClientUpdate, Factors, ServerState
 
 
 def module_means(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[str, Factors]:
@@ -51,6 +51,11 @@ def visit_counts(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[s
     return counts
 
 
+def next_round(server: ServerState, updates: Sequence[ClientUpdate], adapter: Adapter) -> ServerState:
+    """Return the server after this round: with this adapter, and with the head averaged."""
+    return replace(server, adapter=adapter, head=head_means(server, updates), round=server.round + 1)
+
+
 def next_state(server: ServerState, updates: Sequence[ClientUpdate], sides: str = "AB") -> ServerState:
     """Return the next server state: modules and head averaged over the clients that trained them.
 
@@ -60,10 +65,5 @@ def next_state(server: ServerState, updates: Sequence[ClientUpdate], sides: str 
     for matrix, mean in module_means(server, updates).items():
         A, B = server.adapter.factors[matrix]
         factors[matrix] = (mean[0] if "A" in sides else A, mean[1] if "B" in sides else B)
-    return replace(
-        server,
-        adapter=replace(server.adapter, factors=factors),
-        head=head_means(server, updates),
-        round=server.round + 1,
-        visits=visit_counts(server, updates),
-    )
+    following = next_round(server, updates, replace(server.adapter, factors=factors))
+    return replace(following, visits=visit_counts(server, updates))

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fed.methods.average import head_means
+from fed.methods.average import next_round
 from fed.methods.low_rank import fold, stacked
 from fed.seeding import ClientRandom
 from fed.types import Client, ClientStart, ClientUpdate, ServerState
@@ -41,13 +41,8 @@ def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerSta
     total = sum(update.weight for update in updates)
     shares = [update.weight / total * server.adapter.scale_of(update.client.rank) for update in updates]
     stacks = {matrix: stacked(updates, matrix, shares) for matrix in server.adapter.factors}
-    return replace(
-        server,
-        head=head_means(server, updates),
-        round=server.round + 1,
-        base_delta=fold(server.base_delta, stacks),
-        fold=stacks,
-    )
+    following = next_round(server, updates, server.adapter)
+    return replace(following, base_delta=fold(server.base_delta, stacks), fold=stacks)
 
 
 def _fresh(like: Tensor, rank: int, rng: ClientRandom, matrix: str) -> Tensor:

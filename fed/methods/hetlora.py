@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fed.methods.average import head_means
+from fed.methods.average import next_round
 from fed.methods.low_rank import product_norm
 from fed.methods.starts import leading_start
 from fed.seeding import ClientRandom
@@ -36,10 +36,8 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
 
 def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:
     """Return the update, cut to γr modules if Σ_matrices ‖A[γr:]‖ ‖B[:, γr:]‖ shrank; the client keeps that rank."""
-    if begun.penalty is None:
-        return replace(update, memory=update.client.memory)
-    first = begun.penalty.first
-    if not tail_size(update.factors, first) < tail_size(begun.factors, first):
+    first = None if begun.penalty is None else begun.penalty.first
+    if first is None or not tail_size(update.factors, first) < tail_size(begun.factors, first):
         return replace(update, memory=update.client.memory)
     return replace(
         update,
@@ -52,12 +50,7 @@ def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> Cli
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
     """Return the weighted means of the updates; a module that a client does not have counts as zero."""
     factors = {matrix: _padded_mean(server, updates, matrix) for matrix in server.adapter.factors}
-    return replace(
-        server,
-        adapter=replace(server.adapter, factors=factors),
-        head=head_means(server, updates),
-        round=server.round + 1,
-    )
+    return next_round(server, updates, replace(server.adapter, factors=factors))
 
 
 def tail_size(factors: Mapping[str, Factors], first: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fed.methods.average import head_means
+from fed.methods.average import next_round
 from fed.types import ClientUpdate, Factors, ServerState, Stack
 
 
@@ -42,9 +42,7 @@ def principal_state(server: ServerState, updates: Sequence[ClientUpdate], stacks
         matrix: principal_modules(stack, adapter.scale, adapter.factors[matrix][0][: adapter.rank])
         for matrix, stack in stacks.items()
     }
-    return replace(
-        server, adapter=replace(adapter, factors=factors), head=head_means(server, updates), round=server.round + 1
-    )
+    return next_round(server, updates, replace(adapter, factors=factors))
 
 
 def principal_modules(stack: Stack, scale: float, spare: Tensor) -> Factors:
@@ -64,10 +62,7 @@ def principal_modules(stack: Stack, scale: float, spare: Tensor) -> Factors:
     rank = int((sigma > smallest).sum())
     A, B = Vh @ Q2.mT, (Q1 @ U[:, : len(sigma)]) * (sigma / scale)  # (min(K, n + R), K), (N, min(N, n))
     count = max(rank, spare.shape[0])
-    return (
-        _resized(A, count, dim=0).to(stack.A.dtype),
-        _resized(B[:, :rank], count, dim=1).to(stack.B.dtype),
-    )
+    return _resized(A, count, dim=0).to(stack.A.dtype), _resized(B[:, :rank], count, dim=1).to(stack.B.dtype)
 
 
 def _resized(values: Tensor, count: int, dim: int) -> Tensor:
@@ -87,10 +82,8 @@ def product_norm(left: Tensor, right: Tensor) -> Tensor:
     no (N, K) matrix, and unlike a sum of squares it loses no digits when modules cancel. If m reaches N or K the
     product is formed, because it is then no larger than its factors.
     """
-    if left.shape[1] >= min(left.shape[0], right.shape[1]):
-        dense: Tensor = torch.linalg.matrix_norm(left @ right)
-        return dense
-    T1 = torch.linalg.qr(left, mode="r").R  # (min(N, m), m)
-    T2 = torch.linalg.qr(right.mT, mode="r").R  # (min(K, m), m)
-    norm: Tensor = torch.linalg.matrix_norm(T1 @ T2.mT)
+    if left.shape[1] < min(left.shape[0], right.shape[1]):
+        left = torch.linalg.qr(left, mode="r").R  # (min(N, m), m)
+        right = torch.linalg.qr(right.mT, mode="r").R.mT  # (m, min(K, m))
+    norm: Tensor = torch.linalg.matrix_norm(left @ right)
     return norm

@@ -2,7 +2,7 @@
 
 FlexLoRA averages over all clients, so a module that only a few clients of large rank have is scaled down, and ΔW tends
 to the smallest rank. Here the weights for module j are renormalised over the clients whose rank exceeds j:
-ΔW = Σ_i Σ_{j<r_i} (p_i / Σ_{k: r_k>j} p_k) s b_ij a_ijᵀ. Everything else is as in FlexLoRA.
+ΔW = Σ_i Σ_{j<r_i} (p_i / Σ_{k: r_k>j} p_k) s b_ij a_ijᵀ. Everything else, the start too, is as in FlexLoRA.
 
 Source: Wu et al., arXiv 2602.13486, 2026.
 """
@@ -12,14 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fed.methods.low_rank import principal_state, stacked
-from fed.methods.starts import leading_start
-from fed.seeding import ClientRandom
-from fed.types import Client, ClientStart, ClientUpdate, ServerState
-
-
-def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart:
-    """Return a start with the first r_i modules, all of them trained."""
-    return leading_start(server, client.rank)
+from fed.types import ClientUpdate, ServerState
 
 
 def aggregate(server: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:

@@ -40,17 +40,6 @@ class Candidates:
 Strategy = Callable[[Candidates, int, ClientRandom], tuple[int, ...]]
 
 
-def random_selection(seed: int, round_number: int, client: int, matrix: str, rank: int, budget: int) -> tuple[int, ...]:
-    """Return `budget` of the modules 0 … rank-1, ascending, with equal probability for every subset.
-
-    The draw depends only on (seed, round, client, matrix), not on the order of calls. Raises `FedError` if budget is
-    outside 0 … rank.
-    """
-    check_budget(client, rank, budget)
-    order = ClientRandom(seed, round_number, client).permutation(rank, "select", matrix)
-    return tuple(sorted(order[:budget].tolist()))
-
-
 def check_budget(client: int, rank: int, budget: int) -> None:
     """Raise `FedError` unless 0 ≤ budget ≤ rank."""
     if not 0 <= budget <= rank:
@@ -59,7 +48,7 @@ def check_budget(client: int, rank: int, budget: int) -> None:
 
 def uniform_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:
     """Draw a subset, all with equal probability, for each client, matrix and round."""
-    return random_selection(rng.seed, rng.round, rng.client, modules.matrix, modules.rank, budget)
+    return tuple(sorted(rng.permutation(modules.rank, "select", modules.matrix)[:budget].tolist()))
 
 
 def shared_random(modules: Candidates, budget: int, rng: ClientRandom) -> tuple[int, ...]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fed.config import RunConfig
+from fed.data.federated_data import FederatedData
 from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, quiet
+from fed.data.tables import Split
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-    from fed.data.tables import Split
 
 # A callback for pretraining, called after each step with the number of steps done and the step's loss.
 Progress = Callable[[int, float], object]
@@ -36,9 +34,15 @@ def build(config: RunConfig, data: FederatedData) -> nn.Module:
         if config.model.path is None:
             model: nn.Module = _embedded_vit(config, data)
         elif config.data.task == "instruction":
-            model = _language_model(config)
-        else:
-            model = _classifier(config, data)
+            model, missing = _loaded(config, "AutoModelForCausalLM")
+            if missing:  # these weights would be random
+                raise FedError(
+                    f"model.path is {config.model.path!r}: instructions need a causal language model; "
+                    f"the checkpoint has no {sorted(missing)[0]}"
+                )
+        else:  # with a new head if the checkpoint's own has another number of labels
+            kind = "AutoModelForSequenceClassification"
+            model, _ = _loaded(config, kind, ignore_mismatched_sizes=True, **_labels(data))
     return model
 
 
@@ -127,36 +131,14 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
         epoch += 1
 
 
-def _classifier(config: RunConfig, data: FederatedData) -> Any:
-    """Return the checkpoint as a sequence classifier, with a new head if its own has another number of labels."""
-    from transformers import AutoModelForSequenceClassification
-
-    model, _ = _loaded(config, AutoModelForSequenceClassification, ignore_mismatched_sizes=True, **_labels(data))
-    return model
-
-
-def _language_model(config: RunConfig) -> Any:
-    """Return the checkpoint as a causal language model.
-
-    Raises FedError if the checkpoint lacks any of its weights, because these would be random.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model, missing = _loaded(config, AutoModelForCausalLM)
-    if missing:
-        raise FedError(
-            f"model.path is {config.model.path!r}: instructions need a causal language model; "
-            f"the checkpoint has no {sorted(missing)[0]}"
-        )
-    return model
-
-
-def _loaded(config: RunConfig, kind: Any, **settings: Any) -> tuple[Any, set[str]]:
+def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str]]:
     """Return the checkpoint as a model of class `kind`, and the weights it lacks, initialised from the run's seed."""
+    import transformers
+
     path, tokenizer = checkpoint_of(config), load_tokenizer(config)
     loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
-        model, report = kind.from_pretrained(
+        model, report = getattr(transformers, kind).from_pretrained(
             path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **settings
         )
     if model.config.pad_token_id is None:

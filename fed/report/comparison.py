@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -54,12 +54,10 @@ def collect(directory: Path) -> Comparison:
     """Read the finished runs of a comparison; raise FedError if none is finished."""
     plan = plans.plan(plans.read(directory))
     runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in plan.variants}
-    missing = 0
     for cell in plan.cells:
         if finished(cell, directory):
             runs[cell.variant.name][cell.seed] = read(directory / cell.path)
-        else:
-            missing += 1
+    missing = len(plan.cells) - sum(map(len, runs.values()))
     if missing == len(plan.cells):
         raise FedError(f"{str(directory)!r} holds no finished run yet; python -m fed resume {directory} continues it")
     return Comparison(plan, runs, missing)
@@ -70,25 +68,16 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     plan, metrics = comparison.plan, comparison.metrics([metric.name for metric in METRICS])
     variants = []
     for variant in plan.variants:
-        by_metric = {metric.name: comparison.values(variant, metric) for metric in metrics}
         figures = {
-            name: {
+            metric.name: {
                 "mean": fmean(values.values()),
                 "std": stdev(values.values()) if len(values) > 1 else None,
-                "by_seed": {str(seed): value for seed, value in values.items()},
+                "by_seed": values,
             }
-            for name, values in by_metric.items()
-            if values
+            for metric in metrics
+            if (values := comparison.values(variant, metric))
         }
-        variants.append(
-            {
-                "name": variant.name,
-                "label": variant.label,
-                "settings": list(variant.settings),
-                "notes": list(variant.notes),
-                "figures": figures,
-            }
-        )
+        variants.append(asdict(variant) | {"figures": figures})
     paired = {
         metric.name: {
             variant.name: {"mean": found.mean, "low": found.low, "high": found.high, "seeds": found.n}

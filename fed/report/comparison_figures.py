@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from fed.experiments.variants import Variant
 from fed.files import write_atomically
@@ -15,9 +17,6 @@ from fed.report.comparison import Comparison
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.summary import COST, NOISE, Metric
 from fed.types import measured
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Values of x, and the mean and the standard deviation over seeds at each of them.
 Band = tuple[list[float], list[float], list[float]]
@@ -35,38 +34,21 @@ def draw(comparison: Comparison, directory: Path) -> list[Path]:
 
 def sheets(comparison: Comparison) -> dict[str, list[Panel]]:
     """Return the panels of each picture by its name; "noise" is left out if it was not measured."""
-    shown = {
-        "accuracy": [
-            Panel(
-                "Accuracy on held-out test data: mean over seeds, ± one standard deviation.",
-                partial(_accuracy, comparison=comparison),
-            )
-        ]
-    }
+    caption = "Accuracy on held-out test data: mean over seeds, ± one standard deviation."
+    accuracy = [Panel(caption, partial(_accuracy, comparison=comparison))]
     if any(comparison.paired(variant) for variant in comparison.others):
         caption = "Accuracy less the reference's, paired by seed, with 95 % intervals: across the line is a tie."
-        shown["accuracy"].append(Panel(caption, partial(_differences, comparison=comparison), legend=False))
-    noises = [
-        Panel(
-            f"{metric.title.capitalize()} in every round, mean over seeds.",
-            partial(_noise, comparison=comparison, metric=metric),
-        )
-        for metric in comparison.metrics(NOISE)
-    ]
-    if noises:
-        shown["noise"] = noises
-    shown["cost"] = [
-        Panel("Accuracy over all bytes sent so far, up and down.", partial(_accuracy_per_byte, comparison=comparison)),
-        *(
-            Panel(
-                f"{metric.phrase} ({metric.unit}), mean over seeds.",
-                partial(_bars, comparison=comparison, metric=metric),
-                legend=False,
-            )
-            for metric in comparison.metrics([name for name in COST if name != "trainable_parameters"])
-        ),
-    ]
-    return shown
+        accuracy.append(Panel(caption, partial(_differences, comparison=comparison), legend=False))
+    noise = []
+    for metric in comparison.metrics(NOISE):
+        caption = f"{metric.title.capitalize()} in every round, mean over seeds."
+        noise.append(Panel(caption, partial(_noise, comparison=comparison, metric=metric)))
+    caption = "Accuracy over all bytes sent so far, up and down."
+    cost = [Panel(caption, partial(_accuracy_per_byte, comparison=comparison))]
+    for metric in comparison.metrics([name for name in COST if name != "trainable_parameters"]):
+        caption = f"{metric.phrase} ({metric.unit}), mean over seeds."
+        cost.append(Panel(caption, partial(_bars, comparison=comparison, metric=metric), legend=False))
+    return {"accuracy": accuracy} | ({"noise": noise} if noise else {}) | {"cost": cost}
 
 
 def band(comparison: Comparison, variant: Variant, field: str, scale: float = 1.0) -> Band:
@@ -100,9 +82,7 @@ def _last_round(comparison: Comparison) -> int:
 def _accuracy(axes: Axes, theme: Theme, comparison: Comparison) -> None:
     for number, variant in enumerate(comparison.plan.variants):
         _plot_band(axes, theme, number, variant.label, band(comparison, variant, "accuracy", 100.0))
-    axes.set_title("Accuracy on held-out test data")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, _last_round(comparison))
+    over_rounds(axes, _last_round(comparison), "Accuracy on held-out test data", "accuracy (%)")
 
 
 def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:
@@ -116,15 +96,11 @@ def _noise(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> 
         none = none or min(means, default=1.0) == 0
     if positive:
         _logarithmic(axes, min(positive), max(positive), none)
-    axes.set_title(metric.title.capitalize())
-    axes.set_ylabel("Frobenius norm")
-    over_rounds(axes, _last_round(comparison))
+    over_rounds(axes, _last_round(comparison), metric.title.capitalize(), "Frobenius norm")
 
 
 def _logarithmic(axes: Axes, low: float, high: float, zero: bool) -> None:
     """Make the y axis logarithmic over whole decades, at least one; with `zero`, add a linear part down to 0."""
-    from matplotlib.ticker import NullLocator
-
     bottom, top = floor(log10(low)), max(ceil(log10(high)), floor(log10(low)) + 1)
     step = max(1, round((top - bottom) / 5))
     decades = [10.0**power for power in range(bottom, top + 1, step)]
@@ -161,21 +137,13 @@ def _accuracy_per_byte(axes: Axes, theme: Theme, comparison: Comparison) -> None
         _, means, deviations = band(comparison, variant, "accuracy", 100.0)
         _, up, _ = band(comparison, variant, "upload_bytes", 1e-6)
         _, down, _ = band(comparison, variant, "download_bytes", 1e-6)
-        sent = _running([a + b for a, b in zip(up, down, strict=True)])
+        sent = list(accumulate(a + b for a, b in zip(up, down, strict=True)))
         _plot_band(axes, theme, number, variant.label, (sent[1:], means[1:], deviations[1:]))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title("Accuracy over megabytes sent")
     axes.set_xlabel("megabytes up and down, all clients")
     axes.set_ylabel("accuracy (%)")
-
-
-def _running(values: Sequence[float]) -> list[float]:
-    total, sums = 0.0, []
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
 
 
 def _bars(axes: Axes, theme: Theme, comparison: Comparison, metric: Metric) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 _DPI = 130
 _STYLES = ("-", "--", "-.", (0, (1, 1.2)))
@@ -73,10 +75,6 @@ def sheet(
 
     With `shared_legend` there is one legend below all panels instead of one for each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(
@@ -92,8 +90,8 @@ def sheet(
     for axes, panel in zip(cells, panels, strict=False):
         panel.draw(axes, theme)
         _finish(axes, theme)
-        if panel.legend and not shared_legend:
-            _legend_below(axes, theme)
+        if panel.legend and not shared_legend:  # below the axes a legend hides nothing
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), **_legend_style(theme))
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     if shared_legend:
@@ -103,10 +101,10 @@ def sheet(
     return buffer.getvalue()
 
 
-def over_rounds(axes: Axes, last_round: int) -> None:
-    """Set up the x axis for rounds, from 0 to a little beyond the last one."""
-    from matplotlib.ticker import MaxNLocator
-
+def over_rounds(axes: Axes, last_round: int, title: str, measure: str) -> None:
+    """Set the title, the label of the y axis, and an x axis for rounds, from 0 to a little beyond the last one."""
+    axes.set_title(title)
+    axes.set_ylabel(measure)
     axes.set_xlabel("round")
     axes.set_xlim(0, 1.03 * max(1, last_round))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -128,9 +126,8 @@ def _finish(axes: Axes, theme: Theme) -> None:
         axes.grid(axis=along, color=theme.grid, linewidth=0.6)
 
 
-def _legend_below(axes: Axes, theme: Theme) -> None:
-    """Place the legend below the axes, where it hides nothing."""
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=theme.ink, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+def _legend_style(theme: Theme) -> dict[str, Any]:
+    return {"frameon": False, "fontsize": 9.5, "labelcolor": theme.ink}
 
 
 def _legend_of_all(figure: Figure, theme: Theme) -> None:
@@ -140,13 +137,6 @@ def _legend_of_all(figure: Figure, theme: Theme) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     rows = -(-len(entries) // max(1, int(figure.get_figwidth() / 2.2)))
-    columns = -(-len(entries) // max(1, rows))  # makes the rows of the legend equally long
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=max(1, columns),
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=theme.ink,
-    )
+    columns = max(1, -(-len(entries) // max(1, rows)))  # makes the rows of the legend equally long
+    style = _legend_style(theme)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, **style)

@@ -85,13 +85,10 @@ def _table(lines: Sequence[tuple[str, ...]]) -> str:
 
 def _figure(panel: Panel) -> str:
     """Return a panel drawn twice, in light and dark colours, of which the browser shows the one for its mode."""
-    light, dark = (_embedded(sheet([panel], theme, size=(5.6, 4.6))) for theme in (LIGHT, DARK))
+    pictures = (sheet([panel], theme, size=(5.6, 4.6)) for theme in (LIGHT, DARK))
+    light, dark = (f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures)
     caption = escape(panel.caption, quote=True)
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{caption}"></picture>\n<figcaption>{caption}</figcaption></figure>'
     )
-
-
-def _embedded(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"

@@ -6,21 +6,19 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from fed import methods
+from fed.config import RunConfig
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
-from fed.report.tables import population, task_name
+from fed.report.tables import population
 from fed.simulation.run_directory import Run, read
 from fed.types import Row, measured
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from fed.config import RunConfig
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SIMILARITY_PICTURE, FOLDER = "similarity.png", "similarity"
@@ -59,7 +57,7 @@ def panels(run: Run) -> list[Panel]:
 
 def headline(config: RunConfig) -> str:
     """Return a run's settings in one line: method, task and clients."""
-    return f"{methods.find(config.method).title} on {task_name(config)}: {population(config)}"
+    return f"{methods.find(config.method).title} on {config.data.title}: {population(config)}"
 
 
 def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
@@ -73,9 +71,7 @@ def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
         label = f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
         axes.axhline(reached, color=vermilion, linestyle=style, label=label)
     axes.set_ylim(0, 100)
-    axes.set_title("Accuracy on held-out test data")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, run.rows[-1]["round"])
+    over_rounds(axes, run.rows[-1]["round"], "Accuracy on held-out test data", "accuracy (%)")
 
 
 def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -89,9 +85,7 @@ def _noise(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
         axes.plot(*zip(*points, strict=True) if points else ([], []), **theme.line(number), label=label)
     if any(measured(row, field) for row in rows for field, *_ in known):
         axes.set_yscale("log")
-    axes.set_title("Noise on effective weights")
-    axes.set_ylabel("Frobenius norm of the difference")
-    over_rounds(axes, rows[-1]["round"] if rows else 0)
+    over_rounds(axes, _last_round(rows), "Noise on effective weights", "Frobenius norm of the difference")
 
 
 def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -100,9 +94,7 @@ def _traffic(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
         megabytes = [measured(row, field) / 1e6 for row in rows]
         axes.plot(rounds, megabytes, **theme.line(number), label=f"{name}, {sum(megabytes):.3g} MB in all")
     axes.set_ylim(bottom=0)
-    axes.set_title("Bytes in a round, all its clients")
-    axes.set_ylabel("megabytes")
-    over_rounds(axes, rounds[-1] if rounds else 0)
+    over_rounds(axes, _last_round(rows), "Bytes in a round, all its clients", "megabytes")
 
 
 def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -116,9 +108,7 @@ def _clients(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
     axes.plot(rounds, means, **theme.line(0), label=f"mean of clients: {means[-1]:.1f} %")
     axes.plot(rounds, worst, **theme.line(1), label=f"worst client: {worst[-1]:.1f} %")
     axes.set_ylim(0, 100)
-    axes.set_title("Accuracy client by client")
-    axes.set_ylabel("accuracy (%)")
-    over_rounds(axes, rows[-1]["round"])
+    over_rounds(axes, _last_round(rows), "Accuracy client by client", "accuracy (%)")
 
 
 def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -128,9 +118,11 @@ def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
             label = f"{name}, {max(value for _, value in points):.3g} MB at most"
             axes.plot(*zip(*points, strict=True), **theme.line(number), label=label)
     axes.set_ylim(bottom=0)
-    axes.set_title("Memory of local training")
-    axes.set_ylabel("megabytes")
-    over_rounds(axes, rows[-1]["round"] if rows else 0)
+    over_rounds(axes, _last_round(rows), "Memory of local training", "megabytes")
+
+
+def _last_round(rows: Sequence[Row]) -> int:
+    return rows[-1]["round"] if rows else 0
 
 
 class _Map(NamedTuple):
@@ -147,27 +139,9 @@ class _Map(NamedTuple):
 
 
 _MAPS = (
-    _Map(
-        "within",
-        "within a client",
-        "module",
-        True,
-        "Cosine of two modules of one client, mean over clients",
-    ),
-    _Map(
-        "across",
-        "from client to client",
-        "module",
-        False,
-        "Cosine of a client's module with another client's, mean",
-    ),
-    _Map(
-        "clients",
-        "same module, two clients",
-        "client",
-        True,
-        "Cosine of a module of two clients, mean over modules",
-    ),
+    _Map("within", "within a client", "module", True, "Cosine of two modules of one client, mean over clients"),
+    _Map("across", "from client to client", "module", False, "Cosine of a client's module with another client's, mean"),
+    _Map("clients", "same module, two clients", "client", True, "Cosine of a module of two clients, mean over modules"),
 )
 
 
@@ -221,8 +195,6 @@ def _span(arrays: list[Array], off_diagonal: bool) -> float:
 
 
 def _map(axes: Axes, theme: Theme, values: Array, span: float, title: str, axis: str, names: list[int] | None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     image = axes.imshow(values, cmap="RdBu_r", vmin=-span, vmax=span, interpolation="nearest")
     axes.set_facecolor(theme.grid)
     axes.set_title(title)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
 from fed.types import Row, measured
 
 
+def _last(rows: Sequence[Row], field: str) -> float | None:
+    return measured(rows[-1], field)
+
+
+def _mean(rows: Sequence[Row], field: str) -> float | None:
+    """Return the mean over all rounds except round 0, in which nothing is trained."""
+    values = _known(rows[1:], field)
+    return fmean(values) if values else None
+
+
+def _sum(rows: Sequence[Row], field: str) -> float | None:
+    values = _known(rows, field)
+    return sum(values) if values else None
+
+
+def _most(rows: Sequence[Row], field: str) -> float | None:
+    return max(_known(rows, field), default=None)
+
+
+def _gain(rows: Sequence[Row], field: str) -> float:
+    return float(measured(rows[-1], field) - measured(rows[0], field))
+
+
+def _known(rows: Sequence[Row], field: str) -> list[float]:
+    return [value for row in rows if (value := measured(row, field)) is not None]
+
+
 class Metric(NamedTuple):
-    """One metric of a run: `of` computes it from the rows, or returns None if it was not measured.
+    """One metric of a run: `over` computes it from a field of the rows, and `scale` converts it to `unit`.
 
     `title` is the heading of its column in tables, and `phrase` the title of its panel in figures. `digits` is the
     number of decimals shown; None stands for three significant digits.
@@ -20,82 +46,38 @@ class Metric(NamedTuple):
     name: str
     title: str
     unit: str
-    of: Callable[[Sequence[Row]], float | None]
+    over: Callable[[Sequence[Row], str], float | None]
+    field: str
+    scale: float = 1.0
     digits: int | None = None
     phrase: str = ""
 
-
-def _last(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    value = measured(rows[-1], field)
-    return None if value is None else scale * value
-
-
-def _mean(rows: Sequence[Row], field: str) -> float | None:
-    """Return the mean over all rounds except round 0, in which nothing is trained."""
-    values = [value for row in rows[1:] if (value := measured(row, field)) is not None]
-    return fmean(values) if values else None
+    def of(self, rows: Sequence[Row]) -> float | None:
+        """Return the metric of a run with these rows, or None if it was not measured."""
+        value = self.over(rows, self.field)
+        return None if value is None else self.scale * value
 
 
-def _sum(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    values = [value for row in rows if (value := measured(row, field)) is not None]
-    return scale * sum(values) if values else None
-
-
-def _most(rows: Sequence[Row], field: str, scale: float = 1.0) -> float | None:
-    values = [value for row in rows if (value := measured(row, field)) is not None]
-    return scale * max(values) if values else None
-
-
-def _gain(rows: Sequence[Row]) -> float:
-    return 100 * float(rows[-1]["accuracy"] - rows[0]["accuracy"])
-
-
-ACCURACY = Metric("accuracy", "accuracy", "%", partial(_last, field="accuracy", scale=100.0), 1)
-ROUGE = Metric("rouge_l", "ROUGE-L", "%", partial(_last, field="rouge_l", scale=100.0), 1)
+ACCURACY = Metric("accuracy", "accuracy", "%", _last, "accuracy", 100.0, digits=1)
+ROUGE = Metric("rouge_l", "ROUGE-L", "%", _last, "rouge_l", 100.0, digits=1)
 METRICS = (
     ACCURACY,
-    Metric("gain", "gain", "points", _gain, 1),
-    Metric("rouge_1", "ROUGE-1", "%", partial(_last, field="rouge_1", scale=100.0), 1),
+    Metric("gain", "gain", "points", _gain, "accuracy", 100.0, digits=1),
+    Metric("rouge_1", "ROUGE-1", "%", _last, "rouge_1", 100.0, digits=1),
     ROUGE,
-    Metric("worst_accuracy", "worst client", "%", partial(_last, field="worst_accuracy", scale=100.0), 1),
-    Metric("loss", "loss", "", partial(_last, field="loss"), 3),
-    Metric("init_noise", "initialisation noise", "", partial(_mean, field="init_noise")),
-    Metric("agg_noise", "aggregation noise", "", partial(_mean, field="agg_noise")),
-    Metric("agg_noise_module", "module noise", "", partial(_mean, field="agg_noise_module")),
-    Metric("factor_noise", "factor noise", "", partial(_mean, field="factor_noise")),
-    Metric("upload_mb", "up", "MB", partial(_sum, field="upload_bytes", scale=1e-6), phrase="Sent up in a whole run"),
-    Metric(
-        "download_mb",
-        "down",
-        "MB",
-        partial(_sum, field="download_bytes", scale=1e-6),
-        phrase="Sent down in a whole run",
-    ),
-    Metric(
-        "trainable_parameters",
-        "trainable",
-        "",
-        partial(_mean, field="trainable_parameters"),
-        phrase="Trainable parameters",
-    ),
-    Metric(
-        "optimizer_mb",
-        "optimiser",
-        "MB",
-        partial(_most, field="optimizer_bytes", scale=1e-6),
-        phrase="Optimiser state, at most",
-    ),
-    Metric(
-        "activation_mb",
-        "activations",
-        "MB",
-        partial(_most, field="activation_bytes", scale=1e-6),
-        phrase="Activations kept, at most",
-    ),
-    Metric(
-        "train_seconds", "training", "s", partial(_sum, field="train_seconds"), phrase="Local training in a whole run"
-    ),
-    Metric("fold_seconds", "folding", "s", partial(_sum, field="fold_seconds")),
+    Metric("worst_accuracy", "worst client", "%", _last, "worst_accuracy", 100.0, digits=1),
+    Metric("loss", "loss", "", _last, "loss", digits=3),
+    Metric("init_noise", "initialisation noise", "", _mean, "init_noise"),
+    Metric("agg_noise", "aggregation noise", "", _mean, "agg_noise"),
+    Metric("agg_noise_module", "module noise", "", _mean, "agg_noise_module"),
+    Metric("factor_noise", "factor noise", "", _mean, "factor_noise"),
+    Metric("upload_mb", "up", "MB", _sum, "upload_bytes", 1e-6, phrase="Sent up in a whole run"),
+    Metric("download_mb", "down", "MB", _sum, "download_bytes", 1e-6, phrase="Sent down in a whole run"),
+    Metric("trainable_parameters", "trainable", "", _mean, "trainable_parameters", phrase="Trainable parameters"),
+    Metric("optimizer_mb", "optimiser", "MB", _most, "optimizer_bytes", 1e-6, phrase="Optimiser state, at most"),
+    Metric("activation_mb", "activations", "MB", _most, "activation_bytes", 1e-6, phrase="Activations kept, at most"),
+    Metric("train_seconds", "training", "s", _sum, "train_seconds", phrase="Local training in a whole run"),
+    Metric("fold_seconds", "folding", "s", _sum, "fold_seconds"),
 )
 OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
 # Metrics that variants are compared by; they are in per cent, and higher is better.

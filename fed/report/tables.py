@@ -6,18 +6,14 @@ import shlex
 from collections.abc import Sequence
 from math import floor, log10
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
 
 from fed import methods
-from fed.config import settings_of
+from fed.config import RunConfig, settings_of
 from fed.experiments.variants import resolved
 from fed.report.comparison import Comparison
 from fed.report.summary import COST, NOISE, OUTCOME, SCORES, Metric
 from fed.simulation.run_directory import Run
 from fed.types import Metrics
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 Table = list[tuple[str, ...]]
 
@@ -176,7 +172,7 @@ def as_markdown(comparison: Comparison, pictures: Sequence[str] = ()) -> str:
 def title(comparison: Comparison) -> str:
     """Return the comparison's title: the variants, or the setting that varies, and the task."""
     asked, labels = comparison.plan.request, [variant.label for variant in comparison.plan.variants]
-    task = task_name(comparison.plan.cells[0].config)
+    task = comparison.plan.cells[0].config.data.title
     if asked.vary and len(asked.methods) == 1:
         return f"{methods.find(asked.methods[0].partition('@')[0]).title} by {asked.vary.partition('=')[0]} on {task}"
     names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
@@ -209,16 +205,16 @@ def command(comparison: Comparison) -> str:
 
 def summary(run: Run) -> list[tuple[str, ...]]:
     """Return a table, heading first: accuracy before and after the run with the gain, and that of centralised LoRA."""
-    config, rounds = run.config, run.rows[-1]["round"]
+    config, rounds, reached = run.config, run.rows[-1]["round"], run.gain_of(run.rows[-1])
     federated = f"{methods.find(config.method).title}, {rounds} rounds × {local_work(config)}"
     lines: list[tuple[str, ...]] = [
-        (f"test data: {task_name(config)}", "accuracy", "gain", "ratio"),
+        (f"test data: {config.data.title}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
-        (federated, percent(run.rows[-1]), f"{run.gain_points:+.1f} points", ""),
+        (federated, percent(run.rows[-1]), f"{reached:+.1f} points", ""),
     ]
     for row in run.centralised:
         gain = run.gain_of(row)
-        ratio = f"{run.gain_points / gain:.2f}" if gain > 0 else "—"
+        ratio = f"{reached / gain:.2f}" if gain > 0 else "—"
         lines.append((f"centralised LoRA, {row['steps']} steps", percent(row), f"{gain:+.1f} points", ratio))
     return lines
 
@@ -227,13 +223,6 @@ def memory_in_use(run: Run) -> str:
     """Return a sentence on the peak memory of a run, or an empty string if it was not measured."""
     peaks = [peak for row in run.rows if (peak := row.get("peak_memory_bytes"))]
     return f"At most {max(peaks) / 1e6:.0f} MB of memory were in use." if peaks else ""
-
-
-def markdown(run: Run) -> str:
-    """Return the summary as a Markdown table."""
-    heading, *lines = summary(run)
-    rule = ("---", *["---:"] * (len(heading) - 1))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *lines))
 
 
 def percent(row: Metrics) -> str:
@@ -259,8 +248,3 @@ def population(config: RunConfig) -> str:
     if clients.memory_mib:
         ranks = "ranks by memory"
     return f"{clients.count} clients, {clients.per_round} a round, {skew}, {ranks} of R = {config.adapter.rank}"
-
-
-def task_name(config: RunConfig) -> str:
-    """Return a short name of the task."""
-    return config.data.title

@@ -16,7 +16,7 @@ from fed.report.comparison import Comparison, as_json
 from fed.report.html import Section, page
 from fed.report.run_figures import similarity_panels
 from fed.report.summary import COST, NOISE, OUTCOME
-from fed.report.tables import memory_in_use, population, summary, task_name
+from fed.report.tables import memory_in_use, population, summary
 from fed.simulation.run_directory import Run, read
 
 PAGE, JSON, MARKDOWN = "report.html", "comparison.json", "comparison.md"
@@ -54,7 +54,7 @@ def publish_initialisation(run: Run, found: Sequence[Start], directory: Path) ->
     """Write a run's initialisation noise to `initialisation.json` and `initialisation.md`; return their paths."""
     config = run.config
     facts = {
-        "task": task_name(config),
+        "task": config.data.title,
         "population": population(config),
         "seed": config.seed,
         "after_round": run.rows[-1]["round"],
@@ -91,12 +91,13 @@ def comparison_page(comparison: Comparison) -> str:
             tables=[tables.table(comparison, OUTCOME), *tables.paired_tables(comparison)],
             panels=sheets["accuracy"],
         ),
-        Section("Cost", tables=[tables.table(comparison, COST)], panels=sheets["cost"]),
     ]
     if "noise" in sheets:
-        noise = Section("Noise", tables=[tables.table(comparison, NOISE)], panels=sheets["noise"])
-        sections.insert(1, noise)
-    sections.append(Section("How to read this", paragraphs=tables.notes(comparison)))
-    sections.append(Section("Command", code=tables.command(comparison)))
-    sections.append(Section("Settings all runs share", code=shared))
+        sections.append(Section("Noise", tables=[tables.table(comparison, NOISE)], panels=sheets["noise"]))
+    sections += [
+        Section("Cost", tables=[tables.table(comparison, COST)], panels=sheets["cost"]),
+        Section("How to read this", paragraphs=tables.notes(comparison)),
+        Section("Command", code=tables.command(comparison)),
+        Section("Settings all runs share", code=shared),
+    ]
     return page(tables.title(comparison), tables.lead(comparison), sections)

@@ -15,17 +15,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fed.config import flat, renamed
+from fed.config import RunConfig, flat, renamed
 from fed.errors import FedError
 from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors
 from fed.types import Client, RunState, ServerState
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 FOLDER, TENSORS, FACTS = "checkpoint", "state.safetensors", "state.json"
 # Settings that may change when a run is resumed.
@@ -40,14 +39,12 @@ def is_due(config: RunConfig, number: int) -> bool:
 
 def last_round(directory: Path) -> int | None:
     """Return the round of a run's last checkpoint, or None if there is none."""
-    found = [_number(path) for path in (directory / FOLDER).glob("round-*") if _number(path) is not None]
-    return max((number for number in found if number is not None), default=None)
+    names = (re.fullmatch(r"round-(\d+)", path.name) for path in (directory / FOLDER).glob("round-*"))
+    return max((int(name[1]) for name in names if name), default=None)
 
 
 def save(directory: Path, config: RunConfig, state: RunState, store: ClientStore) -> None:
     """Write a checkpoint of the run's current round, then delete the others."""
-    from safetensors.torch import save_file
-
     folder, number = directory / FOLDER, state.server.round
     target, temporary = folder / f"round-{number}", folder / f"round-{number}.tmp"
     for path in (temporary, target):
@@ -74,9 +71,6 @@ def load(directory: Path, config: RunConfig, beginning: RunState, store: ClientS
     The store takes over the clients' files that the checkpoint refers to, and deletes all others. Raises FedError if
     there is no checkpoint, it cannot be read, a client's file is missing, or it was made with other settings.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     number = last_round(directory)
     if number is None:
         raise FedError(f"{str(directory)!r} holds no checkpoint to go on from; start the run anew")
@@ -98,11 +92,6 @@ def _remove_others(folder: Path) -> None:
     for path in folder.parent.glob("round-*"):
         if path != folder:
             shutil.rmtree(path)
-
-
-def _number(path: Path) -> int | None:
-    match = re.fullmatch(r"round-(\d+)", path.name)
-    return int(match[1]) if match else None
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fed.errors import FedError
@@ -72,15 +74,10 @@ class ClientStore:
     def __init__(self, directory: Path, device: torch.device) -> None:
         self.folder = directory / FOLDER
         self._device = device
-        self._entries: dict[int, ClientFile] = {}
+        self.entries: dict[int, ClientFile] = {}  # each client's current file; clients that keep nothing have none
         self._checkpoint = -1  # round of the last checkpoint, which may refer to files up to that round
         self._superseded: list[Path] = []
         self._last: tuple[Path, ClientState] | None = None
-
-    @property
-    def entries(self) -> Mapping[int, ClientFile]:
-        """The current file of each client by the client's id; clients that keep nothing have none."""
-        return self._entries
 
     def keep(self, client: int, number: int, kept: ClientState) -> ClientState:
         """Write what a client keeps after round `number`, and return it as mappings that read the file on access.
@@ -88,28 +85,27 @@ class ClientStore:
         Raises FedError if the file cannot be written.
         """
         fields = tuple(field for field in ClientState._fields if getattr(kept, field))
-        before = self._entries.pop(client, None)
+        before = self.entries.pop(client, None)
         if fields:
             self._write(self._path(client, number), _flat(kept))
-            self._entries[client] = ClientFile(number, fields)
-        if before is not None:
-            self._supersede(client, before)
+            self.entries[client] = ClientFile(number, fields)
+        if before is not None and before.round > self._checkpoint:
+            self._path(client, before.round).unlink(missing_ok=True)
+        elif before is not None:
+            self._superseded.append(self._path(client, before.round))
         return self.stored(client)
 
     def stored(self, client: int) -> ClientState:
         """Return what a client kept last as mappings that read its file on access, or empty ones if it kept nothing."""
-        if client not in self._entries:
+        if client not in self.entries:
             return ClientState({}, {}, {})
-        number, fields = self._entries[client]
+        number, fields = self.entries[client]
         return ClientState(
             *(LazyMapping(self, client, number, field) if field in fields else {} for field in ClientState._fields)
         )
 
     def read(self, client: int, number: int) -> ClientState:
         """Return what a client kept after round `number`; raise FedError if its file is missing or damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self._path(client, number)
         if self._last is None or self._last[0] != path:
             self._last = None
@@ -144,7 +140,7 @@ class ClientStore:
             )
         for name in there - wanted.keys():
             (self.folder / name).unlink()
-        self._entries, self._checkpoint = dict(entries), number
+        self.entries, self._checkpoint = dict(entries), number
 
     def clear(self) -> None:
         """Delete the clients' files and their folder, and then the parent directory if it is empty."""
@@ -156,9 +152,6 @@ class ClientStore:
         return self.folder / f"client-{client}.round-{number}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
@@ -166,13 +159,6 @@ class ClientStore:
                 save_file(own, temporary)
         except (OSError, SafetensorError) as error:
             raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error}") from None
-
-    def _supersede(self, client: int, entry: ClientFile) -> None:
-        path = self._path(client, entry.round)
-        if entry.round > self._checkpoint:
-            path.unlink(missing_ok=True)
-        else:
-            self._superseded.append(path)
 
 
 @contextmanager

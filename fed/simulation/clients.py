@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from fed.config import RunConfig
+from fed.data.federated_data import FederatedData
+from fed.data.tables import Split
 from fed.errors import FedError
+from fed.methods import Method
+from fed.models.shared_model import SharedModel
 from fed.seeding import permutation, torch_seed
-from fed.training.memory import MIB, SavedTensors, tensor_bytes
+from fed.training.memory import MIB, SavedTensors, base_bytes, tensor_bytes
 from fed.types import Client
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-    from fed.data.federated_data import FederatedData
-    from fed.data.tables import Split
-    from fed.methods import Method
-    from fed.models.shared_model import SharedModel
 
 
 def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method: Method) -> tuple[Client, ...]:
@@ -94,14 +92,11 @@ def estimate(shared: SharedModel, config: RunConfig, split: Split) -> Estimate:
     states = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
     layers = shared.handle.layers.values()
     width_bytes = sum((layer.in_features + layer.out_features) * layer.weight.element_size() for layer in layers)
-    own = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
-    everything = (*shared.model.parameters(), *shared.model.buffers())
-    weights = tensor_bytes(tensor for tensor in everything if id(tensor) not in own)
     head = tensor_bytes(shared.head.values()) * (1 + states)
     held = shared.rank * width_bytes if adapter.unselected == "frozen" and config.method == "fed-plora" else 0
     narrow, wide = (_activations(shared, split, train.batch_size, rank) for rank in (1, shared.rank))
     slope = (wide - narrow) // (shared.rank - 1) if shared.rank > 1 else 0
-    return Estimate(weights + head + held + narrow - slope, width_bytes * (2 + states) + slope)
+    return Estimate(base_bytes(shared) + head + held + narrow - slope, width_bytes * (2 + states) + slope)
 
 
 def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> list[int]:

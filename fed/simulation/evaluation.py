@@ -179,10 +179,8 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     for element in first:
         diagonal = 0
         for column, other in enumerate(second, start=1):
-            diagonal, row[column] = (
-                row[column],
-                diagonal + 1 if element == other else max(row[column], row[column - 1]),
-            )
+            longest = diagonal + 1 if element == other else max(row[column], row[column - 1])
+            diagonal, row[column] = row[column], longest
     return row[-1]
 
 

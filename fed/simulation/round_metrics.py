@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.methods import Method
 from fed.models.shared_model import SharedModel
@@ -21,9 +22,6 @@ from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
 from fed.training.local import Job
 from fed.training.memory import peak_bytes
 from fed.types import Client, ClientResult, Metrics, Row, RunState, ServerState
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
 from fed import methods
+from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
@@ -23,19 +23,7 @@ from fed.simulation.server_optimizer import step
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.local import Job, find_fault, module_gradients, train
 from fed.training.memory import restart_peak
-from fed.types import (
-    Adapter,
-    Client,
-    ClientResult,
-    ClientUpdate,
-    Options,
-    Round,
-    RunState,
-    ServerState,
-)
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
+from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
 
 
 @dataclass(frozen=True)

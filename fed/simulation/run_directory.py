@@ -8,25 +8,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self, cast
 
 from fed import config as configuration
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.files import write_atomically
 from fed.types import CentralisedRow, Metrics, Row
 
-if TYPE_CHECKING:
-    from fed.config import RunConfig
-
-CENTRALISED = "centralised.json"
-
 CONFIG, ROUNDS, BASE, ADAPTER = "config.toml", "rounds.jsonl", "base", "adapter"
-
-
-def looks_like_run(directory: Path) -> bool:
-    """Return whether a directory holds the two files that every run has: its configuration and its rounds."""
-    return (directory / CONFIG).is_file() and (directory / ROUNDS).is_file()
+CENTRALISED = "centralised.json"
 
 
 def require_free(target: Path, overwrite: bool) -> None:
@@ -39,7 +30,8 @@ def require_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FedError(f"--out is {str(target)!r}, which exists; --overwrite replaces it, or give another name")
-    if any(target.iterdir()) and not looks_like_run(target):
+    holds_run = (target / CONFIG).is_file() and (target / ROUNDS).is_file()  # the two files that every run has
+    if any(target.iterdir()) and not holds_run:
         raise FedError(
             f"--out is {str(target)!r}, which --overwrite leaves alone: it holds no {CONFIG} and {ROUNDS}, "
             "so it is not a run's directory"
@@ -89,9 +81,7 @@ class RunDirectory:
             shutil.rmtree(self._aside)
             self._aside = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.kept:
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -120,11 +110,6 @@ class Run:
     config: RunConfig
     rows: list[Row]
     centralised: list[CentralisedRow]
-
-    @property
-    def gain_points(self) -> float:
-        """Accuracy of the last round minus that of the unadapted model, in percentage points."""
-        return self.gain_of(self.rows[-1])
 
     def gain_of(self, row: Metrics) -> float:
         """Return the accuracy of `row` minus that of the unadapted model, in percentage points."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fed.config.training import ServerConfig
 from fed.types import Factors, ServerState
-
-if TYPE_CHECKING:
-    from fed.config.training import ServerConfig
 
 
 def step(server: ServerState, following: ServerState, settings: ServerConfig) -> ServerState:
@@ -31,15 +28,9 @@ def step(server: ServerState, following: ServerState, settings: ServerConfig) ->
     for matrix, before in server.adapter.factors.items():
         moved = []
         for side, old, mean in zip("AB", before, following.adapter.factors[matrix], strict=True):
-            key, modules = f"{side} {matrix}", 0 if side == "A" else 1
-            value, first, second = _adam(
-                old.movedim(modules, 0),
-                mean.movedim(modules, 0),
-                moments.get(f"first {key}"),
-                moments.get(f"second {key}"),
-                settings,
-            )
-            moments[f"first {key}"], moments[f"second {key}"] = first, second
+            first, second, modules = f"first {side} {matrix}", f"second {side} {matrix}", "AB".index(side)
+            sides = old.movedim(modules, 0), mean.movedim(modules, 0)
+            value, moments[first], moments[second] = _adam(*sides, moments.get(first), moments.get(second), settings)
             moved.append(value.movedim(0, modules).contiguous())
         factors[matrix] = (moved[0], moved[1])
     return replace(following, adapter=replace(following.adapter, factors=factors), moments=moments)

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
 from torch import nn
 
 import plora_kernels as pk
+from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.files import replacing, write_atomically
 from fed.models.shared_model import adapted, delta_beyond_rank
@@ -20,9 +21,6 @@ from fed.simulation.rounds import Federation
 from fed.simulation.run_directory import ADAPTER, BASE, ROUNDS, parse_row
 from fed.simulation.similarity import save_similarity
 from fed.types import Row, ServerState
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 BASE_DELTA = "base_delta.safetensors"
 
@@ -105,20 +103,16 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
     if not total:
         path.unlink(missing_ok=True)
         return
-    from safetensors.torch import save_file
-
     with replacing(path) as temporary:
         save_file({f"{matrix}.weight": delta.cpu().contiguous() for matrix, delta in total.items()}, temporary)
 
 
 def _kept_rows(path: Path, last: int) -> list[Row]:
     """Return the rows up to round `last` and remove all later lines from the file, incomplete ones included."""
-    rows: list[Row] = []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for line in lines[: last + 1]:
-        rows.append(parse_row(line))
-    write_atomically(path, "".join(f"{line}\n" for line in lines[: last + 1]))
-    return rows
+    kept = lines[: last + 1]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    return [parse_row(line) for line in kept]
 
 
 def _discard(event: str) -> None:

@@ -126,36 +126,29 @@ class Cohort:
             matrix: _mask([job.start.selected[matrix] for job in self.jobs], factors[f"A/{matrix}"])
             for matrix in shared.handle.layers
         }
-        self.optimizer, self.untrained = self._optimizer(())
-        self._begun = False
+        self.optimizer: StackedOptimizer | None = None  # made after the first backward
+        self.untrained: Tensor | None = None  # bool, laid out as `stacked.values`: elements that no client trains
         self.saved = SavedTensors(shared.model, (self.stacked.values, *self.fixed.values()))
 
-    def _optimizer(self, unused: Sequence[str]) -> tuple[StackedOptimizer, Tensor | None]:
-        """Return an optimiser and a bool mask, laid out as `stacked.values`, of the elements that no client trains.
-
-        The mask is None if everything is trained. `unused` names the parameters that the loss does not depend on.
-        """
-        rates, trained = [job.learning_rate for job in self.jobs], self._trained(unused)
-        return StackedOptimizer(self.stacked, self.settings, rates, trained), None if trained is None else ~trained
-
-    def _trained(self, unused: Sequence[str]) -> Tensor | None:
-        """Return a bool mask, laid out as `stacked.values`, of the elements that are trained, or None if all are.
+    def _make_optimizer(self, unused: Sequence[str]) -> StackedOptimizer:
+        """Return the optimiser, and set `untrained` unless everything is trained.
 
         Parameters in `unused`, which the loss does not depend on, are not trained: when a client trains alone their
         gradient is None, and the optimiser does not move them either.
         """
-        if not unused and all(mask is None for mask in self.masks.values()):
-            return None
-        trained = torch.ones_like(self.stacked.values, dtype=torch.bool)
-        for name, part in self.stacked.named(trained).items():
-            kind, _, matrix = name.partition("/")
-            mask = self.masks[matrix] if kind in "AB" else None
-            if name in unused:
-                part.fill_(False)
-            elif mask is not None:
-                own = mask.to(part.device, non_blocking=True)
-                part &= own[:, :, None] if kind == "A" else own[:, None, :]
-        return trained
+        trained: Tensor | None = None
+        if unused or any(mask is not None for mask in self.masks.values()):
+            trained = torch.ones_like(self.stacked.values, dtype=torch.bool)
+            for name, part in self.stacked.named(trained).items():
+                kind, _, matrix = name.partition("/")
+                mask = self.masks[matrix] if kind in "AB" else None
+                if name in unused:
+                    part.fill_(False)
+                elif mask is not None:
+                    own = mask.to(part.device, non_blocking=True)
+                    part &= own[:, :, None] if kind == "A" else own[:, None, :]
+            self.untrained = ~trained
+        return StackedOptimizer(self.stacked, self.settings, [job.learning_rate for job in self.jobs], trained)
 
     def train(self, measure: bool) -> Tensor:
         """Train all clients for all their steps; return the sum of each client's losses over its steps, (C,)."""
@@ -196,10 +189,8 @@ class Cohort:
         penalty = span.penalty()
         objective = (losses if penalty is None else losses + penalty).sum()
         unused = span.differentiate(objective)
-        # Only the first backward shows which parameters the loss does not depend on.
-        if unused and not self._begun:
-            self.optimizer, self.untrained = self._optimizer(unused)
-        self._begun = True
+        if self.optimizer is None:  # only the first backward shows which parameters the loss does not depend on
+            self.optimizer = self._make_optimizer(unused)
         if self.untrained is not None:
             self.stacked.gradients.masked_fill_(self.untrained, 0.0)
         if most > 0:

@@ -6,21 +6,18 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fed.config import RunConfig
 from fed.errors import FedError
 from fed.models.shared_model import SharedModel
 from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job, batch_rows
-from fed.training.memory import MIB, state_bytes, tensor_bytes
+from fed.training.memory import MIB, base_bytes, state_bytes
 from fed.types import ClientUpdate
-
-if TYPE_CHECKING:
-    from fed.config import RunConfig
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # sizes of cohorts to time
 TRIAL_STEPS, TRIALS = 2, 2  # local steps of a trial, and trials of each size, of which the fastest counts
@@ -49,14 +46,10 @@ class CohortScheduler:
         Raises FedError if a client does not fit into `cohort_memory_mib` even alone.
         """
         updates: dict[int, ClientUpdate] = {}
+        config = self._config
         for places in self.divide(jobs):
-            trained = train_together(
-                self._shared,
-                [jobs[place] for place in places],
-                self._config.train,
-                self._config.measure.memory,
-                self._compiled,
-            )
+            cohort = [jobs[place] for place in places]
+            trained = train_together(self._shared, cohort, config.train, config.measure.memory, self._compiled)
             updates |= zip(places, trained, strict=True)
         return [updates[place] for place in range(len(jobs))]
 
@@ -69,7 +62,7 @@ class CohortScheduler:
         order = sorted(range(len(jobs)), key=lambda place: (-jobs[place].steps, -_modules(jobs[place])))
         budget = self._config.cohort_memory_mib * MIB
         needs = self._needs(jobs) if budget else [0] * len(jobs)
-        room = budget - self._fixed_bytes() if budget else 0
+        room = budget - base_bytes(self._shared) if budget else 0
         if self.size is None:
             most = _fitting([needs[place] for place in order], room)
             self.size = self._fastest([jobs[place] for place in order[:most]])
@@ -80,12 +73,6 @@ class CohortScheduler:
                 cohort = []
             cohort.append(place)
         yield cohort
-
-    def _fixed_bytes(self) -> int:
-        layers = self._shared.handle.layers.values()
-        own = {id(factor) for layer in layers for factor in (layer.lora_A, layer.lora_B)}
-        model = self._shared.model
-        return tensor_bytes(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own)
 
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
         """Return each client's bytes: parameters, gradients, optimiser state and the activations of a batch.
@@ -103,7 +90,7 @@ class CohortScheduler:
             width = factors[0].element_size()
             state = state_bytes(self._config.train, numbers, len(factors) + len(job.head), width)
             needs.append(2 * numbers * width + state + self._activations(job, longest))
-        fixed, budget = self._fixed_bytes(), self._config.cohort_memory_mib * MIB
+        fixed, budget = base_bytes(self._shared), self._config.cohort_memory_mib * MIB
         for job, need in zip(jobs, needs, strict=True):
             if fixed + need > budget:
                 raise FedError(

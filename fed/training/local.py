@@ -145,10 +145,8 @@ def find_fault(update: ClientUpdate) -> str | None:
     }
     tensors |= update.head
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    return next(
-        (f"its {name} holds NaN or infinity" for name, fine in zip(tensors, finite, strict=True) if not fine),
-        None,
-    )
+    faults = (f"its {name} holds NaN or infinity" for name, fine in zip(tensors, finite, strict=True) if not fine)
+    return next(faults, None)
 
 
 def make_optimizer(
@@ -158,11 +156,7 @@ def make_optimizer(
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay, fused=True)
     return torch.optim.SGD(
-        parameters,
-        lr=learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=True,
+        parameters, lr=learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fed.config.training import TrainConfig
+    from fed.models.shared_model import SharedModel
 
 # Parameters of glibc's mallopt: how much free memory stays at the end of the heap, and the size from which a block gets
 # a memory mapping of its own.
@@ -101,6 +102,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # the C library is not glibc and has no mallopt
         return False
     return bool(mallopt(MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def base_bytes(shared: SharedModel) -> int:
+    """Return the bytes of the model's parameters and buffers, head included, without the adapter's A and B."""
+    own = {id(factor) for layer in shared.handle.layers.values() for factor in (layer.lora_A, layer.lora_B)}
+    everything = (*shared.model.parameters(), *shared.model.buffers())
+    return tensor_bytes(tensor for tensor in everything if id(tensor) not in own)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

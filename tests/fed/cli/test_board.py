@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from fed import console
-from fed.console import ComparisonProgress, duration
+from fed.console import ComparisonProgress, Screen, duration
 from fed.experiments import plan as plans
 from tests.support.saved_runs import make_row
 
 
 def play(cells: list[plans.Cell], already: int) -> ComparisonProgress:
-    with ComparisonProgress(cells, already) as shown:
+    with ComparisonProgress(Screen(), cells, already) as shown:
         shown.on_event(cells[0], "base", "making the base model of seed 0")
         for number in range(3):
             shown.on_event(cells[0], "row", make_row(number))

@@ -293,7 +293,7 @@ def test_what_fails_before_the_first_row_leaves_the_old_run_as_it_was(
     out.mkdir()
     for name in ("config.toml", "rounds.jsonl"):
         (out / name).write_text("old")
-    monkeypatch.setattr("fed.simulation.simulate.simulate", failing(error, 0))
+    monkeypatch.setattr("fed.experiments.run.simulate", failing(error, 0))
     outcome = fed_cli("run", "digits", "--overwrite", "--out", str(out), "--set", *SMALL)
     assert (outcome.status, outcome.err.startswith(said)) == (status, True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -303,7 +303,7 @@ def test_what_fails_before_the_first_row_leaves_the_old_run_as_it_was(
 def interrupt(out: Path, fed_cli: Callable, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Outcome:
     """Begin a run and end it by Ctrl-C after row 1."""
     with monkeypatch.context() as patched:
-        patched.setattr("fed.simulation.simulate.simulate", failing(KeyboardInterrupt(), 2))
+        patched.setattr("fed.experiments.run.simulate", failing(KeyboardInterrupt(), 2))
         return fed_cli("run", "digits", "--out", str(out), "--set", *SMALL, *settings)
 
 

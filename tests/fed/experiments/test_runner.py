@@ -93,7 +93,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("fed.simulation.simulate.simulate", interrupting(5))
+        patched.setattr("fed.experiments.run.simulate", interrupting(5))
         outcome = fed_cli(*ASKED, "--out", str(out))
     assert outcome.status == 130
     assert outcome.err == (
@@ -115,7 +115,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
 def test_a_finished_comparison_plays_nothing_again_and_takes_more_seeds(
     whole: Path, fed_cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fed.simulation.simulate.simulate", interrupting(1))
+    monkeypatch.setattr("fed.experiments.run.simulate", interrupting(1))
     outcome = fed_cli(*ASKED, "--out", str(whole))
     assert (outcome.status, outcome.err) == (0, "")
     assert "4 of 4 runs are finished already" in outcome.out
@@ -171,7 +171,7 @@ def test_a_run_that_cannot_be_played_is_named_and_the_others_stay(
             raise FedError("the moon is full")
         return simulate(config, *rest, resume=resume)
 
-    monkeypatch.setattr("fed.simulation.simulate.simulate", fail)
+    monkeypatch.setattr("fed.experiments.run.simulate", fail)
     outcome = fed_cli(*ASKED, "--out", str(tmp_path / "out"))
     assert outcome.status == 2
     assert outcome.err.splitlines() == [

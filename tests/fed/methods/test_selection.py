@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fed.errors import FedError
-from fed.methods.selection import STRATEGIES, Candidates, find, random_selection
+from fed.methods.selection import STRATEGIES, Candidates, check_budget, find, uniform_random
 from fed.models.shared_model import adapted
 from fed.seeding import ClientRandom, permutation, seed_of
 from fed.simulation.rounds import Federation, first_state
@@ -18,6 +18,11 @@ from fed.training.local import batch_rows, module_gradients
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 KEY = {"seed": 3, "round_number": 2, "client": 7, "matrix": "layer.0.q_proj", "rank": 16, "budget": 5}
+
+
+def random_selection(seed: int, round_number: int, client: int, matrix: str, rank: int, budget: int) -> tuple[int, ...]:
+    modules = Candidates(matrix, (torch.zeros(rank, 1), torch.zeros(1, rank)))
+    return uniform_random(modules, budget, ClientRandom(seed, round_number, client))
 
 
 def test_selection_is_sorted_distinct_and_of_the_budget() -> None:
@@ -52,9 +57,9 @@ def test_all_and_none_can_be_selected() -> None:
 
 def test_a_budget_beyond_the_rank_is_an_error_naming_both() -> None:
     with pytest.raises(FedError, match="client 7 cannot train 17 modules of 16"):
-        random_selection(**KEY | {"budget": 17})
+        check_budget(7, 16, 17)
     with pytest.raises(FedError, match="cannot train -1 modules"):
-        random_selection(**KEY | {"budget": -1})
+        check_budget(7, 16, -1)
 
 
 def test_every_module_is_as_likely_as_another() -> None:

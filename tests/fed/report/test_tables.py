@@ -8,14 +8,15 @@ import pytest
 
 from fed.config import RunConfig
 from fed.errors import FedError
-from fed.report.tables import markdown
+from fed.report.tables import markdown_table, summary
 from fed.simulation.run_directory import read, write_centralised
 from tests.support.saved_runs import make_row, make_run
 
 
 def test_a_run_reads_back_with_its_gains(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", [make_row(number) for number in range(4)])
-    assert read(directory).gain_points == pytest.approx(30)
+    run = read(directory)
+    assert run.gain_of(run.rows[-1]) == pytest.approx(30)
     assert read(directory).centralised == []
     write_centralised(directory, [{"steps": 20, "accuracy": 0.6, "loss": 1.0, "train_seconds": 1.0}])
     run = read(directory)
@@ -26,7 +27,7 @@ def test_a_run_reads_back_with_its_gains(tmp_path: Path) -> None:
 def test_the_summary_as_markdown_by_hand(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", [make_row(number) for number in range(4)])
     write_centralised(directory, [{"steps": 20, "accuracy": 0.6, "loss": 1.0, "train_seconds": 1.0}])
-    assert markdown(read(directory)).splitlines() == [
+    assert markdown_table(summary(read(directory))).splitlines() == [
         "| test data: digits turned by 90° | accuracy | gain | ratio |",
         "| --- | ---: | ---: | ---: |",
         "| unadapted model | 10.0 % |  |  |",

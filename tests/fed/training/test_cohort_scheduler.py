@@ -25,7 +25,7 @@ from fed.training.cohort import train_together
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
-from fed.training.memory import MIB
+from fed.training.memory import MIB, base_bytes
 from plora_kernels.fallback import grouped_products
 from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
@@ -60,7 +60,7 @@ def test_a_cohort_holds_as_many_as_asked_for_and_clients_of_as_many_steps(shared
 def test_a_cohort_fits_its_memory(shared: SharedModel) -> None:
     config = make_config(**SIX, execution="cohort", clients_per_pass=6, cohort_memory_mib=1.0)
     divider, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
-    needs, fixed = divider._needs(jobs), divider._fixed_bytes()
+    needs, fixed = divider._needs(jobs), base_bytes(shared)
     assert [len(cohort) for cohort in divider.divide(jobs)] == [6]
     # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
     # gradients and AdamW's two moments, six step counts, and the activations of its batch.

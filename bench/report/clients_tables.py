@@ -24,15 +24,6 @@ HEADER = (
 )
 
 
-def holds_clients(path: Path) -> bool:
-    """Say whether a file is one that `python -m bench.clients` wrote."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and saved.get("kind") == KIND
-
-
 def clients_markdown(path: Path) -> str:
     """Return the measured points as Markdown; ResultsError where the file lacks what there should be."""
     saved = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import pytest
 
 from bench.cases import cases
 from bench.providers.registry import provider_names
-from bench.report.suite_results import load_run
+from bench.report.runs import load_run
 from bench.report.suite_tables import markdown
 from bench.simulation.cases import simulation_cases
 from bench.simulation.providers import providers_of

@@ -8,17 +8,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 class RecordedClock:
     """A clock that stands still except while a recorded call is replayed."""
 
-    def __init__(self) -> None:
-        self._now_s = 0.0
-
-    def rewind(self) -> None:
-        self._now_s = 0.0
+    now_s = 0.0
 
     def advance(self, seconds: float) -> None:
-        self._now_s += seconds
-
-    def read(self) -> float:
-        return self._now_s
+        self.now_s += seconds
 
 
 _CLOCK = RecordedClock()
@@ -26,7 +19,7 @@ _CLOCK = RecordedClock()
 
 def recorded_time() -> float:
     """Return the recorded clock's time in seconds: the `timer` of every item that `replay` serves."""
-    return _CLOCK.read()
+    return _CLOCK.now_s
 
 
 def replay(benchmark: BenchmarkFixture, seconds: Sequence[float]) -> None:
@@ -39,7 +32,7 @@ def replay(benchmark: BenchmarkFixture, seconds: Sequence[float]) -> None:
     remaining = iter(seconds)
 
     def next_duration() -> tuple[tuple[float], dict[str, object]]:
-        _CLOCK.rewind()
+        _CLOCK.now_s = 0.0
         return (next(remaining),), {}
 
     benchmark.pedantic(_CLOCK.advance, setup=next_duration, rounds=len(seconds))

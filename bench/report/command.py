@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.harness.options import exit_status
 from bench.harness.records import ResultsError, load_records, read_json, write_text
 from bench.report.clients_tables import KIND, clients_markdown
 from bench.report.device_tables import committed_section, device_markdown
@@ -104,16 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"rewrite what stands between markers, such as {' and '.join(markers('bench'))}; repeatable",
     )
     parser.add_argument("--keep", action="store_true", help="add the run to the history")
-    given = parser.parse_args(arguments)
-    try:
-        text = report_history(given) if given.history else report(given)
-        if given.keep:
-            print(f"kept: {keep(given.results)}", file=sys.stderr)
-        if given.markdown:
-            write_text(given.markdown, text)
-    except (ResultsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(_report, parser.parse_args(arguments))
+
+
+def _report(given: argparse.Namespace) -> int:
+    text = report_history(given) if given.history else report(given)
+    if given.keep:
+        print(f"kept: {keep(given.results)}", file=sys.stderr)
+    if given.markdown:
+        write_text(given.markdown, text)
     if not given.markdown and not given.documents:
         print(text, end="")
     return 0

@@ -26,13 +26,12 @@ from bench.harness.machine import (
     measure_kernels,
     settle_compilers,
 )
-from bench.harness.options import at_least
+from bench.harness.options import add_device_options, at_least, exit_status
 from bench.harness.processes import STARTUP_SECONDS, Workers
-from bench.harness.records import ResultsError, open_records
+from bench.harness.records import open_records
 from bench.tune.classes import belongs, layer_size, shape_classes
 from bench.tune.tuner import LOGS, SECONDS_EACH, Tuning, attempt_candidate, resume, time_candidates, tune_class
 from plora_kernels.backend import backend
-from plora_kernels.errors import ConfigError
 from plora_kernels.tuning.blocks import OPS, ShapeClass
 from plora_kernels.tuning.lookup import hardware_of
 from plora_kernels.tuning.tables import PACKAGED, user_folder
@@ -103,9 +102,9 @@ def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
+    fresh = "measure everything anew; an entry of the table stays until then"
+    add_device_options(parser, seconds=240.0, fresh=fresh)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument(
         "--shapes", nargs="+", type=layer_size, metavar="KxN", help="only classes of layers from K to N features"
@@ -118,32 +117,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=float("inf"),
         help="time what is checked of a class's candidates by then (default: all)",
     )
-    parser.add_argument("--budget-seconds", type=float, default=240.0, help="end by then; another call goes on")
     parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where every measurement goes")
-    parser.add_argument(
-        "--fresh", action="store_true", help="measure everything anew; an entry of the table stays until then"
-    )
     parser.add_argument("--candidates", type=int, default=96, help="how many to try where nothing like it was searched")
-    parser.add_argument("--workers", type=int, help="processes that compile and check (0: none)")
-    parser.add_argument("--commit", help="what to call the code where git does not know")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
-    started = time.monotonic()
     settle_compilers()  # so that kernels that were compiled ahead are found
     options = parse(arguments)
-    options.started = started
     if options.device == "cuda" and torch.cuda.is_available():
         measure_kernels()
     if backend(options.device) != "triton":
         print(f"error: the kernels do not run on {options.device} here, so there is nothing to tune", file=sys.stderr)
         return 2
-    try:
-        return tune(options)
-    except (ResultsError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(tune, options)

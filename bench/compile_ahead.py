@@ -47,7 +47,8 @@ from bench.tune import command
 from bench.tune.classes import shape_classes
 from bench.tune.search import narrowed
 from bench.tune.trials import Trial, for_checking, make_trial
-from plora_kernels.tuning.blocks import Blocks, ShapeClass
+from bench.tune.tuner import Attempt
+from plora_kernels.tuning.blocks import ShapeClass
 from plora_kernels.tuning.candidates import candidates
 
 OURS = tuple(filter(is_ours, PROVIDERS))
@@ -57,16 +58,11 @@ GROUP = "__grp__"
 UNREAD = ".source"
 
 
-@dataclass(frozen=True)
-class Trying:
-    """A candidate of a class: what the tuner checks on fewer rows and then times."""
-
-    shape: ShapeClass
-    blocks: Blocks
-
-
-# A shape with all its forms, a case with this library's providers, or a candidate.
-Piece = CheckShape | Warmup | Trying
+# What this process has read of kernels, by their hash: a tool of CUDA's runs for every one.
+_USAGE: dict[str, Usage] = {}
+# A shape with all its forms, a case with this library's providers, or a candidate, which the tuner checks on fewer rows
+# and then times.
+Piece = CheckShape | Warmup | Attempt
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Work:
                 return f"check {dtype} M {m} K {k} N {n} R {r}"
             case Warmup(case=case):
                 return f"case {case.op} {case.name}"
-            case Trying(shape=shape, blocks=blocks):
+            case Attempt(shape=shape, blocks=blocks):
                 return f"candidate {shape} {blocks}"
 
 
@@ -131,7 +127,8 @@ def _cases(cases: Iterable[Case]) -> list[Piece]:
 
 
 def _candidates(shape: ShapeClass, target: Target, most: int) -> list[Piece]:
-    return [Trying(shape, blocks) for blocks in narrowed(shape, candidates(shape, target.hardware), {}, most)]
+    tried = narrowed(shape, candidates(shape, target.hardware), {}, most)
+    return [Attempt(shape, blocks, NOWHERE.type) for blocks in tried]
 
 
 def compile_piece(work: Work) -> Found:
@@ -154,7 +151,7 @@ def _causes(what: Piece) -> Iterator[str]:
         case Warmup():
             for name, cause in warm_up(what).items():
                 yield f"{name}: {cause}"
-        case Trying(shape=shape, blocks=blocks):
+        case Attempt(shape=shape, blocks=blocks):
             try:
                 _trial(for_checking(shape)).check(blocks)
                 _trial(shape).with_blocks(blocks)()
@@ -171,18 +168,11 @@ def _cause(error: Exception) -> str:
     return "; ".join([one_line(error), *getattr(error, "__notes__", ())])
 
 
-@functools.cache
-def _usage_known() -> dict[str, Usage]:
-    """Return what this process has read: a tool of CUDA's runs for every kernel."""
-    return {}
-
-
 def _usage(launches: Sequence[Launch]) -> dict[str, Usage]:
-    known = _usage_known()
     for launch in launches:
-        if launch.compiled.hash not in known:
-            known[launch.compiled.hash] = usage_of(launch.compiled)
-    return {launch.compiled.hash: known[launch.compiled.hash] for launch in launches}
+        if launch.compiled.hash not in _USAGE:
+            _USAGE[launch.compiled.hash] = usage_of(launch.compiled)
+    return {launch.compiled.hash: _USAGE[launch.compiled.hash] for launch in launches}
 
 
 def compile_all(work: Sequence[Work], workers: int) -> Found:

@@ -16,11 +16,12 @@ import torch
 from bench import compile_ahead
 from bench.audit.offline import TARGETS, compiling_for
 from bench.checks.inputs import DTYPES, FORMS, CheckShape
-from bench.compile_ahead import Trying, Work, pieces
+from bench.compile_ahead import Work, pieces
 from bench.gpu_cases import device_cases
 from bench.harness.machine import settle_compilers
 from bench.measure import Warmup
 from bench.sitting import FIRST_CASES
+from bench.tune.tuner import Attempt
 from plora_kernels.tuning.blocks import ShapeClass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -155,7 +156,7 @@ def test_pieces_are_what_is_asked_for() -> None:
     assert [piece.what.shape.op for piece in tried] == ["side_product"] * 5 + ["output_gradient"] * 5
     classes = {piece.what.shape for piece in asked("--classes", "1", "--candidates", "5", "--defaults")}
     assert len(asked("--defaults")) == len(classes) > 30
-    assert all(isinstance(piece.what, Trying) for piece in tried)
+    assert all(isinstance(piece.what, Attempt) for piece in tried)
 
 
 def test_a_sitting_s_pieces_are_those_of_its_steps() -> None:
@@ -164,7 +165,7 @@ def test_a_sitting_s_pieces_are_those_of_its_steps() -> None:
 
     first, second = of("first"), of("second")
     gate = {(4096, 4096, 16)}
-    tried = [work.what.shape for work in first if isinstance(work.what, Trying)]
+    tried = [work.what.shape for work in first if isinstance(work.what, Attempt)]
     assert {shape.op for shape in tried} >= {"forward", "input_gradient", "output_gradient", "factor_gradient"}
     assert {(shape.d_in, shape.d_out, shape.r) for shape in tried if shape.op == "forward"} == gate
     assert {work.what.dtype for work in first if isinstance(work.what, CheckShape)} == {"bfloat16"}

@@ -6,7 +6,7 @@ first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.check
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iter
             try:
                 for _ in range(2):  # the second call of a form replays what the first recorded
                     with poisoned_outputs():
-                        _check_of(form)(shape, inputs, form)
+                        check = _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)
+                        check(shape, inputs, form)
             except Exception as error:  # a kernel that does not compile is as wrong as one that errs
                 require_device(shape.device, error)
                 yield form, error
@@ -128,7 +129,7 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
     given = inputs
     if form == "strided":  # every second column of a wider x, the transpose of a transposed weight
         x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
-        given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
+        given = replace(inputs, x=x, weight=inputs.weight.t().contiguous().t())
     dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
     found = _fused(given, mask, unselected, dropout_p)
     assert_within_bound(shape, form, found, lambda dtype: expected(inputs, dtype, mask, unselected, dropout_p))
@@ -168,10 +169,9 @@ def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
 def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
     _fused(inputs, None, "folded")
-    other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
-    assert_within_bound(
-        shape, form, _fused(other, None, "folded"), lambda dtype: expected(other, dtype, None, "folded", 0.0)
-    )
+    other = replace(inputs, x=-inputs.x.flip(0).contiguous(), dy=inputs.dy.flip(0).contiguous())
+    found = _fused(other, None, "folded")
+    assert_within_bound(shape, form, found, lambda dtype: expected(other, dtype, None, "folded"))
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -214,6 +214,7 @@ def _synchronisation_refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+# The forms that have a check of their own; all others are a layer's.
 _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
     "folds agree": _check_folds_agree,
@@ -225,8 +226,3 @@ _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "grouped mask dropout": check_grouped,
     "siblings": check_siblings,
 }
-
-
-def _check_of(form: str) -> Callable[[CheckShape, Inputs, str], None]:
-    """Return the function that checks a form: one of its own, or that of a layer."""
-    return _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)

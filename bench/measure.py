@@ -13,9 +13,8 @@ import torch
 
 from bench.cases import FOLDS, Case, Problem, least_bytes, make_problem, operations
 from bench.checks.correctness import WrongResultError, check, poisoned_outputs, references
-from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
-from bench.harness.processes import note, one_line
+from bench.harness.processes import note, one_line, require_device
 from bench.harness.records import blank
 from bench.harness.timing import Plan, cache_flush, host_seconds, interleave, lead_seconds, median_and_spread, timer_for
 from bench.providers.base import Provider, ProviderUnavailableError

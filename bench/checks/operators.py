@@ -28,8 +28,7 @@ from bench.checks.inputs import (
     require_equal,
 )
 from bench.checks.many_adapters import check_grouped, check_siblings
-from bench.harness.device_health import require_device
-from bench.harness.processes import note, one_line
+from bench.harness.processes import note, one_line, require_device
 from bench.harness.records import blank
 from plora_kernels import reference
 from plora_kernels.tuning.lookup import hardware_of, override_blocks

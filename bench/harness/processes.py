@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NoReturn
 
+import torch
+
 # How long a new process may take to import torch and open the device.
 STARTUP_SECONDS = 120.0
 # How long stopping processes may take, all of them together.
@@ -27,13 +29,15 @@ STOP_SECONDS = 5.0
 class Outcome:
     """What became of one piece of work: its value, or why there is none; and what it noted on its way.
 
-    It was `cut` where the whole run's time was up before it was done: that is no fault of its own.
+    It was `cut` where the whole run's time was up before it was done: that is no fault of its own. Where it is `lost`,
+    so is its process.
     """
 
     value: Any = None
     error: str | None = None
     notes: tuple[Any, ...] = ()
     cut: bool = False
+    lost: bool = False
 
     @property
     def last_note(self) -> Any:
@@ -65,6 +69,20 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 
+def require_device(device_type: str, error: Exception) -> None:
+    """Raise LostProcessError if the device does no more work in this process: everything after `error` would fail.
+
+    An illegal address does that to a CUDA context: every later call of the process reports it again.
+    """
+    if device_type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").add_(1).item()
+    except Exception as broken:
+        raise LostProcessError(f"{one_line(error)}; its process could not go on") from broken
+
+
 def outcomes(
     function: Callable[[Any], Any],
     items: Sequence[Any],
@@ -82,11 +100,7 @@ def outcomes(
 def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
     """Return function(item) and what it noted, or its exception as one line."""
     notes: list[Any] = []
-    try:
-        outcome = _listened(function, item, notes.append)
-    except LostProcessError as error:
-        outcome = Outcome(error=str(error))
-    return replace(outcome, notes=tuple(notes))
+    return replace(_listened(function, item, notes.append), notes=tuple(notes))
 
 
 def leave(status: int) -> NoReturn:
@@ -111,8 +125,8 @@ def _listened(function: Callable[[Any], Any], item: Any, listener: Callable[[Any
     before, _listener = _listener, listener
     try:
         return Outcome(function(item))
-    except LostProcessError:
-        raise
+    except LostProcessError as error:
+        return Outcome(error=str(error), lost=True)
     except Exception as error:  # whatever a provider or a compiler raises is a finding, not an end
         return Outcome(error=one_line(error))
     finally:
@@ -132,10 +146,9 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
             item = connection.recv()
         except EOFError:
             return
-        try:
-            connection.send(_listened(function, item, send_note))
-        except LostProcessError as error:
-            connection.send(error)
+        outcome = _listened(function, item, send_note)
+        connection.send(outcome)
+        if outcome.lost:
             leave(1)
 
 
@@ -251,10 +264,9 @@ class Workers:
                 if isinstance(told, _Note):
                     worker.notes.append(told.value)
                 elif isinstance(told, Outcome):
+                    if told.lost:
+                        self._replace(worker)
                     return told
-                elif isinstance(told, LostProcessError):
-                    self._replace(worker)
-                    return Outcome(error=str(told))
         except (EOFError, OSError):
             worker.process.join(STOP_SECONDS)
             status = worker.process.exitcode

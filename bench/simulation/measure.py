@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.checks.correctness import WrongResultError
-from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
-from bench.harness.processes import Outcome, note, one_line
+from bench.harness.processes import Outcome, note, one_line, require_device
 from bench.harness.records import Record, blank
 from bench.harness.timing import Plan, Step, WallTimer, interleave, median_and_spread, nothing
 from bench.simulation.cases import DIGITS_VIT, IMAGE_TOKENS, RANK, SimulationCase, simulation_cases

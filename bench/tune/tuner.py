@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.device_health import require_device
-from bench.harness.processes import Outcome, Workers
+from bench.harness.processes import Outcome, Workers, require_device
 from bench.harness.records import RecordFile, blank
 from bench.tune.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.tune.trials import Trial, for_checking, make_trial

@@ -7,11 +7,27 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.harness.machine import environment, usable_cores
-from bench.harness.pytest_replay import replay
 
 # Takes a group of items, a provider's record and its rounds in seconds, none where it was not timed.
 HandOver = Callable[[str, Mapping[str, object], Sequence[float]], None]
 NOT_AVAILABLE = pytest.StashKey[list[Mapping[str, object]]]()
+
+
+class RecordedClock:
+    """A clock that stands still except while a recorded call is replayed."""
+
+    now_s = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+_CLOCK = RecordedClock()
+
+
+def recorded_time() -> float:
+    """Return the recorded clock's time in seconds: the `timer` of every item that `replay` serves."""
+    return _CLOCK.now_s
 
 
 def bench_device() -> torch.device:
@@ -30,7 +46,12 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture
 def hand_over(pytestconfig: pytest.Config, benchmark: BenchmarkFixture) -> HandOver:
-    """Hand a provider's figures and measured rounds to pytest-benchmark, or skip with the reason why there are none."""
+    """Hand a provider's figures and measured rounds to pytest-benchmark, or skip with the reason why there are none.
+
+    Providers are timed in turn, one round of all of them after another, while pytest-benchmark completes an item before
+    it starts the next. So a case is measured once and each provider's item replays its own durations; its `benchmark`
+    mark must set `timer=recorded_time`.
+    """
 
     def hand_over(group: str, record: Mapping[str, object], seconds: Sequence[float]) -> None:
         benchmark.group = group
@@ -39,7 +60,13 @@ def hand_over(pytestconfig: pytest.Config, benchmark: BenchmarkFixture) -> HandO
             assert record.get("status") != "wrong", record["cause"]
             pytest.skip(f"not available: {record['cause']}")
         benchmark.extra_info.update(record)
-        replay(benchmark, seconds)
+        remaining = iter(seconds)
+
+        def next_duration() -> tuple[tuple[float], dict[str, object]]:
+            _CLOCK.now_s = 0.0
+            return (next(remaining),), {}
+
+        benchmark.pedantic(_CLOCK.advance, setup=next_duration, rounds=len(seconds))
 
     return hand_over
 

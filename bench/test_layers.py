@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from bench.cases import Op, cases
-from bench.conftest import HandOver, bench_device
-from bench.harness.pytest_replay import recorded_time
+from bench.conftest import HandOver, bench_device, recorded_time
 from bench.harness.timing import Plan
 from bench.measure import Measurement, measure
 from bench.providers.registry import provider_names

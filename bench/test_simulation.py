@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.conftest import HandOver, bench_device
-from bench.harness.pytest_replay import recorded_time
+from bench.conftest import HandOver, bench_device, recorded_time
 from bench.simulation.cases import simulation_cases
 from bench.simulation.measure import PLAN, Found, measure
 from bench.simulation.providers import providers_of

@@ -7,6 +7,8 @@ first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.check
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +79,8 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
 
 def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
     """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
-    inputs = draw(shape)
-    with _tf32(shape.dtype == "tf32"):
+    inputs, matmul = draw(shape), torch.backends.cuda.matmul
+    with _setting(lambda: matmul.allow_tf32, partial(setattr, matmul, "allow_tf32"), shape.dtype == "tf32"):
         for form in shape.forms() if forms is None else forms:
             try:
                 for _ in range(2):  # the second call of a form replays what the first recorded
@@ -99,13 +101,14 @@ def check_record(shape: CheckShape, form: str) -> dict[str, object]:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+def _setting(read: Callable[[], Any], write: Callable[[Any], None], value: object) -> Iterator[None]:
+    """Write a setting of torch's, and what it was at the end."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        write(before)
 
 
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
@@ -197,20 +200,11 @@ def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> N
     layer = pk.FusedPLoRALinear.from_linear(frozen_linear(inputs.weight.clone()), rank=shape.r)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
-    with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():
+    refused = _setting(torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode, "error")
+    with refused if inputs.x.is_cuda else nullcontext():
         _fused(inputs, inputs.mask.to(inputs.x.device, non_blocking=True), "folded")
         layer.select([0])
         layer(inputs.x).backward(inputs.dy)
-
-
-@contextmanager
-def _synchronisation_refused() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 # The forms that have a check of their own; all others are a layer's.

@@ -62,6 +62,10 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def dropout_p(self) -> float:
+        return DROPOUT_P if self.op == "dropout" else 0.0
+
     def facts(self) -> dict[str, object]:
         """Return what is measured, as saved figures name it; several projections with their widths."""
         where = self.projection

@@ -23,7 +23,7 @@ def _peft_compiled(case: Case, problem: Problem) -> Provider:
 
 
 def _peft_parts(case: Case, problem: Problem) -> tuple[Siblings, dict[str, Tensor]]:
-    siblings = peft_siblings(case, problem, [part.weight for part in problem.parts()])
+    siblings = peft_siblings(case, problem)
     As, Bs = zip(*map(peft_factors, siblings.children()), strict=True)
     return siblings, named_factors(As, Bs)
 

@@ -8,7 +8,7 @@ from bench.cases import Case
 from bench.checks.inputs import CheckShape
 from bench.checks.operators import check_record
 from bench.device.jobs import Check
-from bench.harness.records import RecordFile, check_key
+from bench.harness.records import RecordFile, case_key
 from bench.harness.timing import Plan
 from bench.measure import chosen_providers
 from bench.simulation.cases import SimulationCase
@@ -52,8 +52,8 @@ class Run:
 
     def missing_forms(self, shape: CheckShape) -> tuple[str, ...]:
         """Return the forms of a shape that have no record."""
-        done, facts = self.file.done(), check_record(shape, "")
-        return tuple(form for form in shape.forms() if check_key(facts, form) not in done)
+        done = self.file.done()
+        return tuple(form for form in shape.forms() if case_key(check_record(shape, form)) not in done)
 
     def missing_steps(self, case: SimulationCase) -> tuple[str, ...]:
         """Return the providers of a training step that have no record: none where the base could not run."""

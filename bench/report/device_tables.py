@@ -8,7 +8,7 @@ from bench.cases import DROPOUT_P, MAIN_OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.harness.records import Record, holds_records, load_records
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.runs import OTHER_WAYS, Providers, by_case, facts_of, ratio_of, ratio_text, run_of_device, size_text
+from bench.report.runs import OTHER_WAYS, Providers, by_case, facts_of, ratio_of, ratio_text, run_of_device, size_of
 from bench.report.simulation_tables import reading, simulation_table
 from bench.report.titles import TITLES
 
@@ -133,7 +133,7 @@ def _table(cases: Sequence[Providers]) -> str:
         m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
         times = [_time(providers.get(name)) for name in names]
         ratios = [ratio_text(ratio_of(providers, "fused", name)) for name in ("peft", *others)]
-        rows.append([f"{size_text(record)}, {m}R {record['r']}", *times, *ratios, _hosts(providers)])
+        rows.append([f"{size_of(record)}, {m}R {record['r']}", *times, *ratios, _hosts(providers)])
     header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "host peft / fused"]
     return markdown_table(header, rows)
 

@@ -122,11 +122,10 @@ def draw_simulation(run: Run, path: Path) -> None:
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.4 * columns, 0.8 + 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (setting, cohorts) in zip(panels, curves.items(), strict=False):
-        _draw_setting(axes, setting, cohorts)
     for axes in panels[len(curves) :]:
         axes.set_visible(False)
-    for place, axes in enumerate(panels[: len(curves)]):
+    for place, (axes, (setting, cohorts)) in enumerate(zip(panels, curves.items(), strict=False)):
+        _draw_setting(axes, setting, cohorts)
         if place % columns == 0:
             axes.set_ylabel("ms per client and step")
         if place + columns >= len(curves):

@@ -136,7 +136,7 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def size_text(record: Record) -> str:
+def size_of(record: Record) -> str:
     """Return K×N, several projections' N as the sum of their widths: 4096×(4096+1024+1024)."""
     widths = record.get("widths")
     return f"{record['k']}×{'(' + '+'.join(map(str, widths)) + ')' if widths else record['n']}"

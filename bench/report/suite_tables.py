@@ -8,17 +8,7 @@ from collections.abc import Sequence
 from bench.cases import DROPOUT_P
 from bench.harness.records import Record
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.runs import (
-    OTHER_WAYS,
-    Providers,
-    Run,
-    facts_of,
-    geometric_mean,
-    ratio_of,
-    ratio_text,
-    size_text,
-    timed,
-)
+from bench.report.runs import OTHER_WAYS, Providers, Run, facts_of, geometric_mean, ratio_of, ratio_text, size_of, timed
 from bench.report.titles import TITLES
 
 # The suites' providers, in the order of a table's columns.
@@ -61,7 +51,7 @@ def rows_and_dtypes(run: Run) -> tuple[str, str]:
 
 def case_label(record: Record) -> str:
     """Return a case in words: model, projection, K×N and the rank."""
-    return f"{record['model']} {record['projection']} {size_text(record)}, R {record['r']}"
+    return f"{record['model']} {record['projection']} {size_of(record)}, R {record['r']}"
 
 
 def mean_ratios(run: Run, op: str, rank: int) -> dict[str, tuple[float, float]]:

@@ -10,7 +10,6 @@ idle device to an idle device.
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from bench.harness.machine import (
     settle_compilers,
     tables_digest,
 )
-from bench.harness.options import add_device_options, at_least, exit_status
+from bench.harness.options import add_device_options, at_least, exit_status, sizes
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import SIMULATION, case_key, open_records
 from bench.harness.timing import Plan
@@ -61,9 +60,9 @@ def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[C
         first = [s for s in known if s.dtype == "bfloat16" and (s.m, s.k, s.n, s.r) in gate]
         return first, [shape for shape in known if shape not in first]
     named = {GATE: gate, ALL: SHAPES[options.device]}
-    sizes = [size for name in options.check_shapes for size in named.get(name, (name,))]
+    chosen = dict.fromkeys(size for name in options.check_shapes for size in named.get(name, (name,)))
     dtypes = dict.fromkeys(shape.dtype for shape in known)
-    return [CheckShape(options.device, dtype, *size) for dtype in dtypes for size in dict.fromkeys(sizes)], []
+    return [CheckShape(options.device, dtype, *size) for dtype in dtypes for size in chosen], []
 
 
 def choose_work(options: argparse.Namespace) -> Work:
@@ -133,11 +132,7 @@ def _conclude(run: Run, work: Work) -> int:
 
 def check_size(text: str) -> str | tuple[int, ...]:
     """Return a name of shapes to check, or M, K, N and R of "256x512x384x16"; raises what argparse reports."""
-    if text in (GATE, ALL):
-        return text
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {GATE!r} nor {ALL!r} nor M, K, N and R as in 1x64x48x4")
-    return tuple(map(int, text.split("x")))
+    return text if text in (GATE, ALL) else sizes(f"{GATE!r}, {ALL!r} or M, K, N and R", "1x64x48x4", text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """What command lines have in common: options, their types, and how an error ends them."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,13 @@ def at_least(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
     return int(text)
+
+
+def sizes(names: str, example: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a text like `example`, "4096x4096"; raises what argparse reports."""
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * len(example.split("x"))), text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {names} as in {example}")
+    return tuple(map(int, text.split("x")))
 
 
 def add_device_options(parser: argparse.ArgumentParser, *, seconds: float, fresh: str) -> None:

@@ -26,10 +26,10 @@ from bench.harness.machine import (
     measure_kernels,
     settle_compilers,
 )
-from bench.harness.options import add_device_options, at_least, exit_status
+from bench.harness.options import add_device_options, at_least, exit_status, sizes
 from bench.harness.processes import STARTUP_SECONDS, Workers
 from bench.harness.records import open_records
-from bench.tune.classes import belongs, layer_size, shape_classes
+from bench.tune.classes import belongs, shape_classes
 from bench.tune.tuner import LOGS, SECONDS_EACH, Tuning, attempt_candidate, resume, time_candidates, tune_class
 from plora_kernels.backend import backend
 from plora_kernels.tuning.blocks import OPS, ShapeClass
@@ -59,11 +59,8 @@ def tune(options: argparse.Namespace) -> int:
     tuning.say(f"{meta['device_name']}: {len(todo)} of {len(classes)} classes to tune; table {tables[0]}, log {log}")
     left = list(todo)
     count = default_workers(device) if options.workers is None else options.workers
-    workers, timer = (
-        Workers(attempt_candidate, count, SECONDS_EACH),
-        Workers(time_candidates, min(count, 1), SECONDS_EACH),
-    )
-    with workers, timer:
+    timing = Workers(time_candidates, min(count, 1), SECONDS_EACH)
+    with Workers(attempt_candidate, count, SECONDS_EACH) as workers, timing as timer:
         if left:  # a class's seconds are not those of starting Python
             timer.start()
             workers.await_ready(min(STARTUP_SECONDS, tuning.deadline - time.monotonic()))
@@ -106,8 +103,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     fresh = "measure everything anew; an entry of the table stays until then"
     add_device_options(parser, seconds=240.0, fresh=fresh)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    layer = partial(sizes, "K and N", "4096x4096")
     parser.add_argument(
-        "--shapes", nargs="+", type=layer_size, metavar="KxN", help="only classes of layers from K to N features"
+        "--shapes", nargs="+", type=layer, metavar="KxN", help="only classes of layers from K to N features"
     )
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="only classes of these ranks")
     parser.add_argument("--classes", type=partial(at_least, 1), metavar="N", help="only the first N of these classes")

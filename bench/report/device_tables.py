@@ -111,15 +111,13 @@ def table_of(record: Record) -> str | None:
     if record["op"] not in MAIN_OPS:
         return record["op"]
     shape = (record["k"], record["n"])
-    if shape not in {(projection.k, projection.n) for projection in (*TABLE, TINY)}:
-        return None
-    if record["dtype"] == "float32" and shape != (TINY.k, TINY.n):
+    tiny = shape == (TINY.k, TINY.n)
+    if not tiny and (record["dtype"] == "float32" or shape not in {(one.k, one.n) for one in TABLE}):
         return None
     if record["op"] == "fold":
         return "fold"
     if record["m"] in DECODE_ROWS:
         return DECODE
-    tiny = shape == (TINY.k, TINY.n)
     wanted = tiny or (record["m"] == TABLE_ROWS and record["r"] in TABLE_RANKS and record["dtype"] == "bfloat16")
     return record["op"] if wanted else None
 

@@ -64,8 +64,7 @@ def measure(
     """
     keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
-    known = providers_of(case)
-    names = [name for name in known if wanted is None or name in wanted or name in REFERENCES]
+    names = [name for name in providers_of(case) if wanted is None or name in wanted or name in REFERENCES]
     began = time.perf_counter()
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began

@@ -84,23 +84,11 @@ def require_device(device_type: str, error: Exception) -> None:
 
 
 def outcomes(
-    function: Callable[[Any], Any],
-    items: Sequence[Any],
-    *,
-    workers: int,
-    seconds_each: float,
-    deadline: float = float("inf"),
-    end: float = float("inf"),
+    function: Callable[[Any], Any], items: Sequence[Any], *, workers: int, seconds_each: float
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield `(position, outcome)` of function(item) for every item, by a `Workers` of its own."""
     with Workers(function, min(workers, len(items)), seconds_each) as pool:
-        yield from pool.outcomes(items, deadline, end)
-
-
-def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
-    """Return function(item) and what it noted, or its exception as one line."""
-    notes: list[Any] = []
-    return replace(_listened(function, item, notes.append), notes=tuple(notes))
+        yield from pool.outcomes(items)
 
 
 def leave(status: int) -> NoReturn:
@@ -121,6 +109,7 @@ def end_on_termination() -> None:
 
 
 def _listened(function: Callable[[Any], Any], item: Any, listener: Callable[[Any], None]) -> Outcome:
+    """Return function(item), or its exception as one line; the listener gets what it notes."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -218,7 +207,9 @@ class Workers:
             for position, item in enumerate(items):
                 if time.monotonic() > min(deadline, end):
                     return
-                yield position, attempt(self.function, item)
+                notes: list[Any] = []
+                outcome = _listened(self.function, item, notes.append)
+                yield position, replace(outcome, notes=tuple(notes))
             return
         self._items, self._next, self._deadline, self._end = items, 0, min(deadline, end), end
         if items:

@@ -17,8 +17,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NoReturn
 
-import torch
-
 # How long a new process may take to import torch and open the device.
 STARTUP_SECONDS = 120.0
 # How long stopping processes may take, all of them together.
@@ -76,6 +74,8 @@ def require_device(device_type: str, error: Exception) -> None:
     """
     if device_type != "cuda":
         return
+    import torch  # which a process that has no device to look after need not wait for
+
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").add_(1).item()

@@ -1,25 +1,17 @@
 """What is measured: projections of real models, the passes over them, and the least work each of them is."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Op = Literal[
-    "forward",
-    "forward_backward",
-    "fold",
-    "dropout",
-    "projections_forward",
-    "projections",
-    "fold_out",
-    "fold_many",
+    "forward", "forward_backward", "fold", "dropout", "projections_forward", "projections", "fold_out", "fold_many"
 ]
-
 # The passes over one projection, which are measured at every shape; the other ops are measured at fewer.
 MAIN_OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
-OPS: tuple[Op, ...] = (*MAIN_OPS, "dropout", "projections_forward", "projections", "fold_out", "fold_many")
+OPS: tuple[Op, ...] = get_args(Op)
 # The ops that compute gradients, and those whose cases have no rows.
 BACKWARD: tuple[Op, ...] = ("forward_backward", "dropout", "projections")
 FOLDS: tuple[Op, ...] = ("fold", "fold_out", "fold_many")
@@ -69,6 +61,10 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def dropout_p(self) -> float:
+        return DROPOUT_P if self.op == "dropout" else 0.0
 
     def facts(self) -> dict[str, object]:
         """Return what is measured, as saved figures name it; several projections with their widths."""

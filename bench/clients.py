@@ -52,17 +52,13 @@ class Point:
     execution: str = "sequential"
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True)
+class Measured(Point):
     """Medians over rounds, of the clock's seconds and the processor's; bytes at the end, and of the process at most.
 
     `tensor_bytes` are those of every tensor alive between two rounds, `kept_bytes` what all clients keep.
     """
 
-    clients: int
-    per_round: int
-    kept: str
-    execution: str
     seconds_per_round: float
     cpu_seconds_per_round: float
     tensor_bytes: int

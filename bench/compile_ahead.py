@@ -36,6 +36,7 @@ from bench.audit.offline import NOWHERE, TARGETS, Launch, Target, compiling_for,
 from bench.cases import Case
 from bench.checks.inputs import DTYPES, CheckShape
 from bench.checks.operators import check_shapes, run_each_form
+from bench.device.state import check_title
 from bench.gpu_cases import device_cases
 from bench.harness.machine import settle_compilers, usable_cores
 from bench.harness.processes import one_line, outcomes
@@ -47,7 +48,8 @@ from bench.tune import command
 from bench.tune.classes import shape_classes
 from bench.tune.search import narrowed
 from bench.tune.trials import Trial, for_checking, make_trial
-from plora_kernels.tuning.blocks import Blocks, ShapeClass
+from bench.tune.tuner import Attempt
+from plora_kernels.tuning.blocks import ShapeClass
 from plora_kernels.tuning.candidates import candidates
 
 OURS = tuple(filter(is_ours, PROVIDERS))
@@ -57,36 +59,22 @@ GROUP = "__grp__"
 UNREAD = ".source"
 
 
-@dataclass(frozen=True)
-class Trying:
-    """A candidate of a class: what the tuner checks on fewer rows and then times."""
-
-    shape: ShapeClass
-    blocks: Blocks
-
-
-# A shape with all its forms, a case with this library's providers, or a candidate.
-Piece = CheckShape | Warmup | Trying
+# What this process has read of kernels, by their hash: a tool of CUDA's runs for every one.
+_USAGE: dict[str, Usage] = {}
+# A shape with all its forms, a case with this library's providers, or a candidate, which the tuner checks on fewer rows
+# and then times.
+Piece = CheckShape | Warmup | Attempt
 
 
-@dataclass(frozen=True)
-class Work:
-    """One piece, and what it is compiled for."""
-
-    what: Piece
-    target: Target
-    with_usage: bool
-
-    @property
-    def name(self) -> str:
-        """Return the piece in words."""
-        match self.what:
-            case CheckShape(dtype=dtype, m=m, k=k, n=n, r=r):
-                return f"check {dtype} M {m} K {k} N {n} R {r}"
-            case Warmup(case=case):
-                return f"case {case.op} {case.name}"
-            case Trying(shape=shape, blocks=blocks):
-                return f"candidate {shape} {blocks}"
+def name_of(piece: Piece) -> str:
+    """Return a piece in words."""
+    match piece:
+        case CheckShape():
+            return f"check {check_title(piece)}"
+        case Warmup(case=case):
+            return f"case {case.op} {case.name}"
+        case Attempt(shape=shape, blocks=blocks):
+            return f"candidate {shape} {blocks}"
 
 
 @dataclass
@@ -98,14 +86,14 @@ class Found:
     failed: list[str] = field(default_factory=list)
 
 
-def pieces(options: argparse.Namespace, target: Target) -> list[Work]:
+def pieces(options: argparse.Namespace, target: Target) -> list[Piece]:
     """List what the options choose: checks, cases, candidates of classes, then defaults of the other classes."""
     what = _of_sitting(options.sitting, target) if options.sitting is not None else []
     what += _checks(shape for shape in check_shapes("cuda") if shape.dtype in options.check_dtypes)
     what += _cases(device_cases("cuda")[: options.cases])
     for number, shape in enumerate(shape_classes("cuda")):
         what += _candidates(shape, target, options.candidates if number < options.classes else int(options.defaults))
-    return [Work(one, target, options.spills) for one in dict.fromkeys(what)]
+    return list(dict.fromkeys(what))
 
 
 def _of_sitting(name: str, target: Target) -> list[Piece]:
@@ -131,16 +119,18 @@ def _cases(cases: Iterable[Case]) -> list[Piece]:
 
 
 def _candidates(shape: ShapeClass, target: Target, most: int) -> list[Piece]:
-    return [Trying(shape, blocks) for blocks in narrowed(shape, candidates(shape, target.hardware), {}, most)]
+    tried = narrowed(shape, candidates(shape, target.hardware), {}, most)
+    return [Attempt(shape, blocks, NOWHERE.type) for blocks in tried]
 
 
-def compile_piece(work: Work) -> Found:
+def compile_piece(piece: Piece, *, target: Target, with_usage: bool) -> Found:
     """Compile everything a piece launches; what fails is among what is found."""
-    with compiling_for(work.target) as launches:
-        failed = [f"{work.name}: {cause}" for cause in _causes(work.what)]
-    failed += [f"{work.name}: {one.kernel} compiles to a trap" for one in launches if is_trap(one.compiled)]
-    kernels = {launch.compiled.hash: f"{launch.kernel} of {work.name}" for launch in launches}
-    usage = _usage(launches) if work.with_usage else {}
+    name = name_of(piece)
+    with compiling_for(target) as launches:
+        failed = [f"{name}: {cause}" for cause in _causes(piece)]
+    failed += [f"{name}: {one.kernel} compiles to a trap" for one in launches if is_trap(one.compiled)]
+    kernels = {launch.compiled.hash: f"{launch.kernel} of {name}" for launch in launches}
+    usage = _usage(launches) if with_usage else {}
     return Found(kernels, usage, failed)
 
 
@@ -154,7 +144,7 @@ def _causes(what: Piece) -> Iterator[str]:
         case Warmup():
             for name, cause in warm_up(what).items():
                 yield f"{name}: {cause}"
-        case Trying(shape=shape, blocks=blocks):
+        case Attempt(shape=shape, blocks=blocks):
             try:
                 _trial(for_checking(shape)).check(blocks)
                 _trial(shape).with_blocks(blocks)()
@@ -171,34 +161,28 @@ def _cause(error: Exception) -> str:
     return "; ".join([one_line(error), *getattr(error, "__notes__", ())])
 
 
-@functools.cache
-def _usage_known() -> dict[str, Usage]:
-    """Return what this process has read: a tool of CUDA's runs for every kernel."""
-    return {}
-
-
 def _usage(launches: Sequence[Launch]) -> dict[str, Usage]:
-    known = _usage_known()
     for launch in launches:
-        if launch.compiled.hash not in known:
-            known[launch.compiled.hash] = usage_of(launch.compiled)
-    return {launch.compiled.hash: known[launch.compiled.hash] for launch in launches}
+        if launch.compiled.hash not in _USAGE:
+            _USAGE[launch.compiled.hash] = usage_of(launch.compiled)
+    return {launch.compiled.hash: _USAGE[launch.compiled.hash] for launch in launches}
 
 
-def compile_all(work: Sequence[Work], workers: int) -> Found:
+def compile_all(what: Sequence[Piece], target: Target, options: argparse.Namespace) -> Found:
     """Compile the pieces in processes of their own, a line for each, and return what they launch together."""
     all_of_them, started = Found(), time.monotonic()
-    for count, (position, outcome) in enumerate(
-        outcomes(compile_piece, work, workers=workers, seconds_each=SECONDS_EACH), 1
-    ):
-        found = outcome.value or Found(failed=[f"{work[position].name}: {outcome.error}"])
+    compiled = functools.partial(compile_piece, target=target, with_usage=options.spills)
+    answers = outcomes(compiled, what, workers=options.workers, seconds_each=SECONDS_EACH)
+    for count, (position, outcome) in enumerate(answers, 1):
+        name = name_of(what[position])
+        found = outcome.value or Found(failed=[f"{name}: {outcome.error}"])
         new = found.kernels.keys() - all_of_them.kernels.keys()
         all_of_them.kernels = found.kernels | all_of_them.kernels
         all_of_them.usage |= found.usage
         all_of_them.failed += found.failed
         seconds = time.monotonic() - started
         kernels = f"{len(found.kernels)} kernels, {len(new)} of them new"
-        print(f"{seconds:6.1f} s  [{count}/{len(work)}] {work[position].name}: {kernels}", flush=True)
+        print(f"{seconds:6.1f} s  [{count}/{len(what)}] {name}: {kernels}", flush=True)
         for cause in found.failed:
             print(f"    FAILED {cause}", flush=True)
     return all_of_them
@@ -241,7 +225,7 @@ def fill(options: argparse.Namespace) -> int:
     if options.multiprocessors is not None:
         target = replace(target, multiprocessors=options.multiprocessors)
     started = time.monotonic()
-    found = compile_all(pieces(options, target), options.workers)
+    found = compile_all(pieces(options, target), target, options)
     for key, usage in sorted(found.usage.items(), key=lambda item: -item[1].spill_bytes):
         if usage.spill_bytes:
             figures = f"{usage.spill_bytes} bytes a thread, {usage.registers} registers"

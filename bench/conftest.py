@@ -1,39 +1,38 @@
-"""What the suites share: the device, one measurement per case, and what goes into the saved JSON."""
+"""What the suites share: the device, how what was measured is handed over, and what goes into the saved JSON."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import Op, cases
 from bench.harness.machine import environment, usable_cores
-from bench.harness.pytest_replay import replay
-from bench.harness.timing import Plan
-from bench.measure import Measurement, measure
-from bench.providers.registry import provider_names
 
-NOT_AVAILABLE = pytest.StashKey[list[dict[str, object]]]()
+# Takes a group of items, a provider's record and its rounds in seconds, none where it was not timed.
+HandOver = Callable[[str, Mapping[str, object], Sequence[float]], None]
+NOT_AVAILABLE = pytest.StashKey[list[Mapping[str, object]]]()
+
+
+class RecordedClock:
+    """A clock that stands still except while a recorded call is replayed."""
+
+    now_s = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+_CLOCK = RecordedClock()
+
+
+def recorded_time() -> float:
+    """Return the recorded clock's time in seconds: the `timer` of every item that `replay` serves."""
+    return _CLOCK.now_s
 
 
 def bench_device() -> torch.device:
     """Return where the suites run: CUDA (or ROCm) if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give `test_<op>` one item per case of that op and provider, a case's items one after another."""
-    if "record" not in metafunc.fixturenames:
-        return
-    op = metafunc.function.__name__.removeprefix("test_")
-    items = [
-        pytest.param(op, case.name, provider, id=f"{case.name}-{provider}")
-        for case in cases(bench_device().type)
-        if case.op == op
-        for provider in provider_names(case.op)
-    ]
-    metafunc.parametrize(("op", "case_name", "provider"), items)
 
 
 @pytest.fixture(scope="session")
@@ -45,37 +44,29 @@ def device() -> Iterator[torch.device]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def measured(pytestconfig: pytest.Config, device: torch.device) -> Callable[[Op, str], Measurement]:
-    """Measure a case with all its providers, once; the first of its items does, the others get the same."""
-    plan = Plan(
-        seconds_per_provider=float(pytestconfig.getoption("benchmark_max_time")),
-        min_rounds=max(Plan.min_rounds, pytestconfig.getoption("benchmark_min_rounds")),
-    )
-    by_key = {(case.op, case.name): case for case in cases(device.type)}
-    return functools.cache(lambda op, name: measure(by_key[op, name], device, plan))
-
-
 @pytest.fixture
-def record(
-    pytestconfig: pytest.Config,
-    benchmark: BenchmarkFixture,
-    measured: Callable[[Op, str], Measurement],
-    op: Op,
-    case_name: str,
-    provider: str,
-) -> Callable[[], None]:
-    """Hand the provider's measured rounds to pytest-benchmark, or skip with the reason why there are none."""
+def hand_over(pytestconfig: pytest.Config, benchmark: BenchmarkFixture) -> HandOver:
+    """Hand a provider's figures and measured rounds to pytest-benchmark, or skip with the reason why there are none.
 
-    def hand_over() -> None:
-        measurement = measured(op, case_name)
-        benchmark.group = f"{op} {case_name}"
-        if provider in measurement.not_available:
-            missing = measurement.missing(provider)
-            pytestconfig.stash.setdefault(NOT_AVAILABLE, []).append(missing)
-            pytest.skip(f"not available: {missing['cause']}")
-        benchmark.extra_info.update(measurement.entry(provider))
-        replay(benchmark, measurement.seconds[provider])
+    Providers are timed in turn, one round of all of them after another, while pytest-benchmark completes an item before
+    it starts the next. So a case is measured once and each provider's item replays its own durations; its `benchmark`
+    mark must set `timer=recorded_time`.
+    """
+
+    def hand_over(group: str, record: Mapping[str, object], seconds: Sequence[float]) -> None:
+        benchmark.group = group
+        if not seconds:
+            pytestconfig.stash.setdefault(NOT_AVAILABLE, []).append(record)
+            assert record.get("status") != "wrong", record["cause"]
+            pytest.skip(f"not available: {record['cause']}")
+        benchmark.extra_info.update(record)
+        remaining = iter(seconds)
+
+        def next_duration() -> tuple[tuple[float], dict[str, object]]:
+            _CLOCK.now_s = 0.0
+            return (next(remaining),), {}
+
+        benchmark.pedantic(_CLOCK.advance, setup=next_duration, rounds=len(seconds))
 
     return hand_over
 

@@ -10,10 +10,9 @@ idle device to an idle device.
 
 import argparse
 import os
-import re
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +34,9 @@ from bench.harness.machine import (
     settle_compilers,
     tables_digest,
 )
-from bench.harness.options import at_least
+from bench.harness.options import add_device_options, at_least, exit_status, sizes
 from bench.harness.processes import end_on_termination, leave
-from bench.harness.records import SIMULATION, ResultsError, case_key, open_records
+from bench.harness.records import SIMULATION, case_key, open_records
 from bench.harness.timing import Plan
 from bench.providers.registry import PROVIDERS
 from bench.report.device_tables import summary
@@ -46,11 +45,6 @@ from bench.simulation.measure import device_simulations
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
 # What `--check-shapes` takes beside sizes: the shapes that are timed first, and all.
 GATE, ALL = "gate", "all"
-
-
-def records_path(out: Path, device: torch.device, *, defaults: bool) -> Path:
-    """Return where the records go; those of default blocks are kept apart from those of tuned ones."""
-    return out / f"{device_slug(device)}{'-defaults' if defaults else ''}.json"
 
 
 def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[CheckShape]]:
@@ -66,9 +60,9 @@ def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[C
         first = [s for s in known if s.dtype == "bfloat16" and (s.m, s.k, s.n, s.r) in gate]
         return first, [shape for shape in known if shape not in first]
     named = {GATE: gate, ALL: SHAPES[options.device]}
-    sizes = [size for name in options.check_shapes for size in named.get(name, (name,))]
+    chosen = dict.fromkeys(size for name in options.check_shapes for size in named.get(name, (name,)))
     dtypes = dict.fromkeys(shape.dtype for shape in known)
-    return [CheckShape(options.device, dtype, *size) for dtype in dtypes for size in dict.fromkeys(sizes)], []
+    return [CheckShape(options.device, dtype, *size) for dtype in dtypes for size in chosen], []
 
 
 def choose_work(options: argparse.Namespace) -> Work:
@@ -83,14 +77,14 @@ def choose_plan(most_rounds: int | None) -> Plan:
     """Return how long to time, in no more rounds than that."""
     if most_rounds is None:
         return PLAN
-    least = min(PLAN.min_rounds, most_rounds)
-    return Plan(PLAN.seconds_per_provider, least, most_rounds, PLAN.warmup_rounds)
+    return replace(PLAN, min_rounds=min(PLAN.min_rounds, most_rounds), max_rounds=most_rounds)
 
 
 def measure_device(options: argparse.Namespace) -> int:
     """Check, time and write; return 0, or 1 if a result was wrong."""
     device = torch.device(options.device)
-    path = records_path(options.out, device, defaults=options.defaults)
+    # Records of default blocks are kept apart from those of tuned ones.
+    path = options.out / f"{device_slug(device)}{'-defaults' if options.defaults else ''}.json"
     tables = None if options.defaults else tables_digest()
     file = open_records(path, describe(device, options.commit), fresh=options.fresh, stamp={"tables": tables})
     run = Run(
@@ -138,21 +132,14 @@ def _conclude(run: Run, work: Work) -> int:
 
 def check_size(text: str) -> str | tuple[int, ...]:
     """Return a name of shapes to check, or M, K, N and R of "256x512x384x16"; raises what argparse reports."""
-    if text in (GATE, ALL):
-        return text
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {GATE!r} nor {ALL!r} nor M, K, N and R as in 1x64x48x4")
-    return tuple(map(int, text.split("x")))
+    return text if text in (GATE, ALL) else sizes(f"{GATE!r}, {ALL!r} or M, K, N and R", "1x64x48x4", text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <device>.json goes")
-    parser.add_argument("--device", default=default, choices=["cuda", "cpu"], help="the CPU tries it out on tiny sizes")
-    parser.add_argument("--budget-seconds", type=float, default=480.0, help="end by then; another call goes on")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    add_device_options(parser, seconds=480.0, fresh="start over instead of going on")
     parser.add_argument("--ops", nargs="+", default=[*OPS, SIMULATION], choices=[*OPS, SIMULATION])
     parser.add_argument("--cases", type=partial(at_least, 0), metavar="N", help="time only the first N cases")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
@@ -171,28 +158,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="SHAPE",
         help="check these and no others, before anything is timed: gate, all, or MxKxNxR such as 256x512x384x16",
     )
-    parser.add_argument("--workers", type=int, help="processes that check and compile ahead (0: none)")
-    parser.add_argument("--commit", help="what to call the code where git does not know")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 for a wrong result, 2 for input that cannot be used."""
-    started = time.monotonic()
     settle_compilers()  # so that kernels that were compiled ahead are found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)
-    options.started = started
     if options.device == "cuda":
         if not torch.cuda.is_available():
             print("error: there is no CUDA device; --device cpu tries the command out", file=sys.stderr)
             return 2
         measure_kernels()
-    try:
-        return measure_device(options)
-    except (ResultsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(measure_device, options)
 
 
 if __name__ == "__main__":

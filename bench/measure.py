@@ -13,19 +13,10 @@ import torch
 
 from bench.cases import FOLDS, Case, Problem, least_bytes, make_problem, operations
 from bench.checks.correctness import WrongResultError, check, poisoned_outputs, references
-from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
-from bench.harness.processes import note, one_line
+from bench.harness.processes import note, one_line, require_device
 from bench.harness.records import blank
-from bench.harness.timing import (
-    Plan,
-    cache_flush,
-    host_seconds,
-    interleave,
-    lead_seconds,
-    median_and_spread,
-    timer_for,
-)
+from bench.harness.timing import Plan, cache_flush, host_seconds, interleave, lead_seconds, median_and_spread, timer_for
 from bench.providers.base import Provider, ProviderUnavailableError
 from bench.providers.registry import every_provider, is_ours, make_provider, provider_names
 from plora_kernels.tuning.lookup import record_blocks
@@ -49,30 +40,26 @@ class Measurement:
     not_available: dict[str, str] = field(default_factory=dict)
     host_seconds: dict[str, float] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, object]:
-        """Return what was measured, as the saved JSON names it."""
-        return {**self.case.facts(), "device": self.device}
-
     def entry(self, provider: str) -> dict[str, object]:
         """Return what the suites save of a provider: the facts, its figures and their interquartile range."""
-        return {**self.facts(), "provider": provider, **self._figures(provider, "iqr_ms")}
+        return _facts(self.case, self.device, provider) | self._figures(provider, "iqr_ms")
 
     def missing(self, provider: str) -> dict[str, object]:
         """Return the facts and why a provider has no figures."""
-        return {**self.facts(), "provider": provider, "cause": self.not_available[provider]}
+        return _facts(self.case, self.device, provider) | {"cause": self.not_available[provider]}
 
     def record(self, provider: str, *, adapted: bool) -> dict[str, object]:
         """Return the record that `python -m bench.gpu` keeps of a provider, `adapted` if it has an adapter."""
         median_s, base_s = self._median_s(provider), self._median_s("base")
-        return {
+        return blank(
             **_facts(self.case, self.device, provider),
             **self._figures(provider, "spread_ms"),
-            "base_ms": base_s * 1e3,
-            "host_us": self.host_seconds[provider] * 1e6 if provider in self.host_seconds else None,
-            "tflops": operations(self.case, adapted=adapted) / median_s / 1e12,
-            "gbps": least_bytes(self.case, adapted=adapted) / median_s / 1e9,
-            "status": "timed",
-        }
+            base_ms=base_s * 1e3,
+            host_us=self.host_seconds[provider] * 1e6 if provider in self.host_seconds else None,
+            tflops=operations(self.case, adapted=adapted) / median_s / 1e12,
+            gbps=least_bytes(self.case, adapted=adapted) / median_s / 1e9,
+            status="timed",
+        )
 
     def _figures(self, provider: str, spread_name: str) -> dict[str, object]:
         median_s, spread_s = median_and_spread(self.seconds[provider])
@@ -249,8 +236,8 @@ def _blocks(provider: Provider) -> dict[str, object]:
 
 def untimed(case: Case, device_type: str, name: str, status: str, cause: str) -> dict[str, object]:
     """Return the record of a provider that was not timed."""
-    return _facts(case, device_type, name) | {"status": status, "cause": cause}
+    return blank(**_facts(case, device_type, name), status=status, cause=cause)
 
 
 def _facts(case: Case, device_type: str, provider: str) -> dict[str, object]:
-    return blank(**case.facts(), device=device_type, provider=provider)
+    return {**case.facts(), "device": device_type, "provider": provider}

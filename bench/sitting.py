@@ -29,6 +29,7 @@ from typing import IO
 
 from bench.cases import MAIN_OPS
 from bench.harness.machine import settle_compilers
+from bench.harness.options import exit_status
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import write_text
 from bench.report.sitting_tables import sitting_table
@@ -237,6 +238,7 @@ def take_up(earlier: Path, out: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
     parser = argparse.ArgumentParser(prog="python -m bench.sitting", description=__doc__)
+    parser.set_defaults(started=time.monotonic())
     parser.add_argument("sitting", choices=list(LIMITS))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="the CPU rehearses on tiny sizes")
@@ -246,26 +248,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: the first of its steps' that is not 0, 3 where one was stopped."""
-    started = time.monotonic()
-    settle_compilers()  # the tests too find what was compiled ahead
-    options = parse(arguments)
+def sit_down(options: argparse.Namespace) -> int:
+    """Sit; return the first exit status of the steps' that is not 0, 3 where one was stopped."""
     limit_s = LIMITS[options.sitting] if options.limit_seconds is None else options.limit_seconds
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if options.earlier is not None:
-            take_up(options.earlier, options.out)
-        steps = plan(options.sitting, options.out, options.device, options.commit)
-        done = sit(options.sitting, steps, options.out, options.device, started + limit_s - OVERHEAD_SECONDS)
-        for path in options.out.rglob("*.tmp"):  # of a process that was killed while it wrote
-            path.unlink()
-        print(sitting_table(options.out, [asdict(step) for step in done]), flush=True)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.earlier is not None:
+        take_up(options.earlier, options.out)
+    steps = plan(options.sitting, options.out, options.device, options.commit)
+    done = sit(options.sitting, steps, options.out, options.device, options.started + limit_s - OVERHEAD_SECONDS)
+    for path in options.out.rglob("*.tmp"):  # of a process that was killed while it wrote
+        path.unlink()
+    print(sitting_table(options.out, [asdict(step) for step in done]), flush=True)
     statuses = [3 if step.status is None else step.status for step in done]
     return next((status for status in statuses if status), 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status, 2 for input that cannot be used."""
+    settle_compilers()  # the tests too find what was compiled ahead
+    return exit_status(sit_down, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.conftest import NOT_AVAILABLE, bench_device
-from bench.harness.pytest_replay import recorded_time, replay
-from bench.harness.timing import Plan
+from bench.conftest import HandOver, bench_device, recorded_time
 from bench.simulation.cases import simulation_cases
 from bench.simulation.measure import PLAN, Found, measure
 from bench.simulation.providers import providers_of
@@ -32,24 +30,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def simulated(pytestconfig: pytest.Config, device: torch.device) -> Simulate:
     """Measure a case with all its providers, once; the first of its items does, the others get the same."""
-    plan = Plan(
-        seconds_per_provider=PLAN.seconds_per_provider * float(pytestconfig.getoption("benchmark_max_time")),
-        min_rounds=PLAN.min_rounds,
-        max_rounds=PLAN.max_rounds,
-        warmup_rounds=PLAN.warmup_rounds,
-    )
+    share = float(pytestconfig.getoption("benchmark_max_time"))
+    plan = replace(PLAN, seconds_per_provider=PLAN.seconds_per_provider * share)
     by_name = {case.name: case for case in simulation_cases(device.type)}
     return functools.cache(lambda name: measure(by_name[name], device, plan))
 
 
-def test_simulation(
-    pytestconfig: pytest.Config, benchmark: BenchmarkFixture, simulated: Simulate, case_name: str, provider: str
-) -> None:
+def test_simulation(hand_over: HandOver, simulated: Simulate, case_name: str, provider: str) -> None:
     found = simulated(case_name)[provider]
-    benchmark.group = f"simulation {case_name}"
-    if not found.seconds:
-        pytestconfig.stash.setdefault(NOT_AVAILABLE, []).append(found.record)
-        assert found.record["status"] != "wrong", found.record["cause"]
-        pytest.skip(f"not available: {found.record['cause']}")
-    benchmark.extra_info.update(found.record)
-    replay(benchmark, found.seconds)
+    hand_over(f"simulation {case_name}", found.record, found.seconds)

@@ -17,10 +17,11 @@ from bench.harness.records import RecordFile, blank
 from bench.report.clients_tables import clients_markdown
 from bench.report.command import main as report
 from bench.report.device_tables import committed_section
-from bench.report.simulation_tables import committed_simulation
-from bench.report.suite_results import load_run
+from bench.report.markdown import markers
+from bench.report.runs import load_run
+from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown as bench_markdown
-from bench.report.summary_tables import NOT_MEASURED, SUMMARY_BEGIN, SUMMARY_END, committed_summary
+from bench.report.summary_tables import NOT_MEASURED, committed_summary
 from fed import methods
 from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
@@ -91,7 +92,7 @@ def test_the_demo_table_is_the_committed_run() -> None:
 def test_the_benchmark_tables_are_the_committed_results() -> None:
     page = DOCS / "benchmarks.md"
     assert between(page, "bench") == bench_markdown(load_run(RESULTS / "cpu.json")).strip()
-    assert between(page, "simulation") == committed_simulation(RESULTS / "simulation-cpu.json")
+    assert between(page, "simulation") == simulation_markdown(load_run(RESULTS / "simulation-cpu.json")).strip()
     assert between(page, "gpu") == committed_section(RESULTS).strip()
 
 
@@ -147,12 +148,13 @@ def test_one_command_writes_a_result_s_section_and_the_summary_where_their_marke
     page, readme = tmp_path / "docs" / "page.md", tmp_path / "README.md"
     page.parent.mkdir()
     page.write_text("<!-- bench:begin -->\nold\n<!-- bench:end -->\n", encoding="utf-8")
-    readme.write_text(f"{SUMMARY_BEGIN}\nold\n{SUMMARY_END}\n", encoding="utf-8")
+    begin, end = markers("summary")
+    readme.write_text(f"{begin}\nold\n{end}\n", encoding="utf-8")
     png = tmp_path / "docs" / "bench.png"
     assert report([str(results), "--png", str(png), "--document", str(page), "--readme", str(readme)]) == 0
     assert bench_markdown(load_run(results)).strip() in text_of(page)
     assert "](bench.png)" in text_of(page)
-    assert text_of(readme) == f"{SUMMARY_BEGIN}\n\n{committed_summary(tmp_path)}\n\n{SUMMARY_END}\n"
+    assert text_of(readme) == f"{begin}\n\n{committed_summary(tmp_path)}\n\n{end}\n"
 
 
 def test_the_page_of_results_quotes_the_committed_comparisons() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -182,19 +182,13 @@ def audit_job(job: Job) -> list[Row]:
 
 
 def _row(launch: Launch, job: Job) -> Row:
+    row = Row(launch.kernel, job.case, job.target.name, launch.compiled.hash[:12], job.candidate)
     if is_trap(launch.compiled):
-        code = launch.compiled.hash[:12]
-        return Row(launch.kernel, job.case, job.target.name, code, job.candidate, error="compiles to a trap")
+        return replace(row, error="compiles to a trap")
     usage, limits = usage_of(launch.compiled), LIMITS[job.target.name]
-    return Row(
-        kernel=launch.kernel,
-        case=job.case,
-        target=job.target.name,
-        code=launch.compiled.hash[:12],
-        candidate=job.candidate,
-        registers=usage.registers,
-        spill_bytes=usage.spill_bytes,
-        shared_bytes=usage.shared_bytes,
+    return replace(
+        row,
+        **asdict(usage),
         shared_limit_bytes=limits.shared_bytes_a_block,
         blocks_resident=resident_blocks(usage, launch.num_warps, limits),
         instructions=instructions_of(launch.compiled),

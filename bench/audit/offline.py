@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -71,25 +71,16 @@ class Launch:
     num_warps: int
 
 
-class _AbsentDevice:
-    """Stands in for Triton's driver and describes the target as if it were there."""
+def _absent_device(target: Target) -> SimpleNamespace:
+    """Return what stands in for Triton's driver and describes the target as if it were there."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self.target.name)  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return NOWHERE
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget(target.backend, target.arch, target.warp_size),
+        get_current_device=lambda: list(TARGETS).index(target.name),  # Triton keeps what it compiled by device
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: NOWHERE,
+    )
 
 
 def _callers_of_runs_kernels() -> list[ModuleType]:
@@ -132,6 +123,6 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
             patches.enter_context(mock.patch.object(module, "runs_kernels", return_value=True))
         for name, value in (("capability_of", target.capability), ("multiprocessors_of", target.multiprocessors)):
             patches.enter_context(mock.patch.object(plora_kernels.tuning.lookup, name, return_value=value))
-        patches.enter_context(mock.patch.object(driver, "_active", _AbsentDevice(target)))
+        patches.enter_context(mock.patch.object(driver, "_active", _absent_device(target)))
         patches.callback(plora_kernels.tuning.lookup.forget_tables)
         yield launches

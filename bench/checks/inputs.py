@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 TF32_EPS = 2.0**-10
 GRADIENTS = ("dx", "dA", "dB", "dbias")
 SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
+
+# The names that models give to so many linears of one input, and for folds to those with the output's linear.
+SIBLINGS = {
+    1: ("proj",),
+    2: ("gate_proj", "up_proj"),
+    3: ("q_proj", "k_proj", "v_proj"),
+    4: ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,29 @@ def frozen_linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
+
+
+class Siblings(nn.Module):
+    """Linears of one x (m, k), called one after another; returns each one's y (m, n)."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        for name, weight in zip(SIBLINGS[len(weights)], weights, strict=True):
+            self.add_module(name, frozen_linear(weight))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.children())
+
+
+def fused_siblings(
+    weights: Sequence[Tensor], factors: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> tuple[Siblings, list[pk.FusedPLoRALinear]]:
+    """Return linears of one x that `fuse_projections` computes in one launch, and their layers."""
+    siblings, names, rank = Siblings(weights), SIBLINGS[len(weights)], factors[0][0].shape[0]
+    config = pk.PLoRAConfig(rank=rank, alpha=scale * rank, target_modules=list(names), fuse_projections=True)
+    handle = pk.inject(siblings, config)
+    handle.set_factors(dict(zip(names, factors, strict=True)))
+    return siblings, list(handle.layers.values())
 
 
 def expected(

@@ -6,9 +6,7 @@ import itertools
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
-import plora_kernels as pk
 from bench.checks.correctness import Results
 from bench.checks.inputs import (
     DROPOUT_P,
@@ -19,10 +17,8 @@ from bench.checks.inputs import (
     assert_within_bound,
     by_operator,
     expected,
-    frozen_linear,
+    fused_siblings,
 )
-
-NAMES = ("q_proj", "k_proj", "v_proj")
 
 
 def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -59,18 +55,6 @@ def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
     assert_within_bound(shape, form, results, alone)
 
 
-class _Siblings(nn.Module):
-    """Three projections of one tensor, as an attention has them, their outputs side by side."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        for name, weight in zip(NAMES, weights, strict=True):
-            self.add_module(name, frozen_linear(weight.clone()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([getattr(self, name)(x) for name in NAMES], 1)
-
-
 def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Hold three layers of one x, which `fuse_projections` computes in one launch, to plain torch each by itself."""
     bias = torch.zeros_like(inputs.bias)
@@ -78,17 +62,14 @@ def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
         replace(
             inputs, bias=bias, weight=inputs.weight.roll(turn, 0), A=inputs.A.roll(turn, 1), B=inputs.B.roll(turn, 0)
         )
-        for turn in range(len(NAMES))
+        for turn in range(3)
     ]
-    model = _Siblings([layer.weight for layer in layers])
-    config = pk.PLoRAConfig(rank=shape.r, alpha=SCALE * shape.r, target_modules=list(NAMES), fuse_projections=True)
-    handle = pk.inject(model, config)
-    for name, layer in zip(NAMES, layers, strict=True):
-        handle.layers[name].set_factors(layer.A, layer.B)
+    weights = [layer.weight.clone() for layer in layers]
+    siblings, fused = fused_siblings(weights, [(layer.A, layer.B) for layer in layers], SCALE)
     x = inputs.x.detach().requires_grad_()
-    y = model(x)
-    factors = [factor for name in NAMES for factor in (handle.layers[name].lora_A, handle.layers[name].lora_B)]
-    d_x, *others = torch.autograd.grad(y, [x, *factors], torch.cat([inputs.dy] * len(NAMES), 1))
+    y = torch.cat(siblings(x), 1)
+    factors = [factor for layer in fused for factor in (layer.lora_A, layer.lora_B)]
+    d_x, *others = torch.autograd.grad(y, [x, *factors], torch.cat([inputs.dy] * len(layers), 1))
     results: Results = {"y": y.detach(), "dx": d_x, "dA": torch.stack(others[::2]), "dB": torch.stack(others[1::2])}
 
     def alone(dtype: torch.dtype) -> Results:

@@ -6,7 +6,9 @@ first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.check
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +30,7 @@ from bench.checks.inputs import (
     require_equal,
 )
 from bench.checks.many_adapters import check_grouped, check_siblings
-from bench.harness.device_health import require_device
-from bench.harness.processes import note, one_line
+from bench.harness.processes import note, one_line, require_device
 from bench.harness.records import blank
 from plora_kernels import reference
 from plora_kernels.tuning.lookup import hardware_of, override_blocks
@@ -78,13 +79,14 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
 
 def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
     """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
-    inputs = draw(shape)
-    with _tf32(shape.dtype == "tf32"):
+    inputs, matmul = draw(shape), torch.backends.cuda.matmul
+    with _setting(lambda: matmul.allow_tf32, partial(setattr, matmul, "allow_tf32"), shape.dtype == "tf32"):
         for form in shape.forms() if forms is None else forms:
             try:
                 for _ in range(2):  # the second call of a form replays what the first recorded
                     with poisoned_outputs():
-                        _check_of(form)(shape, inputs, form)
+                        check = _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)
+                        check(shape, inputs, form)
             except Exception as error:  # a kernel that does not compile is as wrong as one that errs
                 require_device(shape.device, error)
                 yield form, error
@@ -99,13 +101,14 @@ def check_record(shape: CheckShape, form: str) -> dict[str, object]:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+def _setting(read: Callable[[], Any], write: Callable[[Any], None], value: object) -> Iterator[None]:
+    """Write a setting of torch's, and what it was at the end."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        write(before)
 
 
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
@@ -128,7 +131,7 @@ def _check_linear(shape: CheckShape, inputs: Inputs, form: str) -> None:
     given = inputs
     if form == "strided":  # every second column of a wider x, the transpose of a transposed weight
         x = torch.stack([inputs.x, inputs.x], dim=-1).flatten(1)[:, ::2]
-        given = Inputs(**{**vars(inputs), "x": x, "weight": inputs.weight.t().contiguous().t()})
+        given = replace(inputs, x=x, weight=inputs.weight.t().contiguous().t())
     dropout_p = DROPOUT_P if form.endswith("dropout") else 0.0
     found = _fused(given, mask, unselected, dropout_p)
     assert_within_bound(shape, form, found, lambda dtype: expected(inputs, dtype, mask, unselected, dropout_p))
@@ -168,10 +171,9 @@ def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
 def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
     _fused(inputs, None, "folded")
-    other = Inputs(**{**vars(inputs), "x": -inputs.x.flip(0).contiguous(), "dy": inputs.dy.flip(0).contiguous()})
-    assert_within_bound(
-        shape, form, _fused(other, None, "folded"), lambda dtype: expected(other, dtype, None, "folded", 0.0)
-    )
+    other = replace(inputs, x=-inputs.x.flip(0).contiguous(), dy=inputs.dy.flip(0).contiguous())
+    found = _fused(other, None, "folded")
+    assert_within_bound(shape, form, found, lambda dtype: expected(other, dtype, None, "folded"))
 
 
 def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
@@ -198,22 +200,14 @@ def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> N
     layer = pk.FusedPLoRALinear.from_linear(frozen_linear(inputs.weight.clone()), rank=shape.r)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
-    with _synchronisation_refused() if inputs.x.is_cuda else nullcontext():
+    refused = _setting(torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode, "error")
+    with refused if inputs.x.is_cuda else nullcontext():
         _fused(inputs, inputs.mask.to(inputs.x.device, non_blocking=True), "folded")
         layer.select([0])
         layer(inputs.x).backward(inputs.dy)
 
 
-@contextmanager
-def _synchronisation_refused() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
+# The forms that have a check of their own; all others are a layer's.
 _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
     "folds agree": _check_folds_agree,
@@ -225,8 +219,3 @@ _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "grouped mask dropout": check_grouped,
     "siblings": check_siblings,
 }
-
-
-def _check_of(form: str) -> Callable[[CheckShape, Inputs, str], None]:
-    """Return the function that checks a form: one of its own, or that of a layer."""
-    return _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)

@@ -40,36 +40,24 @@ class Timing:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One piece of work, with blocks from the tables or with the default ones."""
-
-    work: Check | Warmup | Timing | Simulation
-    defaults: bool = False
-
-
-def perform(job: Job) -> Any:
-    """Do one piece of work and return what it found."""
+def perform(work: Check | Warmup | Timing | Simulation, *, defaults: bool = False) -> Any:
+    """Do one piece of work, with blocks from the tables or with the default ones, and return what it found."""
     # Compiling runs in as many processes as there are cores already.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
-        with default_blocks_alone() if job.defaults else nullcontext():
-            return _perform(job.work)
+        with default_blocks_alone() if defaults else nullcontext():
+            match work:
+                case Check():
+                    return run_checks(work.shape, work.forms)
+                case Warmup():
+                    return warm_up(work)
+                case Timing(device=device):
+                    return measure_on_device(work.case, torch.device(device), work.plan, work.providers, work.failed)
+                case Simulation():
+                    return simulate(work)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other processes need the memory
-
-
-def _perform(work: Check | Warmup | Timing | Simulation) -> Any:
-    match work:
-        case Check():
-            return run_checks(work.shape, work.forms)
-        case Warmup():
-            return warm_up(work)
-        case Timing():
-            return measure_on_device(work.case, torch.device(work.device), work.plan, work.providers, work.failed)
-        case Simulation():
-            return simulate(work)
 
 
 @contextmanager

@@ -7,10 +7,11 @@ ran in it; what is not done at the end of a stage's time is stopped and left.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from bench.cases import Case
 from bench.checks.operators import check_record
-from bench.device.jobs import Check, Job, Timing, perform
+from bench.device.jobs import Check, Timing, perform
 from bench.device.simulations import time_simulations
 from bench.device.state import LEAST_SECONDS, Run, Work, check_title, title, unchecked
 from bench.harness.processes import Outcome, Workers
@@ -35,7 +36,8 @@ def do(run: Run, work: Work) -> None:
     """Check what is timed first, time, measure training steps, check the rest: each until its time is up."""
     steps = any(run.missing_steps(case) for case in work.simulations)
     cases_end = run.end - (SIMULATION_SHARE * (run.end - run.started) if steps else 0.0)
-    ahead, timer = Workers(perform, run.workers, AHEAD_SECONDS), Workers(perform, min(run.workers, 1), TIMING_SECONDS)
+    answer = partial(perform, defaults=run.defaults)
+    ahead, timer = Workers(answer, run.workers, AHEAD_SECONDS), Workers(answer, min(run.workers, 1), TIMING_SECONDS)
     with ahead, timer:
         checks: list[Check | Warmup] = [*unchecked(run, work.first_checks)]
         for count, (cases, compiled) in enumerate(_chunks(run, work.cases)):
@@ -50,7 +52,7 @@ def do(run: Run, work: Work) -> None:
     # Training steps need the memory that other processes hold.
     time_simulations(run, work.simulations)
     rest = unchecked(run, [*work.first_checks, *work.last_checks])
-    with Workers(perform, min(run.workers, len(rest)), AHEAD_SECONDS) as workers:
+    with Workers(answer, min(run.workers, len(rest)), AHEAD_SECONDS) as workers:
         prepare(run, workers, rest, run.end)
 
 
@@ -91,16 +93,12 @@ def _warmups(run: Run, cases: Sequence[Case], compiled: bool) -> list[Warmup]:
 
 def prepare(run: Run, workers: Workers, work: Sequence[Check | Warmup], end: float) -> None:
     """Check shapes and, in the same processes, run providers once; record what is wrong."""
-    jobs = [run.job(item) for item in work]
-    for position, outcome in workers.outcomes(jobs, end - LEAST_SECONDS, end):
-        item = jobs[position].work
-        again: Check | Warmup | None = None
-        if isinstance(item, Check):
-            again = _checked(run, item, outcome)
-        elif isinstance(item, Warmup):
-            again = _warmed(run, item, outcome)
+    items = list(work)
+    for position, outcome in workers.outcomes(items, end - LEAST_SECONDS, end):
+        item = items[position]
+        again = _checked(run, item, outcome) if isinstance(item, Check) else _warmed(run, item, outcome)
         if again is not None:
-            jobs.append(run.job(again))
+            items.append(again)
 
 
 def _checked(run: Run, item: Check, outcome: Outcome) -> Check | None:
@@ -143,29 +141,28 @@ def _note_failures(run: Run, case: Case, failed: Mapping[str, str]) -> None:
 
 def time_cases(run: Run, timer: Workers, cases: Sequence[Case], compiled: bool, end: float) -> None:
     """Time what is missing of some cases in order, until the time is up."""
-    jobs: list[Job] = []
+    items: list[Timing] = []
     for case in cases:
-        _queue(run, jobs, case, _wanted(run, case, compiled))
-    for position, outcome in timer.outcomes(jobs, end - LEAST_SECONDS, end):
-        item = jobs[position].work
-        assert isinstance(item, Timing)
+        _queue(run, items, case, _wanted(run, case, compiled))
+    for position, outcome in timer.outcomes(items, end - LEAST_SECONDS, end):
+        item = items[position]
         if outcome.cut:
             continue
         wanted = _wanted(run, item.case, compiled)
         ran = outcome.last_note
         if outcome.value is None and ran is not None:
             _note_failures(run, item.case, {ran: str(outcome.error)})
-            _queue(run, jobs, item.case, wanted)
+            _queue(run, items, item.case, wanted)
             continue
         if outcome.value is None:
             records = [_untimed(item, name, f"{outcome.error}, while nothing ran alone") for name in wanted]
         else:
             records = [record for record in outcome.value if record["provider"] in wanted]
         run.file.add(records)
-        _show(run, f"[{position + 1}/{len(jobs)}] {title(item.case)}", records)
+        _show(run, f"[{position + 1}/{len(items)}] {title(item.case)}", records)
 
 
-def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None:
+def _queue(run: Run, items: list[Timing], case: Case, wanted: Sequence[str]) -> None:
     """Add the timing of a case's providers, with those they are divided by; record here what can only fail again."""
     failed = {
         name: str(record["cause"])
@@ -180,7 +177,7 @@ def _queue(run: Run, jobs: list[Job], case: Case, wanted: Sequence[str]) -> None
         run.file.add(records)
         _show(run, title(case), records)
     else:
-        jobs.append(run.job(item))
+        items.append(item)
 
 
 def _untimed(item: Timing, name: str, cause: str) -> Record:

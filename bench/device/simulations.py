@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from bench.device.jobs import perform
 from bench.device.state import LEAST_SECONDS, Run
@@ -14,22 +15,22 @@ from bench.simulation.providers import COMPILED
 
 def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> None:
     """Time training steps of many clients until the time is up: compiled ones after all others."""
-    jobs = []
+    items = []
     for compiled in (False, True):
         for case in cases:
             names = tuple(name for name in run.missing_steps(case) if (name == COMPILED) is compiled)
             if names:
-                jobs.append(run.job(Simulation(case, run.device, names)))
-    with Workers(perform, min(run.workers, len(jobs), 1), SECONDS_EACH) as workers:
-        for position, outcome in workers.outcomes(jobs, run.end - LEAST_SECONDS, run.end):
-            item = jobs[position].work
-            assert isinstance(item, Simulation)
+                items.append(Simulation(case, run.device, names))
+    answer = partial(perform, defaults=run.defaults)
+    with Workers(answer, min(run.workers, len(items), 1), SECONDS_EACH) as workers:
+        for position, outcome in workers.outcomes(items, run.end - LEAST_SECONDS, run.end):
+            item = items[position]
             ran = blamed(outcome)
             if outcome.value is None and ran is not None:
                 run.say(f"    FAILED {item.case.name}: {ran}: {outcome.error}")
                 item = replace(item, failed={**item.failed, ran: str(outcome.error)})
                 if not set(item.providers) <= set(item.failed):
-                    jobs.append(run.job(item))
+                    items.append(item)
                     continue
                 outcome = Outcome([])
             if outcome.cut and not any(isinstance(noted, list) for noted in outcome.notes):
@@ -37,7 +38,7 @@ def time_simulations(run: Run, cases: Sequence[SimulationCase]) -> None:
             records = simulation_records(item, outcome)
             run.file.add(records)
             speeds = ", ".join(map(_speed, records))
-            run.say(f"[{position + 1}/{len(jobs)}] {item.case.name}: {speeds} clients·steps/s")
+            run.say(f"[{position + 1}/{len(items)}] {item.case.name}: {speeds} clients·steps/s")
             for record in records:
                 if record["status"] != "timed":
                     run.say(f"    {str(record['status']).upper()} {record['provider']}: {record['cause']}")

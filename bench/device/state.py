@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from bench.cases import Case
 from bench.checks.inputs import CheckShape
 from bench.checks.operators import check_record
-from bench.device.jobs import Check, Job, Timing
-from bench.harness.records import RecordFile, check_key
+from bench.device.jobs import Check
+from bench.harness.records import RecordFile, case_key
 from bench.harness.timing import Plan
-from bench.measure import Warmup, chosen_providers
+from bench.measure import chosen_providers
 from bench.simulation.cases import SimulationCase
-from bench.simulation.measure import Simulation
 from bench.simulation.providers import providers_of
 
 # Nothing is begun this close to the end of a stage.
@@ -46,9 +45,6 @@ class Run:
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
 
-    def job(self, work: Check | Warmup | Timing | Simulation) -> Job:
-        return Job(work, self.defaults)
-
     def missing(self, case: Case) -> tuple[str, ...]:
         """Return the providers of a case that have no record."""
         known = self.file.of_case(case.facts())
@@ -56,8 +52,8 @@ class Run:
 
     def missing_forms(self, shape: CheckShape) -> tuple[str, ...]:
         """Return the forms of a shape that have no record."""
-        done, facts = self.file.done(), check_record(shape, "")
-        return tuple(form for form in shape.forms() if check_key(facts, form) not in done)
+        done = self.file.done()
+        return tuple(form for form in shape.forms() if case_key(check_record(shape, form)) not in done)
 
     def missing_steps(self, case: SimulationCase) -> tuple[str, ...]:
         """Return the providers of a training step that have no record: none where the base could not run."""

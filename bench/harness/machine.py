@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import statistics
 import subprocess
 import time
@@ -18,7 +17,7 @@ import torch
 import plora_kernels as pk
 from bench.harness.timing import timer_for
 from plora_kernels.tuning.lookup import capability_of
-from plora_kernels.tuning.tables import PACKAGED, user_folder
+from plora_kernels.tuning.tables import PACKAGED, device_key, user_folder
 
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 64 * 2**20}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
@@ -55,7 +54,7 @@ def environment(device: torch.device, threads: int) -> dict[str, object]:
     """Describe the machine for a saved result: names and versions, nothing that identifies the host."""
     return {
         "device": device.type,
-        "device_name": _device_name(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cpu_name": _cpu_name(),
         "threads": threads,
         "cores": usable_cores(),
@@ -68,7 +67,7 @@ def device_slug(device: torch.device) -> str:
     """Return what a device's files are called: "nvidia-h200", and "cpu" for any CPU."""
     if device.type != "cuda":
         return device.type
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return device_key(torch.cuda.get_device_name(device))
 
 
 def commit_of(folder: Path) -> str | None:
@@ -116,17 +115,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

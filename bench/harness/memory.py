@@ -19,12 +19,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     (results, saved activations, gradients, temporaries), compiled code's included; neither counts scratch
     space that a matmul library takes past torch's allocator.
     """
-    if device.type == "cuda":
-        return _cuda_peak_bytes(run, device)
-    return _cpu_peak_bytes(run)
-
-
-def _cuda_peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    if device.type != "cuda":
+        return _cpu_peak_bytes(run)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,6 +1,15 @@
-"""Types of command-line options."""
+"""What command lines have in common: options, their types, and how an error ends them."""
 
 import argparse
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.harness.records import ResultsError
+from plora_kernels.errors import ConfigError
 
 
 def at_least(least: int, text: str) -> int:
@@ -8,3 +17,33 @@ def at_least(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
     return int(text)
+
+
+def sizes(names: str, example: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a text like `example`, "4096x4096"; raises what argparse reports."""
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * len(example.split("x"))), text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {names} as in {example}")
+    return tuple(map(int, text.split("x")))
+
+
+def add_device_options(parser: argparse.ArgumentParser, *, seconds: float, fresh: str) -> None:
+    """Add what the commands take that measure the device at hand for a time and go on at the next call.
+
+    Time counts from now on: `started` is a `time.monotonic()`.
+    """
+    parser.set_defaults(started=time.monotonic())
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=["cuda", "cpu"], help="the CPU tries it out on tiny sizes")
+    parser.add_argument("--budget-seconds", type=float, default=seconds, help="end by then; another call goes on")
+    parser.add_argument("--fresh", action="store_true", help=fresh)
+    parser.add_argument("--workers", type=int, help="processes that check and compile ahead (0: none)")
+    parser.add_argument("--commit", help="what to call the code where git does not know")
+
+
+def exit_status(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Return the exit status that `run` gives; 2, and a line on stderr, for input that cannot be used."""
+    try:
+        return run(options)
+    except (ResultsError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -27,13 +27,15 @@ STOP_SECONDS = 5.0
 class Outcome:
     """What became of one piece of work: its value, or why there is none; and what it noted on its way.
 
-    It was `cut` where the whole run's time was up before it was done: that is no fault of its own.
+    It was `cut` where the whole run's time was up before it was done: that is no fault of its own. Where it is `lost`,
+    so is its process.
     """
 
     value: Any = None
     error: str | None = None
     notes: tuple[Any, ...] = ()
     cut: bool = False
+    lost: bool = False
 
     @property
     def last_note(self) -> Any:
@@ -65,28 +67,28 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 
+def require_device(device_type: str, error: Exception) -> None:
+    """Raise LostProcessError if the device does no more work in this process: everything after `error` would fail.
+
+    An illegal address does that to a CUDA context: every later call of the process reports it again.
+    """
+    if device_type != "cuda":
+        return
+    import torch  # which a process that has no device to look after need not wait for
+
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").add_(1).item()
+    except Exception as broken:
+        raise LostProcessError(f"{one_line(error)}; its process could not go on") from broken
+
+
 def outcomes(
-    function: Callable[[Any], Any],
-    items: Sequence[Any],
-    *,
-    workers: int,
-    seconds_each: float,
-    deadline: float = float("inf"),
-    end: float = float("inf"),
+    function: Callable[[Any], Any], items: Sequence[Any], *, workers: int, seconds_each: float
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield `(position, outcome)` of function(item) for every item, by a `Workers` of its own."""
     with Workers(function, min(workers, len(items)), seconds_each) as pool:
-        yield from pool.outcomes(items, deadline, end)
-
-
-def attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
-    """Return function(item) and what it noted, or its exception as one line."""
-    notes: list[Any] = []
-    try:
-        outcome = _listened(function, item, notes.append)
-    except LostProcessError as error:
-        outcome = Outcome(error=str(error))
-    return replace(outcome, notes=tuple(notes))
+        yield from pool.outcomes(items)
 
 
 def leave(status: int) -> NoReturn:
@@ -107,12 +109,13 @@ def end_on_termination() -> None:
 
 
 def _listened(function: Callable[[Any], Any], item: Any, listener: Callable[[Any], None]) -> Outcome:
+    """Return function(item), or its exception as one line; the listener gets what it notes."""
     global _listener
     before, _listener = _listener, listener
     try:
         return Outcome(function(item))
-    except LostProcessError:
-        raise
+    except LostProcessError as error:
+        return Outcome(error=str(error), lost=True)
     except Exception as error:  # whatever a provider or a compiler raises is a finding, not an end
         return Outcome(error=one_line(error))
     finally:
@@ -132,10 +135,9 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
             item = connection.recv()
         except EOFError:
             return
-        try:
-            connection.send(_listened(function, item, send_note))
-        except LostProcessError as error:
-            connection.send(error)
+        outcome = _listened(function, item, send_note)
+        connection.send(outcome)
+        if outcome.lost:
             leave(1)
 
 
@@ -205,7 +207,9 @@ class Workers:
             for position, item in enumerate(items):
                 if time.monotonic() > min(deadline, end):
                     return
-                yield position, attempt(self.function, item)
+                notes: list[Any] = []
+                outcome = _listened(self.function, item, notes.append)
+                yield position, replace(outcome, notes=tuple(notes))
             return
         self._items, self._next, self._deadline, self._end = items, 0, min(deadline, end), end
         if items:
@@ -251,10 +255,9 @@ class Workers:
                 if isinstance(told, _Note):
                     worker.notes.append(told.value)
                 elif isinstance(told, Outcome):
+                    if told.lost:
+                        self._replace(worker)
                     return told
-                elif isinstance(told, LostProcessError):
-                    self._replace(worker)
-                    return Outcome(error=str(told))
         except (EOFError, OSError):
             worker.process.join(STOP_SECONDS)
             status = worker.process.exitcode

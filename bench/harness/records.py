@@ -39,11 +39,6 @@ def case_key(record: Record) -> tuple[object, ...]:
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 
-def check_key(record: Record, form: str) -> tuple[object, ...]:
-    """Return the key of one form of a checked shape."""
-    return case_key({**record, "op": "check", "form": form})
-
-
 def blank(**known: object) -> dict[str, object]:
     """Return a record with every key there must be, null unless known."""
     return dict.fromkeys(KEYS) | known

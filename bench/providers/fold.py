@@ -96,13 +96,14 @@ def _inplace(case: Case, problem: Problem) -> Provider:
     return _each(problem, lambda weight, part: weight.addmm_(part.B, part.A, alpha=part.scale))
 
 
-def _inplace_out(case: Case, problem: Problem) -> Provider:
+def _out(problem: Problem, fold: Callable[[Tensor], object]) -> Provider:
+    """Fold the adapter and the weight into a buffer."""
     buffer = torch.empty_like(problem.weight)
+    return _provider([buffer], None, lambda: fold(buffer))
 
-    def fold() -> None:
-        torch.addmm(problem.weight, problem.B, problem.A, alpha=problem.scale, out=buffer)
 
-    return _provider([buffer], None, fold)
+def _inplace_out(case: Case, problem: Problem) -> Provider:
+    return _out(problem, lambda out: torch.addmm(problem.weight, problem.B, problem.A, alpha=problem.scale, out=out))
 
 
 def _fused_each(case: Case, problem: Problem) -> Provider:
@@ -110,12 +111,7 @@ def _fused_each(case: Case, problem: Problem) -> Provider:
 
 
 def _fused_out(case: Case, problem: Problem) -> Provider:
-    buffer = torch.empty_like(problem.weight)
-
-    def fold() -> None:
-        pk.fold(problem.weight, problem.A, problem.B, [], scale=problem.scale, out=buffer)
-
-    return _provider([buffer], None, fold)
+    return _out(problem, lambda out: pk.fold(problem.weight, problem.A, problem.B, [], scale=problem.scale, out=out))
 
 
 def _fused_many(case: Case, problem: Problem) -> Provider:

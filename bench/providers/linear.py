@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import plora_kernels as pk
-from bench.cases import DROPOUT_P, Case, Problem
+from bench.cases import Case, Problem
 from bench.checks.inputs import frozen_linear
 from bench.providers.base import Maker, Provider, ProviderUnavailableError, layer_provider, named_factors
 from bench.providers.dropout_masks import kept_by_call, kept_by_layer, kept_by_torch
@@ -25,39 +25,34 @@ def base(case: Case, problem: Problem) -> Provider:
     return layer_provider(case, problem, lambda x: tuple(F.linear(x, weight) for weight in weights), {})
 
 
-def _peft(case: Case, problem: Problem) -> Provider:
-    return _peft_layer(case, problem, None)
-
-
 def _peft_autocast(case: Case, problem: Problem) -> Provider:
     if case.torch_dtype not in (torch.bfloat16, torch.float16):
         raise ProviderUnavailableError(f"autocast computes in half precision; the case is {case.dtype}")
-    return _peft_layer(case, problem, torch.float32)
+    return _peft(case, problem, torch.float32)
 
 
-def _peft_layer(case: Case, problem: Problem, adapter_dtype: torch.dtype | None) -> Provider:
+def _peft(case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None) -> Provider:
     """PEFT's layer with adapters in the weight's dtype, or in another one under autocast."""
-    siblings = peft_siblings(case, problem, [problem.weight], adapter_dtype=adapter_dtype, dropout=_dropout_p(case))
+    siblings = peft_siblings(case, problem, adapter_dtype=adapter_dtype)
     (layer,) = siblings.children()
     A, B = peft_factors(layer)
 
-    def call(x: Tensor) -> tuple[Tensor, ...]:
+    def autocast(x: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, dtype=case.torch_dtype):
             return (layer(x),)
 
-    kept = kept_by_torch(problem, A.dtype) if _dropout_p(case) else None
-    return layer_provider(
-        case, problem, call if adapter_dtype else lambda x: (layer(x),), named_factors([A], [B]), kept
-    )
+    call = autocast if adapter_dtype else lambda x: (layer(x),)
+    kept = kept_by_torch(problem, A.dtype) if case.dropout_p else None
+    return layer_provider(case, problem, call, named_factors([A], [B]), kept)
 
 
 def _peft_compiled(case: Case, problem: Problem) -> Provider:
-    siblings = peft_siblings(case, problem, [problem.weight], dropout=_dropout_p(case))
+    siblings = peft_siblings(case, problem)
     (layer,) = siblings.children()
     factors = peft_factors(layer)
 
     def make(compiled: Callable[[Tensor], Tensor]) -> Provider:
-        kept = kept_by_call(compiled, problem, *factors) if _dropout_p(case) else None
+        kept = kept_by_call(compiled, problem, *factors) if case.dropout_p else None
         adapter = named_factors(factors[:1], factors[1:])
         return layer_provider(case, problem, lambda x: (compiled(x),), adapter, kept)
 
@@ -90,7 +85,7 @@ def _inplace(case: Case, problem: Problem) -> Provider:
 
 def _fused(case: Case, problem: Problem) -> Provider:
     layer = fused_layer(case, problem)
-    kept = kept_by_layer(problem) if _dropout_p(case) else None
+    kept = kept_by_layer(problem) if case.dropout_p else None
     return layer_provider(case, problem, lambda x: (layer(x),), named_factors([layer.lora_A], [layer.lora_B]), kept)
 
 
@@ -98,13 +93,9 @@ def fused_layer(case: Case, problem: Problem) -> pk.FusedPLoRALinear:
     """Return this library's layer over one projection's weight, with its factors."""
     linear = frozen_linear(problem.weight)
     alpha = problem.scale * case.r
-    layer = pk.FusedPLoRALinear.from_linear(linear, rank=case.r, alpha=alpha, dropout=_dropout_p(case))
+    layer = pk.FusedPLoRALinear.from_linear(linear, rank=case.r, alpha=alpha, dropout=case.dropout_p)
     layer.set_factors(problem.A, problem.B)
     return layer
-
-
-def _dropout_p(case: Case) -> float:
-    return DROPOUT_P if case.op == "dropout" else 0.0
 
 
 LAYER: dict[str, Maker] = {

@@ -6,9 +6,10 @@ from torch import Tensor
 
 import plora_kernels as pk
 from bench.cases import Case, Problem
+from bench.checks.inputs import Siblings, fused_siblings
 from bench.providers.base import Maker, Provider, layer_provider, named_factors
 from bench.providers.linear import base, compiled_provider, fused_layer
-from bench.providers.peft_layers import NAMES, Siblings, peft_factors, peft_siblings
+from bench.providers.peft_layers import peft_factors, peft_siblings
 
 
 def _peft(case: Case, problem: Problem) -> Provider:
@@ -22,7 +23,7 @@ def _peft_compiled(case: Case, problem: Problem) -> Provider:
 
 
 def _peft_parts(case: Case, problem: Problem) -> tuple[Siblings, dict[str, Tensor]]:
-    siblings = peft_siblings(case, problem, [part.weight for part in problem.parts()])
+    siblings = peft_siblings(case, problem)
     As, Bs = zip(*map(peft_factors, siblings.children()), strict=True)
     return siblings, named_factors(As, Bs)
 
@@ -34,13 +35,9 @@ def _fused_apart(case: Case, problem: Problem) -> Provider:
 
 def _fused(case: Case, problem: Problem) -> Provider:
     parts = problem.parts()
-    siblings = Siblings([part.weight for part in parts])
-    names = NAMES[len(parts)]
-    alpha = problem.scale * case.r
-    config = pk.PLoRAConfig(rank=case.r, alpha=alpha, target_modules=list(names), fuse_projections=True)
-    handle = pk.inject(siblings, config)
-    handle.set_factors({name: (part.A, part.B) for name, part in zip(names, parts, strict=True)})
-    return layer_provider(case, problem, siblings, _factors(list(handle.layers.values())))
+    factors = [(part.A, part.B) for part in parts]
+    siblings, layers = fused_siblings([part.weight for part in parts], factors, problem.scale)
+    return layer_provider(case, problem, siblings, _factors(layers))
 
 
 def _factors(layers: Sequence[pk.FusedPLoRALinear]) -> dict[str, Tensor]:

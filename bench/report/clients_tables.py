@@ -1,6 +1,7 @@
 """The table of what `python -m bench.clients` measured."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,6 @@ HEADER = (
     "process, MiB",
     "kept, MiB",
 )
-
-
-def holds_clients(path: Path) -> bool:
-    """Say whether a file is one that `python -m bench.clients` wrote."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and saved.get("kind") == KIND
 
 
 def clients_markdown(path: Path) -> str:
@@ -90,18 +82,14 @@ def _growth(points: list[dict[str, Any]]) -> str:
         alike = [point for point in points if (point["kept"], point["execution"]) == (kept, execution)]
         drawn = min(point["per_round"] for point in alike)
         same = [point for point in alike if point["per_round"] == drawn]
-        few, many = min(same, key=_clients), max(same, key=_clients)
+        few, many = (chosen(same, key=itemgetter("clients")) for chosen in (min, max))
         if few is not many:
-            more = _clients(many) - _clients(few)
+            more = many["clients"] - few["clients"]
             tensors, process = ((many[name] - few[name]) / more / 1024 for name in ("tensor_bytes", "process_bytes"))
-            keeps = many["kept_bytes"] / _clients(many) / 1024
+            keeps = many["kept_bytes"] / many["clients"] / 1024
             lines.append(
-                f"From {_clients(few):,} to {_clients(many):,} clients each client more costs {tensors:.2f} KiB of "
+                f"From {few['clients']:,} to {many['clients']:,} clients each client more costs {tensors:.2f} KiB of "
                 f"tensors (the numbers of its rows) and {process:.2f} KiB of the process, and keeps {keeps:.0f} KiB on "
                 f"{kept}."
             )
     return "\n".join(lines)
-
-
-def _clients(point: dict[str, Any]) -> int:
-    return int(point["clients"])

@@ -12,54 +12,43 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness.records import ResultsError, holds_records, load_records, write_text
-from bench.report.clients_tables import clients_markdown, holds_clients
+from bench.harness.options import exit_status
+from bench.harness.records import ResultsError, load_records, read_json, write_text
+from bench.report.clients_tables import KIND, clients_markdown
 from bench.report.device_tables import committed_section, device_markdown
 from bench.report.figures import draw, draw_history, draw_simulation
 from bench.report.history import HISTORY, history_markdown, keep, load_history
-from bench.report.markdown import BEGIN, END, update_readme
-from bench.report.simulation_tables import holds_simulation_alone, load_simulation, simulation_markdown
-from bench.report.suite_results import load_run
+from bench.report.markdown import markers, update_document
+from bench.report.runs import load_run, suites_command
+from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown
-from bench.report.summary_tables import SUMMARY_BEGIN, SUMMARY_END, committed_summary
-
-GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-STEPS_BEGIN, STEPS_END = "<!-- simulation:begin -->", "<!-- simulation:end -->"
-BENCH_TITLE, STEPS_TITLE = (
-    "Time of each provider divided by the base matmul's",
-    "What a client's step costs in a cohort",
-)
+from bench.report.summary_tables import committed_summary
 
 
-def update_documents(given: argparse.Namespace, section: str, begin: str, end: str, title: str = "") -> None:
+def update_documents(given: argparse.Namespace, name: str, section: str, title: str = "") -> None:
     """Rewrite a result's section, and the summary of the folder's results, in every document with their markers."""
     for document in given.documents:
         text = document.read_text(encoding="utf-8") if document.is_file() else ""
-        if begin in text or SUMMARY_BEGIN not in text:  # with neither this refuses
-            update_readme(document, section, given.png, begin, end, title)
-        if SUMMARY_BEGIN in text:
-            update_readme(document, committed_summary(given.results.parent), None, SUMMARY_BEGIN, SUMMARY_END)
+        summarised = markers("summary")[0] in text
+        if markers(name)[0] in text or not summarised:  # with neither this refuses
+            update_document(document, name, section, given.png, title)
+        if summarised:
+            update_document(document, "summary", committed_summary(given.results.parent))
 
 
 def report_suites(given: argparse.Namespace) -> str:
-    """Report what the suites saved; return the table."""
+    """Report what the suites saved, training steps where there are no layers; return the table."""
     run = load_run(given.results)
-    text = markdown(run)
-    if given.png:
-        draw(run, given.png)
-    update_documents(given, text, BEGIN, END, BENCH_TITLE)
-    return text
-
-
-def report_simulation(given: argparse.Namespace) -> str:
-    """Report the training steps the suites saved; return the table."""
-    run = load_simulation(given.results)
-    if given.keep:
+    steps = bool(run.steps) and not run.ops
+    if steps and given.keep:
         raise ResultsError(f"{given.results} holds training steps; the history keeps ratios of layers")
-    text = simulation_markdown(run)
+    text = simulation_markdown(run) if steps else markdown(run)
     if given.png:
-        draw_simulation(run, given.png)
-    update_documents(given, text, STEPS_BEGIN, STEPS_END, STEPS_TITLE)
+        (draw_simulation if steps else draw)(run, given.png)
+    if steps:
+        update_documents(given, "simulation", text, "What a client's step costs in a cohort")
+    else:
+        update_documents(given, "bench", text, "Time of each provider divided by the base matmul's")
     return text
 
 
@@ -69,7 +58,7 @@ def report_device(given: argparse.Namespace) -> str:
         raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
     text = device_markdown(*load_records(given.results))
     if given.documents:  # they show every device of the folder
-        update_documents(given, committed_section(given.results.parent), GPU_BEGIN, GPU_END)
+        update_documents(given, "gpu", committed_section(given.results.parent))
     return text
 
 
@@ -82,12 +71,10 @@ def report_clients(given: argparse.Namespace) -> str:
 
 def report(given: argparse.Namespace) -> str:
     """Report a results file, whoever wrote it; return the table."""
-    if holds_records(given.results):
+    saved = read_json(given.results, suites_command(given.results))
+    if isinstance(saved, list):
         return report_device(given)
-    if holds_clients(given.results):
-        return report_clients(given)
-    # A file with layers and training steps is shown as layers.
-    return report_simulation(given) if holds_simulation_alone(given.results) else report_suites(given)
+    return report_clients(given) if isinstance(saved, dict) and saved.get("kind") == KIND else report_suites(given)
 
 
 def report_history(given: argparse.Namespace) -> str:
@@ -115,19 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PATH",
         action="append",
         default=[],
-        help=f"rewrite what stands between markers, such as {BEGIN} and {END}; repeatable",
+        help=f"rewrite what stands between markers, such as {' and '.join(markers('bench'))}; repeatable",
     )
     parser.add_argument("--keep", action="store_true", help="add the run to the history")
-    given = parser.parse_args(arguments)
-    try:
-        text = report_history(given) if given.history else report(given)
-        if given.keep:
-            print(f"kept: {keep(given.results)}", file=sys.stderr)
-        if given.markdown:
-            write_text(given.markdown, text)
-    except (ResultsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(_report, parser.parse_args(arguments))
+
+
+def _report(given: argparse.Namespace) -> int:
+    text = report_history(given) if given.history else report(given)
+    if given.keep:
+        print(f"kept: {keep(given.results)}", file=sys.stderr)
+    if given.markdown:
+        write_text(given.markdown, text)
     if not given.markdown and not given.documents:
         print(text, end="")
     return 0

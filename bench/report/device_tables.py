@@ -1,15 +1,15 @@
 """Tables of what `python -m bench.gpu` wrote: a short one for the terminal, one in Markdown for documents."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import DROPOUT_P, MAIN_OPS, OPS
+from bench.cases import DROPOUT_P, MAIN_OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
-from bench.harness.records import Record, case_key, holds_records, load_records
+from bench.harness.records import Record, holds_records, load_records
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.simulation_tables import reading, run_of_device, simulation_table
-from bench.report.suite_results import OTHER_WAYS, width_text
+from bench.report.runs import OTHER_WAYS, Providers, by_case, facts_of, ratio_of, ratio_text, run_of_device, size_of
+from bench.report.simulation_tables import reading, simulation_table
 from bench.report.titles import TITLES
 
 # What docs/benchmarks.md says as long as no device's file is committed.
@@ -45,7 +45,6 @@ SUMMARY = {
     "peft-autocast": "auto",
 }
 CASE_HEADER = f"{'case':<52} {'base ms':>8}"
-Providers = Mapping[str, Record]
 
 
 def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
@@ -53,12 +52,12 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     cases = by_case(records)
     parts = [conditions(meta, records)]
     for name, note in NOTES.items():
-        chosen = [providers for providers in cases if table_of(next(iter(providers.values()))) == name]
+        chosen = [providers for providers in cases if table_of(facts_of(providers)) == name]
         if chosen:
-            rows = next(iter(chosen[0].values()))["m"]
-            parts.append(f"**{HEADS[name]}**{note.format(rows=rows)}\n\n{_table(chosen)}")
+            note = note.format(rows=facts_of(chosen[0])["m"])
+            parts.append(f"**{HEADS[name]}**{note}\n\n{_table(chosen)}")
     run = run_of_device(meta, records)
-    if run is not None:
+    if run.steps:
         parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
     return "\n\n".join(parts) + "\n"
 
@@ -67,15 +66,6 @@ def committed_section(results: Path) -> str:
     """Return what is shown of GPUs: the tables of the devices' files in a folder, or that there are none."""
     found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
     return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
-
-
-def by_case(records: Sequence[Record]) -> list[Providers]:
-    """Return the timing records by case and provider, in the order measured."""
-    cases: dict[tuple[object, ...], dict[str, Record]] = {}
-    for record in records:
-        if record["op"] in OPS:
-            cases.setdefault(case_key(record), {})[record["provider"]] = record
-    return list(cases.values())
 
 
 def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
@@ -110,7 +100,7 @@ def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 def case_columns(providers: Providers) -> str:
     """Return what a case's line in the terminal begins with: the case, and the base's time."""
-    record = next(iter(providers.values()))
+    record = facts_of(providers)
     name = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
     base = providers.get("base", {}).get("time_ms")
     return f"{name:<52} {f'{base:.4g}' if base else '–':>8}"
@@ -121,15 +111,13 @@ def table_of(record: Record) -> str | None:
     if record["op"] not in MAIN_OPS:
         return record["op"]
     shape = (record["k"], record["n"])
-    if shape not in {(projection.k, projection.n) for projection in (*TABLE, TINY)}:
-        return None
-    if record["dtype"] == "float32" and shape != (TINY.k, TINY.n):
+    tiny = shape == (TINY.k, TINY.n)
+    if not tiny and (record["dtype"] == "float32" or shape not in {(one.k, one.n) for one in TABLE}):
         return None
     if record["op"] == "fold":
         return "fold"
     if record["m"] in DECODE_ROWS:
         return DECODE
-    tiny = shape == (TINY.k, TINY.n)
     wanted = tiny or (record["m"] == TABLE_ROWS and record["r"] in TABLE_RANKS and record["dtype"] == "bfloat16")
     return record["op"] if wanted else None
 
@@ -139,12 +127,11 @@ def _table(cases: Sequence[Providers]) -> str:
     others = [name for name in OTHER_WAYS if name in names]
     rows = []
     for providers in cases:
-        record = next(iter(providers.values()))
+        record = facts_of(providers)
         m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
-        label = f"{record['k']}×{width_text(record['n'], record.get('widths', ()))}, {m}R {record['r']}"
         times = [_time(providers.get(name)) for name in names]
-        ratios = [_against(providers, name) for name in ("peft", *others)]
-        rows.append([label, *times, *ratios, _hosts(providers)])
+        ratios = [ratio_text(ratio_of(providers, "fused", name)) for name in ("peft", *others)]
+        rows.append([f"{size_of(record)}, {m}R {record['r']}", *times, *ratios, _hosts(providers)])
     header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "host peft / fused"]
     return markdown_table(header, rows)
 
@@ -163,14 +150,6 @@ def _ratio(record: Record | None) -> str:
     return f"{record['ratio_to_base']:.3f}"
 
 
-def _against(providers: Providers, other: str) -> str:
-    # Each against the base of its own loop: they may have been timed in different ones.
-    fused, others = (providers.get(name, {}).get("ratio_to_base") for name in ("fused", other))
-    return f"{fused / others:.2f}" if fused and others else "–"
-
-
 def _hosts(providers: Providers) -> str:
-    def host(values: Iterable[object]) -> str:
-        return " / ".join(f"{value:.0f}" if isinstance(value, float) else "–" for value in values)
-
-    return host(providers.get(name, {}).get("host_us") for name in ("peft", "fused"))
+    hosts = [providers.get(name, {}).get("host_us") for name in ("peft", "fused")]
+    return " / ".join(f"{host:.0f}" if isinstance(host, float) else "–" for host in hosts)

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.cases import MAIN_OPS
-from bench.harness.records import Record, ResultsError
+from bench.harness.records import ResultsError
 from bench.report.history import HistoryEntry, Mean, by_device, means
-from bench.report.simulation_tables import Setting, SimulationRun
-from bench.report.suite_results import BenchmarkRun, Entry
+from bench.report.runs import Providers, Run, facts_of, timed
+from bench.report.simulation_tables import Setting, by_setting
+from bench.report.suite_tables import case_label, rows_and_dtypes
 from bench.report.titles import TITLES
 from fed.files import replacing
 
@@ -27,17 +28,13 @@ SIMULATION_STYLES = {
     "cohort": ("#0072B2", "o"),
     "cohort-compiled": ("#009E73", "v"),
 }
-SUITE_STYLES = {
-    "peft": ("#D55E00", "s"),
-    "peft-compiled": ("#E69F00", "D"),
-    "fused": ("#0072B2", "o"),
-}
+SUITE_STYLES = {"peft": ("#D55E00", "s"), "peft-compiled": ("#E69F00", "D"), "fused": ("#0072B2", "o")}
 COLUMNS = 3
 # The ops drawn, which are measured at every shape, and what each is divided by; only tables show the others.
 BASES = {"forward": "base matmul", "forward_backward": "base matmuls", "fold": "a copy of W"}
 
 
-def draw(run: BenchmarkRun, path: Path) -> None:
+def draw(run: Run, path: Path) -> None:
     """Draw each provider's time ÷ base (dots, interquartile range as bars) and write it as PNG.
 
     Raises ResultsError if none of the drawn ops was measured.
@@ -45,14 +42,15 @@ def draw(run: BenchmarkRun, path: Path) -> None:
     ops = [op for op in run.ops if op in BASES]
     if not ops:
         raise ResultsError(f"there is nothing to draw: the picture shows {', '.join(BASES)} alone")
-    labels = list(dict.fromkeys(shape.label for op in ops for shape in run.shapes(op)))
+    labels = list(dict.fromkeys(case_label(facts_of(providers)) for op in ops for providers in run.cases(op)))
     figure = Figure(figsize=(1.8 + 3.4 * len(ops), 1.6 + 0.3 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(ops), squeeze=False, sharey=True)[0]
     for axes, op in zip(panels, ops, strict=True):
         _draw_op(axes, run, op, labels)
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()
-    figure.suptitle(_subject(run), fontsize=10)
+    rows, dtypes = rows_and_dtypes(run)
+    figure.suptitle(f"{run.device_name}, {dtypes}, M = {rows}", fontsize=10)
     _write(figure, path)
 
 
@@ -68,19 +66,14 @@ def _write(figure: Figure, path: Path) -> None:
         FigureCanvasAgg(figure).print_png(str(partial))
 
 
-def _subject(run: BenchmarkRun) -> str:
-    rows = sorted({shape.m for shape in run.shapes() if shape.m})
-    dtypes = sorted({shape.dtype for shape in run.shapes()})
-    return f"{run.machine['device_name']}, {', '.join(dtypes)}, M = {', '.join(map(str, rows))}"
-
-
-def _draw_op(axes: Axes, run: BenchmarkRun, op: str, labels: Sequence[str]) -> None:
+def _draw_op(axes: Axes, run: Run, op: str, labels: Sequence[str]) -> None:
     for number, (provider, (colour, marker)) in enumerate(SUITE_STYLES.items()):
         offset = 0.2 * (number - 1)
         points = [
-            (labels.index(shape.label) + offset, entries[provider].ratio_to_base, _spread(entries, provider))
-            for shape in run.shapes(op)
-            if provider in (entries := run.entries.get(shape, {})) and "base" in entries
+            # Half the interquartile range, in units of the base's time.
+            (labels.index(case_label(one)) + offset, one["ratio_to_base"], one["iqr_ms"] / 2 / base["time_ms"])
+            for providers in run.cases(op)
+            if (one := timed(providers, provider)) and (base := timed(providers, "base"))
         ]
         if not points:
             continue
@@ -92,11 +85,6 @@ def _draw_op(axes: Axes, run: BenchmarkRun, op: str, labels: Sequence[str]) -> N
     axes.grid(axis="x", linewidth=0.4)
     axes.set_xlabel(f"time ÷ {BASES[op]}")
     axes.set_title(TITLES[op].short, fontsize=10)
-
-
-def _spread(entries: Mapping[str, Entry], provider: str) -> float:
-    """Return half the interquartile range in units of the base's time."""
-    return entries[provider].iqr_ms / 2 / entries["base"].time_ms
 
 
 def draw_history(runs: Sequence[HistoryEntry], path: Path) -> None:
@@ -122,23 +110,22 @@ def _draw_means(axes: Axes, points: Sequence[Mean]) -> None:
     axes.grid(axis="y", linewidth=0.4)
 
 
-def draw_simulation(run: SimulationRun, path: Path) -> None:
+def draw_simulation(run: Run, path: Path) -> None:
     """Draw ms per client and step over the cohort's size, a panel a setting, a line a provider; write a PNG.
 
     Raises ResultsError where no setting was measured at two sizes.
     """
-    curves = {setting: cohorts for setting, cohorts in run.by_setting().items() if len(cohorts) > 1}
+    curves = {setting: cohorts for setting, cohorts in by_setting(run).items() if len(cohorts) > 1}
     if not curves:
         raise ResultsError("no model was measured at two cohort sizes: there is nothing to draw")
     columns = min(COLUMNS, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.4 * columns, 0.8 + 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (setting, cohorts) in zip(panels, curves.items(), strict=False):
-        _draw_setting(axes, setting, cohorts)
     for axes in panels[len(curves) :]:
         axes.set_visible(False)
-    for place, axes in enumerate(panels[: len(curves)]):
+    for place, (axes, (setting, cohorts)) in enumerate(zip(panels, curves.items(), strict=False)):
+        _draw_setting(axes, setting, cohorts)
         if place % columns == 0:
             axes.set_ylabel("ms per client and step")
         if place + columns >= len(curves):
@@ -148,7 +135,7 @@ def draw_simulation(run: SimulationRun, path: Path) -> None:
     _write(figure, path)
 
 
-def _draw_setting(axes: Axes, setting: Setting, cohorts: Mapping[int, Mapping[str, Record]]) -> None:
+def _draw_setting(axes: Axes, setting: Setting, cohorts: Mapping[int, Providers]) -> None:
     for provider, (colour, marker) in SIMULATION_STYLES.items():
         points = [
             (size, 1e3 * records[provider]["seconds"] / size)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bench.cases import OPS
-from bench.harness.records import ResultsError, holds_records, load_records, write_text
+from bench.harness.records import Record, ResultsError, write_text
 from bench.report.markdown import markdown_table
-from bench.report.suite_results import geometric_mean, load_run
+from bench.report.runs import geometric_mean, load_any
 from bench.report.titles import TITLES
 from plora_kernels.tuning.tables import device_key
 
@@ -80,18 +80,9 @@ class Mean:
 
 def read_run(path: Path) -> HistoryEntry:
     """Read what the suites save, or `python -m bench.gpu`, as a run to keep."""
-    if holds_records(path):
-        meta, records = load_records(path)
-        timed = [record for record in records if record.get("status") == "timed" and record["op"] in OPS]
-        ratios = tuple(_ratio(record) for record in timed)
-        return HistoryEntry(meta["date"], meta["commit"] or "unknown", meta["device_name"], meta["versions"], ratios)
-    run = load_run(path)
-    ratios = tuple(
-        _ratio({**asdict(shape), **asdict(entry), "provider": provider})
-        for shape, entries in run.entries.items()
-        for provider, entry in entries.items()
-    )
-    return HistoryEntry(run.date, run.commit, run.machine["device_name"], run.machine["versions"], ratios)
+    run = load_any(path)
+    timed = [record for providers in run.cases() for record in providers.values() if record.get("status") == "timed"]
+    return HistoryEntry(run.date, run.commit, run.device_name, run.versions, tuple(map(_ratio, timed)))
 
 
 def keep(path: Path, folder: Path = HISTORY) -> Path:
@@ -164,17 +155,8 @@ def _fused(run: HistoryEntry, op: str) -> dict[tuple[object, ...], Ratio]:
     return {ratio.shape: ratio for ratio in run.ratios if ratio.op == op and ratio.provider == "fused"}
 
 
-def _ratio(facts: Mapping[str, Any]) -> Ratio:
-    peft = facts["ratio_to_peft"]
-    return Ratio(
-        op=facts["op"],
-        layer=f"{facts['model']} {facts['projection']}",
-        m=facts["m"],
-        k=facts["k"],
-        n=facts["n"],
-        r=facts["r"],
-        dtype=facts["dtype"],
-        provider=facts["provider"],
-        ratio_to_base=round(facts["ratio_to_base"], 4),
-        ratio_to_peft=None if peft is None else round(peft, 4),
-    )
+def _ratio(record: Record) -> Ratio:
+    found = {**record, "layer": f"{record['model']} {record['projection']}"}
+    for name in ("ratio_to_base", "ratio_to_peft"):
+        found[name] = None if record[name] is None else round(record[name], 4)
+    return Ratio(**{field.name: found[field.name] for field in fields(Ratio)})

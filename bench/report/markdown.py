@@ -6,7 +6,10 @@ from pathlib import Path
 
 from bench.harness.records import ResultsError, write_text
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+def markers(name: str) -> tuple[str, str]:
+    """Return what a section stands between in a document."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -27,11 +30,12 @@ def commit_text(commit: str | None) -> str:
     return f"commit {commit.rstrip('+')[:12]}{' with uncommitted changes' if commit.endswith('+') else ''}"
 
 
-def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return `text` with what stands between the two markers replaced by `section`.
+def rewrite_section(text: str, name: str, section: str) -> str:
+    """Return `text` with what stands between a section's two markers replaced.
 
     Raises ResultsError if the markers are not there, once each and in order.
     """
+    begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ResultsError(f"the README needs the lines {begin} and {end}, once each and in this order")
     before, _, rest = text.partition(begin)
@@ -39,18 +43,12 @@ def rewrite_section(text: str, section: str, begin: str = BEGIN, end: str = END)
     return f"{before}{begin}\n\n{section.strip()}\n\n{end}{after}"
 
 
-def update_readme(
-    readme: Path,
-    section: str,
-    png: Path | None,
-    begin: str = BEGIN,
-    end: str = END,
-    title: str = "Time of each provider divided by the base matmul's",
-) -> None:
-    """Rewrite what stands between a README's markers, with a link to the picture where there is one."""
-    if not readme.is_file():
-        raise ResultsError(f"{readme} does not exist; --readme needs a file with {begin} and {end}")
+def update_document(document: Path, name: str, section: str, png: Path | None = None, title: str = "") -> None:
+    """Rewrite what stands between a section's markers, with a link to the picture where there is one."""
+    if not document.is_file():
+        begin, end = markers(name)
+        raise ResultsError(f"{document} does not exist; --document needs a file with {begin} and {end}")
     if png is not None:
-        link = Path(os.path.relpath(png, readme.parent)).as_posix()
+        link = Path(os.path.relpath(png, document.parent)).as_posix()
         section = f"![{title}]({link})\n\n{section}"
-    write_text(readme, rewrite_section(readme.read_text(encoding="utf-8"), section, begin, end))
+    write_text(document, rewrite_section(document.read_text(encoding="utf-8"), name, section))

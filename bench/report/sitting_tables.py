@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.records import SIMULATION, Record, ResultsError, load_records
-from bench.report.device_tables import CASE_HEADER, by_case, case_columns
+from bench.report.device_tables import CASE_HEADER, case_columns
+from bench.report.runs import by_case
 
 # Columns of time ÷ base; "default" is *fused* with the default blocks.
 COLUMNS = ("fused", "default", "peft", "peft-compiled")

@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bench.cases import DROPOUT_P
+from bench.harness.records import Record
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.suite_results import OTHER_WAYS, PROVIDERS, BenchmarkRun, Entry, Shape, geometric_mean
+from bench.report.runs import OTHER_WAYS, Providers, Run, facts_of, geometric_mean, ratio_of, ratio_text, size_of, timed
 from bench.report.titles import TITLES
 
+# The suites' providers, in the order of a table's columns.
+PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
 # What an operator's table shows, as it stands behind the title.
 NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
@@ -27,90 +30,80 @@ NOTES = {
 MIB = 2**20
 
 
-def mean_ratios(run: BenchmarkRun, op: str, rank: int) -> dict[str, tuple[float, float]]:
+def markdown(run: Run) -> str:
+    """Return the run as Markdown: what it ran on, then one table per op with geometric means."""
+    rows, dtypes = rows_and_dtypes(run)
+    conditions = (
+        f"{run.device_name}, {run.threads} CPU threads, {run.backend} backend; "
+        f"{versions_text(run.versions)}; {commit_text(run.commit)}, {run.date[:10]}. "
+        f"M = {rows or '–'} rows, {dtypes}. Medians of interleaved rounds in ms, in "
+        "brackets time ÷ *base*; peak is what one call allocates at most, in MiB."
+    )
+    return "\n\n".join([conditions, *(_op_section(run, op) for op in run.ops)]) + "\n"
+
+
+def rows_and_dtypes(run: Run) -> tuple[str, str]:
+    """Return what M and the dtypes of the layers are."""
+    every = [facts_of(providers) for providers in run.cases()]
+    rows, dtypes = ({facts[name] for facts in every if facts[name]} for name in ("m", "dtype"))
+    return ", ".join(map(str, sorted(rows))), ", ".join(sorted(dtypes))
+
+
+def case_label(record: Record) -> str:
+    """Return a case in words: model, projection, K×N and the rank."""
+    return f"{record['model']} {record['projection']} {size_of(record)}, R {record['r']}"
+
+
+def mean_ratios(run: Run, op: str, rank: int) -> dict[str, tuple[float, float]]:
     """Return each provider's geometric means over one op's shapes of one rank: time ÷ base, time ÷ PEFT."""
+    cases = [providers for providers in run.cases(op) if facts_of(providers)["r"] == rank]
     means = {}
-    for provider in PROVIDERS:
-        entries = [
-            run.entries[shape][provider]
-            for shape in run.shapes(op)
-            if shape.r == rank and provider in run.entries.get(shape, {})
-        ]
-        if entries:
-            means[provider] = (
-                geometric_mean(entry.ratio_to_base for entry in entries),
-                geometric_mean(entry.ratio_to_peft for entry in entries),
+    for name in PROVIDERS:
+        records = [record for providers in cases if (record := timed(providers, name))]
+        if records:
+            to_base, to_peft = (
+                geometric_mean(record[ratio] for record in records) for ratio in ("ratio_to_base", "ratio_to_peft")
             )
+            means[name] = (to_base, to_peft)
     return means
 
 
-def common_rank(run: BenchmarkRun, op: str) -> int:
+def common_rank(run: Run, op: str) -> int:
     """Return the rank most of an op's shapes were measured at, the one its geometric mean is taken over."""
-    return Counter(shape.r for shape in run.shapes(op)).most_common(1)[0][0]
+    return Counter(facts_of(providers)["r"] for providers in run.cases(op)).most_common(1)[0][0]
 
 
-def markdown(run: BenchmarkRun) -> str:
-    """Return the run as Markdown: what it ran on, then one table per op with geometric means."""
-    parts = [conditions(run)]
-    parts += [_op_section(run, op) for op in run.ops]
-    return "\n\n".join(parts) + "\n"
-
-
-def conditions(run: BenchmarkRun) -> str:
-    """Return one paragraph on device, versions, commit and how to read the figures."""
-    machine = run.machine
-    rows = sorted({shape.m for shape in run.shapes() if shape.m})
-    dtypes = sorted({shape.dtype for shape in run.shapes()})
-    return (
-        f"{machine['device_name']}, {machine['threads']} CPU threads, {machine['backend']} backend; "
-        f"{versions_text(machine['versions'])}; {commit_text(run.commit)}, {run.date[:10]}. "
-        f"M = {', '.join(map(str, rows)) or '–'} rows, {', '.join(dtypes)}. Medians of interleaved rounds in ms, in "
-        "brackets time ÷ *base*; peak is what one call allocates at most, in MiB."
-    )
-
-
-def _op_section(run: BenchmarkRun, op: str) -> str:
-    shapes = run.shapes(op)
-    providers = [name for name in PROVIDERS if any(name in _measured_or_not(run, shape) for shape in shapes)]
-    others = [name for name in OTHER_WAYS if name in providers]
-    ratios = ["fused ÷ peft", *(OTHER_WAYS[name] for name in others)]
-    header = ["shape", *providers, *ratios, "peak peft", "peak fused"]
-    rows = [_row(run, shape, providers, others) for shape in shapes]
-    rows.append(_mean_row(run, op, providers, others))
+def _op_section(run: Run, op: str) -> str:
+    cases = run.cases(op)
+    names = [name for name in PROVIDERS if any(name in providers for providers in cases)]
+    others = [name for name in OTHER_WAYS if name in names]
+    header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "peak peft", "peak fused"]
+    rows = [_row(providers, names, others) for providers in cases]
+    rows.append(_mean_row(run, op, names, others))
     return f"**{TITLES[op].head}.** {NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
-def _row(run: BenchmarkRun, shape: Shape, providers: Sequence[str], others: Sequence[str]) -> list[str]:
-    entries = run.entries.get(shape, {})
-    causes = run.not_available.get(shape, {})
-    times = [_time(entries.get(name), causes.get(name)) for name in providers]
-    fused = entries.get("fused")
-    ratios = [f"{fused.ratio_to_peft:.2f}" if fused else "–"]
-    for name in others:
-        ratios.append(f"{fused.time_ms / entries[name].time_ms:.2f}" if fused and name in entries else "–")
-    return [shape.label, *times, *ratios, _peak(entries.get("peft")), _peak(fused)]
+def _row(providers: Providers, names: Sequence[str], others: Sequence[str]) -> list[str]:
+    times = [_time(providers.get(name)) for name in names]
+    peft, fused = timed(providers, "peft"), timed(providers, "fused")
+    ratios = [fused["ratio_to_peft"] if fused else None, *(ratio_of(providers, "fused", name) for name in others)]
+    peaks = [f"{record['peak_bytes'] / MIB:.1f}" if record else "–" for record in (peft, fused)]
+    return [case_label(facts_of(providers)), *times, *map(ratio_text, ratios), *peaks]
 
 
-def _mean_row(run: BenchmarkRun, op: str, providers: Sequence[str], others: Sequence[str]) -> list[str]:
+def _mean_row(run: Run, op: str, names: Sequence[str], others: Sequence[str]) -> list[str]:
     rank = common_rank(run, op)
     means = mean_ratios(run, op, rank)
-    cells = [f"({means[name][0]:.2f})" if name in means else "–" for name in providers]
-    against = [f"{means['fused'][1]:.2f}" if "fused" in means else "–"]
-    for name in others:
-        against.append(f"{means['fused'][0] / means[name][0]:.2f}" if {"fused", name} <= means.keys() else "–")
-    return [f"geometric mean, R {rank}", *cells, *against, "", ""]
+    cells = [f"({means[name][0]:.2f})" if name in means else "–" for name in names]
+    against = [means["fused"][1] if "fused" in means else None]
+    against += [means["fused"][0] / means[name][0] if {"fused", name} <= means.keys() else None for name in others]
+    return [f"geometric mean, R {rank}", *cells, *map(ratio_text, against), "", ""]
 
 
-def _time(entry: Entry | None, cause: str | None) -> str:
-    if entry is not None:
-        digits = f"{entry.time_ms:.3g}" if entry.time_ms < 100 else f"{entry.time_ms:.0f}"
-        return f"{digits} ({entry.ratio_to_base:.2f})"
-    return f"not available: {cause}".replace("|", "\\|") if cause else "not measured"
-
-
-def _peak(entry: Entry | None) -> str:
-    return f"{entry.peak_bytes / MIB:.1f}" if entry else "–"
-
-
-def _measured_or_not(run: BenchmarkRun, shape: Shape) -> set[str]:
-    return {*run.entries.get(shape, {}), *run.not_available.get(shape, {})}
+def _time(record: Record | None) -> str:
+    if record is None:
+        return "not measured"
+    if record["status"] != "timed":
+        return f"not available: {record['cause']}".replace("|", "\\|")
+    digits = f"{record['time_ms']:.3g}" if record["time_ms"] < 100 else f"{record['time_ms']:.0f}"
+    return f"{digits} ({record['ratio_to_base']:.2f})"

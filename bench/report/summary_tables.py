@@ -8,13 +8,12 @@ from textwrap import fill
 from typing import NamedTuple
 
 from bench.cases import RANK
-from bench.harness.records import Record, holds_records, load_records
-from bench.report.device_tables import by_case, table_of
+from bench.harness.records import holds_records
+from bench.report.device_tables import table_of
 from bench.report.markdown import commit_text, markdown_table
-from bench.report.simulation_tables import COHORT, OURS, SimulationRun, load_simulation, run_of_device
-from bench.report.suite_results import BenchmarkRun, geometric_mean, load_run
+from bench.report.runs import Run, facts_of, geometric_mean, load_any, load_run, ratio_of, timed
+from bench.report.simulation_tables import COHORT, OURS, load_simulation, shown
 
-SUMMARY_BEGIN, SUMMARY_END = "<!-- summary:begin -->", "<!-- summary:end -->"
 # Of the folder of results: what the suites saved on a CPU.
 LAYERS, STEPS = "cpu.json", "simulation-cpu.json"
 # A device measured with other tables of block sizes has files of these names beside its own.
@@ -68,49 +67,42 @@ def _of_cpu(results: Path) -> Measured:
     steps: list[float] = []
     if (results / LAYERS).is_file():
         run = load_run(results / LAYERS)
-        title = _titled("CPU", [shape.dtype for shape in run.shapes()])
-        layers = {op: _of_shapes(run, op) for op in TITLES}
-        models = [shape.model for shape in run.shapes()]
-        machine = _machine(run.machine["device_name"], run.machine["threads"])
-        conditions.append(f"{machine}; {_when(run.commit, run.date)}")
+        every = [facts_of(providers) for providers in run.cases()]
+        title, models = _titled("CPU", [facts["dtype"] for facts in every]), [facts["model"] for facts in every]
+        for op in TITLES:
+            cases = [providers for providers in run.cases(op) if facts_of(providers)["r"] == RANK]
+            layers[op] = [fused["ratio_to_peft"] for providers in cases if (fused := timed(providers, "fused"))]
+        machine = _machine(run)
+        conditions.append(f"{machine}; {_when(run)}")
     if (results / STEPS).is_file():
         found = load_simulation(results / STEPS)
-        steps, other = _of_steps(found), _machine(found.device_name, found.threads)
+        steps, other = _of_steps(found), _machine(found)
         where = "" if other == machine else f"{other}; "
-        conditions.append(f"training steps: {where}{_when(found.commit, found.date)}")
+        conditions.append(f"training steps: {where}{_when(found)}")
     return Measured(title, "; ".join(conditions), layers, steps, models)
 
 
 def _of_device(path: Path) -> Measured:
-    meta, records = load_records(path)
+    run = load_any(path)
     layers: dict[str, list[float]] = {}
     dtypes, models = list[str](), list[str]()
-    for providers in by_case(records):
-        record, ratio = next(iter(providers.values())), _against_peft(providers)
+    for providers in run.cases():
+        record, ratio = facts_of(providers), ratio_of(providers, "fused", "peft")
         op = table_of(record)
         if record["r"] == RANK and op in TITLES and ratio is not None:
             layers.setdefault(op, []).append(ratio)
             dtypes.append(record["dtype"])
             models += [record["model"]] if "model" in record else []
-    run = run_of_device(meta, records)
-    when = _when(meta.get("commit"), str(meta["date"]))
-    steps = _of_steps(run) if run else []
-    return Measured(_titled(str(meta["device_name"]), dtypes), when, layers, steps, models)
+    return Measured(_titled(run.device_name, dtypes), _when(run), layers, _of_steps(run), models)
 
 
 def _is_device(path: Path) -> bool:
     return holds_records(path) and not path.stem.endswith(BESIDE)
 
 
-def _of_shapes(run: BenchmarkRun, op: str) -> list[float]:
-    shapes = [run.entries.get(shape, {}) for shape in run.shapes(op) if shape.r == RANK]
-    return [entries["fused"].ratio_to_peft for entries in shapes if "fused" in entries]
-
-
-def _of_steps(run: SimulationRun) -> list[float]:
+def _of_steps(run: Run) -> list[float]:
     """Return the time ÷ the PEFT loop's of every model and batch, at the number of clients its table shows."""
-    shown = (cohorts[COHORT if COHORT in cohorts else max(cohorts)] for cohorts in run.by_setting().values())
-    ratios = (records.get(OURS, {}).get("ratio_to_peft_loop") for records in shown)
+    ratios = (records.get(OURS, {}).get("ratio_to_peft_loop") for records in shown(run).values())
     return [ratio for ratio in ratios if ratio]
 
 
@@ -119,19 +111,13 @@ def _titled(name: str, dtypes: Sequence[str]) -> str:
     return ", ".join([name, *dict.fromkeys(dtypes)])
 
 
-def _machine(name: str, threads: int | None) -> str:
-    return f"{name}, {threads} threads" if threads else name
+def _machine(run: Run) -> str:
+    return f"{run.device_name}, {run.threads} threads" if run.threads else run.device_name
 
 
-def _when(commit: str | None, date: str) -> str:
+def _when(run: Run) -> str:
     """Return commit and day."""
-    return f"{commit_text(commit)}, {date[:10]}"
-
-
-def _against_peft(providers: Mapping[str, Record]) -> float | None:
-    # Each against the base of its own loop: they may have been timed in different ones.
-    fused, peft = (providers.get(name, {}).get("ratio_to_base") for name in ("fused", "peft"))
-    return fused / peft if fused and peft else None
+    return f"{commit_text(run.commit)}, {run.date[:10]}"
 
 
 def _cell(ratios: Sequence[float], over: tuple[str, str]) -> str:

@@ -77,12 +77,18 @@ class SimulationCase:
 
 def simulation_cases(device_type: str) -> tuple[SimulationCase, ...]:
     """List a device's cases: bf16 on a GPU, what matters most first; fp32 elsewhere, and nothing that takes minutes."""
-    if device_type == "cuda":
-        return _listed(_GPU, "bfloat16")
-    return _listed(_CPU, "float32")
+    sizes, dtype = (_GPU, "bfloat16") if device_type == "cuda" else (_CPU, "float32")
+    cases = (
+        SimulationCase(model, batch, length, cohort, dtype)
+        for model, batch, length, cohorts in sizes
+        for cohort in cohorts
+    )
+    return tuple(dict.fromkeys(cases))
 
 
-_CPU = (
+# A model, the rows and tokens of a client's batch, and the cohorts.
+Sizes = tuple[tuple[ModelShape, int, int, tuple[int, ...]], ...]
+_CPU: Sizes = (
     (DIGITS_VIT, 16, IMAGE_TOKENS, COHORTS),
     (BERT_TINY, 1, 16, COHORTS),
     (BERT_TINY, 4, 32, COHORTS),
@@ -92,7 +98,7 @@ _CPU = (
     (BERT_BASE, 16, 128, (1,)),
 )
 _TEXT_BATCHES = ((4, 32), (1, 16))
-_GPU = (
+_GPU: Sizes = (
     (BERT_BASE, 16, 128, (10,)),
     (LLAMA_1B, 16, 128, (10,)),
     (DIGITS_VIT, 16, IMAGE_TOKENS, COHORTS),
@@ -101,12 +107,3 @@ _GPU = (
     *((shape, *batch, COHORTS) for batch in _TEXT_BATCHES for shape in (BERT_BASE, LLAMA_1B)),
     *((BERT_TINY, *batch, COHORTS) for batch in ((16, 128), *_TEXT_BATCHES)),
 )
-
-
-def _listed(sizes: tuple[tuple[ModelShape, int, int, tuple[int, ...]], ...], dtype: str) -> tuple[SimulationCase, ...]:
-    cases = (
-        SimulationCase(model, batch, length, cohort, dtype)
-        for model, batch, length, cohorts in sizes
-        for cohort in cohorts
-    )
-    return tuple(dict.fromkeys(cases))

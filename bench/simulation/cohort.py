@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-import plora_kernels as pk
-from bench.simulation.cases import ALPHA, RANK
-from bench.simulation.models import sharing_weights
+from bench.simulation.cases import RANK
 from bench.simulation.problem import LEARNING_RATE, WEIGHT_DECAY, Problem, Values
+from bench.simulation.resident import injected
 from fed.data.tables import DenseTable, Split
 from fed.models.shared_model import SharedBase, SharedModel
 from fed.seeding import ClientRandom
@@ -32,10 +30,7 @@ class CohortTrainer:
     def __init__(self, problem: Problem, compiled: CompiledLosses | None = None) -> None:
         """With `compiled` torch compiles the steps."""
         self.compiled = compiled
-        config = pk.PLoRAConfig(
-            rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,)
-        )
-        handle = pk.inject(sharing_weights(problem.model, [problem.head]), config)
+        handle = injected(problem)
         head = {
             f"{problem.head}.{name}": parameter
             for name, parameter in handle.model.get_submodule(problem.head).named_parameters()
@@ -57,21 +52,15 @@ class CohortTrainer:
     def gradients(self) -> list[Values]:
         """Return what the first step of another cohort that begins here leaves behind it."""
         other = self._make_cohort(self.values())
-        with self._interrupted():
-            span = CohortSteps(other, len(other.jobs))
-            with span.running():
-                other.step(span, 0)
+        span = CohortSteps(other, len(other.jobs))
+        self.running.close()  # the model is the other's meanwhile
+        with span.running():
+            other.step(span, 0)
+        self.running.enter_context(self.span.running())
         return _by_client(other, other.stacked.named(other.stacked.gradients))
 
     def values(self) -> list[Values]:
         return _by_client(self.cohort, self.cohort.stacked.named(self.cohort.stacked.values))
-
-    @contextmanager
-    def _interrupted(self) -> Iterator[None]:
-        """Leave the model to others inside."""
-        self.running.close()
-        yield
-        self.running.enter_context(self.span.running())
 
     def _make_cohort(self, values: list[Values]) -> Cohort:
         size = len(self.table) // len(values)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from bench.checks.correctness import WrongResultError
-from bench.harness.device_health import require_device
 from bench.harness.memory import peak_bytes
-from bench.harness.processes import Outcome, note, one_line
+from bench.harness.processes import Outcome, note, one_line, require_device
 from bench.harness.records import Record, blank
-from bench.harness.timing import Plan, Step, Timer, WallTimer, interleave, median_and_spread, nothing
+from bench.harness.timing import Plan, Step, WallTimer, interleave, median_and_spread, nothing
 from bench.simulation.cases import DIGITS_VIT, IMAGE_TOKENS, RANK, SimulationCase, simulation_cases
 from bench.simulation.problem import Problem, Values, make_problem
 from bench.simulation.providers import make_step, providers_of
@@ -56,10 +55,7 @@ class SynchronisedTimer(WallTimer):
 
 
 def measure(
-    case: SimulationCase,
-    device: torch.device,
-    plan: Plan = PLAN,
-    wanted: Sequence[str] | None = None,
+    case: SimulationCase, device: torch.device, plan: Plan = PLAN, wanted: Sequence[str] | None = None
 ) -> dict[str, Found]:
     """Return what was found of every provider; one that is wrong or cannot run is recorded with its cause, not timed.
 
@@ -68,8 +64,7 @@ def measure(
     """
     keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
     problem = make_problem(case, device)
-    known = providers_of(case)
-    names = [name for name in known if wanted is None or name in wanted or name in REFERENCES]
+    names = [name for name in providers_of(case) if wanted is None or name in wanted or name in REFERENCES]
     began = time.perf_counter()
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began
@@ -90,7 +85,8 @@ def measure(
 
     note(None)
     timed = {name: Step(step) for name, step in steps.items()}
-    return summed_up(interleave(timed, _timer(device), nothing, plan, note_records))
+    timer = SynchronisedTimer() if device.type == "cuda" else WallTimer()
+    return summed_up(interleave(timed, timer, nothing, plan, note_records))
 
 
 def _checked(
@@ -139,10 +135,6 @@ def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) 
         return None
     step()  # the optimiser's state is made by the first step and stays
     return peak_bytes(step, device)
-
-
-def _timer(device: torch.device) -> Timer:
-    return SynchronisedTimer() if device.type == "cuda" else WallTimer()
 
 
 class ReferenceGradients:
@@ -235,4 +227,4 @@ def blamed(outcome: Outcome) -> str | None:
 
 def _lost(work: Simulation, provider: str, cause: str | None) -> Record:
     facts = {**work.case.facts(), "device": work.device, "provider": provider}
-    return blank(**facts) | {"status": "not available", "cause": cause}
+    return blank(**facts, status="not available", cause=cause)

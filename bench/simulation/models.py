@@ -33,7 +33,7 @@ def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> 
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        model: nn.Module = _FAMILIES[shape.family](shape)
+        model: nn.Module = _drawn(shape)
     return model.to(dtype).requires_grad_(False).train()
 
 
@@ -54,38 +54,8 @@ def first_block(model: nn.Module) -> nn.Module:
     return next(module[0] for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
-def _vit(shape: ModelShape) -> Any:
-    return ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            initializer_range=0.1,
-            **NO_DROPOUT,
-            **_sizes(shape),
-        )
-    )
-
-
-def _bert(shape: ModelShape) -> Any:
-    return BertForSequenceClassification(BertConfig(vocab_size=shape.vocabulary, **NO_DROPOUT, **_sizes(shape)))
-
-
-def _llama(shape: ModelShape) -> Any:
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=shape.vocabulary,
-            num_key_value_heads=shape.key_heads,
-            attention_dropout=0.0,
-            pad_token_id=0,
-            use_cache=False,
-            **_sizes(shape),
-        )
-    )
-
-
-def _sizes(shape: ModelShape) -> dict[str, Any]:
-    return {
+def _drawn(shape: ModelShape) -> Any:
+    sizes = {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -93,6 +63,13 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         "num_labels": shape.labels,
         "attn_implementation": "sdpa",
     }
-
-
-_FAMILIES = {"vit": _vit, "bert": _bert, "llama": _llama}
+    match shape.family:
+        case "vit":
+            patches = {"image_size": 8, "patch_size": 2, "num_channels": 1, "initializer_range": 0.1}
+            return ViTForImageClassification(ViTConfig(**patches, **NO_DROPOUT, **sizes))
+        case "bert":
+            return BertForSequenceClassification(BertConfig(vocab_size=shape.vocabulary, **NO_DROPOUT, **sizes))
+        case "llama":
+            words = {"vocab_size": shape.vocabulary, "pad_token_id": 0, "use_cache": False}
+            attention = {"num_key_value_heads": shape.key_heads, "attention_dropout": 0.0}
+            return LlamaForSequenceClassification(LlamaConfig(**words, **attention, **sizes))

@@ -22,6 +22,7 @@ from fed.training.losses import client_losses
 Loss = Callable[[nn.Module, Values], Tensor]
 # Where a value lives in the model: a module and the name of its parameter.
 Slots = Mapping[str, tuple[nn.Module, str]]
+FACTORS = ("lora_A", "lora_B")
 
 
 class ResidentLoop:
@@ -67,13 +68,19 @@ def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:
     )
     bare = sharing_weights(problem.model, [problem.head])
     wrapped = get_peft_model(bare, config, autocast_adapter_dtype=False)
-    slots: dict[str, tuple[nn.Module, str]] = {}
-    for matrix in problem.matrices:
-        layer: Any = bare.get_submodule(matrix)
-        slots[f"{matrix}.lora_A"] = (layer.lora_A["default"], "weight")
-        slots[f"{matrix}.lora_B"] = (layer.lora_B["default"], "weight")
+    slots = {
+        f"{matrix}.{factor}": (getattr(bare.get_submodule(matrix), factor)["default"], "weight")
+        for matrix in problem.matrices
+        for factor in FACTORS
+    }
     head: Any = bare.get_submodule(problem.head)
     return wrapped, slots | _head_slots(head.modules_to_save["default"], problem.head)
+
+
+def injected(problem: Problem) -> pk.Injected:
+    """Return the model with this library's layers in it."""
+    config = pk.PLoRAConfig(rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,))
+    return pk.inject(sharing_weights(problem.model, [problem.head]), config)
 
 
 def own_loss(model: nn.Module, batch: Values) -> Tensor:
@@ -94,11 +101,8 @@ def peft_loop(problem: Problem) -> ResidentLoop:
 
 def sequential(problem: Problem) -> ResidentLoop:
     """Return the loop over this library's layers: what a step of the simulator's sequential executor computes."""
-    config = pk.PLoRAConfig(rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,))
-    handle = pk.inject(sharing_weights(problem.model, [problem.head]), config)
-    slots: dict[str, tuple[nn.Module, str]] = {}
-    for matrix, layer in handle.layers.items():
-        slots |= {f"{matrix}.{factor}": (layer, factor) for factor in ("lora_A", "lora_B")}
+    handle = injected(problem)
+    slots = {f"{matrix}.{factor}": (layer, factor) for matrix, layer in handle.layers.items() for factor in FACTORS}
     head = _head_slots(handle.model.get_submodule(problem.head), problem.head)
     return ResidentLoop(handle.model, slots | head, problem, simulator_loss)
 

@@ -1,7 +1,5 @@
 """What `python -m bench.tune` finds blocks for: the shape classes of launches, and which layers they belong to."""
 
-import argparse
-
 from bench.gpu_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
 from plora_kernels.tuning.blocks import ShapeClass
 
@@ -57,11 +55,3 @@ def belongs(shape: ShapeClass, k: int, n: int) -> bool:
     """Say whether a layer from k to n features has launches of a class: its products, and the skinny ones of a side."""
     skinny = shape.op in ("side_product", "output_gradient", "factor_gradient")
     return shape.d_in in (k, n) if skinny else (shape.d_in, shape.d_out) in ((k, n), (n, k))
-
-
-def layer_size(text: str) -> tuple[int, int]:
-    """Return K and N of "4096x4096"; raises what argparse reports."""
-    k, x, n = text.partition("x")
-    if not (x and k.isdecimal() and n.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no K and N as in 4096x4096")
-    return int(k), int(n)

@@ -26,13 +26,12 @@ from bench.harness.machine import (
     measure_kernels,
     settle_compilers,
 )
-from bench.harness.options import at_least
+from bench.harness.options import add_device_options, at_least, exit_status, sizes
 from bench.harness.processes import STARTUP_SECONDS, Workers
-from bench.harness.records import ResultsError, open_records
-from bench.tune.classes import belongs, layer_size, shape_classes
+from bench.harness.records import open_records
+from bench.tune.classes import belongs, shape_classes
 from bench.tune.tuner import LOGS, SECONDS_EACH, Tuning, attempt_candidate, resume, time_candidates, tune_class
 from plora_kernels.backend import backend
-from plora_kernels.errors import ConfigError
 from plora_kernels.tuning.blocks import OPS, ShapeClass
 from plora_kernels.tuning.lookup import hardware_of
 from plora_kernels.tuning.tables import PACKAGED, user_folder
@@ -60,11 +59,8 @@ def tune(options: argparse.Namespace) -> int:
     tuning.say(f"{meta['device_name']}: {len(todo)} of {len(classes)} classes to tune; table {tables[0]}, log {log}")
     left = list(todo)
     count = default_workers(device) if options.workers is None else options.workers
-    workers, timer = (
-        Workers(attempt_candidate, count, SECONDS_EACH),
-        Workers(time_candidates, min(count, 1), SECONDS_EACH),
-    )
-    with workers, timer:
+    timing = Workers(time_candidates, min(count, 1), SECONDS_EACH)
+    with Workers(attempt_candidate, count, SECONDS_EACH) as workers, timing as timer:
         if left:  # a class's seconds are not those of starting Python
             timer.start()
             workers.await_ready(min(STARTUP_SECONDS, tuning.deadline - time.monotonic()))
@@ -103,12 +99,13 @@ def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.add_argument("--device", default=default, choices=["cuda", "cpu"])
+    fresh = "measure everything anew; an entry of the table stays until then"
+    add_device_options(parser, seconds=240.0, fresh=fresh)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    layer = partial(sizes, "K and N", "4096x4096")
     parser.add_argument(
-        "--shapes", nargs="+", type=layer_size, metavar="KxN", help="only classes of layers from K to N features"
+        "--shapes", nargs="+", type=layer, metavar="KxN", help="only classes of layers from K to N features"
     )
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="only classes of these ranks")
     parser.add_argument("--classes", type=partial(at_least, 1), metavar="N", help="only the first N of these classes")
@@ -118,32 +115,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=float("inf"),
         help="time what is checked of a class's candidates by then (default: all)",
     )
-    parser.add_argument("--budget-seconds", type=float, default=240.0, help="end by then; another call goes on")
     parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where every measurement goes")
-    parser.add_argument(
-        "--fresh", action="store_true", help="measure everything anew; an entry of the table stays until then"
-    )
     parser.add_argument("--candidates", type=int, default=96, help="how many to try where nothing like it was searched")
-    parser.add_argument("--workers", type=int, help="processes that compile and check (0: none)")
-    parser.add_argument("--commit", help="what to call the code where git does not know")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
-    started = time.monotonic()
     settle_compilers()  # so that kernels that were compiled ahead are found
     options = parse(arguments)
-    options.started = started
     if options.device == "cuda" and torch.cuda.is_available():
         measure_kernels()
     if backend(options.device) != "triton":
         print(f"error: the kernels do not run on {options.device} here, so there is nothing to tune", file=sys.stderr)
         return 2
-    try:
-        return tune(options)
-    except (ResultsError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(tune, options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
-from bench.cases import Case, Op, Problem, Projection, make_problem, several
+from bench.cases import FOLDS, Case, Op, Problem, Projection, make_problem
 from bench.checks.correctness import Results, check, numbered, plain_results, poisoned_outputs
 from plora_kernels.tuning.blocks import Blocks, ShapeClass
 from plora_kernels.tuning.lookup import override_blocks
@@ -61,13 +61,15 @@ def for_checking(shape: ShapeClass) -> ShapeClass:
     return shape if shape.op == "fold" else replace(shape, m=min(shape.m, CHECK_ROWS))
 
 
-def _problem(op: Op, m: int, k: int, n: int, shape: ShapeClass, device: torch.device) -> tuple[Case, Problem]:
-    case = Case(op, Projection("tuned", shape.op, k, n), m, shape.r, shape.dtype)
+def _problem(op: Op, k: int, widths: tuple[int, ...], shape: ShapeClass, device: torch.device) -> tuple[Case, Problem]:
+    """Draw the tensors of a layer, or of several that share their input."""
+    projection = Projection("tuned", shape.op, k, sum(widths), widths if len(widths) > 1 else ())
+    case = Case(op, projection, 0 if op in FOLDS else shape.m, shape.r, shape.dtype)
     return case, make_problem(case, device)
 
 
 def _forward(shape: ShapeClass, device: torch.device) -> Trial:
-    case, problem = _problem("forward", shape.m, shape.d_in, shape.d_out, shape, device)
+    case, problem = _problem("forward", shape.d_in, (shape.d_out,), shape, device)
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -77,7 +79,7 @@ def _forward(shape: ShapeClass, device: torch.device) -> Trial:
 
 
 def _input_gradient(shape: ShapeClass, device: torch.device) -> Trial:
-    case, problem = _problem("forward_backward", shape.m, shape.d_out, shape.d_in, shape, device)
+    case, problem = _problem("forward_backward", shape.d_out, (shape.d_in,), shape, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (problem.x, problem.A, problem.B)]
     y = pk.plora_linear(leaves[0], problem.weight, *leaves[1:], scale=problem.scale)
 
@@ -94,7 +96,7 @@ def _input_gradient(shape: ShapeClass, device: torch.device) -> Trial:
 def _side_product(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.side_product import side_product
 
-    _, problem = _problem("forward", shape.m, shape.d_in, 16, shape, device)
+    _, problem = _problem("forward", shape.d_in, (16,), shape, device)
 
     def run() -> Tensor:
         return side_product(problem.x, problem.A.t(), index=None, dropout=None)
@@ -107,7 +109,7 @@ def _side_product(shape: ShapeClass, device: torch.device) -> Trial:
 def _output_gradient(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.output_gradient import output_gradient_
 
-    _, problem = _problem("forward", shape.m, 16, shape.d_in, shape, device)
+    _, problem = _problem("forward", 16, (shape.d_in,), shape, device)
     side, grad_B = problem.x @ problem.A.t(), torch.empty_like(problem.B)
 
     def run() -> Tensor:
@@ -129,7 +131,7 @@ def _output_gradient(shape: ShapeClass, device: torch.device) -> Trial:
 def _factor_gradient(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.factor_gradient import factor_gradient_
 
-    _, problem = _problem("forward", shape.m, shape.d_in, 16, shape, device)
+    _, problem = _problem("forward", shape.d_in, (16,), shape, device)
     thin, grad_A = problem.x @ problem.A.t(), torch.empty_like(problem.A)
 
     def run() -> Tensor:
@@ -146,7 +148,7 @@ def _factor_gradient(shape: ShapeClass, device: torch.device) -> Trial:
 
 
 def _fold(shape: ShapeClass, device: torch.device) -> Trial:
-    case, problem = _problem("fold", 0, shape.d_in, shape.d_out, shape, device)
+    case, problem = _problem("fold", shape.d_in, (shape.d_out,), shape, device)
     weight = problem.weight.clone()
 
     def run() -> Tensor:
@@ -164,15 +166,10 @@ def projection_widths(total: int) -> tuple[int, ...]:
     return (total // 6 * 4, total // 6, total // 6) if total % 96 == 0 else (total // 2, total - total // 2)
 
 
-def _projections(op: Op, k: int, total: int, shape: ShapeClass, device: torch.device) -> tuple[Case, Problem]:
-    case = Case(op, several("tuned", shape.op, k, *projection_widths(total)), shape.m, shape.r, shape.dtype)
-    return case, make_problem(case, device)
-
-
 def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.projections_forward import forward
 
-    case, problem = _projections("projections_forward", shape.d_in, shape.d_out, shape, device)
+    case, problem = _problem("projections_forward", shape.d_in, projection_widths(shape.d_out), shape, device)
     parts = problem.parts()
     weights, As, Bs = ([getattr(part, name) for part in parts] for name in ("weight", "A", "B"))
 
@@ -193,7 +190,7 @@ def _projections_forward(shape: ShapeClass, device: torch.device) -> Trial:
 def _projections_input_gradient(shape: ShapeClass, device: torch.device) -> Trial:
     from plora_kernels.kernels.projections_backward import input_gradient
 
-    case, problem = _projections("projections", shape.d_out, shape.d_in, shape, device)
+    case, problem = _problem("projections", shape.d_out, projection_widths(shape.d_in), shape, device)
     parts = problem.parts()
     grad_ys = [part.grad_y.contiguous() for part in parts]
     sides = [grad_y @ part.B for grad_y, part in zip(grad_ys, parts, strict=True)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from bench.harness.device_health import require_device
-from bench.harness.processes import Outcome, Workers
+from bench.harness.processes import Outcome, Workers, require_device
 from bench.harness.records import RecordFile, blank
 from bench.tune.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.tune.trials import Trial, for_checking, make_trial
@@ -100,7 +99,7 @@ def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Worke
         known_now = f"[{len(answers)}/{len(attempts)}] {shape.op} {attempts[position].blocks}"
         tuning.say(f"{known_now}: {outcome.error or 'right'}")
     right = [attempts[position].blocks for position in sorted(answers) if answers[position].error is None]
-    dropped = [(attempts[position].blocks, answer) for position, answer in answers.items() if answer.error is not None]
+    dropped = {attempts[position].blocks: answer.error for position, answer in answers.items() if answer.error}
     too_late = time.monotonic() > tuning.deadline
     if not answers or (too_late and len(answers) < len(attempts)):
         return False
@@ -119,7 +118,7 @@ def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Worke
 
 
 def _time(
-    tuning: Tuning, shape: ShapeClass, right: Sequence[Blocks], dropped: list[tuple[Blocks, Outcome]], timer: Workers
+    tuning: Tuning, shape: ShapeClass, right: Sequence[Blocks], dropped: dict[Blocks, str], timer: Workers
 ) -> list[Timed] | None:
     """Time the candidates that are right; add those that fail at full size to `dropped`. None if the time was up."""
     if not right:
@@ -133,8 +132,8 @@ def _time(
         tried = items[position].candidates
         ran = outcome.last_note
         lost = tried if ran is None else (tried[ran],)
-        dropped += [(blocks, outcome) for blocks in lost]
         for blocks in lost:
+            dropped[blocks] = str(outcome.error)
             tuning.say(f"{shape.op} {blocks}: {outcome.error}")
         rest = tuple(blocks for blocks in tried if blocks not in lost)
         if not rest:
@@ -143,32 +142,28 @@ def _time(
     return None
 
 
-def _records(
-    shape: ShapeClass, found: Sequence[Timed], dropped: Sequence[tuple[Blocks, Outcome]]
-) -> list[dict[str, object]]:
+def _records(shape: ShapeClass, found: Sequence[Timed], dropped: Mapping[Blocks, str]) -> list[dict[str, object]]:
     """Return a record per candidate; K and N are the depth and width of the class's own product."""
     facts = {"op": shape.op, "m": shape.m, "k": shape.d_in, "n": shape.d_out, "r": shape.r, "dtype": shape.dtype}
     records = []
     for place, timed in enumerate(found):
         status = {"status": "best" if place == 0 else "timed", "rounds": timed.rounds, "blocks": asdict(timed.blocks)}
         records.append(blank(**facts, provider=timed.design, time_ms=timed.time_ms) | status)
-    for blocks, outcome in dropped:
-        why = {"status": "wrong", "cause": outcome.error, "blocks": asdict(blocks)}
+    for blocks, cause in dropped.items():
+        why = {"status": "wrong", "cause": cause, "blocks": asdict(blocks)}
         records.append(blank(**facts, provider=design_of(blocks)) | why)
     return records
 
 
-def _show(
-    tuning: Tuning, shape: ShapeClass, found: Sequence[Timed], dropped: Sequence[tuple[Blocks, Outcome]], known: int
-) -> None:
+def _show(tuning: Tuning, shape: ShapeClass, found: Sequence[Timed], dropped: Mapping[Blocks, str], known: int) -> None:
     name = f"{shape.op} {shape.dtype} m {shape.m} d_in {shape.d_in} d_out {shape.d_out} r {shape.r}"
     best = ", ".join(f"{design} {timed.time_ms:.4g} ms" for design, timed in best_of_each_design(found).items())
     tuning.say(f"{name}: {best or 'nothing runs'} ({len(found)} of {known} candidates timed, {len(dropped)} dropped)")
     if found:
         sizes = ", ".join(f"{key} {value}" for key, value in asdict(found[0].blocks).items())
         print(f"          best: {sizes}", flush=True)
-    for cause in dict.fromkeys(outcome.error for _, outcome in dropped):
-        same = [blocks for blocks, outcome in dropped if outcome.error == cause]
+    for cause in dict.fromkeys(dropped.values()):
+        same = [blocks for blocks, why in dropped.items() if why == cause]
         print(f"          DROPPED {len(same)}, first {same[0]}: {cause}", flush=True)
 
 

@@ -57,7 +57,8 @@ def test_a_point_that_fails_is_said(tmp_path: Path) -> None:
 
 
 def make_results(path: Path) -> Path:
-    first = Measured(100, 10, "disk", "sequential", 2.0, 1.5, 2 * 2**20, 600 * 2**20, 10 * 2**20)
+    figures = {"seconds_per_round": 2.0, "cpu_seconds_per_round": 1.5, "kept_bytes": 10 * 2**20}
+    first = Measured(100, 10, tensor_bytes=2 * 2**20, process_bytes=600 * 2**20, **figures)
     second = replace(first, clients=1124, tensor_bytes=3 * 2**20, process_bytes=602 * 2**20, kept_bytes=1124 * 2048)
     points = [asdict(first), asdict(second), asdict(replace(second, kept="memory"))]
     machine = {"device_name": "cpu x", "versions": {"torch": "2", "triton": None}}
@@ -87,7 +88,9 @@ def test_the_table_says_what_one_more_client_costs(tmp_path: Path, capsys: pytes
 
 
 def test_the_command_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only = Measured(2, 1, "disk", "cohort", 1.0, 1.0, 1, 1, 1)
+    figures = dict.fromkeys(("seconds_per_round", "cpu_seconds_per_round"), 1.0)
+    figures |= dict.fromkeys(("tensor_bytes", "process_bytes", "kept_bytes"), 1)
+    only = Measured(2, 1, execution="cohort", **figures)
     monkeypatch.setattr("bench.clients.measure_all", lambda points, folder: [only])
     assert main(["--out", str(tmp_path)]) == 0
     assert "| 2 | 1 | disk | in cohorts |" in clients_markdown(tmp_path / "clients-cpu.json")

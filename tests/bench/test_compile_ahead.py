@@ -16,11 +16,12 @@ import torch
 from bench import compile_ahead
 from bench.audit.offline import TARGETS, compiling_for
 from bench.checks.inputs import DTYPES, FORMS, CheckShape
-from bench.compile_ahead import Trying, Work, pieces
+from bench.compile_ahead import Piece, name_of, pieces
 from bench.gpu_cases import device_cases
 from bench.harness.machine import settle_compilers
 from bench.measure import Warmup
 from bench.sitting import FIRST_CASES
+from bench.tune.tuner import Attempt
 from plora_kernels.tuning.blocks import ShapeClass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -132,45 +133,45 @@ def test_what_does_not_compile_is_named_with_its_kernel_and_shape(
     monkeypatch.setattr(compile_ahead, "compiling_for", lambda target: nullcontext([]))
     monkeypatch.setattr(compile_ahead, "make_trial", fail)
     compile_ahead._trial.cache_clear()
-    options = compile_ahead.parse(["cache", "--classes", "1", "--candidates", "1"])
+    options = compile_ahead.parse(["cache", "--classes", "1", "--candidates", "1", "--workers", "0"])
     work = pieces(options, TARGETS["sm_90"])
     assert len(work) == 1
-    found = compile_ahead.compile_all(work, workers=0)
-    assert found.failed == [f"{work[0].name}: RuntimeError: out of resource: shared memory; fold_kernel"]
-    assert "side_product" in work[0].name
+    found = compile_ahead.compile_all(work, TARGETS["sm_90"], options)
+    assert found.failed == [f"{name_of(work[0])}: RuntimeError: out of resource: shared memory; fold_kernel"]
+    assert "side_product" in name_of(work[0])
     assert f"    FAILED {found.failed[0]}\n" in capsys.readouterr().out
-    monkeypatch.setattr(compile_ahead, "compile_all", lambda work, workers: found)
+    monkeypatch.setattr(compile_ahead, "compile_all", lambda *given: found)
     assert compile_ahead.fill(options) == 1
 
 
 def test_pieces_are_what_is_asked_for() -> None:
-    def asked(*options: str) -> list[Work]:
+    def asked(*options: str) -> list[Piece]:
         return pieces(compile_ahead.parse(["cache", *options]), TARGETS["sm_90"])
 
     assert asked() == []
     checks = asked("--check-dtypes", "tf32")
-    assert {(piece.what.device, piece.what.dtype) for piece in checks} == {("meta", "tf32")}
+    assert {(piece.device, piece.dtype) for piece in checks} == {("meta", "tf32")}
     assert len(asked("--cases", "3")) == 3
     tried = asked("--classes", "2", "--candidates", "5")
-    assert [piece.what.shape.op for piece in tried] == ["side_product"] * 5 + ["output_gradient"] * 5
-    classes = {piece.what.shape for piece in asked("--classes", "1", "--candidates", "5", "--defaults")}
+    assert [piece.shape.op for piece in tried] == ["side_product"] * 5 + ["output_gradient"] * 5
+    classes = {piece.shape for piece in asked("--classes", "1", "--candidates", "5", "--defaults")}
     assert len(asked("--defaults")) == len(classes) > 30
-    assert all(isinstance(piece.what, Trying) for piece in tried)
+    assert all(isinstance(piece, Attempt) for piece in tried)
 
 
 def test_a_sitting_s_pieces_are_those_of_its_steps() -> None:
-    def of(sitting: str) -> list[Work]:
+    def of(sitting: str) -> list[Piece]:
         return pieces(compile_ahead.parse(["cache", "--sitting", sitting]), TARGETS["sm_90"])
 
     first, second = of("first"), of("second")
     gate = {(4096, 4096, 16)}
-    tried = [work.what.shape for work in first if isinstance(work.what, Trying)]
+    tried = [work.shape for work in first if isinstance(work, Attempt)]
     assert {shape.op for shape in tried} >= {"forward", "input_gradient", "output_gradient", "factor_gradient"}
     assert {(shape.d_in, shape.d_out, shape.r) for shape in tried if shape.op == "forward"} == gate
-    assert {work.what.dtype for work in first if isinstance(work.what, CheckShape)} == {"bfloat16"}
-    assert sum(isinstance(work.what, Warmup) for work in first) == FIRST_CASES
-    assert {work.what.dtype for work in second if isinstance(work.what, CheckShape)} == set(DTYPES)
-    assert sum(isinstance(work.what, Warmup) for work in second) == len(device_cases("cuda"))
+    assert {work.dtype for work in first if isinstance(work, CheckShape)} == {"bfloat16"}
+    assert sum(isinstance(work, Warmup) for work in first) == FIRST_CASES
+    assert {work.dtype for work in second if isinstance(work, CheckShape)} == set(DTYPES)
+    assert sum(isinstance(work, Warmup) for work in second) == len(device_cases("cuda"))
 
 
 def test_forms_without_storage_are_those_of_a_gpu_but_for_graphs() -> None:

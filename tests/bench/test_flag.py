@@ -12,7 +12,7 @@ import pytest
 
 from bench.cases import cases
 from bench.providers.registry import provider_names
-from bench.report.suite_results import load_run
+from bench.report.runs import load_run
 from bench.report.suite_tables import markdown
 from bench.simulation.cases import simulation_cases
 from bench.simulation.providers import providers_of
@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "saved.json"
     options = [
         "-k",
-        "bert-base-query and (test_forward or test_fold) and not backward and not out",
+        "bert-base-query and (forward or fold) and not backward and not out",
         "--benchmark-max-time=0.01",
         f"--benchmark-json={path}",
     ]

@@ -20,8 +20,10 @@ from bench.harness.records import KEYS, SIMULATION, load_records
 from bench.harness.timing import Plan
 from bench.measure import measure_on_device
 from bench.providers.registry import every_provider
-from bench.report.command import GPU_BEGIN, GPU_END, main
-from bench.report.device_tables import by_case, committed_section, device_markdown, summary
+from bench.report.command import main
+from bench.report.device_tables import committed_section, device_markdown, summary
+from bench.report.markdown import markers
+from bench.report.runs import by_case
 from bench.simulation.providers import COMPILED
 from bench.simulation.providers import PROVIDERS as SIMULATED
 from plora_kernels.kernels import replay
@@ -224,7 +226,8 @@ def test_every_provider_but_the_compiled_is_right_in_half_precision(op: str) -> 
 
 def test_the_readme_section_is_made_from_the_file(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{GPU_BEGIN}\nstale figures\n{GPU_END}\n", encoding="utf-8")
+    begin, end = markers("gpu")
+    readme.write_text(f"# Title\n\n{begin}\nstale figures\n{end}\n", encoding="utf-8")
     assert main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert device_markdown(*load_records(results)).strip() in text

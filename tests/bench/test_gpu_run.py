@@ -25,7 +25,7 @@ from bench.checks.inputs import CheckShape
 from bench.checks.operators import GATE_SHAPES, check_shapes
 from bench.device import run as device_run
 from bench.device import simulations
-from bench.device.jobs import Check, Job, Timing, default_blocks_alone, perform
+from bench.device.jobs import Check, Timing, default_blocks_alone, perform
 from bench.device.state import Run, Work, left
 from bench.gpu_cases import GATE, TINY, device_cases
 from bench.harness import machine, records
@@ -61,9 +61,8 @@ def timed(case: Case, names: Sequence[str]) -> list[dict[str, object]]:
     return [record | {"time_ms": 1.0, "ratio_to_base": 1.0} for record in made]
 
 
-def ends_in_inplace(job: Job) -> Any:
+def ends_in_inplace(work: Warmup | Timing, *, defaults: bool = False) -> Any:
     """Stand in for work whose process ends while *inplace* is warmed up."""
-    work = job.work
     if isinstance(work, Warmup):
         for name in work.providers:
             note(name)
@@ -75,9 +74,8 @@ def ends_in_inplace(job: Job) -> Any:
     return timed(work.case, [name for name in work.providers if name not in work.failed]) + failed
 
 
-def hangs_in_fused(job: Job) -> Any:
+def hangs_in_fused(work: Warmup | Timing, *, defaults: bool = False) -> Any:
     """Stand in for work whose device is gone once *fused* was timed, and which hangs in *peft-compiled*."""
-    work = job.work
     if isinstance(work, Warmup):
         return {}
     assert isinstance(work, Timing)
@@ -87,14 +85,13 @@ def hangs_in_fused(job: Job) -> Any:
             raise LostProcessError("an illegal address")
         if name == "peft-compiled" and name not in work.failed:
             time.sleep(600.0)
-    return ends_in_inplace(job)
+    return ends_in_inplace(work)
 
 
-def hangs_in_a_form(job: Job) -> Any:
+def hangs_in_a_form(work: Check, *, defaults: bool = False) -> Any:
     """Stand in for a check that hangs in its second form."""
-    assert isinstance(job.work, Check)
-    shape, found = job.work.shape, []
-    for form in job.work.forms:
+    shape, found = work.shape, []
+    for form in work.forms:
         if form == "folded mask":
             time.sleep(600.0)
         found.append(operators.check_record(shape, form) | {"status": "passed"})
@@ -152,8 +149,7 @@ def jobs_of(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Return a list that receives all work, none of which is done."""
     seen: list[object] = []
 
-    def record(job: Job) -> Any:
-        work = job.work
+    def record(work: Check | Timing | Simulation, *, defaults: bool) -> Any:
         seen.append(work)
         if isinstance(work, Check):
             return [operators.check_record(work.shape, form) | {"status": "passed"} for form in work.forms]
@@ -346,10 +342,8 @@ def test_training_steps_note_who_runs_and_what_is_known_after_every_round(worker
     assert simulation_records(work, stopped)[0]["rounds"] == outcome.value[0]["rounds"] - 2
 
 
-def steps_hang_in_vmap(job: Job) -> Any:
+def steps_hang_in_vmap(work: Simulation, *, defaults: bool = False) -> Any:
     """Stand in for training steps that hang in *vmap*, and in the compiled cohort once its gradients were right."""
-    work = job.work
-    assert isinstance(work, Simulation)
     names = dict.fromkeys(["base", "peft-loop", *work.providers])
     for name in names:
         note(name)
@@ -386,7 +380,6 @@ def test_who_is_blamed_for_a_step() -> None:
 
 
 def test_work_is_done_by_kind() -> None:
-    assert perform(Job(Warmup(FORWARD, "cpu", ("base", "fused")))) == {}
-    assert [record["form"] for record in perform(Job(Check(CheckShape("cpu", "float32", 3, 4, 5, 2), ("fold",))))] == [
-        "fold"
-    ]
+    assert perform(Warmup(FORWARD, "cpu", ("base", "fused"))) == {}
+    check = Check(CheckShape("cpu", "float32", 3, 4, 5, 2), ("fold",))
+    assert [record["form"] for record in perform(check)] == ["fold"]

@@ -32,12 +32,14 @@ def test_without_workers_it_runs_here_and_in_order() -> None:
 
 def test_nothing_is_begun_after_the_deadline() -> None:
     for workers in (0, 1):
-        assert list(outcomes(act, ["a"], workers=workers, seconds_each=1.0, deadline=time.monotonic() - 1)) == []
+        with Workers(act, workers, 1.0) as pool:
+            assert list(pool.outcomes(["a"], time.monotonic() - 1)) == []
 
 
 def test_what_is_not_done_at_the_end_is_stopped_and_left() -> None:
     began = time.monotonic()
-    found = list(outcomes(act, ["a", "hang", "b"], workers=1, seconds_each=600.0, end=began + 8.0))
+    with Workers(act, 1, 600.0) as pool:
+        found = list(pool.outcomes(["a", "hang", "b"], end=began + 8.0))
     assert found == [(0, Outcome("A"))]
     assert time.monotonic() - began < 30.0
 
@@ -96,7 +98,8 @@ def test_what_was_noted_outlives_failures_deaths_and_limits() -> None:
 
 def test_at_the_end_what_was_noted_comes_back_as_cut() -> None:
     began = time.monotonic()
-    ((position, outcome),) = outcomes(tell, ["hang"], workers=1, seconds_each=600.0, end=began + 8.0)
+    with Workers(tell, 1, 600.0) as pool:
+        ((position, outcome),) = pool.outcomes(["hang"], end=began + 8.0)
     assert (position, outcome.value, outcome.notes, outcome.cut) == (0, None, ("began", "hang"), True)
     assert time.monotonic() - began < 30.0
 

@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 
 from bench.harness.records import RecordFile, ResultsError, blank
-from bench.report.command import STEPS_BEGIN, STEPS_END, main
+from bench.report.command import main
 from bench.report.figures import draw_simulation
 from bench.report.history import keep
-from bench.report.simulation_tables import (
-    NOT_MEASURED,
-    committed_simulation,
-    load_simulation,
-    simulation_markdown,
-    simulation_table,
-)
-from bench.report.suite_results import load_run
+from bench.report.markdown import markers
+from bench.report.runs import load_run
+from bench.report.simulation_tables import load_simulation, simulation_markdown, simulation_table
 from tests.bench.saved import saved_run, write_run
 
 SECONDS = {"base": 0.5, "peft-loop": 2.0, "vmap": 1.0, "cohort": 0.625}
@@ -90,18 +85,15 @@ def test_a_device_s_records_give_the_same_table(results: Path, tmp_path: Path) -
 
 def test_the_command_writes_table_picture_and_readme(results: Path, tmp_path: Path) -> None:
     readme, png = tmp_path / "README.md", tmp_path / "docs" / "steps.png"
-    readme.write_text(f"# Title\n\n{STEPS_BEGIN}\nold\n{STEPS_END}\n", encoding="utf-8")
+    begin, end = markers("simulation")
+    readme.write_text(f"# Title\n\n{begin}\nold\n{end}\n", encoding="utf-8")
     assert main([str(results), "--png", str(png), "--readme", str(readme)]) == 0
     assert png.read_bytes().startswith(b"\x89PNG")
     text = readme.read_text(encoding="utf-8")
-    assert committed_simulation(results) in text
+    assert simulation_markdown(load_run(results)).strip() in text
     assert "](docs/steps.png)" in text
     assert "old" not in text
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_what_is_not_there_is_not_yet_measured(tmp_path: Path) -> None:
-    assert committed_simulation(tmp_path / "absent.json") == NOT_MEASURED
 
 
 def test_a_run_of_everything_is_reported_as_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,10 +101,10 @@ def test_a_run_of_everything_is_reported_as_layers(tmp_path: Path, capsys: pytes
     layers = load_run(write_run(tmp_path / "layers.json", saved_run()))
     both["benchmarks"] = [*both["benchmarks"], *saved_steps()["benchmarks"]]
     path = write_run(tmp_path / "both.json", both)
-    assert load_run(path) == layers
+    assert load_run(path).cases() == layers.cases()
     assert main([str(path)]) == 0
     assert "**Forward.**" in capsys.readouterr().out
-    assert len(load_simulation(path).records) == len(STEPS)
+    assert len(load_simulation(path).steps) == len(STEPS)
 
 
 def test_the_history_keeps_layers_alone(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

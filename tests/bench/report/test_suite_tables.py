@@ -11,10 +11,12 @@ from bench.cases import MAIN_OPS, OPS
 from bench.harness.records import ResultsError
 from bench.report.command import main
 from bench.report.figures import draw
-from bench.report.markdown import BEGIN, END, rewrite_section
-from bench.report.suite_results import geometric_mean, load_run
+from bench.report.markdown import markers, rewrite_section
+from bench.report.runs import geometric_mean, load_run
 from bench.report.suite_tables import common_rank, markdown, mean_ratios
 from tests.bench.saved import saved_run, saved_run_of_every_op, write_run
+
+BEGIN, END = markers("bench")
 
 
 @pytest.fixture
@@ -148,15 +150,15 @@ def test_without_a_destination_the_table_is_printed(results: Path, capsys: pytes
 
 
 def test_rewriting_twice_changes_nothing() -> None:
-    once = rewrite_section(f"a\n{BEGIN}\n{END}\nb\n", "new")
+    once = rewrite_section(f"a\n{BEGIN}\n{END}\nb\n", "bench", "new")
     assert once == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
-    assert rewrite_section(once, "new") == once
+    assert rewrite_section(once, "bench", "new") == once
 
 
 @pytest.mark.parametrize("text", ["no markers", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_readme_without_its_markers_is_refused(text: str) -> None:
     with pytest.raises(ResultsError, match="bench:begin"):
-        rewrite_section(text, "new")
+        rewrite_section(text, "bench", "new")
 
 
 def broken(change: str) -> dict[str, Any]:

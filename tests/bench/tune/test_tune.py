@@ -225,8 +225,8 @@ def test_a_candidate_that_ends_its_process_at_full_size_is_dropped_and_the_other
 
     log = open_records(tmp_path / "log.json", {}, fresh=True)
     tuning = tuner.Tuning(CPU, CPU_ALONE, (), log, 9, 0.0, float("inf"), float("inf"), 1.0)
-    dropped: list = []
+    dropped: dict = {}
     found = tuner._time(tuning, FOLD, known, dropped, Timer())  # type: ignore[arg-type]
     assert found is not None
     assert [timed.blocks for timed in found] == [known[0], known[2]]
-    assert [blocks for blocks, _ in dropped] == [known[1]]
+    assert dropped == {known[1]: "its process ended"}

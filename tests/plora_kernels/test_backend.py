@@ -72,7 +72,6 @@ def test_a_backward_that_does_not_compile_is_made_by_torch(pretended: None, monk
     y = pk.plora_linear(x, weight, lora_A, lora_B)
     with pytest.warns(UserWarning, match="of the backward does not compile"):
         y.sum().backward()
-    assert lora_A.grad is not None
     torch.testing.assert_close(lora_A.grad, lora_B.sum(0)[:, None] * x.detach().sum(0))
 
 

@@ -99,7 +99,6 @@ def test_hetlora_gives_the_first_modules_and_prunes_a_shrinking_tail() -> None:
     server = server_of([[1.0], [1.0], [1.0]], [[5.0, 5.0, 5.0]], options=Options(hetlora_prune=True))
     client, method = Client(0, rank=3, n_samples=1), methods.find("hetlora")
     start = method.start(server, client, ClientRandom(0, 1, 0))
-    assert start.penalty is not None
     assert (start.penalty.first, start.penalty.weight) == (2, 1e-3)
     grown = update_of(0, [[1.0], [1.0], [1.1]], [[5.0, 5.0, 5.0]], 1.0)
     assert method.finish(server, start, grown).selected == {"m": (0, 1, 2)}

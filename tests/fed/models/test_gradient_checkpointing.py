@@ -60,8 +60,6 @@ def test_recomputing_changes_what_is_kept_and_nothing_else(make: Callable[[], An
     assert again.loss == plain.loss
     for matrix, pair in plain.factors.items():
         assert all(map(torch.equal, again.factors[matrix], pair))
-    assert again.footprint is not None
-    assert plain.footprint is not None
     assert 0 < again.footprint.activation_bytes < plain.footprint.activation_bytes / 2
     assert not model.is_gradient_checkpointing
     assert model.config.use_cache is cached

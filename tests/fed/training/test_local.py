@@ -235,7 +235,6 @@ def test_what_training_takes_is_measured(shared: SharedModel, data: Split) -> No
     with started(shared, make_start(), head_of(shared)):
         arguments = (shared, Job(CLIENT, make_start(), {}, data, 2, 2e-2, ClientRandom(0, 1, 0)), config.train)
         footprint = train(*arguments, measure=True).footprint
-        assert footprint is not None
         assert footprint.trainable_parameters == 68 + 18
         assert footprint.optimizer_bytes == 4 * (2 * (68 + 18) + 6)
     with started(shared, make_start(), head_of(shared)):

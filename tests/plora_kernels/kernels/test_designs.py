@@ -243,8 +243,6 @@ def test_gradients_of_no_rows_are_zero(design: str) -> None:
     x, lora_A, lora_B = (torch.zeros(s, requires_grad=True) for s in ((0, 16), (4, 16), (32, 4)))
     with lookup.override_blocks(blocks_of(design, 16)):
         pk.plora_linear(x, torch.zeros(32, 16), lora_A, lora_B).sum().backward()
-    assert lora_A.grad is not None
-    assert lora_B.grad is not None
     assert not lora_A.grad.any()
     assert not lora_B.grad.any()
 

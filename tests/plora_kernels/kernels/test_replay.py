@@ -69,8 +69,6 @@ def test_a_replay_gives_the_same_bits(worked_out: list[str]) -> None:
     first, second = run(problem(0)), run(problem(0))
     assert worked_out.count("forward") == 1
     for a, b in zip(first, second, strict=True):
-        assert a is not None
-        assert b is not None
         assert torch.equal(a, b)
         assert a.data_ptr() != b.data_ptr()
 
@@ -235,7 +233,6 @@ def test_another_thread_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
         thread = threading.Thread(target=lambda: found.append(replay.empty((3,), torch.float32, torch.device(DEVICE))))
         thread.start()
         thread.join()
-        assert replay._local.recording is not None
         assert not any(tensor is found[-1] for tensor in replay._local.recording.tensors)
         real(*tensors, **options)  # type: ignore[arg-type]
 

@@ -96,7 +96,6 @@ def test_autocast_behaves_as_for_linear(active: torch.dtype) -> None:
         y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias, groups=GROUPS)
         assert y.dtype is active
     y.sum().backward()
-    assert lora_A.grad is not None
     assert lora_A.grad.dtype is torch.float32
 
 
@@ -184,8 +183,6 @@ def test_no_rows_at_all(each_backend: str) -> None:
     y = pk.plora_linear(x, weight, lora_A, lora_B, [[0], [1], []], bias=bias, groups=[0, 0, 0, 0])
     assert y.shape == (2, 0, 6)
     y.sum().backward()
-    assert lora_A.grad is not None
-    assert lora_B.grad is not None
     assert not lora_A.grad.any()
     assert not lora_B.grad.any()
 
@@ -214,7 +211,6 @@ def test_unselected_folded_modules_are_not_read(each_backend: str) -> None:
         lora_A[:, [0, 3]], lora_B[:, :, [0, 3]] = float("nan"), float("inf")
     pk.plora_linear(x, weight, lora_A, lora_B, [[1, 2]] * 3, groups=GROUPS).sum().backward()
     for leaf in (x, lora_A, lora_B):
-        assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
 
 

@@ -163,8 +163,6 @@ def test_recomputation_by_checkpointing_drops_the_same(reentrant: bool) -> None:
     torch.manual_seed(2)
     layer.zero_grad()
     checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
-    assert layer.lora_A.grad is not None
-    assert x.grad is not None
     assert torch.equal(layer.lora_A.grad, plain[0])
     assert torch.equal(x.grad, plain[1])
 

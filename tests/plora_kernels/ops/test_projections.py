@@ -71,7 +71,6 @@ def check(problems: list[Problem], where: str) -> None:
                 assert_within_bound(result.detach(), *bounds, f"{name} {where}")
         d_x = [d_x[0] + exact[1], d_x[1] + variances[1]]
         d_x[1] = d_x[1] + rounding_variance(d_x[0].float(), x.dtype)
-    assert x.grad is not None
     assert_within_bound(x.grad, *d_x, f"dx {where}")  # type: ignore[arg-type]
 
 
@@ -346,7 +345,5 @@ def test_factor_gradients_of_no_rows_are_zero(some: bool, each_backend: str) -> 
         torch.empty(0, 24), torch.empty(0, 20), torch.empty(0, 4), operands, True, True
     )
     assert ds.shape == (0, 4)
-    assert d_A is not None
-    assert d_B is not None
     assert not d_A.any()
     assert not d_B.any()

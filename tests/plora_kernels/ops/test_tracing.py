@@ -84,7 +84,6 @@ def test_autocast_behaves_as_for_linear(dtype: torch.dtype, active: torch.dtype)
         y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
         assert y.dtype == torch.nn.functional.linear(x, weight, bias).dtype
     y.sum().backward()
-    assert lora_A.grad is not None
     assert lora_A.grad.dtype == dtype
     with torch.autocast("cpu", dtype=active, enabled=False):
         assert pk.plora_linear(x, weight, lora_A, lora_B).dtype == dtype

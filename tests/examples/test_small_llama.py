@@ -14,6 +14,7 @@ from examples.small_llama import Recipe, app, make
 from fed.cli import run_app
 from fed.errors import FedError
 from tests.support.command_line import Outcome
+from tests.support.equality import assert_equal
 from tests.support.text_data import instructions, write_rows
 
 TEXTS = [f"the {animal} ate the {food} at noon" for animal in ("cat", "dog") for food in ("fish", "bone", "cake")] * 8
@@ -42,7 +43,7 @@ def test_the_same_recipe_makes_the_same_weights_and_another_seed_others(tmp_path
         make(TEXTS, Recipe(**{**vars(SMALL), "seed": seed, "steps": 2}), tmp_path / name)
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     first, again, other = weights
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_equal(first, again)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 

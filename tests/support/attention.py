@@ -42,9 +42,3 @@ def make(fused: bool, dtype: torch.dtype = torch.float64) -> tuple[Attention, pk
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def assert_same(fused: list[Tensor], separate: list[Tensor]) -> None:
-    assert len(fused) == len(separate)
-    for a, b in zip(fused, separate, strict=True):
-        torch.testing.assert_close(a, b)

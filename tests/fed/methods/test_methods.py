@@ -15,14 +15,14 @@ from fed.errors import FedError
 from fed.seeding import ClientRandom
 from fed.types import Adapter, Client, ClientUpdate, ServerState
 from tests.support.dense import REFERENCES, held
+from tests.support.equality import assert_equal
 from tests.support.tiny_federation import make_server, make_update
 
 PLORA, FEDIT = methods.find("fed-plora"), methods.find("fedit")
 
 
-def tensors(state: ServerState) -> list[torch.Tensor]:
-    factors = [factor for pair in state.adapter.factors.values() for factor in pair]
-    return factors + list(state.head.values())
+def tensors(state: ServerState) -> list[object]:
+    return [state.adapter.factors, state.head]
 
 
 def updates_of(server: ServerState, ranks: list[int], method: methods.Method = PLORA) -> list[ClientUpdate]:
@@ -130,8 +130,7 @@ def test_with_every_rank_equal_to_r_fed_plora_is_fedit_bit_for_bit() -> None:
     server = make_server(rank=6)
     ours, theirs = (updates_of(server, [6] * 3, method) for method in (PLORA, FEDIT))
     assert [update.selected for update in ours] == [update.selected for update in theirs]
-    pairs = zip(tensors(PLORA.aggregate(server, ours)), tensors(FEDIT.aggregate(server, theirs)), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert_equal(tensors(PLORA.aggregate(server, ours)), tensors(FEDIT.aggregate(server, theirs)))
 
 
 def test_fedit_is_the_weighted_mean_of_the_factors() -> None:
@@ -152,12 +151,10 @@ def test_a_method_changes_nothing_it_is_given(name: str) -> None:
     sent = copy.deepcopy([update.factors for update in updates])
     method.aggregate(server, updates)
     assert server.round == 1
-    assert all(torch.equal(one, other) for one, other in zip(tensors(server), tensors(before), strict=True))
-    assert all(torch.equal(delta, before.base_delta[matrix]) for matrix, delta in server.base_delta.items())
-    assert all(torch.equal(counts, before.visits[matrix]) for matrix, counts in server.visits.items())
-    for update, factors in zip(updates, sent, strict=True):
-        for matrix, pair in factors.items():
-            assert all(map(torch.equal, update.factors[matrix], pair))
+    for name in ("base_delta", "visits", "head"):
+        assert_equal(getattr(server, name), getattr(before, name))
+    assert_equal(server.adapter.factors, before.adapter.factors)
+    assert_equal([update.factors for update in updates], sent)
 
 
 def test_fed_plora_starts_with_all_modules_and_trains_as_many_as_the_client_affords() -> None:

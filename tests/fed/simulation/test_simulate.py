@@ -22,6 +22,7 @@ from fed.simulation.evaluation import evaluate
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.types import Client, ClientStart, ServerState
+from tests.support.equality import assert_equal
 from tests.support.tiny_federation import HEAD, LABELS, MEASURED, TinyClassifier, everything, make_config, make_data
 
 FIELDS = [
@@ -144,7 +145,7 @@ def test_with_every_rank_equal_to_r_fed_plora_is_fedit_bit_for_bit(tmp_path: Pat
     theirs = run(make_config(method="fedit", **same), tmp_path / "fedit")
     assert timeless(ours) == timeless(theirs)
     one, other = saved(tmp_path / "fed-plora"), saved(tmp_path / "fedit")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal(one, other)
     assert not torch.equal(one["body.first.lora_B"], torch.zeros(11, 6))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses, _difference
 from fed.training.losses import client_losses
+from tests.support.equality import assert_equal
 
 SIZES = [3, 2]
 
@@ -190,8 +191,7 @@ class TestCompiledLosses:
         for _ in range(3):  # new, and no longer new
             torch.manual_seed(1)
             found.append([compiled(model, batch, SIZES, gradients_of(model)) for _ in range(2)])
-        for other in found[1:]:
-            assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+        assert_equal(found[1:], [found[0]] * 2)
         assert not torch.equal(*found[0])
         assert lines == ["the model draws numbers (dropout of its own): compiled steps go unchecked"]
 

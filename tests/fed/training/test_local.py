@@ -18,6 +18,7 @@ from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
 from fed.training.local import Job, batch_rows, find_fault, make_optimizer, train
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
+from tests.support.equality import assert_equal
 from tests.support.tiny_federation import (
     HEAD,
     MATRICES,
@@ -167,8 +168,7 @@ def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> 
         again = run(0)
     assert first.loss == again.loss
     assert first.loss != other.loss
-    for matrix in MATRICES:
-        assert all(map(torch.equal, first.factors[matrix], again.factors[matrix]))
+    assert_equal(first.factors, again.factors)
 
 
 @pytest.mark.parametrize("unselected", ["folded", "frozen"])
@@ -223,7 +223,7 @@ def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
     with adapted(make_config(), TinyClassifier(), HEAD) as shared, started(shared, start, head):
         without = train(shared, Job(CLIENT, start, head, data, 3, 2e-2, ClientRandom(0, 1, 0)), settings)
     assert first.loss == again.loss != without.loss
-    assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
+    assert_equal(first.factors, again.factors)
     assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
     assert seeds[0][:3] == seeds[0][3:]
     assert other.loss != first.loss

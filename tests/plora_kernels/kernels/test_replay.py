@@ -23,6 +23,7 @@ from tests.plora_kernels.kernels.test_designs import blocks_of
 from tests.plora_kernels.ops.test_numerics import DEVICE, check, run
 from tests.plora_kernels.ops.test_projections import check as check_projections
 from tests.plora_kernels.ops.test_projections import make_problems
+from tests.support.equality import assert_equal
 from tests.support.groups import check_groups, draw_grouped
 from tests.support.numerics import Problem, make_problem, random_mask
 
@@ -68,9 +69,8 @@ def test_other_tensors_of_the_same_form_are_replayed(form: str | None, p: float,
 def test_a_replay_gives_the_same_bits(worked_out: list[str]) -> None:
     first, second = run(problem(0)), run(problem(0))
     assert worked_out.count("forward") == 1
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-        assert a.data_ptr() != b.data_ptr()
+    assert_equal(first, second)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
 
 
 def test_what_differs_in_form_is_worked_out(worked_out: list[str]) -> None:

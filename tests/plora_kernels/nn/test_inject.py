@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import plora_kernels as pk
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert, tiny_llama
 
 
@@ -79,8 +80,7 @@ def test_restore_gives_back_the_model_it_was() -> None:
     assert {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)} == linears
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert list(model.state_dict()) == list(state)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    assert_equal(model.state_dict(), state)
     with pytest.raises(pk.StateError, match="taken out by restore"):
         handle.select([0])
 
@@ -253,7 +253,7 @@ def test_a_selection_that_fails_half_way_leaves_every_weight_as_it_was(
     monkeypatch.undo()
     handle.select([1])
     handle.unfold()
-    assert all(torch.equal(layer.weight, originals[name]) for name, layer in handle.layers.items())
+    assert_equal({name: layer.weight for name, layer in handle.layers.items()}, originals)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -272,7 +272,7 @@ def test_selecting_folds_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatc
     }
     handle.select([1])
     assert launches == [6]
-    assert all(torch.equal(layer.weight, expected[name]) for name, layer in handle.layers.items())
+    assert_equal({name: layer.weight for name, layer in handle.layers.items()}, expected)
 
 
 def test_a_weight_changed_in_one_layer_stops_a_selection_before_any_layer_changes() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plora_kernels as pk
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert, tiny_distilbert, tiny_llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -81,10 +82,7 @@ def test_what_peft_saves_loads_here_and_computes_the_same(tmp_path: Path, option
     handle = pk.load_peft(fresh, tmp_path)
     torch.testing.assert_close(logits(fresh), expected)
     pk.save_peft(handle, tmp_path / "again")
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
-    assert set(first) == set(second)
-    for key, value in first.items():
-        assert torch.equal(second[key], value), key
+    assert_equal(*(load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again")))
 
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_distilbert], ids=lambda build: build.__name__)

@@ -17,6 +17,7 @@ import plora_kernels as pk
 from plora_kernels.nn import shared_input
 from plora_kernels.nn.shared_input import SharedInput
 from tests.support.attention import make
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -134,8 +135,7 @@ def test_states_files_and_restoring_are_as_without(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, expected)
     restored = handle.restore()
     assert all(type(restored.get_submodule(name)) is nn.Linear for name in handle.layers)
-    for name, value in restored.state_dict().items():
-        assert torch.equal(value, original[name]), name
+    assert_equal(restored.state_dict(), original)
 
 
 def test_another_thread_in_between_leaves_each_its_own_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import plora_kernels as pk
 from plora_kernels.counter_rng import keep_mask, keep_mask_of_rows
+from tests.support.equality import assert_equal
 from tests.support.groups import DEVICE, FORMS, GROUPS, draw_grouped, inputs, run_groups
-from tests.support.numerics import NAMES
 
 SEEDS = torch.tensor([5, -3, 2**62], device=DEVICE)
 
@@ -38,8 +38,7 @@ def test_rows_numbered_as_by_default_drop_the_same(share: float | None, form: st
     problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4, device=DEVICE)
     numbers = torch.cat([torch.arange(size) for size in sizes]).to(DEVICE)
     told, counted = run_groups(problem, dropout_rows=numbers), run_groups(problem)
-    for name, one, other in zip(NAMES, told, counted, strict=True):
-        assert torch.equal(one, other), name
+    assert_equal(told, counted)
     operands = (problem.x, problem.weight, problem.lora_A, problem.lora_B)
     strided = torch.stack([numbers, numbers], 1)[:, 0]
     assert torch.equal(pk.plora_linear(*operands, **problem.form(), dropout_rows=strided), counted[0])
@@ -62,8 +61,7 @@ def test_padding_between_rows_leaves_their_masks(share: float | None, form: str,
         setattr(padded, name, getattr(problem, name))
     padded.problems = problem.problems
     y, dx, *gradients = run_groups(padded, groups=padded.bounds, dropout_rows=numbers)
-    for name, result, expected in zip(NAMES, (y[real], dx[real], *gradients), run_groups(problem), strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close((y[real], dx[real], *gradients), run_groups(problem), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("selected", [None, [[0, 3], [], [1]]], ids=str)

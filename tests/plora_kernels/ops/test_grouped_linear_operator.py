@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
 from plora_kernels.fallback import grouped_products
+from tests.support.equality import assert_equal
 from tests.support.groups import DEVICE, GROUPS, draw_grouped, inputs, run_groups
 from tests.support.pairwise import pairwise
 
@@ -129,8 +130,7 @@ def test_a_compiler_traces_the_backward(monkeypatch: pytest.MonkeyPatch) -> None
         with compiled_autograd._enable(whole) if compiled else nullcontext():
             y.square().sum().backward()
         found.append((x.grad, lora_A.grad, lora_B.grad))
-    for traced, eager in zip(*found, strict=True):
-        torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(*found)
 
 
 # ------------------------------------------------------------------------------------------------ forms of input
@@ -147,8 +147,7 @@ def test_every_way_to_name_selections_and_groups_gives_the_same(form: str, each_
         pk.plora_linear(x, weight, lora_A, lora_B, way, unselected=form, groups=offsets, scale=scale)
         for way, offsets, scale in itertools.zip_longest(ways, groups, scales, fillvalue=mask)
     ]
-    for result in results[1:]:
-        assert torch.equal(result, results[0])
+    assert_equal(results[1:], [results[0]] * (len(results) - 1))
 
 
 def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
@@ -161,9 +160,7 @@ def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
     plain = [lora_A.clone().requires_grad_(), lora_B.clone().requires_grad_()]
     expected = pk.plora_linear(x.contiguous(), weight, *plain, bias=bias, groups=GROUPS)
     expected.backward(torch.ones(3, 5, 6))
-    torch.testing.assert_close(y, expected)
-    for leaf, other in zip(leaves, plain, strict=True):
-        torch.testing.assert_close(leaf.grad, other.grad)
+    torch.testing.assert_close([y, *(leaf.grad for leaf in leaves)], [expected, *(leaf.grad for leaf in plain)])
 
 
 @pytest.mark.parametrize("shape", [(15, 7), (1, 15, 7), (3, 5, 7)], ids=str)
@@ -201,8 +198,7 @@ def test_a_group_that_is_not_finite_touches_no_other(form: str, each_backend: st
         y = pk.plora_linear(x, weight, lora_A, lora_B, selected, unselected=form, groups=GROUPS)
         y.sum().backward()
         results.append([y.view(15, 6)[6:], x.grad.view(15, 7)[6:], lora_A.grad[1:], lora_B.grad[1:]])
-    for whole, beside in zip(*results, strict=True):
-        assert torch.equal(whole, beside)
+    assert_equal(*results)
 
 
 def test_unselected_folded_modules_are_not_read(each_backend: str) -> None:

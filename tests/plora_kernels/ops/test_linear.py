@@ -11,6 +11,7 @@ import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.fallback import grouped_products
 from plora_kernels.selection import index_buffer
+from tests.support.equality import assert_equal
 from tests.support.layer_inputs import layer_inputs as inputs
 from tests.support.pairwise import pairwise
 
@@ -129,8 +130,7 @@ def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
     y.sum().backward()  # an expanded dy: strides of zero
     dy = torch.ones(15, 6)
     _, d_A, d_B, _ = reference.gradients(dy, x.reshape(15, 7), weight, lora_A, lora_B)
-    torch.testing.assert_close(leaves[0].grad, d_A)
-    torch.testing.assert_close(leaves[1].grad, d_B)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], [d_A, d_B])
 
 
 def far_apart(values: Tensor) -> Tensor:
@@ -154,8 +154,7 @@ def test_strides_beyond_what_32_bits_hold(groups: list[int] | None) -> None:
         leaves = [own_x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
         y = pk.plora_linear(leaves[0], weight, *leaves[1:], groups=groups)
         found.append((y, *torch.autograd.grad(y, leaves, own_dy)))
-    for far, near in zip(*found, strict=True):
-        assert torch.equal(far, near)
+    assert_equal(*found)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -255,8 +254,7 @@ def test_gradients_of_the_kernels_are_deterministic() -> None:
         lora_B.requires_grad_()
         pk.plora_linear(x, weight, lora_A, lora_B).square().sum().backward()
         results.append((lora_A.grad, lora_B.grad))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+    assert_equal(*results)
 
 
 def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str) -> None:
@@ -281,10 +279,8 @@ def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str)
             pk.plora_linear(*leaves[:2], *factors, groups=groups).backward(dy)
             expected = [tensor.clone().requires_grad_(number != 1) for number, tensor in enumerate(operands)]
             (expected[0] @ (expected[1] + expected[3] @ expected[2]).t()).backward(dy)
-            for got, wanted in zip(leaves, expected, strict=True):
-                assert (got.grad is None) == (wanted.grad is None)
-                if got.grad is not None:
-                    torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-5)
+            got, wanted = ([leaf.grad for leaf in some] for some in (leaves, expected))
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     clean = operands
     y = pk.plora_linear(*clean, bias=bias)
     torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
@@ -303,8 +299,7 @@ def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
     found = torch.autograd.grad(y, (x, lora_A, lora_B), dys, is_grads_batched=True, retain_graph=True)
     for place, dy in enumerate(dys):
         one = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
-        for batch, alone in zip(found, one, strict=True):
-            torch.testing.assert_close(batch[place], alone)
+        torch.testing.assert_close([batch[place] for batch in found], one)
     y = pk.plora_linear(x, weight, lora_A[None], lora_B[None], groups=[0, 15])
     if each_backend == "torch":  # products in place
         with pytest.raises(pk.UnsupportedError, match="is_grads_batched=True"):

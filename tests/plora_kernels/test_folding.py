@@ -10,8 +10,8 @@ import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.counter_rng import element_bits, round_stochastically
 from tests.support.equality import assert_equal
+from tests.support.numerics import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 KERNEL_HALVES = HALVES if DEVICE == "cuda" else (torch.float16,)  # the interpreter has no bfloat16 products
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 import plora_kernels as pk
 from tests.support.numerics import (
-    NAMES,
+    DEVICE,
     Problem,
-    assert_within_bound,
+    differentiated,
+    hold,
     make_problem,
     random_mask,
     variance_of_rows_sum,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Shares of the modules that are selected (None: all), and the form.
 FORMS = [(None, "folded"), (0.4, "folded"), (0.4, "frozen"), (0.0, "folded"), (0.0, "frozen")]
 
@@ -87,12 +87,12 @@ def draw_grouped(
     bias: bool = True,
     dropout_p: float = 0.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> GroupedProblem:
     """Draw groups of `sizes` rows; each selects about `share` of its modules (None: all)."""
     problems: list[Problem] = []
     for g, rows in enumerate(sizes):
-        mask = None if share is None else random_mask(rank, 100 * seed + g, share).to(device)
+        mask = None if share is None else random_mask(rank, 100 * seed + g, share, device)
         own = scale if isinstance(scale, float) else scale[g]
         options = {"unselected": unselected, "scale": own, "bias": bias, "dropout_p": dropout_p, "device": device}
         problem = make_problem(rows, k, n, rank, dtype, mask=mask, seed=100 * seed + g, **options)
@@ -104,34 +104,29 @@ def draw_grouped(
 
 def run_groups(problem: GroupedProblem, **changes: object) -> tuple[Tensor, ...]:
     """Return y, dx, dA, dB, dbias of the operator."""
-    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
-    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
-    x, lora_A, lora_B = leaves
-    y = pk.plora_linear(x, problem.weight, lora_A, lora_B, **problem.form() | {"bias": bias} | changes)
-    y.backward(problem.dy)
-    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
+
+    def together(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        return pk.plora_linear(x, problem.weight, lora_A, lora_B, **problem.form() | {"bias": bias} | changes)
+
+    return differentiated(problem, together)
 
 
 def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
     """Return the same by one call a group."""
-    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
-    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
-    x, lora_A, lora_B = leaves
-    parts = []
-    for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
-        form = problem.form_of(g) | {"bias": bias}
-        parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
-    y = torch.cat(parts)
-    y.backward(problem.dy)
-    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
+
+    def apart(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        parts = []
+        for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
+            form = problem.form_of(g) | {"bias": bias}
+            parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
+        return torch.cat(parts)
+
+    return differentiated(problem, apart)
 
 
 def check_groups(problem: GroupedProblem) -> None:
     """Hold the operator's results to the reference's."""
-    exact, variances = problem.reference_results(torch.float64), problem.variances()
-    for name, result, truth, variance in zip(NAMES, run_groups(problem), exact, variances, strict=True):
-        if result is not None:
-            assert_within_bound(result, truth, variance, name)
+    hold(run_groups(problem), problem)
 
 
 GROUPS = [0, 6, 6, 15]

@@ -10,16 +10,18 @@ result may be. In fp32 products whose terms are added one by one come near it; s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.counter_rng import multiplier
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 # Standard deviations that a normal error exceeds once in 1.7 million draws: a run holds some ten thousand results.
 FAR = 5.0
@@ -247,6 +249,35 @@ def variance_of_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tenso
     return low.plus(Rounded.of(weight)).to(dtype).variance
 
 
+def run(problem: Problem) -> tuple[Tensor | None, ...]:
+    """Return y, dx, dA, dB, dbias of the operator; its mask goes in as it is."""
+    form = {"scale": problem.scale, "unselected": problem.unselected, "selected": problem.mask}
+    form |= {"dropout_p": problem.dropout_p, "dropout_seed": problem.dropout_seed}
+    return differentiated(problem, lambda x, A, B, bias: pk.plora_linear(x, problem.weight, A, B, bias=bias, **form))
+
+
+def differentiated(problem: Any, layer: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    """Return y of a layer of x, lora_A, lora_B and bias, and the gradients of all four for the problem's dy."""
+    given = (problem.x, problem.lora_A, problem.lora_B, problem.bias)
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given]
+    y = layer(*leaves)
+    y.backward(problem.dy)
+    return y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)
+
+
+def hold(results: Sequence[Tensor | None], problem: Any) -> None:
+    """Hold y, dx, dA, dB, dbias, those of them that there are, to the bound."""
+    exact, variances = problem.reference_results(torch.float64), problem.variances()
+    for name, result, truth, variance in zip(NAMES, results, exact, variances, strict=True):
+        if result is not None:
+            assert_within_bound(result, truth, variance, name)
+
+
+def check(problem: Problem) -> None:
+    """Hold the operator's results to the bound."""
+    hold(run(problem), problem)
+
+
 def make_problem(
     rows: int,
     k: int,
@@ -260,7 +291,7 @@ def make_problem(
     bias: bool = True,
     dropout_p: float = 0.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> Problem:
     """Draw a problem whose outputs are of order one."""
     generator = torch.Generator().manual_seed(seed)
@@ -284,6 +315,11 @@ def make_problem(
     )
 
 
-def random_mask(rank: int, seed: int, share: float = 0.5) -> Tensor:
+def random_mask(rank: int, seed: int, share: float = 0.5, device: str = DEVICE) -> Tensor:
     """Return a mask (R,) that selects about `share` of the modules."""
-    return torch.rand(rank, generator=torch.Generator().manual_seed(seed)) < share
+    return (torch.rand(rank, generator=torch.Generator().manual_seed(seed)) < share).to(device)
+
+
+def in_form(form: str | None, rank: int, seed: int, device: str = DEVICE) -> dict[str, Any]:
+    """Return options of a problem: all modules are selected (None), or half of them, the others folded or frozen."""
+    return {"mask": None if form is None else random_mask(rank, seed, device=device), "unselected": form or "folded"}

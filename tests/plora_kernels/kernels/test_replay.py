@@ -20,12 +20,11 @@ from plora_kernels.kernels import (
 )
 from plora_kernels.tuning import lookup
 from tests.plora_kernels.kernels.test_designs import blocks_of
-from tests.plora_kernels.ops.test_numerics import DEVICE, check, run
 from tests.plora_kernels.ops.test_projections import check as check_projections
 from tests.plora_kernels.ops.test_projections import make_problems
 from tests.support.equality import assert_equal
 from tests.support.groups import check_groups, draw_grouped
-from tests.support.numerics import Problem, make_problem, random_mask
+from tests.support.numerics import DEVICE, Problem, check, in_form, make_problem, run
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 
@@ -48,11 +47,8 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def problem(
     seed: int, rows: int = 37, form: str | None = None, p: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    mask = None if form is None else random_mask(5, 3).to(DEVICE)
-    return make_problem(
-        rows, 50, 29, 5, dtype, mask=mask, unselected=form or "folded", bias=seed % 2 == 0, dropout_p=p, seed=seed,
-        device=DEVICE,
-    )  # fmt: skip
+    options = in_form(form, 5, 3) | {"bias": seed % 2 == 0, "dropout_p": p, "seed": seed}
+    return make_problem(rows, 50, 29, 5, dtype, **options)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -123,7 +119,7 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
     real = lookup._chosen
     monkeypatch.setattr(lookup, "_chosen", lambda shape, *rest: blocks.get(shape.op) or real(shape, *rest))
     for seed in (0, 2, 4):
-        aligned = make_problem(70, 48, 80, 5, torch.float32, seed=seed, device=DEVICE)
+        aligned = make_problem(70, 48, 80, 5, torch.float32, seed=seed)
         check(aligned)
         if seed == 0:
             worked_out.clear()
@@ -136,7 +132,7 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
 def test_groups_are_replayed_with_other_bounds(
     share: float | None, unselected: str, p: float, worked_out: list[str]
 ) -> None:
-    form = {"share": share, "unselected": unselected, "dropout_p": p, "device": DEVICE}
+    form = {"share": share, "unselected": unselected, "dropout_p": p}
     for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
         check_groups(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
         if number == 0:
@@ -253,7 +249,7 @@ def test_buffers_are_let_go_after_their_last_use(monkeypatch: pytest.MonkeyPatch
     real = replay._Recording.replay
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: 8)
     monkeypatch.setattr(replay._Recording, "replay", lambda self, outputs: made.append(real(self, outputs)) or made[-1])
-    check(make_problem(300, 48, 80, 1, torch.float32, device=DEVICE))
+    check(make_problem(300, 48, 80, 1, torch.float32))
     _, backward = made
     own = [step.slot for step in backward.steps if isinstance(step, replay._Allocation)]
     dropped = [slot for step in backward.steps if isinstance(step, replay._Launch) for slot in step.last]

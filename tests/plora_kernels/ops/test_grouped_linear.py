@@ -30,18 +30,13 @@ SHAPES = (
     ids=str,
 )
 def test_results_are_within_the_bound(
-    shape: tuple,
-    selection: tuple[float | None, str],
-    p: float,
-    dtype: torch.dtype,
-    bias: bool,
-    each_backend: str,
+    shape: tuple, selection: tuple[float | None, str], p: float, dtype: torch.dtype, bias: bool, each_backend: str
 ) -> None:
     sizes, k, n, rank = shape
     share, form = selection
     scales = [0.5 + g for g in range(len(sizes))] if share is None else 0.5
     options = {"share": share, "unselected": form, "dropout_p": p, "scale": scales, "bias": bias}
-    check_groups(draw_grouped(sizes, k, n, rank, dtype, device=DEVICE, **options))
+    check_groups(draw_grouped(sizes, k, n, rank, dtype, **options))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -61,7 +56,7 @@ def test_the_table_of_tiles_by_hand(offsets: list[int]) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_gradients_of_the_kernels_are_deterministic() -> None:
-    problem = draw_grouped((700, 0, 1100), 20, 9, 5, torch.float32, device=DEVICE)
+    problem = draw_grouped((700, 0, 1100), 20, 9, 5, torch.float32)
     assert_equal(run_groups(problem)[2:4], run_groups(problem)[2:4])
 
 
@@ -83,21 +78,15 @@ def test_random_groups_on_the_torch_path(case: tuple, dtype: torch.dtype, monkey
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     *shape, form, share, number = case
     p = 0.3 if number % 4 == 1 else 0.0
-    check_groups(draw_grouped(*shape, dtype, share=share, unselected=form, dropout_p=p, seed=number, device=DEVICE))
+    check_groups(draw_grouped(*shape, dtype, share=share, unselected=form, dropout_p=p, seed=number))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize(("share", "form"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_at_once_equal_one_call_a_group(shape: tuple, share: float | None, form: str, p: float) -> None:
-    problem = draw_grouped(
-        *shape,
-        torch.float64,
-        share=share,
-        unselected=form,
-        dropout_p=p,
-        scale=[1.0 / (g + 1) for g in range(len(shape[0]))],
-    )
+    options = {"share": share, "unselected": form, "dropout_p": p, "device": "cpu"}
+    problem = draw_grouped(*shape, torch.float64, scale=[1.0 / (g + 1) for g in range(len(shape[0]))], **options)
     torch.testing.assert_close(run_groups(problem), run_each_group(problem), rtol=1e-12, atol=1e-12)
 
 
@@ -123,4 +112,4 @@ def test_both_ways_of_plain_products_are_within_the_bound(
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: by_weights)
     scales = [0.5 + g for g in range(len(shape[0]))]
     for scale in (0.5, scales):
-        check_groups(draw_grouped(*shape, torch.float32, scale=scale, device=DEVICE))
+        check_groups(draw_grouped(*shape, torch.float32, scale=scale))

@@ -35,7 +35,7 @@ def test_dropout_drops_the_same_elements_as_one_call_a_group(each_backend: str) 
 @pytest.mark.parametrize(("share", "form"), FORMS[:3])
 def test_rows_numbered_as_by_default_drop_the_same(share: float | None, form: str, each_backend: str) -> None:
     sizes = (33, 0, 7, 20)
-    problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4, device=DEVICE)
+    problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4)
     numbers = torch.cat([torch.arange(size) for size in sizes]).to(DEVICE)
     told, counted = run_groups(problem, dropout_rows=numbers), run_groups(problem)
     assert_equal(told, counted)
@@ -50,7 +50,7 @@ def test_padding_between_rows_leaves_their_masks(share: float | None, form: str,
     # Two texts a group of 3 and 5, 7 and 2 tokens, each text padded to 9: real rows keep the numbers they had.
     texts, longest = ((3, 5), (7, 2)), 9
     sizes, padded_sizes = [sum(lengths) for lengths in texts], [longest * len(lengths) for lengths in texts]
-    options = {"share": share, "unselected": form, "dropout_p": 0.4, "device": DEVICE}
+    options = {"share": share, "unselected": form, "dropout_p": 0.4}
     problem = draw_grouped(sizes, 24, 40, 17, torch.float32, **options)
     padded = draw_grouped(padded_sizes, 24, 40, 17, torch.float32, seed=1, **options)
     real = torch.cat([torch.arange(longest) < length for lengths in texts for length in lengths]).to(DEVICE)

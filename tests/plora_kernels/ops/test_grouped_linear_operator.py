@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import plora_kernels as pk
 from plora_kernels.fallback import grouped_products
 from tests.support.equality import assert_equal
-from tests.support.groups import DEVICE, GROUPS, draw_grouped, inputs, run_groups
+from tests.support.groups import GROUPS, draw_grouped, inputs, run_groups
 from tests.support.pairwise import pairwise
 
 INDEX = torch.tensor([[0, 2, *[-1] * 14], [-1] * 16, [3, *[-1] * 15]], dtype=torch.int32)
@@ -212,7 +212,7 @@ def test_unselected_folded_modules_are_not_read(each_backend: str) -> None:
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool], each_backend: str) -> None:
-    problem = draw_grouped((3, 0, 12), 7, 6, 4, torch.float32, share=0.5, unselected="frozen", device=DEVICE)
+    problem = draw_grouped((3, 0, 12), 7, 6, 4, torch.float32, share=0.5, unselected="frozen")
     leaves = (problem.x, problem.lora_A, problem.lora_B)
     leaves = [t.clone().requires_grad_(need) for t, need in zip(leaves, needs, strict=True)]
     y = pk.plora_linear(leaves[0], problem.weight, *leaves[1:], **problem.form())

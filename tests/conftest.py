@@ -52,6 +52,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_group_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no group have a weight of its own, so that small layers too are this library's operators, not torch's."""
+    from plora_kernels.fallback import grouped_products
+
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: False)
+
+
+@pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what `torch.empty` and `empty_like` return with NaN, so that an element nobody writes shows."""
     for name in ("empty", "empty_like"):

@@ -15,7 +15,6 @@ from tests.support.numerics import (
     DEVICE,
     Problem,
     differentiated,
-    hold,
     make_problem,
     random_mask,
     variance_of_rows_sum,
@@ -51,16 +50,10 @@ class GroupedProblem:
     def form(self) -> dict[str, Any]:
         """Return the operator's other arguments."""
         first = self.problems[0]
-        masks = [problem.mask for problem in self.problems]
-        form = {"bias": first.bias, "scale": self.scale, "unselected": first.unselected, "groups": self.bounds}
-        form["selected"] = None if first.mask is None else torch.stack(masks)  # type: ignore[arg-type]
-        return form | {"dropout_p": first.dropout_p, "dropout_seed": [p.dropout_seed for p in self.problems]}
-
-    def form_of(self, group: int) -> dict[str, Any]:
-        """Return the arguments of a call on one group alone."""
-        p = self.problems[group]
-        form = {"bias": p.bias, "scale": p.scale, "unselected": p.unselected, "selected": p.mask}
-        return form | {"dropout_p": p.dropout_p, "dropout_seed": p.dropout_seed}
+        form = {"groups": self.bounds, "scale": self.scale, "dropout_seed": [p.dropout_seed for p in self.problems]}
+        if first.mask is not None:
+            form["selected"] = torch.stack([problem.mask for problem in self.problems])
+        return first.form() | form
 
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference computed in `dtype`, a group at a time."""
@@ -102,40 +95,14 @@ def draw_grouped(
     return GroupedProblem(problems, scale)
 
 
-def run_groups(problem: GroupedProblem, **changes: object) -> tuple[Tensor, ...]:
-    """Return y, dx, dA, dB, dbias of the operator."""
-
-    def together(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
-        return pk.plora_linear(x, problem.weight, lora_A, lora_B, **problem.form() | {"bias": bias} | changes)
-
-    return differentiated(problem, together)
-
-
 def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
     """Return the same by one call a group."""
 
     def apart(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         parts = []
         for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
-            form = problem.form_of(g) | {"bias": bias}
+            form = problem.problems[g].form() | {"bias": bias}
             parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
         return torch.cat(parts)
 
     return differentiated(problem, apart)
-
-
-def check_groups(problem: GroupedProblem) -> None:
-    """Hold the operator's results to the reference's."""
-    hold(run_groups(problem), problem)
-
-
-GROUPS = [0, 6, 6, 15]
-
-
-def inputs(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tuple[Tensor, ...]:
-    """Return x (3, 5, 7), weight (6, 7), lora_A (3, 4, 7), lora_B (3, 6, 4), bias (6,)."""
-    shapes = ((3, 5, 7), (6, 7), (3, 4, 7), (3, 6, 4), (6,))
-    x, weight, lora_A, lora_B, bias = (torch.randn(s, dtype=dtype) for s in shapes)
-    for tensor in (x, lora_A, lora_B, bias):
-        tensor.requires_grad_(requires_grad)
-    return x, weight, lora_A, lora_B, bias

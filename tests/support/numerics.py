@@ -164,6 +164,11 @@ class Problem:
     dropout_p: float = 0.0
     dropout_seed: int = 0
 
+    def form(self) -> dict[str, Any]:
+        """Return the operator's arguments besides what is multiplied."""
+        form = {"selected": self.mask, "bias": self.bias, "scale": self.scale, "unselected": self.unselected}
+        return form | {"dropout_p": self.dropout_p, "dropout_seed": self.dropout_seed}
+
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference computed in `dtype`."""
         x, weight, lora_A, lora_B, dy = (t.to(dtype) for t in (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
@@ -249,18 +254,19 @@ def variance_of_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tenso
     return low.plus(Rounded.of(weight)).to(dtype).variance
 
 
-def run(problem: Problem) -> tuple[Tensor | None, ...]:
-    """Return y, dx, dA, dB, dbias of the operator; its mask goes in as it is."""
-    form = {"scale": problem.scale, "unselected": problem.unselected, "selected": problem.mask}
-    form |= {"dropout_p": problem.dropout_p, "dropout_seed": problem.dropout_seed}
-    return differentiated(problem, lambda x, A, B, bias: pk.plora_linear(x, problem.weight, A, B, bias=bias, **form))
+def run(problem: Any, **changes: object) -> tuple[Tensor | None, ...]:
+    """Return y, dx, dA, dB, dbias of the operator, for a `Problem` or a `GroupedProblem`."""
+    form = problem.form() | changes
+    return differentiated(
+        problem, lambda x, *AB, bias: pk.plora_linear(x, problem.weight, *AB, **form | {"bias": bias})
+    )
 
 
 def differentiated(problem: Any, layer: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
     """Return y of a layer of x, lora_A, lora_B and bias, and the gradients of all four for the problem's dy."""
     given = (problem.x, problem.lora_A, problem.lora_B, problem.bias)
     leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given]
-    y = layer(*leaves)
+    y = layer(*leaves[:3], bias=leaves[3])
     y.backward(problem.dy)
     return y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)
 
@@ -273,7 +279,7 @@ def hold(results: Sequence[Tensor | None], problem: Any) -> None:
             assert_within_bound(result, truth, variance, name)
 
 
-def check(problem: Problem) -> None:
+def check(problem: Any) -> None:
     """Hold the operator's results to the bound."""
     hold(run(problem), problem)
 

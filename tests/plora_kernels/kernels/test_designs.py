@@ -26,7 +26,7 @@ from plora_kernels.tuning.blocks import (
     SideBlocks,
 )
 from tests.support.equality import assert_equal
-from tests.support.groups import check_groups, draw_grouped
+from tests.support.groups import draw_grouped
 from tests.support.numerics import Problem, check, in_form, make_problem, random_mask, run
 from tests.support.pairwise import pairwise
 
@@ -197,7 +197,7 @@ def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     monkeypatch.setattr(grouped_matmul, "launch", noted)
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
     with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
-        check_groups(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
+        check(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
     large, small = 128 * 256, 128 * 128
     assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
 

@@ -23,7 +23,7 @@ from tests.plora_kernels.kernels.test_designs import blocks_of
 from tests.plora_kernels.ops.test_projections import check as check_projections
 from tests.plora_kernels.ops.test_projections import make_problems
 from tests.support.equality import assert_equal
-from tests.support.groups import check_groups, draw_grouped
+from tests.support.groups import draw_grouped
 from tests.support.numerics import DEVICE, Problem, check, in_form, make_problem, run
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
@@ -134,7 +134,7 @@ def test_groups_are_replayed_with_other_bounds(
 ) -> None:
     form = {"share": share, "unselected": unselected, "dropout_p": p}
     for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
-        check_groups(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
+        check(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
         if number == 0:
             assert "forward" in worked_out
             worked_out.clear()

@@ -8,7 +8,7 @@ import torch
 from plora_kernels.kernels import factor_gradient, output_gradient
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import GradientBlocks, MatmulBlocks, OutputGradientBlocks, row_splits
-from tests.support.groups import check_groups, draw_grouped
+from tests.support.groups import draw_grouped
 from tests.support.numerics import DEVICE, check, make_problem, random_mask
 
 # Rows, and the splits that eight multiprocessors make of them with one tile of columns and R 1.
@@ -86,5 +86,5 @@ def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
 def test_groups_are_cut_each_for_itself(rows: tuple[int, ...], p: float, cuts: list[int]) -> None:
     problem = draw_grouped(rows, 16, 16, 1, torch.float32, scale=[0.5, 0.25, 2.0], dropout_p=p)
     with lookup.override_blocks(forced("tile")):
-        check_groups(problem)
+        check(problem)
     assert set(cuts) == ({3} if rows[0] == 80 else {1})

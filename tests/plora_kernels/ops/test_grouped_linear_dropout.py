@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import plora_kernels as pk
 from plora_kernels.counter_rng import keep_mask, keep_mask_of_rows
 from tests.support.equality import assert_equal
-from tests.support.groups import DEVICE, FORMS, GROUPS, draw_grouped, inputs, run_groups
+from tests.support.groups import DEVICE, FORMS, draw_grouped
+from tests.support.numerics import run
 
 SEEDS = torch.tensor([5, -3, 2**62], device=DEVICE)
 
@@ -37,7 +37,7 @@ def test_rows_numbered_as_by_default_drop_the_same(share: float | None, form: st
     sizes = (33, 0, 7, 20)
     problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4)
     numbers = torch.cat([torch.arange(size) for size in sizes]).to(DEVICE)
-    told, counted = run_groups(problem, dropout_rows=numbers), run_groups(problem)
+    told, counted = run(problem, dropout_rows=numbers), run(problem)
     assert_equal(told, counted)
     operands = (problem.x, problem.weight, problem.lora_A, problem.lora_B)
     strided = torch.stack([numbers, numbers], 1)[:, 0]
@@ -60,16 +60,5 @@ def test_padding_between_rows_leaves_their_masks(share: float | None, form: str,
     for name in ("weight", "lora_A", "lora_B", "bias"):
         setattr(padded, name, getattr(problem, name))
     padded.problems = problem.problems
-    y, dx, *gradients = run_groups(padded, groups=padded.bounds, dropout_rows=numbers)
-    torch.testing.assert_close((y[real], dx[real], *gradients), run_groups(problem), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("selected", [None, [[0, 3], [], [1]]], ids=str)
-def test_gradcheck_with_dropout(selected: list | None) -> None:
-    x, weight, lora_A, lora_B, bias = inputs(torch.float64)
-
-    def call(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor) -> Tensor:
-        form = {"bias": bias, "dropout_p": 0.4, "dropout_seed": [1, 2, 3], "groups": GROUPS, "scale": [0.7, 0.2, 2.0]}
-        return pk.plora_linear(x, weight, lora_A, lora_B, selected, **form)
-
-    assert torch.autograd.gradcheck(call, (x, lora_A, lora_B, bias))
+    y, dx, *gradients = run(padded, groups=padded.bounds, dropout_rows=numbers)
+    torch.testing.assert_close((y[real], dx[real], *gradients), run(problem), rtol=1e-5, atol=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
 from fed.training.memory import MIB
 from plora_kernels.fallback import grouped_products
+from tests.support.command_line import rows_of
 from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
@@ -151,8 +151,7 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
     rows, said = run(tmp_path, resume=True, rounds=3)
     assert [row["clients_per_pass"] for row in rows] == [None, size, size, size]
     assert said == []
-    written = (tmp_path / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line)["clients_per_pass"] for line in written] == [None, size, size, size]
+    assert [row["clients_per_pass"] for row in rows_of(tmp_path)] == [None, size, size, size]
 
 
 @pytest.mark.slow

@@ -16,8 +16,6 @@ from fed.data.tables import Sequences, Split, TextTable
 from fed.errors import FedError
 from fed.models.base_model import head_names
 from fed.models.shared_model import SharedModel, adapted
-from fed.seeding import ClientRandom
-from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.training import cohort, cohort_scheduler
 from fed.training.cohort import train_together
@@ -26,6 +24,7 @@ from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
 from fed.training.memory import MIB
 from plora_kernels.fallback import grouped_products
+from tests.support import tiny_federation
 from tests.support.command_line import rows_of
 from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert
@@ -42,9 +41,7 @@ def shared() -> Iterator[SharedModel]:
 
 
 def jobs_of(shared: SharedModel, config: SimpleNamespace) -> list[Job]:
-    federation = Federation(config, DATA, shared, print)
-    state = federation.beginning()
-    return [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
+    return tiny_federation.jobs_of(shared, config, DATA)
 
 
 def divided(shared: SharedModel, **changes: Any) -> list[list[int]]:
@@ -96,9 +93,8 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
     )
     model = tiny_bert()
     with adapted(config, model, head_names(model)) as shared:
-        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), shared, print)
-        state = federation.beginning()
-        jobs = [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
+        data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
+        jobs = tiny_federation.jobs_of(shared, config, data)
         needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs)
         assert needs[0] == needs[1]
         (short,) = train_together(shared, jobs[:1], config.train, measure=True)
@@ -122,11 +118,9 @@ def test_the_fastest_size_is_measured_once_and_said(shared: SharedModel, monkeyp
     for _ in range(2):
         assert [len(cohort) for cohort in divider.divide(jobs_of(shared, config))] == [5, 1]
     assert divider.size == 5
-    (line,) = said
-    assert (
-        line
-        == "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 600.00, 5: 200.00, 6: 750.00)"
-    )
+    assert said == [
+        "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 600.00, 5: 200.00, 6: 750.00)"
+    ]
 
 
 def test_measuring_changes_nothing(shared: SharedModel) -> None:
@@ -203,11 +197,8 @@ def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch:
 
 
 def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
-    table = DATA.test.table
-    broken = table.inputs["inputs"].clone()
-    broken[DATA.clients[2].rows] = float("nan")
     data = make_data(sizes=(9, 2, 14, 5, 9, 9))
-    data.clients[2].table.inputs["inputs"].copy_(broken)
+    data.test.table.inputs["inputs"][data.clients[2].rows] = float("nan")
     config, said = make_config(**SIX, execution="cohort", clients_per_pass=6, rounds=1), []
     rows = simulate(config, data, TinyClassifier(), HEAD, tmp_path, None, said.append)
     assert rows[1]["skipped"] == [2]

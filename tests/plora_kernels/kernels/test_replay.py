@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,11 +52,17 @@ def problem(
     return make_problem(rows, 50, 29, 5, dtype, **options)
 
 
+def assert_worked_out(problem: Problem, worked_out: list[str]) -> None:
+    """Hold a problem to the bound, and its form to be new."""
+    worked_out.clear()
+    check(problem)
+    assert "forward" in worked_out
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("form", [None, "folded", "frozen"])
 def test_other_tensors_of_the_same_form_are_replayed(form: str | None, p: float, worked_out: list[str]) -> None:
-    check(problem(0, form=form, p=p))
-    assert worked_out
+    assert_worked_out(problem(0, form=form, p=p), worked_out)
     worked_out.clear()
     for seed in (2, 4):
         check(problem(seed, form=form, p=p))
@@ -70,44 +77,28 @@ def test_a_replay_gives_the_same_bits(worked_out: list[str]) -> None:
 
 
 def test_what_differs_in_form_is_worked_out(worked_out: list[str]) -> None:
-    for different in (problem(0), problem(1), problem(0, rows=38), problem(0, dtype=torch.float16)):
-        worked_out.clear()
-        check(different)
-        assert "forward" in worked_out
-    other = problem(0)
-    other.scale = 0.25
-    worked_out.clear()
-    check(other)
-    assert "forward" in worked_out
-    strided = problem(0)
-    strided.weight = strided.weight.t().contiguous().t()
-    worked_out.clear()
-    check(strided)
-    assert "forward" in worked_out
+    other = replace(problem(0), scale=0.25)
+    strided = replace(problem(0), weight=problem(0).weight.t().contiguous().t())
+    halves = problem(0, dtype=torch.float16)
+    for different in (problem(0), problem(1), problem(0, rows=38), halves, other, strided):
+        assert_worked_out(different, worked_out)
 
 
 def test_an_address_that_is_not_aligned_is_another_form(worked_out: list[str]) -> None:
     aligned = problem(0)
     check(aligned)
-    worked_out.clear()
     room = torch.zeros(aligned.weight.numel() + 1, device=DEVICE)
     aligned.weight = room[1:].view_as(aligned.weight).copy_(aligned.weight)
-    check(aligned)
-    assert "forward" in worked_out
+    assert_worked_out(aligned, worked_out)
 
 
 def test_new_tables_and_forced_blocks_are_looked_at(worked_out: list[str]) -> None:
     check(problem(0))
-    worked_out.clear()
     lookup.forget_tables()
-    check(problem(0))
-    assert "forward" in worked_out
+    assert_worked_out(problem(0), worked_out)
     for design in ("tile_two_launch", "persistent", "one_launch"):
-        worked_out.clear()
         with lookup.override_blocks(blocks_of(design, 16)):
-            check(problem(0))
-        assert "forward" in worked_out
-    worked_out.clear()
+            assert_worked_out(problem(0), worked_out)
     with lookup.record_blocks() as taken:
         check(problem(0))
     assert "forward" in taken

@@ -10,7 +10,7 @@ from torch import nn
 
 import plora_kernels as pk
 from tests.support.attention import NAMES, Attention, gradients, make
-from tests.support.models import tiny_bert, tiny_llama
+from tests.support.models import adapted, tiny_bert, tiny_llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -32,10 +32,8 @@ def test_models_compute_and_train_as_without(
     for fused in (True, False):
         torch.manual_seed(0)
         model = build().double()
-        handle = pk.inject(model, pk.PLoRAConfig(rank=4, target_modules=targets, fuse_projections=fused))
+        handle = adapted(model, targets, std=0.3, fuse_projections=fused)
         assert len(handle.projections) == (groups if fused else 0)
-        for layer in handle.layers.values():
-            nn.init.normal_(layer.lora_B, std=0.3)
         if form != "all":
             handle.select([0, 2], form)
         steps = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)

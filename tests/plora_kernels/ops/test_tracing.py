@@ -13,13 +13,12 @@ import plora_kernels as pk
 from plora_kernels.functional import autocast_dtype
 from tests.support.layer_inputs import GROUPS
 from tests.support.layer_inputs import layer_inputs as inputs
+from tests.support.models import adapted
 
 
 def test_compile_traces_whole_models_and_selections_do_not_recompile() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 9))
-    handle = pk.inject(model, pk.PLoRAConfig(rank=24, target_modules=["0", "2"]))
-    for layer in handle.layers.values():
-        torch.nn.init.normal_(layer.lora_B)
+    handle = adapted(model, ["0", "2"], rank=24)
     source = random.Random(0)
     for form in ("folded", "frozen"):
         counter = CompileCounterWithBackend("aot_eager")

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from plora_kernels.tuning.lookup import forget_tables
+from tests.support.notes import note_calls
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -76,14 +77,5 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that receives the number of projections of every joint forward."""
     from plora_kernels.nn import shared_input
-    from plora_kernels.ops import projections
 
-    counts: list[int] = []
-    real = projections.forward
-
-    def counted(x: torch.Tensor, operands: list, keep_s: bool) -> list:
-        counts.append(len(operands))
-        return real(x, operands, keep_s)
-
-    monkeypatch.setattr(shared_input, "forward", counted)
-    return counts
+    return note_calls(monkeypatch, shared_input, "forward", lambda x, operands, keep_s: len(operands))

@@ -31,6 +31,7 @@ from fed.errors import FedError
 from fed.models import base_model
 from fed.simulation.evaluation import evaluate
 from tests.support import text_data as texts
+from tests.support.notes import note_calls
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +84,7 @@ def test_one_step_of_central_training_is_enough(digits: FederatedData) -> None:
 def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(
     digits: FederatedData, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def noted(optimizer: torch.optim.AdamW) -> None:
-        rates.append(optimizer.param_groups[0]["lr"])
-        step(optimizer)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    rates = note_calls(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: optimizer.param_groups[0]["lr"])
     config = load("digits", [f"model.pretrain_steps={steps}", "model.pretrain_batch_size=2"])
     base_model.pretrain(base_model.build(config, digits), digits.pretrain, config)
     assert len(rates) == steps

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses, _difference
 from fed.training.losses import client_losses
 from tests.support.equality import assert_equal
+from tests.support.notes import note_calls
 
 SIZES = [3, 2]
 
@@ -92,8 +93,7 @@ class TestCompiledLosses:
     def test_what_is_right_is_compared_for_some_steps_and_used(
         self, batch: dict[str, Tensor], compile_by: By, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, compared, compare = Model(), list[int](), CompiledLosses._compare
-        monkeypatch.setattr(CompiledLosses, "_compare", lambda *operands: compared.append(1) or compare(*operands))
+        model, compared = Model(), note_calls(monkeypatch, CompiledLosses, "_compare", lambda *operands: 1)
         compiled = compile_by(right)
         for _ in range(COMPARED_STEPS + 2):
             found = compiled(model, batch, SIZES, gradients_of(model))

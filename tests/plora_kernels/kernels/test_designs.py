@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from plora_kernels.kernels import adapted_matmul, grouped_matmul, tile_matmul
-from plora_kernels.kernels.replay import launch
+from plora_kernels.kernels import adapted_matmul, grouped_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     DESIGNS,
@@ -27,6 +26,7 @@ from plora_kernels.tuning.blocks import (
 )
 from tests.support.equality import assert_equal
 from tests.support.groups import draw_grouped
+from tests.support.notes import note_calls
 from tests.support.numerics import Problem, check, in_form, make_problem, random_mask, run
 from tests.support.pairwise import pairwise
 
@@ -59,16 +59,8 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the design of every launch that walks over tiles."""
     designs: list[str] = []
-
-    def counting(real: Callable[..., None]) -> Callable[..., None]:
-        def counted(*tensors: torch.Tensor, blocks: MatmulBlocks, **options: object) -> None:
-            designs.append(blocks.design)
-            real(*tensors, blocks=blocks, **options)
-
-        return counted
-
     for name in ("persistent_matmul", "specialised_matmul"):
-        monkeypatch.setattr(adapted_matmul, name, counting(getattr(adapted_matmul, name)))
+        note_calls(monkeypatch, adapted_matmul, name, lambda *tensors, blocks, **options: blocks.design, designs)
     return designs
 
 
@@ -187,17 +179,12 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
 def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiles: list[int] = []
-
-    def noted(kernel: object, grid: tuple[int, ...], *arguments: object, **named: int) -> None:
-        if kernel is grouped_matmul.grouped_matmul_kernel:
-            tiles.append(named["BLOCK_M"] * named["BLOCK_N"])
-        launch(kernel, grid, *arguments, **named)
-
-    monkeypatch.setattr(grouped_matmul, "launch", noted)
+    launches = note_calls(monkeypatch, grouped_matmul, "launch", lambda kernel, *rest, **named: (kernel, named))
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
     with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
         check(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
+    products = [named for kernel, named in launches if kernel is grouped_matmul.grouped_matmul_kernel]
+    tiles = [named["BLOCK_M"] * named["BLOCK_N"] for named in products]
     large, small = 128 * 256, 128 * 128
     assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
 
@@ -228,11 +215,7 @@ def test_the_side_product_is_kept_if_asked_for_alone(design: str, dropout: tuple
 
 
 def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[MatmulBlocks] = []
-    real = tile_matmul.tile_matmul
-    monkeypatch.setattr(
-        adapted_matmul, "tile_matmul", lambda *t, blocks, **o: (taken.append(blocks), real(*t, blocks=blocks, **o))
-    )
+    taken = note_calls(monkeypatch, adapted_matmul, "tile_matmul", lambda *tensors, blocks, **options: blocks)
     problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5)
     forced = blocks_of("one_launch", 16)
     with lookup.override_blocks(forced):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,6 +24,7 @@ from tests.plora_kernels.ops.test_projections import check as check_projections
 from tests.plora_kernels.ops.test_projections import make_problems
 from tests.support.equality import assert_equal
 from tests.support.groups import draw_grouped
+from tests.support.notes import note_calls
 from tests.support.numerics import DEVICE, Problem, check, in_form, make_problem, run
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
@@ -35,13 +35,7 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the op of every launch whose blocks are looked up: what a replay does not."""
     found: list[str] = []
     for module in (adapted_matmul, factor_gradient, grouped_matmul, projections_forward, side_product):
-        real = module.find_blocks
-
-        def noted(kind: type, shape: object, *rest: object, real: Callable = real) -> object:
-            found.append(shape.op)  # type: ignore[attr-defined]
-            return real(kind, shape, *rest)
-
-        monkeypatch.setattr(module, "find_blocks", noted)
+        note_calls(monkeypatch, module, "find_blocks", lambda kind, shape, *rest: shape.op, found)
     return found
 
 
@@ -184,11 +178,7 @@ def test_tensors_on_another_device_are_another_form() -> None:
 
 
 def test_what_cannot_be_replayed_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[object] = []
-    real = replay._Recording.__init__
-    monkeypatch.setattr(
-        replay._Recording, "__init__", lambda self, given: (recorded.append(given), real(self, given))[1]
-    )
+    recorded = note_calls(monkeypatch, replay._Recording, "__init__", lambda self, given: given)
     x, A, B = (torch.randn(s, device=DEVICE) for s in ((16, 16), (4, 16), (16, 4)))
     for _ in range(3):
         pk.plora_linear(x, x, A, B)

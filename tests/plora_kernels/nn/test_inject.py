@@ -10,6 +10,7 @@ from torch import nn
 import plora_kernels as pk
 from tests.support.equality import assert_equal
 from tests.support.models import adapted, tiny_bert, tiny_llama
+from tests.support.notes import note_calls
 
 
 def peft_targets(model: nn.Module, **options: object) -> set[str]:
@@ -256,9 +257,7 @@ def test_a_selection_that_fails_half_way_leaves_every_weight_as_it_was(
 def test_selecting_folds_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     from plora_kernels.kernels import fold_many
 
-    launches: list[int] = []
-    launch = fold_many._launch
-    monkeypatch.setattr(fold_many, "_launch", lambda group: (launches.append(len(group)), launch(group)))
+    launches = note_calls(monkeypatch, fold_many, "_launch", len)
     handle = adapted(tiny_bert(), ["query", "key", "value"])
     expected = {
         name: pk.fold(layer.weight, layer.lora_A, layer.lora_B, [1], scale=layer.scale)

@@ -14,6 +14,7 @@ from plora_kernels.ops.projections import JointGradient, Projection
 from plora_kernels.selection import index_buffer, index_from_mask
 from tests.plora_kernels.ops.test_linear import far_apart
 from tests.support.equality import assert_equal
+from tests.support.notes import note_calls
 from tests.support.numerics import Problem, assert_within_bound, make_problem, random_mask, rounding_variance
 
 # Rows, K, the widths and ranks of the projections, which of them have a bias, which are frozen under a mask.
@@ -141,15 +142,7 @@ def test_gradcheck_in_float64() -> None:
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that receives the number of parts of every dX computed."""
-    counts: list[int] = []
-    real = projections._input_gradient
-
-    def counted(parts: list) -> Tensor:
-        counts.append(len(parts))
-        return real(parts)
-
-    monkeypatch.setattr(projections, "_input_gradient", counted)
-    return counts
+    return note_calls(monkeypatch, projections, "_input_gradient", len)
 
 
 def assert_same_gradients(x: Tensor, operands: list[Projection], weights: tuple[float, ...]) -> None:

@@ -41,6 +41,17 @@ def undrawn_throughout() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What torch traces, which then runs as it was traced instead of compiled."""
+    graphs: list[object] = []
+    monkeypatch.setattr(
+        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    torch.compiler.reset()
+    return graphs
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Models here are so small that a second thread only makes them wait for each other."""

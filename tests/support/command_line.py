@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import fed.simulation.simulate
 from tests.support.tiny_federation import MEASURED
 
 # Of a run's row, in order.
@@ -50,6 +51,26 @@ def assert_refused(outcome: Outcome, message: str) -> None:
     assert outcome.status == 2
     assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
     assert re.search(message, outcome.err), outcome.err
+
+
+def failing(error: BaseException, after_rows: int) -> Callable[..., object]:
+    """A `simulate` that raises an error after so many rows of all runs together, or before anything."""
+    simulate, seen = fed.simulation.simulate.simulate, []
+
+    def fail(*arguments: object, resume: bool = False) -> object:
+        *settings, on_round, on_event = arguments
+
+        def watch(row: dict) -> None:
+            on_round(row)
+            seen.append(row)
+            if len(seen) == after_rows:
+                raise error
+
+        if after_rows == 0:
+            raise error
+        return simulate(*settings, watch, on_event, resume=resume)
+
+    return fail
 
 
 def rows_of(directory: Path) -> list[dict]:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
-import fed.simulation.simulate
 from fed import config as configuration
 from fed.data.federated_data import load as load_data
 from fed.errors import FedError
 from fed.simulation.evaluation import evaluate
-from tests.support.command_line import FIELDS, Call, Outcome, assert_refused, rows_of, without_times
+from tests.support.command_line import FIELDS, Call, Outcome, assert_refused, failing, rows_of, without_times
 from tests.support.text_data import write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -241,27 +239,6 @@ def test_overwrite_never_replaces_the_working_directory_or_one_that_holds_it(
     for out in (".", ".."):
         outcome = fed_cli("run", "digits", "--overwrite", "--out", out)
         check_refused(outcome, "holds the working directory", tmp_path, {"here"})
-
-
-def failing(error: BaseException, after_rounds: int) -> Callable:
-    """A `simulate` that raises `error` after so many rows."""
-    simulate = fed.simulation.simulate.simulate
-
-    def fail(*arguments: object, resume: bool = False) -> None:
-        *settings, on_round, on_event = arguments
-        seen = []
-
-        def watch(row: dict) -> None:
-            on_round(row)
-            seen.append(row)
-            if len(seen) == after_rounds:
-                raise error
-
-        if after_rounds == 0:
-            raise error
-        simulate(*settings, watch, on_event, resume=resume)
-
-    return fail
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from fed.cli import main
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.runner import SharedInputs, check
-from tests.support.command_line import Call, assert_refused, rows_of, without_times
+from tests.support.command_line import Call, assert_refused, failing, rows_of, without_times
 from tests.support.text_data import PROMPT, instructions, write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,30 +63,12 @@ def test_methods_of_a_seed_share_the_base_and_begin_alike(whole: Path) -> None:
     assert ours[0]["loss"] != other[0]["loss"]
 
 
-def interrupting(after_rows: int) -> Callable:
-    """A `simulate` that Ctrl-C ends after so many rows of all runs together."""
-    simulate, seen = fed.simulation.simulate.simulate, []
-
-    def stop(*arguments: object, resume: bool = False) -> object:
-        *settings, on_round, on_event = arguments
-
-        def watch(row: dict) -> None:
-            on_round(row)
-            seen.append(row)
-            if len(seen) == after_rows:
-                raise KeyboardInterrupt
-
-        return simulate(*settings, watch, on_event, resume=resume)
-
-    return stop
-
-
 def test_an_interrupted_comparison_goes_on_to_the_same_files(
     whole: Path, tmp_path: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("fed.simulation.simulate.simulate", interrupting(5))
+        patched.setattr("fed.simulation.simulate.simulate", failing(KeyboardInterrupt(), 5))
         outcome = fed_cli(*ASKED, "--out", str(out))
     assert outcome.status == 130
     assert outcome.err == (
@@ -109,7 +90,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
 def test_a_finished_comparison_plays_nothing_again_and_takes_more_seeds(
     whole: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fed.simulation.simulate.simulate", interrupting(1))
+    monkeypatch.setattr("fed.simulation.simulate.simulate", failing(KeyboardInterrupt(), 1))
     outcome = fed_cli(*ASKED, "--out", str(whole))
     assert (outcome.status, outcome.err) == (0, "")
     assert "4 of 4 runs are finished already" in outcome.out

@@ -146,17 +146,6 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
         torch.testing.assert_close(dict(stands.server.base_delta), dict(wanted.server.base_delta), **tolerance)
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What torch traces, which then runs as it was traced instead of compiled."""
-    graphs: list[Any] = []
-    monkeypatch.setattr(
-        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    torch.compiler.reset()
-    return graphs
-
-
 # torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("method", ["fed-plora", "flora", "hetlora", "fedsa-lora"])

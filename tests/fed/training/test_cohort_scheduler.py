@@ -173,21 +173,15 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Any] = []
-    # Tracing is what is counted; a graph runs as it was traced.
-    monkeypatch.setattr(
-        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    torch.compiler.reset()
+def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, traced: list[object]) -> None:
     places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
     config = make_config(**SIX, execution="cohort", clients_per_pass=3, cohort_compile=True, measure={"memory": False})
     cohorts, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     found = cohorts.train([jobs[place] for place in places[:3]])
-    begun = len(graphs)
+    begun = len(traced)
     assert begun > 0
     found += cohorts.train([jobs[place] for place in places[3:]])
-    assert len(graphs) == begun
+    assert len(traced) == begun
     plain = make_config(**SIX, execution="cohort", clients_per_pass=3, measure={"memory": False})
     jobs = jobs_of(shared, plain)
     expected = CohortScheduler(shared, plain, pytest.fail).train([jobs[place] for place in places])

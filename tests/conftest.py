@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from plora_kernels.tuning.lookup import forget_tables
+from tests.support.notes import note_calls
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -52,6 +53,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_group_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no group have a weight of its own, so that small layers too are this library's operators, not torch's."""
+    from plora_kernels.fallback import grouped_products
+
+    monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: False)
+
+
+@pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what `torch.empty` and `empty_like` return with NaN, so that an element nobody writes shows."""
     for name in ("empty", "empty_like"):
@@ -68,14 +77,5 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that receives the number of projections of every joint forward."""
     from plora_kernels.nn import shared_input
-    from plora_kernels.ops import projections
 
-    counts: list[int] = []
-    real = projections.forward
-
-    def counted(x: torch.Tensor, operands: list, keep_s: bool) -> list:
-        counts.append(len(operands))
-        return real(x, operands, keep_s)
-
-    monkeypatch.setattr(shared_input, "forward", counted)
-    return counts
+    return note_calls(monkeypatch, shared_input, "forward", lambda x, operands, keep_s: len(operands))

@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 import plora_kernels as pk
+from tests.support.models import tiny_bert
 
 TARGETS = ["query", "key", "value", "dense"]
 HEAD = ["classifier"]
@@ -80,20 +81,10 @@ def train_all(training: Training) -> Curves:
 
 def make_model() -> BertForSequenceClassification:
     """Return a two-layer BERT classifier without dropout, always the same."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-    )
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BertForSequenceClassification(config)
+        return tiny_bert(labels=2, vocab_size=VOCABULARY, **sizes)
 
 
 def with_peft(model: nn.Module, training: Training) -> nn.Module:

@@ -57,8 +57,18 @@ def content(saved: Path) -> dict[str, Any]:
     return json.loads(saved.read_text(encoding="utf-8"))
 
 
-def configured(pytestconfig: pytest.Config, source: pytest.Config.ArgsSource, *, flag: bool) -> SimpleNamespace:
-    """Return what the root conftest makes of a command line with `tests` as its path."""
+@pytest.mark.parametrize(
+    ("source", "flag", "paths"),
+    [
+        (pytest.Config.ArgsSource.TESTPATHS, True, [str(ROOT / "bench")]),
+        (pytest.Config.ArgsSource.ARGS, True, ["tests"]),  # what is named stays
+        (pytest.Config.ArgsSource.TESTPATHS, False, ["tests"]),
+    ],
+)
+def test_the_flag_is_the_long_form(
+    source: pytest.Config.ArgsSource, flag: bool, paths: list[str], pytestconfig: pytest.Config
+) -> None:
+    """Of a command line with `tests` as its path."""
     config = SimpleNamespace(
         option=SimpleNamespace(benchmark_only=False),
         getoption=lambda name: flag and name == "benchmark",
@@ -67,25 +77,7 @@ def configured(pytestconfig: pytest.Config, source: pytest.Config.ArgsSource, *,
         rootpath=ROOT,
     )
     pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py")).pytest_configure(config)
-    return config
-
-
-def test_the_flag_is_the_long_form(pytestconfig: pytest.Config) -> None:
-    config = configured(pytestconfig, pytest.Config.ArgsSource.TESTPATHS, flag=True)
-    assert config.option.benchmark_only
-    assert config.args == [str(ROOT / "bench")]
-
-
-def test_explicit_paths_stay(pytestconfig: pytest.Config) -> None:
-    config = configured(pytestconfig, pytest.Config.ArgsSource.ARGS, flag=True)
-    assert config.option.benchmark_only
-    assert config.args == ["tests"]
-
-
-def test_without_the_flag_nothing_changes(pytestconfig: pytest.Config) -> None:
-    config = configured(pytestconfig, pytest.Config.ArgsSource.TESTPATHS, flag=False)
-    assert not config.option.benchmark_only
-    assert config.args == ["tests"]
+    assert (config.option.benchmark_only, config.args) == (flag, paths)
 
 
 def test_another_triton_than_the_one_asked_for_is_refused() -> None:

@@ -6,20 +6,15 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from bench.cases import OPS, Case, Op, Projection, several
+from bench.cases import OPS, Op
 from bench.checks.correctness import WrongResultError
 from bench.harness.timing import Plan
 from bench.measure import Measurement, measure
 from bench.providers.registry import provider_names
+from tests.bench.providers.test_registry import tiny
 
 PLAN = Plan(seconds_per_provider=0.0, min_rounds=3)
 CPU = torch.device("cpu")
-
-
-def tiny(op: Op) -> Case:
-    about_several = op in ("projections", "projections_forward", "fold_many")
-    projection = several("tiny", "q, k, v", 50, 29, 7, 11) if about_several else Projection("tiny", "query", 50, 29)
-    return Case(op, projection, 37, 5, "float32")
 
 
 @pytest.fixture

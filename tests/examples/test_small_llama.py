@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.small_llama import Recipe, app, make
 from fed.cli import run_app
 from fed.errors import FedError
-from tests.support.command_line import Outcome
+from tests.support.command_line import Call, outcome_of
+from tests.support.equality import assert_equal
 from tests.support.text_data import instructions, write_rows
 
 TEXTS = [f"the {animal} ate the {food} at noon" for animal in ("cat", "dog") for food in ("fish", "bone", "cake")] * 8
@@ -42,7 +42,7 @@ def test_the_same_recipe_makes_the_same_weights_and_another_seed_others(tmp_path
         make(TEXTS, Recipe(**{**vars(SMALL), "seed": seed, "steps": 2}), tmp_path / name)
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     first, again, other = weights
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_equal(first, again)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
@@ -55,16 +55,10 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def command(capsys: pytest.CaptureFixture[str]) -> Call:
     """Call the example's command line in this process."""
-
-    def call(*arguments: str) -> Outcome:
-        with pytest.raises(SystemExit) as exit_:
-            run_app(app, "python examples/small_llama.py", list(arguments))
-        captured = capsys.readouterr()
-        return Outcome(exit_.value.code or 0, captured.out, captured.err)
-
-    return call
+    program = "python examples/small_llama.py"
+    return lambda *arguments: outcome_of(lambda: run_app(app, program, list(arguments)), capsys)
 
 
 @pytest.fixture
@@ -77,7 +71,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_the_command_makes_a_model_of_a_folder_less_what_is_left_out(
-    tasks: Path, tmp_path: Path, command: Callable[..., Outcome]
+    tasks: Path, tmp_path: Path, command: Call
 ) -> None:
     out = tmp_path / "model"
     outcome = command(str(tasks), *SIZE, "--without", "task2", "--out", str(out))
@@ -101,7 +95,7 @@ def test_the_command_makes_a_model_of_a_folder_less_what_is_left_out(
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    options: tuple[str, ...], message: str, tasks: Path, tmp_path: Path, command: Callable[..., Outcome]
+    options: tuple[str, ...], message: str, tasks: Path, tmp_path: Path, command: Call
 ) -> None:
     outcome = command(str(tasks), *SIZE, *options, "--out", str(tmp_path / "model"))
     assert outcome.status == 2
@@ -110,7 +104,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"tasks"}
 
 
-def test_what_is_there_is_not_replaced(tasks: Path, tmp_path: Path, command: Callable[..., Outcome]) -> None:
+def test_what_is_there_is_not_replaced(tasks: Path, tmp_path: Path, command: Call) -> None:
     outcome = command(str(tasks), *SIZE, "--out", str(tmp_path))
     assert outcome.status == 2
     assert "which exists" in outcome.err

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from examples.small_llama import Recipe, make
-from tests.support.command_line import Outcome
-from tests.support.text_data import PROMPT, instructions
+from tests.support.command_line import Call, outcome_of
+from tests.support.text_data import PETS, PROMPT, instructions
+from tests.support.tiny_bert import make_tiny_bert
 
 
 @pytest.fixture
-def fed_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def fed_cli(capsys: pytest.CaptureFixture[str]) -> Call:
     """Call the command line in this process."""
+    from fed.cli import main
 
-    def call(*arguments: str) -> Outcome:
-        from fed.cli import main
+    return lambda *arguments: outcome_of(lambda: main(list(arguments)), capsys)
 
-        with pytest.raises(SystemExit) as exit_:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        return Outcome(exit_.value.code or 0, captured.out, captured.err)
 
-    return call
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    for module in ("comparison_figures", "html", "run_figures"):
+        patch.setattr(f"fed.report.{module}.sheet", lambda *panels, **options: b"no picture")
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out a run's pictures where nothing looks at them: drawing takes longer than these runs."""
-    for module in ("fed.report.html", "fed.report.run_figures"):
-        monkeypatch.setattr(f"{module}.sheet", lambda *panels, **options: b"no picture")
+    draw_nothing(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undrawn_throughout() -> Iterator[None]:
+    """Leave out the pictures of all runs of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        yield
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What torch traces, which then runs as it was traced instead of compiled."""
+    graphs: list[object] = []
+    monkeypatch.setattr(
+        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    torch.compiler.reset()
+    return graphs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +68,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLORA_KERNELS_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT that knows the words of PETS and the labels dog and cat."""
+    return make_tiny_bert(tmp_path_factory.mktemp("bert"), PETS, hidden=32, labels=("dog", "cat"))
 
 
 @pytest.fixture(scope="session")

@@ -12,35 +12,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-LEVELS = ("DEFAULT", "AVX2", "AVX512")  # of torch's own kernels; one above what a processor has would crash
-# By torch's level: what its kernels, MKL and oneDNN are told. MKL's second variable counts on Intel's processors alone.
+# What torch's kernels, oneDNN and MKL are told; MKL's second variable counts on Intel's processors alone.
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 SETTINGS = {
-    "DEFAULT": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "MKL_CBWR": "COMPATIBLE",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-    },
-    "AVX2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_CBWR": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    },
-    "AVX512": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_CBWR": "AVX512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-    },
+    "DEFAULT": ("default", "SSE41", "COMPATIBLE"),
+    "AVX2": ("avx2", "AVX2", "AVX2", "AVX2"),
+    "AVX512": ("avx512", "AVX512_CORE", "AVX512", "AVX512"),
 }
+LEVELS = tuple(SETTINGS)  # of torch's own kernels; one above what a processor has would crash
 PLACES = (
-    "test_bound.py",
-    "test_reference.py",
-    "test_folding.py",
-    "ops",
-    "fallback",
-    "nn/test_linear.py",
-    "nn/test_row_groups.py",
+    *("test_bound.py", "test_reference.py", "test_folding.py", "ops", "fallback"),
+    *("nn/test_linear.py", "nn/test_row_groups.py"),
 )
 # What the settings reach, printed by a process that runs under one.
 PROBE = """
@@ -63,7 +45,7 @@ def run_under(level: str, *arguments: str) -> str:
     """Return what Python prints under a setting, one thread; skip where torch has no kernels of that level here."""
     if LEVELS.index(level) > LEVELS.index(torch.backends.cpu.get_cpu_capability()):
         pytest.skip(f"no {level} here")
-    environment = os.environ | SETTINGS[level] | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | dict(zip(VARIABLES, SETTINGS[level], strict=False)) | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{level}: {done.stdout[-4000:]}\n{done.stderr[-2000:]}"
     return done.stdout

@@ -72,7 +72,6 @@ def test_a_backward_that_does_not_compile_is_made_by_torch(pretended: None, monk
     y = pk.plora_linear(x, weight, lora_A, lora_B)
     with pytest.warns(UserWarning, match="of the backward does not compile"):
         y.sum().backward()
-    assert lora_A.grad is not None
     torch.testing.assert_close(lora_A.grad, lora_B.sum(0)[:, None] * x.detach().sum(0))
 
 
@@ -95,8 +94,7 @@ def test_many_folds_are_each_done_once_whatever_compiles(pretended: None, monkey
     expected = [(w.double() + B.double() @ A.double()).to(w.dtype) for w, A, B in all_of_them]
     with pytest.warns(UserWarning, match="of many folds does not compile"):
         pk.fold_many_([pk.Fold(*tensors, []) for tensors in all_of_them])
-    for (weight, _, _), result in zip(all_of_them, expected, strict=True):
-        torch.testing.assert_close(weight, result)
+    torch.testing.assert_close([weight for weight, _, _ in all_of_them], expected)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from plora_kernels.fallback import linear as fallback
-from tests.plora_kernels.ops.test_numerics import TORCH_DTYPES, run
-from tests.support.numerics import NAMES, Problem, Product, Rounded, errors, make_problem, random_mask, running_sum
+from tests.plora_kernels.ops.test_numerics import TORCH_DTYPES
+from tests.support import numerics
+from tests.support.numerics import NAMES, Problem, Product, Rounded, errors, in_form, run, running_sum
 
 ROWS, K, N, RANK = 65, 130, 100, 16
+make_problem = partial(numerics.make_problem, device="cpu")
 
 
 def too_far(results: tuple[Tensor | None, ...], problem: Problem) -> set[str]:
@@ -58,10 +61,8 @@ def test_rounding_to_half_is_expected_where_numbers_are_kept() -> None:
 @pytest.mark.parametrize("form", [None, "folded", "frozen"])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_plain_torch_is_within_the_bound(dtype: torch.dtype, form: str | None, p: float) -> None:
-    mask = None if form is None else random_mask(RANK, seed=1)
-    problem = make_problem(
-        ROWS, K, N, RANK, dtype, mask=mask, unselected=form or "folded", dropout_p=p, scale=0.7, seed=1
-    )
+    options = in_form(form, RANK, seed=1, device="cpu")
+    problem = make_problem(ROWS, K, N, RANK, dtype, **options, dropout_p=p, scale=0.7, seed=1)
     plain = problem.reference_results(dtype)
     assert too_far(plain, problem) == set()
     if dtype.itemsize < 4:  # in fp32 a library's sums may be much better than running ones; here their order is nothing

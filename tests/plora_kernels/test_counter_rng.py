@@ -8,8 +8,8 @@ from torch import Tensor
 
 from plora_kernels.counter_rng import column_steps, element_bits, element_words, row_keys, seed_halves
 from tests.support.hashing import word_by_hand
+from tests.support.numerics import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.counter_rng import element_bits, round_stochastically
+from tests.support.equality import assert_equal
+from tests.support.notes import note_calls
+from tests.support.numerics import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 KERNEL_HALVES = HALVES if DEVICE == "cuda" else (torch.float16,)  # the interpreter has no bfloat16 products
 
@@ -99,8 +101,7 @@ def test_kernels_round_bit_for_bit_as_torch_does(
             for scale in (1.0, -(2.0**-9), 2.0**-18)
         ]
         results[name] += [pk.fold(weight, lora_A, lora_B, [], scale=0.25, rounding="stochastic", seed=1)]
-    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
-        assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+    assert_equal(*([folded.view(torch.int16) for folded in found] for found in results.values()))
 
 
 def test_stochastic_folds_are_reproducible_and_their_own_for_every_seed(each_backend: str) -> None:
@@ -191,9 +192,9 @@ def test_large_strides_take_wide_offsets(kernels: None) -> None:
 
 
 def test_opcheck(each_backend: str) -> None:
-    weight, lora_A, lora_B = (t.half() for t in factors())
     index = torch.tensor([3, 1, *[-1] * 14], dtype=torch.int32, device=DEVICE)
-    for seed in (None, 3):
+    for seed, dtype in ((None, torch.float32), (None, torch.float16), (3, torch.float16)):
+        weight, lora_A, lora_B = factors(dtype=dtype)
         torch.library.opcheck(torch.ops.plora.fold_.default, (weight, lora_A, lora_B, index, 0.5, seed))
         out = torch.zeros_like(weight)
         torch.library.opcheck(torch.ops.plora.fold.default, (weight, lora_A, lora_B, index, 0.5, seed, out))
@@ -209,8 +210,7 @@ def test_compile_traces_both_forms() -> None:
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     for selected in ((0, 3), (1,)):
         mask = _mask(5, *selected)
-        for ours, theirs in zip(compiled(weight, mask), run(weight, mask), strict=True):
-            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(compiled(weight, mask), run(weight, mask))
 
 
 def test_folding_counts_as_a_change_of_what_is_written() -> None:
@@ -249,8 +249,9 @@ def test_wrong_arguments_are_named() -> None:
             fold(weight, lora_A, lora_B, [], seed=3)
         with pytest.raises(pk.DTypeError, match=r"rounding is 'stochastic' and weight torch\.float32"):
             fold(weight.float(), lora_A.float(), lora_B.float(), [], rounding="stochastic", seed=3)
-        with pytest.raises(pk.ConfigError, match="sign is 2"):
-            fold(weight, lora_A, lora_B, [], sign=2)
+        for sign in (0, 2):
+            with pytest.raises(pk.ConfigError, match=f"sign is {sign}; 1 folds and -1 takes out again"):
+                fold(weight, lora_A, lora_B, [], sign=sign)
     with pytest.raises(pk.ShapeError, match=r"out is \(50, 29\); weight needs \(29, 50\)"):
         pk.fold(weight, lora_A, lora_B, [], out=weight.t())
     with pytest.raises(pk.DTypeError, match=r"out is torch\.float32, weight is torch\.float16"):
@@ -264,10 +265,8 @@ def test_wrong_arguments_are_named() -> None:
 def test_empty_weights_are_left_alone(each_backend: str) -> None:
     for n, k in ((0, 7), (7, 0)):
         weight = torch.empty(n, k, device=DEVICE)
-        assert pk.fold(weight, torch.empty(2, k, device=DEVICE), torch.empty(n, 2, device=DEVICE), []).shape == (
-            n,
-            k,
-        )
+        factors = torch.empty(2, k, device=DEVICE), torch.empty(n, 2, device=DEVICE)
+        assert pk.fold(weight, *factors, []).shape == (n, k)
 
 
 # ------------------------------------------------------------------------------------------------ many in one call
@@ -299,22 +298,16 @@ def many(dtype: torch.dtype, *, out: bool) -> list[pk.Fold]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_many_folds_are_the_single_ones(dtype: torch.dtype, out: bool, each_backend: str) -> None:
     folds = many(dtype, out=out)
-    rounding = {"rounding": "stochastic"} if dtype is torch.float16 else {}
-    expected = [
-        pk.fold(
-            one.weight,
-            one.lora_A,
-            one.lora_B,
-            one.selected,
-            scale=one.scale,
-            sign=one.sign,
-            **rounding,
-            **({"seed": 5 + position} if rounding else {}),
-        )
-        for position, one in enumerate(folds)
-    ]
+
+    def rounding(seed: int) -> dict[str, object]:
+        return {"rounding": "stochastic", "seed": seed} if dtype is torch.float16 else {}
+
+    expected = []
+    for position, one in enumerate(folds):
+        form = {"scale": one.scale, "sign": one.sign} | rounding(5 + position)
+        expected.append(pk.fold(one.weight, one.lora_A, one.lora_B, one.selected, **form))
     before = [one.weight.clone() for one in folds]
-    results = pk.fold_many_(folds, **rounding, **({"seed": 5} if rounding else {}))
+    results = pk.fold_many_(folds, **rounding(5))
     for one, result, weight, ours in zip(folds, results, before, expected, strict=True):
         assert result is (one.out if out else one.weight)
         assert torch.equal(result, ours)
@@ -326,14 +319,11 @@ def test_many_folds_are_the_single_ones(dtype: torch.dtype, out: bool, each_back
 def test_many_folds_of_one_kind_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     from plora_kernels.kernels import fold_many
 
-    launches: list[int] = []
-    launch = fold_many._launch
-    monkeypatch.setattr(fold_many, "_launch", lambda group, *rest: (launches.append(len(group)), launch(group, *rest)))
+    launches = note_calls(monkeypatch, fold_many, "_launch", lambda group, *rest: len(group))
     folds = [pk.Fold(*factors(32, 64, 16), [position % 16]) for position in range(40)]
     versions = [one.weight._version for one in folds]
     expected = [pk.fold(one.weight, one.lora_A, one.lora_B, one.selected) for one in folds]
-    for result, ours in zip(pk.fold_many_(folds), expected, strict=True):
-        assert torch.equal(result, ours)
+    assert_equal(pk.fold_many_(folds), expected)
     assert launches == [40]
     assert all(one.weight._version > version for one, version in zip(folds, versions, strict=True))
     monkeypatch.setattr(fold_many, "MOST_LAYERS", 16)
@@ -356,8 +346,7 @@ def test_compile_traces_many_folds() -> None:
         return pk.fold_many_([pk.Fold(weight.clone(), *rest, selected) for (weight, *rest), selected in chosen])
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(compiled(_mask(5, 0)), run(_mask(5, 0)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(compiled(_mask(5, 0)), run(_mask(5, 0)))
 
 
 def test_nothing_is_written_when_one_of_many_is_wrong(each_backend: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import plora_kernels as pk
+from tests.support.models import adapted
 
 
 class Attention(nn.Module):
@@ -26,25 +27,9 @@ def make(fused: bool, dtype: torch.dtype = torch.float64) -> tuple[Attention, pk
     """Return the projections with adapters of their own ranks and scales; the same each time, fused or not."""
     torch.manual_seed(0)
     model = Attention().to(dtype)
-    config = pk.PLoRAConfig(
-        rank=4,
-        alpha=3.0,
-        target_modules=NAMES,
-        rank_pattern={"k_proj": 2, "v_proj": 5},
-        alpha_pattern={"v_proj": 8.0},
-        fuse_projections=fused,
-    )
-    handle = pk.inject(model, config)
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
-    return model, handle
+    patterns = {"rank_pattern": {"k_proj": 2, "v_proj": 5}, "alpha_pattern": {"v_proj": 8.0}}
+    return model, adapted(model, NAMES, alpha=3.0, fuse_projections=fused, **patterns)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def assert_same(fused: list[Tensor], separate: list[Tensor]) -> None:
-    assert len(fused) == len(separate)
-    for a, b in zip(fused, separate, strict=True):
-        torch.testing.assert_close(a, b)

@@ -12,15 +12,14 @@ from torch import Tensor
 
 import plora_kernels as pk
 from tests.support.numerics import (
-    NAMES,
+    DEVICE,
     Problem,
-    assert_within_bound,
+    differentiated,
     make_problem,
     random_mask,
     variance_of_rows_sum,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Shares of the modules that are selected (None: all), and the form.
 FORMS = [(None, "folded"), (0.4, "folded"), (0.4, "frozen"), (0.0, "folded"), (0.0, "frozen")]
 
@@ -51,16 +50,10 @@ class GroupedProblem:
     def form(self) -> dict[str, Any]:
         """Return the operator's other arguments."""
         first = self.problems[0]
-        masks = [problem.mask for problem in self.problems]
-        form = {"bias": first.bias, "scale": self.scale, "unselected": first.unselected, "groups": self.bounds}
-        form["selected"] = None if first.mask is None else torch.stack(masks)  # type: ignore[arg-type]
-        return form | {"dropout_p": first.dropout_p, "dropout_seed": [p.dropout_seed for p in self.problems]}
-
-    def form_of(self, group: int) -> dict[str, Any]:
-        """Return the arguments of a call on one group alone."""
-        p = self.problems[group]
-        form = {"bias": p.bias, "scale": p.scale, "unselected": p.unselected, "selected": p.mask}
-        return form | {"dropout_p": p.dropout_p, "dropout_seed": p.dropout_seed}
+        form = {"groups": self.bounds, "scale": self.scale, "dropout_seed": [p.dropout_seed for p in self.problems]}
+        if first.mask is not None:
+            form["selected"] = torch.stack([problem.mask for problem in self.problems])
+        return first.form() | form
 
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference computed in `dtype`, a group at a time."""
@@ -87,12 +80,12 @@ def draw_grouped(
     bias: bool = True,
     dropout_p: float = 0.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> GroupedProblem:
     """Draw groups of `sizes` rows; each selects about `share` of its modules (None: all)."""
     problems: list[Problem] = []
     for g, rows in enumerate(sizes):
-        mask = None if share is None else random_mask(rank, 100 * seed + g, share).to(device)
+        mask = None if share is None else random_mask(rank, 100 * seed + g, share, device)
         own = scale if isinstance(scale, float) else scale[g]
         options = {"unselected": unselected, "scale": own, "bias": bias, "dropout_p": dropout_p, "device": device}
         problem = make_problem(rows, k, n, rank, dtype, mask=mask, seed=100 * seed + g, **options)
@@ -102,45 +95,14 @@ def draw_grouped(
     return GroupedProblem(problems, scale)
 
 
-def run_groups(problem: GroupedProblem, **changes: object) -> tuple[Tensor, ...]:
-    """Return y, dx, dA, dB, dbias of the operator."""
-    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
-    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
-    x, lora_A, lora_B = leaves
-    y = pk.plora_linear(x, problem.weight, lora_A, lora_B, **problem.form() | {"bias": bias} | changes)
-    y.backward(problem.dy)
-    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
-
-
 def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
     """Return the same by one call a group."""
-    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
-    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
-    x, lora_A, lora_B = leaves
-    parts = []
-    for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
-        form = problem.form_of(g) | {"bias": bias}
-        parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
-    y = torch.cat(parts)
-    y.backward(problem.dy)
-    return y.detach(), x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad
 
+    def apart(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
+        parts = []
+        for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
+            form = problem.problems[g].form() | {"bias": bias}
+            parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
+        return torch.cat(parts)
 
-def check_groups(problem: GroupedProblem) -> None:
-    """Hold the operator's results to the reference's."""
-    exact, variances = problem.reference_results(torch.float64), problem.variances()
-    for name, result, truth, variance in zip(NAMES, run_groups(problem), exact, variances, strict=True):
-        if result is not None:
-            assert_within_bound(result, truth, variance, name)
-
-
-GROUPS = [0, 6, 6, 15]
-
-
-def inputs(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tuple[Tensor, ...]:
-    """Return x (3, 5, 7), weight (6, 7), lora_A (3, 4, 7), lora_B (3, 6, 4), bias (6,)."""
-    shapes = ((3, 5, 7), (6, 7), (3, 4, 7), (3, 6, 4), (6,))
-    x, weight, lora_A, lora_B, bias = (torch.randn(s, dtype=dtype) for s in shapes)
-    for tensor in (x, lora_A, lora_B, bias):
-        tensor.requires_grad_(requires_grad)
-    return x, weight, lora_A, lora_B, bias
+    return differentiated(problem, apart)

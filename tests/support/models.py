@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -11,35 +12,22 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import plora_kernels as pk
 
-def tiny_bert(labels: int = 3) -> BertForSequenceClassification:
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+
+
+def tiny_bert(labels: int = 3, **sizes: int) -> BertForSequenceClassification:
     """Return a two-layer BERT classifier without dropout."""
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        num_labels=labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config).eval()
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {**SIZES, "num_attention_heads": 2, "max_position_embeddings": 40, **sizes}
+    return BertForSequenceClassification(BertConfig(num_labels=labels, **without_dropout, **sizes)).eval()
 
 
 def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
     """Return a two-layer Llama."""
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **heads, **SIZES)).eval()
 
 
 def tiny_distilbert() -> DistilBertForSequenceClassification:
@@ -48,3 +36,11 @@ def tiny_distilbert() -> DistilBertForSequenceClassification:
         vocab_size=60, dim=32, n_layers=1, n_heads=2, hidden_dim=48, max_position_embeddings=40, num_labels=3
     )
     return DistilBertForSequenceClassification(config).eval()
+
+
+def adapted(model: nn.Module, targets: object, rank: int = 4, std: float = 1.0, **options: object) -> pk.Injected:
+    """Put adapters into a model that all do something: B is drawn as well."""
+    handle = pk.inject(model, pk.PLoRAConfig(rank=rank, target_modules=targets, **options))
+    for layer in handle.layers.values():
+        nn.init.normal_(layer.lora_B, std=std)
+    return handle

@@ -10,16 +10,18 @@ result may be. In fp32 products whose terms are added one by one come near it; s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.counter_rng import multiplier
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 # Standard deviations that a normal error exceeds once in 1.7 million draws: a run holds some ten thousand results.
 FAR = 5.0
@@ -162,6 +164,11 @@ class Problem:
     dropout_p: float = 0.0
     dropout_seed: int = 0
 
+    def form(self) -> dict[str, Any]:
+        """Return the operator's arguments besides what is multiplied."""
+        form = {"selected": self.mask, "bias": self.bias, "scale": self.scale, "unselected": self.unselected}
+        return form | {"dropout_p": self.dropout_p, "dropout_seed": self.dropout_seed}
+
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference computed in `dtype`."""
         x, weight, lora_A, lora_B, dy = (t.to(dtype) for t in (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
@@ -247,6 +254,36 @@ def variance_of_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tenso
     return low.plus(Rounded.of(weight)).to(dtype).variance
 
 
+def run(problem: Any, **changes: object) -> tuple[Tensor | None, ...]:
+    """Return y, dx, dA, dB, dbias of the operator, for a `Problem` or a `GroupedProblem`."""
+    form = problem.form() | changes
+    return differentiated(
+        problem, lambda x, *AB, bias: pk.plora_linear(x, problem.weight, *AB, **form | {"bias": bias})
+    )
+
+
+def differentiated(problem: Any, layer: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    """Return y of a layer of x, lora_A, lora_B and bias, and the gradients of all four for the problem's dy."""
+    given = (problem.x, problem.lora_A, problem.lora_B, problem.bias)
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given]
+    y = layer(*leaves[:3], bias=leaves[3])
+    y.backward(problem.dy)
+    return y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)
+
+
+def hold(results: Sequence[Tensor | None], problem: Any) -> None:
+    """Hold y, dx, dA, dB, dbias, those of them that there are, to the bound."""
+    exact, variances = problem.reference_results(torch.float64), problem.variances()
+    for name, result, truth, variance in zip(NAMES, results, exact, variances, strict=True):
+        if result is not None:
+            assert_within_bound(result, truth, variance, name)
+
+
+def check(problem: Any) -> None:
+    """Hold the operator's results to the bound."""
+    hold(run(problem), problem)
+
+
 def make_problem(
     rows: int,
     k: int,
@@ -260,7 +297,7 @@ def make_problem(
     bias: bool = True,
     dropout_p: float = 0.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> Problem:
     """Draw a problem whose outputs are of order one."""
     generator = torch.Generator().manual_seed(seed)
@@ -284,6 +321,11 @@ def make_problem(
     )
 
 
-def random_mask(rank: int, seed: int, share: float = 0.5) -> Tensor:
+def random_mask(rank: int, seed: int, share: float = 0.5, device: str = DEVICE) -> Tensor:
     """Return a mask (R,) that selects about `share` of the modules."""
-    return torch.rand(rank, generator=torch.Generator().manual_seed(seed)) < share
+    return (torch.rand(rank, generator=torch.Generator().manual_seed(seed)) < share).to(device)
+
+
+def in_form(form: str | None, rank: int, seed: int, device: str = DEVICE) -> dict[str, Any]:
+    """Return options of a problem: all modules are selected (None), or half of them, the others folded or frozen."""
+    return {"mask": None if form is None else random_mask(rank, seed, device=device), "unselected": form or "folded"}

@@ -1,21 +1,16 @@
 """A BERT-style checkpoint made here, with no download: random weights, a WordPiece vocabulary of the task's own text.
 
-    python -m tests.support.tiny_bert FILE.jsonl TEXT_COLUMN DIRECTORY
-
 It shows that a run takes any local transformers checkpoint; what it has learnt, the run taught it.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
 MAX_LENGTH = 128
 
@@ -54,10 +49,3 @@ def make_tiny_bert(
         )
     model.save_pretrained(directory)
     return directory
-
-
-if __name__ == "__main__":
-    source, column, target = sys.argv[1:]
-    disable_progress_bar()
-    rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-    print(make_tiny_bert(Path(target), [row[column] for row in rows]))

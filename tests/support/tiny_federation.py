@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, Split
+from fed.models.shared_model import SharedModel
+from fed.seeding import ClientRandom
+from fed.simulation.rounds import Federation
+from fed.training.local import Job
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
 
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
@@ -98,6 +103,14 @@ def make_data(seed: int = 0, sizes: tuple[int, ...] = (9, 2, 14, 5), test_size: 
     return FederatedData(tuple(clients), test, pretrain=None, undisturbed=None, label_names=names)
 
 
+def jobs_of(shared: SharedModel, config: Any, data: FederatedData, number: int = 1) -> list[Job]:
+    """What every client has to do in a round of this number."""
+    federation = Federation(config, data, shared, print)
+    state = federation.beginning()
+    state = replace(state, server=replace(state.server, round=number - 1))
+    return [federation.job(state, client, ClientRandom(config.seed, number, client.id)) for client in state.clients]
+
+
 def everything(split: Split) -> dict[str, Tensor]:
     """All of a split's rows as one batch."""
     return split.batch(torch.arange(len(split)))
@@ -112,10 +125,18 @@ def make_factors(rank: int, seed: int, shapes: dict[str, tuple[int, int]]) -> di
     }
 
 
-def make_server(rank: int = 6, seed: int = 0, unselected: str = "folded") -> ServerState:
-    """A server with two matrices of odd shapes and a head."""
-    factors = make_factors(rank, seed, {"left": (5, 3), "right": (2, 7)})
+def make_server(rank: int = 6, unselected: str = "folded", fresh: bool = False) -> ServerState:
+    """A server with two matrices of odd shapes and a head; `fresh` with B = 0, where every run begins."""
+    factors = make_factors(rank, 0, {"left": (5, 3), "right": (2, 7)})
+    if fresh:
+        factors = {matrix: (A, torch.zeros_like(B)) for matrix, (A, B) in factors.items()}
     return ServerState(Adapter(factors, 0.5, unselected), {"head.weight": torch.ones(3, 2)})
+
+
+def update_of(number: int, A: list[list[float]], B: list[list[float]], weight: float, **changes: Any) -> ClientUpdate:
+    """What a client sends of one matrix m: by default the first of its modules, as many as it has, and no head."""
+    client, factors = Client(number, len(A), n_samples=1), {"m": (torch.tensor(A), torch.tensor(B))}
+    return replace(ClientUpdate(client, factors, {"m": tuple(range(len(A)))}, {}, weight, 1, 0.0), **changes)
 
 
 def make_update(start: ClientStart, client: Client, seed: int, weight: float = 1.0) -> ClientUpdate:

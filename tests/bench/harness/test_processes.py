@@ -47,11 +47,7 @@ def test_what_is_not_done_at_the_end_is_stopped_and_left() -> None:
 def test_a_failure_a_death_and_a_hang_cost_one_item_each() -> None:
     items = ["a", "fail", "die", "hang", "b", "c"]
     found = dict(outcomes(act, items, workers=2, seconds_each=2.0))
-    assert {position: outcome.value for position, outcome in found.items() if outcome.error is None} == {
-        0: "A",
-        4: "B",
-        5: "C",
-    }
+    assert {place: outcome.value for place, outcome in found.items() if not outcome.error} == {0: "A", 4: "B", 5: "C"}
     assert found[1] == FAILED
     assert found[2].error == "its process ended with status 7"
     assert found[3].error == "not done after 2 s; its process was stopped"

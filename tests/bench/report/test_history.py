@@ -85,17 +85,8 @@ def test_devices_do_not_mix(history: Path, tmp_path: Path) -> None:
 
 def test_a_device_s_records_are_kept_too(tmp_path: Path) -> None:
     meta = {"device_name": "A GPU", "versions": {"torch": "2.11"}, "commit": "d" * 40, "date": "2026-02-01T00:00:00"}
-    facts = {
-        "op": "forward",
-        "model": "tiny",
-        "projection": "query",
-        "m": 1,
-        "k": 2,
-        "n": 3,
-        "r": 4,
-        "dtype": "bfloat16",
-        "provider": "fused",
-    }
+    facts = {"op": "forward", "model": "tiny", "projection": "query", "dtype": "bfloat16", "provider": "fused"}
+    facts |= {"m": 1, "k": 2, "n": 3, "r": 4}
     timed = blank(**facts, time_ms=1.0, ratio_to_base=1.25, ratio_to_peft=None, status="timed")
     wrong = blank(**facts | {"r": 8}, status="wrong")
     open_records(tmp_path / "a-gpu.json", meta, fresh=True).add([timed, wrong])

@@ -227,6 +227,5 @@ def test_a_candidate_that_ends_its_process_at_full_size_is_dropped_and_the_other
     tuning = tuner.Tuning(CPU, CPU_ALONE, (), log, 9, 0.0, float("inf"), float("inf"), 1.0)
     dropped: dict = {}
     found = tuner._time(tuning, FOLD, known, dropped, Timer())  # type: ignore[arg-type]
-    assert found is not None
     assert [timed.blocks for timed in found] == [known[0], known[2]]
     assert dropped == {known[1]: "its process ended"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fed import config as configuration
 from fed.data.federated_data import load as load_data
 from fed.simulation.evaluation import evaluate
+from tests.support.command_line import Call, assert_refused, rows_of
 from tests.support.text_data import instructions, write_rows
 
 ANSWERED = ("accuracy", "rouge_1", "rouge_l")
@@ -52,13 +51,9 @@ def animals(tmp_path: Path, llama: Path) -> tuple[str, ...]:
     return ("run", str(tmp_path / "my.toml"), "--no-centralised", "--set", *settings, "--out")
 
 
-def rows_of(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_a_language_model_learns_to_answer_and_its_adapter_loads_with_plain_peft(
-    animals: tuple[str, ...], tmp_path: Path, fed_cli: Callable
+    animals: tuple[str, ...], tmp_path: Path, fed_cli: Call
 ) -> None:
     out = tmp_path / "out"
     outcome = fed_cli(*animals, str(out))
@@ -81,7 +76,7 @@ def test_a_language_model_learns_to_answer_and_its_adapter_loads_with_plain_peft
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_a_person_should_know_of_the_data_is_a_warning_each(
-    animals: tuple[str, ...], tmp_path: Path, fed_cli: Callable
+    animals: tuple[str, ...], tmp_path: Path, fed_cli: Call
 ) -> None:
     short = ("rounds=1", "train.local_steps=1", "data.max_length=12")
     assert fed_cli(*animals, str(tmp_path / "one"), *short).err == (
@@ -96,10 +91,7 @@ def test_what_a_person_should_know_of_the_data_is_a_warning_each(
 
 
 BAD = {
-    "no column to go by": (
-        "data.partition_by=kind",
-        r"line 1: data.partition_by is 'kind'; the columns there are",
-    ),
+    "no column to go by": ("data.partition_by=kind", r"line 1: data.partition_by is 'kind'; the columns there are"),
     "too many clients": ("clients.count=4", r"clients.count is 4: 'category' has 3 values, and a natural client"),
     "no prompt": ("data.prompt=Say it", r"data.prompt is 'Say it': it should name a column in braces"),
     "no answer column": ("data.output=answer", r"line 1: data.output is 'answer'; the columns there are category"),
@@ -111,17 +103,11 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_bad_instructions_are_one_line_and_leave_nothing(
-    change: str,
-    message: str,
-    animals: tuple[str, ...],
-    tmp_path: Path,
-    fed_cli: Callable,
+    change: str, message: str, animals: tuple[str, ...], tmp_path: Path, fed_cli: Call,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numbers.csv").write_text("category,instruction,input,output\n" + "c,Add.,1,2\n" * 20)
     outcome = fed_cli(*animals, "out", change)
-    assert outcome.status == 2
-    assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
-    assert re.search(message, outcome.err), outcome.err
+    assert_refused(outcome, message)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,6 @@ from fed.data.federated_data import load as load_data
 from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
 from tests.support.text_data import PETS, instruction_config, instructions, text_config, write_rows
-from tests.support.tiny_bert import make_tiny_bert
 from tests.support.tiny_federation import everything
 
 
@@ -91,11 +90,6 @@ def test_so_many_rows_are_drawn_as_are_asked_for(digits: FederatedData) -> None:
     assert set(rows_of(*few.clients)) <= set(rows_of(*digits.clients))
     other = load_data(load("digits", ["data.train_rows=100", "clients.count=10", "seed=1"]))
     assert rows_of(*other.clients) != rows_of(*few.clients)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_bert(tmp_path_factory.mktemp("bert"), PETS, hidden=32, layers=1, labels=("dog", "cat"))
 
 
 def test_jsonl_becomes_tokens_of_the_checkpoints_own_tokenizer(tmp_path: Path, bert: Path) -> None:

@@ -18,14 +18,8 @@ from fed.data.text_tables import fill_in, instruction_table, make_labels
 from fed.data.tokenization import instruction_tokens, text_tokens
 from fed.errors import FedError
 from tests.support.text_data import PETS, PROMPT, instruction_config, text_config
-from tests.support.tiny_bert import make_tiny_bert
 
 KNOWN = ("dog", "cat")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_bert(tmp_path_factory.mktemp("bert"), PETS, hidden=32, layers=1, labels=KNOWN)
 
 
 def rows_of(*rows: dict[str, Any], **more: Any) -> Rows:

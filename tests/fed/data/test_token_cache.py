@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,29 +52,23 @@ def test_other_settings_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def no_tensors(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-def one_token_changed(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-
-
 def of_other_settings(path: Path) -> None:
     save_file(load_file(path), path, {"key": json.dumps({"what": "other"}), "content": "?"})
 
 
-@pytest.mark.parametrize("damage", [no_tensors, half, one_token_changed, of_other_settings])
-def test_a_damaged_file_is_made_anew_with_one_line(damage: Callable[[Path], None], tmp_path: Path) -> None:
+DAMAGES = {
+    "no tensors": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "one token changed": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "of other settings": of_other_settings,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_anew_with_one_line(damage: str, tmp_path: Path) -> None:
     make = Maker()
     make.ask(tmp_path)
-    damage(only_file(tmp_path))
+    DAMAGES[damage](only_file(tmp_path))
     assert make.ask(tmp_path)["tokens"].tolist() == list(range(6))
     assert make.calls == 2
     (line,) = make.said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -14,20 +13,14 @@ from safetensors.torch import load_file
 from fed.cli import main
 from fed.experiments.initialisation_noise import Start, measure
 from fed.report.write import initialisation_markdown
-from tests.support.command_line import Outcome
+from tests.support.command_line import Call, assert_refused
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ("rounds=2", "clients.count=4", "clients.per_round=4", "model.pretrain_steps=20", "checkpoint_every=0")
 RANKS = (2, 4, 8, 16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def undrawn() -> object:
-    """Nothing here looks at pictures."""
-    with pytest.MonkeyPatch.context() as patched:
-        for module in ("fed.report.html", "fed.report.run_figures"):
-            patched.setattr(f"{module}.sheet", lambda *panels, **options: b"no picture")
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn_throughout")
 
 
 def play(out: Path, *settings: str) -> Path:
@@ -73,7 +66,7 @@ def test_fed_plora_starts_at_the_server_to_rounding(found: dict[tuple[str, str],
     assert coarse.noise / exact.noise == pytest.approx(2.0**16, rel=0.5)
 
 
-def test_the_command_prints_the_figures_and_leaves_them(played: Path, fed_cli: Callable[..., Outcome]) -> None:
+def test_the_command_prints_the_figures_and_leaves_them(played: Path, fed_cli: Call) -> None:
     outcome = fed_cli("noise", str(played))
     assert (outcome.status, outcome.err) == (0, "")
     assert "Fed-PLoRA, frozen" in outcome.out
@@ -84,14 +77,11 @@ def test_the_command_prints_the_figures_and_leaves_them(played: Path, fed_cli: C
     assert "| Fed-PLoRA, frozen | 0 | 0 | 0 | 0 |" in initialisation_markdown(facts)
 
 
-def test_what_has_no_such_state_is_refused(tmp_path: Path, fed_cli: Callable[..., Outcome]) -> None:
-    outcome = fed_cli("noise", str(tmp_path))
-    assert outcome.status == 2
-    assert "is not a run's directory" in outcome.err
+def test_what_has_no_such_state_is_refused(tmp_path: Path, fed_cli: Call) -> None:
+    assert_refused(fed_cli("noise", str(tmp_path)), "is not a run's directory")
     folding = play(tmp_path / "flora", "method=flora", "rounds=1")
-    outcome = fed_cli("noise", str(folding))
-    assert outcome.status == 2
-    assert "is a run of FLoRA, whose update is not in R modules; a run of 'fed-plora' would be right" in outcome.err
+    message = "is a run of FLoRA, whose update is not in R modules; a run of 'fed-plora' would be right"
+    assert_refused(fed_cli("noise", str(folding)), message)
 
 
 def test_the_committed_table_is_the_committed_result() -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from fed.cli import main
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.runner import SharedInputs, check
-from tests.support.command_line import Outcome, rows_of, without_times
+from tests.support.command_line import Call, assert_refused, failing, rows_of, without_times
 from tests.support.text_data import PROMPT, instructions, write_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,13 +29,7 @@ ASKED = ("compare", "digits", "--methods", "fed-plora,fedit", "--seeds", "0,1", 
 CELLS = [f"runs/{name}/seed-{seed}" for seed in (0, 1) for name in ("fed-plora", "fedit")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def undrawn() -> Iterator[None]:
-    """Nothing here looks at pictures, and drawing them takes longer than these runs."""
-    with pytest.MonkeyPatch.context() as patched:
-        for module in ("fed.report.comparison_figures", "fed.report.html", "fed.report.run_figures"):
-            patched.setattr(f"{module}.sheet", lambda *panels, **options: b"no picture")
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn_throughout")
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +63,12 @@ def test_methods_of_a_seed_share_the_base_and_begin_alike(whole: Path) -> None:
     assert ours[0]["loss"] != other[0]["loss"]
 
 
-def interrupting(after_rows: int) -> Callable:
-    """A `simulate` that Ctrl-C ends after so many rows of all runs together."""
-    simulate, seen = fed.simulation.simulate.simulate, []
-
-    def stop(*arguments: object, resume: bool = False) -> object:
-        *settings, on_round, on_event = arguments
-
-        def watch(row: dict) -> None:
-            on_round(row)
-            seen.append(row)
-            if len(seen) == after_rows:
-                raise KeyboardInterrupt
-
-        return simulate(*settings, watch, on_event, resume=resume)
-
-    return stop
-
-
 def test_an_interrupted_comparison_goes_on_to_the_same_files(
-    whole: Path, tmp_path: Path, fed_cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr("fed.experiments.run.simulate", interrupting(5))
+        patched.setattr("fed.experiments.run.simulate", failing(KeyboardInterrupt(), 5))
         outcome = fed_cli(*ASKED, "--out", str(out))
     assert outcome.status == 130
     assert outcome.err == (
@@ -113,9 +88,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_files(
 
 
 def test_a_finished_comparison_plays_nothing_again_and_takes_more_seeds(
-    whole: Path, fed_cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    whole: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fed.experiments.run.simulate", interrupting(1))
+    monkeypatch.setattr("fed.experiments.run.simulate", failing(KeyboardInterrupt(), 1))
     outcome = fed_cli(*ASKED, "--out", str(whole))
     assert (outcome.status, outcome.err) == (0, "")
     assert "4 of 4 runs are finished already" in outcome.out
@@ -124,16 +99,12 @@ def test_a_finished_comparison_plays_nothing_again_and_takes_more_seeds(
     assert fed_cli(*ASKED, "--out", str(whole)).status == 0
 
 
-def refused(outcome: Outcome, message: str) -> None:
-    assert outcome.status == 2
-    assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
-    assert re.search(message, outcome.err), outcome.err
-
-
-def test_a_comparison_of_other_settings_is_refused_and_left_alone(whole: Path, fed_cli: Callable[..., Outcome]) -> None:
+def test_a_comparison_of_other_settings_is_refused_and_left_alone(whole: Path, fed_cli: Call) -> None:
     before = (whole / "comparison.toml").read_bytes()
     outcome = fed_cli(*ASKED, "train.learning_rate=0.5", "--out", str(whole))
-    refused(outcome, r"holds a comparison of other settings \(.*train.learning_rate = 0.002 there, 0.5 here\); give")
+    assert_refused(
+        outcome, r"holds a comparison of other settings \(.*train.learning_rate = 0.002 there, 0.5 here\); give"
+    )
     assert (whole / "comparison.toml").read_bytes() == before
 
 
@@ -149,20 +120,20 @@ def test_a_comparison_of_other_settings_is_refused_and_left_alone(whole: Path, f
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, fed_cli: Callable[..., Outcome]
+    arguments: tuple[str, ...], message: str, tmp_path: Path, fed_cli: Call
 ) -> None:
-    refused(fed_cli("compare", "digits", "--out", str(tmp_path / "deep" / "out"), *arguments), message)
+    assert_refused(fed_cli("compare", "digits", "--out", str(tmp_path / "deep" / "out"), *arguments), message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_is_no_comparison_is_left_alone(tmp_path: Path, fed_cli: Callable[..., Outcome]) -> None:
+def test_a_directory_that_is_no_comparison_is_left_alone(tmp_path: Path, fed_cli: Call) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    refused(fed_cli(*ASKED, "--out", str(tmp_path)), "which exists and is no comparison; give another name")
+    assert_refused(fed_cli(*ASKED, "--out", str(tmp_path)), "which exists and is no comparison; give another name")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_run_that_cannot_be_played_is_named_and_the_others_stay(
-    tmp_path: Path, fed_cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulate = fed.simulation.simulate.simulate
 
@@ -194,9 +165,7 @@ def test_what_there_is_to_say_of_the_data_is_said_once(tmp_path: Path, llama: Pa
 
 
 @pytest.mark.slow
-def test_runs_at_once_give_the_same_files_as_in_turn(
-    whole: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]
-) -> None:
+def test_runs_at_once_give_the_same_files_as_in_turn(whole: Path, tmp_path: Path, fed_cli: Call) -> None:
     out = tmp_path / "out"
     outcome = fed_cli(*ASKED, "--jobs", "2", "--out", str(out))
     assert (outcome.status, outcome.err) == (0, "")
@@ -205,9 +174,7 @@ def test_runs_at_once_give_the_same_files_as_in_turn(
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(
-    whole: Path, tmp_path: Path, fed_cli: Callable[..., Outcome]
-) -> None:
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(whole: Path, tmp_path: Path, fed_cli: Call) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fed", *ASKED, "--jobs", "2", "--out", str(out)]
     heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it

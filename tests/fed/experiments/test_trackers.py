@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 from fed.config import load
 from fed.errors import FedError
 from fed.experiments.trackers import require, scalars, tracking
-from tests.support.command_line import Outcome, rows_of
+from tests.support.command_line import Call, rows_of
 from tests.support.saved_runs import make_row
 
 ROWS = [make_row(0), make_row(1)]
@@ -31,7 +30,7 @@ def test_only_numbers_go_out() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_tensorboard_holds_what_the_rows_hold(tmp_path: Path, fed_cli: Callable[..., Outcome]) -> None:
+def test_tensorboard_holds_what_the_rows_hold(tmp_path: Path, fed_cli: Call) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,7 +116,7 @@ def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, **functions: object) ->
 
 
 def test_a_tracker_that_is_not_installed_names_the_extra(
-    tmp_path: Path, fed_cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fed.experiments.trackers.find_spec", lambda name: None)
     message = r"tracker 'mlflow' needs mlflow, which is not installed: pip install 'plora-kernels\[mlflow\]'"
@@ -130,7 +129,7 @@ def test_a_tracker_that_is_not_installed_names_the_extra(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_tracker_is_refused(fed_cli: Callable[..., Outcome]) -> None:
+def test_an_unknown_tracker_is_refused(fed_cli: Call) -> None:
     outcome = fed_cli("run", "digits", "--track", "tensorbord")
     assert outcome.status == 2
     assert "tracker[0] is 'tensorbord': it should be 'tensorboard', 'wandb' or 'mlflow'" in outcome.err

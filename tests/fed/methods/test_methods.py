@@ -15,14 +15,14 @@ from fed.errors import FedError
 from fed.seeding import ClientRandom
 from fed.types import Adapter, Client, ClientUpdate, ServerState
 from tests.support.dense import REFERENCES, held
-from tests.support.tiny_federation import make_server, make_update
+from tests.support.equality import assert_equal
+from tests.support.tiny_federation import make_server, make_update, update_of
 
 PLORA, FEDIT = methods.find("fed-plora"), methods.find("fedit")
 
 
-def tensors(state: ServerState) -> list[torch.Tensor]:
-    factors = [factor for pair in state.adapter.factors.values() for factor in pair]
-    return factors + list(state.head.values())
+def tensors(state: ServerState) -> list[object]:
+    return [state.adapter.factors, state.head]
 
 
 def updates_of(server: ServerState, ranks: list[int], method: methods.Method = PLORA) -> list[ClientUpdate]:
@@ -46,9 +46,7 @@ def matrices(state: ServerState) -> list[np.ndarray]:
 
 def after(name: str, rounds: int) -> ServerState:
     """A server some rounds after its start at B = 0."""
-    server, method = make_server(rank=6), methods.find(name)
-    zero = {matrix: (A, torch.zeros_like(B)) for matrix, (A, B) in server.adapter.factors.items()}
-    server = replace(server, adapter=replace(server.adapter, factors=zero))
+    server, method = make_server(rank=6, fresh=True), methods.find(name)
     for _ in range(rounds):
         server = method.aggregate(server, updates_of(server, ranks_for(name), method))
     return server
@@ -72,24 +70,9 @@ def test_fed_plora_aggregates_as_computed_by_hand() -> None:
     A = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     B = torch.tensor([[10.0, 20.0, 30.0]])
     server = ServerState(Adapter({"m": (A, B)}, scale=2.0), {"head.bias": torch.zeros(2)}, round=4)
-    first = ClientUpdate(
-        client=Client(0, rank=2, n_samples=1),
-        factors={"m": (torch.tensor([[5.0, 6.0], [4.0, 8.0]]), torch.tensor([[11.0, 12.0]]))},
-        selected={"m": (0, 1)},
-        head={"head.bias": torch.tensor([4.0, 0.0])},
-        weight=1.0,
-        steps=1,
-        loss=0.0,
-    )
-    second = ClientUpdate(
-        client=Client(1, rank=1, n_samples=3),
-        factors={"m": (torch.tensor([[8.0, 4.0]]), torch.tensor([[16.0]]))},
-        selected={"m": (1,)},
-        head={"head.bias": torch.tensor([0.0, 4.0])},
-        weight=3.0,
-        steps=1,
-        loss=0.0,
-    )
+    one_head, other_head = ({"head.bias": torch.tensor(bias)} for bias in ([4.0, 0.0], [0.0, 4.0]))
+    first = update_of(0, [[5.0, 6.0], [4.0, 8.0]], [[11.0, 12.0]], 1.0, head=one_head)
+    second = update_of(1, [[8.0, 4.0]], [[16.0]], 3.0, head=other_head, selected={"m": (1,)})
     state = PLORA.aggregate(server, [first, second])
     got_A, got_B = state.adapter.factors["m"]
     # Module 1: (1·[4, 8] + 3·[8, 4]) / 4 = [7, 5] and (1·12 + 3·16) / 4 = 15.
@@ -130,8 +113,7 @@ def test_with_every_rank_equal_to_r_fed_plora_is_fedit_bit_for_bit() -> None:
     server = make_server(rank=6)
     ours, theirs = (updates_of(server, [6] * 3, method) for method in (PLORA, FEDIT))
     assert [update.selected for update in ours] == [update.selected for update in theirs]
-    pairs = zip(tensors(PLORA.aggregate(server, ours)), tensors(FEDIT.aggregate(server, theirs)), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert_equal(tensors(PLORA.aggregate(server, ours)), tensors(FEDIT.aggregate(server, theirs)))
 
 
 def test_fedit_is_the_weighted_mean_of_the_factors() -> None:
@@ -152,12 +134,10 @@ def test_a_method_changes_nothing_it_is_given(name: str) -> None:
     sent = copy.deepcopy([update.factors for update in updates])
     method.aggregate(server, updates)
     assert server.round == 1
-    assert all(torch.equal(one, other) for one, other in zip(tensors(server), tensors(before), strict=True))
-    assert all(torch.equal(delta, before.base_delta[matrix]) for matrix, delta in server.base_delta.items())
-    assert all(torch.equal(counts, before.visits[matrix]) for matrix, counts in server.visits.items())
-    for update, factors in zip(updates, sent, strict=True):
-        for matrix, pair in factors.items():
-            assert all(map(torch.equal, update.factors[matrix], pair))
+    for name in ("base_delta", "visits", "head"):
+        assert_equal(getattr(server, name), getattr(before, name))
+    assert_equal(server.adapter.factors, before.adapter.factors)
+    assert_equal([update.factors for update in updates], sent)
 
 
 def test_fed_plora_starts_with_all_modules_and_trains_as_many_as_the_client_affords() -> None:

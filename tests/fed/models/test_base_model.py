@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fed.config import RunConfig, load, parse
+from fed.config import RunConfig, load
 from fed.data import pretrained
 from fed.data.federated_data import FederatedData
 from fed.data.federated_data import load as load_data
@@ -29,9 +30,8 @@ from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
 from fed.models import base_model
 from fed.simulation.evaluation import evaluate
-from tests.support.tiny_bert import make_tiny_bert
-
-TEXTS = ["a small cat", "a big dog", "the cat sat", "the dog ran"]
+from tests.support import text_data as texts
+from tests.support.notes import note_calls
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,7 @@ def test_one_step_of_central_training_is_enough(digits: FederatedData) -> None:
 def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(
     digits: FederatedData, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[float] = []
-    step = torch.optim.AdamW.step
-
-    def noted(optimizer: torch.optim.AdamW) -> None:
-        rates.append(optimizer.param_groups[0]["lr"])
-        step(optimizer)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    rates = note_calls(monkeypatch, torch.optim.AdamW, "step", lambda optimizer: optimizer.param_groups[0]["lr"])
     config = load("digits", [f"model.pretrain_steps={steps}", "model.pretrain_batch_size=2"])
     base_model.pretrain(base_model.build(config, digits), digits.pretrain, config)
     assert len(rates) == steps
@@ -100,20 +93,13 @@ def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def text_config(path: Path, **data: object) -> RunConfig:
-    table = {"model": {"path": str(path)}, "data": {"path": "rows.jsonl", "max_length": 16, **data}}
-    return parse(table, where="here")
+text_config = partial(texts.text_config, "rows.jsonl")
 
 
 def text_data(*names: str) -> FederatedData:
     tokens = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     split = Split.whole(DenseTable(tokens, torch.zeros(2, dtype=torch.int64)))
     return FederatedData((split,), split, None, None, names)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_bert(tmp_path_factory.mktemp("bert"), TEXTS, hidden=32, layers=1)
 
 
 def test_a_checkpoint_keeps_its_head_for_as_many_labels_and_gets_a_new_one_for_others(bert: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +14,11 @@ from fed.errors import FedError
 from fed.simulation import checkpoint
 from fed.simulation.run_directory import ROUNDS
 from fed.simulation.simulate import simulate
-from tests.support.tiny_federation import HEAD, MEASURED, TinyClassifier, make_config, make_data
+from tests.support.command_line import StoppedError, contents, without_times
+from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 HARD = {"server": {"optimizer": "fedadam"}, "adapter": {"selection": "least-visited"}, "train": {"head": "personal"}}
 CASES = [(name, {}) for name in methods.METHODS] + [("fed-plora", HARD), ("hetlora", {"hetlora": {"prune": True}})]
-
-
-class StoppedError(Exception):
-    """What ends a run in the middle."""
 
 
 def make(method: str, **changes: Any) -> SimpleNamespace:
@@ -38,53 +34,29 @@ def run(config: SimpleNamespace, directory: Path, stop_after: int | None = None,
     return simulate(config, make_data(), TinyClassifier(), HEAD, directory, on_round, resume=resume)
 
 
-def timeless(directory: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.endswith(MEASURED)} for row in rows]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file but the rows and what notes the directory's own name."""
-    skipped = ("rounds.jsonl", "adapter_config.json")
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name not in skipped)
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-@pytest.mark.parametrize(("method", "changes"), CASES)
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(method: str, changes: dict, tmp_path: Path) -> None:
-    config = make(method, **changes)
-    rows = run(config, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("method", "changes", "stop_after", "kept"),
+    [
+        *((*case, 2, 2) for case in CASES),
+        ("fed-plora", {}, 0, 0),
+        ("fed-plora", {"checkpoint_every": 2}, 3, 2),  # round 3 is played again
+    ],
+)
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    method: str, changes: dict, stop_after: int, kept: int, tmp_path: Path
+) -> None:
+    config, stopped, whole = make(method, **changes), tmp_path / "stopped", tmp_path / "whole"
+    rows = run(config, whole)
     with pytest.raises(StoppedError):
-        run(config, tmp_path / "stopped", stop_after=2)
-    with (tmp_path / "stopped" / "rounds.jsonl").open("a") as file:
+        run(config, stopped, stop_after)
+    assert checkpoint.last_round(stopped) == kept
+    assert len(without_times(stopped)) == stop_after + 1
+    with (stopped / "rounds.jsonl").open("a") as file:
         file.write('{"round": 3, "accura')
-    resumed = run(config, tmp_path / "stopped", resume=True)
-    assert [row["round"] for row in resumed] == [0, 1, 2, 3, 4]
-    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    assert len(rows) == 5
-
-
-def test_a_run_stopped_after_row_0_has_that_row_once(tmp_path: Path) -> None:
-    config = make("fed-plora")
-    run(config, tmp_path / "whole")
-    with pytest.raises(StoppedError):
-        run(config, tmp_path / "stopped", stop_after=0)
-    assert checkpoint.last_round(tmp_path / "stopped") == 0
-    run(config, tmp_path / "stopped", resume=True)
-    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-
-
-def test_rounds_after_the_checkpoint_are_played_again(tmp_path: Path) -> None:
-    config = make("fed-plora", checkpoint_every=2)
-    run(config, tmp_path / "whole")
-    with pytest.raises(StoppedError):
-        run(config, tmp_path / "stopped", stop_after=3)
-    assert checkpoint.last_round(tmp_path / "stopped") == 2
-    assert len(timeless(tmp_path / "stopped")) == 4
-    run(config, tmp_path / "stopped", resume=True)
-    assert timeless(tmp_path / "stopped") == timeless(tmp_path / "whole")
+    resumed = run(config, stopped, resume=True)
+    assert [row["round"] for row in resumed] == [row["round"] for row in rows] == [0, 1, 2, 3, 4]
+    assert without_times(stopped) == without_times(whole)
+    assert contents(stopped) == contents(whole)
 
 
 def test_a_finished_run_goes_on_to_more_rounds(tmp_path: Path) -> None:
@@ -94,7 +66,7 @@ def test_a_finished_run_goes_on_to_more_rounds(tmp_path: Path) -> None:
     assert run(short, tmp_path / "run", resume=True)[-1]["round"] == 2
     run(long, tmp_path / "run", resume=True)
     run(long, tmp_path / "whole")
-    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
@@ -122,7 +94,7 @@ def test_other_settings_and_broken_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint" / "round-4" / "state.safetensors").write_bytes(b"cut off")
     with pytest.raises(FedError, match=r"round-4' cannot be read"):
         run(make("fed-plora"), tmp_path, resume=True)
-    assert len(timeless(tmp_path)) == 5
+    assert len(without_times(tmp_path)) == 5
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:

@@ -30,5 +30,4 @@ def test_by_hand(labels: list[int], expected: float) -> None:
 def test_labels_of_a_view() -> None:
     data = make_data()
     labels = labels_of(data.clients[2])
-    assert labels is not None
     assert torch.equal(labels, data.clients[2].batch(torch.arange(14))["labels"])

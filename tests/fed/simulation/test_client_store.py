@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,14 +18,10 @@ from fed.simulation import checkpoint
 from fed.simulation.client_store import ClientFile, ClientState, ClientStore, client_store
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
-from fed.types import Row
-from tests.support.tiny_federation import HEAD, MEASURED, TinyClassifier, make_config, make_data
+from tests.support.command_line import StoppedError, contents, timeless, without_times
+from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 CPU = torch.device("cpu")
-
-
-class StoppedError(Exception):
-    """What ends a run in the middle."""
 
 
 def make_kept(value: float, head: bool = True) -> ClientState:
@@ -126,24 +121,9 @@ def test_rounds_are_the_same_with_what_clients_keep_on_disk(method: str, changes
     for store in (None, ClientStore(tmp_path, CPU)):
         with adapted(config, TinyClassifier(), HEAD) as shared:
             federation = Federation(config, make_data(), shared, print, store)
-            played.append([timeless(each.row) for each in federation.play(federation.beginning())])
+            played.append(timeless(each.row for each in federation.play(federation.beginning())))
     assert played[0] == played[1]
     assert any(row["factor_noise"] for row in played[0])
-
-
-def timeless(row: Row) -> Row:
-    return {name: value for name, value in row.items() if not name.endswith(MEASURED)}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file but the rows and what notes the directory's own name."""
-    skipped = ("rounds.jsonl", "adapter_config.json")
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name not in skipped)
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def rows(directory: Path) -> list[Row]:
-    return [timeless(json.loads(line)) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
 
 class Stopper:
@@ -194,7 +174,7 @@ def test_a_run_stopped_at_any_change_of_its_files_ends_like_one_that_was_not(
         if checkpoint.last_round(directory) is not None:
             run(directory, resume=True)
             assert contents(directory) == wanted, f"stopped at change {last} of {number}"
-            assert rows(directory) == rows(tmp_path / "whole")
+            assert without_times(directory) == without_times(tmp_path / "whole")
             continued += 1
         shutil.rmtree(directory, ignore_errors=True)
     assert continued > number / 2

@@ -24,33 +24,23 @@ def send(start: ClientStart, head: dict[str, torch.Tensor]) -> ClientUpdate:
     return ClientUpdate(Client(0, len(chosen), 1), {"m": (A[chosen], B[:, chosen])}, start.selected, head, 1.0, 1, 0.0)
 
 
-def test_down_go_all_modules_and_the_head() -> None:
-    head = {"w": torch.zeros(3, 5), "b": torch.zeros(3)}
-    # 4 modules × (7 + 5) × 4 bytes = 192; head 18 × 4 = 72.
-    assert download_bytes(make_start(torch.float32, (0, 2)), head) == 192 + 72
-
-
-def test_up_go_the_trained_modules_their_indices_and_the_head() -> None:
-    start = make_start(torch.float32, (0, 2, 3))
-    # 3 modules × 12 × 4 bytes = 144; 3 indices × 2 bytes = 6; head 3 × 4 = 12.
-    assert upload_bytes(start, send(start, {"b": torch.zeros(3)})) == 144 + 6 + 12
-
-
-def test_a_frozen_head_costs_nothing() -> None:
-    start = make_start(torch.float32, (1,))
-    assert download_bytes(start, {}) == 192
-    assert upload_bytes(start, send(start, {})) == 48 + 2
-
-
-def test_whoever_trained_everything_sends_no_indices() -> None:
-    start = make_start(torch.float32, (0, 1, 2, 3))
-    assert upload_bytes(start, send(start, {})) == 192
-
-
-def test_half_precision_is_half_the_payload() -> None:
-    start = make_start(torch.bfloat16, (1, 2))
-    assert download_bytes(start, {}) == 96
-    assert upload_bytes(start, send(start, {})) == 48 + 4
+@pytest.mark.parametrize(
+    ("dtype", "selected", "head", "down", "up"),
+    [
+        # Down go all 4 modules × (7 + 5) × 4 bytes; up those trained, 2 bytes for the index of each, and the head.
+        (torch.float32, (0, 2), {"w": torch.zeros(3, 5), "b": torch.zeros(3)}, 192 + 72, 96 + 4 + 72),
+        (torch.float32, (0, 2, 3), {"b": torch.zeros(3)}, 192 + 12, 144 + 6 + 12),
+        (torch.float32, (1,), {}, 192, 48 + 2),  # a frozen head costs nothing
+        (torch.float32, (0, 1, 2, 3), {}, 192, 192),  # whoever trained everything sends no indices
+        (torch.bfloat16, (1, 2), {}, 96, 48 + 4),
+    ],
+    ids=["a head", "part of a head", "no head", "everything", "half precision"],
+)
+def test_bytes_of_modules_indices_and_head(
+    dtype: torch.dtype, selected: tuple[int, ...], head: dict[str, torch.Tensor], down: int, up: int
+) -> None:
+    start = make_start(dtype, selected)
+    assert (download_bytes(start, head), upload_bytes(start, send(start, head))) == (down, up)
 
 
 @pytest.mark.parametrize(

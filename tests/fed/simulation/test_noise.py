@@ -13,7 +13,7 @@ from fed.methods.low_rank import product_norm
 from fed.seeding import ClientRandom
 from fed.simulation.noise import agg_noise, agg_noise_module, end_factors, factor_noise, held_update, start_noise
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState
-from tests.support.tiny_federation import make_server, make_update
+from tests.support.tiny_federation import make_server, make_update, update_of
 
 
 def one_by_one(a: float, b: float) -> Factors:
@@ -28,13 +28,8 @@ def scalar_round(
     ends: list[tuple[float, float]], weights: list[float], scale: float = 1.0
 ) -> tuple[list[ClientStart], list[ClientUpdate]]:
     """Clients of one 1×1 matrix, R = 1, that end with the given (a, b)."""
-    client, chosen = Client(0, rank=1, n_samples=1), {"m": (0,)}
-    start = ClientStart({"m": one_by_one(1.0, 0.0)}, chosen, scale, "folded")
-    updates = [
-        ClientUpdate(client, {"m": one_by_one(a, b)}, chosen, {}, weight, 1, 0.0)
-        for (a, b), weight in zip(ends, weights, strict=True)
-    ]
-    return [start] * len(ends), updates
+    start = ClientStart({"m": one_by_one(1.0, 0.0)}, {"m": (0,)}, scale, "folded")
+    return [start] * len(ends), [update_of(0, [[a]], [[b]], p) for (a, b), p in zip(ends, weights, strict=True)]
 
 
 def test_two_clients_at_plus_and_minus_three_make_nine() -> None:
@@ -66,10 +61,8 @@ def test_agg_noise_holds_coverage() -> None:
     A, B = torch.ones(2, 1), torch.zeros(1, 2)
     starts, updates = [], []
     for module in (0, 1):
-        start = ClientStart({"m": (A, B)}, {"m": (module,)}, 1.0, "folded")
-        sent = {"m": one_by_one(1.0, 2.0)}
-        starts.append(start)
-        updates.append(ClientUpdate(Client(module, 1, 1), sent, start.selected, {}, 1.0, 1, 0.0))
+        starts.append(ClientStart({"m": (A, B)}, {"m": (module,)}, 1.0, "folded"))
+        updates.append(update_of(module, [[1.0]], [[2.0]], 1.0, selected=starts[-1].selected))
     noise = agg_noise(server_of({"m": (A, torch.full((1, 2), 2.0))}, 1.0), starts, updates)
     assert noise == pytest.approx(2.0, rel=1e-12)  # 2 + 2 against ½ (2 + 2)
 
@@ -95,6 +88,13 @@ def test_agg_noise_matches_dense_fp64() -> None:
     assert noise > 1.0
 
 
+@pytest.mark.parametrize(("N", "m", "K"), [(1, 1, 1), (3, 9, 2), (50, 4, 37)])
+def test_product_norm_is_the_norm_of_the_product(N: int, m: int, K: int) -> None:
+    left, right = (torch.randn(shape, dtype=torch.float64) for shape in ((N, m), (m, K)))
+    expected = torch.linalg.matrix_norm(left @ right).item()
+    assert product_norm(left, right).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_agg_noise_of_one_client_that_trained_everything_is_rounding() -> None:
     server, method = make_server(rank=6), methods.find("fed-plora")
     client = Client(0, rank=6, n_samples=1)
@@ -106,8 +106,8 @@ def test_agg_noise_of_one_client_that_trained_everything_is_rounding() -> None:
 def test_end_factors_replace_the_trained_modules_alone() -> None:
     A, B = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0, 5.0, 6.0]])
     start = ClientStart({"m": (A, B)}, {"m": (0, 2)}, 1.0, "folded")
-    sent = {"m": (torch.tensor([[10.0], [30.0]]), torch.tensor([[40.0, 60.0]]))}
-    end_A, end_B = end_factors(start, ClientUpdate(Client(0, 2, 1), sent, start.selected, {}, 1.0, 1, 0.0), "m")
+    update = update_of(0, [[10.0], [30.0]], [[40.0, 60.0]], 1.0, selected=start.selected)
+    end_A, end_B = end_factors(start, update, "m")
     assert end_A.flatten().tolist() == [10.0, 2.0, 30.0]
     assert end_B.flatten().tolist() == [40.0, 5.0, 60.0]
     assert A.flatten().tolist() == [1.0, 2.0, 3.0]
@@ -163,13 +163,9 @@ def test_module_noise_by_hand() -> None:
 
     Together 2·(5 − 5 + 7 − 6) = 2; module 2 nobody trained.
     """
-    client = Client(0, rank=2, n_samples=1)
-    first = ClientUpdate(
-        client, {"m": (torch.tensor([[2.0], [3.0]]), torch.tensor([[4.0, 2.0]]))}, {"m": (0, 1)}, {}, 1.0, 1, 0.0
-    )
-    second = ClientUpdate(client, {"m": one_by_one(1.0, 4.0)}, {"m": (0,)}, {}, 3.0, 1, 0.0)
+    updates = [update_of(0, [[2.0], [3.0]], [[4.0, 2.0]], 1.0), update_of(0, [[1.0]], [[4.0]], 3.0)]
     server = server_of({"m": (torch.tensor([[1.25], [1.0], [9.0]]), torch.tensor([[4.0, 7.0, 9.0]]))}, 2.0)
-    assert agg_noise_module(server, [first, second]) == pytest.approx(2.0, rel=1e-12)
+    assert agg_noise_module(server, updates) == pytest.approx(2.0, rel=1e-12)
 
 
 def test_factor_noise_by_hand() -> None:
@@ -184,25 +180,13 @@ def test_factor_noise_by_hand() -> None:
 def test_modules_that_were_dropped_are_not_in_the_end() -> None:
     A, B = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])
     start = ClientStart({"m": (A, B)}, {"m": (0, 1)}, 1.0, "folded")
-    update = ClientUpdate(Client(0, 2, 1), {"m": one_by_one(5.0, 6.0)}, {"m": (0,)}, {}, 1.0, 1, 0.0)
-    end_A, end_B = end_factors(start, update, "m")
+    end_A, end_B = end_factors(start, update_of(0, [[5.0]], [[6.0]], 1.0), "m")
     assert (end_A.flatten().tolist(), end_B.flatten().tolist()) == ([5.0, 0.0], [6.0, 0.0])
 
 
 def test_product_norm_does_not_cancel() -> None:
     """[L | L(1 + 1e-9)] [M; −M] is 1e-9·LM: squaring before subtracting in fp64 would return noise of 1e-8."""
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(37, 5, generator=generator, dtype=torch.float64)
-    right = torch.randn(5, 29, generator=generator, dtype=torch.float64)
+    left, right = (torch.randn(shape, dtype=torch.float64) for shape in ((37, 5), (5, 29)))
     stacked = product_norm(torch.cat([left, left * (1 + 1e-9)], dim=1), torch.cat([right, -right])).item()
     expected = 1e-9 * torch.linalg.matrix_norm(left @ right).item()
     assert stacked == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(("N", "m", "K"), [(1, 1, 1), (3, 9, 2), (50, 4, 37)])
-def test_product_norm_is_the_norm_of_the_product(N: int, m: int, K: int) -> None:
-    generator = torch.Generator().manual_seed(N)
-    left = torch.randn(N, m, generator=generator, dtype=torch.float64)
-    right = torch.randn(m, K, generator=generator, dtype=torch.float64)
-    expected = torch.linalg.matrix_norm(left @ right).item()
-    assert product_norm(left, right).item() == pytest.approx(expected, rel=1e-12)

@@ -22,19 +22,9 @@ from fed.simulation.evaluation import evaluate
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.types import Client, ClientStart, ServerState
-from tests.support.tiny_federation import HEAD, LABELS, MEASURED, TinyClassifier, everything, make_config, make_data
-
-FIELDS = [
-    *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
-    *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
-    *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
-    *("peak_memory_bytes", "clients_per_pass"),
-    *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
-]
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if not name.endswith(MEASURED)} for row in rows]
+from tests.support.command_line import FIELDS, rows_of, timeless
+from tests.support.equality import assert_equal
+from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, everything, make_config, make_data
 
 
 def run(config: SimpleNamespace, directory: Path, data: FederatedData | None = None) -> list[dict[str, Any]]:
@@ -75,8 +65,7 @@ def test_a_run_has_a_row_a_round_and_says_what_it_measured(tmp_path: Path) -> No
         assert row["train_seconds"] > 0
         assert row["skipped"] == []
     assert len({tuple(row["clients"]) for row in rows[1:]}) > 1
-    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == rows
+    assert rows_of(tmp_path / "run") == rows
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -88,9 +77,9 @@ def test_every_row_is_on_disk_when_it_is_announced(tmp_path: Path) -> None:
     seen = []
 
     def read(row: dict[str, Any]) -> None:
-        lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1]) == row
-        seen.append(len(lines))
+        written = rows_of(tmp_path)
+        assert written[-1] == row
+        seen.append(len(written))
 
     simulate(make_config(), make_data(), TinyClassifier(), HEAD, tmp_path, on_round=read)
     assert seen == [1, 2, 3, 4]
@@ -105,8 +94,7 @@ def test_an_interrupted_run_leaves_whole_rows_and_the_model_as_it_was(tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         simulate(make_config(), make_data(), model, HEAD, tmp_path, on_round=interrupt)
-    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["round"] for row in rows_of(tmp_path)] == [0, 1, 2]
     assert_untouched(model)
 
 
@@ -144,7 +132,7 @@ def test_with_every_rank_equal_to_r_fed_plora_is_fedit_bit_for_bit(tmp_path: Pat
     theirs = run(make_config(method="fedit", **same), tmp_path / "fedit")
     assert timeless(ours) == timeless(theirs)
     one, other = saved(tmp_path / "fed-plora"), saved(tmp_path / "fedit")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal(one, other)
     assert not torch.equal(one["body.first.lora_B"], torch.zeros(11, 6))
 
 

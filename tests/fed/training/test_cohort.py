@@ -24,8 +24,9 @@ from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job, train
 from fed.types import ClientUpdate
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert, tiny_llama
-from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, make_config, make_data
+from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, jobs_of, make_config, make_data
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 EQUAL = {"clients": {"ranks": [6]}}  # for methods that need them
@@ -39,13 +40,6 @@ def double(data: FederatedData) -> FederatedData:
     return replace(
         data, clients=tuple(Split(table, split.rows) for split in data.clients), test=Split(table, data.test.rows)
     )
-
-
-def jobs_of(shared: SharedModel, config: SimpleNamespace, data: FederatedData, number: int = 1) -> list[Job]:
-    federation = Federation(config, data, shared, print)
-    state = federation.beginning()
-    state = replace(state, server=replace(state.server, round=number - 1))
-    return [federation.job(state, client, ClientRandom(config.seed, number, client.id)) for client in state.clients]
 
 
 def alone(shared: SharedModel, job: Job, settings: Any, measure: bool = False) -> ClientUpdate:
@@ -65,6 +59,17 @@ def assert_same(found: ClientUpdate, wanted: ClientUpdate, **tolerance: float) -
     assert found.loss == pytest.approx(wanted.loss, rel=tolerance["rtol"] * 100)
     torch.testing.assert_close(dict(found.factors), dict(wanted.factors), **tolerance)
     torch.testing.assert_close(dict(found.head), dict(wanted.head), **tolerance)
+
+
+def train_and_compare(shared: SharedModel, jobs: list[Job], settings: Any, **options: Any) -> list[ClientUpdate]:
+    """Train clients together, and hold each to what it does alone."""
+    updates = train_together(shared, jobs, settings, **options)
+    for job, update in zip(jobs, updates, strict=True):
+        wanted = alone(shared, job, settings, options.get("measure", False))
+        assert_same(update, wanted)
+        if options.get("measure"):
+            assert update.footprint[:2] == wanted.footprint[:2]
+    return updates
 
 
 def drawn_b(job: Job) -> Job:
@@ -94,13 +99,7 @@ def test_a_cohort_ends_where_each_client_would_alone(settings: dict[str, Any], s
     data = double(make_data())
     with adapted(config, TinyClassifier().double(), HEAD) as shared:
         jobs = [drawn_b(job) for job in jobs_of(shared, config, data)]
-        found = train_together(shared, jobs, config.train, measure=True)
-        for job, update in zip(jobs, found, strict=True):
-            wanted = alone(shared, job, config.train, measure=True)
-            assert_same(update, wanted)
-            assert update.footprint is not None
-            assert wanted.footprint is not None
-            assert update.footprint[:2] == wanted.footprint[:2]
+        train_and_compare(shared, jobs, config.train, measure=True)
 
 
 def play(method: str, execution: str, dtype: torch.dtype, rounds: int, **changes: Any) -> tuple[list[dict], Any]:
@@ -145,17 +144,6 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
         torch.testing.assert_close(ours, theirs, **tolerance)
         torch.testing.assert_close(stands.server.head, wanted.server.head, **tolerance)
         torch.testing.assert_close(dict(stands.server.base_delta), dict(wanted.server.base_delta), **tolerance)
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What torch traces, which then runs as it was traced instead of compiled."""
-    graphs: list[Any] = []
-    monkeypatch.setattr(
-        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    torch.compiler.reset()
-    return graphs
 
 
 # torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
@@ -224,8 +212,7 @@ def test_texts_of_unequal_length(make: Any, table: type, dropout: float, checkpo
         train={"optimizer": "sgd", "client_steps": [2, 3, 1], "gradient_checkpointing": checkpointing},
     )
     with reading_texts(make, table, config) as (shared, jobs):
-        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
-            assert_same(update, alone(shared, job, config.train))
+        train_and_compare(shared, jobs, config.train)
 
 
 @pytest.mark.slow
@@ -241,8 +228,7 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
     )
     with reading_texts(make, table, config) as (shared, jobs):
         compiled = CompiledLosses(pytest.fail)
-        for job, update in zip(jobs, train_together(shared, jobs, config.train, compiled=compiled), strict=True):
-            assert_same(update, alone(shared, job, config.train))
+        train_and_compare(shared, jobs, config.train, compiled=compiled)
         counts = []
         for number in range(2, 6):  # other batches, of other widths
             others = [job._replace(rng=ClientRandom(config.seed, number, job.client.id)) for job in jobs]
@@ -265,53 +251,29 @@ def test_a_client_that_is_not_finite_touches_no_other() -> None:
             assert_same(found[place], fine[place], rtol=0, atol=0)
 
 
-class Normed(TinyClassifier):
-    """A model whose samples see each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(LABELS)
-
-
-class WithNormedHead(TinyClassifier):
-    """A head that is more than linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, LABELS))
-
-
-class WithIdleLayer(TinyClassifier):
-    """A layer that is adapted and that no loss depends on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body["idle"] = nn.Linear(4, 3)
-
-
 def test_what_no_loss_depends_on_does_not_decay() -> None:
     config = make_config(train={"weight_decay": 0.5}, adapter={"target_modules": ["first", "second", "idle"]})
-    with adapted(config, WithIdleLayer().double(), HEAD) as shared:
+    model = TinyClassifier()
+    model.body["idle"] = nn.Linear(4, 3)
+    with adapted(config, model.double(), HEAD) as shared:
         jobs = [drawn_b(job) for job in jobs_of(shared, config, double(make_data()))]
-        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
-            assert_same(update, alone(shared, job, config.train))
+        for job, update in zip(jobs, train_and_compare(shared, jobs, config.train), strict=True):
             chosen = list(job.start.selected["body.idle"])
             assert torch.equal(update.factors["body.idle"][0], job.start.factors["body.idle"][0][chosen])
 
 
 def test_a_head_of_other_layers() -> None:
-    config, data = make_config(train=UNLIKE), double(make_data())
-    with adapted(config, WithNormedHead().double(), HEAD) as shared:
-        jobs = jobs_of(shared, config, data)
-        for job, update in zip(jobs, train_together(shared, jobs, config.train), strict=True):
-            assert_same(update, alone(shared, job, config.train))
+    config, model = make_config(train=UNLIKE), TinyClassifier()
+    model.head = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, LABELS))
+    with adapted(config, model.double(), HEAD) as shared:
+        train_and_compare(shared, jobs_of(shared, config, double(make_data())), config.train)
         assert isinstance(shared.model.head[0], nn.LayerNorm)
 
 
 def test_a_model_that_mixes_samples_is_refused() -> None:
-    config = make_config()
-    with adapted(config, Normed(), HEAD) as shared:
+    config, model = make_config(), TinyClassifier()
+    model.norm = nn.BatchNorm1d(LABELS)
+    with adapted(config, model, HEAD) as shared:
         jobs = jobs_of(shared, config, make_data())
         with pytest.raises(FedError, match="norm is BatchNorm1d: in training it mixes"):
             train_together(shared, jobs, config.train)
@@ -326,5 +288,5 @@ def test_the_model_comes_back_as_it_was() -> None:
         train_together(shared, jobs_of(shared, config, data), config.train)
         assert dict(model.named_parameters()).keys() == parameters.keys()
         assert all(value is parameters[name] for name, value in model.named_parameters())
-        torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+        assert_equal(model.state_dict(), state)
         assert all(parameter.grad is None for parameter in model.parameters())

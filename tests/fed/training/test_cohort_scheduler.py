@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from fed.data.tables import Sequences, Split, TextTable
 from fed.errors import FedError
 from fed.models.base_model import head_names
 from fed.models.shared_model import SharedModel, adapted
-from fed.seeding import ClientRandom
-from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.training import cohort, cohort_scheduler
 from fed.training.cohort import train_together
@@ -27,6 +24,9 @@ from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job
 from fed.training.memory import MIB, base_bytes
 from plora_kernels.fallback import grouped_products
+from tests.support import tiny_federation
+from tests.support.command_line import rows_of
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
@@ -41,9 +41,7 @@ def shared() -> Iterator[SharedModel]:
 
 
 def jobs_of(shared: SharedModel, config: SimpleNamespace) -> list[Job]:
-    federation = Federation(config, DATA, shared, print)
-    state = federation.beginning()
-    return [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
+    return tiny_federation.jobs_of(shared, config, DATA)
 
 
 def divided(shared: SharedModel, **changes: Any) -> list[list[int]]:
@@ -95,9 +93,8 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
     )
     model = tiny_bert()
     with adapted(config, model, head_names(model)) as shared:
-        federation = Federation(config, FederatedData(clients, clients[0], None, None, ("a", "b", "c")), shared, print)
-        state = federation.beginning()
-        jobs = [federation.job(state, client, ClientRandom(config.seed, 1, client.id)) for client in state.clients]
+        data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
+        jobs = tiny_federation.jobs_of(shared, config, data)
         needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs)
         assert needs[0] == needs[1]
         (short,) = train_together(shared, jobs[:1], config.train, measure=True)
@@ -121,11 +118,9 @@ def test_the_fastest_size_is_measured_once_and_said(shared: SharedModel, monkeyp
     for _ in range(2):
         assert [len(cohort) for cohort in divider.divide(jobs_of(shared, config))] == [5, 1]
     assert divider.size == 5
-    (line,) = said
-    assert (
-        line
-        == "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 600.00, 5: 200.00, 6: 750.00)"
-    )
+    assert said == [
+        "cohorts of 5 clients measure fastest here (ms a client's step: 1: 500.00, 2: 600.00, 5: 200.00, 6: 750.00)"
+    ]
 
 
 def test_measuring_changes_nothing(shared: SharedModel) -> None:
@@ -134,8 +129,7 @@ def test_measuring_changes_nothing(shared: SharedModel) -> None:
     measured = CohortScheduler(shared, config, lambda line: None)
     first = measured.train(jobs)
     given = CohortScheduler(shared, config, pytest.fail, measured.size).train(jobs)
-    for one, other in zip(first, given, strict=True):
-        torch.testing.assert_close(dict(one.factors), dict(other.factors), rtol=0, atol=0)
+    assert_equal([one.factors for one in first], [one.factors for one in given])
 
 
 def run(directory: Path, resume: bool = False, **changes: Any) -> tuple[list[dict], list[str]]:
@@ -151,8 +145,7 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
     rows, said = run(tmp_path, resume=True, rounds=3)
     assert [row["clients_per_pass"] for row in rows] == [None, size, size, size]
     assert said == []
-    written = (tmp_path / "rounds.jsonl").read_text().splitlines()
-    assert [json.loads(line)["clients_per_pass"] for line in written] == [None, size, size, size]
+    assert [row["clients_per_pass"] for row in rows_of(tmp_path)] == [None, size, size, size]
 
 
 @pytest.mark.slow
@@ -180,21 +173,15 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Any] = []
-    # Tracing is what is counted; a graph runs as it was traced.
-    monkeypatch.setattr(
-        "torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    torch.compiler.reset()
+def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, traced: list[object]) -> None:
     places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
     config = make_config(**SIX, execution="cohort", clients_per_pass=3, cohort_compile=True, measure={"memory": False})
     cohorts, jobs = CohortScheduler(shared, config, pytest.fail), jobs_of(shared, config)
     found = cohorts.train([jobs[place] for place in places[:3]])
-    begun = len(graphs)
+    begun = len(traced)
     assert begun > 0
     found += cohorts.train([jobs[place] for place in places[3:]])
-    assert len(graphs) == begun
+    assert len(traced) == begun
     plain = make_config(**SIX, execution="cohort", clients_per_pass=3, measure={"memory": False})
     jobs = jobs_of(shared, plain)
     expected = CohortScheduler(shared, plain, pytest.fail).train([jobs[place] for place in places])
@@ -204,11 +191,8 @@ def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, monkeypatch:
 
 
 def test_a_client_that_cannot_be_used_is_left_out_alone(tmp_path: Path) -> None:
-    table = DATA.test.table
-    broken = table.inputs["inputs"].clone()
-    broken[DATA.clients[2].rows] = float("nan")
     data = make_data(sizes=(9, 2, 14, 5, 9, 9))
-    data.clients[2].table.inputs["inputs"].copy_(broken)
+    data.test.table.inputs["inputs"][data.clients[2].rows] = float("nan")
     config, said = make_config(**SIX, execution="cohort", clients_per_pass=6, rounds=1), []
     rows = simulate(config, data, TinyClassifier(), HEAD, tmp_path, None, said.append)
     assert rows[1]["skipped"] == [2]

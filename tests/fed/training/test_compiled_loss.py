@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses, _difference
 from fed.training.losses import client_losses
+from tests.support.equality import assert_equal
+from tests.support.notes import note_calls
 
 SIZES = [3, 2]
 
@@ -28,10 +30,7 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, inputs: Tensor) -> SimpleNamespace:
-        parts = [
-            inputs[:3] @ self.weight[0].T + self.bias[0],
-            inputs[3:] @ self.weight[1].T + self.bias[1],
-        ]
+        parts = [inputs[:3] @ self.weight[0].T + self.bias[0], inputs[3:] @ self.weight[1].T + self.bias[1]]
         return SimpleNamespace(logits=self.dropout(torch.cat(parts)))
 
 
@@ -46,8 +45,11 @@ def gradients_of(model: nn.Module) -> Callable[[Tensor], Mapping[str, Tensor]]:
     return lambda loss: dict(zip(named, torch.autograd.grad(loss, [*named.values()]), strict=True))
 
 
+By = Callable[..., CompiledLosses]
+
+
 @pytest.fixture
-def compile_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompiledLosses]:
+def compile_by(monkeypatch: pytest.MonkeyPatch) -> By:
     """Let something else stand in for inductor."""
     torch.compiler.reset()
 
@@ -89,10 +91,9 @@ def raising(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 class TestCompiledLosses:
     def test_what_is_right_is_compared_for_some_steps_and_used(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses], monkeypatch: pytest.MonkeyPatch
+        self, batch: dict[str, Tensor], compile_by: By, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, compared, compare = Model(), list[int](), CompiledLosses._compare
-        monkeypatch.setattr(CompiledLosses, "_compare", lambda *operands: compared.append(1) or compare(*operands))
+        model, compared = Model(), note_calls(monkeypatch, CompiledLosses, "_compare", lambda *operands: 1)
         compiled = compile_by(right)
         for _ in range(COMPARED_STEPS + 2):
             found = compiled(model, batch, SIZES, gradients_of(model))
@@ -116,7 +117,7 @@ class TestCompiledLosses:
         ids=["off", "nan", "one gradient", "raising"],
     )
     def test_what_is_not_right_gives_way_to_plain_steps(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses], backend: Any, said: str
+        self, batch: dict[str, Tensor], compile_by: By, backend: Any, said: str
     ) -> None:
         model, lines = Model(), list[str]()
         compiled = compile_by(backend, lines.append)
@@ -138,7 +139,7 @@ class TestCompiledLosses:
         ids=str,
     )
     def test_a_loss_is_held_to_the_dtype_of_the_model_it_was_computed_in(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses], dtype: torch.dtype, off: float,
+        self, batch: dict[str, Tensor], compile_by: By, dtype: torch.dtype, off: float,
         said: str | None,
     ) -> None:  # fmt: skip
         model, lines = Model().to(dtype), list[str]()
@@ -154,9 +155,7 @@ class TestCompiledLosses:
         else:
             assert re.fullmatch(rf"the compiled step is wrong: {said}; steps are taken uncompiled", lines[0]), lines
 
-    def test_what_goes_wrong_later_is_found(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses]
-    ) -> None:
+    def test_what_goes_wrong_later_is_found(self, batch: dict[str, Tensor], compile_by: By) -> None:
         """As what multiplies a B of zeros does."""
         calls, lines, model = list[int](), list[str](), Model()
 
@@ -170,7 +169,7 @@ class TestCompiledLosses:
         assert len(lines) == 1
 
     def test_a_client_whose_loss_is_not_finite_does_not_hide_another(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses]
+        self, batch: dict[str, Tensor], compile_by: By
     ) -> None:
         batch["inputs"][0, 0], model, lines = torch.nan, Model(), list[str]()
         compiled = compile_by(right)
@@ -183,20 +182,19 @@ class TestCompiledLosses:
         assert "weight of client 1" in lines[0]
 
     def test_a_model_that_draws_goes_unchecked_and_draws_as_if_never_looked_at(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses]
+        self, batch: dict[str, Tensor], compile_by: By
     ) -> None:
         model, lines = Model(dropout=0.5), list[str]()
         compiled, found = compile_by(right, lines.append), []
         for _ in range(3):  # new, and no longer new
             torch.manual_seed(1)
             found.append([compiled(model, batch, SIZES, gradients_of(model)) for _ in range(2)])
-        for other in found[1:]:
-            assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+        assert_equal(found[1:], [found[0]] * 2)
         assert not torch.equal(*found[0])
         assert lines == ["the model draws numbers (dropout of its own): compiled steps go unchecked"]
 
     def test_an_error_of_the_step_itself_is_no_fault_of_the_compiler(
-        self, batch: dict[str, Tensor], compile_by: Callable[..., CompiledLosses]
+        self, batch: dict[str, Tensor], compile_by: By
     ) -> None:
         model = Model()
         compiled = compile_by(right)

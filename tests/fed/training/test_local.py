@@ -18,6 +18,7 @@ from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
 from fed.training.local import Job, batch_rows, find_fault, make_optimizer, train
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
+from tests.support.equality import assert_equal
 from tests.support.tiny_federation import (
     HEAD,
     MATRICES,
@@ -56,12 +57,13 @@ def shared() -> Iterator[SharedModel]:
 
 
 def visit(
-    shared: SharedModel, start: ClientStart, data: Split, **changes: Any
+    shared: SharedModel, start: ClientStart, data: Split, client: int = 0, head: Any = None, **changes: Any
 ) -> tuple[ClientUpdate, dict[str, Factors]]:
     """Train one client; return its update and all factors of the model after the selection is undone."""
-    settings = make_config(train=changes).train
-    with started(shared, start, head_of(shared)):
-        job = Job(CLIENT, start, {}, data, settings.local_steps, settings.learning_rate, ClientRandom(0, 1, 0))
+    settings, head = make_config(train=changes).train, head or head_of(shared)
+    with started(shared, start, head):
+        key = ClientRandom(0, 1, client)
+        job = Job(replace(CLIENT, id=client), start, head, data, settings.local_steps, settings.learning_rate, key)
         update = train(shared, job, settings)
     return update, shared.handle.factors()
 
@@ -130,11 +132,7 @@ def test_optimisers_are_set_as_the_run_says() -> None:
     adamw = make_optimizer(parameters, make_config(train={"optimizer": "adamw", **settings}).train, 0.3)
     assert isinstance(sgd, torch.optim.SGD)
     assert isinstance(adamw, torch.optim.AdamW)
-    assert {name: sgd.defaults[name] for name in ("lr", "weight_decay", "momentum")} == {
-        "lr": 0.3,
-        "weight_decay": 0.2,
-        "momentum": 0.7,
-    }
+    assert [sgd.defaults[name] for name in ("lr", "weight_decay", "momentum")] == [0.3, 0.2, 0.7]
     assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (0.3, 0.2)
 
 
@@ -153,22 +151,14 @@ def test_clipping_bounds_the_step(shared: SharedModel, data: Split) -> None:
 
 def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> None:
     """With dropout in the model, and another client's training and draws in between."""
-    model = TinyClassifier(dropout=0.3)
-    with adapted(make_config(), model, HEAD) as shared:
-        head, start, settings = head_of(shared), make_start(), make_config().train
-
-        def run(client: int) -> ClientUpdate:
-            with started(shared, start, head):
-                job = Job(replace(CLIENT, id=client), start, head, data, 4, 2e-2, ClientRandom(0, 1, client))
-                return train(shared, job, settings)
-
-        first, other = run(0), run(1)
+    with adapted(make_config(), TinyClassifier(dropout=0.3), HEAD) as shared:
+        head, start = head_of(shared), make_start()
+        first, other = (visit(shared, start, data, client, head, local_steps=4)[0] for client in (0, 1))
         torch.rand(3)
-        again = run(0)
+        again, _ = visit(shared, start, data, 0, head, local_steps=4)
     assert first.loss == again.loss
     assert first.loss != other.loss
-    for matrix in MATRICES:
-        assert all(map(torch.equal, first.factors[matrix], again.factors[matrix]))
+    assert_equal(first.factors, again.factors)
 
 
 @pytest.mark.parametrize("unselected", ["folded", "frozen"])
@@ -185,13 +175,10 @@ def test_a_factor_held_fixed_does_not_move(shared: SharedModel, data: Split, sid
 
 def test_a_penalty_pulls_on_the_last_modules_alone(shared: SharedModel, data: Split) -> None:
     """One SGD step with and without: the difference is −η λ times the gradient of ‖A[1:]‖ ‖B[:, 1:]‖."""
-    settings = make_config(train={"optimizer": "sgd", "weight_decay": 0.0}).train
-    head, updates = head_of(shared), []
-    for penalty in (None, TailPenalty(first=1, weight=2.0)):
-        start = replace(make_start(), penalty=penalty)
-        with started(shared, start, head):
-            updates.append(train(shared, Job(CLIENT, start, head, data, 1, 0.1, ClientRandom(0, 1, 0)), settings))
-    plain, pulled = updates
+    settings = {"optimizer": "sgd", "weight_decay": 0.0, "learning_rate": 0.1, "local_steps": 1}
+    starts = [replace(make_start(), penalty=penalty) for penalty in (None, TailPenalty(first=1, weight=2.0))]
+    head = head_of(shared)
+    plain, pulled = (visit(shared, start, data, head=head, **settings)[0] for start in starts)
     assert pulled.loss == plain.loss
     for matrix, (A, B) in make_start().factors.items():
         last = SELECTED[matrix][1]
@@ -206,24 +193,21 @@ def test_a_penalty_pulls_on_the_last_modules_alone(shared: SharedModel, data: Sp
 def test_lora_dropout_is_keyed_by_client_and_step(data: Split) -> None:
     seeds: dict[int, list[int]] = {}
     with adapted(make_config(adapter={"dropout": 0.5}), TinyClassifier(), HEAD) as shared:
-        head, start, settings = head_of(shared), make_start(), make_config().train
-        layer = shared.handle.layers["body.first"]
+        head, start, layer = head_of(shared), make_start(), shared.handle.layers["body.first"]
 
         def run(client: int) -> ClientUpdate:
             hook = layer.register_forward_pre_hook(lambda *_: seeds.setdefault(client, []).append(layer.dropout_seed))
-            with started(shared, start, head):
-                job = Job(replace(CLIENT, id=client), start, head, data, 3, 2e-2, ClientRandom(0, 1, client))
-                update = train(shared, job, settings)
+            update, _ = visit(shared, start, data, client, head)
             hook.remove()
             return update
 
         first, other = run(0), run(1)
         torch.rand(3)
         again = run(0)
-    with adapted(make_config(), TinyClassifier(), HEAD) as shared, started(shared, start, head):
-        without = train(shared, Job(CLIENT, start, head, data, 3, 2e-2, ClientRandom(0, 1, 0)), settings)
+    with adapted(make_config(), TinyClassifier(), HEAD) as shared:
+        without, _ = visit(shared, start, data, head=head)
     assert first.loss == again.loss != without.loss
-    assert all(map(torch.equal, first.factors["body.first"], again.factors["body.first"]))
+    assert_equal(first.factors, again.factors)
     assert len(set(seeds[0][:3]) | set(seeds[1])) == 6
     assert seeds[0][:3] == seeds[0][3:]
     assert other.loss != first.loss
@@ -235,7 +219,6 @@ def test_what_training_takes_is_measured(shared: SharedModel, data: Split) -> No
     with started(shared, make_start(), head_of(shared)):
         arguments = (shared, Job(CLIENT, make_start(), {}, data, 2, 2e-2, ClientRandom(0, 1, 0)), config.train)
         footprint = train(*arguments, measure=True).footprint
-        assert footprint is not None
         assert footprint.trainable_parameters == 68 + 18
         assert footprint.optimizer_bytes == 4 * (2 * (68 + 18) + 6)
     with started(shared, make_start(), head_of(shared)):

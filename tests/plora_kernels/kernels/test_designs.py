@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from plora_kernels.kernels import adapted_matmul, grouped_matmul, tile_matmul
-from plora_kernels.kernels.replay import launch
+from plora_kernels.kernels import adapted_matmul, grouped_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     DESIGNS,
@@ -25,9 +24,10 @@ from plora_kernels.tuning.blocks import (
     OutputGradientBlocks,
     SideBlocks,
 )
-from tests.plora_kernels.ops.test_numerics import DEVICE, check
-from tests.support.groups import check_groups, draw_grouped
-from tests.support.numerics import Problem, make_problem, random_mask
+from tests.support.equality import assert_equal
+from tests.support.groups import draw_grouped
+from tests.support.notes import note_calls
+from tests.support.numerics import Problem, check, in_form, make_problem, random_mask, run
 from tests.support.pairwise import pairwise
 
 # The blocks of TMA are at least 16 bytes wide; sizes are small, so that edges fall inside tiles.
@@ -59,16 +59,8 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the design of every launch that walks over tiles."""
     designs: list[str] = []
-
-    def counting(real: Callable[..., None]) -> Callable[..., None]:
-        def counted(*tensors: torch.Tensor, blocks: MatmulBlocks, **options: object) -> None:
-            designs.append(blocks.design)
-            real(*tensors, blocks=blocks, **options)
-
-        return counted
-
     for name in ("persistent_matmul", "specialised_matmul"):
-        monkeypatch.setattr(adapted_matmul, name, counting(getattr(adapted_matmul, name)))
+        note_calls(monkeypatch, adapted_matmul, name, lambda *tensors, blocks, **options: blocks.design, designs)
     return designs
 
 
@@ -83,66 +75,51 @@ def test_designs_are_within_the_bound(
     design: str, shape: tuple[int, int, int, int], form: str | None, dtype: torch.dtype, bias: bool, walks: list[str]
 ) -> None:
     rank = shape[-1]
-    mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-    problem = make_problem(*shape, dtype, mask=mask, unselected=form or "folded", bias=bias, seed=rank, device=DEVICE)
-    run_design(design, problem)
+    run_design(design, make_problem(*shape, dtype, **in_form(form, rank, rank), bias=bias, seed=rank))
     # Lines of 1, 5, 17 or 33 modules are not what a descriptor fetches.
     walking = "two_launch" if design == "specialised" else design
     assert walks == [walking] * (2 if design in PERSISTENT_DESIGNS else 0)
 
 
 @pytest.mark.parametrize(
-    ("rows", "k", "n", "rank", "bias"), [(1, 16, 16, 8, False), (300, 104, 168, 16, True), (128, 64, 64, 40, False)]
+    ("shape", "bias"), [((1, 16, 16, 8), False), ((300, 104, 168, 16), True), ((128, 64, 64, 40), False)]
 )
-def test_warps_of_two_kinds_are_within_the_bound(
-    rows: int, k: int, n: int, rank: int, bias: bool, walks: list[str]
-) -> None:
+def test_warps_of_two_kinds_are_within_the_bound(shape: tuple[int, ...], bias: bool, walks: list[str]) -> None:
+    rank = shape[-1]
     for form in (None, "frozen"):
-        mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-        run_design(
-            "specialised",
-            make_problem(
-                rows, k, n, rank, torch.float16, mask=mask, unselected=form or "folded", bias=bias, seed=rank,
-                device=DEVICE,
-            ),
-        )  # fmt: skip
+        options = in_form(form, rank, rank) | {"bias": bias, "seed": rank}
+        run_design("specialised", make_problem(*shape, torch.float16, **options))
     assert walks == ["specialised"] * 4
 
 
 @pytest.mark.parametrize("what", ["float32", "an index", "tiles of 64 rows"])
 def test_what_warps_of_two_kinds_do_not_take_is_walked_over(what: str, walks: list[str]) -> None:
-    mask = random_mask(16, 16).to(DEVICE) if what == "an index" else None
+    mask = random_mask(16, 16) if what == "an index" else None
     dtype = torch.float32 if what == "float32" else torch.float16
     blocks = blocks_of("specialised", 16)
     if what == "tiles of 64 rows":
         matmul = MatmulBlocks("specialised", 64, 32, 16, 16, 2, 4, 2)
         blocks |= {"forward": matmul, "input_gradient": matmul}
     with lookup.override_blocks(blocks):
-        check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1, device=DEVICE))
+        check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1))
     assert walks == ["two_launch"] * 2
 
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_dropout_in_every_design(design: str) -> None:
     for form in ("folded", "frozen"):
-        mask = random_mask(5, 3).to(DEVICE)
-        run_design(
-            design,
-            make_problem(
-                37, 48, 80, 5, torch.float32, mask=mask, unselected=form, dropout_p=0.4, seed=5, device=DEVICE
-            ),
-        )
+        run_design(design, make_problem(37, 48, 80, 5, torch.float32, **in_form(form, 5, 3), dropout_p=0.4, seed=5))
 
 
 @pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
 def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, walks: list[str]) -> None:
-    run_design(design, make_problem(7, 50, 29, 5, torch.float16, device=DEVICE))
+    run_design(design, make_problem(7, 50, 29, 5, torch.float16))
     assert walks == []
 
 
 def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
     for rows in (70, 16, 100):
-        run_design("one_launch", make_problem(rows, 48, 80, 20, torch.float32, seed=rows, device=DEVICE))
+        run_design("one_launch", make_problem(rows, 48, 80, 20, torch.float32, seed=rows))
     assert walks == ["one_launch"] * 6
 
 
@@ -158,14 +135,8 @@ def test_overlapping_tiles_are_within_the_bound(
         matmul = blocks[op]
         assert isinstance(matmul, MatmulBlocks)
         blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
-    mask = None if form is None else random_mask(rank, rank).to(DEVICE)
     with lookup.override_blocks(blocks):
-        check(
-            make_problem(
-                70, 48, 104, rank, torch.float16, mask=mask, unselected=form or "folded", bias=True, seed=rank,
-                device=DEVICE,
-            )
-        )  # fmt: skip
+        check(make_problem(70, 48, 104, rank, torch.float16, **in_form(form, rank, rank), seed=rank))
     assert walks == ["two_launch" if design == "specialised" else design] * 2
 
 
@@ -174,7 +145,7 @@ def test_overlapping_tiles_are_within_the_bound(
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: programs)
     for design in PERSISTENT_DESIGNS:
-        run_design(design, make_problem(70, 48, 104, 5, torch.float32, device=DEVICE))
+        run_design(design, make_problem(70, 48, 104, 5, torch.float32))
 
 
 @pytest.fixture
@@ -194,13 +165,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(("rank", "dropout_p"), [(5, 0.0), (20, 0.0), (5, 0.3)])
 @pytest.mark.usefixtures("hopper")
 def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, walks: list[str]) -> None:
-    mask = None if form is None else random_mask(rank, rank).to(DEVICE)
-    check(
-        make_problem(
-            200, 64, 528, rank, torch.float16, mask=mask, unselected=form or "folded", dropout_p=dropout_p, seed=rank,
-            device=DEVICE,
-        )
-    )  # fmt: skip
+    options = in_form(form, rank, rank) | {"dropout_p": dropout_p, "seed": rank}
+    check(make_problem(200, 64, 528, rank, torch.float16, **options))
     width = rank if form != "folded" else int(random_mask(rank, rank).sum())
     design = "two_launch" if width > 16 else "persistent"
     # The dX of dropout masks what it adds, in tiles of pointer loads.
@@ -213,29 +179,20 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
 def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiles: list[int] = []
-
-    def noted(kernel: object, grid: tuple[int, ...], *arguments: object, **named: int) -> None:
-        if kernel is grouped_matmul.grouped_matmul_kernel:
-            tiles.append(named["BLOCK_M"] * named["BLOCK_N"])
-        launch(kernel, grid, *arguments, **named)
-
-    monkeypatch.setattr(grouped_matmul, "launch", noted)
+    launches = note_calls(monkeypatch, grouped_matmul, "launch", lambda kernel, *rest, **named: (kernel, named))
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
     with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
-        check_groups(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))
+        check(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
+    products = [named for kernel, named in launches if kernel is grouped_matmul.grouped_matmul_kernel]
+    tiles = [named["BLOCK_M"] * named["BLOCK_N"] for named in products]
     large, small = 128 * 256, 128 * 128
     assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
 
 
 def test_partial_gradients_are_the_same_bits_every_time() -> None:
-    problem = make_problem(130, 48, 80, 5, torch.float16, device=DEVICE)
+    problem = make_problem(130, 48, 80, 5, torch.float16)
     with lookup.override_blocks(blocks_of("two_launch", 16)):
-        from tests.plora_kernels.ops.test_numerics import run
-
-        first, second = run(problem), run(problem)
-    for a, b in zip(first, second, strict=True):
-        assert a is None or torch.equal(a, b)
+        assert_equal(run(problem), run(problem))
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -243,8 +200,6 @@ def test_gradients_of_no_rows_are_zero(design: str) -> None:
     x, lora_A, lora_B = (torch.zeros(s, requires_grad=True) for s in ((0, 16), (4, 16), (32, 4)))
     with lookup.override_blocks(blocks_of(design, 16)):
         pk.plora_linear(x, torch.zeros(32, 16), lora_A, lora_B).sum().backward()
-    assert lora_A.grad is not None
-    assert lora_B.grad is not None
     assert not lora_A.grad.any()
     assert not lora_B.grad.any()
 
@@ -260,12 +215,8 @@ def test_the_side_product_is_kept_if_asked_for_alone(design: str, dropout: tuple
 
 
 def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[MatmulBlocks] = []
-    real = tile_matmul.tile_matmul
-    monkeypatch.setattr(
-        adapted_matmul, "tile_matmul", lambda *t, blocks, **o: (taken.append(blocks), real(*t, blocks=blocks, **o))
-    )
-    problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5, device=DEVICE)
+    taken = note_calls(monkeypatch, adapted_matmul, "tile_matmul", lambda *tensors, blocks, **options: blocks)
+    problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5)
     forced = blocks_of("one_launch", 16)
     with lookup.override_blocks(forced):
         check(problem)

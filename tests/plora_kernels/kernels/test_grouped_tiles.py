@@ -11,7 +11,8 @@ from torch import Tensor
 
 import plora_kernels as pk
 from plora_kernels.tile_tables import tables_of
-from tests.support.groups import DEVICE
+from tests.support.notes import note_calls
+from tests.support.numerics import DEVICE
 
 pytestmark = pytest.mark.usefixtures("kernels")
 K, N, RANK = 20, 12, 5
@@ -22,15 +23,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int, int]]:
     """Return a list that receives what every table is made from."""
     from plora_kernels.kernels import grouped_tiles
 
-    calls: list[tuple[Tensor, int, int]] = []
-    real = grouped_tiles._make_table
-
-    def noted(offsets: Tensor, rows: int, block_m: int) -> Tensor:
-        calls.append((offsets.clone(), rows, block_m))
-        return real(offsets, rows, block_m)
-
-    monkeypatch.setattr(grouped_tiles, "_make_table", noted)
-    return calls
+    return note_calls(monkeypatch, grouped_tiles, "_make_table", lambda offsets, *rest: (offsets.clone(), *rest))
 
 
 def operands(sizes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from plora_kernels.kernels import (
 )
 from plora_kernels.tuning import lookup
 from tests.plora_kernels.kernels.test_designs import blocks_of
-from tests.plora_kernels.ops.test_numerics import DEVICE, check, run
 from tests.plora_kernels.ops.test_projections import check as check_projections
 from tests.plora_kernels.ops.test_projections import make_problems
-from tests.support.groups import check_groups, draw_grouped
-from tests.support.numerics import Problem, make_problem, random_mask
+from tests.support.equality import assert_equal
+from tests.support.groups import draw_grouped
+from tests.support.notes import note_calls
+from tests.support.numerics import DEVICE, Problem, check, in_form, make_problem, run
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 
@@ -34,31 +35,28 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the op of every launch whose blocks are looked up: what a replay does not."""
     found: list[str] = []
     for module in (adapted_matmul, factor_gradient, grouped_matmul, projections_forward, side_product):
-        real = module.find_blocks
-
-        def noted(kind: type, shape: object, *rest: object, real: Callable = real) -> object:
-            found.append(shape.op)  # type: ignore[attr-defined]
-            return real(kind, shape, *rest)
-
-        monkeypatch.setattr(module, "find_blocks", noted)
+        note_calls(monkeypatch, module, "find_blocks", lambda kind, shape, *rest: shape.op, found)
     return found
 
 
 def problem(
     seed: int, rows: int = 37, form: str | None = None, p: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Problem:
-    mask = None if form is None else random_mask(5, 3).to(DEVICE)
-    return make_problem(
-        rows, 50, 29, 5, dtype, mask=mask, unselected=form or "folded", bias=seed % 2 == 0, dropout_p=p, seed=seed,
-        device=DEVICE,
-    )  # fmt: skip
+    options = in_form(form, 5, 3) | {"bias": seed % 2 == 0, "dropout_p": p, "seed": seed}
+    return make_problem(rows, 50, 29, 5, dtype, **options)
+
+
+def assert_worked_out(problem: Problem, worked_out: list[str]) -> None:
+    """Hold a problem to the bound, and its form to be new."""
+    worked_out.clear()
+    check(problem)
+    assert "forward" in worked_out
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("form", [None, "folded", "frozen"])
 def test_other_tensors_of_the_same_form_are_replayed(form: str | None, p: float, worked_out: list[str]) -> None:
-    check(problem(0, form=form, p=p))
-    assert worked_out
+    assert_worked_out(problem(0, form=form, p=p), worked_out)
     worked_out.clear()
     for seed in (2, 4):
         check(problem(seed, form=form, p=p))
@@ -68,52 +66,33 @@ def test_other_tensors_of_the_same_form_are_replayed(form: str | None, p: float,
 def test_a_replay_gives_the_same_bits(worked_out: list[str]) -> None:
     first, second = run(problem(0)), run(problem(0))
     assert worked_out.count("forward") == 1
-    for a, b in zip(first, second, strict=True):
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a, b)
-        assert a.data_ptr() != b.data_ptr()
+    assert_equal(first, second)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
 
 
 def test_what_differs_in_form_is_worked_out(worked_out: list[str]) -> None:
-    for different in (problem(0), problem(1), problem(0, rows=38), problem(0, dtype=torch.float16)):
-        worked_out.clear()
-        check(different)
-        assert "forward" in worked_out
-    other = problem(0)
-    other.scale = 0.25
-    worked_out.clear()
-    check(other)
-    assert "forward" in worked_out
-    strided = problem(0)
-    strided.weight = strided.weight.t().contiguous().t()
-    worked_out.clear()
-    check(strided)
-    assert "forward" in worked_out
+    other = replace(problem(0), scale=0.25)
+    strided = replace(problem(0), weight=problem(0).weight.t().contiguous().t())
+    halves = problem(0, dtype=torch.float16)
+    for different in (problem(0), problem(1), problem(0, rows=38), halves, other, strided):
+        assert_worked_out(different, worked_out)
 
 
 def test_an_address_that_is_not_aligned_is_another_form(worked_out: list[str]) -> None:
     aligned = problem(0)
     check(aligned)
-    worked_out.clear()
     room = torch.zeros(aligned.weight.numel() + 1, device=DEVICE)
     aligned.weight = room[1:].view_as(aligned.weight).copy_(aligned.weight)
-    check(aligned)
-    assert "forward" in worked_out
+    assert_worked_out(aligned, worked_out)
 
 
 def test_new_tables_and_forced_blocks_are_looked_at(worked_out: list[str]) -> None:
     check(problem(0))
-    worked_out.clear()
     lookup.forget_tables()
-    check(problem(0))
-    assert "forward" in worked_out
+    assert_worked_out(problem(0), worked_out)
     for design in ("tile_two_launch", "persistent", "one_launch"):
-        worked_out.clear()
         with lookup.override_blocks(blocks_of(design, 16)):
-            check(problem(0))
-        assert "forward" in worked_out
-    worked_out.clear()
+            assert_worked_out(problem(0), worked_out)
     with lookup.record_blocks() as taken:
         check(problem(0))
     assert "forward" in taken
@@ -125,7 +104,7 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
     real = lookup._chosen
     monkeypatch.setattr(lookup, "_chosen", lambda shape, *rest: blocks.get(shape.op) or real(shape, *rest))
     for seed in (0, 2, 4):
-        aligned = make_problem(70, 48, 80, 5, torch.float32, seed=seed, device=DEVICE)
+        aligned = make_problem(70, 48, 80, 5, torch.float32, seed=seed)
         check(aligned)
         if seed == 0:
             worked_out.clear()
@@ -138,9 +117,9 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
 def test_groups_are_replayed_with_other_bounds(
     share: float | None, unselected: str, p: float, worked_out: list[str]
 ) -> None:
-    form = {"share": share, "unselected": unselected, "dropout_p": p, "device": DEVICE}
+    form = {"share": share, "unselected": unselected, "dropout_p": p}
     for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
-        check_groups(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
+        check(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
         if number == 0:
             assert "forward" in worked_out
             worked_out.clear()
@@ -199,11 +178,7 @@ def test_tensors_on_another_device_are_another_form() -> None:
 
 
 def test_what_cannot_be_replayed_is_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[object] = []
-    real = replay._Recording.__init__
-    monkeypatch.setattr(
-        replay._Recording, "__init__", lambda self, given: (recorded.append(given), real(self, given))[1]
-    )
+    recorded = note_calls(monkeypatch, replay._Recording, "__init__", lambda self, given: given)
     x, A, B = (torch.randn(s, device=DEVICE) for s in ((16, 16), (4, 16), (16, 4)))
     for _ in range(3):
         pk.plora_linear(x, x, A, B)
@@ -235,7 +210,6 @@ def test_another_thread_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
         thread = threading.Thread(target=lambda: found.append(replay.empty((3,), torch.float32, torch.device(DEVICE))))
         thread.start()
         thread.join()
-        assert replay._local.recording is not None
         assert not any(tensor is found[-1] for tensor in replay._local.recording.tensors)
         real(*tensors, **options)  # type: ignore[arg-type]
 
@@ -256,7 +230,7 @@ def test_buffers_are_let_go_after_their_last_use(monkeypatch: pytest.MonkeyPatch
     real = replay._Recording.replay
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: 8)
     monkeypatch.setattr(replay._Recording, "replay", lambda self, outputs: made.append(real(self, outputs)) or made[-1])
-    check(make_problem(300, 48, 80, 1, torch.float32, device=DEVICE))
+    check(make_problem(300, 48, 80, 1, torch.float32))
     _, backward = made
     own = [step.slot for step in backward.steps if isinstance(step, replay._Allocation)]
     dropped = [slot for step in backward.steps if isinstance(step, replay._Launch) for slot in step.last]

@@ -8,9 +8,8 @@ import torch
 from plora_kernels.kernels import factor_gradient, output_gradient
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import GradientBlocks, MatmulBlocks, OutputGradientBlocks, row_splits
-from tests.plora_kernels.ops.test_numerics import DEVICE, check
-from tests.support.groups import check_groups, draw_grouped
-from tests.support.numerics import make_problem, random_mask
+from tests.support.groups import draw_grouped
+from tests.support.numerics import DEVICE, check, make_problem, random_mask
 
 # Rows, and the splits that eight multiprocessors make of them with one tile of columns and R 1.
 ROWS = {1: 1, 31: 1, 47: 2, 129: 8}
@@ -66,9 +65,7 @@ def forced(design: str) -> dict:
 def test_any_cut_gives_the_gradients(rows: int, form: str | None, design: str, cuts: list[int]) -> None:
     mask = None if form is None else torch.tensor([False, True], device=DEVICE)
     rank = 1 if form is None else 2
-    problem = make_problem(
-        rows, 16, 16, rank, torch.float32, mask=mask, unselected=form or "folded", seed=rows, device=DEVICE
-    )
+    problem = make_problem(rows, 16, 16, rank, torch.float32, mask=mask, unselected=form or "folded", seed=rows)
     with lookup.override_blocks(forced(design)):
         check(problem)
     assert len(cuts) == 2  # dA and dB
@@ -77,7 +74,7 @@ def test_any_cut_gives_the_gradients(rows: int, form: str | None, design: str, c
 
 
 def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
-    problem = make_problem(70, 200, 136, 5, torch.float32, mask=random_mask(5, 1).to(DEVICE), device=DEVICE)
+    problem = make_problem(70, 200, 136, 5, torch.float32, mask=random_mask(5, 1))
     for design in ("tile", "tile_two_launch"):
         with lookup.override_blocks(forced(design)):
             check(problem)
@@ -87,7 +84,7 @@ def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [(80, 0, 97), (1, 5, 30)])
 def test_groups_are_cut_each_for_itself(rows: tuple[int, ...], p: float, cuts: list[int]) -> None:
-    problem = draw_grouped(rows, 16, 16, 1, torch.float32, scale=[0.5, 0.25, 2.0], dropout_p=p, device=DEVICE)
+    problem = draw_grouped(rows, 16, 16, 1, torch.float32, scale=[0.5, 0.25, 2.0], dropout_p=p)
     with lookup.override_blocks(forced("tile")):
-        check_groups(problem)
+        check(problem)
     assert set(cuts) == ({3} if rows[0] == 80 else {1})

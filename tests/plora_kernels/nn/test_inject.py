@@ -8,7 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import plora_kernels as pk
-from tests.support.models import tiny_bert, tiny_llama
+from tests.support.equality import assert_equal
+from tests.support.models import adapted, tiny_bert, tiny_llama
+from tests.support.notes import note_calls
 
 
 def peft_targets(model: nn.Module, **options: object) -> set[str]:
@@ -71,16 +73,13 @@ def test_restore_gives_back_the_model_it_was() -> None:
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    handle = pk.inject(model, pk.PLoRAConfig(target_modules="all-linear"))
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
+    handle = adapted(model, "all-linear", rank=16)
     handle.select([0, 5])
     assert handle.restore() is model
     assert {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)} == linears
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert list(model.state_dict()) == list(state)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    assert_equal(model.state_dict(), state)
     with pytest.raises(pk.StateError, match="taken out by restore"):
         handle.select([0])
 
@@ -222,9 +221,7 @@ def test_a_saved_module_with_a_shared_weight_is_refused() -> None:
 def test_a_selection_that_fails_half_way_leaves_every_weight_as_it_was(
     failing: str, original: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "value"], original=original))
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
+    handle = adapted(tiny_bert(), ["query", "value"], original=original)
     originals = {name: layer.weight.detach().clone() for name, layer in handle.layers.items()}
     handle.select([0, 2])
     owner, name = {
@@ -253,32 +250,26 @@ def test_a_selection_that_fails_half_way_leaves_every_weight_as_it_was(
     monkeypatch.undo()
     handle.select([1])
     handle.unfold()
-    assert all(torch.equal(layer.weight, originals[name]) for name, layer in handle.layers.items())
+    assert_equal({name: layer.weight for name, layer in handle.layers.items()}, originals)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_selecting_folds_all_layers_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     from plora_kernels.kernels import fold_many
 
-    launches: list[int] = []
-    launch = fold_many._launch
-    monkeypatch.setattr(fold_many, "_launch", lambda group: (launches.append(len(group)), launch(group)))
-    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query", "key", "value"]))
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
+    launches = note_calls(monkeypatch, fold_many, "_launch", len)
+    handle = adapted(tiny_bert(), ["query", "key", "value"])
     expected = {
         name: pk.fold(layer.weight, layer.lora_A, layer.lora_B, [1], scale=layer.scale)
         for name, layer in handle.layers.items()
     }
     handle.select([1])
     assert launches == [6]
-    assert all(torch.equal(layer.weight, expected[name]) for name, layer in handle.layers.items())
+    assert_equal({name: layer.weight for name, layer in handle.layers.items()}, expected)
 
 
 def test_a_weight_changed_in_one_layer_stops_a_selection_before_any_layer_changes() -> None:
-    handle = pk.inject(tiny_bert(), pk.PLoRAConfig(rank=4, target_modules=["query"]))
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
+    handle = adapted(tiny_bert(), ["query"])
     handle.select([0, 1])
     last = list(handle.layers.values())[-1]
     original = last.state_dict()["weight"].clone()

@@ -12,6 +12,7 @@ from torch import nn
 
 import plora_kernels as pk
 from plora_kernels import reference
+from tests.support.equality import assert_equal
 
 
 def make(
@@ -122,7 +123,6 @@ def test_folding_keeps_the_parameter_and_unfolding_gives_its_memory_back(origina
         assert layer.weight is weight
         assert any(parameter is weight for parameter in optimizer.param_groups[0]["params"])
         kept = layer._original()
-        assert kept is not None
         # One copy, whichever stays: on the device the original itself, on the host a copy of it.
         assert (layer.original_weight is not None) == (original == "device")
         assert (kept.data_ptr() == home) == (original == "device")
@@ -142,8 +142,7 @@ def test_state_dict_is_full_and_unfolded_whatever_stands() -> None:
         layer.select([1, 4], form)
         emitted = layer.state_dict()
         assert list(emitted) == list(expected)
-        for name, value in emitted.items():
-            assert torch.equal(value, expected[name]), name
+        assert_equal(emitted, expected)
     with torch.no_grad():
         layer.lora_A.add_(1.0)
     assert torch.equal(layer.state_dict()["lora_A"][[1, 4]], expected["lora_A"][[1, 4]] + 1.0)
@@ -160,8 +159,7 @@ def test_loading_a_state_dict_while_selected_keeps_the_selection_and_the_paramet
     assert layer.selected == (0, 2, 3)
     torch.testing.assert_close(layer(x), source(x))
     layer.unfold()
-    for name, value in source.state_dict().items():
-        assert torch.equal(layer.state_dict()[name], value), name
+    assert_equal(layer.state_dict(), source.state_dict())
 
 
 def test_copies_and_moves_keep_a_selection() -> None:
@@ -193,7 +191,6 @@ def test_trained_parameters_may_be_cast(form: str) -> None:
     x = torch.randn(3, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x).sum().backward()
-    assert layer.lora_A.grad is not None
     assert layer.lora_A.grad.dtype is torch.float32
     assert layer.state_dict()["lora_A"].dtype is torch.bfloat16
     layer.unfold()

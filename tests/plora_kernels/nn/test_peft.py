@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plora_kernels as pk
+from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert, tiny_distilbert, tiny_llama
 
 TOKENS = torch.arange(24).reshape(2, 12)
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -33,7 +36,7 @@ def stir(model: nn.Module) -> None:
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_what_is_saved_here_loads_in_peft_and_computes_the_same(tmp_path: Path, rank_stabilized: bool) -> None:
     base = tiny_bert()
-    state = {name: value.clone() for name, value in base.state_dict().items()}
+    fresh = copy.deepcopy(base)
     config = pk.PLoRAConfig(
         rank=6,
         alpha=9.0,
@@ -48,12 +51,7 @@ def test_what_is_saved_here_loads_in_peft_and_computes_the_same(tmp_path: Path, 
     expected = logits(base)
     handle.select([1])  # a standing selection is saved in full all the same
     pk.save_peft(handle, tmp_path / "adapter")
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    fresh = tiny_bert()
-    fresh.load_state_dict(state)
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == FILES
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(loaded), expected)
 
@@ -70,21 +68,16 @@ def test_what_is_saved_here_loads_in_peft_and_computes_the_same(tmp_path: Path, 
 )
 def test_what_peft_saves_loads_here_and_computes_the_same(tmp_path: Path, options: dict) -> None:
     base = tiny_llama()
-    state = {name: value.clone() for name, value in base.state_dict().items()}
+    fresh = copy.deepcopy(base)
     wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
     stir(wrapped)
     wrapped.eval()
     expected = logits(wrapped)
     wrapped.save_pretrained(tmp_path)
-    fresh = tiny_llama()
-    fresh.load_state_dict(state)
     handle = pk.load_peft(fresh, tmp_path)
     torch.testing.assert_close(logits(fresh), expected)
     pk.save_peft(handle, tmp_path / "again")
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
-    assert set(first) == set(second)
-    for key, value in first.items():
-        assert torch.equal(second[key], value), key
+    assert_equal(*(load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again")))
 
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_distilbert], ids=lambda build: build.__name__)
@@ -92,24 +85,20 @@ def test_what_peft_saves_loads_here_and_computes_the_same(tmp_path: Path, option
 def test_heads_that_peft_looks_for_by_itself(tmp_path: Path, build: type, saved: tuple[str, ...]) -> None:
     # For SEQ_CLS PEFT keeps every module whose name ends with "classifier" or "score", listed or not.
     base = build()
-    state = {name: value.clone() for name, value in base.state_dict().items()}
+    fresh, again = copy.deepcopy(base), copy.deepcopy(base)
     targets = ["query"] if build is tiny_bert else ["q_lin"]
     config = pk.PLoRAConfig(rank=2, target_modules=targets, modules_to_save=saved, task_type="SEQ_CLS")
     handle = pk.inject(base, config)
     stir(base)
     expected = logits(base)
     pk.save_peft(handle, tmp_path / "ours")
-    fresh = build()
-    fresh.load_state_dict(state)
     theirs = PeftModel.from_pretrained(fresh, tmp_path / "ours", is_trainable=True).eval()
     torch.testing.assert_close(logits(theirs), expected)
     stir(theirs)
     expected = logits(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
-    fresh = build()
-    fresh.load_state_dict(state)
-    handle = pk.load_peft(fresh, tmp_path / "theirs")
-    torch.testing.assert_close(logits(fresh), expected)
+    handle = pk.load_peft(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), expected)
     assert "classifier" in handle.saved_modules
 
 
@@ -119,14 +108,11 @@ def test_heads_that_peft_looks_for_by_itself(tmp_path: Path, build: type, saved:
     ids=str,
 )
 def test_embeddings_that_peft_saves_whole_are_loaded(tmp_path: Path, targets: list[str], saved: str) -> None:
-    base = tiny_llama()
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
+    fresh = tiny_llama()
+    wrapped = get_peft_model(copy.deepcopy(fresh), LoraConfig(r=2, target_modules=targets))
     stir(wrapped)
     expected = logits(wrapped)
-    state = {k: v for k, v in base.state_dict().items() if "lora" not in k}
     wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
-    fresh = tiny_llama()
-    fresh.load_state_dict({k.replace(".base_layer.", "."): v for k, v in state.items()})
     with torch.no_grad():
         fresh.get_submodule(saved).weight.zero_()  # must come from the file
     pk.load_peft(fresh, tmp_path)
@@ -164,11 +150,7 @@ def test_saving_again_replaces_the_adapter_and_nothing_else(tmp_path: Path) -> N
     name = next(iter(handle.layers))
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(saved[f"base_model.model.{name}.lora_A.weight"], handle.layers[name].lora_A)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "notes.txt",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*FILES, "notes.txt"]
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "some/base"
     assert written["task_type"] == "SEQ_CLS"
@@ -184,15 +166,14 @@ def test_adapters_that_cannot_be_used_are_refused_and_the_model_stays(tmp_path: 
     model = tiny_bert()
     with pytest.raises(pk.ConfigError, match=r"adapter_config\.json does not exist"):
         pk.load_peft(model, tmp_path / "missing")
-    save_peft_adapter(tmp_path / "dora", use_dora=True)
-    with pytest.raises(pk.ConfigError, match="use_dora = True; only False is supported"):
-        pk.load_peft(model, tmp_path / "dora")
-    save_peft_adapter(tmp_path / "bias", bias="all")
-    with pytest.raises(pk.ConfigError, match="bias = 'all'; only 'none' is supported"):
-        pk.load_peft(model, tmp_path / "bias")
-    save_peft_adapter(tmp_path / "pissa", init_lora_weights="pissa")
-    with pytest.raises(pk.ConfigError, match="init_lora_weights = 'pissa', which changes the base"):
-        pk.load_peft(model, tmp_path / "pissa")
+    for option, value, message in (
+        ("use_dora", True, "use_dora = True; only False is supported"),
+        ("bias", "all", "bias = 'all'; only 'none' is supported"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa', which changes the base"),
+    ):
+        save_peft_adapter(tmp_path / option, **{option: value})
+        with pytest.raises(pk.ConfigError, match=message):
+            pk.load_peft(model, tmp_path / option)
     save_peft_adapter(tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
     with pytest.raises(pk.ConfigError, match="is not an adapter's configuration"):

@@ -151,8 +151,7 @@ def test_stacks_may_be_views_of_rows_that_hold_more(each_backend: str) -> None:
         A, B = A.detach().requires_grad_(), B.detach().requires_grad_()
         y = pk.GroupModules.of(pk.RowGroups([3, 1]), A, B, scale=[1.5, 0.5]).linear(x, weight, None)
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [A, B])))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
 
 
 def test_layers_come_back_and_can_be_pickled_inside() -> None:

@@ -17,7 +17,8 @@ import plora_kernels as pk
 from plora_kernels.nn import shared_input
 from plora_kernels.nn.shared_input import SharedInput
 from tests.support.attention import make
-from tests.support.models import tiny_bert
+from tests.support.equality import assert_equal
+from tests.support.models import adapted, tiny_bert
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -117,14 +118,9 @@ def test_moving_the_model_forgets_an_open_round() -> None:
 def test_states_files_and_restoring_are_as_without(tmp_path: Path) -> None:
     plain = tiny_bert()
     original = {name: value.clone() for name, value in plain.state_dict().items()}
-    config = pk.PLoRAConfig(rank=4, target_modules=["query", "key", "value"], fuse_projections=True)
-    model, twin = copy.deepcopy(plain), copy.deepcopy(plain)
-    handle = pk.inject(model, config)
-    assert list(model.state_dict()) == list(
-        pk.inject(twin, pk.PLoRAConfig(4, target_modules=["query", "key", "value"])).model.state_dict()
-    )
-    for layer in handle.layers.values():
-        nn.init.normal_(layer.lora_B)
+    targets, model, twin = ["query", "key", "value"], copy.deepcopy(plain), copy.deepcopy(plain)
+    handle = adapted(model, targets, fuse_projections=True)
+    assert list(model.state_dict()) == list(adapted(twin, targets).model.state_dict())
     expected = model(input_ids=TOKENS).logits
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(input_ids=TOKENS).logits, expected)
@@ -134,8 +130,7 @@ def test_states_files_and_restoring_are_as_without(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, expected)
     restored = handle.restore()
     assert all(type(restored.get_submodule(name)) is nn.Linear for name in handle.layers)
-    for name, value in restored.state_dict().items():
-        assert torch.equal(value, original[name]), name
+    assert_equal(restored.state_dict(), original)
 
 
 def test_another_thread_in_between_leaves_each_its_own_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from plora_kernels.fallback import grouped_products
-from tests.support.groups import DEVICE, FORMS, check_groups, draw_grouped, run_each_group, run_groups
-from tests.support.numerics import NAMES
+from tests.support.equality import assert_equal
+from tests.support.groups import DEVICE, FORMS, draw_grouped, run_each_group
+from tests.support.numerics import check, make_problem, run
 from tests.support.pairwise import pairwise
 
 # Groups' rows, K, N, R.
@@ -30,18 +31,13 @@ SHAPES = (
     ids=str,
 )
 def test_results_are_within_the_bound(
-    shape: tuple,
-    selection: tuple[float | None, str],
-    p: float,
-    dtype: torch.dtype,
-    bias: bool,
-    each_backend: str,
+    shape: tuple, selection: tuple[float | None, str], p: float, dtype: torch.dtype, bias: bool, each_backend: str
 ) -> None:
     sizes, k, n, rank = shape
     share, form = selection
     scales = [0.5 + g for g in range(len(sizes))] if share is None else 0.5
     options = {"share": share, "unselected": form, "dropout_p": p, "scale": scales, "bias": bias}
-    check_groups(draw_grouped(sizes, k, n, rank, dtype, device=DEVICE, **options))
+    check(draw_grouped(sizes, k, n, rank, dtype, **options))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -61,9 +57,8 @@ def test_the_table_of_tiles_by_hand(offsets: list[int]) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_gradients_of_the_kernels_are_deterministic() -> None:
-    problem = draw_grouped((700, 0, 1100), 20, 9, 5, torch.float32, device=DEVICE)
-    for first, second in zip(run_groups(problem)[2:4], run_groups(problem)[2:4], strict=True):
-        assert torch.equal(first, second)
+    for problem in (draw_grouped((700, 0, 1100), 20, 9, 5, torch.float32), make_problem(1100, 20, 9, 5, torch.float32)):
+        assert_equal(run(problem), run(problem))
 
 
 def random_cases(count: int, seed: int) -> list[tuple]:
@@ -84,23 +79,16 @@ def test_random_groups_on_the_torch_path(case: tuple, dtype: torch.dtype, monkey
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     *shape, form, share, number = case
     p = 0.3 if number % 4 == 1 else 0.0
-    check_groups(draw_grouped(*shape, dtype, share=share, unselected=form, dropout_p=p, seed=number, device=DEVICE))
+    check(draw_grouped(*shape, dtype, share=share, unselected=form, dropout_p=p, seed=number))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize(("share", "form"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_at_once_equal_one_call_a_group(shape: tuple, share: float | None, form: str, p: float) -> None:
-    problem = draw_grouped(
-        *shape,
-        torch.float64,
-        share=share,
-        unselected=form,
-        dropout_p=p,
-        scale=[1.0 / (g + 1) for g in range(len(shape[0]))],
-    )
-    for name, together, alone in zip(NAMES, run_groups(problem), run_each_group(problem), strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12, msg=name)
+    options = {"share": share, "unselected": form, "dropout_p": p, "device": "cpu"}
+    problem = draw_grouped(*shape, torch.float64, scale=[1.0 / (g + 1) for g in range(len(shape[0]))], **options)
+    torch.testing.assert_close(run(problem), run_each_group(problem), rtol=1e-12, atol=1e-12)
 
 
 def test_when_weights_of_their_own_pay() -> None:
@@ -125,4 +113,4 @@ def test_both_ways_of_plain_products_are_within_the_bound(
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: by_weights)
     scales = [0.5 + g for g in range(len(shape[0]))]
     for scale in (0.5, scales):
-        check_groups(draw_grouped(*shape, torch.float32, scale=scale, device=DEVICE))
+        check(draw_grouped(*shape, torch.float32, scale=scale))

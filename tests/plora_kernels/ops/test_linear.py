@@ -9,59 +9,77 @@ from torch.autograd import forward_ad
 
 import plora_kernels as pk
 from plora_kernels import reference
-from plora_kernels.fallback import grouped_products
 from plora_kernels.selection import index_buffer
+from tests.support.equality import assert_equal
+from tests.support.groups import draw_grouped
+from tests.support.layer_inputs import GROUPS
 from tests.support.layer_inputs import layer_inputs as inputs
+from tests.support.numerics import in_form, make_problem, run
 from tests.support.pairwise import pairwise
 
-INDEX = index_buffer((1, 3), torch.device("cpu"))
+SEEDS = torch.tensor([5, 6, 7])
+# By operator: rows of modules that train; where groups of rows end, and their scales; probabilities and seeds.
+OPERATORS = {
+    "linear": (
+        index_buffer((1, 3), torch.device("cpu")),
+        (),
+        {"plain": (0.0, None), "dropout": (0.3, SEEDS[:1])},
+    ),
+    "grouped_linear": (
+        torch.tensor([[0, 2, *[-1] * 14], [-1] * 16, [3, *[-1] * 15]], dtype=torch.int32),
+        (torch.tensor(GROUPS), torch.tensor([1.0, 2.0, 0.5])),
+        {
+            "plain": (0.0, None, None),
+            "numbered": (0.3, SEEDS, torch.arange(15).flip(0)),
+            "counted": (0.3, SEEDS, None),
+        },
+    ),
+}
 
 
 # --------------------------------------------------------------------------------------------- torch's own checks
 
 
-OPCHECKED = pairwise(
-    ["torch", "triton"],
-    [False, True],
-    ["all", "indexed"],
-    ["plain", "dropout"],
-    [(True, True, True, True), (True, False, True, False), (False, True, False, False)],
-)
+OPCHECKED = [
+    (name, *one)
+    for name, (_, _, dropout) in OPERATORS.items()
+    for one in pairwise(
+        ["torch", "triton"],
+        [False, True],
+        ["all", "indexed"],
+        list(dropout),
+        [(True, True, True, True), (False, True, False, False)] + [(True, False, True, False)] * (name == "linear"),
+    )
+]
 
 
 # Each check traces the operator several times over; what it looks at is shapes, strides and aliases.
-@pytest.mark.parametrize(("backend", "frozen", "selected", "dropped", "needs"), OPCHECKED, ids=str)
+@pytest.mark.parametrize(("name", "backend", "frozen", "selected", "dropped", "needs"), OPCHECKED, ids=str)
 def test_opcheck_of_the_forward_and_backward(
-    backend: str,
-    frozen: bool,
-    selected: str,
-    dropped: str,
-    needs: tuple[bool, bool, bool, bool],
+    name: str, backend: str, frozen: bool, selected: str, dropped: str, needs: tuple[bool, ...],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setenv("PLORA_BACKEND", backend)
-    x, weight, lora_A, lora_B, bias = inputs()
-    index = INDEX if selected == "indexed" else None
-    dropout = (0.3, torch.tensor([5])) if dropped == "dropout" else (0.0, None)
-    arguments = (x, weight, lora_A, lora_B, bias, index, 0.5, frozen, True, *dropout)
-    torch.library.opcheck(torch.ops.plora.linear.default, arguments)
-    _, s = torch.ops.plora.linear(*arguments)
-    tensors = (torch.randn(3, 5, 6), *(t.detach() for t in (x, weight, lora_A, lora_B, s)))
-    backward = (*tensors, index, 0.5, frozen, *needs, *dropout)
-    torch.library.opcheck(torch.ops.plora.linear_backward.default, backward)
+    chosen, groups, dropouts = OPERATORS[name]
+    operands = inputs(groups=GROUPS if groups else None)
+    form, dropout = (chosen if selected == "indexed" else None, *groups, 0.5, frozen), dropouts[dropped]
+    forward, backward = (getattr(torch.ops.plora, own) for own in (name, f"{name}_backward"))
+    torch.library.opcheck(forward.default, (*operands, *form, True, *dropout))
+    _, s = forward(*operands, *form, True, *dropout)
+    tensors = (torch.randn(3, 5, 6), *(t.detach() for t in (*operands[:4], s)))
+    torch.library.opcheck(backward.default, (*tensors, *form, *needs, *dropout))
 
 
-def test_opcheck_of_the_fold(each_backend: str) -> None:
-    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
-    torch.library.opcheck(torch.ops.plora.fold_.default, (weight, lora_A, lora_B, INDEX, 0.5, None))
-
-
-@pytest.mark.parametrize("selected", [None, [], [0, 2]], ids=str)
-def test_gradcheck_in_float64(selected: list[int] | None) -> None:
-    x, weight, lora_A, lora_B, bias = inputs(torch.float64)
+@pytest.mark.parametrize(
+    ("groups", "selected"),
+    [(None, None), (None, []), (None, [0, 2]), (GROUPS, None), (GROUPS, [[], [1], [0, 2]])],
+    ids=str,
+)
+def test_gradcheck_in_float64(groups: list[int] | None, selected: list | None) -> None:
+    x, weight, lora_A, lora_B, bias = inputs(torch.float64, groups=groups)
 
     def run(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor) -> Tensor:
-        return pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=0.7)
+        return pk.plora_linear(x, weight, lora_A, lora_B, selected, bias=bias, scale=0.7, groups=groups)
 
     assert torch.autograd.gradcheck(run, (x, lora_A, lora_B, bias))
 
@@ -109,7 +127,6 @@ def test_any_leading_shape(shape: tuple[int, ...], each_backend: str) -> None:
     y = pk.plora_linear(x, weight, lora_A, lora_B, [1, 2], bias=bias)
     assert y.shape == (*shape[:-1], 6)
     y.sum().backward()
-    assert x.grad is not None
     assert x.grad.shape == shape
     mask = torch.tensor([False, True, True, False])
     torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B, mask, bias=bias))
@@ -118,20 +135,20 @@ def test_any_leading_shape(shape: tuple[int, ...], each_backend: str) -> None:
         assert not lora_A.grad.any()
 
 
-def test_tensors_need_not_be_contiguous(each_backend: str) -> None:
-    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
-    x = torch.randn(7, 5, 3).permute(2, 1, 0)
-    strided = [torch.randn(t.shape[1], t.shape[0]).T.copy_(t) for t in (weight, lora_A, lora_B)]
-    assert not any(t.is_contiguous() for t in (x, *strided))
-    leaves = [strided[1].requires_grad_(), strided[2].requires_grad_()]
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["one", "groups"])
+def test_tensors_need_not_be_contiguous(groups: list[int] | None, each_backend: str) -> None:
+    _, weight, lora_A, lora_B, _ = inputs(requires_grad=False, groups=groups)
+    operands = (torch.randn(3, 5, 7), weight, lora_A, lora_B)
+    strided = [torch.randn(t.shape[::-1]).permute(*range(t.dim())[::-1]).copy_(t) for t in operands]
+    assert not any(t.is_contiguous() for t in strided)
     bias = torch.randn(6, 2)[:, 0]
-    y = pk.plora_linear(x, strided[0], *leaves, bias=bias)
-    torch.testing.assert_close(y, reference.forward(x, weight, lora_A, lora_B, bias=bias))
-    y.sum().backward()  # an expanded dy: strides of zero
-    dy = torch.ones(15, 6)
-    _, d_A, d_B, _ = reference.gradients(dy, x.reshape(15, 7), weight, lora_A, lora_B)
-    torch.testing.assert_close(leaves[0].grad, d_A)
-    torch.testing.assert_close(leaves[1].grad, d_B)
+    found = []
+    for x, own_weight, *factors in (operands, strided):
+        leaves = [factor.detach().requires_grad_() for factor in factors]
+        y = pk.plora_linear(x, own_weight, *leaves, bias=bias, groups=groups)
+        dy = torch.ones(3, 5, 6) if x.is_contiguous() else torch.ones(()).expand(3, 5, 6)  # strides of zero
+        found.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.testing.assert_close(*found)
 
 
 def far_apart(values: Tensor) -> Tensor:
@@ -155,8 +172,7 @@ def test_strides_beyond_what_32_bits_hold(groups: list[int] | None) -> None:
         leaves = [own_x.requires_grad_(), *(factor.clone().requires_grad_() for factor in factors)]
         y = pk.plora_linear(leaves[0], weight, *leaves[1:], groups=groups)
         found.append((y, *torch.autograd.grad(y, leaves, own_dy)))
-    for far, near in zip(*found, strict=True):
-        assert torch.equal(far, near)
+    assert_equal(*found)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -179,39 +195,39 @@ def test_a_large_side_product_does_not_overflow_half_precision(each_backend: str
     y = pk.plora_linear(x, weight, lora_A, lora_B, scale=16.0)
     torch.testing.assert_close(y, torch.full_like(y, 2 * 6400 * 16 / 2**12))
     y.backward(torch.full_like(y, 2.0**-10))
-    assert lora_B.grad is not None
     torch.testing.assert_close(lora_B.grad, torch.full_like(lora_B.grad, 2 * 6400 * 16 / 2**10))
 
 
-def test_the_output_may_be_written_in_place(each_backend: str) -> None:
-    _, weight, lora_A, lora_B, bias = inputs()
-    for shape in ((5, 7), (3, 5, 7)):
-        x = torch.randn(shape)
-        expected = torch.relu(pk.plora_linear(x, weight, lora_A, lora_B, bias=bias) + 1.0)
-        y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
-        y += 1.0
-        y = torch.nn.functional.relu(y, inplace=True)
-        assert torch.equal(y, expected)
-        y.sum().backward()
+@pytest.mark.parametrize("shape", [(15, 7), (1, 15, 7), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["one", "groups"])
+def test_the_output_may_be_written_in_place(
+    groups: list[int] | None, shape: tuple[int, ...], each_backend: str
+) -> None:
+    x, weight, lora_A, lora_B, bias = inputs(groups=groups)
+    own_bias = bias if groups is None else None
+    y = pk.plora_linear(x.detach().reshape(shape), weight, lora_A, lora_B, bias=own_bias, groups=groups)
+    expected = torch.relu(y + 1.0)
+    y += 1.0
+    assert torch.equal(torch.nn.functional.relu(y, inplace=True), expected)
+    y.sum().backward()
 
 
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["one", "groups"])
 @pytest.mark.parametrize("form", ["folded", "frozen"])
-def test_unselected_modules_get_no_gradient_and_folded_ones_are_not_read(form: str, each_backend: str) -> None:
-    x, weight, lora_A, lora_B, _ = inputs()
+def test_unselected_modules_get_no_gradient_and_folded_ones_are_not_read(
+    form: str, groups: list[int] | None, each_backend: str
+) -> None:
+    x, weight, lora_A, lora_B, _ = inputs(groups=groups)
     if form == "folded":
         with torch.no_grad():
-            lora_A[[0, 3]] = float("nan")
-            lora_B[:, [0, 3]] = float("inf")
-    pk.plora_linear(x, weight, lora_A, lora_B, [1, 2], unselected=form).sum().backward()
-    assert lora_A.grad is not None
-    assert lora_B.grad is not None
-    assert not lora_A.grad[[0, 3]].any()
-    assert not lora_B.grad[:, [0, 3]].any()
+            lora_A[..., [0, 3], :], lora_B[..., [0, 3]] = float("nan"), float("inf")
+    selected = [1, 2] if groups is None else [[1, 2]] * 3
+    pk.plora_linear(x, weight, lora_A, lora_B, selected, unselected=form, groups=groups).sum().backward()
+    for gradient in (lora_A.grad.mT, lora_B.grad):
+        assert not gradient[..., [0, 3]].any()
+        assert gradient[..., [1, 2]].any()
     for gradient in (x.grad, lora_A.grad, lora_B.grad):
-        assert gradient is not None
         assert gradient.isfinite().all()
-    assert lora_A.grad[[1, 2]].any()
-    assert lora_B.grad[:, [1, 2]].any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
@@ -229,40 +245,22 @@ def test_non_finite_inputs_propagate_as_in_linear(selected: list[int] | None, ea
     dy = torch.rand(3, 5, 6)
     dy[2, 0, 0] = float("inf")
     y.backward(dy)
-    assert x.grad is not None
     assert torch.equal(x.grad.isposinf(), (dy @ weight).isposinf())
     assert not x.grad.isnan().any()
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
-def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool], each_backend: str) -> None:
-    x, weight, lora_A, lora_B, _ = inputs(requires_grad=False)
-    mask = torch.tensor([False, True, True, False])
-    expected = reference.gradients(torch.ones(3, 5, 6), x, weight, lora_A, lora_B, mask)
-    for form in ("folded", "frozen"):
-        leaves = [t.clone().requires_grad_(need) for t, need in zip((x, lora_A, lora_B), needs, strict=True)]
-        pk.plora_linear(leaves[0], weight, leaves[1], leaves[2], mask, unselected=form).sum().backward()
-        for leaf, need, gradient in zip(leaves[1:], needs[1:], expected[1:3], strict=True):
-            if need:
-                torch.testing.assert_close(leaf.grad, gradient)
-            else:
-                assert leaf.grad is None
-
-
-@pytest.mark.usefixtures("kernels")
-def test_gradients_of_the_kernels_are_deterministic() -> None:
-    results = []
-    for _ in range(2):
-        x, weight, lora_A, lora_B = (
-            torch.randn(s, generator=torch.Generator().manual_seed(i))
-            for i, s in enumerate(((1100, 20), (9, 20), (5, 20), (9, 5)))
-        )
-        lora_A.requires_grad_()
-        lora_B.requires_grad_()
-        pk.plora_linear(x, weight, lora_A, lora_B).square().sum().backward()
-        results.append((lora_A.grad, lora_B.grad))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_only_the_gradients_asked_for(form: str, needs: tuple[bool, ...], each_backend: str) -> None:
+    for problem in (
+        make_problem(15, 7, 6, 4, torch.float32, **in_form(form, 4, seed=3)),
+        draw_grouped((3, 0, 12), 7, 6, 4, torch.float32, share=0.5, unselected=form),
+    ):
+        given = (problem.x, problem.lora_A, problem.lora_B)
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+        pk.plora_linear(leaves[0], problem.weight, *leaves[1:], **problem.form()).backward(problem.dy)
+        every = zip(run(problem)[1:4], needs, strict=True)
+        torch.testing.assert_close([leaf.grad for leaf in leaves], [g if need else None for g, need in every])
 
 
 def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str) -> None:
@@ -287,30 +285,23 @@ def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str)
             pk.plora_linear(*leaves[:2], *factors, groups=groups).backward(dy)
             expected = [tensor.clone().requires_grad_(number != 1) for number, tensor in enumerate(operands)]
             (expected[0] @ (expected[1] + expected[3] @ expected[2]).t()).backward(dy)
-            for got, wanted in zip(leaves, expected, strict=True):
-                assert (got.grad is None) == (wanted.grad is None)
-                if got.grad is not None:
-                    torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-5)
+            got, wanted = ([leaf.grad for leaf in some] for some in (leaves, expected))
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     clean = operands
     y = pk.plora_linear(*clean, bias=bias)
     torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch takes the batch apart
-def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(
-    each_backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        grouped_products, "group_weights_are_cheaper", lambda *_: False
-    )  # small layers consist of torch's own operations
+@pytest.mark.usefixtures("without_group_weights")
+def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(each_backend: str) -> None:
     x, weight, lora_A, lora_B, _ = inputs()
     dys = torch.randn(2, 3, 5, 6)
     y = pk.plora_linear(x, weight, lora_A, lora_B)
     found = torch.autograd.grad(y, (x, lora_A, lora_B), dys, is_grads_batched=True, retain_graph=True)
     for place, dy in enumerate(dys):
         one = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
-        for batch, alone in zip(found, one, strict=True):
-            torch.testing.assert_close(batch[place], alone)
+        torch.testing.assert_close([batch[place] for batch in found], one)
     y = pk.plora_linear(x, weight, lora_A[None], lora_B[None], groups=[0, 15])
     if each_backend == "torch":  # products in place
         with pytest.raises(pk.UnsupportedError, match="is_grads_batched=True"):

@@ -14,32 +14,12 @@ from tests.support.numerics import (
     NAMES,
     Problem,
     assert_within_bound,
+    check,
     make_problem,
     random_mask,
+    run,
     variance_of_fold,
 )
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def run(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """Return y, dx, dA, dB, dbias of the operator; its mask goes in as it is."""
-    leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
-    bias = None if problem.bias is None else problem.bias.clone().requires_grad_()
-    x, lora_A, lora_B = leaves
-    form = {"bias": bias, "scale": problem.scale, "unselected": problem.unselected}
-    form |= {"dropout_p": problem.dropout_p, "dropout_seed": problem.dropout_seed}
-    y = pk.plora_linear(x, problem.weight, lora_A, lora_B, problem.mask, **form)
-    y.backward(problem.dy)
-    gradients = [x.grad, lora_A.grad, lora_B.grad, None if bias is None else bias.grad]
-    return y.detach(), *gradients
-
-
-def check(problem: Problem) -> None:
-    exact, variances = problem.reference_results(torch.float64), problem.variances()
-    for name, result, truth, variance in zip(NAMES, run(problem), exact, variances, strict=True):
-        if result is not None:
-            assert_within_bound(result, truth, variance, name)
 
 
 def combinations(dtypes: list[torch.dtype], count: int, largest: int, seed: int) -> list[tuple]:
@@ -66,20 +46,9 @@ TORCH_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def problem_of(combination: tuple) -> Problem:
     rows, k, n, rank, dtype, share, form, seed = combination
-    mask = None if share is None else random_mask(rank, seed, share).to(DEVICE)
-    return make_problem(
-        rows,
-        k,
-        n,
-        rank,
-        dtype,
-        mask=mask,
-        unselected=form,
-        bias=seed % 3 > 0,
-        dropout_p=0.3 if seed % 4 == 1 else 0.0,
-        seed=seed,
-        device=DEVICE,
-    )
+    mask = None if share is None else random_mask(rank, seed, share)
+    options = {"mask": mask, "unselected": form, "bias": seed % 3 > 0, "dropout_p": 0.3 if seed % 4 == 1 else 0.0}
+    return make_problem(rows, k, n, rank, dtype, seed=seed, **options)
 
 
 @pytest.mark.parametrize("combination", combinations(TORCH_DTYPES, 160, 257, seed=1), ids=name_of)
@@ -107,7 +76,7 @@ def test_kernels_are_within_the_bound(combination: tuple) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (37, 50, 29, 5), (3, 40, 24, 256)], ids=str)
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 def test_kernels_on_the_odd_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    check(make_problem(*shape, dtype, device=DEVICE))
+    check(make_problem(*shape, dtype))
 
 
 @pytest.mark.gpu
@@ -126,8 +95,8 @@ def test_fold_is_within_the_bound(
 ) -> None:
     monkeypatch.setenv("PLORA_BACKEND", backend)
     n, k, rank = shape
-    problem = make_problem(1, k, n, rank, dtype, device=DEVICE)
-    mask = random_mask(rank, seed=rank).to(DEVICE)
+    problem = make_problem(1, k, n, rank, dtype)
+    mask = random_mask(rank, seed=rank)
     weight = problem.weight.clone()
     returned = pk.fold_(weight, problem.lora_A, problem.lora_B, mask, scale=0.5)
     assert returned is weight

@@ -11,14 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
 from plora_kernels.functional import autocast_dtype
+from tests.support.layer_inputs import GROUPS
 from tests.support.layer_inputs import layer_inputs as inputs
+from tests.support.models import adapted
 
 
 def test_compile_traces_whole_models_and_selections_do_not_recompile() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 9))
-    handle = pk.inject(model, pk.PLoRAConfig(rank=24, target_modules=["0", "2"]))
-    for layer in handle.layers.values():
-        torch.nn.init.normal_(layer.lora_B)
+    handle = adapted(model, ["0", "2"], rank=24)
     source = random.Random(0)
     for form in ("folded", "frozen"):
         counter = CompileCounterWithBackend("aot_eager")
@@ -75,19 +75,19 @@ def test_inductor_computes_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["one", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("active", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_behaves_as_for_linear(dtype: torch.dtype, active: torch.dtype) -> None:
-    x, weight, lora_A, lora_B, bias = (t.to(dtype).detach() for t in inputs())
+def test_autocast_behaves_as_for_linear(dtype: torch.dtype, active: torch.dtype, groups: list[int] | None) -> None:
+    x, weight, lora_A, lora_B, bias = (t.to(dtype).detach() for t in inputs(groups=groups))
     lora_A.requires_grad_()
     with torch.autocast("cpu", dtype=active):
-        y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias)
+        y = pk.plora_linear(x, weight, lora_A, lora_B, bias=bias, groups=groups)
         assert y.dtype == torch.nn.functional.linear(x, weight, bias).dtype
     y.sum().backward()
-    assert lora_A.grad is not None
     assert lora_A.grad.dtype == dtype
     with torch.autocast("cpu", dtype=active, enabled=False):
-        assert pk.plora_linear(x, weight, lora_A, lora_B).dtype == dtype
+        assert pk.plora_linear(x, weight, lora_A, lora_B, groups=groups).dtype == dtype
 
 
 def test_a_kind_of_device_without_autocast_casts_nothing() -> None:
@@ -106,16 +106,18 @@ def test_autocast_takes_mixed_dtypes() -> None:
     assert y.dtype is torch.bfloat16
 
 
-def test_double_backward_and_transforms_say_so() -> None:
-    x, weight, lora_A, lora_B, _ = inputs()
-    (gradient,) = torch.autograd.grad(pk.plora_linear(x, weight, lora_A, lora_B).sum(), lora_A, create_graph=True)
+@pytest.mark.usefixtures("without_group_weights")
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["one", "groups"])
+def test_double_backward_and_transforms_say_so(groups: list[int] | None) -> None:
+    x, weight, lora_A, lora_B, _ = inputs(groups=groups)
+
+    def run(x: Tensor) -> Tensor:
+        return pk.plora_linear(x, weight, lora_A, lora_B, groups=groups).sum()
+
+    (gradient,) = torch.autograd.grad(run(x), lora_A, create_graph=True)
     with pytest.raises(pk.UnsupportedError, match="no double backward"):
         gradient.sum().backward()
-
-    def run(row: Tensor) -> Tensor:
-        return pk.plora_linear(row, weight, lora_A, lora_B).sum()
-
-    transforms = (torch.vmap(run), torch.func.grad(run), lambda x: torch.func.jvp(run, (x,), (x,)))
-    for transform in transforms:
+    transforms = [torch.func.grad(run), lambda x: torch.func.jvp(run, (x,), (x,))]
+    for transform in transforms + [torch.vmap(run)] * (groups is None):
         with pytest.raises(pk.UnsupportedError, match=r"does not run under torch\.func transforms"):
             transform(x.detach())

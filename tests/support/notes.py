@@ -1,0 +1,22 @@
+"""Calls that are noted on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def note_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, what: Callable[..., Any], notes: list | None = None
+) -> list:
+    """Let `owner.name` note `what` of its arguments before it does what it does; return the list of notes."""
+    found, real = [] if notes is None else notes, getattr(owner, name)
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        found.append(what(*arguments, **named))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, noted)
+    return found

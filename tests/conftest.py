@@ -9,7 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Triton 3.9 asks for a choice; fused multiply-add is what it has always done.
+# Triton 3.9 requires this setting; earlier versions always used fused multiply-add.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from plora_kernels.tuning.lookup import forget_tables
@@ -17,7 +17,7 @@ from tests.support.notes import note_calls
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse to run with another Triton than `--triton` names: found first is not always what was meant."""
+    """Refuse to run with another Triton than `--triton` names, because several may be on the path."""
     wanted = session.config.getoption("triton")
     if wanted is None:
         return
@@ -34,7 +34,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Start every test from the same global random state, without launches recorded by another."""
+    """Start every test from the same random state, without the launches that other tests recorded."""
     torch.manual_seed(0)
     forget_tables()
 
@@ -54,7 +54,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_group_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no group have a weight of its own, so that small layers too are this library's operators, not torch's."""
+    """Compute no weight for each group, so that small layers also run this library's operators, not torch's."""
     from plora_kernels.fallback import grouped_products
 
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: False)
@@ -62,7 +62,7 @@ def without_group_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` and `empty_like` return with NaN, so that an element nobody writes shows."""
+    """Fill what `torch.empty` and `empty_like` return with NaN, so that an element that is never written shows."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
 

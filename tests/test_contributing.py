@@ -1,4 +1,4 @@
-"""CONTRIBUTING's steps lead where it says: a source of data, a provider of a benchmark and an operator, added here.
+"""CONTRIBUTING's steps work: here a source of data, a provider of a benchmark and an operator are added by them.
 
 A federated method is added in docs/federated.md, whose snippet the tests run.
 """
@@ -28,7 +28,7 @@ from tests.support.tiny_bert import make_tiny_bert
 
 
 def provider_off_by(factor: float) -> Maker:
-    """A layer by two products of plain torch, its result times `factor`."""
+    """A layer as two products of plain torch, its result multiplied by `factor`."""
 
     def make(case: Case, problem: Problem) -> Provider:
         def call(x: Tensor) -> tuple[Tensor, ...]:

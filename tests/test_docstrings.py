@@ -12,7 +12,7 @@ import torch
 import fed
 import plora_kernels as pk
 
-# Kernels are a language of their own: what they hold has no examples.
+# Triton kernels have no examples in their docstrings.
 MODULES = [
     name
     for package in (pk, fed)

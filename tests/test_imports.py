@@ -1,4 +1,4 @@
-"""The direction of imports, and what importing does not do."""
+"""The order of imports between folders, and that importing has no side effects."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What stands directly in each package, folders and files, from the face down to the ground: each imports only from its
-# own folder and from what stands after it here.
+# The folders and files of each package from top to bottom: each imports only from itself and from those after it.
 ORDER = {
     "plora_kernels": (
         "nn", "functional", "folding", "ops", "fallback", "kernels", "dispatch", "checks", "backend", "reference",
@@ -27,9 +26,9 @@ ORDER = {
         "cases",
     ),
 }  # fmt: skip
-# Which of the other packages each may import.
+# The other packages that each may import.
 MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_kernels", "fed")}
-# Libraries that only these files and folders may import.
+# Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
     "peft": ("plora_kernels/nn/peft.py", "bench"),
@@ -71,13 +70,13 @@ def imports(path: Path, planted: str = "") -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             prefix = list(package[: len(package) - node.level + 1]) if node.level else []
             module = ".".join([*prefix, *([node.module] if node.module else [])])
-            # `from fed import data` names a module; `from fed.data import deal` something that one holds.
+            # `from fed import data` names a module; `from fed.data import deal` a name in one.
             names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
 def graph(planted: Mapping[str, str] | None = None) -> dict[str, set[str]]:
-    """Return which of the packages' modules each of them imports; `planted` code is read as the end of a module."""
+    """Return the modules that each module imports; `planted` code is appended to a module."""
     found = modules()
     edges: dict[str, set[str]] = {}
     for module, path in found.items():
@@ -90,19 +89,19 @@ def graph(planted: Mapping[str, str] | None = None) -> dict[str, set[str]]:
 
 
 def upward(edges: Mapping[str, set[str]]) -> list[str]:
-    """Return the imports that do not go down, in words."""
+    """Return the imports that do not go down, as sentences."""
     wrong = []
     for module, names in edges.items():
         package, *inside = module.split(".")
         if not inside:
-            continue  # the package itself: what it hands on stands above everything
+            continue  # the package's `__init__.py`, which is above everything
         order = ORDER[package]
         for name in sorted(names):
             other, *below = name.split(".")
             if other != package:
                 fine = other in MAY_IMPORT[package]
             elif not below:
-                fine = False  # the package's face, from inside
+                fine = False  # the package itself, imported from inside
             else:
                 fine = below[0] == inside[0] or order.index(below[0]) > order.index(inside[0])
             if not fine:
@@ -111,7 +110,7 @@ def upward(edges: Mapping[str, set[str]]) -> list[str]:
 
 
 def circles(edges: Mapping[str, set[str]]) -> list[str]:
-    """Return the modules that import themselves by a detour, and those that import only such."""
+    """Return the modules in circles of imports, and those that import only such modules."""
     open_ones = dict(edges)
     while leaves := [module for module, needs in open_ones.items() if not needs & open_ones.keys()]:
         for module in leaves:
@@ -149,7 +148,7 @@ def test_fed_uses_public_names_of_plora_kernels() -> None:
             assert parts[0] != "plora_kernels" or len(parts) == 1 or parts[1] in public, f"{path} imports {name}"
 
 
-# Imports that do not belong at the end of a file: the file's module, the code, what it imports.
+# Forbidden imports: the module, the import appended to it, the module that it imports.
 PLANTED = (
     ("bench.cases", "from bench.report.figures import draw", "bench.report.figures"),
     ("fed.errors", "from fed.training import local", "fed.training.local"),

@@ -1,4 +1,4 @@
-"""The combinations chosen for a test hold every pair of values."""
+"""The combinations of `tests/support/pairwise.py` hold every pair of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs say what is so: their Python runs, their tables are the committed results, what they name exists."""
+"""README and docs are true: their Python runs, their tables are the committed results, and what they name exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.models import tiny_bert, tiny_llama
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-# Those written by hand, tables between markers apart.
+# The pages written by hand, but for the tables between markers.
 PAGES = [
     *(README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", RESULTS / "README.md"),
     *sorted(DOCS.glob("*.md")),
@@ -41,7 +41,7 @@ PAGES = [
 ]
 PAGES = list(dict.fromkeys(PAGES))
 TOP = ("plora_kernels", "fed", "bench", "tests", "docs")
-# Named by pages and not committed: commands make them when they are run.
+# Files that pages name and commands write; they are not committed.
 MADE = {"bench/results/latest.json", "bench/results/tune", "plora_kernels/tuning/tables"}
 TABLES = r"model|data|clients|adapter|train|server|hetlora|measure|compare"
 
@@ -69,7 +69,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def words(page: Path) -> Iterator[str]:
-    """Yield the words of everything a page shows as code, its Python apart: that is run."""
+    """Yield the words of everything that a page shows as code, but for its Python, which is run."""
     spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.M))
     for span in [*spans, *blocks(page, "")]:
         for word in span.split():
@@ -77,7 +77,7 @@ def words(page: Path) -> Iterator[str]:
 
 
 def slugs(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as they are made where it is shown."""
+    """Return the anchors that the site makes of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", text_of(page), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -183,10 +183,10 @@ def test_a_committed_comparison_is_of_settings_there_are_and_its_words_of_its_fi
 
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Stand in a folder with two small models; return the one name that pages take for granted, a batch."""
+    """Change to a folder with two small models; return the one name that pages use without defining it, `batch`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    # The same graph without a C++ compiler's seconds.
+    # The same graph without the seconds of a C++ compiler.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     tiny_bert().save_pretrained("path/to/bert")
     tiny_llama().save_pretrained("path/to/llama")
@@ -218,7 +218,7 @@ def test_the_federated_guide_runs_and_a_run_leaves_what_it_says(ready: dict) -> 
     run_python(page, ready)
     section = text_of(page).split("## What a run leaves")[1].split("\n## ")[0]
     files = [name for line in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(.*?)`", line)]
-    elsewhere = {"base_delta.safetensors", "centralised.json"}  # of other methods, of runs that compare
+    elsewhere = {"base_delta.safetensors", "centralised.json"}  # other methods, comparisons
     assert elsewhere < set(files)
     left = {f"{path.name}/" if path.is_dir() else path.name for path in Path("runs/small").iterdir()}
     assert left == set(files) - elsewhere

@@ -74,7 +74,7 @@ def require_device(device_type: str, error: Exception) -> None:
     """
     if device_type != "cuda":
         return
-    import torch  # which a process that has no device to look after need not wait for
+    import torch  # here, because processes without a device start faster without it
 
     try:
         torch.cuda.synchronize()

@@ -11,7 +11,7 @@ TIMES_MS = {
     ("forward", 32): {"base": 2.0, "peft": 8.0, "peft-compiled": 8.0, "fused": 4.0},
     ("fold", 16): {"base": 1.0, "peft": 9.0, "fused": 1.5},
 }
-# Passes beyond one projection's: of one weight, or of three that are 64, 32 and 32 wide.
+# Bytes beyond those of one projection: for one weight, and for three weights 64, 32 and 32 wide.
 MORE_MS = {
     "dropout": {"base": 2.0, "peft": 5.0, "peft-compiled": 4.0, "fused": 3.0},
     "projections_forward": {"base": 2.0, "peft": 6.0, "peft-compiled": 4.0, "fused-apart": 4.0, "fused": 3.0},
@@ -45,7 +45,7 @@ def saved_run(commit: str = "0123456789abcdef") -> dict[str, Any]:
 
 
 def saved_run_of_every_op() -> dict[str, Any]:
-    """Return the same run with the other ops, as they are saved since they are measured."""
+    """Return the same run with the operators that newer files also hold."""
     run = saved_run()
     for op, times in MORE_MS.items():
         for provider in times:

@@ -1,4 +1,4 @@
-"""The cases of a device and the tensors drawn for one."""
+"""The cases measured on a device, and the tensors drawn for a case."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_every_op_is_measured_and_several_projections_where_it_is_about_them(lis
         assert (case.projection.count > 1) is about_several, case
         assert (case.m == 0) is (case.op in FOLDS), case
         assert case.projection.n == sum(case.projection.widths or (case.projection.n,))
-        # A file of records tells cases apart by these alone.
+        # A file of records distinguishes cases only by these fields.
     assert len({case_key(case.facts()) for case in found}) == len(found)
 
 

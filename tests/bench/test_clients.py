@@ -1,4 +1,4 @@
-"""Clients measured by number: every one keeps something, and on disk that costs no memory."""
+"""Memory and time by the number of clients: what clients keep between rounds takes no memory if it is on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_live_tensors_are_counted_once() -> None:
 
 
 def test_clients_on_disk_cost_their_row_numbers_and_no_more(tmp_path: Path) -> None:
-    """40 and 80 clients that all keep a B and a head: in memory their tensors grow by that, on disk they do not."""
+    """40 and 80 clients that each keep a B and a head: tensors in memory grow with the clients, unless kept on disk."""
     few, many, held = (
         measure_point(point, tmp_path, rounds=2, settings=SMALL)
         for point in (Point(40, 2), Point(80, 2), Point(80, 2, kept="memory"))

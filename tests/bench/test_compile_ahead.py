@@ -1,4 +1,4 @@
-"""A cache that is filled without a GPU holds what a run on one asks for, wherever code and cache lie by then."""
+"""A Triton cache filled without a GPU serves a run on a GPU, from other folders of the code and of the cache too."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from plora_kernels.tuning.blocks import ShapeClass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Runs pieces of work on tensors of the device that is named, and prints the hashes of what they launch. With storage
-# (on "cpu", as on a GPU) tensors lie where an allocator puts them, and operators take the way of a real call; what has
-# to be compiled there, or is another kernel than without storage, ends it.
+# Runs pieces of work on tensors of the given device and prints the hashes of the kernels they launch. On "cpu" the
+# tensors have storage and real addresses, as on a GPU, and operators run as in a real call. It fails if a kernel has to
+# be compiled there, or differs from the one compiled without storage.
 LAUNCHED = """
 import json, os, sys
 from contextlib import nullcontext
@@ -69,7 +69,7 @@ print(json.dumps(sorted({launch.compiled.hash for launch in launches})))
 
 
 def launched(root: Path, cache: Path, device: str, kind: str) -> list[str]:
-    """Return what a process that runs the code in `root` finds or puts in the cache."""
+    """Return the hashes of kernels that a process with the code in `root` finds in the cache or adds to it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     command = [sys.executable, "-c", LAUNCHED, str(cache), device, kind]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -84,7 +84,7 @@ def copy_of_the_code(folder: Path) -> Path:
 
 
 def assert_found_elsewhere(folder: Path, kind: str) -> None:
-    """Fill a cache, carry it to another folder and find there, from other code, all that real tensors launch."""
+    """Fill a cache, copy it to another folder, and check that another copy of the code finds all kernels in it."""
     here, there = folder / "here", folder / "there"
     ahead = launched(ROOT, here, "meta", kind)
     compile_ahead.pack(here, folder / "cache.tar.gz")
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_cache_is_an_error(tmp_path: Path, capsys: pytest.Capt
 def test_compilers_are_settled_once_and_what_is_said_already_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     for name in ("TRITON_DEFAULT_FP_FUSION", "TRITON_PTXAS_PATH"):
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # restored by monkeypatch
         monkeypatch.delenv(name)
     settle_compilers()
     assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"

@@ -1,4 +1,4 @@
-"""Training with PEFT and with the fused layers, from one start on the same batches: one loss curve within rounding."""
+"""Training with PEFT and with fused layers from the same start on the same batches: equal losses but for rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FP64_BOUND = 1e-12
 
 @dataclass(frozen=True)
 class Training:
-    """What both sides share: how long they train, and AdamW's and the adapters' settings."""
+    """The settings of both trainings: their length, AdamW's and the adapters'."""
 
     steps: int
     batch_size: int = 64
@@ -39,7 +39,7 @@ FULL, SHORT = Training(steps=50), Training(steps=8)
 
 @dataclass(frozen=True)
 class Curves:
-    """Loss per step of both sides in fp32 and fp64, in the order trained."""
+    """The loss per step of PEFT and of the fused layers, in fp32 and fp64."""
 
     peft_fp32: list[float]
     fused_fp32: list[float]
@@ -167,7 +167,7 @@ def test_a_few_steps_give_peft_s_loss_curve_and_a_scale_off_by_a_thousandth_does
 def test_fifty_steps_give_peft_s_loss_curve_within_rounding() -> None:
     curves = train_all(FULL)
     assert curves.equal(), (curves.errors(), curves.bounds())
-    # The curve is one of learning: a model that stood still would agree as well.
+    # The model must learn: two models that do not move would agree too.
     assert sum(curves.fused_fp64[-5:]) / 5 < 0.2 * curves.fused_fp64[0]
 
 

@@ -1,4 +1,4 @@
-"""`pytest --benchmark`, run as a user runs it, and what it saves; `pytest --triton`, which refuses another version."""
+"""`pytest --benchmark` run as a user would, and what it saves; `pytest --triton`, which refuses other versions."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON of one small fold and forward, measured through the flag where no compiler is to be found."""
+    """The JSON of one small fold and one forward, measured by `--benchmark` where no C++ compiler is found."""
     directory = tmp_path_factory.mktemp("bench")
     path = directory / "saved.json"
     options = [
@@ -33,12 +33,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--benchmark-json={path}",
     ]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", *options]
-    # Under pytest-xdist a worker's variables would tell pytest-benchmark to time nothing.
+    # With pytest-xdist's environment variables pytest-benchmark would not time anything.
     environment = {
         name: value for name, value in os.environ.items() if name != "CXX" and not name.startswith("PYTEST_XDIST")
     }
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PATH": str(directory)}
-    # torch.compile keeps what it compiled before; an empty cache makes it look for the compiler.
+    # With an empty cache torch.compile needs the compiler.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(directory / "compiled")
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -61,14 +61,14 @@ def content(saved: Path) -> dict[str, Any]:
     ("source", "flag", "paths"),
     [
         (pytest.Config.ArgsSource.TESTPATHS, True, [str(ROOT / "bench")]),
-        (pytest.Config.ArgsSource.ARGS, True, ["tests"]),  # what is named stays
+        (pytest.Config.ArgsSource.ARGS, True, ["tests"]),  # paths that are given stay
         (pytest.Config.ArgsSource.TESTPATHS, False, ["tests"]),
     ],
 )
 def test_the_flag_is_the_long_form(
     source: pytest.Config.ArgsSource, flag: bool, paths: list[str], pytestconfig: pytest.Config
 ) -> None:
-    """Of a command line with `tests` as its path."""
+    """The command line gives the path `tests`."""
     config = SimpleNamespace(
         option=SimpleNamespace(benchmark_only=False),
         getoption=lambda name: flag and name == "benchmark",

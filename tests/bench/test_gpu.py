@@ -162,7 +162,7 @@ def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:
     absent = {"pydantic", "datasets", "flwr", "hypothesis", "ruff", "typer", "rich", "tomli_w", "sklearn", "scipy"}
     for path in (path for name, path in modules().items() if not name.startswith("fed")):
         assert not {name.split(".")[0] for name in imports(path)} & absent, path.name
-    # Of the simulator it takes what trains clients, which imports none of them either.
+    # It imports the part of `fed` that trains clients, which does not import them either.
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({sorted(absent)})
@@ -177,7 +177,7 @@ def test_every_design_is_checked_where_it_runs() -> None:
     both = {"forward", "input_gradient"}
     for design in DESIGNS:
         found, of_odd = (set(shape.blocks(design, Hardware(90, 132))) for shape in (aligned, odd))
-        assert (found, of_odd) == (both, set() if design == "specialised" else both)  # of half precision alone
+        assert (found, of_odd) == (both, set() if design == "specialised" else both)  # only in half precision
     assert aligned.blocks("persistent", Hardware(80, 108)) == {}
 
 

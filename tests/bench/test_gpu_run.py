@@ -1,4 +1,4 @@
-"""How a run of `python -m bench.gpu` goes: its order, what a death costs, how it goes on, what it is told to leave."""
+"""Runs of `python -m bench.gpu`: their order, what a crash costs, how they continue, and what options leave out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def timed(case: Case, names: Sequence[str]) -> list[dict[str, object]]:
 
 
 def ends_in_inplace(work: Warmup | Timing, *, defaults: bool = False) -> Any:
-    """Stand in for work whose process ends while *inplace* is warmed up."""
+    """Work whose process ends while *inplace* is warmed up."""
     if isinstance(work, Warmup):
         for name in work.providers:
             note(name)
@@ -75,7 +75,7 @@ def ends_in_inplace(work: Warmup | Timing, *, defaults: bool = False) -> Any:
 
 
 def hangs_in_fused(work: Warmup | Timing, *, defaults: bool = False) -> Any:
-    """Stand in for work whose device is gone once *fused* was timed, and which hangs in *peft-compiled*."""
+    """Work whose device fails once *fused* was timed, and which hangs in *peft-compiled*."""
     if isinstance(work, Warmup):
         return {}
     assert isinstance(work, Timing)
@@ -89,7 +89,7 @@ def hangs_in_fused(work: Warmup | Timing, *, defaults: bool = False) -> Any:
 
 
 def hangs_in_a_form(work: Check, *, defaults: bool = False) -> Any:
-    """Stand in for a check that hangs in its second form."""
+    """A check that hangs in its second form."""
     shape, found = work.shape, []
     for form in work.forms:
         if form == "folded mask":
@@ -141,12 +141,12 @@ def test_at_the_end_of_the_time_a_hang_is_stopped_and_left(tmp_path: Path, monke
     work = Work([], [], [], [shape])
     device_run.do(run, work)
     assert time.monotonic() - run.started < 20.0
-    assert [record["form"] for record in run.file.records] == ["all"]  # what was right until then is kept
+    assert [record["form"] for record in run.file.records] == ["all"]  # results until then are kept
     assert left(run, work) == ["check bfloat16 M 3 K 4 N 5 R 2"]
 
 
 def jobs_of(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Return a list that receives all work, none of which is done."""
+    """Return a list that receives all work; none is done."""
     seen: list[object] = []
 
     def record(work: Check | Timing | Simulation, *, defaults: bool) -> Any:
@@ -343,7 +343,7 @@ def test_training_steps_note_who_runs_and_what_is_known_after_every_round(worker
 
 
 def steps_hang_in_vmap(work: Simulation, *, defaults: bool = False) -> Any:
-    """Stand in for training steps that hang in *vmap*, and in the compiled cohort once its gradients were right."""
+    """Training steps that hang in *vmap*, and in the compiled cohort after its gradients were checked."""
     names = dict.fromkeys(["base", "peft-loop", *work.providers])
     for name in names:
         note(name)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def compiled_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the tests a compilation: the provider's wiring is the same."""
+    """Replace torch.compile by the identity, which saves the time of compiling."""
 
     def same(module: Callable[..., object], *, fullgraph: bool) -> Callable[..., object]:
         assert fullgraph

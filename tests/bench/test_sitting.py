@@ -1,4 +1,4 @@
-"""The two sittings on a lent GPU: their plans fit, a hang costs its share, both go through under the interpreter."""
+"""The two short runs on a GPU: their plans fit the time, a hang costs its step only, both run under the interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small language model made of local text: what it saves loads, learns and is the same twice; what is refused."""
+"""The example that trains a small Llama on local text: its files load, it learns, runs repeat, errors are clear."""
 
 from __future__ import annotations
 

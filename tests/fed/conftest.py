@@ -1,4 +1,4 @@
-"""What the tests of `fed` share."""
+"""Fixtures of the tests of `fed`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out a run's pictures where nothing looks at them: drawing takes longer than these runs."""
+    """Do not draw a run's pictures: drawing takes longer than these runs."""
     draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def undrawn_throughout() -> Iterator[None]:
-    """Leave out the pictures of all runs of a file."""
+    """Do not draw the pictures of any run of a file."""
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
         yield
@@ -54,7 +54,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models here are so small that a second thread only makes them wait for each other."""
+    """Use one thread: models here are so small that a second one makes them slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep tokens where no other run looks for them."""
+    """Keep cached tokens in a folder of the test."""
     directory = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLORA_KERNELS_CACHE", str(directory))
@@ -72,13 +72,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT that knows the words of PETS and the labels dog and cat."""
+    """A tiny BERT with the words of PETS and the labels dog and cat."""
     return make_tiny_bert(tmp_path_factory.mktemp("bert"), PETS, hidden=32, labels=("dog", "cat"))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny causal language model that has read a few sentences on animals."""
+    """A tiny causal language model trained on a few sentences about animals."""
     directory = tmp_path_factory.mktemp("llama")
     texts = [PROMPT.format(**row) + row["output"] for row in instructions(24)]
     recipe = Recipe(layers=1, width=32, vocabulary=400, length=64, steps=60, batch_size=8)

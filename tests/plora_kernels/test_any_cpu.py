@@ -1,4 +1,4 @@
-"""The torch path's numbers on processors that are not there, as far as one machine can stand for others."""
+"""The torch path under settings that make one machine compute as other processors do."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-# What torch's kernels, oneDNN and MKL are told; MKL's second variable counts on Intel's processors alone.
+# The settings of torch, oneDNN and MKL; MKL's second variable works on Intel processors only.
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 SETTINGS = {
     "DEFAULT": ("default", "SSE41", "COMPATIBLE"),
     "AVX2": ("avx2", "AVX2", "AVX2", "AVX2"),
     "AVX512": ("avx512", "AVX512_CORE", "AVX512", "AVX512"),
 }
-LEVELS = tuple(SETTINGS)  # of torch's own kernels; one above what a processor has would crash
+LEVELS = tuple(SETTINGS)  # torch's own kernels; a level that the processor lacks would crash
 PLACES = (
     *("test_bound.py", "test_reference.py", "test_folding.py", "ops", "fallback"),
     *("nn/test_linear.py", "nn/test_row_groups.py"),
 )
-# What the settings reach, printed by a process that runs under one.
+# Prints what a process under a setting uses.
 PROBE = """
 import hashlib, torch
 generator = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ pytestmark = [
 
 
 def run_under(level: str, *arguments: str) -> str:
-    """Return what Python prints under a setting, one thread; skip where torch has no kernels of that level here."""
+    """Return what Python prints under a setting, with one thread; skip if torch has no kernels of that level here."""
     if LEVELS.index(level) > LEVELS.index(torch.backends.cpu.get_cpu_capability()):
         pytest.skip(f"no {level} here")
     environment = os.environ | dict(zip(VARIABLES, SETTINGS[level], strict=False)) | {"OMP_NUM_THREADS": "1"}
@@ -52,7 +52,7 @@ def run_under(level: str, *arguments: str) -> str:
 
 
 def test_settings_take_effect() -> None:
-    """Torch's kernels are of the level that was asked for; MKL's oldest, which fuse nothing, have bits of their own."""
+    """torch uses kernels of the given level; MKL's oldest kernels, without fused multiply-add, give other bits."""
     there = LEVELS[: LEVELS.index(torch.backends.cpu.get_cpu_capability()) + 1]
     found = {level: run_under(level, "-c", PROBE).split() for level in there}
     assert [found[level][0] for level in there] == list(there)
@@ -62,13 +62,13 @@ def test_settings_take_effect() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_torch_path_is_within_the_bound_on(level: str) -> None:
-    """A processor decides in which order products are summed, and so every bit and the size of every error.
+    """The processor decides in which order products are summed, and with it the bits and errors of results.
 
-    A tolerance that was found on one machine, or bits that two layouts of one product happen to share there, may
-    therefore fail on the next. MKL, oneDNN and torch can be told to use what other processors would.
+    A tolerance found on one machine may therefore fail on another, and so may equal bits of two layouts of a product.
+    MKL, oneDNN and torch can be told to use the instructions of other processors.
     """
     places = [f"tests/plora_kernels/{name}" for name in PLACES]
-    # Triton's interpreter computes in NumPy: nothing of that depends on these settings. What torch's compiler made for
-    # one level it takes from its cache for another, where it gives NaN: no processor of its own does that.
+    # Left out: Triton's interpreter, whose NumPy does not depend on these settings, and torch.compile, which reuses
+    # cached code of another level and then gives NaN, as it would not on a processor of that level.
     chosen = "not triton and not test_kernels and not the_kernels and not compile"
     run_under(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *places)

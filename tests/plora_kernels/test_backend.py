@@ -20,7 +20,7 @@ backend = importlib.import_module("plora_kernels.backend")  # the package has a 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU count as a device whose kernels run, until one does not compile."""
+    """Treat the CPU as a device that runs kernels, until one does not compile."""
     monkeypatch.delenv("PLORA_BACKEND", raising=False)
     monkeypatch.setattr(backend, "_given_up", given_up := set())
     for module in (ops.linear, ops.fold, folding):
@@ -62,7 +62,7 @@ def test_a_kernel_that_does_not_compile_gives_way_with_one_warning(
     assert backend._given_up == {torch.device("cpu")}
 
 
-# Triton 3.6's interpreter makes numpy say it; `pytest.warns` passes it on as if it came from somewhere else.
+# NumPy's warning in Triton 3.6's interpreter, which `pytest.warns` reports again.
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 def test_a_backward_that_does_not_compile_is_made_by_torch(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, lora_A, lora_B = inputs()

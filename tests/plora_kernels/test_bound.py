@@ -1,4 +1,4 @@
-"""The bound of `tests/support/numerics.py`: it predicts errors, plain torch meets it, paths made wrong do not."""
+"""The bound of `tests/support/numerics.py`: it predicts errors, and finds paths that were made wrong on purpose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def too_far(results: tuple[Tensor | None, ...], problem: Problem) -> set[str]:
 @pytest.mark.parametrize("rows", [1, 16, 65])
 @pytest.mark.parametrize("terms", [1, 2, 17, 257])
 def test_the_expected_error_is_that_of_one_running_sum(rows: int, terms: int) -> None:
-    """Sums that torch is made to do term by term, the same on every machine, err as is expected of them."""
+    """Sums done term by term, the same on every machine, have errors of the predicted size."""
     generator = torch.Generator().manual_seed(terms)
     start, left, right = (torch.randn(s, generator=generator).float() for s in ((rows, 40), (rows, terms), (terms, 40)))
     total = start.clone()
@@ -65,19 +65,19 @@ def test_plain_torch_is_within_the_bound(dtype: torch.dtype, form: str | None, p
     problem = make_problem(ROWS, K, N, RANK, dtype, **options, dropout_p=p, scale=0.7, seed=1)
     plain = problem.reference_results(dtype)
     assert too_far(plain, problem) == set()
-    if dtype.itemsize < 4:  # in fp32 a library's sums may be much better than running ones; here their order is nothing
+    if dtype.itemsize < 4:  # a library's fp32 sums may be much better than running ones
         exact = problem.reference_results(torch.float64)
         further = tuple(truth + 3 * (one.double() - truth) for one, truth in zip(plain, exact, strict=True))
         assert {"y", "dx"} <= too_far(further, problem)
 
 
 def in_half(product: Tensor) -> Tensor:
-    """Return what passes through half precision."""
+    """Return the tensor rounded to half precision and back."""
     return product.to(torch.float16).to(product.dtype)
 
 
 def summed_in_bfloat16(rows: Tensor, down: Tensor) -> Tensor:
-    """Return rows · down, the sum kept in bfloat16."""
+    """Return rows · down, summed in bfloat16."""
     total = rows.new_zeros(rows.shape[0], down.shape[1], dtype=torch.bfloat16)
     for one, other in zip(rows.float().unbind(1), down.float(), strict=True):
         total = (total.float() + one[:, None] * other).to(torch.bfloat16)
@@ -104,7 +104,7 @@ def without_the_factor_of_dropout(problem: Problem) -> Problem:
 
 
 EVERY = {"y", "dx", "dA", "dB"}
-# What is done wrong; where in the torch path, or else to the inputs; how; the results that it reaches.
+# The fault; where it is in the torch path, or in the inputs; the wrong function; the results it changes.
 WRONG: dict[str, tuple[str | None, Callable, set[str]]] = {
     "the low-rank part in half": ("scaled_product", lambda real, *operands: in_half(real(*operands)), EVERY),
     "S and dS in half": ("_side_product", lambda real, *operands: in_half(real(*operands)), EVERY),
@@ -115,7 +115,7 @@ WRONG: dict[str, tuple[str | None, Callable, set[str]]] = {
     "a module's scale off by 5e-2": (None, with_a_module_off(5e-2), {"y", "dx", "dA"}),
     "dropout without its factor": (None, without_the_factor_of_dropout, EVERY),
 }
-# In half precision the others are what rounding gives anyway.
+# In half precision the other faults are no larger than rounding.
 SEEN_IN_HALF = (
     "S and dS summed in bfloat16",
     "a feature left out",
@@ -141,7 +141,7 @@ def test_half_precision_made_wrong_is_not_within_the_bound(
 
 
 def check_is_found(what: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the torch path as it is and made wrong, and see which results of the latter are refused."""
+    """Run the torch path unchanged and made wrong, and check which results of the latter are refused."""
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     assert too_far(run(problem), problem) == set()
     place, change, reached = WRONG[what]

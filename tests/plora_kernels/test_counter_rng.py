@@ -1,4 +1,4 @@
-"""The random word of an element: worked out by hand, the same in the kernels, even and unrelated to others."""
+"""The random word of an element: computed by hand, the same in kernels, uniform and independent of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: bfloat16 in every design, graphs, no waiting of the host, streams side by side."""
+"""Tests that need a CUDA device: bfloat16 in every design, CUDA graphs, no host synchronisation, several streams."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
-    """Raise where the host would wait for the device."""
-    with warnings.catch_warnings():  # torch says once in a process that it cannot find every place
+    """Raise where the host waits for the device."""
+    with warnings.catch_warnings():  # torch warns once in a process that it does not find every such place
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
         torch.cuda.set_sync_debug_mode("error")
     yield
@@ -86,7 +86,7 @@ def test_every_way_to_overlap_is_within_the_bound() -> None:
                         check(make_problem(rows, k, n, rank, torch.bfloat16, **in_form(form, rank, rank)))
 
 
-# Of five modules a line of dS starts anywhere, and is read as none of sixteen would be.
+# With five modules the rows of dS are not aligned and are loaded in another way than with sixteen.
 @pytest.mark.parametrize("rank", [5, 16])
 def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
     rows, k, n = 4096, 1024, 1152
@@ -106,7 +106,7 @@ def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
 
 @pytest.mark.parametrize("design", ["one_launch", "drawn"])
 def test_side_tiles_within_a_launch_on_many_streams_at_once(design: str) -> None:
-    # Launches that share the device, none of which may wait for a program of its own that cannot start.
+    # No launch that shares the device may wait for one of its own programs that cannot start.
     shape = ShapeClass("forward", "bfloat16", 4096, 1024, 1024, 16)
     blocks = first_of(design, shape)
     if blocks is None:
@@ -168,7 +168,7 @@ def test_a_graph_takes_the_table_of_tiles_made_before_it_or_its_own() -> None:
     A, B = (torch.randn(3, *size, device="cuda", dtype=torch.bfloat16) for size in ((16, 256), (384, 16)))
     for warmed in (True, False):
         rows, expected = pk.RowGroups(sizes), pk.GroupModules.of(pk.RowGroups(sizes), A, B).linear(x, weight, None)
-        rows.offsets(x)  # copied from the host, which a graph cannot do
+        rows.offsets(x)  # a copy from the host, which a graph cannot hold
         modules = pk.GroupModules.of(rows, A, B)
         if warmed:
             modules.linear(x, weight, None)
@@ -176,7 +176,7 @@ def test_a_graph_takes_the_table_of_tiles_made_before_it_or_its_own() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = modules.linear(x, weight, None)
-        assert len(tables_of(rows.offsets(x)) or {}) == kept  # nothing that only a replay fills
+        assert len(tables_of(rows.offsets(x)) or {}) == kept  # no memory that only a replay fills
         for _ in range(2):
             y.fill_(float("nan"))
             graph.replay()

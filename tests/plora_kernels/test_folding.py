@@ -120,7 +120,7 @@ def _mask(rank: int, *selected: int) -> Tensor:
     return mask
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # by the interpreter
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_what_is_not_finite_becomes_what_nearest_makes_of_it(dtype: torch.dtype, each_backend: str) -> None:
     largest = torch.finfo(dtype).max
@@ -180,7 +180,7 @@ def test_a_weight_larger_than_a_chunk_is_rounded_as_one_piece() -> None:
 
 
 def test_large_strides_take_wide_offsets(kernels: None) -> None:
-    # A row stride so large that offsets inside a tile need 64 bits; the storage is one row.
+    # A row stride so large that offsets inside a tile need 64 bits; there is one row only.
     storage = torch.randn(64, dtype=torch.float16, device=DEVICE)
     weight = storage.as_strided((1, 64), (2**30, 1))
     lora_A, lora_B = torch.randn(2, 64).to(weight), torch.randn(1, 2).to(weight)

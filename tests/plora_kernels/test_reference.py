@@ -1,4 +1,4 @@
-"""The reference against cases small enough to compute by hand."""
+"""The reference on cases computed by hand."""
 
 from __future__ import annotations
 

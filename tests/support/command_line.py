@@ -1,4 +1,4 @@
-"""What a call of the command line gave, and what it left."""
+"""The result of a command-line call, and its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import fed.simulation.simulate
 from tests.support.tiny_federation import MEASURED
 
-# Of a run's row, in order.
+# The fields of a run's row, in order.
 FIELDS = [
     *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
     *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
@@ -47,14 +47,14 @@ def outcome_of(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_refused(outcome: Outcome, message: str) -> None:
-    """Hold an outcome to one line of error that matches the message."""
+    """Assert that a call failed with one line of error that matches the message."""
     assert outcome.status == 2
     assert re.fullmatch(r"error: .+\n", outcome.err), outcome.err
     assert re.search(message, outcome.err), outcome.err
 
 
 def failing(error: BaseException, after_rows: int) -> Callable[..., object]:
-    """A `simulate` that raises an error after so many rows of all runs together, or before anything."""
+    """Return a `simulate` that raises `error` after `after_rows` rows of all runs together; 0: at once."""
     simulate, seen = fed.simulation.simulate.simulate, []
 
     def fail(*arguments: object, resume: bool = False) -> object:
@@ -78,7 +78,7 @@ def rows_of(directory: Path) -> list[dict]:
 
 
 def timeless(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what is measured anew every time."""
+    """Return rows without the measured fields, which differ between runs."""
     return [{key: value for key, value in row.items() if not key.endswith(MEASURED)} for row in rows]
 
 

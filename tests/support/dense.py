@@ -1,4 +1,4 @@
-"""What the methods do, written on dense matrices in float64 NumPy: slow, plain, and sharing no code with `fed`.
+"""The methods on dense matrices in float64 NumPy: slow, plain, and without code of `fed`.
 
 Every function takes the server before a round and the round's updates and returns ΔW (N, K) of one matrix after it.
 """
@@ -22,7 +22,7 @@ def arrays(factors: Factors) -> tuple[Dense, Dense]:
 
 
 def held(server: ServerState, matrix: str) -> Dense:
-    """ΔW (N, K) of the server: what is in the base and what the adapter adds."""
+    """Return ΔW (N, K) of the server: its change of the base plus the adapter's part."""
     A, B = arrays(server.adapter.factors[matrix])
     delta = server.adapter.scale * B @ A
     return delta + server.base_delta[matrix].double().numpy() if matrix in server.base_delta else delta
@@ -34,7 +34,7 @@ def shares(updates: Sequence[ClientUpdate]) -> list[float]:
 
 
 def mean_of_products(server: ServerState, updates: Sequence[ClientUpdate], matrix: str) -> Dense:
-    """Σ p_i s B_i A_i: FlexLoRA, and what every exact method should have."""
+    """Return Σ p_i s B_i A_i: FlexLoRA, and the target of every exact method."""
     total = 0.0
     for share, update in zip(shares(updates), updates, strict=True):
         A, B = arrays(update.factors[matrix])
@@ -43,7 +43,7 @@ def mean_of_products(server: ServerState, updates: Sequence[ClientUpdate], matri
 
 
 def product_of_means(server: ServerState, updates: Sequence[ClientUpdate], matrix: str) -> Dense:
-    """s B̄ Ā: FedIT, FFA-LoRA, RoLoRA, and FedSA-LoRA's global model."""
+    """Return s B̄ Ā: FedIT, FFA-LoRA, RoLoRA, and FedSA-LoRA's global model."""
     pairs = [arrays(update.factors[matrix]) for update in updates]
     A = sum(share * pair[0] for share, pair in zip(shares(updates), pairs, strict=True))
     B = sum(share * pair[1] for share, pair in zip(shares(updates), pairs, strict=True))
@@ -93,7 +93,7 @@ def hetlora(server: ServerState, updates: Sequence[ClientUpdate], matrix: str) -
 
 
 def raflora(server: ServerState, updates: Sequence[ClientUpdate], matrix: str) -> Dense:
-    """Slice by slice between the distinct ranks, each a weighted mean over the clients that reach it."""
+    """Return a weighted mean for each slice between distinct ranks, over the clients whose rank covers it."""
     ranks = [len(update.factors[matrix][0]) for update in updates]
     total, low = 0.0, 0
     for high in sorted(set(ranks)):

@@ -1,4 +1,4 @@
-"""Tensors that must be the same, however they are put together."""
+"""Equality of tensors and of collections of tensors."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def assert_equal(found: object, expected: object) -> None:
-    """Hold tensors, or lists and mappings of tensors (or of None), to the same numbers to the last bit."""
+    """Assert that tensors, or lists or mappings of tensors (or of None), are equal to the last bit."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Problems of several groups in one call, and what the reference says of each group alone."""
+"""Problems of several groups in one call, and the reference's results for each group alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.numerics import (
     variance_of_rows_sum,
 )
 
-# Shares of the modules that are selected (None: all), and the form.
+# The share of modules that are selected (None: all), and the form of the others.
 FORMS = [(None, "folded"), (0.4, "folded"), (0.4, "frozen"), (0.0, "folded"), (0.0, "frozen")]
 
 
 @dataclass
 class GroupedProblem:
-    """One problem a group, which share weight and bias; scales is one number or one a group."""
+    """One problem per group, all with the same weight and bias; scales is one number or one per group."""
 
     problems: list[Problem]
     scale: float | Sequence[float]
@@ -39,7 +39,7 @@ class GroupedProblem:
     dy: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Put the groups' tensors together."""
+        """Concatenate the groups' tensors."""
         problems = self.problems
         self.bounds = [0, *itertools.accumulate(problem.x.shape[0] for problem in problems)]
         self.x, self.dy = (torch.cat([getattr(problem, name) for problem in problems]) for name in ("x", "dy"))
@@ -56,7 +56,7 @@ class GroupedProblem:
         return first.form() | form
 
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return y, dx, dA, dB, dbias of the reference computed in `dtype`, a group at a time."""
+        """Return y, dx, dA, dB, dbias of the reference, computed in `dtype` for one group after another."""
         results = [problem.reference_results(dtype) for problem in self.problems]
         y, dx, d_A, d_B, _ = zip(*results, strict=True)
         return torch.cat(y), torch.cat(dx), torch.stack(d_A), torch.stack(d_B), self.dy.to(dtype).sum(0)
@@ -96,7 +96,7 @@ def draw_grouped(
 
 
 def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
-    """Return the same by one call a group."""
+    """Return the same by one call for each group."""
 
     def apart(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         parts = []

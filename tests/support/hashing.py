@@ -1,4 +1,4 @@
-"""The random word of an element, worked out in Python's own whole numbers."""
+"""The random word of an element, computed with Python's integers."""
 
 from __future__ import annotations
 

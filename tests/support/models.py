@@ -1,4 +1,4 @@
-"""Small transformers, drawn at random: what tests put adapters into."""
+"""Small transformers with random weights, into which tests inject adapters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_distilbert() -> DistilBertForSequenceClassification:
 
 
 def adapted(model: nn.Module, targets: object, rank: int = 4, std: float = 1.0, **options: object) -> pk.Injected:
-    """Put adapters into a model that all do something: B is drawn as well."""
+    """Inject adapters into a model, with a random B, so that every module has an effect."""
     handle = pk.inject(model, pk.PLoRAConfig(rank=rank, target_modules=targets, **options))
     for layer in handle.layers.values():
         nn.init.normal_(layer.lora_B, std=std)

@@ -1,4 +1,4 @@
-"""Calls that are noted on their way."""
+"""Recording calls of a function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 def note_calls(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, what: Callable[..., Any], notes: list | None = None
 ) -> list:
-    """Let `owner.name` note `what` of its arguments before it does what it does; return the list of notes."""
+    """Make `owner.name` append `what(arguments)` to a list before it runs; return the list."""
     found, real = [] if notes is None else notes, getattr(owner, name)
 
     def noted(*arguments: Any, **named: Any) -> Any:

@@ -1,10 +1,10 @@
-"""The one bound every result is held to, and the problems it is checked on.
+"""The bound that every result must meet, and the problems it is checked on.
 
-A library adds up a product's terms in an order of its own: by the processor, the layout, the threads. A bound taken
-from what one library gives on one machine hangs on that order, and on luck where numbers are few. So the bound is
-derived: `Problem.variances` follows the computation as plain torch does it, with every product as one running sum, term
-after term, in fp32, and counts what each rounding is expected to add; `assert_within_bound` says how far from that a
-result may be. In fp32 products whose terms are added one by one come near it; sums in blocks or lanes stay below.
+The order in which a library sums a product's terms depends on the processor, the layout and the threads. A bound
+measured with one library on one machine depends on that order, and on luck where results are few. So the bound is
+derived: `Problem.variances` follows the computation of plain torch, with every product as one running sum in fp32, and
+adds up the expected squared error of every rounding; `assert_within_bound` says how far a result may be from that. In
+fp32, running sums come near the bound; sums in blocks or lanes stay below it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from plora_kernels.counter_rng import multiplier
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dA", "dB", "dbias")
-# Standard deviations that a normal error exceeds once in 1.7 million draws: a run holds some ten thousand results.
+# A normal error exceeds so many standard deviations once in 1.7 million draws; a run of the tests checks about 10,000.
 FAR = 5.0
 TERMS_AT_ONCE = 1 << 18  # of a running sum, so that they stay in the cache
 
 
 def assert_within_bound(result: Tensor, exact: Tensor, variance: Tensor, what: str) -> None:
-    """Hold a result's error to what rounding may bring, in Frobenius and in max norm, given its expected `variance`.
+    """Assert that a result's error is within rounding, in Frobenius and in max norm, given its expected `variance`.
 
     An error is a sum of many small roundings, each as likely up as down, so it is as good as normal. With σ² the
     variance of each element, n of them:
@@ -71,7 +71,7 @@ class Rounded(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor) -> Rounded:
-        """Return numbers that are what they are."""
+        """Return an exact matrix."""
         return cls(value.float(), torch.zeros_like(value, dtype=torch.float32))
 
     def transposed(self) -> Rounded:
@@ -83,7 +83,7 @@ class Rounded(NamedTuple):
         return Rounded(torch.where(mask, self.value, 0.0), torch.where(mask, self.variance, 0.0))
 
     def to(self, dtype: torch.dtype) -> Rounded:
-        """Return the same kept in `dtype`; fp32 is what it was."""
+        """Return the matrix rounded to `dtype`; fp32 is unchanged."""
         if dtype is torch.float32:
             return self
         return Rounded(self.value.to(dtype).float(), self.variance + rounding_variance(self.value, dtype))
@@ -165,7 +165,7 @@ class Problem:
     dropout_seed: int = 0
 
     def form(self) -> dict[str, Any]:
-        """Return the operator's arguments besides what is multiplied."""
+        """Return the operator's arguments other than the operands."""
         form = {"selected": self.mask, "bias": self.bias, "scale": self.scale, "unselected": self.unselected}
         return form | {"dropout_p": self.dropout_p, "dropout_seed": self.dropout_seed}
 
@@ -263,7 +263,7 @@ def run(problem: Any, **changes: object) -> tuple[Tensor | None, ...]:
 
 
 def differentiated(problem: Any, layer: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-    """Return y of a layer of x, lora_A, lora_B and bias, and the gradients of all four for the problem's dy."""
+    """Return y of `layer(x, lora_A, lora_B, bias)`, and the gradients of all four for the problem's dy."""
     given = (problem.x, problem.lora_A, problem.lora_B, problem.bias)
     leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given]
     y = layer(*leaves[:3], bias=leaves[3])
@@ -271,17 +271,12 @@ def differentiated(problem: Any, layer: Callable[..., Tensor]) -> tuple[Tensor |
     return y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)
 
 
-def hold(results: Sequence[Tensor | None], problem: Any) -> None:
-    """Hold y, dx, dA, dB, dbias, those of them that there are, to the bound."""
+def check(problem: Any) -> None:
+    """Check that the operator's results are within the bound."""
     exact, variances = problem.reference_results(torch.float64), problem.variances()
-    for name, result, truth, variance in zip(NAMES, results, exact, variances, strict=True):
+    for name, result, truth, variance in zip(NAMES, run(problem), exact, variances, strict=True):
         if result is not None:
             assert_within_bound(result, truth, variance, name)
-
-
-def check(problem: Any) -> None:
-    """Hold the operator's results to the bound."""
-    hold(run(problem), problem)
 
 
 def make_problem(
@@ -327,5 +322,5 @@ def random_mask(rank: int, seed: int, share: float = 0.5, device: str = DEVICE) 
 
 
 def in_form(form: str | None, rank: int, seed: int, device: str = DEVICE) -> dict[str, Any]:
-    """Return options of a problem: all modules are selected (None), or half of them, the others folded or frozen."""
+    """Return options of a problem: all modules selected (None), or half of them and the others folded or frozen."""
     return {"mask": None if form is None else random_mask(rank, seed, device=device), "unselected": form or "folded"}

@@ -1,4 +1,4 @@
-"""A few combinations of parameters in which every pair of values still meets."""
+"""Combinations of parameters in which every pair of values occurs (pairwise testing)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Pair = tuple[tuple[int, int], ...]
 
 
 def pairwise(*values: Sequence, special: Sequence[tuple] = ()) -> list[tuple]:
-    """Choose combinations so that any two values of any two parameters stand together in at least one.
+    """Choose combinations so that any two values of any two parameters occur together in at least one.
 
-    A fault is almost always one of a value or of two together, which these find as the full product does; of three
-    parameters of 9, 4 and 3 values there are 36 of them instead of 108. `special` ones come first, and count. The same
-    arguments give the same combinations.
+    A fault almost always depends on one value or on two together, and these find it as the full product does. Three
+    parameters of 9, 4 and 3 values give 36 combinations instead of 108. The `special` combinations come first, and
+    pairs in them need no others. The same arguments give the same combinations.
     """
     order = sorted(range(len(values)), key=lambda place: -len(values[place]))  # widest first: fewest combinations
     sizes = [len(values[place]) for place in order]
@@ -33,7 +33,7 @@ def _pairs(one: Sequence[int]) -> list[Pair]:
 
 
 def _grown(start: Pair, missing: set[Pair], chosen: list[tuple[int, ...]], sizes: list[int]) -> tuple[int, ...]:
-    """Give each other parameter the value that stands in most missing pairs; of equals the one taken least."""
+    """Give each other parameter the value that is in most missing pairs; among equals, the one used least."""
     taken = dict(start)
     for place in sorted({*range(len(sizes))} - {*taken}):
         worth = []

@@ -1,4 +1,4 @@
-"""Run directories made by hand, for what reads them."""
+"""Run directories written by hand, for tests of their readers."""
 
 from __future__ import annotations
 

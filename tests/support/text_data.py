@@ -1,4 +1,4 @@
-"""Rows in files and the configuration that reads them."""
+"""Rows of text in files, and configurations that read them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PROMPT = "{instruction}\nInput: {input}\nOutput:\n"
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    """Write one JSON value a line."""
+    """Write one JSON value per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def text_config(path: Path | str, model: Path | str = "m", **changes: Any) -> RunConfig:
-    """A configuration for a file: `changes` set keys of `[data]`, or a whole other table by its name."""
+    """Return a configuration for a file: `changes` set keys of `[data]`, or replace a whole table by its name."""
     tables = {name: changes.pop(name) for name in ("clients", "train", "adapter") if name in changes}
     return parse(
         {
@@ -34,7 +34,7 @@ def text_config(path: Path | str, model: Path | str = "m", **changes: Any) -> Ru
 
 
 def instructions(count: int = 12) -> list[dict[str, str]]:
-    """Rows to answer: which of two animals a sentence names."""
+    """Return rows to answer: which of two animals a sentence names."""
     animals = ("cat", "dog")
     return [
         {
@@ -48,6 +48,6 @@ def instructions(count: int = 12) -> list[dict[str, str]]:
 
 
 def instruction_config(path: Path | str, model: Path | str = "m", **changes: Any) -> RunConfig:
-    """A configuration for a file of such rows, dealt out evenly."""
+    """Return a configuration for a file of such rows, dealt out evenly."""
     settings = {"task": "instruction", "prompt": PROMPT, "max_length": 64, "max_new_tokens": 4, "partition": "iid"}
     return text_config(path, model, **{**settings, **changes})

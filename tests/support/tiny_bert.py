@@ -1,6 +1,6 @@
 """A BERT-style checkpoint made here, with no download: random weights, a WordPiece vocabulary of the task's own text.
 
-It shows that a run takes any local transformers checkpoint; what it has learnt, the run taught it.
+It shows that a run takes any local transformers checkpoint: all that it learns, it learns in the run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_tiny_bert(
                 intermediate_size=2 * hidden,
                 max_position_embeddings=MAX_LENGTH,
                 pad_token_id=tokenizer.pad_token_id,
-                initializer_range=0.1,  # at 0.02 so small a model passes next to nothing of its input on
+                initializer_range=0.1,  # at 0.02 the outputs of so small a model hardly depend on its input
                 id2label=dict(enumerate(labels)),
             )
         )

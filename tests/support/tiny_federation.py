@@ -20,7 +20,7 @@ from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, Serve
 FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
 HEAD = ("head",)
 MATRICES = ("body.first", "body.second")
-# How the names of a row's fields end that are measured, and differ from one run to the next.
+# Endings of the names of fields that are measured and differ from run to run.
 MEASURED = ("_seconds", "peak_memory_bytes")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def make_config(**changes: Any) -> SimpleNamespace:
 
 
 class TinyClassifier(nn.Module):
-    """Two linear layers to adapt, and a head; called as transformers' classifiers are."""
+    """Two linear layers to adapt, and a head; it is called as transformers' classifiers are."""
 
     def __init__(self, seed: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def make_data(seed: int = 0, sizes: tuple[int, ...] = (9, 2, 14, 5), test_size: 
 
 
 def jobs_of(shared: SharedModel, config: Any, data: FederatedData, number: int = 1) -> list[Job]:
-    """What every client has to do in a round of this number."""
+    """Return the jobs of all clients in a round of this number."""
     federation = Federation(config, data, shared, print)
     state = federation.beginning()
     state = replace(state, server=replace(state.server, round=number - 1))
@@ -112,12 +112,12 @@ def jobs_of(shared: SharedModel, config: Any, data: FederatedData, number: int =
 
 
 def everything(split: Split) -> dict[str, Tensor]:
-    """All of a split's rows as one batch."""
+    """Return all rows of a split as one batch."""
     return split.batch(torch.arange(len(split)))
 
 
 def make_factors(rank: int, seed: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Factors]:
-    """Random A (rank, K) and B (N, rank) fp32 for matrices of shape (N, K)."""
+    """Return random A (rank, K) and B (N, rank) in fp32 for matrices of shape (N, K)."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(rank, K, generator=generator), torch.randn(N, rank, generator=generator))
@@ -126,7 +126,7 @@ def make_factors(rank: int, seed: int, shapes: dict[str, tuple[int, int]]) -> di
 
 
 def make_server(rank: int = 6, unselected: str = "folded", fresh: bool = False) -> ServerState:
-    """A server with two matrices of odd shapes and a head; `fresh` with B = 0, where every run begins."""
+    """Return a server with two matrices of odd shapes and a head; `fresh`: with B = 0, as at a run's start."""
     factors = make_factors(rank, 0, {"left": (5, 3), "right": (2, 7)})
     if fresh:
         factors = {matrix: (A, torch.zeros_like(B)) for matrix, (A, B) in factors.items()}
@@ -134,13 +134,13 @@ def make_server(rank: int = 6, unselected: str = "folded", fresh: bool = False) 
 
 
 def update_of(number: int, A: list[list[float]], B: list[list[float]], weight: float, **changes: Any) -> ClientUpdate:
-    """What a client sends of one matrix m: by default the first of its modules, as many as it has, and no head."""
+    """Return a client's update of one matrix m: by default of its first modules, and without a head."""
     client, factors = Client(number, len(A), n_samples=1), {"m": (torch.tensor(A), torch.tensor(B))}
     return replace(ClientUpdate(client, factors, {"m": tuple(range(len(A)))}, {}, weight, 1, 0.0), **changes)
 
 
 def make_update(start: ClientStart, client: Client, seed: int, weight: float = 1.0) -> ClientUpdate:
-    """What a client might send back after `start`: its selected modules and head moved at random."""
+    """Return an update that a client might send after `start`: its selected modules and head changed at random."""
     generator = torch.Generator().manual_seed(seed)
 
     def moved(values: Tensor) -> Tensor:

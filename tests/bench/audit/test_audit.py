@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here: no spill, shared memory that fits, the matrix units at work."""
+"""Compiling every kernel for GPUs that are not here: no spills, shared memory that fits, matrix units in use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from plora_kernels.tuning.tables import Entry, save_table
 
 ROOT = Path(__file__).resolve().parents[3]
 MATRIX_UNITS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
-# Whose programs stay and walk over tiles, and what multiplies no matrices.
+# Persistent designs, and kernels without a matrix product.
 WALKING_KERNELS = {"persistent_matmul_kernel", "specialised_matmul_kernel"}
 WITHOUT_PRODUCTS = {"reduce_gradient_kernel", "grouped_tiles_kernel"}
 
@@ -62,11 +62,11 @@ def assert_fits(rows: list[dict]) -> None:
 
 
 def assert_warpgroup_mma(rows: list[dict]) -> None:
-    # One row of x fills no warpgroup, and lines that start anywhere get tiles too small for one.
+    # One row of x does not fill a warp group, and unaligned rows get tiles too small for one.
     odd = (" M1 ", " M37 ", " K1000 ", " K1001 ")
     wide = [row for row in rows if row["target"] == "sm_90" and not any(mark in row["case"] for mark in odd)]
     chosen = [row for row in wide if row["kernel"] not in WITHOUT_PRODUCTS]
-    # The side product of few rows is cut into tiles of sixteen, so that most of the device reads x.
+    # The side product of few rows is cut into tiles of 16 rows, so that more programs read x.
     chosen = [row for row in chosen if row["kernel"] != "side_product_kernel" or " M512 " not in row["case"]]
     assert chosen
     assert [row for row in chosen if "wgmma" not in row["instructions"]] == []
@@ -135,7 +135,7 @@ def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
     for target in ("sm_90", "sm_100"):
         for design in DESIGNS:
             blocks = design_blocks(design, shape, "bfloat16", TARGETS[target].hardware)
-            if design == "specialised" and target == "sm_100":  # whose matrix units Triton drives by other warps still
+            if design == "specialised" and target == "sm_100":  # Triton still uses single warps there
                 assert blocks == {}
                 continue
             assert set(blocks) == {"forward", "input_gradient"}

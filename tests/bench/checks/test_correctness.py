@@ -1,4 +1,4 @@
-"""The gate before timing: what passes it and what does not."""
+"""The check of results before timing: which it accepts and which it refuses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Work in other processes: answers, failures, deaths and silence all come back."""
+"""Work in other processes: results, errors, crashes and time-outs are all reported."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from bench.harness.processes import LostProcessError, Outcome, Workers, note, on
 
 
 def act(what: str) -> str:
-    """Do as told: answer, fail, die or hang."""
+    """Do what `item` says: return a result, raise, crash or hang."""
     if what == "fail":
         raise ValueError("no such kernel\nmore lines")
     if what == "die":

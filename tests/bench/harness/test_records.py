@@ -1,4 +1,4 @@
-"""The file of records: whole after every write, resumed only by the same code on the same device."""
+"""The file of records: complete after every write, continued only by the same code on the same device."""
 
 import json
 from pathlib import Path

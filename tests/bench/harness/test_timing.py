@@ -1,4 +1,4 @@
-"""Interleaving: order, attribution of durations, and what happens around the clock."""
+"""Interleaved timing: the order of providers, whose duration is whose, and what runs before and after each call."""
 
 import gc
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from bench.harness.timing import Plan, Step, WallTimer, cache_flush, interleave,
 
 
 class CountingTimer:
-    """Gives each provider's call a duration of its own, so that a mix-up shows."""
+    """A timer by which each provider's call takes another time, so that a mix-up shows."""
 
     def __init__(self, durations: dict[str, float], calls: list[str]) -> None:
         self.durations, self.calls, self.pending = durations, calls, []

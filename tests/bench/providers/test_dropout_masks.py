@@ -1,4 +1,4 @@
-"""The masks that results under dropout are checked against: PEFT's, this library's and one read off a gradient."""
+"""The dropout masks that results are checked against: PEFT's, this library's, and one derived from a gradient."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_compiled_dropout_is_checked_by_its_own_mask(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", lambda module, *, fullgraph: module)
     provider = make_provider("peft-compiled", CASE, problem)
     kept = provider.expected.kept
-    assert torch.equal(kept, kept_by_torch(problem, torch.float32))  # not compiled, it draws what PEFT draws
+    assert torch.equal(kept, kept_by_torch(problem, torch.float32))  # uncompiled, it draws the same mask as PEFT
     check("peft-compiled", provider.results(), *references(CASE, problem, provider.expected))
 
 

@@ -1,4 +1,4 @@
-"""The providers of every op: that each runs what its name says, and that a wrong one is found."""
+"""The providers of every operator: each runs what its name says, and a wrong one is found."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""The history: what a run is kept as, means that can be compared, the table and the picture."""
+"""The history of benchmark runs: what is kept of a run, which means are compared, the table and the picture."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_means_are_over_the_shapes_every_run_has(history: Path) -> None:
     assert [run.date[:10] for run in runs] == ["2026-01-02", "2026-01-05"]
     first, later = means(runs, "forward")
     assert first.run.commit == "a" * 40 + "+"
-    assert first.to_base == pytest.approx(math.sqrt(1.1 * 2.0))  # query at ranks 16 and 32; up is in the first alone
+    assert first.to_base == pytest.approx(math.sqrt(1.1 * 2.0))  # query at ranks 16 and 32; only the first run has up
     assert first.to_peft == pytest.approx(math.sqrt(0.55 * 0.5))
     assert (later.to_base, later.to_peft) == pytest.approx((2 * first.to_base, 2 * first.to_peft))
 

@@ -1,4 +1,4 @@
-"""Training steps of many clients: every provider computes the same, what is wrong is not timed, what is recorded."""
+"""Training steps of many clients: all providers agree, a wrong one is not timed, and what a record holds."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def exact(family: str) -> Problem:
 
 @contextmanager
 def attention_for(provider: str) -> Iterator[None]:
-    """Let attention be compiled as products and a softmax inside; other providers keep theirs.
+    """Compile attention as products and a softmax; providers that are not compiled keep the fused one.
 
-    Compiling the fused one of a CPU, torch 2.11 takes what it keeps for its backward for float32, in float64 too.
-    By which of them a graph was traced is not in the key that torch keeps it on disk under.
+    torch 2.11 compiles the CPU's fused attention as if it saved float32 for its backward, in float64 too. torch's cache
+    on disk does not tell the two forms apart.
     """
     if provider != COMPILED:
         yield
@@ -85,7 +85,7 @@ def test_every_provider_has_the_gradients_of_the_peft_loop(provider: str, family
     problem = exact(family)
     expected = peft_loop(problem).gradients()
     assert min(value.abs().max() for client in expected for value in client.values()) > 1e-9, "a gradient is zero"
-    # Llama's norms compute in float32 even here, and a compiler adds up in another order.
+    # Llama's norms compute in float32 even in a float64 model, and compiled code sums in another order.
     bound = 1e-6 if (provider, family) == (COMPILED, "llama") else 1e-13
     with attention_for(provider):
         found = TRAINERS[provider](problem).gradients()
@@ -103,7 +103,7 @@ def test_every_provider_takes_the_same_steps(provider: str) -> None:
             for _ in range(4):
                 trainer.step()
     expected, found = (trainer.values() for trainer in trainers)
-    # AdamW divides by a gradient's size plus 1e-8: rounding of 1e-16 in it moves a number by 1e-4 · 1e-8 at most.
+    # AdamW divides by |gradient| + 1e-8, so an error of 1e-16 in a gradient moves a parameter by at most 1e-4 · 1e-8.
     assert largest_difference(found, expected) < 4e-12
     assert largest_difference(expected, start) > 1e-4
 
@@ -250,7 +250,7 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) ->
     assert found["vmap"].record["cause"] == "RuntimeError: no batching rule"
     assert found["sequential"].record["status"] == "timed"
     monkeypatch.setitem(TRAINERS, "peft-loop", refuse)
-    with pytest.raises(RuntimeError, match="no batching rule"):  # there would be nothing to divide by
+    with pytest.raises(RuntimeError, match="no batching rule"):  # the base model's time is the divisor
         measure(tiny(), CPU, QUICK)
 
 

@@ -1,4 +1,4 @@
-"""Which candidates are tried, which go on, which wins."""
+"""The tuner's search: which candidates are tried, which are kept for the next stage, and which wins."""
 
 import torch
 

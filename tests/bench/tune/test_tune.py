@@ -1,4 +1,4 @@
-"""`python -m bench.tune` on interpreted kernels: it checks, times, writes, resumes and says what it dropped."""
+"""`python -m bench.tune` on interpreted kernels: checks, timing, the table, resuming, and notes on what is left out."""
 
 import time
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ FOLD = ShapeClass("fold", "float32", 48, 64, 48, 16)
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: None) -> Path:
-    """A user's cache of its own, the kernels interpreted, two rounds a stage and one class."""
+    """Set up an empty user cache, interpreted kernels, two rounds per stage and one class of shapes."""
     monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(search, "STAGES", (2, 2))
     monkeypatch.setattr(command, "shape_classes", lambda device_type: [FOLD])
@@ -217,7 +217,7 @@ def test_a_candidate_that_ends_its_process_at_full_size_is_dropped_and_the_other
     known = candidates(FOLD, CPU_ALONE)[:3]
 
     class Timer:
-        """Answers twice: the second candidate ends its process, then the others are timed."""
+        """A timer that is called twice: the second candidate ends its process, then the others are timed."""
 
         def outcomes(self, items: list, deadline: float, end: float) -> Iterator[tuple[int, Outcome]]:
             yield 0, Outcome(error="its process ended", notes=(0, 1))

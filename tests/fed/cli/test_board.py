@@ -1,4 +1,4 @@
-"""What a comparison shows while it runs."""
+"""The progress that a comparison shows on the terminal."""
 
 from __future__ import annotations
 

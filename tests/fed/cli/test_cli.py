@@ -1,4 +1,4 @@
-"""The command line from end to end: what a run leaves, what it says, and that bad input leaves nothing."""
+"""The command line from end to end: a run's files, its messages, and that bad input leaves no files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of one small run, made by a process of its own."""
+    """The directory of one small run, made by a separate process."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     command = [sys.executable, "-m", "fed", "run", "digits", "--out", str(out), "--set", *SMALL]
     environment = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "TTY_COMPATIBLE")}

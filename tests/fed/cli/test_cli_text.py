@@ -1,4 +1,4 @@
-"""Text tasks through the command line: instructions from rows to a saved adapter, and what is refused."""
+"""Text tasks on the command line: instructions from rows of text to a saved adapter, and what is refused."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ local_steps = 8
 
 @pytest.fixture
 def animals(tmp_path: Path, llama: Path) -> tuple[str, ...]:
-    """A run on rows to answer, as the arguments of `fed`; the output directory comes after.
+    """The arguments of `fed` for a run on rows to answer, but for the output directory.
 
-    The model was taught to name the animal; what is right here is the other one.
+    The model was trained to name the animal of a sentence; in these rows the other animal is right.
     """
     other = {"cat": "dog", "dog": "cat"}
     write_rows(tmp_path / "animals.jsonl", [{**row, "output": other[row["output"]]} for row in instructions(60)])

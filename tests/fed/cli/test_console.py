@@ -1,4 +1,4 @@
-"""What a run shows: bars on a terminal, lines elsewhere."""
+"""The progress of a run: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration: defaults, overrides, and every way to get it wrong."""
+"""The configuration: defaults, overrides and errors."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_way_to_select_modules_is_refused_where_nothing_selects() -> None:
 
 def test_fedit_takes_ranks_that_are_all_the_adapters() -> None:
     assert load("digits", ["method=fedit", "clients.ranks=[16]"]).method == "fedit"
-    # Ranks are dealt out in turn: with two clients only the first two are.
+    # Clients take the ranks in turn: two clients take only the first two.
     overrides = ["method=fedit", "clients.ranks=[16,16,2]", "clients.count=2", "clients.per_round=2"]
     assert load("digits", overrides).clients.count == 2
     with pytest.raises(FedError, match="FedIT needs every rank equal"):

@@ -1,4 +1,4 @@
-"""The presets: each is a configuration once it has its model and data, and so is everything it compares."""
+"""The presets: with a model and data each is a valid configuration, and so is every run it compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains and tests on: digits and texts, split and dealt out, and every way they cannot be had."""
+"""A run's data: digits and texts, held-out sets, the clients' parts, and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_digits_go_to_pretraining_clients_and_test_each_once(digits: FederatedDa
     assert sizes == pytest.approx((0.4 * 1797, 0.35 * 1797, 0.25 * 1797), abs=5)
     assert len(digits.clients) == 20
     assert digits.label_names == tuple("0123456789")
-    # They are all the images there are, once those that were turned are turned back.
+    # Once the rotated images are rotated back, the data are all the images of the set.
     turned = torch.cat([everything(client)["pixel_values"] for client in digits.clients])
     back = Split.whole(DenseTable({"pixel_values": turned.rot90(-1, (-2, -1))}, torch.zeros(len(turned))))
     upright = load_data(load("digits", ["data.shift=none", "seed=9"]))
@@ -69,7 +69,7 @@ def test_digits_depend_on_the_seed_alone(digits: FederatedData) -> None:
     assert rows_of(*again.clients) == rows_of(*digits.clients)
     assert rows_of(again.test) == rows_of(digits.test)
     assert rows_of(*other.clients) != rows_of(*digits.clients)
-    # Clients do not move with what the adapter or the training is.
+    # The clients' rows do not depend on the adapter or on training.
     frozen = load_data(load("digits", ["train.local_steps=1", "adapter.rank=32"]))
     assert rows_of(*frozen.clients) == rows_of(*digits.clients)
 

@@ -1,4 +1,4 @@
-"""Rows dealt out to clients: every way there is, and every way it cannot be done."""
+"""Partitions of rows among clients: every kind, and what is refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_partition_deals_every_row_once_and_two_to_each(
 
 
 def skew(parts: list, labels: np.ndarray) -> float:
-    """The mean share of a client's commonest label."""
+    """Return the mean share of a client's most frequent label."""
     return float(np.mean([np.bincount(labels[part]).max() / len(part) for part in parts]))
 
 
@@ -76,7 +76,7 @@ def test_too_few_rows_for_the_clients_are_refused() -> None:
 
 
 def test_clients_may_share_rows() -> None:
-    """629 rows, 1000 clients: each has different ones, and the same whoever else there is."""
+    """629 rows, 1000 clients: a client's rows differ from each other and do not depend on the number of clients."""
     labels = np.arange(629) % 10
     parts = deal(config(count=1000, alpha=0.1, rows_per_client=16), labels)
     assert {len(np.unique(part)) for part in parts} == {16}
@@ -153,7 +153,7 @@ def test_a_natural_client_has_whole_values_of_its_own() -> None:
     parts = deal(config(count=8, partition="natural"), LABELS)
     assert [kinds(part) for part in parts] == [1] * 8
     assert {len(part) for part in parts} == {50}
-    # With fewer clients than values each has several, as many as the others or one more.
+    # With fewer clients than values each gets several, and their numbers differ by one at most.
     assert sorted(kinds(part) for part in deal(config(count=3, partition="natural"), LABELS)) == [2, 3, 3]
 
 

@@ -1,4 +1,4 @@
-"""Rows from files, folders and the hub, good and bad. Nothing here reaches a network: the hub is a fake."""
+"""Rows from files, folders and the hub, valid and invalid. Nothing here reaches a network: the hub is a fake."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_text_column_of_numbers_is_refused(tmp_path: Path) -> None:
         texts_and_labels(text_config(tmp_path / "rows.csv"))
 
 
-# The library leaves the file open; it is closed here, not by a collection in the middle of another test.
+# The library leaves the file open; collected here, it does not cause a warning in another test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
 def test_a_table_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_without_the_library_jsonl_is_read_and_csv_is_refused(tmp_path: Path, mo
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, datasets.Dataset]], list[tuple[Any, ...]]]:
-    """Put data sets, by split, in the hub's place; returns the calls that were made for them."""
+    """Replace the hub by data sets by split; return the list of calls made to it."""
 
     def put(splits: dict[str, datasets.Dataset]) -> list[tuple[Any, ...]]:
         calls: list[tuple[Any, ...]] = []

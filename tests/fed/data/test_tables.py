@@ -1,4 +1,4 @@
-"""Tables and the views of them: what a batch holds, what is padded where, and that rows are held once."""
+"""Tables and views of them: what a batch holds, where it is padded, and that rows are held once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of text become labels, prompts, answers and tokens; tokens are made once."""
+"""From rows of text to labels, prompts, answers and tokens; texts are tokenized once."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_tokens_are_made_once_for_the_same_texts_tokenizer_and_settings(
         return count.calls - before
 
     assert [made(PETS), made(PETS)] == [1, 0]
-    # Not the same: other texts, other settings, another tokenizer, no cache, another cache.
+    # Tokenized again: other texts, other settings, another tokenizer, no cache, another cache.
     assert made(PETS[:-1]) == 1
     assert made(["".join(PETS[:2]), *PETS[2:]]) == 1
     assert made(PETS, max_length=4) == 1

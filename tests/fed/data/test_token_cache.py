@@ -1,4 +1,4 @@
-"""Cached tensors: made once, never taken for other settings' or when damaged, written whole."""
+"""Cached tensors: made once, not used for other settings or if damaged, written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far clients start from the server: held against dense matrices, and what the command leaves and refuses."""
+"""Initialisation noise: checked against dense matrices, and what `fed noise` writes and refuses."""
 
 from __future__ import annotations
 

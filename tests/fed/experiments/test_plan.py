@@ -1,4 +1,4 @@
-"""A comparison's plan: which runs it has, with which settings, and what it refuses."""
+"""The plan of a comparison: its runs, their settings, and what is refused."""
 
 from __future__ import annotations
 

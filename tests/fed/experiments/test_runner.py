@@ -1,4 +1,4 @@
-"""Comparisons through the command line: shared bases, going on after an interruption, and what is refused."""
+"""Comparisons on the command line: shared bases, continuing after an interruption, and what is refused."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_runs_at_once_give_the_same_files_as_in_turn(whole: Path, tmp_path: Path
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(whole: Path, tmp_path: Path, fed_cli: Call) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fed", *ASKED, "--jobs", "2", "--out", str(out)]
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as for a background job of a shell
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **pipes) as process:
         for line in process.stdout:

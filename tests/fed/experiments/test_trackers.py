@@ -1,4 +1,4 @@
-"""Trackers get every row: TensorBoard's files read back, Weights & Biases and MLflow by stand-ins."""
+"""Trackers get every row: TensorBoard's files are read back, Weights & Biases and MLflow are replaced by fakes."""
 
 from __future__ import annotations
 

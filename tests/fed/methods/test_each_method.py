@@ -1,4 +1,4 @@
-"""Each method by hand on numbers small enough to follow, and what it is equal to or exact in."""
+"""Each method on cases computed by hand, and the cases in which it is exact or equals another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every method, and Fed-PLoRA and FedIT by hand and against each other."""
+"""What holds for every method; Fed-PLoRA and FedIT by hand and against each other."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def ranks_for(name: str, rank: int = 6) -> list[int]:
 
 
 def matrices(state: ServerState) -> list[np.ndarray]:
-    """What the state means: ΔW of every matrix, and the head."""
+    """Return what the state stands for: ΔW of every matrix, and the head."""
     return [held(state, matrix) for matrix in state.adapter.factors] + [h.double().numpy() for h in state.head.values()]
 
 
 def after(name: str, rounds: int) -> ServerState:
-    """A server some rounds after its start at B = 0."""
+    """Return a server some rounds after its start at B = 0."""
     server, method = make_server(rank=6, fresh=True), methods.find(name)
     for _ in range(rounds):
         server = method.aggregate(server, updates_of(server, ranks_for(name), method))

@@ -1,4 +1,4 @@
-"""Which modules a client trains: keyed, independent of call order, uniform."""
+"""Which modules a client trains: by seed, round and client, whatever the order of calls; uniform."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_strategies_by_hand() -> None:
     assert picks("largest-norm", 3) == (1, 2, 4)
     assert picks("least-visited", 3) == (0, 1, 3)
     assert picks("gradient", 3) == (3, 4, 5)
-    # Two modules in a row, then the next two; the next client is one turn ahead.
+    # Two neighbouring modules, then the next two; the next client is one round ahead.
     assert [picks("round-robin", 2, number) for number in (1, 2, 3, 4)] == [(0, 1), (2, 3), (4, 5), (0, 1)]
     assert picks("round-robin", 2, 1, client=1) == (2, 3)
     assert picks("round-robin", 4, 2) == (0, 1, 4, 5)

@@ -1,4 +1,4 @@
-"""Base models: trained here, or a checkpoint; and every way a checkpoint can be unusable."""
+"""Base models: pretrained by the run or read from a checkpoint, and checkpoints that are refused."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_heads_are_found_by_name(bert: Path, config: RunConfig, digits: Federate
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A decoder whose tokenizer has an end token but none to pad with."""
+    """A decoder whose tokenizer has an end token and no padding token."""
     words = {"<unk>": 0, "</s>": 1, "cat": 2, "dog": 3}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

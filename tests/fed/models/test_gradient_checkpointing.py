@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same update from less memory, and a model that is left as it was."""
+"""Gradient checkpointing: the same update with less memory, and a model that is restored afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ADAPTER = {"target_modules": "all-linear", "dropout": 0.2, "unselected": "frozen
 
 
 def make_split(of_tokens: bool) -> Split:
-    """Eight rows of ten tokens, with a label each, or with their own tokens as labels."""
+    """Return eight rows of ten tokens with a label each, or with their own tokens as labels."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(60, (8, 10), generator=generator)
     labels = tokens if of_tokens else torch.randint(3, (8,), generator=generator)
@@ -37,7 +37,7 @@ def make_split(of_tokens: bool) -> Split:
 
 
 def train_one(model: nn.Module, split: Split, on: bool) -> ClientUpdate:
-    """Two steps with LoRA dropout and the model's own."""
+    """Train two steps with LoRA dropout and the model's own dropout."""
     config = make_config(adapter=ADAPTER, train={"gradient_checkpointing": on})
     client = Client(0, 3, len(split))
     with adapted(config, model, head_names(model)) as shared:

@@ -1,4 +1,4 @@
-"""What a comparison says of runs made by hand: tables, verdicts, files, pages."""
+"""Reports of a comparison of runs written by hand: tables, verdicts, files and the HTML page."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_single_variant_is_shown_without_differences(tmp_path: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a page refers to, its rows of cells, and whether its tags close."""
+    """Collects a page's references and its rows of cells, and checks that its tags close."""
 
     def __init__(self) -> None:
         super().__init__()

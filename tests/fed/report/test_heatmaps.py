@@ -1,4 +1,4 @@
-"""Heat maps of the cosines a run saved."""
+"""Heat maps of the cosines that a run saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fed.report.run_figures import draw_similarity, similarity_panels
 
 
 def save_round(directory: Path, number: int, cosine: float) -> None:
-    """Two modules and three clients, all pairs alike, but one there was nothing to compare for."""
+    """Save two modules and three clients: equal cosines for all pairs but one, which has none."""
     (directory / "similarity").mkdir(exist_ok=True)
     within = np.array([[1.0, cosine], [cosine, 1.0]])
     across = np.array([[0.9, cosine], [np.nan, 0.3]])
@@ -39,7 +39,7 @@ def test_there_is_a_row_of_maps_for_each_round_in_order(tmp_path: Path) -> None:
     ]
     assert images[0].get_array()[0, 1] == -0.2
     assert images[1].get_array().mask.tolist() == [[False, False], [True, False]]
-    # One scale for both rounds; a module's cosine with itself does not set it, with its like elsewhere it does.
+    # Both rounds share one scale. A module's cosine with itself does not count, that with others' does.
     assert [image.get_clim() for image in images[:2]] == [(-0.5, 0.5), (-0.9, 0.9)]
     assert [image.get_clim() for image in images[3:5]] == [(-0.5, 0.5), (-0.9, 0.9)]
     assert [label.get_text() for label in images[2].axes.get_xticklabels()] == ["4", "7", "11"]

@@ -1,4 +1,4 @@
-"""The picture of a run, by what its axes hold."""
+"""The picture of a run: what its axes show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.saved_runs import make_row, make_run
 
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The axes of every figure drawn in the test."""
+    """The axes of every figure that the test draws."""
     drawn: list = []
     subplots = Figure.subplots
 

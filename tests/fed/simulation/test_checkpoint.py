@@ -1,4 +1,4 @@
-"""Stopping a run and going on: the files come out as those of a run that was never stopped."""
+"""Resuming a stopped run: it ends with the files of a run that was never stopped."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ RIGHT = torch.tensor([True, False, True, True, True, False, False])  # ½ of lab
         ([0, 1, 1, 1], 0.25 * 0.5 + 0.75 * 0.75),
         ([0, 2], 0.25),
         ([0, 9, 9], 0.5),  # the test set has no 9
-        ([9], 4 / 7),  # nothing to weigh by: the plain accuracy
+        ([9], 4 / 7),  # without weights: the plain accuracy
     ],
 )
 def test_by_hand(labels: list[int], expected: float) -> None:

@@ -1,4 +1,4 @@
-"""What clients keep, on disk: it reads as it was, costs no memory, and is there whenever a run was stopped."""
+"""Clients' states on disk: they read back equal, take no memory, and survive a stop at any point."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_kept_is_read_back_when_asked(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_again_is_copied(tmp_path: Path) -> None:
-    """A client that remembers what it remembered hands its own mapping back."""
+    """A client whose state did not change returns the mapping that it was given."""
     store = ClientStore(tmp_path, CPU)
     first = store.keep(0, 1, make_kept(1.0))
     second = store.keep(0, 2, first._replace(head={"head.bias": torch.zeros(3)}))
@@ -127,7 +127,7 @@ def test_rounds_are_the_same_with_what_clients_keep_on_disk(method: str, changes
 
 
 class Stopper:
-    """Ends the process's work, as a person or a power cut would, at the `last`-th change of a file's name or place."""
+    """Ends a run, as Ctrl-C would, at the `last`-th time that a file is renamed or moved."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.last, self.after = 0, -1, False
@@ -201,7 +201,7 @@ def test_a_run_in_the_place_of_another_takes_nothing_over(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_holds_the_server_alone(tmp_path: Path) -> None:
-    """However many clients keep something, what a round did not change is not written again."""
+    """The states of clients that a round did not change are not written again."""
     sizes = []
     for count in (4, 40):
         data = make_data()

@@ -1,4 +1,4 @@
-"""Who the clients are: ranks by list, share and memory budget, who is drawn, and how long each trains."""
+"""Clients: ranks by list, share and memory budget; sampling; numbers of steps and learning rates."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_budget_affords_the_largest_rank_that_fits() -> None:
 def test_the_estimate_by_hand(optimizer: tuple[str, float, int]) -> None:
     """Matrices (11, 7) and (5, 11): K + N = 34; fp32. Weights 77 + 11 + 55 + 18; a batch is 4 rows.
 
-    What a module keeps of a batch: its column of S in both matrices, 2·4 numbers.
+    For a batch a module keeps its column of S in both matrices: 2·4 numbers.
     """
     name, momentum, states = optimizer
     config = make_config(train={"optimizer": name, "momentum": momentum})
@@ -156,7 +156,7 @@ def test_the_estimate_by_hand(optimizer: tuple[str, float, int]) -> None:
 
 
 def test_the_peak_of_the_process_does_not_fall() -> None:
-    """The kernel counts pages in batches: two readings may differ by some."""
+    """The operating system counts pages in batches, so two readings may differ a little."""
     cpu, held = torch.device("cpu"), torch.ones(50 * 2**20)
     full = peak_bytes(cpu)
     assert full > held.nbytes

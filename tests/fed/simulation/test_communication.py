@@ -27,11 +27,11 @@ def send(start: ClientStart, head: dict[str, torch.Tensor]) -> ClientUpdate:
 @pytest.mark.parametrize(
     ("dtype", "selected", "head", "down", "up"),
     [
-        # Down go all 4 modules × (7 + 5) × 4 bytes; up those trained, 2 bytes for the index of each, and the head.
+        # Down: all 4 modules × (7 + 5) × 4 bytes. Up: the trained ones, 2 bytes for the index of each, and the head.
         (torch.float32, (0, 2), {"w": torch.zeros(3, 5), "b": torch.zeros(3)}, 192 + 72, 96 + 4 + 72),
         (torch.float32, (0, 2, 3), {"b": torch.zeros(3)}, 192 + 12, 144 + 6 + 12),
         (torch.float32, (1,), {}, 192, 48 + 2),  # a frozen head costs nothing
-        (torch.float32, (0, 1, 2, 3), {}, 192, 192),  # whoever trained everything sends no indices
+        (torch.float32, (0, 1, 2, 3), {}, 192, 192),  # a client that trained all modules sends no indices
         (torch.bfloat16, (1, 2), {}, 96, 48 + 4),
     ],
     ids=["a head", "part of a head", "no head", "everything", "half precision"],
@@ -69,7 +69,7 @@ def test_a_stack_counts_its_modules_and_a_weight_for_each() -> None:
 
 @pytest.mark.parametrize(("last_round", "missed"), [(0, 111), (1, 111), (2, 110), (3, 100)])
 def test_whoever_missed_rounds_catches_up(last_round: int, missed: int) -> None:
-    """Folds of rounds 1, 2, 3 are 1, 10, 100 bytes. Who took part in round 2 started it with that of round 1."""
+    """Folds of rounds 1, 2, 3 take 1, 10, 100 bytes. A participant of round 2 got that of round 1 at its start."""
     server = ServerState(Adapter({}, 1.0), round=3, fold_bytes=(1, 10, 100))
     start, client = make_start(torch.float32, (0, 1)), Client(0, 2, 1, last_round=last_round)
     assert download_bytes(start, {}, server, client) == 192 + missed

@@ -1,4 +1,4 @@
-"""What a language model is measured by: loss of the answers' tokens, and answers generated and compared."""
+"""Evaluation of language models: the loss of the answers' tokens, and generated answers compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(config: RunConfig, data: FederatedData) -> nn.Module:
 
 
 def one_by_one(model: Any, split: Split) -> tuple[float, list[str]]:
-    """Loss and answers row by row, without a batch, a mask or padding."""
+    """Return loss and answers row by row, without batches, masks or padding."""
     table, losses, texts = split.table, [], []
     for row in split.rows.tolist():
         start, end = table.tokens.offsets[row : row + 2].tolist()
@@ -68,7 +68,7 @@ def test_loss_and_answers_are_those_of_the_definition_row_by_row(model: nn.Modul
 
 
 def test_the_loss_of_a_batch_is_the_models_own(model: nn.Module, data: FederatedData) -> None:
-    """Of one row's tokens, as transformers shifts and averages them."""
+    """For one row the loss is that of transformers, which shifts and averages the same tokens."""
     alone = Split(data.test.table, data.test.rows[:1])
     with torch.no_grad():
         assert evaluate(model, alone)["loss"] == pytest.approx(
@@ -77,7 +77,7 @@ def test_the_loss_of_a_batch_is_the_models_own(model: nn.Module, data: Federated
 
 
 class Parrot(nn.Module):
-    """Answers every prompt with what the table holds for it, or with something else."""
+    """Answers every prompt with its answer in the table, or with another one."""
 
     def __init__(self, table: Any, wrong: set[int]) -> None:
         super().__init__()

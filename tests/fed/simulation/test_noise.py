@@ -1,4 +1,4 @@
-"""Initialisation and aggregation noise against cases computed by hand and against dense fp64."""
+"""Initialisation and aggregation noise on cases computed by hand and against dense fp64 matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server_of(factors: dict[str, Factors], scale: float) -> ServerState:
 def scalar_round(
     ends: list[tuple[float, float]], weights: list[float], scale: float = 1.0
 ) -> tuple[list[ClientStart], list[ClientUpdate]]:
-    """Clients of one 1×1 matrix, R = 1, that end with the given (a, b)."""
+    """Return clients of one 1×1 matrix, R = 1, whose training ends at the given (a, b)."""
     start = ClientStart({"m": one_by_one(1.0, 0.0)}, {"m": (0,)}, scale, "folded")
     return [start] * len(ends), [update_of(0, [[a]], [[b]], p) for (a, b), p in zip(ends, weights, strict=True)]
 
@@ -114,12 +114,12 @@ def test_end_factors_replace_the_trained_modules_alone() -> None:
 
 
 def test_start_noise_by_hand() -> None:
-    """The server's ΔW is 2·3·1 = 6; the client holds 6 + 3 and 6 − 4 in two matrices: √(9 + 16) = 5."""
+    """The server's ΔW is 2·3·1 = 6; the client has 6 + 3 and 6 − 4 in two matrices: √(9 + 16) = 5."""
     server = server_of({"m": one_by_one(1.0, 3.0), "n": one_by_one(3.0, 1.0)}, 2.0)
     own = {"m": one_by_one(9.0, 1.0), "n": one_by_one(1.0, 2.0)}
     start = ClientStart(own, {"m": (0,), "n": (0,)}, 1.0, "folded")
     assert start_noise(server, start) == pytest.approx(5.0, rel=1e-12)
-    # The same from weights that hold the modules: W = 100 became 109 and 102, and nothing is summed besides.
+    # The same if modules are folded: W = 100 became 109 and 102, and no module is summed.
     weights = {
         matrix: (torch.tensor([[100.0 + delta]]), torch.tensor([[100.0]])) for matrix, delta in (("m", 9), ("n", 2))
     }
@@ -127,7 +127,7 @@ def test_start_noise_by_hand() -> None:
 
 
 def test_start_noise_knows_what_is_in_the_shared_base() -> None:
-    """The server has 4 in the base and 6 in the adapter; the client's weight took in 4.5 of it and it has 6 besides."""
+    """The server has 4 in the base and 6 in the adapter; the client has 4.5 in its weight and 6 in its modules."""
     server = replace(server_of({"m": one_by_one(2.0, 3.0)}, 1.0), base_delta={"m": torch.tensor([[4.0]])})
     start = ClientStart(server.adapter.factors, {"m": (0,)}, 1.0, "folded")
     assert start_noise(server, start) == 0.0
@@ -135,7 +135,7 @@ def test_start_noise_knows_what_is_in_the_shared_base() -> None:
 
 
 def test_start_noise_of_fewer_modules_is_what_is_missing() -> None:
-    """The first two of three modules, the rest scaled by 3·4·2 = 24; stretched by another scale nothing cancels."""
+    """The first two of three modules: the third, 3·4·2 = 24, is missing; with another scale nothing cancels."""
     A, B = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[5.0, 6.0, 4.0]])
     server = server_of({"m": (A, B)}, 2.0)
     start = ClientStart({"m": (A[:2], B[:, :2])}, {"m": (0, 1)}, 2.0, "folded")
@@ -144,7 +144,7 @@ def test_start_noise_of_fewer_modules_is_what_is_missing() -> None:
 
 
 def test_held_update_is_what_was_folded_plus_what_is_summed() -> None:
-    """Folding 0.3 into the bf16 weight 256 leaves no trace: its step there is 2."""
+    """Folding 0.3 into the bf16 weight 256 changes nothing, because the spacing there is 2."""
     original = torch.tensor([[256.0]], dtype=torch.bfloat16)
     folded = (original.double() + 0.3).to(torch.bfloat16)
     A, B = torch.tensor([[0.5]], dtype=torch.bfloat16), torch.tensor([[4.0]], dtype=torch.bfloat16)
@@ -161,7 +161,7 @@ def test_the_same_factors_make_no_noise_at_all() -> None:
 def test_module_noise_by_hand() -> None:
     """s = 2. Module 0: b a = 8 (p 1) and 4 (p 3), mean 5; the server has 4·1.25 = 5. Module 1, one client: 6 against 7.
 
-    Together 2·(5 − 5 + 7 − 6) = 2; module 2 nobody trained.
+    Together 2·(5 − 5 + 7 − 6) = 2; nobody trained module 2.
     """
     updates = [update_of(0, [[2.0], [3.0]], [[4.0, 2.0]], 1.0), update_of(0, [[1.0]], [[4.0]], 3.0)]
     server = server_of({"m": (torch.tensor([[1.25], [1.0], [9.0]]), torch.tensor([[4.0, 7.0, 9.0]]))}, 2.0)
@@ -169,7 +169,7 @@ def test_module_noise_by_hand() -> None:
 
 
 def test_factor_noise_by_hand() -> None:
-    """A moved by 3 in one matrix and 4 in another, B stayed; a module that is new counts whole."""
+    """A moved by 3 in one matrix and 4 in another, B did not; of a new module the whole factors count."""
     before = {"m": one_by_one(1.0, 2.0), "n": one_by_one(1.0, 2.0)}
     assert factor_noise({"m": one_by_one(4.0, 2.0), "n": one_by_one(-3.0, 2.0)}, before) == (5.0, 0.0)
     grown = (torch.tensor([[1.0], [6.0]]), torch.tensor([[2.0, 8.0]]))

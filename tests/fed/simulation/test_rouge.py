@@ -18,7 +18,7 @@ def test_common_subsequences_counted_by_hand(first: str, second: str, length: in
 
 
 def by_definition(first: str, second: str) -> int:
-    """The longest common subsequence by recursion over both ends."""
+    """Return the length of the longest common subsequence, by recursion on its definition."""
     if not first or not second:
         return 0
     if first[-1] == second[-1]:

@@ -1,4 +1,4 @@
-"""What a run saves, read back by plain transformers and PEFT: the base, what was folded into it, and the adapter."""
+"""A run's files read by plain transformers and PEFT: the base model, what was folded into it, and the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's own step on factors."""
+"""The server's optimiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosines between modules by hand, and against the dense matrices they stand for."""
+"""Cosines between modules: by hand, and against the modules' dense matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def update_of(number: int, factors: Factors, selected: tuple[int, ...]) -> Clien
 
 
 def test_by_hand() -> None:
-    """Module 0 of both points the same way but for a sign in b; module 2 only one has; module 1 nobody."""
+    """Module 0 of both clients is the same but for the sign of b; only one has module 2, none has module 1."""
     one = update_of(0, (torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[2.0, 7.0]])), (0, 2))
     other = update_of(1, (torch.tensor([[1.0, 1.0]]), torch.tensor([[-4.0]])), (0,))
     found = module_similarity([one, other], rank=3)

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny federation: equal where they must be, measured right, and honest about what went wrong."""
+"""Whole runs of a tiny federation: equalities between runs, the figures in a row, and errors that are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spoil(data: FederatedData, clients: set[int]) -> FederatedData:
 
 
 def saved(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a saved adapter, loaded into a fresh model."""
+    """Return every tensor of a saved adapter, loaded into a new model."""
     handle = pk.load_peft(TinyClassifier(), directory / "adapter")
     return {name: value.clone() for name, value in handle.model.state_dict().items()}
 
@@ -158,7 +158,7 @@ def test_initialisation_noise_is_zero_when_frozen_and_rounding_when_folded(tmp_p
     frozen = run(make_config(adapter={"unselected": "frozen"}), tmp_path / "frozen")
     folded = run(make_config(), tmp_path / "folded")
     assert [row["init_noise"] for row in frozen[1:]] == [0.0] * 3
-    assert folded[1]["init_noise"] == 0.0  # B = 0: there is nothing to round
+    assert folded[1]["init_noise"] == 0.0  # B = 0: nothing is rounded
     assert all(0.0 < row["init_noise"] < 1e-6 for row in folded[2:])
 
 
@@ -192,7 +192,7 @@ def test_bytes_of_a_round_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_client_with_nan_is_left_out_and_said_so(tmp_path: Path) -> None:
-    """Client 2 is spoilt and takes part in every round: the run equals one in which only the others are averaged."""
+    """Client 2 has NaN in its rows and takes part in every round: the run equals one that averages only the others."""
     config = make_config(clients={"per_round": 4})
     events: list[str] = []
     rows = simulate(config, spoil(make_data(), {2}), TinyClassifier(), HEAD, tmp_path, on_event=events.append)
@@ -283,7 +283,7 @@ def test_a_federation_of_one_with_one_step_a_round_is_central_training(tmp_path:
 
 
 def test_evaluation_counts_every_sample_once() -> None:
-    """Against logits computed in one piece; more samples than a batch holds."""
+    """With more samples than a batch, accuracy and loss are those of logits computed at once."""
     split, model = make_data(test_size=600).test, TinyClassifier(dropout=0.5)
     metrics, rows = evaluate(model, split), everything(split)
     logits = model(rows["inputs"]).logits.double()
@@ -300,7 +300,7 @@ def test_a_personal_head_stays_with_its_client(tmp_path: Path) -> None:
     clients, server = rounds[-1].state.clients, rounds[-1].state.server
     heads = torch.stack([client.head["head.weight"] for client in clients])
     assert len({tuple(head.flatten().tolist()) for head in heads}) == 4
-    torch.testing.assert_close(server.head["head.weight"], heads.mean(0))  # for the global figures alone
+    torch.testing.assert_close(server.head["head.weight"], heads.mean(0))  # only for the global figures
     assert all(row.row["download_bytes"] == 4 * 6 * 34 * 4 for row in rounds[1:])
     assert all(len(row.row["client_accuracy"]) == 4 for row in rounds[1:])
 

@@ -1,4 +1,4 @@
-"""Clients trained together end where each would alone."""
+"""Clients trained in one pass get the updates that they get when trained one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.tiny_federation import HEAD, LABELS, TinyClassifier, jobs_of,
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 EQUAL = {"clients": {"ranks": [6]}}  # for methods that need them
-# The last of the clients has fewer rows than a batch, and each its own steps and rate.
+# The last client has fewer rows than a batch; numbers of steps and learning rates differ.
 UNLIKE = {"client_steps": [3, 1, 4, 2], "client_learning_rates": [2e-2, 5e-3]}
 
 
@@ -62,7 +62,7 @@ def assert_same(found: ClientUpdate, wanted: ClientUpdate, **tolerance: float) -
 
 
 def train_and_compare(shared: SharedModel, jobs: list[Job], settings: Any, **options: Any) -> list[ClientUpdate]:
-    """Train clients together, and hold each to what it does alone."""
+    """Train clients together, and compare each with its training alone."""
     updates = train_together(shared, jobs, settings, **options)
     for job, update in zip(jobs, updates, strict=True):
         wanted = alone(shared, job, settings, options.get("measure", False))
@@ -73,7 +73,7 @@ def train_and_compare(shared: SharedModel, jobs: list[Job], settings: Any, **opt
 
 
 def drawn_b(job: Job) -> Job:
-    """The job with a B that is not zero, so that every gradient has something to say."""
+    """Return the job with a nonzero B, so that no gradient is zero."""
     generator = torch.Generator().manual_seed(job.client.id)
     factors = {
         matrix: (A, torch.randn(B.shape, generator=generator, dtype=torch.float64).to(B.dtype))
@@ -103,7 +103,7 @@ def test_a_cohort_ends_where_each_client_would_alone(settings: dict[str, Any], s
 
 
 def play(method: str, execution: str, dtype: torch.dtype, rounds: int, **changes: Any) -> tuple[list[dict], Any]:
-    """Return a run's rows and where it stands at the end."""
+    """Return a run's rows and its state at the end."""
     ranks = EQUAL if methods.find(method).equal_ranks else {}
     config = make_config(method=method, execution=execution, rounds=rounds, **ranks, **changes)
     data = double(make_data()) if dtype is torch.float64 else make_data()
@@ -146,7 +146,7 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
         torch.testing.assert_close(dict(stands.server.base_delta), dict(wanted.server.base_delta), **tolerance)
 
 
-# torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
+# torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("method", ["fed-plora", "flora", "hetlora", "fedsa-lora"])
 def test_compiled_rounds_are_the_sequential_ones(method: str, traced: list[Any]) -> None:
@@ -192,7 +192,7 @@ def texts(table: type, count: int = 24) -> tuple[Split, ...]:
 
 @contextmanager
 def reading_texts(make: Any, table: type, config: SimpleNamespace) -> Iterator[tuple[SharedModel, list[Job]]]:
-    """Give a small model in float64, and a job for each of three clients whose texts are unlike in length."""
+    """Return a small model in float64, and a job for each of three clients whose texts differ in length."""
     clients = texts(table)
     data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_texts_of_unequal_length(make: Any, table: type, dropout: float, checkpo
     config = make_config(
         clients={"count": 3, "ranks": [2, 4, 6]},
         adapter={"dropout": dropout, "target_modules": "all-linear"},
-        # Not Adam, which makes whole steps of gradients that are nothing but rounding.
+        # Not Adam: it takes full steps for gradients that consist of rounding errors only.
         train={"optimizer": "sgd", "client_steps": [2, 3, 1], "gradient_checkpointing": checkpointing},
     )
     with reading_texts(make, table, config) as (shared, jobs):
@@ -234,7 +234,7 @@ def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
             others = [job._replace(rng=ClientRandom(config.seed, number, job.client.id)) for job in jobs]
             train_together(shared, others, config.train, compiled=compiled)
             counts.append(len(traced))
-    assert counts == [2, 2, 2, 2]  # the first width, then every other: nothing in between stopped the compiler
+    assert counts == [2, 2, 2, 2]  # one graph for the first width and one for all others, without graph breaks
 
 
 def test_a_client_that_is_not_finite_touches_no_other() -> None:

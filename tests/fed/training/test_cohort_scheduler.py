@@ -1,4 +1,4 @@
-"""How a round is divided into cohorts, and runs in which clients train together."""
+"""How the clients of a round are divided into cohorts, and runs with cohorts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_compiled_clients_take_alike(shared: SharedModel) -> None:
     plain = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
     config.cohort_compile = True
     needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs_of(shared, config))
-    assert needs == [plain[3]] * 6  # who has all modules and a full batch
+    assert needs == [plain[3]] * 6  # a client with all modules and a full batch
     assert plain[1] < plain[3]
 
 
@@ -110,7 +110,7 @@ def test_what_fits_not_even_one_client_is_refused(shared: SharedModel) -> None:
 
 
 def test_the_fastest_size_is_measured_once_and_said(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Seconds a cohort, tried twice; a client's share is least at 5, and that of 2 is no reason to stop.
+    # Seconds per cohort, each measured twice. A client's share is least at 5; the search must pass 2.
     took = {1: [9.0, 1.0], 2: [3.0, 2.4], 5: [2.0, 2.5], 6: [9.0, 9.0]}
     monkeypatch.setattr(CohortScheduler, "_seconds", lambda self, jobs: took[len(jobs)].pop())
     config, said = make_config(**SIX, execution="cohort"), []
@@ -149,14 +149,14 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-# torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
+# torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("by", ["weights", "factors", "operator"])
 def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is compiled here is what is tested
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # without torch's cache
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *operands: by == "weights")
     monkeypatch.setattr(CompiledLosses, "_compare", lambda *arguments: None)  # it would mend what is wrong
-    plan = cohort._Plan  # batches are left as they are, so that unequal groups are compiled as well
+    plan = cohort._Plan  # batches are not padded, so that unequal groups are compiled too
     monkeypatch.setattr(cohort, "_Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))
     torch.compiler.reset()
     changes = {**SIX, "adapter": {"dropout": 0.3 if by == "operator" else 0.0}, "measure": {"memory": False}}

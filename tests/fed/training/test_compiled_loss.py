@@ -1,4 +1,4 @@
-"""What torch compiles is held against plain steps before it is relied upon."""
+"""A compiled loss is compared with the plain one before it is used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ By = Callable[..., CompiledLosses]
 
 @pytest.fixture
 def compile_by(monkeypatch: pytest.MonkeyPatch) -> By:
-    """Let something else stand in for inductor."""
+    """Replace inductor by another compiler."""
     torch.compiler.reset()
 
     def make(backend: Any, on_event: Callable[[str], object] = pytest.fail) -> CompiledLosses:
@@ -65,14 +65,14 @@ def right(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 
 def changing(change: Callable[[Tensor], Tensor]) -> Any:
-    """A compiler that changes what a graph computes."""
+    """Return a compiler that changes what a graph computes."""
     return lambda graph, inputs: (
         lambda *values: [change(value) if value.is_floating_point() else value for value in graph(*values)]
     )
 
 
 class SecondClientsBias(torch.autograd.Function):
-    """Passes (b, 3) logits on, and spoils the gradient that reaches the second client's rows."""
+    """Returns (b, 3) logits unchanged, and changes the gradient of the second client's rows."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def raising(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
     raise IndexError("no compiler\nfor miles")
 
 
-# torch hides this one from everybody else where a graph breaks, as it does at this model's namespace.
+# torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 class TestCompiledLosses:
     def test_what_is_right_is_compared_for_some_steps_and_used(
@@ -156,7 +156,7 @@ class TestCompiledLosses:
             assert re.fullmatch(rf"the compiled step is wrong: {said}; steps are taken uncompiled", lines[0]), lines
 
     def test_what_goes_wrong_later_is_found(self, batch: dict[str, Tensor], compile_by: By) -> None:
-        """As what multiplies a B of zeros does."""
+        """An error in a factor of B does not show while B is zero, only later."""
         calls, lines, model = list[int](), list[str](), Model()
 
         def late(value: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class TestCompiledLosses:
 
 
 def test_matrices_may_lie_column_by_column() -> None:
-    """As A does from `fed.training.cohort.WIDE` features on."""
+    """Compiled steps take column-major A, as cohorts keep it from `fed.training.cohort.WIDE` features on."""
     expected = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).mT
     assert _difference({"A": expected.clone()}, {"A": expected}) is None
     found = expected.clone()

@@ -1,4 +1,4 @@
-"""One client's local training: what moves, what must not, and what an unusable update is."""
+"""Local training of one client: which parameters change, which must not, and which updates are left out."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_clipping_bounds_the_step(shared: SharedModel, data: Split) -> None:
 
 
 def test_an_update_depends_on_its_key_not_on_who_trained_before(data: Split) -> None:
-    """With dropout in the model, and another client's training and draws in between."""
+    """With dropout in the model, and with another client's training in between."""
     with adapted(make_config(), TinyClassifier(dropout=0.3), HEAD) as shared:
         head, start = head_of(shared), make_start()
         first, other = (visit(shared, start, data, client, head, local_steps=4)[0] for client in (0, 1))

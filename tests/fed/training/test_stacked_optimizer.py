@@ -1,4 +1,4 @@
-"""Clients' numbers in one memory: each client's is clipped and moved as torch would move it alone."""
+"""Clients' parameters in one tensor: each client's are clipped and updated as torch would by themselves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_clients_are_clipped_as_torch_clips_them(columns: tuple[str, ...]) -> No
 def test_clients_that_leave_one_by_one_move_as_they_would_alone(
     optimizer: str, masked: bool, rates: list[float]
 ) -> None:
-    """Client 3 takes two steps, client 2 three, the others five; masked, each trains one module less of q."""
+    """Client 3 takes two steps, client 2 three, the others five; with a mask each trains one module of q less."""
     start, steps = stacks(), [5, 5, 3, 2]
     stacked = Stacked(start, ["A/q"])
     trained = None
@@ -104,7 +104,7 @@ def test_clients_that_leave_one_by_one_move_as_they_would_alone(
     for name, own in stacked.named(stacked.values).items():
         for client in range(CLIENTS):
             found, expected = own[client], alone[client][name].detach()
-            if trained is not None:  # alone, weight decay would move what is not trained
+            if trained is not None:  # in torch weight decay would also change modules that are not trained
                 mask = stacked.named(trained)[name][client]
                 expected = torch.where(mask, expected, start[name][client])
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14, msg=f"{name} of client {client}")

@@ -1,4 +1,4 @@
-"""Gradients of groups' modules by `group_gradients`: those of autograd, in the memory that was given."""
+"""`group_gradients`: gradients of groups' modules equal autograd's and are written to the given memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 6
 
 
 class Layer:
-    """A frozen linear with groups' factors and memory for their gradients, which starts as NaN."""
+    """A frozen linear with groups' factors, and NaN-filled memory for their gradients."""
 
     def __init__(self, sizes: tuple[int, ...], seed: int, scale: object = 0.7, trained: str = "AB") -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -26,7 +26,7 @@ class Layer:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.weight, self.bias = draw(N, K), draw(N)
-        # Column by column, as a trainer may keep A.
+        # Column-major, as a trainer may keep A.
         self.A, self.B = draw(len(sizes), K, RANK).mT, draw(len(sizes), N, RANK)
         self.memory = [
             torch.full_like(factor, torch.nan) if side in trained else None
@@ -45,7 +45,7 @@ class Layer:
 
 @pytest.fixture(params=[False, True], ids=["factors", "weights"])
 def by_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute by weights of the groups' own, or by the factors, whatever pays."""
+    """Compute with a weight for each group, or with the factors, whichever is cheaper."""
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *_: request.param)
 
@@ -56,7 +56,7 @@ def inputs(samples: int, seed: int = 9) -> Tensor:
 
 
 def compare(layer: Layer, run: Callable[[pk.GroupModules], Tensor]) -> None:
-    """Hold the memory after `run` by the groups to autograd after `run` by plain ones."""
+    """Compare the memory after `run` on the groups with autograd after `run` on plain ones."""
     found, idle = pk.group_gradients(run(layer.groups), {"layer": layer.groups})
     assert (found, idle) == ((), [])
     expected = layer.gradients(run(layer.plain))
@@ -103,7 +103,7 @@ def test_what_an_optimiser_moves_is_seen() -> None:
         layer.A.mul_(1.5)
         layer.weight.add_(0.1)
     compare(layer, run)
-    run(layer.groups)  # a pass that is given up
+    run(layer.groups)  # a forward without a backward
     with torch.no_grad():
         layer.B.sub_(0.2)
     compare(layer, run)
@@ -127,7 +127,7 @@ def test_a_layer_without_part_in_the_loss_has_zeros_and_is_named() -> None:
 
 @pytest.mark.usefixtures("without_group_weights")
 def test_autograd_gets_the_memory_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What batched products write need not be copied."""
+    """What batched products write is not copied."""
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     layer, x = Layer((2, 2), 7), inputs(4)
     loss = layer.groups.linear(x, layer.weight, None).square().sum()

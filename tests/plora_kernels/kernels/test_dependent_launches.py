@@ -1,4 +1,4 @@
-"""Launches that begin before the one ahead has ended: who waits for what, and whose memory is whose."""
+"""Dependent launches, which begin before the launch ahead has ended: which waits for which, and their memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
 
 M, K, N, R = 600, 64, 96, 16
-# Where kernels are launched from, and where memory is taken.
+# Modules that launch kernels, and modules that allocate memory.
 LAUNCHING = (persistent_matmul, specialised_matmul, side_product, output_gradient, factor_gradient)
 TAKING = (adapted_matmul, linear, factor_gradient, output_gradient, side_product)
 
 
 class Trace(list[tuple[str, dict[str, object]]]):
-    """What was launched and what memory was taken, in order."""
+    """Launches and allocations, in order."""
 
     def kernels(self) -> list[str]:
         return [name for name, _ in self if name != "memory"]
@@ -39,7 +39,7 @@ class Trace(list[tuple[str, dict[str, object]]]):
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    """Pretend that there are dependent launches; note what is launched, and launch it without the instructions."""
+    """Pretend that the device has dependent launches; record each launch, and run it without their instructions."""
     found = Trace()
 
     def record_blocks(kernel: object, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
@@ -98,10 +98,10 @@ def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, k
     assert trace.kernels() == ["side_product_kernel", f"{kernel}_matmul_kernel"]
     ahead, own = trace.constants("side_product_kernel"), trace.constants(f"{kernel}_matmul_kernel")
     assert ahead["LAUNCHES_DEPENDENTS"]
-    assert "launch_pdl" not in ahead  # it waits for all before it
+    assert "launch_pdl" not in ahead  # it waits for all launches before it
     assert own["launch_pdl"]
     assert own["DEPENDENT"]
-    assert not own["LAUNCHES_DEPENDENTS"]  # what follows is not ours
+    assert not own["LAUNCHES_DEPENDENTS"]  # the launch after it may be another library's
 
 
 @pytest.mark.parametrize("design", ["two_launch", "specialised"])
@@ -131,16 +131,16 @@ def test_da_begins_beside_dx_with_memory_of_its_own(design: str, kernel: str, fo
     index = None if form == "all" else torch.tensor([0, 3, 5, -1], dtype=torch.int32)
     with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
         run_backward(index, form == "frozen")
-    # With an index no descriptor fetches what is chosen.
+    # Modules chosen by an index cannot be loaded by a descriptor.
     product = "persistent_matmul_kernel" if form == "folded" else f"{kernel}_matmul_kernel"
     names = [name for name, _ in trace]
     place = names.index(product)
-    # Of what dX takes nothing may be freed and taken again before dA's launch, and no other launch lies between.
+    # No memory of dX's launch may be freed and reused before dA's launch, and no other launch may come between.
     assert names[place + 1] == "partial_gradient_kernel"
     assert trace[place][1]["LAUNCHES_DEPENDENTS"]
     assert trace[place + 1][1]["launch_pdl"]
     assert trace[place + 1][1]["DEPENDENT"]
-    assert "launch_pdl" not in trace.constants("reduce_gradient_kernel")  # the sum waits for both
+    assert "launch_pdl" not in trace.constants("reduce_gradient_kernel")  # the sum of the parts waits for both launches
 
 
 @pytest.mark.parametrize("design", ["drawn", "one_launch", "persistent"])

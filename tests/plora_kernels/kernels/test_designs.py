@@ -1,4 +1,4 @@
-"""Every design of the forward and the backward against float64, forced upon shapes that it must leave or mask."""
+"""Every design of forward and backward against float64, also on shapes it must mask or leave to another design."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.notes import note_calls
 from tests.support.numerics import Problem, check, in_form, make_problem, random_mask, run
 from tests.support.pairwise import pairwise
 
-# The blocks of TMA are at least 16 bytes wide; sizes are small, so that edges fall inside tiles.
+# Rows of TMA's blocks have at least 16 bytes; sizes are small, so that edges fall inside tiles.
 DTYPES = [torch.float16, torch.float32]
 
 
@@ -57,7 +57,7 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 
 @pytest.fixture
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that receives the design of every launch that walks over tiles."""
+    """Return a list that receives the design of every launch of a persistent kernel."""
     designs: list[str] = []
     for name in ("persistent_matmul", "specialised_matmul"):
         note_calls(monkeypatch, adapted_matmul, name, lambda *tensors, blocks, **options: blocks.design, designs)
@@ -76,7 +76,7 @@ def test_designs_are_within_the_bound(
 ) -> None:
     rank = shape[-1]
     run_design(design, make_problem(*shape, dtype, **in_form(form, rank, rank), bias=bias, seed=rank))
-    # Lines of 1, 5, 17 or 33 modules are not what a descriptor fetches.
+    # Descriptors cannot load rows of 1, 5, 17 or 33 modules, because they are not aligned.
     walking = "two_launch" if design == "specialised" else design
     assert walks == [walking] * (2 if design in PERSISTENT_DESIGNS else 0)
 
@@ -140,7 +140,7 @@ def test_overlapping_tiles_are_within_the_bound(
     assert walks == ["two_launch" if design == "specialised" else design] * 2
 
 
-# Twelve tiles: of five programs, two have a tile more than the others, and wait for side tiles.
+# Twelve tiles: of five programs, two have one tile more than the others, and wait for side tiles.
 @pytest.mark.parametrize("programs", [1, 3, 5])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: programs)
@@ -150,7 +150,7 @@ def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pyt
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Let the blocks be those of an sm_90 without a table, as large as they are there."""
+    """Use the default blocks of an sm_90 without a table."""
     monkeypatch.setenv("PLORA_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(lookup, "PACKAGED", tmp_path)
     monkeypatch.setattr(lookup, "hardware_of", lambda device: Hardware(90, 2))
@@ -169,7 +169,7 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
     check(make_problem(200, 64, 528, rank, torch.float16, **options))
     width = rank if form != "folded" else int(random_mask(rank, rank).sum())
     design = "two_launch" if width > 16 else "persistent"
-    # The dX of dropout masks what it adds, in tiles of pointer loads.
+    # With dropout dX masks its low-rank part, in tiles with pointer loads.
     assert walks == [design] * (1 if dropout_p else 2)
 
 
@@ -232,7 +232,7 @@ SETTINGS = {
     "torch.backends.fp32_precision = 'tf32'": "tf32",
     "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
 }
-# What is set stays set in its process: each setting gets a child of one process, which imports torch for all.
+# Settings last as long as their process. So each is set in a child of one process, which imports torch only once.
 IN_CHILDREN = """
 import os, sys, torch
 from plora_kernels.kernels.launch import dot_precision

@@ -1,4 +1,4 @@
-"""Tables of tiles are made once for groups that never change, and go with them."""
+"""Tables of tiles: made once for groups that cannot change, and freed with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ K, N, RANK = 20, 12, 5
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int, int]]:
-    """Return a list that receives what every table is made from."""
+    """Return a list that receives the arguments of every table that is made."""
     from plora_kernels.kernels import grouped_tiles
 
     return note_calls(monkeypatch, grouped_tiles, "_make_table", lambda offsets, *rest: (offsets.clone(), *rest))
@@ -55,7 +55,7 @@ def test_every_layer_and_pass_takes_the_table_of_the_first(made: list) -> None:
     heights = [height for _, _, height in made]
     assert heights
     assert len(set(heights)) == len(heights), "a table was made twice"
-    for seed in (0, 1):  # worked out and replayed, by the same layer and by another
+    for seed in (0, 1):  # recorded and replayed, by the same layer and by another
         again = by_rows(rows, *operands((40, 0, 25), seed))
         assert equal(again, first) == (seed == 0)
     assert len(made) == len(heights)
@@ -75,7 +75,7 @@ def test_offsets_that_may_change_are_looked_at_in_every_call(made: list) -> None
     assert tables_of(offsets) is None
     by_offsets(offsets, *given)
     once = len(made)
-    offsets.data.copy_(torch.tensor([0, 1, 64, 65]))  # which no count of changes shows
+    offsets.data.copy_(torch.tensor([0, 1, 64, 65]))  # a write by `.data` does not count as a new version
     found = by_offsets(offsets, *given)
     assert len(made) == 2 * once
     assert equal(found, by_rows(pk.RowGroups((1, 63, 1)), *given))

@@ -1,4 +1,4 @@
-"""Calls of a form seen before are replayed: other tensors, the same results as worked out anew."""
+"""Replayed calls give the results of calls that are not, on other tensors of the same form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 
 @pytest.fixture
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that receives the op of every launch whose blocks are looked up: what a replay does not."""
+    """Return a list that receives the op of every launch whose blocks are looked up; a replay looks up none."""
     found: list[str] = []
     for module in (adapted_matmul, factor_gradient, grouped_matmul, projections_forward, side_product):
         note_calls(monkeypatch, module, "find_blocks", lambda kind, shape, *rest: shape.op, found)
@@ -47,7 +47,7 @@ def problem(
 
 
 def assert_worked_out(problem: Problem, worked_out: list[str]) -> None:
-    """Hold a problem to the bound, and its form to be new."""
+    """Check a problem, and that its form was not recorded before."""
     worked_out.clear()
     check(problem)
     assert "forward" in worked_out
@@ -108,7 +108,7 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
         check(aligned)
         if seed == 0:
             worked_out.clear()
-    # torch's own product in between is nothing that can be recorded.
+    # "algebra" uses torch's own product, which is not recorded.
     assert worked_out.count("forward") == (2 if design == "algebra" else 0)
 
 
@@ -147,7 +147,7 @@ def test_one_tensor_in_two_places_is_not_recorded(worked_out: list[str]) -> None
     weight = torch.randn(16, 16, device=DEVICE)
     for _ in range(2):
         pk.plora_linear(x, weight, A, B)
-    y = pk.plora_linear(x, x, A, B)  # recorded apart, replayed together
+    y = pk.plora_linear(x, x, A, B)  # recorded with two tensors, called with one in both places
     torch.testing.assert_close(y, x @ x.t() + x @ A.t() @ B.t())
 
 

@@ -1,4 +1,4 @@
-"""How the rows of dA and dB are cut for a device, and that any cut gives the gradient."""
+"""How the rows of dA and dB are split for a device, and that every split gives the gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plora_kernels.tuning.blocks import GradientBlocks, MatmulBlocks, OutputGrad
 from tests.support.groups import draw_grouped
 from tests.support.numerics import DEVICE, check, make_problem, random_mask
 
-# Rows, and the splits that eight multiprocessors make of them with one tile of columns and R 1.
+# Rows, and their number of parts on eight multiprocessors, with one tile of columns and R = 1.
 ROWS = {1: 1, 31: 1, 47: 2, 129: 8}
 
 
@@ -19,13 +19,13 @@ ROWS = {1: 1, 31: 1, 47: 2, 129: 8}
     ("rows", "width", "programs", "waves", "multiprocessors", "splits"),
     [
         (8192, 16, 32, 2, 132, 9),  # 264 programs wanted, 32 there
-        (8192, 64, 32, 2, 132, 8),  # 1,024 rows a part at least
+        (8192, 64, 32, 2, 132, 8),  # at least 1,024 rows in a part
         (8192, 256, 128, 2, 132, 2),  # 4,096
         (8192, 16, 500, 2, 132, 1),
         (512, 16, 32, 2, 132, 2),
         (255, 16, 1, 4, 132, 1),
         (0, 16, 1, 4, 132, 1),
-        (8192, 16, 32, 1, 304, 10),  # a larger device cuts more
+        (8192, 16, 32, 1, 304, 10),  # a larger device makes more parts
     ],
 )
 def test_splits_fill_the_device(

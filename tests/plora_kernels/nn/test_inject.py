@@ -1,4 +1,4 @@
-"""Targets as PEFT matches them; models put back as they were."""
+"""Targets are matched as PEFT matches them, and removing adapters restores the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def peft_targets(model: nn.Module, **options: object) -> set[str]:
 )
 def test_targets_are_those_of_peft(build: type, options: dict) -> None:
     present = {name.rsplit(".", 1)[-1] for name, _ in build().named_modules()}
-    options = {  # PEFT ignores names a model lacks where others match; here each must exist
+    options = {  # PEFT ignores names without a match if others match; here each must match
         key: [entry for entry in value if entry in present] if isinstance(value, list) else value
         for key, value in options.items()
     }

@@ -18,7 +18,7 @@ from tests.support.equality import assert_equal
 def make(
     rank: int = 6, bias: bool = True, dtype: torch.dtype = torch.float32, **options: object
 ) -> pk.FusedPLoRALinear:
-    """Return a layer (7 → 5) whose modules all do something."""
+    """Return a layer (7 → 5) without a zero module."""
     layer = pk.FusedPLoRALinear(7, 5, rank=rank, alpha=3.0, bias=bias, dtype=dtype, **options)
     nn.init.normal_(layer.lora_B)
     return layer
@@ -104,7 +104,7 @@ def test_a_thousand_selections_leave_the_base_bit_identical(dtype: torch.dtype, 
     source = random.Random(0)
     for cycle in range(1000):
         layer.select(source.sample(range(6), source.randrange(7)))
-        if cycle % 3:  # now and then select again without unfolding first
+        if cycle % 3:  # one time in three, select again without unfolding first
             layer.unfold()
     layer.unfold()
     assert torch.equal(layer.weight, weight)
@@ -123,12 +123,12 @@ def test_folding_keeps_the_parameter_and_unfolding_gives_its_memory_back(origina
         assert layer.weight is weight
         assert any(parameter is weight for parameter in optimizer.param_groups[0]["params"])
         kept = layer._original()
-        # One copy, whichever stays: on the device the original itself, on the host a copy of it.
+        # The original is kept once: on the device the tensor itself, on the host a copy.
         assert (layer.original_weight is not None) == (original == "device")
         assert (kept.data_ptr() == home) == (original == "device")
         assert (layer.weight.data_ptr() == home) == (original == "host")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()  # it saved the weight from before
+        y.sum().backward()  # the graph saved the weight before it was folded
     layer.unfold()
     assert layer.weight is weight
     assert layer.weight.data_ptr() == home
@@ -184,7 +184,7 @@ def test_runs_without_storage() -> None:
 
 @pytest.mark.parametrize("form", ["folded", "frozen"])
 def test_trained_parameters_may_be_cast(form: str) -> None:
-    # Mixed precision with fp32 adapters over a half-precision base.
+    # As in mixed precision: fp32 adapters over a half-precision base.
     layer = make(dtype=torch.bfloat16)
     layer.select([0, 2], form)
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
@@ -202,7 +202,7 @@ def test_a_write_of_equal_values_is_no_change() -> None:
     original = layer.weight.detach().clone()
     layer.select([1])
     with torch.no_grad():
-        layer.weight.copy_(layer.weight.clone())  # what DistributedDataParallel's broadcast does
+        layer.weight.copy_(layer.weight.clone())  # as DistributedDataParallel's broadcast does
     layer.unfold()
     assert torch.equal(layer.weight, original)
 
@@ -277,7 +277,7 @@ def test_a_weight_changed_while_folded_is_not_silently_undone() -> None:
         with pytest.raises(pk.StateError, match="weight was changed while modules were folded"):
             act()
     state = make().state_dict()
-    layer.load_state_dict(state)  # what is loaded replaces the change
+    layer.load_state_dict(state)  # the loaded weight replaces the changed one
     layer.unfold()
     assert torch.equal(layer.weight, state["weight"])
 

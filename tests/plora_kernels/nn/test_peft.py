@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, both ways, and the same training."""
+"""Adapters in PEFT's format, saved and loaded, and training equal to PEFT's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def stir(model: nn.Module) -> None:
-    """Give every trainable parameter a value of its own."""
+    """Set every trainable parameter to random values."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -49,7 +49,7 @@ def test_what_is_saved_here_loads_in_peft_and_computes_the_same(tmp_path: Path, 
     handle = pk.inject(base, config)
     stir(base)
     expected = logits(base)
-    handle.select([1])  # a standing selection is saved in full all the same
+    handle.select([1])  # all modules are saved, also while some are selected
     pk.save_peft(handle, tmp_path / "adapter")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == FILES
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()

@@ -1,4 +1,4 @@
-"""Groups of samples inside a model: every group meets modules of its own in every layer."""
+"""Groups of samples in a model: in every layer each group has its own modules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def injected(dropout: float = 0.0, fuse: bool = False) -> pk.Injected:
 
 
 def stacks(handle: pk.Injected) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random A (C, R, K) and B (C, N, R) for every layer."""
+    """Return random A (C, R, K) and B (C, N, R) for every layer."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: tuple(
@@ -49,7 +49,7 @@ def run_together(handle: pk.Injected, factors: dict[str, tuple[Tensor, Tensor]],
 
 
 def run_apart(handle: pk.Injected, factors: dict[str, tuple[Tensor, Tensor]], seeds: list[int]) -> Tensor:
-    """The same by one forward a group, its modules selected in the layers and the others frozen."""
+    """Return the same by one forward for each group, with its modules selected and the others frozen."""
     outputs = []
     for group, tokens in enumerate(TOKENS.split(SIZES)):
         if not len(tokens):
@@ -99,7 +99,7 @@ def test_dropout_is_each_groups_own_and_ends_with_training() -> None:
 
 
 def test_a_texts_mask_does_not_depend_on_the_padding_of_others() -> None:
-    """Group 0 alone has 3 positions; padded to 5 for group 1's sake its real rows get the same masks."""
+    """Group 0 alone has 3 positions; padded to the 5 of group 1, its real rows get the same masks."""
     handle = injected(dropout=0.5)
     handle.model.train()
     generator = torch.Generator().manual_seed(2)
@@ -130,15 +130,15 @@ def test_compile_traces_texts_of_any_length_as_one(form: dict[str, object]) -> N
 
     torch.compiler.reset()
     compiled = torch.compile(run, backend=counter, fullgraph=True)
-    for length in (5, 3, 4, 2):  # few rows: as many as a weight of its own takes would be a graph more
+    for length in (5, 3, 4, 2):  # few rows: with more, a weight for each group would be cheaper, in a graph of its own
         x = torch.randn(sum(SIZES), length, layer.in_features, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), run(x))
         torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), A), torch.autograd.grad(run(x).sum(), A))
-    assert counter.frame_count == 2  # the first length, then every other
+    assert counter.frame_count == 2  # one for the first length, one for all others
 
 
 def test_stacks_may_be_views_of_rows_that_hold_more(each_backend: str) -> None:
-    """As a cohort keeps them: every group's numbers side by side."""
+    """A cohort keeps each group's parameters side by side in one row."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(2, 200, generator=generator)
     weight, x = torch.randn(9, 12, generator=generator), torch.randn(4, 7, 12, generator=generator)

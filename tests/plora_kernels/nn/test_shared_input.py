@@ -1,4 +1,4 @@
-"""Siblings that read one tensor in whole models: fused where they do, with selections of their own."""
+"""Layers of a model that read the same tensor: their products are fused, and each has its own selection."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_groups_are_those_that_fit_together() -> None:
     prefix = "model.layers.{}.self_attn."
     assert handle.projections == tuple((f"{prefix}q_proj".format(i), f"{prefix}v_proj".format(i)) for i in range(2))
     model = Attention()
-    model.k_proj = nn.Linear(8, 3)  # another input size: it reads something else
+    model.k_proj = nn.Linear(8, 3)  # another input size, so it reads another tensor
     handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=NAMES, fuse_projections=True))
     assert handle.projections == (("q_proj", "v_proj"),)
     assert type(handle.layers["k_proj"]) is pk.FusedPLoRALinear

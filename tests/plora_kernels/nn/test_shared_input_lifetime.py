@@ -1,4 +1,4 @@
-"""How long joint projections and their graphs live; layers that part, copies, states and files."""
+"""Lifetime of joint projections and their graphs; layers that stop sharing, copies, state dicts and files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_outputs_nobody_takes_live_no_longer_than_the_input() -> None:
 def test_no_graph_outlives_its_step() -> None:
     model, _ = make(True)
     h = torch.randn(3, 7, dtype=torch.float64, requires_grad=True) * 2
-    gc.disable()  # what only the collector would free counts as kept
+    gc.disable()  # objects that only the garbage collector would free count as alive
     try:
         y = model.q_proj(h)
         nodes = [weakref.ref(y.grad_fn)]
@@ -46,7 +46,7 @@ def test_no_graph_outlives_its_step() -> None:
         del y, h
         assert [node() for node in nodes] == [None, None]
         h = torch.randn(3, 7, dtype=torch.float64, requires_grad=True) * 2
-        y = model.q_proj(h)  # the others are not called
+        y = model.q_proj(h)  # the other two layers are not called
         held = weakref.ref(h)
         del y, h
         assert held() is None
@@ -86,7 +86,7 @@ def test_copies_form_groups_of_their_own(launches: list[int]) -> None:
     model, handle = make(True)
     handle.select([0], "frozen")
     x = torch.randn(3, 7, dtype=torch.float64)
-    model.q_proj(x)  # a round is open
+    model.q_proj(x)  # the other two layers have not been called yet
     expected = model(x)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         launches.clear()

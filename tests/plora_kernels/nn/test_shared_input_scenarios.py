@@ -1,4 +1,4 @@
-"""Siblings that read one tensor, whatever else happens: the results are those of layers alone."""
+"""Layers that read the same tensor give the results of layers alone, whatever else happens to the model."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ SCENARIOS = SIMPLE | {scenario.__name__: scenario for scenario in OTHERS}
 
 
 def play(scenario: Callable[..., list[Tensor]], fused: bool, times: int = 1, needs_x: bool = True) -> list[Tensor]:
-    """Return a scenario's results and gradients on fresh layers, over again on the same ones."""
+    """Return a scenario's results and gradients on new layers, run repeatedly on the same ones."""
     model, _ = make(fused)
     x = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_(needs_x)
     outputs = []
@@ -168,7 +168,7 @@ def test_whatever_happens_the_results_are_those_of_layers_alone(name: str) -> No
 
 @pytest.mark.parametrize("scenario", [autocast_with_nothing_to_cast, autocast_in_between], ids=lambda s: s.__name__)
 def test_autocast(scenario: Callable[..., list[Tensor]]) -> None:
-    # Without dX, which is rounded once instead of three times.
+    # Without dX, which the joint backward rounds once instead of three times.
     torch.testing.assert_close(play(scenario, True, needs_x=False), play(scenario, False, needs_x=False))
 
 
@@ -185,7 +185,7 @@ def test_activation_checkpointing(reentrant: bool, launches: list[int]) -> None:
 
 
 def test_a_layer_alone_and_in_a_group_saves_the_same_for_the_backward() -> None:
-    # A recomputation may find the layers parted, or the other way round: checkpointing counts what is saved.
+    # Layers may stop or start sharing before the recomputation, and checkpointing compares the saved tensors of both.
     saved = []
     for fused in (True, False):
         model, handle = make(fused)
@@ -209,7 +209,7 @@ def test_compiled_models_run_their_layers_alone(launches: list[int]) -> None:
         x = torch.randn(4, 7, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
-    assert launches == [3, 3, 3]  # of the model that is not compiled
+    assert launches == [3, 3, 3]  # by the uncompiled model
 
 
 def test_transforms_are_refused_by_name() -> None:

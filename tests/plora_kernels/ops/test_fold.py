@@ -1,4 +1,4 @@
-"""`fold_` in place: what it adds and takes out again, and what autograd makes of it."""
+"""`fold_` in place: folding, unfolding, and autograd."""
 
 from __future__ import annotations
 

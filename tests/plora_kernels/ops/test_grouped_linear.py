@@ -1,4 +1,4 @@
-"""Groups of rows with their own modules in one call: the same as one call a group, for both implementations."""
+"""Groups of rows with their own modules in one call equal one call for each group, in both implementations."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def random_cases(count: int, seed: int) -> list[tuple]:
     cases = []
     for number, (form, share) in zip(range(count), forms, strict=False):
         sizes = tuple(source.choice([0, 1, 2, 16, 17, 33, 65, 130]) for _ in range(source.choice([1, 2, 3, 7])))
-        # Not K = R = 1: a gradient that is one cancelling sum may be exact in plain torch by luck.
+        # Not K = R = 1, where a gradient is a single sum, which may be exact by luck.
         shape = [source.choice([2, 7, 15, 16, 33, 64, 100]) for _ in range(2)]
         cases.append((sizes, *shape, source.choice([1, 2, 5, 16, 17, 40]), form, share, number))
     return cases
@@ -97,11 +97,11 @@ def test_when_weights_of_their_own_pay() -> None:
 
     # Ten clients of 16 × 17 rows and 64 features: 272·64² + 4·64²·16 multiplications against 2·272·3·16·128.
     assert pays(2720, 10, 64, 64, 16)
-    assert pays(16, 1, 128, 128, 16)  # more of them, but fewer calls
+    assert pays(16, 1, 128, 128, 16)  # more multiplications, but fewer calls
     assert not pays(7, 1, 128, 128, 16)
     assert not pays(160, 10, 512, 128, 16)
     assert not pays(20480, 10, 768, 768, 16)
-    assert not pays(20480, 10, 768, 768, 128)  # fewer multiplications, but a base for each client
+    assert not pays(20480, 10, 768, 768, 128)  # fewer multiplications, but a large weight for each client
 
 
 @pytest.mark.parametrize("by_weights", [False, True])

@@ -1,4 +1,4 @@
-"""What the grouped form refuses, and what it says of it."""
+"""Arguments that the grouped form refuses, and the errors."""
 
 from __future__ import annotations
 

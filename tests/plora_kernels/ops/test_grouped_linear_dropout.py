@@ -1,4 +1,4 @@
-"""Dropout of groups of rows: each by its own seed, a row by its number in its group."""
+"""Dropout of groups of rows: each group has its own seed, and a row its number in the group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grouped operator under a compiler, in every form of its arguments, and its groups apart from each other."""
+"""The grouped operator under torch.compile, with every form of arguments, and the independence of groups."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_compile_traces_and_new_groups_do_not_recompile() -> None:
 
 
 @pytest.mark.usefixtures("without_group_weights")
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch asks every tensor it fakes
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # read by torch for fake tensors
 def test_a_compiler_traces_the_backward() -> None:
     found = []
     for compiled in (False, True):
@@ -83,7 +83,7 @@ def test_no_rows_at_all(each_backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["folded", "frozen"])
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
 def test_a_group_that_is_not_finite_touches_no_other(form: str, each_backend: str) -> None:
     selected = [[1, 2], [], [0, 1]]
     results = []

@@ -1,4 +1,4 @@
-"""`plora_linear` and `fold_` as torch operators: torch's own checks, forms of input, gradients."""
+"""`plora_linear` and `fold_` as torch operators: torch's own checks (opcheck), layouts of inputs, gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.numerics import in_form, make_problem, run
 from tests.support.pairwise import pairwise
 
 SEEDS = torch.tensor([5, 6, 7])
-# By operator: rows of modules that train; where groups of rows end, and their scales; probabilities and seeds.
+# For each operator: rows of trained modules; bounds and scales of groups; dropout's probability and seeds.
 OPERATORS = {
     "linear": (
         index_buffer((1, 3), torch.device("cpu")),
@@ -53,7 +53,7 @@ OPCHECKED = [
 ]
 
 
-# Each check traces the operator several times over; what it looks at is shapes, strides and aliases.
+# opcheck traces the operator several times; it compares shapes, strides and aliases, not values.
 @pytest.mark.parametrize(("name", "backend", "frozen", "selected", "dropped", "needs"), OPCHECKED, ids=str)
 def test_opcheck_of_the_forward_and_backward(
     name: str, backend: str, frozen: bool, selected: str, dropped: str, needs: tuple[bool, ...],
@@ -154,7 +154,7 @@ def test_tensors_need_not_be_contiguous(groups: list[int] | None, each_backend: 
 def far_apart(values: Tensor) -> Tensor:
     """Return four rows so far apart in memory that the last starts at element 3·2³⁰ > 2³¹.
 
-    Offsets inside a tile then need 64 bits. The pages between the rows are never touched, so they are never there.
+    Offsets inside a tile then need 64 bits. Pages between the rows are never touched and take no memory.
     """
     rows, width = values.shape
     storage = torch.empty(2**30 * (rows - 1) + width, dtype=values.dtype)
@@ -230,10 +230,10 @@ def test_unselected_modules_get_no_gradient_and_folded_ones_are_not_read(
         assert gradient.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
 @pytest.mark.parametrize("selected", [None, [1], [0, 3]], ids=str)
 def test_non_finite_inputs_propagate_as_in_linear(selected: list[int] | None, each_backend: str) -> None:
-    _, weight, lora_A, lora_B, bias = (t.detach().abs() for t in inputs())  # one sign: infinities do not cancel
+    _, weight, lora_A, lora_B, bias = (t.detach().abs() for t in inputs())  # of one sign, so that no infinities cancel
     x = torch.rand(3, 5, 7)
     x[0, 0, 0], x[1, 1, 1] = float("nan"), float("inf")
     x.requires_grad_()
@@ -292,7 +292,7 @@ def test_a_tensor_that_stands_for_its_negative_is_read_as_one(each_backend: str)
     torch.testing.assert_close(y, x @ (weight + lora_B @ lora_A).t() + bias)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch takes the batch apart
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch loops over the batch
 @pytest.mark.usefixtures("without_group_weights")
 def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(each_backend: str) -> None:
     x, weight, lora_A, lora_B, _ = inputs()
@@ -303,7 +303,7 @@ def test_a_batch_of_gradients_is_taken_apart_or_refused_by_name(each_backend: st
         one = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
         torch.testing.assert_close([batch[place] for batch in found], one)
     y = pk.plora_linear(x, weight, lora_A[None], lora_B[None], groups=[0, 15])
-    if each_backend == "torch":  # products in place
+    if each_backend == "torch":  # of in-place products
         with pytest.raises(pk.UnsupportedError, match="is_grads_batched=True"):
             torch.autograd.grad(y, x, dys, is_grads_batched=True)
     else:
@@ -319,7 +319,7 @@ def test_a_tangent_of_forward_mode_is_refused_by_name(
     x, weight, lora_A, lora_B, bias = inputs(requires_grad=False)
     factors = (lora_A, lora_B) if groups is None else (lora_A[None], lora_B[None])
     with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
-        pk.plora_linear(x, weight, *factors, groups=groups)  # without a tangent nothing is lost
+        pk.plora_linear(x, weight, *factors, groups=groups)  # there is no tangent to lose
         for place in range(5):
             given = [x, weight, *factors, bias]
             given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))

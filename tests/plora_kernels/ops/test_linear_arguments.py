@@ -1,4 +1,4 @@
-"""What `plora_linear` says of arguments that do not fit."""
+"""Arguments that `plora_linear` refuses, and the errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA dropout: which elements a seed drops, that forward and backward agree on them, and how a layer draws seeds."""
+"""LoRA dropout: the elements a seed drops, the same in forward and backward, and how a layer draws seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.layer_inputs import GROUPS, layer_inputs
 
 
 def kept_by_hand(seed: int, row: int, column: int, p: float) -> bool:
-    """Say whether an element is kept: whether its word, its highest bit turned over, is p·2³² or more."""
+    """Say whether an element is kept: its random word, with the highest bit flipped, is at least p·2³²."""
     return word_by_hand(seed, row, column) ^ 2**31 >= round(p * 2**32)
 
 
@@ -44,9 +44,9 @@ def test_the_share_dropped_is_p_in_rows_columns_and_all(p: float) -> None:
         (dropped.sum(0), rows),
         (dropped.sum(1), columns),
     ):
-        # Where p is small the counts are far from normal: their tails are the binomial's own.
+        # For a small p counts are far from normal, so the tails are those of the binomial distribution.
         tails = np.minimum(binom.cdf(counts, draws, p), binom.sf(counts - 1, draws, p))
-        assert tails.min() > 2e-8  # 1 400 counts have such a tail once in 20 000 tries
+        assert tails.min() > 2e-8  # the chance that any of 1 400 counts is further out is 1 in 20 000
         deviations = (counts - draws * p) / math.sqrt(draws * p * (1 - p))
         assert counts.numel() == 1 or 0.85 < deviations.std() < 1.15
 

@@ -23,7 +23,7 @@ from tests.support.numerics import (
 
 
 def combinations(dtypes: list[torch.dtype], count: int, largest: int, seed: int) -> list[tuple]:
-    """Draw `count` (rows, k, n, rank, dtype, share selected, form, seed) with odd and even sizes alike."""
+    """Draw `count` tuples (rows, k, n, rank, dtype, share selected, form, seed) of odd and even sizes."""
     source = random.Random(seed)
     forms = itertools.cycle(itertools.product(dtypes, ("folded", "frozen"), (None, 0.0, 0.3, 0.7, 1.0)))
     sizes = [1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 100, 127, 130, 200, 257]
@@ -60,7 +60,7 @@ def test_torch_path_is_within_the_bound(combination: tuple, monkeypatch: pytest.
 @pytest.mark.parametrize("combination", combinations([torch.float64], 20, 257, seed=4), ids=name_of)
 def test_float64_is_the_reference_to_rounding(combination: tuple) -> None:
     problem = problem_of(combination)
-    exact = problem.reference_results(torch.float64)  # nothing more precise to measure an error against
+    exact = problem.reference_results(torch.float64)  # float64 cannot be checked against a more precise dtype
     for name, result, truth in zip(NAMES, run(problem), exact, strict=True):
         if result is not None:
             torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-12, msg=name)

@@ -1,4 +1,4 @@
-"""Projections of one input: the joint forward and dX against float64, and their place in autograd's graph."""
+"""Projections of one input: the joint forward and dX against float64, and autograd through them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = (
 )
 
 
-# Aligned ones, as a device runs them: grouped queries, gate and up, a decode step.
+# Aligned shapes, as on a device: grouped queries, gate and up, a decode step.
 LARGE = (
     (520, 1024, (1024, 256, 256), (16, 16, 16), (True, True, True), (False, False, False)),
     (300, 512, (2048, 2048), (64, 8), (False, False), (False, True)),
@@ -40,7 +40,7 @@ def name_of(shape: tuple) -> str:
 
 
 def make_problems(shape: tuple, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Problem]:
-    """Return one problem a projection, all of one x, each with a scale of its own."""
+    """Return one problem for each projection, all with the same x, each with its own scale."""
     rows, k, widths, ranks, biases, frozen = shape
     problems: list[Problem] = []
     for p, (n, r) in enumerate(zip(widths, ranks, strict=True)):
@@ -60,7 +60,7 @@ def operands_of(problem: Problem) -> Projection:
 
 
 def check(problems: list[Problem], where: str) -> None:
-    """Hold every projection's results, and the joint dX, to the bound."""
+    """Check that every projection's results and the joint dX are within the bound."""
     operands = [operands_of(problem) for problem in problems]
     x = problems[0].x.clone().requires_grad_()
     ys = run(x, operands)
@@ -128,7 +128,7 @@ def parameters(operands: list[Projection]) -> list[Tensor]:
 
 def test_gradcheck_in_float64() -> None:
     x, operands = leaves()
-    operands = operands[:2]  # of a frozen projection the finite difference moves modules that are not trained
+    operands = operands[:2]  # for a frozen projection finite differences would also move modules that are not trained
 
     def call(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
@@ -162,7 +162,7 @@ def test_those_differentiated_together_share_one_dx(weights: tuple[float, ...], 
 
 
 def test_outputs_may_be_differentiated_one_by_one(sums: list[int]) -> None:
-    # As alone: each backward frees the nodes it ran, and no other's.
+    # As for layers alone: each backward frees only the nodes it ran.
     results = []
     for compute in (run, alone):
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_an_output_captured_on_the_way_does_not_stop_dx() -> None:
 
 
 class NoGradient(torch.autograd.Function):
-    """The identity, whose backward returns nothing."""
+    """The identity, whose backward returns None."""
 
     @staticmethod
     def forward(ctx: object, y: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def test_the_kernels_repeat_themselves_to_the_bit() -> None:
     assert_equal(*results)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy says it
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
 def test_non_finite_values_stay_in_their_projection(each_backend: str) -> None:
     x, operands = leaves(torch.float32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Block tables: written, read back, looked up by the nearest shape; defaults where there is none."""
+"""Block tables: saving, loading, look-up by the nearest shape, and defaults without a table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def entry(shape: ShapeClass, block_m: int) -> Entry:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Pretend that there is an sm_90 device called Thing 1; return the user's folder."""
+    """Pretend that there is an sm_90 device named Thing 1; return the folder for the user's tables."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Thing 1")
     monkeypatch.setattr(lookup, "hardware_of", lambda device: H200)
     monkeypatch.setattr(lookup, "PACKAGED", tmp_path / "packaged")
@@ -133,7 +133,7 @@ def found(monkeypatch: pytest.MonkeyPatch, capability: int, multiprocessors: int
 def test_an_unknown_device_gets_the_table_of_the_one_most_like_it(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged(gpu, "a-hopper", 32, 90, 132)
     assert found(monkeypatch, 90) == 32
-    # What compiles for one generation may not for another.
+    # Blocks that compile for one generation may not compile for another.
     assert found(monkeypatch, 100, 148) is found(monkeypatch, 103) is None
     for other in (80, 86, 120, 0):
         assert found(monkeypatch, other) is None
@@ -151,7 +151,7 @@ def test_an_unknown_device_gets_the_table_of_the_one_most_like_it(gpu: Path, mon
 
 def test_blocks_that_do_not_fit_a_smaller_device_are_passed_over(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = forward_class()
-    large = Entry(shape, MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3), 0.5)  # 150 KiB on their way
+    large = Entry(shape, MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3), 0.5)  # 150 KiB of shared memory
     small = Entry(forward_class(m=2048), MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3), 0.5)
     save_table(gpu / "packaged" / "a-thing.json", [large, small], {"capability": 80})
     assert found(monkeypatch, 80) == 128
@@ -191,7 +191,7 @@ def test_blocks_that_launches_take_can_be_noted() -> None:
         (1024, 4096, (128, 256)),  # 128 large tiles of 132
         (1, 4096, (16, 32)),  # 128 tiles of 132
         (16, 1024, (16, 32)),
-        (16, 32000, (16, 128)),  # 125 tiles of 128 by 256 would be all but empty
+        (16, 32000, (16, 128)),  # 125 tiles of 128 by 256 would be nearly empty
         (512, 1024, (64, 64)),  # 32 tiles become 128
         (512, 4096, (128, 128)),  # 128 already
         (4096, 1280, (128, 128)),  # 160 large tiles would leave most of a second round empty
@@ -208,11 +208,11 @@ def test_small_products_are_cut_into_tiles_for_most_of_the_device(m: int, n: int
 @pytest.mark.parametrize(
     ("shape", "pointers", "descriptors"),
     [
-        (forward_class(), "tile_two_launch", "two_launch"),  # 32 or 16 columns of tiles would make the product again
+        (forward_class(), "tile_two_launch", "two_launch"),  # 32 or 16 columns of tiles would repeat the side product
         (forward_class(d_in=768, d_out=768), "tile", "persistent"),
         (forward_class(d_in=768, d_out=768, r=64), "tile_two_launch", "two_launch"),
         (forward_class(d_in=2048, d_out=2048), "tile_two_launch", "persistent"),
-        (forward_class(m=2048, r=32), "tile", "two_launch"),  # 32 modules made in the loop would spill a large tile
+        (forward_class(m=2048, r=32), "tile", "two_launch"),  # a large tile would spill with 32 modules in the loop
         (forward_class(m=512), "tile", None),  # too short to fill the device with a launch of its own
         (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch", None),
     ],
@@ -278,7 +278,7 @@ def test_candidates_of_float32_are_tiles_that_compile_in_seconds(op: str) -> Non
 @pytest.mark.parametrize(("capability", "kibibytes"), [(0, 64), (75, 64), (80, 163), (86, 99), (90, 227), (120, 99)])
 def test_what_candidates_hold_in_shared_memory_fits_the_device(capability: int, kibibytes: int, dtype: str) -> None:
     def held(blocks: Blocks) -> int:
-        """Return the elements of the two large tiles a program has on their way, in all stages."""
+        """Return how many elements of its two large tiles a program holds in all stages."""
         if isinstance(blocks, MatmulBlocks):
             return (blocks.block_m + blocks.block_n) * blocks.block_k * blocks.num_stages
         if isinstance(blocks, SideBlocks):

@@ -32,11 +32,10 @@ def _add_modules(
     stride_bn,
     stride_br,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return delta + Σ_j b_j a_jᵀ over the modules at r0 … r0+BLOCK_R−1 of the index: (BLOCK_N, BLOCK_K) fp32."""
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, rows.dtype)
     a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
     a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
     b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
@@ -70,14 +69,13 @@ def fold_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
-    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or unused. R is the number of
+    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or None. R is the number of
     modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. Tiles are numbered along K first, so that
     neighbouring programs complete the same rows.
     """
@@ -99,13 +97,13 @@ def fold_tile(
     if ONE_BLOCK:
         delta = _add_modules(
             delta, a_base, b_base, index_ptr, 0, R, rows, columns, row_ok, column_ok,
-            stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
+            stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, PRECISION,
         )  # fmt: skip
     else:
         for r0 in range(0, R, BLOCK_R):
             delta = _add_modules(
                 delta, a_base, b_base, index_ptr, r0, R, rows, columns, row_ok, column_ok,
-                stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
+                stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, PRECISION,
             )  # fmt: skip
 
     total = w.to(tl.float32) + scale * delta  # (BLOCK_N, BLOCK_K) fp32
@@ -143,7 +141,6 @@ def fold_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -152,7 +149,7 @@ def fold_kernel(
     fold_tile(
         weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, seed_low, seed_high,
         stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
-        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, HAS_INDEX, STOCHASTIC, WIDE_OFFSETS, PRECISION,
+        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, STOCHASTIC, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
 
 
@@ -181,7 +178,7 @@ def fold(
             out,
             lora_A,
             lora_B,
-            index if index is not None else weight,
+            index,
             n,
             k,
             width,
@@ -195,7 +192,6 @@ def fold(
             BLOCK_K=blocks.block_k,
             BLOCK_R=blocks.block_r,
             ONE_BLOCK=width <= blocks.block_r,
-            HAS_INDEX=index is not None,
             STOCHASTIC=seed is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, weight, out, lora_A, lora_B),
             PRECISION=dot_precision(weight.dtype),

@@ -77,7 +77,7 @@ def fold_many_kernel(
     fold_tile(
         weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tile - tl.load(table_ptr + layer).to(tl.int32), N, K, R, scale,
         seed, seed >> 32, stride_wn, 1, stride_on, 1, stride_ar, 1, stride_bn, stride_br,
-        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, True, STOCHASTIC, WIDE_OFFSETS, PRECISION,
+        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, STOCHASTIC, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
 
 

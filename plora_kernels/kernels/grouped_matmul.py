@@ -48,18 +48,18 @@ def grouped_matmul_kernel(
     index_ptr,
     table_ptr,
     scales_ptr,
+    out_ptr,
+    side_ptr,
     seed_ptr,
     numbers_ptr,
     selected_ptr,
-    out_ptr,
-    side_ptr,
+    selected_width,
+    drop_threshold,
+    keep_scale,
     T,
     D_IN,
     D_OUT,
     R,
-    selected_width,
-    drop_threshold,
-    keep_scale,
     scale,
     stride_im,
     stride_id,
@@ -80,21 +80,16 @@ def grouped_matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
     STORE_SIDE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NUMBERED: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one tile of out, at most BLOCK_M rows of one group by BLOCK_N columns.
 
-    in (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, ·), up (C, ·, D_OUT), bias (D_OUT,), index (C, R) int32 or unused,
-    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32, seed (C,), numbers (M,), the rows' numbers in their
-    group's mask, read if NUMBERED, selected (C, selected_width), out (M, D_OUT), side (M, R): loaded if SIDE_GIVEN,
+    in (M, D_IN), main (D_IN, D_OUT), down (C, D_IN, ·), up (C, ·, D_OUT), bias (D_OUT,), index (C, R) int32 or None,
+    table (T, 4) as `grouped_tiles` makes it, scales (C,) fp32 or None, seed (C,), numbers (M,), the rows' numbers in
+    their group's mask, or None, selected (C, selected_width), out (M, D_OUT), side (M, R): loaded if SIDE_GIVEN,
     else computed along with the tile, which needs R ≤ BLOCK_R. All else is as in `tile_matmul_kernel`.
     """
     pid_m, pid_n = tile_position(tl.program_id(0), T, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
@@ -106,8 +101,9 @@ def grouped_matmul_kernel(
         depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
         row_ok, column_ok = rows < end - first, columns < D_OUT - pid_n * BLOCK_N
         first_row, first_column = first.to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
-        index_base = index_ptr + group * R
-        modules, module_ok = load_modules(index_base, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+        if index_ptr is not None:
+            index_ptr += group * R
+        modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
 
         acc, side = multiply(
             in_ptr + first_row * stride_im,
@@ -118,39 +114,40 @@ def grouped_matmul_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_GIVEN, PRECISION,
         )  # fmt: skip
         dtype = in_ptr.dtype.element_ty
-        if HAS_SCALES:
+        if scales_ptr is not None:
             scale = tl.load(scales_ptr + group)
         up_base = up_ptr + group.to(tl.int64) * stride_ug + first_column * stride_uo
         side_base = side_ptr + first_row * stride_sm
-        selected_base = selected_ptr + group * selected_width
+        if selected_ptr is not None:
+            selected_ptr += group * selected_width
         low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if SIDE_GIVEN:
             for r0 in range(0, R, BLOCK_R):
-                modules, module_ok = load_modules(index_base, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+                modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
                 side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
                 up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
                 u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
                 acc, low = add_low_rank(
-                    acc, low, side, u, modules, scale, keep_scale, selected_base, selected_width,
-                    dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+                    acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+                    dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
                 )  # fmt: skip
         else:
             side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
             up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
             u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
             acc, low = add_low_rank(
-                acc, low, side, u, modules, scale, keep_scale, selected_base, selected_width,
-                dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+                acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+                dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
             )  # fmt: skip
             if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
 
-        if DROPOUT:
-            numbers = row_numbers(numbers_ptr + first, number, row_ok, BLOCK_M, NUMBERED)
+        if seed_ptr is not None:
+            numbers = row_numbers(numbers_ptr, first, number, row_ok, BLOCK_M)
             keep = keep_mask(seed_ptr + group, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
             acc += tl.where(keep, low, 0.0)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
         out_base = out_ptr + first_row * stride_om + first_column * stride_oo
@@ -218,7 +215,7 @@ def grouped_matmul(
     if out.numel() == 0:
         return out, side
     table = grouped_tiles(groups.offsets, rows, blocks.block_m)
-    dropped = DropoutArguments.of(drop_out, table)
+    dropped = DropoutArguments.of(drop_out)
     with torch.cuda.device_of(inputs):
         launch(
             grouped_matmul_kernel,
@@ -227,22 +224,17 @@ def grouped_matmul(
             main,
             down,
             up,
-            bias.contiguous() if bias is not None else inputs,
-            index if index is not None else table,
+            None if bias is None else bias.contiguous(),
+            index,
             table,
-            groups.scales if groups.scales is not None else table,
-            dropped.seed,
-            dropped.numbers,
-            dropped.selected,
+            groups.scales,
             out,
             side,
+            *dropped,
             table.shape[0],
             d_in,
             d_out,
             width,
-            dropped.selected_width,
-            dropped.threshold,
-            dropped.keep_scale,
             groups.scale,
             *inputs.stride(),
             *main.stride(),
@@ -256,13 +248,8 @@ def grouped_matmul(
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
             SELECTED_BLOCK=dropped.selected_block,
-            HAS_BIAS=bias is not None,
-            HAS_INDEX=index is not None,
-            HAS_SCALES=groups.scales is not None,
             SIDE_GIVEN=given,
             STORE_SIDE=keep_side and not given,
-            DROPOUT=drop_out is not None,
-            NUMBERED=dropped.numbered,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down[0], up[0], out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

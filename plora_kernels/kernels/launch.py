@@ -25,45 +25,33 @@ class Dropout(NamedTuple):
     selected: Tensor | None
     numbers: Tensor | None = None
 
-    @property
-    def selected_width(self) -> int:
-        """The number of entries of the index (of one group's index in the grouped form); 0 without an index."""
-        return 0 if self.selected is None else self.selected.shape[-1]
+
+class DropoutArguments(NamedTuple):
+    """The dropout arguments of kernels, in their order; without dropout no tensors and neutral numbers.
+
+    `selected_width` is the number of entries of the index (of one group's index in the grouped form).
+    """
+
+    seed: Tensor | None = None
+    numbers: Tensor | None = None
+    selected: Tensor | None = None
+    selected_width: int = 0
+    threshold: int = 0
+    keep_scale: float = 1.0
+
+    @classmethod
+    def of(cls, dropout: Dropout | None) -> DropoutArguments:
+        """Return the arguments of a launch with this dropout."""
+        if dropout is None:
+            return cls()
+        p, seed, selected, numbers = dropout
+        width = 0 if selected is None else selected.shape[-1]
+        return cls(seed, numbers, selected, width, threshold(p), 1 / (1 - p))
 
     @property
     def selected_block(self) -> int:
         """`selected_width` rounded up to a power of two, as the kernels load it; 0 without an index."""
         return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
-
-
-class DropoutArguments(NamedTuple):
-    """The dropout arguments of kernels; without dropout, tensors that are not read and neutral numbers."""
-
-    seed: Tensor
-    numbers: Tensor
-    selected: Tensor
-    selected_width: int
-    threshold: int
-    keep_scale: float
-    selected_block: int
-    numbered: bool
-
-    @classmethod
-    def of(cls, dropout: Dropout | None, unused: Tensor) -> DropoutArguments:
-        """Return the arguments; the tensor `unused` is passed where a kernel reads no tensor."""
-        if dropout is None:
-            return cls(unused, unused, unused, 0, 0, 1.0, 0, False)
-        p, seed, selected, numbers = dropout
-        return cls(
-            seed,
-            numbers if numbers is not None else unused,
-            selected if selected is not None else unused,
-            dropout.selected_width,
-            threshold(p),
-            1 / (1 - p),
-            dropout.selected_block,
-            numbers is not None,
-        )
 
 
 def launches_dependents(device: torch.device) -> bool:

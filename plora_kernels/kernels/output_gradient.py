@@ -56,14 +56,12 @@ def output_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_OUT_INDEX: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store ds[chunk] (M, R) = dY[:, chunk] B[chunk] for the split's rows and db[split] (R, chunk) = (dYᵀ S)ᵀ.
 
-    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
+    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or None, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
     number of columns of s; columns without a module hold zeros. If there is one chunk, ds is dS in the dtype of dy. If
     WHOLE, there is one split, and db is dBᵀ itself: see `store_gradient`, with out_index (R,).
     """
@@ -71,7 +69,7 @@ def output_gradient_kernel(
     columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
     places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
     column_ok, place_ok = columns < N, places < R
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
     b_tile = b_ptr + columns[:, None] * stride_bn + modules[None, :] * stride_br
     b = tl.load(b_tile, mask=column_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
 
@@ -103,7 +101,6 @@ def output_gradient_kernel(
             stride_dbr,
             stride_dbn,
             BLOCK_R,
-            HAS_OUT_INDEX,
         )
     else:
         db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
@@ -158,8 +155,8 @@ def output_gradient_(
             dy,
             lora_B,
             s,
-            index if index is not None else dy,
-            out_index if out_index is not None else dy,
+            index,
+            out_index,
             ds_parts,
             db_parts,
             rows,
@@ -175,8 +172,6 @@ def output_gradient_(
             BLOCK_M=blocks.block_m,
             BLOCK_N=blocks.block_n,
             BLOCK_R=blocks.block_r,
-            HAS_INDEX=index is not None,
-            HAS_OUT_INDEX=out_index is not None,
             WHOLE=whole,
             PRECISION=dot_precision(dy.dtype),
             num_warps=blocks.num_warps,

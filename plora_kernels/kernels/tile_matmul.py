@@ -32,17 +32,18 @@ def tile_matmul_kernel(
     up_ptr,
     bias_ptr,
     index_ptr,
-    seed_ptr,
-    selected_ptr,
     out_ptr,
     side_ptr,
+    seed_ptr,
+    numbers_ptr,
+    selected_ptr,
+    selected_width,
+    drop_threshold,
+    keep_scale,
     M,
     D_IN,
     D_OUT,
     R,
-    selected_width,
-    drop_threshold,
-    keep_scale,
     scale,
     stride_im,
     stride_id,
@@ -61,20 +62,17 @@ def tile_matmul_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
     STORE_SIDE: tl.constexpr,
-    DROPOUT: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one (BLOCK_M, BLOCK_N) tile of out; with STORE_SIDE the programs of the first column store in · down.
 
-    in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused,
+    in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or None,
     out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: loaded if SIDE_GIVEN, else computed along with the
-    tile. R is the number of columns of side: modules, or entries of the index. DROPOUT masks the low-rank part of out,
-    for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is
+    tile. R is the number of columns of side: modules, or entries of the index. Dropout, if there is a seed, masks the low-rank part of
+    out, for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is
     rounded to the inputs' dtype before it is multiplied by `up`.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
@@ -88,7 +86,7 @@ def tile_matmul_kernel(
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
     first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
-    modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+    modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
 
     acc, side = multiply(
         in_ptr + first_row * stride_im,
@@ -108,13 +106,13 @@ def tile_matmul_kernel(
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
         acc, low = add_low_rank(
             acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
-            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+            dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
         )  # fmt: skip
         if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
             if pid_n == 0:
                 store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
     for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
-        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
         if SIDE_GIVEN:
             side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
         else:
@@ -142,14 +140,14 @@ def tile_matmul_kernel(
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
         acc, low = add_low_rank(
             acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
-            dtype, DROPOUT, SELECTED_BLOCK, PRECISION,
+            dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
         )  # fmt: skip
 
-    if DROPOUT:
+    if seed_ptr is not None:
         numbers = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
         acc += tl.where(keep, low, 0.0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
         acc += bias.to(tl.float32)[None, :]
     out_base = out_ptr + first_row * stride_om + first_column * stride_oo
@@ -176,7 +174,7 @@ def tile_matmul(
     """Write out (M, D_OUT) and, if `keep_side`, the side product side (M, W); see `adapted_matmul` for the shapes."""
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
-    dropped = DropoutArguments.of(dropout, inputs)
+    dropped = DropoutArguments.of(dropout)
     grid = (cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         launch(
@@ -186,19 +184,15 @@ def tile_matmul(
             main,
             down,
             up,
-            bias.contiguous() if bias is not None else inputs,
-            index if index is not None else inputs,
-            dropped.seed,
-            dropped.selected,
+            None if bias is None else bias.contiguous(),
+            index,
             out,
             side,
+            *dropped,
             rows,
             d_in,
             d_out,
             width,
-            dropped.selected_width,
-            dropped.threshold,
-            dropped.keep_scale,
             scale,
             *inputs.stride(),
             *main.stride(),
@@ -212,11 +206,8 @@ def tile_matmul(
             BLOCK_R=blocks.block_r,
             GROUP_M=blocks.group_m,
             SELECTED_BLOCK=dropped.selected_block,
-            HAS_BIAS=bias is not None,
-            HAS_INDEX=index is not None,
             SIDE_GIVEN=side_given,
             STORE_SIDE=keep_side and not side_given,
-            DROPOUT=dropout is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down, up, out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,

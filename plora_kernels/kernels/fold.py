@@ -15,42 +15,14 @@ from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
 
 
-@triton.jit
-def _add_modules(
-    delta,
-    a_base,
-    b_base,
-    index_ptr,
-    r0,
-    R,
-    rows,
-    columns,
-    row_ok,
-    column_ok,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return delta + Σ_j b_j a_jᵀ over the modules at r0 … r0+BLOCK_R−1 of the index: (BLOCK_N, BLOCK_K) fp32."""
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, rows.dtype)
-    a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
-    a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
-    b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
-    b = tl.load(b_base + b_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
-    return tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
-
-
-@triton.jit
-def fold_tile(
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def fold_kernel(
     weight_ptr,
     out_ptr,
     a_ptr,
     b_ptr,
     index_ptr,
-    tile,
+    first_tile,
     N,
     K,
     R,
@@ -76,9 +48,11 @@ def fold_tile(
     """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
     weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or None. R is the number of
-    modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. Tiles are numbered along K first, so that
-    neighbouring programs complete the same rows.
+    modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. The weight's tiles begin with program
+    first_tile, or with the first one for None. They are numbered along K first, so that neighbouring programs complete
+    the same rows. `fold_many_kernel` calls this for one of many weights.
     """
+    tile = tl.program_id(0) if first_tile is None else tl.program_id(0) - first_tile
     tiles_k = tl.cdiv(K, BLOCK_K)
     first_row, first_column = (tile // tiles_k) * BLOCK_N, (tile % tiles_k) * BLOCK_K
     # A tile's base is a 64-bit scalar, since N·K may exceed 2³¹; offsets inside take 32 bits, unless WIDE_OFFSETS.
@@ -94,17 +68,13 @@ def fold_tile(
     w = tl.load(weight_base + rows[:, None] * stride_wn + columns[None, :] * stride_wk, mask=tile_ok, other=0.0)
     a_base, b_base = a_ptr + base_column * stride_ak, b_ptr + base_row * stride_bn
     delta = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    if ONE_BLOCK:
-        delta = _add_modules(
-            delta, a_base, b_base, index_ptr, 0, R, rows, columns, row_ok, column_ok,
-            stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, PRECISION,
-        )  # fmt: skip
-    else:
-        for r0 in range(0, R, BLOCK_R):
-            delta = _add_modules(
-                delta, a_base, b_base, index_ptr, r0, R, rows, columns, row_ok, column_ok,
-                stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, PRECISION,
-            )  # fmt: skip
+    for r0 in range(0, BLOCK_R if ONE_BLOCK else R, BLOCK_R):
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
+        a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
+        a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
+        b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
+        b = tl.load(b_base + b_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
+        delta = tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
 
     total = w.to(tl.float32) + scale * delta  # (BLOCK_N, BLOCK_K) fp32
     if STOCHASTIC:
@@ -114,43 +84,6 @@ def fold_tile(
         result = total.to(w.dtype)
     out_base = out_ptr + base_row * stride_on + base_column * stride_ok
     tl.store(out_base + rows[:, None] * stride_on + columns[None, :] * stride_ok, result, mask=tile_ok)
-
-
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def fold_kernel(
-    weight_ptr,
-    out_ptr,
-    a_ptr,
-    b_ptr,
-    index_ptr,
-    N,
-    K,
-    R,
-    scale,
-    seed_low,
-    seed_high,
-    stride_wn,
-    stride_wk,
-    stride_on,
-    stride_ok,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Fold one weight, one tile per program; see `fold_tile`."""
-    fold_tile(
-        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, seed_low, seed_high,
-        stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
-        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, STOCHASTIC, WIDE_OFFSETS, PRECISION,
-    )  # fmt: skip
 
 
 def fold(
@@ -179,6 +112,7 @@ def fold(
             lora_A,
             lora_B,
             index,
+            None,
             n,
             k,
             width,

@@ -205,7 +205,7 @@ def persistent_matmul_kernel(
     side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
     tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
     every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
-    zeros, for side tiles: the next ticket, then a flag for every side tile. FLATTEN starts the loads of a tile during the epilogue of
+    zeros: the next ticket, then a flag for every side tile. FLATTEN starts the loads of a tile during the epilogue of
     the tile before; EARLY loads up, and a given side, before the K loop. Both together give wrong results.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32

@@ -1,6 +1,6 @@
 """The adapted matmul with one program per output tile and pointer loads: any shape, any strides, any device.
 
-`adapted_matmul` explains the computation, `side_product` the side product in · down.
+`adapted_matmul` explains the computation, `grouped_matmul` that of groups, `side_product` the side product in · down.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from plora_kernels.kernels.device_functions import (
     store_side,
     tile_position,
 )
+from plora_kernels.kernels.grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
 from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning.blocks import MatmulBlocks
@@ -32,6 +33,8 @@ def tile_matmul_kernel(
     up_ptr,
     bias_ptr,
     index_ptr,
+    table_ptr,
+    scales_ptr,
     out_ptr,
     side_ptr,
     seed_ptr,
@@ -49,8 +52,10 @@ def tile_matmul_kernel(
     stride_id,
     stride_wd,
     stride_wo,
+    stride_dg,
     stride_dd,
     stride_dr,
+    stride_ug,
     stride_ur,
     stride_uo,
     stride_om,
@@ -71,12 +76,31 @@ def tile_matmul_kernel(
 
     in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or None,
     out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: loaded if SIDE_GIVEN, else computed along with the
-    tile. R is the number of columns of side: modules, or entries of the index. Dropout, if there is a seed, masks the low-rank part of
-    out, for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32; the side product is
-    rounded to the inputs' dtype before it is multiplied by `up`.
+    tile. R is the number of columns of side: modules, or entries of the index. Dropout, if there is a seed, masks the
+    low-rank part of out, for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32;
+    the side product is rounded to the inputs' dtype before it is multiplied by `up`.
+
+    For groups of rows M is the number of rows of table (M, 4), which `grouped_tiles` makes, and a tile holds rows of
+    one group. down, up, index, seed and selected have a leading axis (C,); scales (C,) fp32, and numbers, the rows'
+    numbers in their group's mask, may be None. A side product that is not given needs R ≤ BLOCK_R.
     """
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(D_OUT, BLOCK_N)
-    pid_m, pid_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tiles_m = tl.cdiv(M, BLOCK_M) if table_ptr is None else M
+    pid_m, pid_n = tile_position(tl.program_id(0), tiles_m, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
+    first, end, number = pid_m * BLOCK_M, M, pid_m * BLOCK_M
+    if table_ptr is not None:
+        group, first, end, number = load_tile(table_ptr, pid_m)
+        if group < 0:
+            return
+        down_ptr += group.to(tl.int64) * stride_dg
+        up_ptr += group.to(tl.int64) * stride_ug
+        if index_ptr is not None:
+            index_ptr += group * R
+        if scales_ptr is not None:
+            scale = tl.load(scales_ptr + group)
+        if seed_ptr is not None:
+            seed_ptr += group
+        if selected_ptr is not None:
+            selected_ptr += group * selected_width
 
     # A tile's base is a 64-bit scalar, since M·D_IN may exceed 2³¹. Offsets inside a tile take 32 bits, which halves
     # their registers, unless the strides are so large that even these offsets would overflow (WIDE_OFFSETS).
@@ -84,8 +108,8 @@ def tile_matmul_kernel(
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_N).to(offset_type)  # (BLOCK_N,)
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
-    row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
-    first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
+    row_ok, column_ok = rows < end - first, columns < D_OUT - pid_n * BLOCK_N
+    first_row, first_column = first.to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
     modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
 
     acc, side = multiply(
@@ -111,40 +135,43 @@ def tile_matmul_kernel(
         if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
             if pid_n == 0:
                 store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
-    for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
-        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
-        if SIDE_GIVEN:
-            side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
-        else:
-            # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
-            in_base, down_start = in_ptr + first_row * stride_im, tl.full((), 0, tl.int64)
-            in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
-            in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
-            down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd  # added to an offset, as in `multiply`
-            down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
-            side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            for k in range(0, D_IN, BLOCK_K):
-                depth_ok = depth < D_IN - k
-                a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
-                d = tl.load(
-                    down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
-                )
-                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                in_base += in_step
-                down_start += down_step
-            side = tl.where(module_ok[None, :], side, 0.0)
-            if STORE_SIDE:
-                if pid_n == 0:
-                    store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
-        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
-        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-        acc, low = add_low_rank(
-            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
-            dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
-        )  # fmt: skip
+    if SIDE_GIVEN or table_ptr is None:
+        for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
+            modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
+            if SIDE_GIVEN:
+                side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+            else:
+                # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
+                in_base, down_start = in_ptr + first_row * stride_im, tl.full((), 0, tl.int64)
+                in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
+                in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
+                down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd  # added to an offset, as in `multiply`
+                down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
+                side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                for k in range(0, D_IN, BLOCK_K):
+                    depth_ok = depth < D_IN - k
+                    a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
+                    d = tl.load(
+                        down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
+                    )
+                    side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                    in_base += in_step
+                    down_start += down_step
+                side = tl.where(module_ok[None, :], side, 0.0)
+                if STORE_SIDE:
+                    if pid_n == 0:
+                        store_side(side_base, side.to(dtype), rows, row_ok, r0, R, stride_sm, BLOCK_R)
+            up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+            u = tl.load(
+                up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0
+            )  # (BLOCK_R, BLOCK_N)
+            acc, low = add_low_rank(
+                acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
+                dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
+            )  # fmt: skip
 
     if seed_ptr is not None:
-        numbers = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+        numbers = row_numbers(numbers_ptr, first, number, row_ok, BLOCK_M)  # (BLOCK_M,)
         keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
         acc += tl.where(keep, low, 0.0)
     if bias_ptr is not None:
@@ -170,34 +197,44 @@ def tile_matmul(
     side_given: bool,
     keep_side: bool,
     blocks: MatmulBlocks,
+    groups: Groups | None = None,
 ) -> None:
-    """Write out (M, D_OUT) and, if `keep_side`, the side product side (M, W); see `adapted_matmul` for the shapes."""
+    """Write out (M, D_OUT) and, if `keep_side`, the side product side (M, W).
+
+    See `adapted_matmul` for the shapes; with groups, whose own scales then replace `scale`, see `grouped_matmul`.
+    """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
-    width = down.shape[1] if index is None else index.shape[0]
+    width = down.shape[-1] if index is None else index.shape[-1]
+    table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
+    tiles_m = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
+    one_down, one_up = (down, up) if groups is None else (down[0], up[0])
     dropped = DropoutArguments.of(dropout)
-    grid = (cdiv(rows, blocks.block_m) * cdiv(d_out, blocks.block_n),)
     with torch.cuda.device_of(inputs):
         launch(
             tile_matmul_kernel,
-            grid,
+            (tiles_m * cdiv(d_out, blocks.block_n),),
             inputs,
             main,
             down,
             up,
             None if bias is None else bias.contiguous(),
             index,
+            table,
+            None if groups is None else groups.scales,
             out,
             side,
             *dropped,
-            rows,
+            rows if table is None else tiles_m,
             d_in,
             d_out,
             width,
             scale,
             *inputs.stride(),
             *main.stride(),
-            *down.stride(),
-            *up.stride(),
+            None if groups is None else down.stride(0),
+            *one_down.stride(),
+            None if groups is None else up.stride(0),
+            *one_up.stride(),
             *out.stride(),
             width,
             BLOCK_M=blocks.block_m,
@@ -208,7 +245,7 @@ def tile_matmul(
             SELECTED_BLOCK=dropped.selected_block,
             SIDE_GIVEN=side_given,
             STORE_SIDE=keep_side and not side_given,
-            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, down, up, out),
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, one_down, one_up, out),
             PRECISION=dot_precision(inputs.dtype),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from plora_kernels.kernels import adapted_matmul, grouped_matmul, tile_matmul
+from plora_kernels.kernels import adapted_matmul, tile_matmul
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
@@ -216,11 +216,11 @@ def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     tiles: list[int] = []
 
     def noted(kernel: object, grid: tuple[int, ...], *arguments: object, **named: int) -> None:
-        if kernel is grouped_matmul.grouped_matmul_kernel:
+        if kernel is tile_matmul.tile_matmul_kernel:
             tiles.append(named["BLOCK_M"] * named["BLOCK_N"])
         launch(kernel, grid, *arguments, **named)
 
-    monkeypatch.setattr(grouped_matmul, "launch", noted)
+    monkeypatch.setattr(tile_matmul, "launch", noted)
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
     with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
         check_groups(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p, device=DEVICE))

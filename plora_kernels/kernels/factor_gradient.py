@@ -26,6 +26,7 @@ from plora_kernels.kernels.launch import (
     Dropout,
     DropoutArguments,
     cdiv,
+    constants,
     dot_precision,
     dtype_name,
     is_aligned,
@@ -304,14 +305,10 @@ def factor_gradient_(
             *thin.stride(),
             *wide.stride(),
             *(partial.stride() if partial.dim() == 3 else (0, *partial.stride())),
-            BLOCK_M=blocks.block_m,
-            BLOCK_D=blocks.block_d,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             WHOLE=whole,
             DEPENDENT=dependent,
             PRECISION=dot_precision(wide.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             **({"launch_pdl": True} if dependent else {}),
         )
     if not whole:

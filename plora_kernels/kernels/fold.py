@@ -10,7 +10,7 @@ from torch import Tensor
 from plora_kernels.counter_rng import seed_halves
 from plora_kernels.kernels.counter_rng import element_words, round_stochastically
 from plora_kernels.kernels.device_functions import load_modules
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
 
@@ -122,13 +122,9 @@ def fold(
             *out.stride(),
             *lora_A.stride(),
             *lora_B.stride(),
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             ONE_BLOCK=width <= blocks.block_r,
             STOCHASTIC=seed is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, weight, out, lora_A, lora_B),
             PRECISION=dot_precision(weight.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.fold import fold, fold_kernel
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.selection import to_device
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
@@ -143,9 +143,7 @@ def _launch(group: Sequence[Arguments]) -> None:
         fold_many_kernel[(tiles,)](
             table,
             largest,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             LAYERS=layers,
             COLUMNS=COLUMNS,
             ONE_BLOCK=width <= blocks.block_r,
@@ -153,8 +151,6 @@ def _launch(group: Sequence[Arguments]) -> None:
             STOCHASTIC=group[0][5] is not None,
             WIDE_OFFSETS=wide,
             PRECISION=dot_precision(largest.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
 
 

@@ -1,15 +1,16 @@
-"""Helpers of the kernels' launchers: alignment, offset width and precision of tensors, and dropout's arguments."""
+"""Helpers of the kernels' launchers: alignment, offset width and precision of tensors, arguments of kernels."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plora_kernels.counter_rng import threshold
 from plora_kernels.tuning import lookup
-from plora_kernels.tuning.blocks import ShapeClass
+from plora_kernels.tuning.blocks import Blocks, ShapeClass
 
 
 class Dropout(NamedTuple):
@@ -52,6 +53,13 @@ class DropoutArguments(NamedTuple):
     def selected_block(self) -> int:
         """`selected_width` rounded up to a power of two, as the kernels load it; 0 without an index."""
         return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
+
+
+@functools.cache  # a fold is not replayed: it asks at every call
+def constants(blocks: Blocks) -> dict[str, Any]:
+    """Return blocks by the names that kernels and Triton give them: BLOCK_M, …, GROUP_M, num_warps, num_stages."""
+    sizes = {name.upper(): size for name, size in vars(blocks).items() if name.startswith(("block_", "group_"))}
+    return sizes | {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
 
 def launches_dependents(device: torch.device) -> bool:

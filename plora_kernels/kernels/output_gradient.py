@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plora_kernels.kernels.device_functions import load_modules
 from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_gradient
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned
 from plora_kernels.kernels.replay import empty, launch, zeros
 from plora_kernels.kernels.side_product import side_product
 from plora_kernels.tuning import lookup
@@ -169,13 +169,9 @@ def output_gradient_(
             *s.stride(),
             *ds_parts.stride()[:2],
             *((0, *db_parts.stride()) if whole else db_parts.stride()),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             WHOLE=whole,
             PRECISION=dot_precision(dy.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     if not whole:
         reduce_partials_(gradient, db_parts, index=out_index, by_module=by_module, scale=scale)

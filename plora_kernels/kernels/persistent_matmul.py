@@ -27,7 +27,7 @@ from plora_kernels.kernels.device_functions import (
     store_side,
     tile_position,
 )
-from plora_kernels.kernels.launch import cdiv, dot_precision, launches_dependents, needs_wide_offsets
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, launches_dependents, needs_wide_offsets
 from plora_kernels.kernels.replay import launch, zeros
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
@@ -381,11 +381,7 @@ def persistent_matmul(
             *down.stride(),
             *up.stride(),
             width,
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             MAIN_TRANSPOSED=transposed,
             MODULE_BLOCKS=module_blocks,
             SIDE_GIVEN=side_given,
@@ -397,7 +393,5 @@ def persistent_matmul(
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),
             PRECISION=dot_precision(inputs.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             **({"launch_pdl": True} if dependent else {}),
         )

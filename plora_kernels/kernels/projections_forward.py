@@ -10,6 +10,7 @@ side product (`side_product.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import add_scaled_product, tile_position
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.kernels.replay import empty, launch, replayed
 from plora_kernels.tuning.blocks import MatmulBlocks, ShapeClass, tile
 from plora_kernels.tuning.lookup import find_blocks
@@ -191,8 +192,9 @@ def forward(
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
     blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned)
-    block_n = tile(max(widths), blocks.block_n)  # chosen for the sum of widths, so limited here to the widest one
-    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, block_n) for n in widths),)
+    # Chosen for the sum of widths, so limited here to the widest one.
+    blocks = replace(blocks, block_n=tile(max(widths), blocks.block_n))
+    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, blocks.block_n) for n in widths),)
     with torch.cuda.device_of(x):
         launch(
             projections_forward_kernel,
@@ -210,16 +212,10 @@ def forward(
             ranks,
             tuple(scales),
             *x.stride(),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             PROJECTIONS=len(widths),
             STORE_SIDE=keep_s,
             WIDE_OFFSETS=needs_wide_offsets(256, x, *weights, *ys),
             PRECISION=dot_precision(x.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     return ys, ss

@@ -8,6 +8,8 @@ and rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from plora_kernels.kernels.launch import (
     Dropout,
     DropoutArguments,
     cdiv,
+    constants,
     dot_precision,
     dtype_name,
     is_aligned,
@@ -145,9 +148,10 @@ def side_product(
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
     # Tiles have no more rows than an average group, rounded up to a power of two.
-    block_m = blocks.block_m if groups is None else tile(rows // max(1, groups.total), blocks.block_m)
-    table = grouped_tiles(groups.offsets, rows, block_m) if groups is not None else None
-    tiles = cdiv(rows, block_m) if table is None else table.shape[0]
+    if groups is not None:
+        blocks = replace(blocks, block_m=tile(rows // max(1, groups.total), blocks.block_m))
+    table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
+    tiles = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
     one = down if groups is None else down[0]
     dropped = DropoutArguments.of(dropout)
     with torch.cuda.device_of(inputs):
@@ -167,14 +171,10 @@ def side_product(
             None if groups is None else down.stride(0),
             *one.stride(),
             width,
-            BLOCK_M=block_m,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,
             LAUNCHES_DEPENDENTS=leads and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     return side

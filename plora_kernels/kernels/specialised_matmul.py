@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import tile_position
-from plora_kernels.kernels.launch import cdiv, launches_dependents
+from plora_kernels.kernels.launch import cdiv, constants, launches_dependents
 from plora_kernels.kernels.persistent_matmul import load_either_way, takes_descriptors
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning import lookup
@@ -143,17 +143,11 @@ def specialised_matmul(
             max(up.stride()),
             side.stride(0),
             out.stride(0),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             MAIN_TRANSPOSED=main_transposed,
             UP_TRANSPOSED=up_transposed,
             DEPENDENT=dependent,
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and dependents,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             scratch=True,
             **({"launch_pdl": True} if dependent else {}),
         )

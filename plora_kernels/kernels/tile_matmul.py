@@ -20,7 +20,7 @@ from plora_kernels.kernels.device_functions import (
     tile_position,
 )
 from plora_kernels.kernels.grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, dot_precision, needs_wide_offsets
+from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, constants, dot_precision, needs_wide_offsets
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning.blocks import MatmulBlocks
 
@@ -237,16 +237,10 @@ def tile_matmul(
             *one_up.stride(),
             *out.stride(),
             width,
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,
             SIDE_GIVEN=side_given,
             STORE_SIDE=keep_side and not side_given,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, one_down, one_up, out),
             PRECISION=dot_precision(inputs.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )

@@ -10,7 +10,15 @@ from torch import Tensor
 from plora_kernels.counter_rng import seed_halves
 from plora_kernels.kernels.counter_rng import element_words, round_stochastically
 from plora_kernels.kernels.device_functions import load_modules
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    dtype_name,
+    is_aligned,
+    needs_wide_offsets,
+    strides,
+)
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
 
@@ -107,21 +115,12 @@ def fold(
     grid = (cdiv(n, blocks.block_n) * cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
-            weight,
-            out,
-            lora_A,
-            lora_B,
-            index,
-            None,
-            n,
-            k,
-            width,
+            *(weight, out, lora_A, lora_B, index),
+            None,  # the weight's tiles begin with the first program
+            *(n, k, width),
             scale,
             *seed_halves(seed or 0),
-            *weight.stride(),
-            *out.stride(),
-            *lora_A.stride(),
-            *lora_B.stride(),
+            *strides(weight, out, lora_A, lora_B),
             **constants(blocks),
             ONE_BLOCK=width <= blocks.block_r,
             STOCHASTIC=seed is not None,

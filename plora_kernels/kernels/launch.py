@@ -62,6 +62,11 @@ def constants(blocks: Blocks) -> dict[str, Any]:
     return sizes | {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
 
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of tensors, one tensor after another."""
+    return [stride for tensor in tensors for stride in tensor.stride()]
+
+
 def launches_dependents(device: torch.device) -> bool:
     """Say whether a launch on this device may begin before the one it depends on has ended."""
     return lookup.hardware_of(device).has_dependent_launches

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plora_kernels.kernels.device_functions import load_modules
 from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_gradient
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, strides
 from plora_kernels.kernels.replay import empty, launch, zeros
 from plora_kernels.kernels.side_product import side_product
 from plora_kernels.tuning import lookup
@@ -152,21 +152,10 @@ def output_gradient_(
         launch(
             output_gradient_kernel,
             (chunks, tiles_r, splits),
-            dy,
-            lora_B,
-            s,
-            index,
-            out_index,
-            ds_parts,
-            db_parts,
-            rows,
-            n,
-            width,
-            split_rows,
+            *(dy, lora_B, s, index, out_index, ds_parts, db_parts),
+            *(rows, n, width, split_rows),
             scale,
-            *dy.stride(),
-            *lora_B.stride(),
-            *s.stride(),
+            *strides(dy, lora_B, s),
             *ds_parts.stride()[:2],
             *((0, *db_parts.stride()) if whole else db_parts.stride()),
             **constants(blocks),

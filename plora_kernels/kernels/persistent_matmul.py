@@ -27,7 +27,14 @@ from plora_kernels.kernels.device_functions import (
     store_side,
     tile_position,
 )
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, launches_dependents, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    launches_dependents,
+    needs_wide_offsets,
+    strides,
+)
 from plora_kernels.kernels.replay import launch, zeros
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
@@ -364,22 +371,14 @@ def persistent_matmul(
             TensorDescriptor(inputs, inputs.shape, inputs.stride(), [blocks.block_m, blocks.block_k]),
             TensorDescriptor(matrix, matrix.shape, matrix.stride(), main_block),
             TensorDescriptor(out, out.shape, out.stride(), [blocks.block_m, blocks.block_n // 2]),
-            down,
-            up,
-            None if bias is None else bias.contiguous(),
-            index,
-            side,
+            *(down, up, None if bias is None else bias.contiguous(), index, side),
             # Allocated for each launch: a buffer kept between launches could lie in the memory pool of a CUDA graph.
             zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else None,
-            rows,
-            d_in,
-            d_out,
-            width,
+            *(rows, d_in, d_out, width),
             # Programs from this number on have one tile fewer than the others; 0 if the last wave is full.
             tiles_m * tiles_n % programs if blocks.design == "drawn" else 0,
             scale,
-            *down.stride(),
-            *up.stride(),
+            *strides(down, up),
             width,
             **constants(blocks),
             MAIN_TRANSPOSED=transposed,

@@ -129,11 +129,7 @@ def input_gradient(
             tuple(ds.contiguous() for ds in dss),
             tuple(a.contiguous() for a in lora_As),
             dx,
-            rows,
-            k,
-            widths,
-            ranks,
-            tuple(scales),
+            *(rows, k, widths, ranks, tuple(scales)),
             tuple(dy.stride(0) for dy in dys),
             tuple(dy.stride(1) for dy in dys),
             # The columns of dX are K, and the sum runs over N.

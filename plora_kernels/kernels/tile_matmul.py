@@ -20,7 +20,15 @@ from plora_kernels.kernels.device_functions import (
     tile_position,
 )
 from plora_kernels.kernels.grouped_tiles import Groups, grouped_tiles, load_tile, row_numbers
-from plora_kernels.kernels.launch import Dropout, DropoutArguments, cdiv, constants, dot_precision, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    Dropout,
+    DropoutArguments,
+    cdiv,
+    constants,
+    dot_precision,
+    needs_wide_offsets,
+    strides,
+)
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning.blocks import MatmulBlocks
 
@@ -48,14 +56,14 @@ def tile_matmul_kernel(
     D_OUT,
     R,
     scale,
+    stride_dg,
+    stride_ug,
     stride_im,
     stride_id,
     stride_wd,
     stride_wo,
-    stride_dg,
     stride_dd,
     stride_dr,
-    stride_ug,
     stride_ur,
     stride_uo,
     stride_om,
@@ -207,35 +215,20 @@ def tile_matmul(
     width = down.shape[-1] if index is None else index.shape[-1]
     table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
     tiles_m = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
+    scales = None if groups is None else groups.scales
+    bias = None if bias is None else bias.contiguous()
     one_down, one_up = (down, up) if groups is None else (down[0], up[0])
     dropped = DropoutArguments.of(dropout)
     with torch.cuda.device_of(inputs):
         launch(
             tile_matmul_kernel,
             (tiles_m * cdiv(d_out, blocks.block_n),),
-            inputs,
-            main,
-            down,
-            up,
-            None if bias is None else bias.contiguous(),
-            index,
-            table,
-            None if groups is None else groups.scales,
-            out,
-            side,
+            *(inputs, main, down, up, bias, index, table, scales, out, side),
             *dropped,
-            rows if table is None else tiles_m,
-            d_in,
-            d_out,
-            width,
+            *(rows if table is None else tiles_m, d_in, d_out, width),
             scale,
-            *inputs.stride(),
-            *main.stride(),
-            None if groups is None else down.stride(0),
-            *one_down.stride(),
-            None if groups is None else up.stride(0),
-            *one_up.stride(),
-            *out.stride(),
+            *((None, None) if groups is None else (down.stride(0), up.stride(0))),
+            *strides(inputs, main, one_down, one_up, out),
             width,
             **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,

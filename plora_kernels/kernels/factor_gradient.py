@@ -40,7 +40,7 @@ from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit
-def store_gradient(
+def store_sum(
     out_ptr,
     index_ptr,
     acc,
@@ -52,14 +52,21 @@ def store_gradient(
     stride_or,
     stride_od,
     BLOCK_R: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed into the modules' rows of out: out[module(r), d].
+    """Store acc (BLOCK_D, BLOCK_R) transposed into rows of out, for r = r0 … r0+BLOCK_R−1.
 
-    r is r0 … r0+BLOCK_R−1; module(r) is index[r] if there is an index (−1 stores nothing), else r.
+    A WHOLE sum is the gradient: s · acc, rounded once, goes to out[module(r), d]; module(r) is index[r] if there is an
+    index (−1 stores nothing), else r. A partial one goes to out[r, d] as it is, fp32 and contiguous along d.
     """
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
-    tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
-    tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & module_ok[None, :])
+    if WHOLE:
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
+        tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
+        tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & module_ok[None, :])
+    else:
+        places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
+        tile = out_ptr + places[None, :] * stride_or + columns[:, None]
+        tl.store(tile, acc, mask=column_ok[:, None] & (places < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -97,7 +104,7 @@ def partial_gradient_kernel(
     """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
 
     thin (M, ·), wide (M, D), out (splits, R, D); column(r) is index[r] if there is an index (−1 gives zero), else r. If
-    WHOLE there is one split, and out is the gradient itself: see `store_gradient`, with out_index (R,).
+    WHOLE there is one split, and out is the gradient itself: see `store_sum`, with out_index (R,).
     With a seed the dropped elements of `wide` count as zero. With offsets (C+1,), which give each group's rows, out is
     (C · splits, R, D), the indices are (C, R), seed (C,), and scales (C,) and numbers (M,) may be None.
     """
@@ -146,25 +153,9 @@ def partial_gradient_kernel(
             t = tl.load(thin_tile, mask=thin_mask, other=0.0)  # (BLOCK_M, BLOCK_R)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)  # (BLOCK_D, BLOCK_R) fp32
     out_ptr += part.to(tl.int64) * stride_og
-    if WHOLE:
-        store_gradient(
-            out_ptr,
-            out_index_ptr,
-            acc,
-            r0,
-            R,
-            columns,
-            column_ok,
-            scale,
-            stride_or,
-            stride_od,
-            BLOCK_R,
-        )
-    else:
-        places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
-        place_ok = places < R
-        tile = out_ptr + places[None, :] * stride_or + columns[:, None]
-        tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
+    store_sum(
+        out_ptr, out_index_ptr, acc, r0, R, columns, column_ok, scale, stride_or, stride_od, BLOCK_R, WHOLE,
+    )  # fmt: skip
     if DEPENDENT:
         # The launch before may still run. This one does not load its results, but a later launch may, so this launch
         # must not end before that one has.

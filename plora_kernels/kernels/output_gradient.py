@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import load_modules
-from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_gradient
+from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_sum
 from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, strides
 from plora_kernels.kernels.replay import empty, launch, zeros
 from plora_kernels.kernels.side_product import side_product
@@ -63,7 +63,7 @@ def output_gradient_kernel(
 
     dy (M, N), b (N, ·), s (M, R), index (R,) int32 or None, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
     number of columns of s; columns without a module hold zeros. If there is one chunk, ds is dS in the dtype of dy. If
-    WHOLE, there is one split, and db is dBᵀ itself: see `store_gradient`, with out_index (R,).
+    WHOLE, there is one split, and db is dBᵀ itself: see `store_sum`, with out_index (R,).
     """
     chunk, r0, split = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
     columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
@@ -88,23 +88,9 @@ def output_gradient_kernel(
         ds = tl.where(module_ok[None, :], ds, 0.0)  # columns without a module hold NaN where dY is infinite
         ds_tile = ds_ptr + chunk.to(tl.int64) * stride_dsc + rows[:, None] * stride_dsm + places[None, :]
         tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=row_ok[:, None] & place_ok[None, :])
-    if WHOLE:
-        store_gradient(
-            db_ptr,
-            out_index_ptr,
-            db,
-            r0,
-            R,
-            columns,
-            column_ok,
-            scale,
-            stride_dbr,
-            stride_dbn,
-            BLOCK_R,
-        )
-    else:
-        db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
-        tl.store(db_tile, db, mask=column_ok[:, None] & place_ok[None, :])
+    if not WHOLE:
+        db_ptr += split.to(tl.int64) * stride_dbs
+    store_sum(db_ptr, out_index_ptr, db, r0, R, columns, column_ok, scale, stride_dbr, stride_dbn, BLOCK_R, WHOLE)
 
 
 def output_gradient_(

@@ -62,11 +62,11 @@ def grouped_matmul(
     groups: Groups,
     *,
     op: str,
-    bias: Tensor | None,
     index: Tensor | None,
-    drop_in: Dropout | None,
-    drop_out: Dropout | None,
     keep_side: bool,
+    bias: Tensor | None = None,
+    drop_in: Dropout | None = None,
+    drop_out: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, side)`: out (M, D_OUT) and side (M, W or R).
 

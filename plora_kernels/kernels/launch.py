@@ -26,6 +26,19 @@ class Dropout(NamedTuple):
     selected: Tensor | None
     numbers: Tensor | None = None
 
+    @classmethod
+    def of_layer(
+        cls, index: Tensor | None, frozen: bool, p: float, seed: Tensor | None, numbers: Tensor | None = None
+    ) -> Dropout | None:
+        """Return the dropout of a layer's low-rank branch, or None if it applies to no module.
+
+        If not `frozen`, all modules that enter y are selected; if `frozen`, the index names the selected ones.
+        """
+        if seed is None or p == 0.0 or (index is not None and index.shape[-1] == 0):
+            return None
+        numbers = None if numbers is None else numbers.contiguous()
+        return cls(p, seed.contiguous(), index if frozen else None, numbers)
+
 
 class DropoutArguments(NamedTuple):
     """The dropout arguments of kernels, in their order; without dropout no tensors and neutral numbers.

@@ -95,13 +95,7 @@ def fold_kernel(
 
 
 def fold(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    index: Tensor | None,
-    scale: float,
-    seed: int | None,
-    out: Tensor,
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     """Write W + s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to `out` (N, K), which may be `weight`.
 

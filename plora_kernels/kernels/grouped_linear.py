@@ -94,15 +94,7 @@ def backward(
     thin_index, ds = index if frozen else None, None
     if need_x:
         d_x, ds = grouped_matmul(
-            dy,
-            weight,
-            lora_B,
-            lora_A,
-            groups,
-            op="input_gradient",
-            index=applied,
-            drop_out=dropout,
-            keep_side=need_A,
+            dy, weight, lora_B, lora_A, groups, op="input_gradient", index=applied, drop_out=dropout, keep_side=need_A
         )
     elif need_A:
         ds = side_product(dy, lora_B, index=applied, dropout=None, groups=groups)

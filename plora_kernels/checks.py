@@ -21,6 +21,7 @@ from plora_kernels.selection import (
     index_buffer,
     index_from_mask,
     mask_from_indices,
+    to_device,
 )
 
 GroupSelections = Sequence[Selection | None] | Tensor
@@ -194,8 +195,8 @@ def group_index(selected: GroupSelections | None, groups: int, rank: int, device
         return None
     longest = max(map(len, chosen))
     width = longest + -longest % INDEX_MULTIPLE
-    index = torch.tensor([[*indices, *[-1] * (width - len(indices))] for indices in chosen], dtype=torch.int32)
-    return _on_device(index.view(groups, width), device)
+    rows = [[*indices, *[-1] * (width - len(indices))] for indices in chosen]
+    return to_device(rows, torch.int32, device).view(groups, width)
 
 
 def group_scales(
@@ -217,7 +218,7 @@ def group_scales(
     numbers = [check_number("scale", value) for value in (scale.tolist() if isinstance(scale, Tensor) else scale)]
     if len(set(numbers)) == 1:
         return numbers[0], None
-    return 1.0, _on_device(torch.tensor(numbers, dtype=torch.float64), device)
+    return 1.0, to_device(numbers, torch.float64, device)
 
 
 def group_seeds(p: object, seeds: Sequence[int] | Tensor | None, groups: int, device: torch.device) -> Tensor | None:
@@ -230,10 +231,10 @@ def group_seeds(p: object, seeds: Sequence[int] | Tensor | None, groups: int, de
         if seeds.device != device:
             raise DeviceError(f"dropout_seed is on {seeds.device}, x on {device}; put it there or pass integers")
         return seeds
-    known = isinstance(seeds, Sequence) and len(seeds) == groups
-    if not known or not all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds or ()):
+    numbers = seeds if isinstance(seeds, Sequence) else ()
+    if len(numbers) != groups or not all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in numbers):
         raise ConfigError(f"dropout_p is {p} and dropout_seed {seeds!r}; {groups} integers of 64 bits are needed")
-    return _on_device(torch.tensor(seeds, dtype=torch.int64), device)
+    return to_device(numbers, torch.int64, device)
 
 
 def check_dropout_rows(numbers: Tensor | None, rows: int, device: torch.device) -> None:
@@ -244,10 +245,3 @@ def check_dropout_rows(numbers: Tensor | None, rows: int, device: torch.device) 
         raise ConfigError(f"dropout_rows is {tuple(numbers.shape)} {numbers.dtype}; int64 ({rows},) is needed")
     if numbers.device != device:
         raise DeviceError(f"dropout_rows is on {numbers.device}, x on {device}; put it there")
-
-
-def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor on `device`; to a CUDA device the copy is asynchronous, from pinned memory."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

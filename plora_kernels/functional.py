@@ -97,14 +97,23 @@ def plora_linear(
     >>> lora_A, lora_B = torch.ones(2, 3), torch.ones(4, 2)
     >>> plora_linear(x, weight, lora_A, lora_B, selected=[1], scale=0.5)[0]  # one module: 0.5 · 1 · (1+1+1)
     tensor([1.5000, 1.5000, 1.5000, 1.5000])
+    >>> x, weight = torch.ones(3, 2), torch.zeros(1, 2)
+    >>> lora_A, lora_B = torch.ones(2, 1, 2), torch.tensor([[[1.0]], [[10.0]]])
+    >>> plora_linear(x, weight, lora_A, lora_B, groups=[0, 1, 3]).flatten()  # two adapters, for one row and for two
+    tensor([ 2., 20., 20.])
     """
-    if groups is not None:
-        return grouped_plora_linear(
-            x, weight, lora_A, lora_B, groups, cast(GroupSelections | None, selected), bias=bias, scale=scale,
-            unselected=unselected, dropout_p=dropout_p, dropout_rows=dropout_rows,
-            dropout_seeds=cast(Sequence[int] | Tensor | None, dropout_seed),
-        )  # fmt: skip
     frozen = check_unselected(unselected) == "frozen"
+    if groups is not None:
+        offsets = group_offsets(groups, x.device)
+        count = offsets.shape[0] - 1
+        check_group_factors(weight, lora_A, lora_B, count)
+        common, scales = group_scales(scale, count, x.device)
+        index = group_index(cast(GroupSelections | None, selected), count, lora_A.shape[1], x.device)
+        seeds = group_seeds(dropout_p, cast(Sequence[int] | Tensor | None, dropout_seed), count, x.device)
+        return grouped_with_index(
+            x, weight, lora_A, lora_B, bias, index, offsets, scales, common, frozen, float(dropout_p), seeds,
+            dropout_rows,
+        )  # fmt: skip
     if dropout_rows is not None:
         raise ConfigError("dropout_rows is given without groups; rows of one call count from 0")
     check_factors(weight, lora_A, lora_B)
@@ -112,43 +121,6 @@ def plora_linear(
     index = index_for(cast(Selection | None, selected), lora_A.shape[0], x.device)
     seed = check_dropout(dropout_p, cast(int | Tensor | None, dropout_seed), x.device)
     return linear_with_index(x, weight, lora_A, lora_B, bias, index, scale, frozen, float(dropout_p), seed)
-
-
-def grouped_plora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    groups: Sequence[int] | Tensor,
-    selected: GroupSelections | None = None,
-    *,
-    bias: Tensor | None = None,
-    scale: float | Sequence[float] | Tensor = 1.0,
-    unselected: str = "folded",
-    dropout_p: float = 0.0,
-    dropout_seeds: Sequence[int] | Tensor | None = None,
-    dropout_rows: Tensor | None = None,
-) -> Tensor:
-    """Return y (…, N) where each of C groups of the rows of x has its own adapter: `plora_linear` with `groups`.
-
-    lora_A (C, R, K), lora_B (C, N, R), groups C+1 offsets, selected a mask (C, R) or C selections, scale one number or
-    (C,), dropout_seeds (C,). The other arguments and the errors are those of `plora_linear`.
-
-    >>> x, weight = torch.ones(3, 2), torch.zeros(1, 2)
-    >>> lora_A, lora_B = torch.ones(2, 1, 2), torch.tensor([[[1.0]], [[10.0]]])
-    >>> grouped_plora_linear(x, weight, lora_A, lora_B, groups=[0, 1, 3]).flatten()  # one row, then two
-    tensor([ 2., 20., 20.])
-    """
-    frozen = check_unselected(unselected) == "frozen"
-    offsets = group_offsets(groups, x.device)
-    count = offsets.shape[0] - 1
-    check_group_factors(weight, lora_A, lora_B, count)
-    common, scales = group_scales(scale, count, x.device)
-    index = group_index(selected, count, lora_A.shape[1], x.device)
-    seeds = group_seeds(dropout_p, dropout_seeds, count, x.device)
-    return grouped_with_index(
-        x, weight, lora_A, lora_B, bias, index, offsets, scales, common, frozen, float(dropout_p), seeds, dropout_rows,
-    )  # fmt: skip
 
 
 def linear_with_index(

@@ -84,15 +84,7 @@ def gradients(
     return dx.reshape(x.shape), d_lora_A, d_lora_B, dy_rows.sum(0)
 
 
-def fold(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    mask: Tensor,
-    *,
-    scale: float = 1.0,
-    sign: int = 1,
-) -> Tensor:
+def fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, mask: Tensor, *, scale: float = 1.0, sign: int = 1) -> Tensor:
     """Return `W_i: (N, K)` = W + sign·s·Σ_{j: m_j = 0} b_j a_jᵀ, the unselected modules added to the weight."""
     rest = ~mask
     return weight + sign * scale * (lora_B[:, rest] @ lora_A[rest])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,8 @@ def padded(indices: Sequence[int]) -> list[int]:
     return [*indices, *[-1] * (-len(indices) % INDEX_MULTIPLE)]
 
 
-def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return host integers as a vector on `device`; to a CUDA device the copy is asynchronous, from pinned memory."""
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return host numbers as a tensor on `device`; to a CUDA device the copy is asynchronous, from pinned memory."""
     if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -17,13 +17,7 @@ CHUNK_ELEMENTS = 1 << 17
 
 
 def fold(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    index: Tensor | None,
-    scale: float,
-    seed: int | None,
-    out: Tensor,
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     """Write W + s·Σ_j b_j a_jᵀ to `out` (N, K), as `plora_kernels.kernels.fold.fold` does."""
     if weight.numel() == 0:

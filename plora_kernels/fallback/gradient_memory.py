@@ -62,7 +62,7 @@ class GradientMemory:
             self._made_of = state
         if layout.runs not in self._cuts:
             self._cuts[layout.runs] = [
-                _GroupWeights.of(run, weight, self._factors, self._gradients, layout) for run in layout.runs
+                _GroupWeights(run, weight, self._factors, self._gradients, layout) for run in layout.runs
             ]
         cuts = self._cuts[layout.runs]
         if layout.runs not in self._made:
@@ -111,24 +111,16 @@ class _GroupWeights:
     """
 
     def __init__(
-        self, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], scale: float, scales: Tensor | None,
-        own: Tensor,
+        self, run: EqualGroups, weight: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None],
+        layout: GroupLayout,
     ) -> None:  # fmt: skip
-        (self._A, self._B), self._gradients = factors, gradients
-        self._A_t, self._B_t = self._A.mT, self._B.mT
-        self._scale, self._scales = scale, scales
-        self._own, self.leaf = own, own.detach().requires_grad_()
-
-    @classmethod
-    def of(
-        cls, run: EqualGroups, weight: Tensor, factors: tuple[Tensor, Tensor],
-        gradients: tuple[Tensor | None, Tensor | None], layout: GroupLayout,
-    ) -> _GroupWeights:  # fmt: skip
         """Slice a layer's factors, gradient memory and scales for one run; allocate the weights without values."""
-        scales = None if layout.scales is None else own_part(layout.scales, run)
-        own = [own_part(factor.detach(), run) for factor in factors]
-        memory = [None if gradient is None else own_part(gradient, run) for gradient in gradients]
-        return cls(own, memory, layout.scale, scales, weight.new_empty(*own[0].shape[:-2], *weight.shape))
+        self._A, self._B = (own_part(factor.detach(), run) for factor in factors)
+        self._A_t, self._B_t = self._A.mT, self._B.mT
+        self._gradients = [None if gradient is None else own_part(gradient, run) for gradient in gradients]
+        self._scale, self._scales = layout.scale, None if layout.scales is None else own_part(layout.scales, run)
+        self._own = weight.new_empty(*self._A.shape[:-2], *weight.shape)
+        self.leaf = self._own.detach().requires_grad_()
 
     def make(self, weight: Tensor) -> None:
         """Compute the weights W_g = W + s_g·B_g A_g, (c, N, K)."""

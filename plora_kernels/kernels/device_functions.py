@@ -12,11 +12,11 @@ from plora_kernels.kernels.counter_rng import element_words
 
 
 @triton.jit
-def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, HAS_INDEX: tl.constexpr, offset_type: tl.constexpr):
+def load_modules(index_ptr, r0, R, BLOCK_R: tl.constexpr, offset_type: tl.constexpr):
     """Return the modules of columns r0 … r0+BLOCK_R−1 of a side product, and which of them exist: (BLOCK_R,) each."""
     places = r0 + tl.arange(0, BLOCK_R)  # (BLOCK_R,)
     present = places < R
-    if HAS_INDEX:
+    if index_ptr is not None:
         modules = tl.load(index_ptr + places, mask=present, other=-1)
         present = modules >= 0
         modules = tl.where(present, modules, 0).to(offset_type)

@@ -26,10 +26,12 @@ from plora_kernels.kernels.launch import (
     Dropout,
     DropoutArguments,
     cdiv,
+    constants,
     dot_precision,
     dtype_name,
     is_aligned,
     launches_dependents,
+    strides,
 )
 from plora_kernels.kernels.replay import empty, launch
 from plora_kernels.tuning import lookup
@@ -38,7 +40,7 @@ from plora_kernels.tuning.lookup import find_blocks
 
 
 @triton.jit
-def store_gradient(
+def store_sum(
     out_ptr,
     index_ptr,
     acc,
@@ -50,15 +52,21 @@ def store_gradient(
     stride_or,
     stride_od,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Store s · acc (BLOCK_D, BLOCK_R), rounded once, transposed into the modules' rows of out: out[module(r), d].
+    """Store acc (BLOCK_D, BLOCK_R) transposed into rows of out, for r = r0 … r0+BLOCK_R−1.
 
-    r is r0 … r0+BLOCK_R−1; module(r) is index[r] if there is an index (−1 stores nothing), else r.
+    A WHOLE sum is the gradient: s · acc, rounded once, goes to out[module(r), d]; module(r) is index[r] if there is an
+    index (−1 stores nothing), else r. A partial one goes to out[r, d] as it is, fp32 and contiguous along d.
     """
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
-    tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
-    tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & module_ok[None, :])
+    if WHOLE:
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
+        tile = out_ptr + modules[None, :] * stride_or + columns[:, None] * stride_od
+        tl.store(tile, (acc * scale).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & module_ok[None, :])
+    else:
+        places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
+        tile = out_ptr + places[None, :] * stride_or + columns[:, None]
+        tl.store(tile, acc, mask=column_ok[:, None] & (places < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -89,25 +97,19 @@ def partial_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_OUT_INDEX: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     WHOLE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NUMBERED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
 
     thin (M, ·), wide (M, D), out (splits, R, D); column(r) is index[r] if there is an index (−1 gives zero), else r. If
-    WHOLE there is one split, and out is the gradient itself: see `store_gradient`, with out_index (R,).
-    With DROPOUT the dropped elements of `wide` count as zero. If GROUPED, offsets (C+1,) give each group's rows, out is
-    (C · splits, R, D), the indices are (C, R), seed (C,) and scales (C,), and numbers (M,) are read if NUMBERED.
+    WHOLE there is one split, and out is the gradient itself: see `store_sum`, with out_index (R,).
+    With a seed the dropped elements of `wide` count as zero. With offsets (C+1,), which give each group's rows, out is
+    (C · splits, R, D), the indices are (C, R), seed (C,), and scales (C,) and numbers (M,) may be None.
     """
     part = tl.program_id(2)
-    if GROUPED:
+    if offsets_ptr is not None:
         group = part // splits
         start = tl.load(offsets_ptr + group).to(tl.int32)
         end = tl.load(offsets_ptr + group + 1).to(tl.int32)
@@ -115,10 +117,13 @@ def partial_gradient_kernel(
         split_rows = tl.cdiv(tl.cdiv(end - start, splits), BLOCK_M) * BLOCK_M
         first = (start + (part % splits) * split_rows).to(tl.int64)
         last = tl.minimum(first + split_rows, end)
-        index_ptr += group * R
-        out_index_ptr += group * R
-        seed_ptr += group
-        if HAS_SCALES:
+        if index_ptr is not None:
+            index_ptr += group * R
+        if out_index_ptr is not None:
+            out_index_ptr += group * R
+        if seed_ptr is not None:
+            seed_ptr += group
+        if scales_ptr is not None:
             scale *= tl.load(scales_ptr + group)
     else:
         start = 0
@@ -126,7 +131,7 @@ def partial_gradient_kernel(
         last = tl.minimum(first + split_rows, M)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     r0 = tl.program_id(1) * BLOCK_R
-    thin_columns, thin_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
+    thin_columns, thin_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
     column_ok = columns < D
 
     # Computed as the transpose, (D, R): wgmma has 64 rows, of which a product with 16 modules as rows would fill 16.
@@ -136,8 +141,8 @@ def partial_gradient_kernel(
         row_ok = rows < last
         wide_tile = wide_ptr + columns[:, None] * stride_wd + rows[None, :] * stride_wm
         w = tl.load(wide_tile, mask=column_ok[:, None] & row_ok[None, :], other=0.0)  # (BLOCK_D, BLOCK_M)
-        if DROPOUT:
-            numbers = row_numbers(numbers_ptr + first + m, first + m - start, row_ok, BLOCK_M, NUMBERED)
+        if seed_ptr is not None:
+            numbers = row_numbers(numbers_ptr, first + m, first + m - start, row_ok, BLOCK_M)
             keep = keep_mask(seed_ptr, numbers, tl.program_id(0) * BLOCK_D, drop_threshold, BLOCK_D)
             w = tl.where(keep.trans(), w, 0.0)
         thin_tile = thin_ptr + rows[:, None] * stride_tm + thin_columns[None, :] * stride_tr
@@ -148,26 +153,9 @@ def partial_gradient_kernel(
             t = tl.load(thin_tile, mask=thin_mask, other=0.0)  # (BLOCK_M, BLOCK_R)
         acc = tl.dot(w, t, acc, input_precision=PRECISION)  # (BLOCK_D, BLOCK_R) fp32
     out_ptr += part.to(tl.int64) * stride_og
-    if WHOLE:
-        store_gradient(
-            out_ptr,
-            out_index_ptr,
-            acc,
-            r0,
-            R,
-            columns,
-            column_ok,
-            scale,
-            stride_or,
-            stride_od,
-            BLOCK_R,
-            HAS_OUT_INDEX,
-        )
-    else:
-        places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
-        place_ok = places < R
-        tile = out_ptr + places[None, :] * stride_or + columns[:, None]
-        tl.store(tile, acc, mask=column_ok[:, None] & place_ok[None, :])
+    store_sum(
+        out_ptr, out_index_ptr, acc, r0, R, columns, column_ok, scale, stride_or, stride_od, BLOCK_R, WHOLE,
+    )  # fmt: skip
     if DEPENDENT:
         # The launch before may still run. This one does not load its results, but a later launch may, so this launch
         # must not end before that one has.
@@ -191,8 +179,6 @@ def reduce_gradient_kernel(
     stride_or,
     stride_od,
     BLOCK_D: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
     BY_MODULE: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
@@ -208,9 +194,9 @@ def reduce_gradient_kernel(
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     ok = columns < D
     module = place
-    if HAS_INDEX:
+    if index_ptr is not None:
         module = tl.load(index_ptr + group * R + place).to(tl.int64)
-    if HAS_SCALES:
+    if scales_ptr is not None:
         scale *= tl.load(scales_ptr + group)
     if module >= 0:
         acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -284,7 +270,7 @@ def factor_gradient_(
     tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
     # A split is a whole number of row blocks, so that no block lies in two splits.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m
-    whole, dropped = splits == 1, DropoutArguments.of(dropout, wide)
+    whole, dropped = splits == 1, DropoutArguments.of(dropout)
     scale *= dropped.keep_scale
     scales = groups.scales if groups is not None and whole else None
     dependent = beside is not None and launches_dependents(wide.device)
@@ -292,39 +278,17 @@ def factor_gradient_(
         launch(
             partial_gradient_kernel,
             (tiles_d, tiles_r, count * splits),
-            thin,
-            wide,
-            thin_index if thin_index is not None else wide,
-            out_index if out_index is not None else wide,
-            groups.offsets if groups is not None else wide,
-            scales if scales is not None else wide,
-            dropped.seed,
-            dropped.numbers,
-            partial,
-            rows,
-            d,
-            width,
-            splits,
-            split_rows,
+            *(thin, wide, thin_index, out_index, None if groups is None else groups.offsets, scales),
+            *(dropped.seed, dropped.numbers, partial),
+            *(rows, d, width, splits, split_rows),
             dropped.threshold,
             scale * groups.scale if groups is not None else scale,
-            *thin.stride(),
-            *wide.stride(),
+            *strides(thin, wide),
             *(partial.stride() if partial.dim() == 3 else (0, *partial.stride())),
-            BLOCK_M=blocks.block_m,
-            BLOCK_D=blocks.block_d,
-            BLOCK_R=blocks.block_r,
-            GROUPED=groups is not None,
-            HAS_INDEX=thin_index is not None,
-            HAS_OUT_INDEX=out_index is not None,
-            HAS_SCALES=scales is not None,
+            **constants(blocks),
             WHOLE=whole,
-            DROPOUT=dropout is not None,
-            NUMBERED=dropped.numbered,
             DEPENDENT=dependent,
             PRECISION=dot_precision(wide.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             **({"launch_pdl": True} if dependent else {}),
         )
     if not whole:
@@ -352,25 +316,16 @@ def reduce_partials_(
     places, count = width if index is None else index.shape[-1], 1 if groups is None else groups.total
     if places == 0:
         return
-    scales = groups.scales if groups is not None else None
     with torch.cuda.device_of(out):
         launch(
             reduce_gradient_kernel,
             (cdiv(d, 1024), places, count),
-            partial,
-            index if index is not None else out,
-            scales if scales is not None else out,
-            out,
-            d,
-            places,
-            parts // count,
+            *(partial, index, None if groups is None else groups.scales, out),
+            *(d, places, parts // count),
             scale * groups.scale if groups is not None else scale,
-            partial.stride(0),
-            partial.stride(1),
+            *partial.stride()[:2],
             *(out.stride() if groups is not None else (0, *out.stride())),
             BLOCK_D=1024,
-            HAS_INDEX=index is not None,
-            HAS_SCALES=scales is not None,
             BY_MODULE=by_module,
             LAUNCHES_DEPENDENTS=leads and launches_dependents(out.device),
             num_warps=4,

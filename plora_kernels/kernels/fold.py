@@ -10,48 +10,27 @@ from torch import Tensor
 from plora_kernels.counter_rng import seed_halves
 from plora_kernels.kernels.counter_rng import element_words, round_stochastically
 from plora_kernels.kernels.device_functions import load_modules
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    dtype_name,
+    is_aligned,
+    needs_wide_offsets,
+    strides,
+)
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
 
 
-@triton.jit
-def _add_modules(
-    delta,
-    a_base,
-    b_base,
-    index_ptr,
-    r0,
-    R,
-    rows,
-    columns,
-    row_ok,
-    column_ok,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return delta + Σ_j b_j a_jᵀ over the modules at r0 … r0+BLOCK_R−1 of the index: (BLOCK_N, BLOCK_K) fp32."""
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, rows.dtype)
-    a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
-    a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
-    b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
-    b = tl.load(b_base + b_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
-    return tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
-
-
-@triton.jit
-def fold_tile(
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def fold_kernel(
     weight_ptr,
     out_ptr,
     a_ptr,
     b_ptr,
     index_ptr,
-    tile,
+    first_tile,
     N,
     K,
     R,
@@ -70,17 +49,18 @@ def fold_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
-    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or unused. R is the number of
-    modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. Tiles are numbered along K first, so that
-    neighbouring programs complete the same rows.
+    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or None. R is the number of
+    modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. The weight's tiles begin with program
+    first_tile, or with the first one for None. They are numbered along K first, so that neighbouring programs complete
+    the same rows. `fold_many_kernel` calls this for one of many weights.
     """
+    tile = tl.program_id(0) if first_tile is None else tl.program_id(0) - first_tile
     tiles_k = tl.cdiv(K, BLOCK_K)
     first_row, first_column = (tile // tiles_k) * BLOCK_N, (tile % tiles_k) * BLOCK_K
     # A tile's base is a 64-bit scalar, since N·K may exceed 2³¹; offsets inside take 32 bits, unless WIDE_OFFSETS.
@@ -96,17 +76,13 @@ def fold_tile(
     w = tl.load(weight_base + rows[:, None] * stride_wn + columns[None, :] * stride_wk, mask=tile_ok, other=0.0)
     a_base, b_base = a_ptr + base_column * stride_ak, b_ptr + base_row * stride_bn
     delta = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    if ONE_BLOCK:
-        delta = _add_modules(
-            delta, a_base, b_base, index_ptr, 0, R, rows, columns, row_ok, column_ok,
-            stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
-        )  # fmt: skip
-    else:
-        for r0 in range(0, R, BLOCK_R):
-            delta = _add_modules(
-                delta, a_base, b_base, index_ptr, r0, R, rows, columns, row_ok, column_ok,
-                stride_ar, stride_ak, stride_bn, stride_br, BLOCK_R, HAS_INDEX, PRECISION,
-            )  # fmt: skip
+    for r0 in range(0, BLOCK_R if ONE_BLOCK else R, BLOCK_R):
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
+        a_offsets = modules[:, None] * stride_ar + columns[None, :] * stride_ak
+        a = tl.load(a_base + a_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_K)
+        b_offsets = rows[:, None] * stride_bn + modules[None, :] * stride_br
+        b = tl.load(b_base + b_offsets, mask=row_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
+        delta = tl.dot(b, a, delta, input_precision=PRECISION)  # (BLOCK_N, BLOCK_K) fp32
 
     total = w.to(tl.float32) + scale * delta  # (BLOCK_N, BLOCK_K) fp32
     if STOCHASTIC:
@@ -118,52 +94,8 @@ def fold_tile(
     tl.store(out_base + rows[:, None] * stride_on + columns[None, :] * stride_ok, result, mask=tile_ok)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def fold_kernel(
-    weight_ptr,
-    out_ptr,
-    a_ptr,
-    b_ptr,
-    index_ptr,
-    N,
-    K,
-    R,
-    scale,
-    seed_low,
-    seed_high,
-    stride_wn,
-    stride_wk,
-    stride_on,
-    stride_ok,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Fold one weight, one tile per program; see `fold_tile`."""
-    fold_tile(
-        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.program_id(0), N, K, R, scale, seed_low, seed_high,
-        stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
-        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, HAS_INDEX, STOCHASTIC, WIDE_OFFSETS, PRECISION,
-    )  # fmt: skip
-
-
 def fold(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    index: Tensor | None,
-    scale: float,
-    seed: int | None,
-    out: Tensor,
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     """Write W + s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to `out` (N, K), which may be `weight`.
 
@@ -177,28 +109,15 @@ def fold(
     grid = (cdiv(n, blocks.block_n) * cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
-            weight,
-            out,
-            lora_A,
-            lora_B,
-            index if index is not None else weight,
-            n,
-            k,
-            width,
+            *(weight, out, lora_A, lora_B, index),
+            None,  # the weight's tiles begin with the first program
+            *(n, k, width),
             scale,
             *seed_halves(seed or 0),
-            *weight.stride(),
-            *out.stride(),
-            *lora_A.stride(),
-            *lora_B.stride(),
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            *strides(weight, out, lora_A, lora_B),
+            **constants(blocks),
             ONE_BLOCK=width <= blocks.block_r,
-            HAS_INDEX=index is not None,
             STOCHASTIC=seed is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, weight, out, lora_A, lora_B),
             PRECISION=dot_precision(weight.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plora_kernels.kernels.fold import fold, fold_tile
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.fold import fold, fold_kernel
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.selection import to_device
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
@@ -43,14 +43,13 @@ def fold_many_kernel(
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold one tile of one of the table's weights; see `fold_tile`.
+    """Fold one tile of one of the table's weights; see `fold_kernel`.
 
     table int64: the first tile of every layer (LAYERS,), then for each layer a row (COLUMNS,) made by `_table_row`.
     All matrices have the element type of `like`, and all but lora_B are contiguous along K.
     """
-    tile = tl.program_id(0)
     first_tiles = tl.load(table_ptr + tl.arange(0, LAYERS))  # (LAYERS,) int64
-    layer = tl.sum((first_tiles <= tile).to(tl.int32), axis=0) - 1
+    layer = tl.sum((first_tiles <= tl.program_id(0)).to(tl.int32), axis=0) - 1
     row_ptr = table_ptr + LAYERS + layer * COLUMNS
     stride_type = tl.int64 if WIDE_OFFSETS else tl.int32
     weight_ptr = tl.load(row_ptr).to(like_ptr.dtype)
@@ -74,10 +73,10 @@ def fold_many_kernel(
         K = tl.multiple_of(K, 16)
         stride_wn, stride_on = tl.multiple_of(stride_wn, 16), tl.multiple_of(stride_on, 16)
         stride_ar = tl.multiple_of(stride_ar, 16)
-    fold_tile(
-        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tile - tl.load(table_ptr + layer).to(tl.int32), N, K, R, scale,
+    fold_kernel(
+        weight_ptr, out_ptr, a_ptr, b_ptr, index_ptr, tl.load(table_ptr + layer).to(tl.int32), N, K, R, scale,
         seed, seed >> 32, stride_wn, 1, stride_on, 1, stride_ar, 1, stride_bn, stride_br,
-        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, True, STOCHASTIC, WIDE_OFFSETS, PRECISION,
+        BLOCK_N, BLOCK_K, BLOCK_R, ONE_BLOCK, STOCHASTIC, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
 
 
@@ -144,9 +143,7 @@ def _launch(group: Sequence[Arguments]) -> None:
         fold_many_kernel[(tiles,)](
             table,
             largest,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             LAYERS=layers,
             COLUMNS=COLUMNS,
             ONE_BLOCK=width <= blocks.block_r,
@@ -154,8 +151,6 @@ def _launch(group: Sequence[Arguments]) -> None:
             STOCHASTIC=group[0][5] is not None,
             WIDE_OFFSETS=wide,
             PRECISION=dot_precision(largest.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
 
 

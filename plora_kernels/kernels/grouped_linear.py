@@ -23,16 +23,6 @@ def _groups(offsets: Tensor, scales: Tensor | None, scale: float, device: torch.
     return Groups(offsets.to(device, non_blocking=True).contiguous(), scales, 1.0 if scales is not None else scale)
 
 
-def _dropout(
-    index: Tensor | None, frozen: bool, p: float, seeds: Tensor | None, numbers: Tensor | None
-) -> Dropout | None:
-    """Return the dropout of the low-rank branch, or None if it applies to no module, as `linear.layer_dropout`."""
-    if seeds is None or p == 0.0 or (index is not None and index.shape[1] == 0):
-        return None
-    numbers = numbers.contiguous() if numbers is not None else None
-    return Dropout(p, seeds.contiguous(), index if frozen else None, numbers)
-
-
 @replayed
 def forward(
     x: Tensor,
@@ -66,8 +56,7 @@ def forward(
         op="forward",
         bias=bias,
         index=None if frozen else index,
-        drop_in=_dropout(index, frozen, dropout_p, dropout_seeds, dropout_rows),
-        drop_out=None,
+        drop_in=Dropout.of_layer(index, frozen, dropout_p, dropout_seeds, dropout_rows),
         keep_side=keep_s,
     )
     return y, s if keep_s or s.numel() == 0 else empty((0,), x.dtype, x.device)
@@ -100,22 +89,12 @@ def backward(
     d_x, d_lora_A, d_lora_B = None, None, None
     groups = _groups(offsets, scales, scale, dy.device)
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
-    dropout = _dropout(index, frozen, dropout_p, dropout_seeds, dropout_rows)
+    dropout = Dropout.of_layer(index, frozen, dropout_p, dropout_seeds, dropout_rows)
     make = empty if index is None else zeros
     thin_index, ds = index if frozen else None, None
     if need_x:
         d_x, ds = grouped_matmul(
-            dy,
-            weight,
-            lora_B,
-            lora_A,
-            groups,
-            op="input_gradient",
-            bias=None,
-            index=applied,
-            drop_in=None,
-            drop_out=dropout,
-            keep_side=need_A,
+            dy, weight, lora_B, lora_A, groups, op="input_gradient", index=applied, drop_out=dropout, keep_side=need_A
         )
     elif need_A:
         ds = side_product(dy, lora_B, index=applied, dropout=None, groups=groups)

@@ -85,10 +85,10 @@ def load_tile(table_ptr, tile):
 
 
 @triton.jit
-def row_numbers(numbers_ptr, number, row_ok, BLOCK_M: tl.constexpr, NUMBERED: tl.constexpr):
-    """Return the rows' numbers in a mask, (BLOCK_M,): loaded from numbers_ptr if NUMBERED, else number, number+1 …"""
+def row_numbers(numbers_ptr, first, number, row_ok, BLOCK_M: tl.constexpr):
+    """Return the numbers of rows first, first+1 … in a mask, (BLOCK_M,): loaded, or number, number+1 … for None."""
     rows = tl.arange(0, BLOCK_M)
-    return tl.load(numbers_ptr + rows, mask=row_ok, other=0) if NUMBERED else number + rows
+    return number + rows if numbers_ptr is None else tl.load(numbers_ptr + first + rows, mask=row_ok, other=0)
 
 
 def grouped_tiles(offsets: Tensor, rows: int, block_m: int) -> Tensor:

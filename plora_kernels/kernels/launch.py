@@ -1,15 +1,16 @@
-"""Helpers of the kernels' launchers: alignment, offset width and precision of tensors, and dropout's arguments."""
+"""Helpers of the kernels' launchers: alignment, offset width and precision of tensors, arguments of kernels."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plora_kernels.counter_rng import threshold
 from plora_kernels.tuning import lookup
-from plora_kernels.tuning.blocks import ShapeClass
+from plora_kernels.tuning.blocks import Blocks, ShapeClass
 
 
 class Dropout(NamedTuple):
@@ -25,10 +26,41 @@ class Dropout(NamedTuple):
     selected: Tensor | None
     numbers: Tensor | None = None
 
-    @property
-    def selected_width(self) -> int:
-        """The number of entries of the index (of one group's index in the grouped form); 0 without an index."""
-        return 0 if self.selected is None else self.selected.shape[-1]
+    @classmethod
+    def of_layer(
+        cls, index: Tensor | None, frozen: bool, p: float, seed: Tensor | None, numbers: Tensor | None = None
+    ) -> Dropout | None:
+        """Return the dropout of a layer's low-rank branch, or None if it applies to no module.
+
+        If not `frozen`, all modules that enter y are selected; if `frozen`, the index names the selected ones.
+        """
+        if seed is None or p == 0.0 or (index is not None and index.shape[-1] == 0):
+            return None
+        numbers = None if numbers is None else numbers.contiguous()
+        return cls(p, seed.contiguous(), index if frozen else None, numbers)
+
+
+class DropoutArguments(NamedTuple):
+    """The dropout arguments of kernels, in their order; without dropout no tensors and neutral numbers.
+
+    `selected_width` is the number of entries of the index (of one group's index in the grouped form).
+    """
+
+    seed: Tensor | None = None
+    numbers: Tensor | None = None
+    selected: Tensor | None = None
+    selected_width: int = 0
+    threshold: int = 0
+    keep_scale: float = 1.0
+
+    @classmethod
+    def of(cls, dropout: Dropout | None) -> DropoutArguments:
+        """Return the arguments of a launch with this dropout."""
+        if dropout is None:
+            return cls()
+        p, seed, selected, numbers = dropout
+        width = 0 if selected is None else selected.shape[-1]
+        return cls(seed, numbers, selected, width, threshold(p), 1 / (1 - p))
 
     @property
     def selected_block(self) -> int:
@@ -36,34 +68,16 @@ class Dropout(NamedTuple):
         return 0 if self.selected is None else max(16, 1 << (self.selected_width - 1).bit_length())
 
 
-class DropoutArguments(NamedTuple):
-    """The dropout arguments of kernels; without dropout, tensors that are not read and neutral numbers."""
+@functools.cache  # a fold is not replayed: it asks at every call
+def constants(blocks: Blocks) -> dict[str, Any]:
+    """Return blocks by the names that kernels and Triton give them: BLOCK_M, …, GROUP_M, num_warps, num_stages."""
+    sizes = {name.upper(): size for name, size in vars(blocks).items() if name.startswith(("block_", "group_"))}
+    return sizes | {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 
-    seed: Tensor
-    numbers: Tensor
-    selected: Tensor
-    selected_width: int
-    threshold: int
-    keep_scale: float
-    selected_block: int
-    numbered: bool
 
-    @classmethod
-    def of(cls, dropout: Dropout | None, unused: Tensor) -> DropoutArguments:
-        """Return the arguments; the tensor `unused` is passed where a kernel reads no tensor."""
-        if dropout is None:
-            return cls(unused, unused, unused, 0, 0, 1.0, 0, False)
-        p, seed, selected, numbers = dropout
-        return cls(
-            seed,
-            numbers if numbers is not None else unused,
-            selected if selected is not None else unused,
-            dropout.selected_width,
-            threshold(p),
-            1 / (1 - p),
-            dropout.selected_block,
-            numbers is not None,
-        )
+def strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of tensors, one tensor after another."""
+    return [stride for tensor in tensors for stride in tensor.stride()]
 
 
 def launches_dependents(device: torch.device) -> bool:

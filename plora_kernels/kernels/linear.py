@@ -13,16 +13,6 @@ from plora_kernels.kernels.side_product import side_product
 from plora_kernels.tuning.blocks import PERSISTENT_DESIGNS, SIDE_FIRST
 
 
-def layer_dropout(index: Tensor | None, frozen: bool, p: float, seed: Tensor | None) -> Dropout | None:
-    """Return the dropout of a layer's low-rank branch, or None if it applies to no module.
-
-    If not `frozen`, all modules that enter y are selected; if `frozen`, the index names the selected ones.
-    """
-    if seed is None or p == 0.0 or (index is not None and index.shape[0] == 0):
-        return None
-    return Dropout(p, seed, index if frozen else None)
-
-
 @replayed
 def forward(
     x: Tensor,
@@ -52,10 +42,8 @@ def forward(
         lora_B.t(),
         bias=bias,
         index=applied,
-        drop_in=layer_dropout(index, frozen, dropout_p, dropout_seed),
-        drop_out=None,
+        drop_in=Dropout.of_layer(index, frozen, dropout_p, dropout_seed),
         scale=scale,
-        side=None,
         keep_side=keep_s,
         blocks=find_matmul_blocks("forward", x, main, down.shape[1] if applied is None else applied.shape[0]),
     )
@@ -87,7 +75,7 @@ def backward(
     """
     d_x = None
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
-    dropout = layer_dropout(index, frozen, dropout_p, dropout_seed)
+    dropout = Dropout.of_layer(index, frozen, dropout_p, dropout_seed)
     make = empty if index is None else zeros
     d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
@@ -110,9 +98,7 @@ def backward(
             weight,
             lora_B,
             lora_A,
-            bias=None,
             index=applied,
-            drop_in=None,
             drop_out=dropout,
             scale=scale,
             side=ds,

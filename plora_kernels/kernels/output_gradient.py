@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import load_modules
-from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_gradient
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned
+from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_sum
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, strides
 from plora_kernels.kernels.replay import empty, launch, zeros
 from plora_kernels.kernels.side_product import side_product
 from plora_kernels.tuning import lookup
@@ -56,22 +56,20 @@ def output_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    HAS_OUT_INDEX: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store ds[chunk] (M, R) = dY[:, chunk] B[chunk] for the split's rows and db[split] (R, chunk) = (dYᵀ S)ᵀ.
 
-    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or unused, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
+    dy (M, N), b (N, ·), s (M, R), index (R,) int32 or None, ds (chunks, M, R) and db (splits, R, N) fp32. R is the
     number of columns of s; columns without a module hold zeros. If there is one chunk, ds is dS in the dtype of dy. If
-    WHOLE, there is one split, and db is dBᵀ itself: see `store_gradient`, with out_index (R,).
+    WHOLE, there is one split, and db is dBᵀ itself: see `store_sum`, with out_index (R,).
     """
     chunk, r0, split = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
     columns = (chunk * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
     places = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)  # (BLOCK_R,)
     column_ok, place_ok = columns < N, places < R
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, tl.int64)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
     b_tile = b_ptr + columns[:, None] * stride_bn + modules[None, :] * stride_br
     b = tl.load(b_tile, mask=column_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
 
@@ -90,24 +88,9 @@ def output_gradient_kernel(
         ds = tl.where(module_ok[None, :], ds, 0.0)  # columns without a module hold NaN where dY is infinite
         ds_tile = ds_ptr + chunk.to(tl.int64) * stride_dsc + rows[:, None] * stride_dsm + places[None, :]
         tl.store(ds_tile, ds.to(ds_ptr.dtype.element_ty), mask=row_ok[:, None] & place_ok[None, :])
-    if WHOLE:
-        store_gradient(
-            db_ptr,
-            out_index_ptr,
-            db,
-            r0,
-            R,
-            columns,
-            column_ok,
-            scale,
-            stride_dbr,
-            stride_dbn,
-            BLOCK_R,
-            HAS_OUT_INDEX,
-        )
-    else:
-        db_tile = db_ptr + split.to(tl.int64) * stride_dbs + places[None, :] * stride_dbr + columns[:, None]
-        tl.store(db_tile, db, mask=column_ok[:, None] & place_ok[None, :])
+    if not WHOLE:
+        db_ptr += split.to(tl.int64) * stride_dbs
+    store_sum(db_ptr, out_index_ptr, db, r0, R, columns, column_ok, scale, stride_dbr, stride_dbn, BLOCK_R, WHOLE)
 
 
 def output_gradient_(
@@ -155,32 +138,15 @@ def output_gradient_(
         launch(
             output_gradient_kernel,
             (chunks, tiles_r, splits),
-            dy,
-            lora_B,
-            s,
-            index if index is not None else dy,
-            out_index if out_index is not None else dy,
-            ds_parts,
-            db_parts,
-            rows,
-            n,
-            width,
-            split_rows,
+            *(dy, lora_B, s, index, out_index, ds_parts, db_parts),
+            *(rows, n, width, split_rows),
             scale,
-            *dy.stride(),
-            *lora_B.stride(),
-            *s.stride(),
+            *strides(dy, lora_B, s),
             *ds_parts.stride()[:2],
             *((0, *db_parts.stride()) if whole else db_parts.stride()),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_R=blocks.block_r,
-            HAS_INDEX=index is not None,
-            HAS_OUT_INDEX=out_index is not None,
+            **constants(blocks),
             WHOLE=whole,
             PRECISION=dot_precision(dy.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     if not whole:
         reduce_partials_(gradient, db_parts, index=out_index, by_module=by_module, scale=scale)

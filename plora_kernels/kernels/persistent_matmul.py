@@ -27,7 +27,14 @@ from plora_kernels.kernels.device_functions import (
     store_side,
     tile_position,
 )
-from plora_kernels.kernels.launch import cdiv, dot_precision, launches_dependents, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    launches_dependents,
+    needs_wide_offsets,
+    strides,
+)
 from plora_kernels.kernels.replay import launch, zeros
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
@@ -57,12 +64,11 @@ def _side_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     offset_type: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return columns r0 … r0+BLOCK_R−1 of in · down for BLOCK_M rows: (BLOCK_M, BLOCK_R) fp32."""
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     down_base = down_ptr
     down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
@@ -102,7 +108,6 @@ def _add_modules(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     SIDE_STORED: tl.constexpr,
     STORE_SIDE: tl.constexpr,
     offset_type: tl.constexpr,
@@ -110,14 +115,14 @@ def _add_modules(
     PRECISION: tl.constexpr,
 ):
     """Return acc + s · side · up for side columns r0 … r0+BLOCK_R−1, loaded if SIDE_STORED, else computed."""
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
     if SIDE_STORED:
         side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
     else:
         # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
         side = _side_rows(
             in_desc, down_ptr, index_ptr, first_row, r0, D_IN, R, stride_dd, stride_dr,
-            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+            BLOCK_M, BLOCK_K, BLOCK_R, offset_type, PRECISION,
         )  # fmt: skip
         if STORE_SIDE:
             if is_first_column:
@@ -145,7 +150,6 @@ def _make_side_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     offset_type: tl.constexpr,
     dtype: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -155,7 +159,7 @@ def _make_side_tile(
     for r0 in range(0, R, BLOCK_R):
         side = _side_rows(
             in_desc, down_ptr, index_ptr, side_tile * BLOCK_M, r0, D_IN, R, stride_dd, stride_dr,
-            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, PRECISION,
+            BLOCK_M, BLOCK_K, BLOCK_R, offset_type, PRECISION,
         )  # fmt: skip
         store_side(side_base, side.to(dtype), rows, rows < M - side_tile * BLOCK_M, r0, R, stride_sm, BLOCK_R)
     tl.debug_barrier()  # all threads must have stored before one of them publishes the tile
@@ -191,8 +195,6 @@ def persistent_matmul_kernel(
     GROUP_M: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
     MODULE_BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
     SIDE_FIRST: tl.constexpr,
     STORE_SIDE: tl.constexpr,
@@ -206,7 +208,7 @@ def persistent_matmul_kernel(
     """Compute out (M, D_OUT) = in · main + bias + s·side · up, each program several (BLOCK_M, BLOCK_N) tiles in turn.
 
     in (M, D_IN), main (D_IN, D_OUT), given as its transpose (D_OUT, D_IN) if MAIN_TRANSPOSED, and out by descriptors;
-    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or unused, side (M, R). R is the number of columns of
+    down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or None, side (M, R). R is the number of columns of
     side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
     tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
     every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
@@ -229,7 +231,7 @@ def persistent_matmul_kernel(
                 _make_side_tile(
                     in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
                     stride_dd, stride_dr, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, dtype, PRECISION,
+                    BLOCK_M, BLOCK_K, BLOCK_R, offset_type, dtype, PRECISION,
                 )  # fmt: skip
                 ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
@@ -242,7 +244,7 @@ def persistent_matmul_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
-        modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, HAS_INDEX, offset_type)
+        modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
         down_base = down_ptr
         down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
         side_base = side_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_sm
@@ -278,7 +280,7 @@ def persistent_matmul_kernel(
                         _make_side_tile(
                             in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
                             stride_dd, stride_dr, stride_sm,
-                            BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, offset_type, dtype, PRECISION,
+                            BLOCK_M, BLOCK_K, BLOCK_R, offset_type, dtype, PRECISION,
                         )  # fmt: skip
         if not SIDE_GIVEN and not SIDE_FIRST:
             side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
@@ -296,7 +298,7 @@ def persistent_matmul_kernel(
                     acc, block * BLOCK_R, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
                     rows, columns, row_ok, column_ok, D_IN, R, scale,
                     stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
                     offset_type, dtype, PRECISION,
                 )  # fmt: skip
         else:
@@ -305,10 +307,10 @@ def persistent_matmul_kernel(
                     acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
                     rows, columns, row_ok, column_ok, D_IN, R, scale,
                     stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, HAS_INDEX, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
                     offset_type, dtype, PRECISION,
                 )  # fmt: skip
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
         # Stored in two halves: the staging buffer of a whole tile would take the shared memory of a pipeline stage.
@@ -369,32 +371,18 @@ def persistent_matmul(
             TensorDescriptor(inputs, inputs.shape, inputs.stride(), [blocks.block_m, blocks.block_k]),
             TensorDescriptor(matrix, matrix.shape, matrix.stride(), main_block),
             TensorDescriptor(out, out.shape, out.stride(), [blocks.block_m, blocks.block_n // 2]),
-            down,
-            up,
-            bias.contiguous() if bias is not None else inputs,
-            index if index is not None else inputs,
-            side,
+            *(down, up, None if bias is None else bias.contiguous(), index, side),
             # Allocated for each launch: a buffer kept between launches could lie in the memory pool of a CUDA graph.
-            zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else inputs,
-            rows,
-            d_in,
-            d_out,
-            width,
+            zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else None,
+            *(rows, d_in, d_out, width),
             # Programs from this number on have one tile fewer than the others; 0 if the last wave is full.
             tiles_m * tiles_n % programs if blocks.design == "drawn" else 0,
             scale,
-            *down.stride(),
-            *up.stride(),
+            *strides(down, up),
             width,
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             MAIN_TRANSPOSED=transposed,
             MODULE_BLOCKS=module_blocks,
-            HAS_BIAS=bias is not None,
-            HAS_INDEX=index is not None,
             SIDE_GIVEN=side_given,
             SIDE_FIRST=makes_side,
             STORE_SIDE=keep_side and not side_given and not makes_side,
@@ -404,7 +392,5 @@ def persistent_matmul(
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),
             PRECISION=dot_precision(inputs.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             **({"launch_pdl": True} if dependent else {}),
         )

@@ -9,6 +9,7 @@ product of the backward (`side_product.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from plora_kernels.kernels.device_functions import add_scaled_product, tile_position
 from plora_kernels.kernels.factor_gradient import factor_gradient_
-from plora_kernels.kernels.launch import cdiv, dot_precision, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, is_aligned, needs_wide_offsets
 from plora_kernels.kernels.output_gradient import output_gradient_
 from plora_kernels.kernels.projections_forward import find_projection_blocks
 from plora_kernels.kernels.replay import empty, launch, replayed, zeros
@@ -128,23 +129,14 @@ def input_gradient(
             tuple(ds.contiguous() for ds in dss),
             tuple(a.contiguous() for a in lora_As),
             dx,
-            rows,
-            k,
-            widths,
-            ranks,
-            tuple(scales),
+            *(rows, k, widths, ranks, tuple(scales)),
             tuple(dy.stride(0) for dy in dys),
             tuple(dy.stride(1) for dy in dys),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_k,
-            BLOCK_K=blocks.block_n,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            # The columns of dX are K, and the sum runs over N.
+            **constants(replace(blocks, block_n=blocks.block_k, block_k=blocks.block_n)),
             PROJECTIONS=len(widths),
             WIDE_OFFSETS=needs_wide_offsets(256, dx, *dys, *weights),
             PRECISION=dot_precision(dx.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     return dx
 

@@ -10,14 +10,15 @@ side product (`side_product.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from plora_kernels.kernels.device_functions import add_scaled_product, tile_position
-from plora_kernels.kernels.launch import cdiv, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.device_functions import add_scaled_product, multiply, tile_position
+from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.kernels.replay import empty, launch, replayed
 from plora_kernels.tuning.blocks import MatmulBlocks, ShapeClass, tile
 from plora_kernels.tuning.lookup import find_blocks
@@ -88,33 +89,16 @@ def projections_forward_kernel(
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < N - pid_n * BLOCK_N
     first_row, first_column = (pid_m * BLOCK_M).to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
-    x_base = x_ptr + first_row * stride_xm
-    x_offsets = rows[:, None] * stride_xm + depth[None, :] * stride_xk
-    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
-    weight_base = weight_ptr + first_column * K
-    weight_offsets = columns[None, :] * K + depth[:, None]
-
     modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
     module_ok = modules < R
-    a_start = tl.full((), 0, tl.int64)
-    a_offsets = modules[None, :] * K + depth[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        depth_ok = depth < K - k
-        x = tl.load(x_base + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
-        w = tl.load(
-            weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
-        )  # (BLOCK_K, BLOCK_N)
-        a = tl.load(
-            a_ptr + a_start + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
-        )  # (BLOCK_K, BLOCK_R)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-        x_base += x_step
-        weight_base += BLOCK_K
-        a_start += BLOCK_K
-
+    acc, side = multiply(
+        x_ptr + first_row * stride_xm,
+        weight_ptr + first_column * K,
+        a_ptr,
+        rows, columns, depth, modules, row_ok, column_ok, module_ok,
+        K, stride_xm, stride_xk, 1, K, 1, K,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, False, PRECISION,
+    )  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     s_base = s_ptr + first_row * R
     b_base = b_ptr + first_column * R
@@ -128,6 +112,9 @@ def projections_forward_kernel(
             tl.store(s_base + s_offsets, side.to(dtype), mask=row_ok[:, None] & module_ok[None, :])
 
     # For further blocks of modules x is loaded again: registers hold only BLOCK_R columns of the side product.
+    x_offsets = rows[:, None] * stride_xm + depth[None, :] * stride_xk
+    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
+    a_offsets = modules[None, :] * K + depth[:, None]
     for r0 in range(BLOCK_R, R, BLOCK_R):
         module_ok = modules < R - r0
         a_ptr += tl.full((), BLOCK_R, tl.int64) * K
@@ -191,8 +178,9 @@ def forward(
         return ys, ss
     aligned = all(is_aligned(tensor) for tensor in (x, *weights, *ys))
     blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned)
-    block_n = tile(max(widths), blocks.block_n)  # chosen for the sum of widths, so limited here to the widest one
-    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, block_n) for n in widths),)
+    # Chosen for the sum of widths, so limited here to the widest one.
+    blocks = replace(blocks, block_n=tile(max(widths), blocks.block_n))
+    grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, blocks.block_n) for n in widths),)
     with torch.cuda.device_of(x):
         launch(
             projections_forward_kernel,
@@ -204,22 +192,12 @@ def forward(
             tuple(bias if bias is None else bias.contiguous() for bias in biases),
             tuple(ys),
             tuple(ss),
-            rows,
-            k,
-            widths,
-            ranks,
-            tuple(scales),
+            *(rows, k, widths, ranks, tuple(scales)),
             *x.stride(),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            **constants(blocks),
             PROJECTIONS=len(widths),
             STORE_SIDE=keep_s,
             WIDE_OFFSETS=needs_wide_offsets(256, x, *weights, *ys),
             PRECISION=dot_precision(x.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     return ys, ss

@@ -334,8 +334,9 @@ def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tenso
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:
     """Run a kernel as `kernel[grid](…)` does, and record the launch.
 
-    Arguments are given in order, constexprs and Triton's options by name. `scratch` is set for a kernel that needs
-    device memory from Triton's allocator, because it makes tensor descriptors.
+    Arguments are given in order, constexprs and Triton's options by name. None stands for a tensor that the launch does
+    not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled. `scratch` is set for a
+    kernel that needs device memory from Triton's allocator, because it makes tensor descriptors.
     """
     run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
     compiled, recording = run(*arguments, **named), _local.recording

@@ -8,6 +8,8 @@ and rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +21,13 @@ from plora_kernels.kernels.launch import (
     Dropout,
     DropoutArguments,
     cdiv,
+    constants,
     dot_precision,
     dtype_name,
     is_aligned,
     launches_dependents,
     needs_wide_offsets,
+    strides,
 )
 from plora_kernels.kernels.replay import empty, launch
 from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, tile
@@ -36,19 +40,19 @@ def side_product_kernel(
     down_ptr,
     index_ptr,
     table_ptr,
+    side_ptr,
     seed_ptr,
     numbers_ptr,
     selected_ptr,
-    side_ptr,
-    M,
-    D_IN,
-    R,
     selected_width,
     drop_threshold,
     keep_scale,
+    M,
+    D_IN,
+    R,
+    stride_dg,
     stride_im,
     stride_id,
-    stride_dg,
     stride_dd,
     stride_dr,
     stride_sm,
@@ -56,39 +60,38 @@ def side_product_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SELECTED_BLOCK: tl.constexpr,
-    GROUPED: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NUMBERED: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Store BLOCK_M rows and BLOCK_R columns of side (M, R) = D(in) · down; R is the number of columns of side.
 
-    in (M, D_IN), down (D_IN, ·), index (R,) int32 or unused. With DROPOUT, D drops elements of `in` and scales the rest
-    by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names. If GROUPED,
-    the tile is a row of the table of `grouped_tiles`; down, index, seed and selected have a leading axis (C,), and
-    numbers (M,) are read if NUMBERED.
+    in (M, D_IN), down (D_IN, ·), index (R,) int32 or None. With a seed, D drops elements of `in` and scales the rest by
+    keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names. With the table
+    of `grouped_tiles` the tile is one of its rows; down, index, seed and selected have a leading axis (C,), and numbers
+    (M,) may be None.
     """
     if LAUNCHES_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
     r0 = tl.program_id(1) * BLOCK_R
     first, end, number = tl.program_id(0) * BLOCK_M, M, tl.program_id(0) * BLOCK_M
-    if GROUPED:
+    if table_ptr is not None:
         group, first, end, number = load_tile(table_ptr, tl.program_id(0))
         if group < 0:
             return
         down_ptr += group.to(tl.int64) * stride_dg
-        index_ptr += group * R
-        seed_ptr += group
-        selected_ptr += group * selected_width
+        if index_ptr is not None:
+            index_ptr += group * R
+        if seed_ptr is not None:
+            seed_ptr += group
+        if selected_ptr is not None:
+            selected_ptr += group * selected_width
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     rows = tl.arange(0, BLOCK_M).to(offset_type)  # (BLOCK_M,)
     depth = tl.arange(0, BLOCK_K).to(offset_type)  # (BLOCK_K,)
     row_ok = rows < end - first
     first_row = first.to(tl.int64)
-    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, HAS_INDEX, offset_type)
+    modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
 
     in_base = in_ptr + first_row * stride_im
     in_start, down_start = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
@@ -98,22 +101,22 @@ def side_product_kernel(
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     whole = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # side product without dropout
-    if DROPOUT:
-        numbers = row_numbers(numbers_ptr + first_row, number, row_ok, BLOCK_M, NUMBERED)  # (BLOCK_M,)
+    if seed_ptr is not None:
+        numbers = row_numbers(numbers_ptr, first_row, number, row_ok, BLOCK_M)  # (BLOCK_M,)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k
         a = tl.load(
             in_base + in_start + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
         )  # (BLOCK_M, BLOCK_K)
         d = tl.load(down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
-        if DROPOUT:
+        if seed_ptr is not None:
             if SELECTED_BLOCK > 0:
                 whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             a = tl.where(keep_mask(seed_ptr, numbers, k, drop_threshold, BLOCK_K), a, 0.0)
         side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         in_start += in_step
         down_start += down_step
-    if DROPOUT:
+    if seed_ptr is not None:
         side *= keep_scale
         if SELECTED_BLOCK > 0:
             side = tl.where(are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :], side, whole)
@@ -146,45 +149,26 @@ def side_product(
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
     # Tiles have no more rows than an average group, rounded up to a power of two.
-    block_m = blocks.block_m if groups is None else tile(rows // max(1, groups.total), blocks.block_m)
-    table = grouped_tiles(groups.offsets, rows, block_m) if groups is not None else None
-    tiles = cdiv(rows, block_m) if table is None else table.shape[0]
+    if groups is not None:
+        blocks = replace(blocks, block_m=tile(rows // max(1, groups.total), blocks.block_m))
+    table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
+    tiles = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
     one = down if groups is None else down[0]
-    dropped = DropoutArguments.of(dropout, inputs)
+    dropped = DropoutArguments.of(dropout)
     with torch.cuda.device_of(inputs):
         launch(
             side_product_kernel,
             (tiles, cdiv(width, blocks.block_r)),
-            inputs,
-            down,
-            index if index is not None else inputs,
-            table if table is not None else inputs,
-            dropped.seed,
-            dropped.numbers,
-            dropped.selected,
-            side,
-            rows,
-            d_in,
+            *(inputs, down, index, table, side),
+            *dropped,
+            *(rows, d_in, width),
+            None if groups is None else down.stride(0),
+            *strides(inputs, one),
             width,
-            dropped.selected_width,
-            dropped.threshold,
-            dropped.keep_scale,
-            *inputs.stride(),
-            down.stride(0) if groups is not None else 0,
-            *one.stride(),
-            width,
-            BLOCK_M=block_m,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
+            **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,
-            GROUPED=groups is not None,
-            HAS_INDEX=index is not None,
-            DROPOUT=dropout is not None,
-            NUMBERED=dropped.numbered,
             LAUNCHES_DEPENDENTS=leads and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
         )
     return side

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import tile_position
-from plora_kernels.kernels.launch import cdiv, launches_dependents
+from plora_kernels.kernels.launch import cdiv, constants, launches_dependents
 from plora_kernels.kernels.persistent_matmul import load_either_way, takes_descriptors
 from plora_kernels.kernels.replay import launch
 from plora_kernels.tuning import lookup
@@ -50,14 +50,13 @@ def specialised_matmul_kernel(
     GROUP_M: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
     UP_TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
     """Compute out (M, D_OUT) = in · main + bias + s·side · up, each program several (BLOCK_M, BLOCK_N) tiles in turn.
 
     in (M, D_IN), side (M, R) and out row-major; main (D_IN, D_OUT) and up (R, D_OUT), given as their transposes if
-    *_TRANSPOSED; bias (D_OUT,) or unused. Strides are those between rows as given; rows are contiguous. Sums run in
+    *_TRANSPOSED; bias (D_OUT,) or None. Strides are those between rows as given; rows are contiguous. Sums run in
     fp32.
     """
     if (
@@ -90,7 +89,7 @@ def specialised_matmul_kernel(
             w = load_either_way(main_desc, k, pid_n * BLOCK_N, MAIN_TRANSPOSED)  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(a, w, acc)  # (BLOCK_M, BLOCK_N) fp32
         columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + columns, mask=columns < D_OUT, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
         rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
@@ -128,34 +127,17 @@ def specialised_matmul(
         launch(
             specialised_matmul_kernel,
             (min(lookup.multiprocessors_of(inputs.device), tiles),),
-            inputs,
-            main.t() if main_transposed else main,
-            up.t() if up_transposed else up,
-            side,
-            bias.contiguous() if bias is not None else inputs,
+            *(inputs, main.t() if main_transposed else main, up.t() if up_transposed else up, side),
+            None if bias is None else bias.contiguous(),
             out,
-            rows,
-            d_in,
-            d_out,
-            side.shape[1],
+            *(rows, d_in, d_out, side.shape[1]),
             scale,
-            inputs.stride(0),
-            max(main.stride()),
-            max(up.stride()),
-            side.stride(0),
-            out.stride(0),
-            BLOCK_M=blocks.block_m,
-            BLOCK_N=blocks.block_n,
-            BLOCK_K=blocks.block_k,
-            BLOCK_R=blocks.block_r,
-            GROUP_M=blocks.group_m,
+            *(inputs.stride(0), max(main.stride()), max(up.stride()), side.stride(0), out.stride(0)),
+            **constants(blocks),
             MAIN_TRANSPOSED=main_transposed,
             UP_TRANSPOSED=up_transposed,
-            HAS_BIAS=bias is not None,
             DEPENDENT=dependent,
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and dependents,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
             scratch=True,
             **({"launch_pdl": True} if dependent else {}),
         )

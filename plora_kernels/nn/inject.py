@@ -333,12 +333,7 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     siblings = {name for group in projections for name in group}
     for name, linear in linears.items():
         layer = (SiblingPLoRALinear if name in siblings else FusedPLoRALinear).from_linear(
-            linear,
-            config.rank_of(name),
-            config.alpha_of(name),
-            config.rank_stabilized,
-            config.dropout,
-            config.original,
+            linear, config.rank_of(name), config.alpha_of(name), config.rank_stabilized, config.dropout, config.original
         )
         layer.weight_is_tied = _storage(linear.weight) in shared
         model.set_submodule(name, layer)

@@ -381,12 +381,7 @@ def check_replaceable(module: nn.Module, where: str) -> None:
         raise TargetError(f"{where} an nn.Linear whose weight is computed (weight_norm?); a parameter is needed")
     if "forward" in vars(module):
         raise TargetError(f"{where} an nn.Linear with a forward of its own (accelerate's hooks?); remove it first")
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         raise TargetError(f"{where} an nn.Linear with hooks, which would be lost; remove them first")
 

@@ -182,34 +182,24 @@ class GroupModules:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (…, N) for x (samples, …, K)."""
+        factors = self.lora_A, self.lora_B
         if torch.compiler.is_compiling():
             if self._is_plain(x, weight):
-                factors, scales = (self.lora_A, self.lora_B), (self.scale, self.scales)
-                return grouped_products.traced(x, weight, *factors, bias, *scales, self.rows.product)
+                return grouped_products.traced(x, weight, *factors, bias, self.scale, self.scales, self.rows.product)
         elif not is_watched(x):
-            refuse_transforms(x, weight, self.lora_A, self.lora_B, bias)
+            refuse_transforms(x, weight, *factors, bias)
             key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
             if key not in self._plans:
                 with torch.inference_mode(False):  # a later call may train with the plan's tensors
                     self._plans[key] = self._plan(x, weight)
             plan = self._plans[key]
             if plan is not None:
-                return plan.apply(x, weight, self.lora_A, self.lora_B, bias)
+                return plan.apply(x, weight, *factors, bias)
+        offsets, numbers = self.rows.offsets(x), self.rows.numbers(x) if self.dropout_p else None
         return grouped_with_index(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_B,
-            bias,
-            self.index,
-            self.rows.offsets(x),
-            self.scales,
-            self.scale,
-            True,
-            self.dropout_p,
-            self.dropout_seeds,
-            self.rows.numbers(x) if self.dropout_p else None,
-        )
+            x, weight, *factors, bias, self.index, offsets, self.scales, self.scale, True, self.dropout_p,
+            self.dropout_seeds, numbers,
+        )  # fmt: skip
 
     def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
         """Say whether plain torch products can compute y; for shapes that do not fit the operator raises the error."""

@@ -95,13 +95,6 @@ def _fold_in_place(
     _fold(weight, lora_A, lora_B, index, scale, seed, weight)
 
 
-@_fold_in_place.register_fake
-def _fold_in_place_fake(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None
-) -> None:
-    return None
-
-
 @torch.library.custom_op("plora::fold", mutates_args=("out",))
 def _fold_out_of_place(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
@@ -109,8 +102,5 @@ def _fold_out_of_place(
     _fold(weight, lora_A, lora_B, index, scale, seed, out)
 
 
-@_fold_out_of_place.register_fake
-def _fold_out_of_place_fake(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
-) -> None:
-    return None
+for _operator in (_fold_in_place, _fold_out_of_place):
+    _operator.register_fake(lambda *arguments: None)  # they return nothing

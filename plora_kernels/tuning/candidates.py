@@ -32,18 +32,7 @@ from plora_kernels.tuning.blocks import (
 from plora_kernels.tuning.defaults import default_blocks
 
 # (block_m, block_n) of an output tile.
-TILES = (
-    (16, 32),
-    (16, 64),
-    (16, 128),
-    (32, 128),
-    (64, 64),
-    (64, 128),
-    (128, 64),
-    (128, 128),
-    (64, 256),
-    (128, 256),
-)
+TILES = ((16, 32), (16, 64), (16, 128), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256))
 # The largest float32 tile in elements: with FMA instructions a larger one spills kilobytes of registers and takes half
 # a minute to compile.
 WIDE_TILE = 64 * 128

@@ -50,7 +50,7 @@ def assert_fits(rows: list[dict]) -> None:
             target
         )
         assert kernels >= {"projections_forward_kernel", "projections_input_gradient_kernel"}, target
-        assert kernels >= {"grouped_matmul_kernel", "side_product_kernel"}, target
+        assert kernels >= {"tile_matmul_kernel", "grouped_tiles_kernel", "side_product_kernel"}, target
         assert any("matmul" in kernel for kernel in kernels), target
     assert [row for row in rows if row["error"]] == []
     used = [row for row in rows if not row["candidate"]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from plora_kernels.kernels import adapted_matmul, grouped_matmul
+from plora_kernels.kernels import adapted_matmul, tile_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     DESIGNS,
@@ -179,11 +179,11 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
 def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches = note_calls(monkeypatch, grouped_matmul, "launch", lambda kernel, *rest, **named: (kernel, named))
+    launches = note_calls(monkeypatch, tile_matmul, "launch", lambda kernel, *rest, **named: (kernel, named))
     wide = MatmulBlocks("tile", 128, 256, 64, 16, 8, 8, 3)
     with lookup.override_blocks({"forward": wide, "input_gradient": wide} if measured else {}):
         check(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
-    products = [named for kernel, named in launches if kernel is grouped_matmul.grouped_matmul_kernel]
+    products = [named for kernel, named in launches if kernel is tile_matmul.tile_matmul_kernel]
     tiles = [named["BLOCK_M"] * named["BLOCK_N"] for named in products]
     large, small = 128 * 256, 128 * 128
     assert tiles == ([large, small if dropout_p else large] if measured else [small, small])

@@ -1,4 +1,4 @@
-"""What is measured: projections of real models, the passes over them, and the least work each of them is."""
+"""The cases: projections of real models, the passes over them, and the least work of each."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -86,10 +86,10 @@ class Case:
 class Problem:
     """The tensors every provider of a case shares.
 
-    x (m, k), weight (n, k), A (r, k), B (n, r) and grad_y (m, n) of the case's dtype, for y = x Wᵀ +
-    scale·(x Aᵀ) Bᵀ. B is not zero and the update is about as large as the base output, so an error in either
-    shows. `more` holds further (x, grad_y) that timed calls take in turn, so that no call finds the last one's in a
-    cache. Several projections have `widths`, their weights, B and grad_y in one tensor, and A (r each, k).
+    x (m, k), weight (n, k), A (r, k), B (n, r) and grad_y (m, n) of the case's dtype, for y = x Wᵀ + scale·(x Aᵀ) Bᵀ. B
+    is not zero and the update is about as large as the base output, so an error in either shows. `more` holds further
+    (x, grad_y) that timed calls use in turn, so that no call finds its inputs in a cache. Several projections have
+    `widths`, their weights, B and grad_y in one tensor, and A (r each, k).
     """
 
     x: Tensor
@@ -102,11 +102,11 @@ class Problem:
     widths: tuple[int, ...] = ()
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return every (x, grad_y), the first of which is what results are checked on."""
+        """Return every (x, grad_y), the first of which is used to check results."""
         return ((self.x, self.grad_y), *self.more)
 
     def parts(self) -> tuple["Problem", ...]:
-        """Return the problem of each projection, all of the one x, on what results are checked on."""
+        """Return the problem of each projection, all of the same x, for checking results."""
         widths = list(self.widths or self.weight.shape[:1])
         each = zip(
             self.weight.split(widths),
@@ -177,7 +177,7 @@ def cases(device_type: str) -> tuple[Case, ...]:
 def _measured_by(op: Op, device_type: str) -> tuple[Projection, ...]:
     """Return an op's projections: every one of the main ops, one of each model of the others.
 
-    Where those have rows the largest model is left to GPUs: ratios of a CPU are as clear at the smaller ones.
+    Passes with rows leave the largest model to GPUs: on a CPU smaller ones show the same ratios.
     """
     if op in MAIN_OPS:
         return PROJECTIONS
@@ -248,5 +248,5 @@ def least_bytes(case: Case, *, adapted: bool) -> int:
 
 
 def _factors(case: Case, r: int) -> int:
-    """Return how many numbers A (r, K) and B (N, r) of every projection hold."""
+    """Return the number of elements of A (r, K) and B (N, r) of all projections."""
     return r * (case.projection.count * case.projection.k + case.projection.n)

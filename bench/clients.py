@@ -1,7 +1,7 @@
-"""Memory by the number of clients, and time by how many of them are drawn, each measured in a process of its own.
+"""Memory by the number of clients, and time by the number drawn each round, each measured in a process of its own.
 
 `python -m bench.clients --out bench/results` writes `clients-<device>.json`; `python -m bench.report` tabulates it.
-Every client has taken part before and keeps something: with nothing kept, nothing could grow.
+Every client has taken part before and keeps state, because only kept state can grow.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SECONDS_EACH = 600.0
 
 @dataclass(frozen=True)
 class Point:
-    """So many clients, so many of them a round, and whether what they keep lies on "disk" or in "memory".
+    """A number of clients, a number drawn each round, and whether clients' states are on "disk" or in "memory".
 
     `execution` is the run's: "sequential", or "cohort" in cohorts of the size that measures fastest.
     """
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Point):
-    """Medians over rounds, of the clock's seconds and the processor's; bytes at the end, and of the process at most.
+    """Medians over rounds of wall-clock and processor seconds; bytes at the end, and the process's peak.
 
     `tensor_bytes` are those of every tensor alive between two rounds, `kept_bytes` what all clients keep.
     """
@@ -117,7 +117,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
 
 
 def with_past(federation: "Federation", state: "RunState") -> "RunState":
-    """Give every client what it would keep had it taken part before: a B of its own, and a head."""
+    """Give every client the state that it would have from an earlier round: its own B and head."""
     from fed.simulation.client_store import ClientState
 
     server, clients = state.server, []
@@ -132,14 +132,14 @@ def with_past(federation: "Federation", state: "RunState") -> "RunState":
 
 
 def kept_bytes(state: "RunState") -> int:
-    """Return the bytes of what one client keeps times their number: each keeps the same shapes."""
+    """Return the bytes that one client keeps times the number of clients: all keep the same shapes."""
     first = state.clients[0]
     tensors = [*first.memory.values(), *first.head.values()]
     return len(state.clients) * sum(tensor.nbytes for tensor in tensors)
 
 
 def measure_all(points: Sequence[Point], folder: Path) -> list[Measured]:
-    """Measure every point in a process of its own; ResultsError for one that fails."""
+    """Measure every point in a process of its own; raise ResultsError for one that fails."""
     found = []
     for point in points:
         measure = functools.partial(measure_point, folder=folder)

@@ -1,10 +1,10 @@
-"""Compile for a GPU that is not there what a run on it would, into a Triton cache that the run then finds it in.
+"""Compile the kernels of a run on a GPU without that GPU, into a Triton cache that the run then uses.
 
 `python -m bench.compile_ahead CACHE_DIR --check-dtypes bfloat16 --cases 12 --classes 5` runs what `python -m bench.gpu`
 checks and times and `python -m bench.tune` tries, on tensors without storage, in as many processes as there are cores;
 `--sitting first` what `python -m bench.sitting first` has these do. On the device set TRITON_CACHE_DIR=CACHE_DIR.
 
-A kernel is found where these are the same: Triton's files, what its ptxas calls itself, the kernel's source and line,
+A kernel is found where these are the same: Triton's files, the version of its ptxas, the kernel's source and line,
 what arguments are specialised on, constants and options. Neither the folder of the code nor the machine counts, but
 files of a cache name each other by absolute paths: carry CACHE_DIR to the same path, or `--pack FILE` here and
 `--unpack FILE` there, which writes the paths anew. A kernel that is not found is compiled as usual, so a cache made by
@@ -59,7 +59,7 @@ GROUP = "__grp__"
 UNREAD = ".source"
 
 
-# What this process has read of kernels, by their hash: a tool of CUDA's runs for every one.
+# The figures of kernels by their hash, because reading each one starts a tool of CUDA.
 _USAGE: dict[str, Usage] = {}
 # A shape with all its forms, a case with this library's providers, or a candidate, which the tuner checks on fewer rows
 # and then times.
@@ -67,7 +67,7 @@ Piece = CheckShape | Warmup | Attempt
 
 
 def name_of(piece: Piece) -> str:
-    """Return a piece in words."""
+    """Return a description of a piece."""
     match piece:
         case CheckShape():
             return f"check {check_title(piece)}"
@@ -79,7 +79,7 @@ def name_of(piece: Piece) -> str:
 
 @dataclass
 class Found:
-    """What pieces launch: kernels, with the first piece, by the hash they are cached under; what they use; failures."""
+    """The launches of pieces: kernels by the hash of their cache entry, with their piece; their figures; failures."""
 
     kernels: dict[str, str] = field(default_factory=dict)
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def _candidates(shape: ShapeClass, target: Target, most: int) -> list[Piece]:
 
 
 def compile_piece(piece: Piece, *, target: Target, with_usage: bool) -> Found:
-    """Compile everything a piece launches; what fails is among what is found."""
+    """Compile all launches of a piece; failures are part of the result."""
     name = name_of(piece)
     with compiling_for(target) as launches:
         failed = [f"{name}: {cause}" for cause in _causes(piece)]
@@ -148,7 +148,7 @@ def _causes(what: Piece) -> Iterator[str]:
             try:
                 _trial(for_checking(shape)).check(blocks)
                 _trial(shape).with_blocks(blocks)()
-            except Exception as error:  # whatever the compiler raises is a finding
+            except Exception as error:  # any error of the compiler is a result
                 yield _cause(error)
 
 
@@ -169,7 +169,7 @@ def _usage(launches: Sequence[Launch]) -> dict[str, Usage]:
 
 
 def compile_all(what: Sequence[Piece], target: Target, options: argparse.Namespace) -> Found:
-    """Compile the pieces in processes of their own, a line for each, and return what they launch together."""
+    """Compile the pieces in processes of their own, with a line for each, and return all their launches."""
     all_of_them, started = Found(), time.monotonic()
     compiled = functools.partial(compile_piece, target=target, with_usage=options.spills)
     answers = outcomes(compiled, what, workers=options.workers, seconds_each=SECONDS_EACH)
@@ -194,7 +194,7 @@ def size_mb(folder: Path) -> float:
 
 
 def pack(cache: Path, file: Path) -> None:
-    """Write what is read of a cache to a compressed tar."""
+    """Write the files of a cache that Triton reads to a compressed tar."""
     with tarfile.open(file, "w:gz") as archive:
         for path in sorted(cache.rglob("*")):
             if path.is_file() and path.suffix != UNREAD:
@@ -202,7 +202,7 @@ def pack(cache: Path, file: Path) -> None:
 
 
 def unpack(file: Path, cache: Path) -> None:
-    """Put a packed cache into a folder; its groups name the files where they lie now."""
+    """Unpack a cache into a folder, and correct the paths in its group files."""
     with tarfile.open(file) as archive:
         archive.extractall(cache, filter="data")
         groups = [cache / name for name in archive.getnames() if Path(name).name.startswith(GROUP)]
@@ -212,13 +212,13 @@ def unpack(file: Path, cache: Path) -> None:
 
 
 def settle_cache(cache: Path) -> None:
-    """Let Triton of this process, and of those it starts, compile into a folder, alike everywhere."""
+    """Make Triton in this process and its children compile into a folder, with the same keys on every machine."""
     settle_compilers()
     os.environ.update(TRITON_CACHE_DIR=str(cache), TRITON_STORE_BINARY_ONLY="1")
 
 
 def fill(options: argparse.Namespace) -> int:
-    """Compile what the options choose and print what came of it; return 1 if something does not compile."""
+    """Compile what the options choose and print a summary; return 1 if something does not compile."""
     import triton
 
     target = TARGETS[options.target]
@@ -267,7 +267,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 1 for what does not compile, 2 for input that cannot be used."""
+    """Run the command line; return its exit status: 1 if something does not compile, 2 for invalid input."""
     options = parse(arguments)
     if options.unpack is not None:
         try:

@@ -1,4 +1,4 @@
-"""What the suites share: the device, how what was measured is handed over, and what goes into the saved JSON."""
+"""Fixtures of the suites: the device, handing measurements to pytest-benchmark, and fields of the saved JSON."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,7 +14,7 @@ NOT_AVAILABLE = pytest.StashKey[list[Mapping[str, object]]]()
 
 
 class RecordedClock:
-    """A clock that stands still except while a recorded call is replayed."""
+    """A clock that advances only while a recorded call is replayed."""
 
     now_s = 0.0
 
@@ -46,7 +46,7 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture
 def hand_over(pytestconfig: pytest.Config, benchmark: BenchmarkFixture) -> HandOver:
-    """Hand a provider's figures and measured rounds to pytest-benchmark, or skip with the reason why there are none.
+    """Hand a provider's figures and measured rounds to pytest-benchmark, or skip with the reason if there are none.
 
     Providers are timed in turn, one round of all of them after another, while pytest-benchmark completes an item before
     it starts the next. So a case is measured once and each provider's item replays its own durations; its `benchmark`
@@ -73,7 +73,7 @@ def hand_over(pytestconfig: pytest.Config, benchmark: BenchmarkFixture) -> HandO
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
-    """Add device, threads and versions to the saved machine; leave the host's name and kernel build out."""
+    """Add device, threads and versions to the saved machine; leave out the host's name and kernel build."""
     for private in ("node", "release"):
         machine_info.pop(private, None)
     machine_info |= environment(bench_device(), threads=usable_cores())
@@ -81,11 +81,11 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> Non
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(commit_info: dict[str, object]) -> None:
-    """Name the project, whatever the checkout's directory is called."""
+    """Set the project's name, which pytest-benchmark takes from the checkout's directory."""
     commit_info["project"] = "plora-kernels"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, object]) -> None:
-    """List the providers that could not run here beside those that did."""
+    """Add the providers that could not run here."""
     output_json["not_available"] = config.stash.get(NOT_AVAILABLE, [])

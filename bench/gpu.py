@@ -1,10 +1,10 @@
-"""Check and time everything on the device at hand, and write one file of records.
+"""Check and time everything on the present device, and write one file of records.
 
 `python -m bench.gpu --out DIR` writes DIR/<device>.json. First it checks the operators against fp64 in bfloat16 at the
 shapes that are timed first, then it times every provider of every case, the most important first, then training steps
-of many clients, and with the time left it checks all other dtypes and shapes. The file is written after each, so a run
-that is cut goes on where it stopped. Times are those of the device alone: the host is kept ahead by what flushes the
-cache, and its own time a call is recorded beside them as host_us. A training step is timed with its launches, from an
+of many clients, and with the time left it checks all other dtypes and shapes. The file is written after each, so an
+interrupted run continues where it stopped. Times are the device's: flushing the cache keeps the device busy while the
+host launches, and the host's time per call is recorded as host_us. A training step is timed with its launches, from an
 idle device to an idle device.
 """
 
@@ -43,14 +43,15 @@ from bench.report.device_tables import summary
 from bench.simulation.measure import device_simulations
 
 PLAN = Plan(seconds_per_provider=0.25, min_rounds=12, max_rounds=24, warmup_rounds=3)
-# What `--check-shapes` takes beside sizes: the shapes that are timed first, and all.
+# Values of `--check-shapes` other than sizes: the shapes that are timed first, and all.
 GATE, ALL = "gate", "all"
 
 
 def choose_checks(options: argparse.Namespace) -> tuple[list[CheckShape], list[CheckShape]]:
-    """Return what is checked before anything is timed, and what with the time left.
+    """Return the checks before anything is timed, and those in the remaining time.
 
-    First come, in bfloat16, the shapes that are timed first. Shapes that the options name are all checked first.
+    The first ones are those of the shapes that are timed first, in bfloat16. Shapes given by options are all checked
+    first.
     """
     if options.no_checks:
         return [], []
@@ -74,7 +75,7 @@ def choose_work(options: argparse.Namespace) -> Work:
 
 
 def choose_plan(most_rounds: int | None) -> Plan:
-    """Return how long to time, in no more rounds than that."""
+    """Return for how long and in how many rounds at most to time."""
     if most_rounds is None:
         return PLAN
     return replace(PLAN, min_rounds=min(PLAN.min_rounds, most_rounds), max_rounds=most_rounds)
@@ -116,7 +117,7 @@ def measure_device(options: argparse.Namespace) -> int:
 
 
 def _conclude(run: Run, work: Work) -> int:
-    """Say what is missing and, last, what was wrong; return the exit status."""
+    """Print what is missing and, last, what was wrong; return the exit status."""
     missing = left(run, work)
     wrong = [record for record in run.file.records if record.get("status") == "wrong"]
     run.say(f"{run.file.path}: {len(run.file.records)} records, {len(wrong)} wrong, {len(missing)} left")
@@ -162,7 +163,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 1 for a wrong result, 2 for input that cannot be used."""
+    """Run the command line; return its exit status: 1 for a wrong result, 2 for invalid input."""
     settle_compilers()  # so that kernels that were compiled ahead are found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     options = parse(arguments)

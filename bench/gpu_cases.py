@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` times and in which order: what matters most stands first, for a run may be cut."""
+"""The cases of `python -m bench.gpu` in order of importance, because a run may be interrupted."""
 
 from bench.cases import FOLDS, GATE_UP, OPS, PROJECTIONS, QKV, QKVO, Case, Op, Projection, cases, several
 
@@ -38,7 +38,7 @@ def device_cases(device_type: str) -> tuple[Case, ...]:
 
 
 def _beyond_one_pass() -> list[Case]:
-    """List dropout, projections of one input and the other forms of folds, where they matter."""
+    """List dropout, projections of one input and the other forms of folds, at the shapes that use them."""
     found = [Case("dropout", GATE, TABLE_ROWS, 16, "bfloat16")]
     for projection in SHARED_INPUTS:
         found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for op in ("projections", "projections_forward")]

@@ -1,7 +1,7 @@
-"""One case measured: every provider made, checked, weighed and timed in turn.
+"""Measuring one case: every provider is made and checked, its memory read, and all are timed in turn.
 
-`measure` is for the suites: a result that is wrong is raised. `measure_on_device` is for `python -m bench.gpu`: what is
-wrong or absent is recorded, and the others are timed.
+`measure` is for the suites: a wrong result raises an error. `measure_on_device` is for `python -m bench.gpu`: a wrong
+or absent provider is recorded, and the others are timed.
 """
 
 import statistics
@@ -30,7 +30,7 @@ WRONG, NOT_AVAILABLE = "wrong", "not available"
 class Measurement:
     """A case's figures by provider: `seconds` of each round, `peak_bytes`, causes of absence.
 
-    `host_seconds` is for how long a call keeps the host, on a device that works asynchronously.
+    `host_seconds` is the host's time per call, on a device that works asynchronously.
     """
 
     case: Case
@@ -41,7 +41,7 @@ class Measurement:
     host_seconds: dict[str, float] = field(default_factory=dict)
 
     def entry(self, provider: str) -> dict[str, object]:
-        """Return what the suites save of a provider: the facts, its figures and their interquartile range."""
+        """Return the suites' record of a provider: the facts, its figures and their interquartile range."""
         return _facts(self.case, self.device, provider) | self._figures(provider, "iqr_ms")
 
     def missing(self, provider: str) -> dict[str, object]:
@@ -49,7 +49,7 @@ class Measurement:
         return _facts(self.case, self.device, provider) | {"cause": self.not_available[provider]}
 
     def record(self, provider: str, *, adapted: bool) -> dict[str, object]:
-        """Return the record that `python -m bench.gpu` keeps of a provider, `adapted` if it has an adapter."""
+        """Return the record of a provider in `python -m bench.gpu`'s file; `adapted`: it has an adapter."""
         median_s, base_s = self._median_s(provider), self._median_s("base")
         return blank(
             **_facts(self.case, self.device, provider),
@@ -78,7 +78,7 @@ class Measurement:
 
 @dataclass
 class Exclusions:
-    """Why providers of a case are not timed, a status and a cause by name.
+    """The providers of a case that are not timed: a status and a cause by name.
 
     With `strict` only a provider that cannot run on this machine is excluded: every other error is raised.
     """
@@ -89,9 +89,9 @@ class Exclusions:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Note which provider runs alone in the body, for a crash is then its own; exclude it if it fails.
+        """Note which provider runs alone in the body, so that a crash is attributed to it; exclude it if it fails.
 
-        Raises LostProcessError if it leaves a device that does no more work.
+        Raises LostProcessError if the device no longer works afterwards.
         """
         note(name)
         try:
@@ -109,7 +109,7 @@ def measure(case: Case, device: torch.device, plan: Plan) -> Measurement:
     """Measure a case on `device`: check every provider against fp64, read its memory, then time all in turn.
 
     Raises WrongResultError before anything is timed if one provider's result is wrong. A provider that cannot
-    run here is left out and its cause kept.
+    run here is left out, with the cause.
     """
     problem = make_problem(case, device)
     excluded = Exclusions(device, strict=True)
@@ -130,7 +130,7 @@ def _make(case: Case, problem: Problem, names: Sequence[str], excluded: Exclusio
 def _right(
     case: Case, problem: Problem, providers: Mapping[str, Provider], excluded: Exclusions
 ) -> dict[str, Provider]:
-    """Return the providers whose results are right; the outputs of ours are poisoned before they run."""
+    """Return the providers whose results are right; outputs of this library are filled with NaN first."""
     for expected in dict.fromkeys(provider.expected for provider in providers.values()):
         note(None)
         exact, plain = references(case, problem, expected)
@@ -138,7 +138,7 @@ def _right(
             if provider.expected is not expected:
                 continue
             with excluded.alone(name), poisoned_outputs() if is_ours(name) else nullcontext():
-                # Calls after the first replay what it recorded: it is those that are timed.
+                # Later calls replay the first one's launches, and those calls are timed.
                 results = [provider.results() for _ in range(2)][-1]
                 check(name, results, exact, plain)
     return {name: provider for name, provider in providers.items() if name not in excluded.causes}
@@ -164,7 +164,7 @@ def _time(
 
 @dataclass(frozen=True)
 class Warmup:
-    """A case to build and run once ahead, so that what it compiles lies in the compilers' caches."""
+    """A case to build and run once ahead, so that its kernels are in the compilers' caches."""
 
     case: Case
     device: str
@@ -172,7 +172,7 @@ class Warmup:
 
 
 def warm_up(work: Warmup) -> dict[str, str]:
-    """Build every provider and run it once; return the causes of those that fail for another reason than absence.
+    """Build every provider and run it once; return the errors, but for providers that cannot run on this machine.
 
     Notes each provider's name before it runs.
     """
@@ -197,10 +197,10 @@ def chosen_providers(case: Case, wanted: Sequence[str]) -> tuple[str, ...]:
 def measure_on_device(
     case: Case, device: torch.device, plan: Plan, wanted: Sequence[str], failed: Mapping[str, str]
 ) -> list[dict[str, object]]:
-    """Return a record per provider of a case; what is wrong, absent or named in `failed` is recorded and not timed.
+    """Return a record per provider of a case; those that are wrong, absent or named in `failed` are not timed.
 
-    Notes each provider's name before it runs alone, and None before what is nobody's own, the timing in turn above all.
-    Raises LostProcessError if one leaves a device that does no more work.
+    Notes each provider's name before it runs alone, and None before what is not one provider's, such as the timing in
+    turn. Raises LostProcessError if the device no longer works after one.
     """
     problem = make_problem(case, device, sets=INPUT_SETS if device.type == "cuda" else 1)
     chosen = chosen_providers(case, wanted)
@@ -223,13 +223,13 @@ def measure_on_device(
 
 
 def status_of_lost(name: str) -> str:
-    """Return the status of a provider whose process ended: ours should not have; of the others nothing is known."""
+    """Return the status of a provider whose process ended: "wrong" for this library, else "not available"."""
     return WRONG if is_ours(name) else NOT_AVAILABLE
 
 
 def _blocks(provider: Provider) -> dict[str, object]:
-    """Return the blocks, designs among them, that a provider's kernels take, by op; none where it fails."""
-    with record_blocks() as taken, suppress(Exception):  # what fails here is found wrong next
+    """Return the blocks, with their design, that a provider's kernels use, by op; none if it fails."""
+    with record_blocks() as taken, suppress(Exception):  # the check that follows records the failure
         provider.results()
     return {"blocks": {op: asdict(blocks) for op, blocks in taken.items()}}
 

@@ -1,15 +1,15 @@
-"""Two sittings on a GPU that is lent by the minute: everything worth measuring, in an order that may be cut anywhere.
+"""Two short runs (sittings) on a GPU that is available for minutes: the most important measurements come first.
 
-`python -m bench.sitting first --out DIR` writes down the device and its ceilings, tunes the launches of the layer that
-matters most, every candidate held to float64 first, times the first cases with the tables so found and with default
-blocks, and runs tests of bfloat16: five minutes. `python -m bench.sitting second --out DIR` times all the rest and
-training steps of many clients: seven. The same command goes on where it was cut; `--earlier` names the folder of a
-sitting whose machine is gone.
+`python -m bench.sitting first --out DIR` records the device and its peak rates, tunes the most important layer, with
+every candidate checked against float64 first, times the first cases with these tables and with default blocks, and runs
+tests of bfloat16: five minutes. `python -m bench.sitting second --out DIR` times all the rest and
+training steps of many clients: seven. The same command continues an interrupted run; `--earlier` names the folder
+of an earlier sitting on another machine.
 
-Every step is a process with a time limit, so that a hang costs its share and no more; what one leaves unused goes to
-the next. DIR receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),
-tune/<device>.json, sitting.log with all that was printed and sitting.json with what became of every step. Triton's
-cache, in $TRITON_CACHE_DIR, is not cleared. `--device cpu` rehearses both under Triton's interpreter.
+Every step is a process with a time limit, so that a hang costs only that step; unused time goes to the next one. DIR
+receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),
+tune/<device>.json, sitting.log with everything printed and sitting.json with the status of every step. Triton's cache,
+in $TRITON_CACHE_DIR, is not cleared. `--device cpu` rehearses both under Triton's interpreter.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import write_text
 from bench.report.sitting_tables import sitting_table
 
-# How long each sitting may take, and how much of that starting it and showing the last table take.
+# How long each sitting may take, and the part of that for starting it and showing the last table.
 LIMITS = {"first": 300.0, "second": 420.0}
 OVERHEAD_SECONDS = 8.0
 # A step gets SIGTERM this long before its limit; at the limit its processes are killed.
@@ -45,7 +45,7 @@ LOG_BYTES = 2 * 2**20
 SHOWN_LINES = 3
 FIRST_CASES = 12
 EAGER = ("base", "peft", "inplace", "fused-apart", "fused-inplace", "fused")
-# In the message of a step that does not go on from records of other code or versions.
+# Part of the message of a step that refuses to add to records of other code or versions.
 REFUSED = "--fresh starts over"
 
 
@@ -53,7 +53,7 @@ REFUSED = "--fresh starts over"
 class Step:
     """A module to run with arguments: how long it should take, and after how long it is stopped.
 
-    One that has a `budget` gets its time as `--budget-seconds`.
+    A step with a `budget` is given its time as `--budget-seconds`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a step: its exit status, None where it was stopped; seconds it took and might have taken."""
+    """The result of a step: its exit status, None if it was stopped; the seconds it took and its limit."""
 
     sitting: str
     step: str
@@ -76,7 +76,7 @@ class Done:
 
 
 def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tuple[Step, ...]:
-    """Return the steps of a sitting, in order. Where git knows no commit, records name the code `commit`."""
+    """Return the steps of a sitting, in order. Without git, records name `commit` as the code's."""
     named = () if commit is None else ("--commit", commit)
     return (_first if sitting == "first" else _second)(("--out", str(out), "--device", device, *named), device)
 
@@ -113,13 +113,13 @@ def _tests(device: str) -> tuple[str, ...]:
 
 
 def environment_of(out: Path, device: str) -> dict[str, str]:
-    """Return what the steps' environment has beside that of this process."""
+    """Return the variables that steps have in addition to this process's environment."""
     found = {"PLORA_KERNELS_CACHE": str((out / "tables").absolute()), "PYTHONUNBUFFERED": "1"}
     return found if device == "cuda" else found | {"PLORA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
 
 
 def sit(sitting: str, steps: Sequence[Step], out: Path, device: str, end: float) -> list[Done]:
-    """Run the steps in order, each as long as the later ones can spare; write down what became of each."""
+    """Run the steps in order, each with the time that the later ones do not need; record the result of each."""
     environment = {**os.environ, **environment_of(out, device)}
     done: list[Done] = []
     for number, step in enumerate(steps):
@@ -135,7 +135,7 @@ def sit(sitting: str, steps: Sequence[Step], out: Path, device: str, end: float)
 
 
 def _sit_through(sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float) -> Done:
-    """Run one step; where it refuses to add to records of other code or versions, set those aside and run it again."""
+    """Run one step; if it refuses to add to records of other code or versions, set those aside and run it again."""
     found, lines = run_step(sitting, step, out, environment, end)
     if found.status == 2 and any(REFUSED in line for line in lines):
         print(f"{step.name}: what is in {out} was made by other code or versions; it is set aside", flush=True)
@@ -147,7 +147,7 @@ def _sit_through(sitting: str, step: Step, out: Path, environment: Mapping[str, 
 def run_step(
     sitting: str, step: Step, out: Path, environment: Mapping[str, str], end: float
 ) -> tuple[Done, Sequence[str]]:
-    """Run one step until it ends or its time is up; return what became of it and the last lines it printed."""
+    """Run one step until it ends or its time is up; return its result and the last lines it printed."""
     began = time.monotonic()
     limit_s = end - began
     budget = ("--budget-seconds", f"{max(0.0, limit_s - MARGIN_SECONDS):.0f}") if step.budget else ()
@@ -176,7 +176,7 @@ def run_step(
 
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
-    """Return a process's exit status; None where it has not ended shortly before its time is up and gets SIGTERM."""
+    """Return a process's exit status; None if it has not ended shortly before its limit and gets SIGTERM."""
     try:
         return process.wait(max(0.0, end - TERMINATION_SECONDS - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -187,7 +187,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those it started; one that its driver does not let go is not waited for."""
+    """Kill a process and its children; one that hangs in its driver is not waited for."""
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
@@ -207,19 +207,19 @@ def _keep(printed: IO[bytes], log: IO[bytes], last: list[str]) -> None:
                 left -= len(line)
                 if left <= 0:
                     log.write(b"(the rest is left out)\n")
-    for _ in printed:  # a process whose pipe is full would wait for ever
+    for _ in printed:  # a process whose pipe is full would block
         pass
 
 
 def _earlier(out: Path, sitting: str) -> list[dict[str, object]]:
-    """Return what became of other sittings' steps, as written before."""
+    """Return the recorded results of the other sitting's steps."""
     path = out / "sitting.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [step for step in found if step["sitting"] != sitting]
 
 
 def set_aside(out: Path) -> None:
-    """Rename records and logs to "-before": they are of other code or versions, and none may be added to them."""
+    """Rename records and logs of other code or versions, to which none may be added, to "-before"."""
     logs = sorted((out / "tune").glob("*.json"))
     for path in [*(path for path in sorted(out.glob("*.json")) if path.name != "sitting.json"), *logs]:
         if not path.stem.endswith("-before"):
@@ -227,7 +227,7 @@ def set_aside(out: Path) -> None:
 
 
 def take_up(earlier: Path, out: Path) -> None:
-    """Copy what an earlier sitting left, where there is nothing in its place."""
+    """Copy the files of an earlier sitting that are not there yet."""
     for path in [*earlier.glob("*.json"), *earlier.glob("tables/*.json"), *earlier.glob("tune/*.json")]:
         target = out / path.relative_to(earlier)
         if not target.exists():
@@ -249,7 +249,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sit_down(options: argparse.Namespace) -> int:
-    """Sit; return the first exit status of the steps' that is not 0, 3 where one was stopped."""
+    """Run a sitting; return the first exit status of a step that is not 0, or 3 if one was stopped."""
     limit_s = LIMITS[options.sitting] if options.limit_seconds is None else options.limit_seconds
     options.out.mkdir(parents=True, exist_ok=True)
     if options.earlier is not None:
@@ -264,8 +264,8 @@ def sit_down(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, 2 for input that cannot be used."""
-    settle_compilers()  # the tests too find what was compiled ahead
+    """Run the command line; return its exit status, 2 for invalid input."""
+    settle_compilers()  # so that the tests also find kernels that were compiled ahead
     return exit_status(sit_down, parse(arguments))
 
 

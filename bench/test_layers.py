@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig: pytest.Config, device: torch.device) -> Measure:
-    """Measure a case with all its providers, once; the first of its items does, the others get the same."""
+    """Measure a case with all its providers, once; for the first of its items; the others reuse the result."""
     plan = Plan(
         seconds_per_provider=float(pytestconfig.getoption("benchmark_max_time")),
         min_rounds=max(Plan.min_rounds, pytestconfig.getoption("benchmark_min_rounds")),

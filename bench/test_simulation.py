@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def simulated(pytestconfig: pytest.Config, device: torch.device) -> Simulate:
-    """Measure a case with all its providers, once; the first of its items does, the others get the same."""
+    """Measure a case with all its providers, once; for the first of its items; the others reuse the result."""
     share = float(pytestconfig.getoption("benchmark_max_time"))
     plan = replace(PLAN, seconds_per_provider=PLAN.seconds_per_provider * share)
     by_name = {case.name: case for case in simulation_cases(device.type)}

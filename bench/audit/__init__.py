@@ -1,1 +1,1 @@
-"""Kernels compiled for GPUs that are not there, and what came out."""
+"""Compiling the kernels for GPUs that are absent, and reading the machine code."""

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be here: `python -m bench.audit`."""
+"""Compile every kernel for GPUs that need not be present: `python -m bench.audit`."""
 
 from bench.audit.command import main
 

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that need not be here, and read what came out.
+"""Compile every kernel for GPUs that need not be present, and read the machine code.
 
 `python -m bench.audit` runs the operators on tensors without storage, compiles every launch they would make for each
 target and prints registers, spills, shared memory, how many blocks fit on a multiprocessor, and the matrix and copy

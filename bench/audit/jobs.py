@@ -1,4 +1,4 @@
-"""One compilation of everything a shape launches, for one target: what to compile, and the rows that came out."""
+"""Compiling all launches of a shape for one target: the list of jobs, and the rows that they give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 SECONDS_EACH = 900.0
 
 
-# The shapes users have, odd ones, a decode step.
+# Shapes of common models, odd shapes, a decode step.
 SHAPES = (
     Shape(8192, 4096, 4096, 16),
     Shape(8192, 1001, 1001, 5),
@@ -45,10 +45,10 @@ DESIGN_SHAPES = (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64, indexe
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one target; `error` instead of figures where it does not compile.
+    """The figures of one kernel on one target, or the `error` if it does not compile.
 
-    `code` is a digest of what was compiled: equal ones are the same machine code. A `candidate` is no default and in no
-    table: one that spills is slow, and no launch takes it.
+    `code` is a digest of the machine code. A `candidate` is neither a default nor in a table, so no launch uses it yet,
+    and it may spill.
     """
 
     kernel: str
@@ -78,7 +78,7 @@ class Job:
 
     @property
     def case(self) -> str:
-        """Return the job in words."""
+        """Return a description of the job."""
         shape = self.shape
         words = [self.dtype, f"M{shape.m}", f"K{shape.k}", f"N{shape.n}", f"R{shape.r}"]
         return " ".join([*words, *(["indexed"] if shape.indexed else []), *([self.name] if self.name else [])])
@@ -139,7 +139,7 @@ def shape_jobs(shapes: Iterable[Shape], dtypes: Sequence[str], targets: Sequence
 
 
 def design_jobs(dtypes: Sequence[str], targets: Sequence[Target]) -> Iterator[Job]:
-    """Yield every design that is a candidate on a target, in each of its ways to overlap."""
+    """Yield every design that is a candidate on a target, with each of its kinds of overlap."""
     for target, shape, dtype, design in product(targets, DESIGN_SHAPES, dtypes, DESIGNS):
         for way, blocks in design_ways(design, shape, dtype, target.hardware).items():
             yield Job(shape, dtype, target, way, tuple(blocks.items()), candidate=True)
@@ -167,7 +167,7 @@ def _layer(shape: ShapeClass) -> Shape:
 
 
 def audit_job(job: Job) -> list[Row]:
-    """Compile everything a job launches and read it; what does not compile becomes a row with the error."""
+    """Compile all launches of a job and read the machine code; a failure becomes a row with the error."""
     settle_compilers()
     failed = []
     with compiling_for(job.target) as launches, override_blocks(dict(job.blocks)):
@@ -175,7 +175,7 @@ def audit_job(job: Job) -> list[Row]:
             run_shape(job.shape, getattr(torch, job.dtype))
             run_projections(job.shape, getattr(torch, job.dtype))
             run_groups(job.shape, getattr(torch, job.dtype))
-        except Exception as error:  # whatever the compiler raises is a finding
+        except Exception as error:  # any error of the compiler is a result
             last = f"after {launches[-1].kernel}" if launches else "the first"
             failed.append(Row(last, job.case, job.target.name, error=one_line(error)))
     return [_row(launch, job) for launch in launches] + failed

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a multiprocessor, read from its machine code, and how many of it fit there."""
+"""The registers and memory of a compiled kernel, read from its machine code, and its occupancy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """What one multiprocessor (or compute unit) has: registers, shared memory, places for warps and blocks.
+    """The resources of one multiprocessor (or compute unit): registers, shared memory, warps and blocks.
 
     `registers` are 32-bit ones of one of its four partitions and one lane; a warp takes them in steps of
     `register_step` a lane. A block takes `reserved_bytes` of shared memory beyond its own.
@@ -40,7 +40,7 @@ PARTITIONS = 4
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a lane, bytes a thread spills to memory, shared memory of a block."""
+    """Registers per lane, bytes that a thread spills to memory, shared memory of a block."""
 
     registers: int
     spill_bytes: int
@@ -51,7 +51,7 @@ def resident_blocks(usage: Usage, num_warps: int, limits: Limits) -> int:
     """Return the blocks that fit on a multiprocessor at a time, an estimate of its occupancy.
 
     min(blocks, warps / num_warps, shared / (block's + reserved), 4·⌊registers / rounded up a lane⌋ / num_warps), each
-    rounded down: warps are dealt out to four partitions that have their own registers.
+    rounded down: warps are distributed over four partitions with their own registers.
     """
     held = max(usage.registers, 1)
     held = -(-held // limits.register_step) * limits.register_step
@@ -61,11 +61,11 @@ def resident_blocks(usage: Usage, num_warps: int, limits: Limits) -> int:
 
 
 def usage_of(compiled: Any) -> Usage:
-    """Read what a kernel that Triton compiled takes, from its cubin or its amdgcn text."""
+    """Read the usage of a kernel that Triton compiled from its cubin or its amdgcn text."""
     shared_bytes = compiled.metadata.shared
     if "cubin" in compiled.asm:
         found = _cubin_usage(compiled.asm["cubin"])
-        # A register that does not fit is spilled to the stack, which lies in local memory; nothing else here uses it.
+        # Registers that do not fit are spilled to the stack, in local memory; these kernels use it for nothing else.
         return Usage(found["REG"], found["STACK"] + found["LOCAL"], shared_bytes)
     text = compiled.asm["amdgcn"]
     return Usage(_amdgcn(text, "vgpr_count"), _amdgcn(text, "private_segment_fixed_size"), shared_bytes)
@@ -86,15 +86,15 @@ def instructions_of(compiled: Any) -> tuple[str, ...]:
 
 
 def is_trap(compiled: Any) -> bool:
-    """Say whether a kernel is nothing but a trap, what Triton leaves of one that overflows the matrix units' memory.
+    """Say whether a kernel is only a trap: Triton compiles one that overflows the matrix units' memory to that.
 
-    It looks compiled, with few registers and no spill; whoever launches it loses the device's context.
+    It looks compiled, with few registers and no spill, but launching it destroys the process's CUDA context.
     """
     return re.search(r"^\s*trap;", compiled.asm.get("ptx") or "", re.MULTILINE) is not None
 
 
 def _amdgcn(text: str, name: str) -> int:
-    """Return one number of the kernel's metadata, which stands at the end of the assembly."""
+    """Return one number of the kernel's metadata at the end of the assembly."""
     found = re.findall(rf"^\s*-?\s*\.{name}:\s*(\d+)", text, re.MULTILINE)
     if len(found) != 1:
         raise RuntimeError(f"the amdgcn text holds {len(found)} times .{name}; one kernel's metadata was expected")

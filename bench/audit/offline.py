@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there: Triton gets a device's description, and kernels are not launched.
+"""Compile kernels for GPUs that are absent: Triton gets the description of a device, and nothing is launched.
 
 The operators run on tensors without storage. Triton's own binder specialises every argument (tensors, integers,
 descriptors, tuples) as at run time, so what is compiled is what would run; no kernel has to be registered here.
@@ -55,7 +55,7 @@ TARGETS = {
 
 
 def refuse_interpreter() -> bool:
-    """Say on stderr that nothing would be compiled, and return True, where Triton's interpreter is on."""
+    """If Triton's interpreter is on, say on stderr that nothing would be compiled, and return True."""
     on = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if on:
         print("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it", file=sys.stderr)
@@ -64,7 +64,7 @@ def refuse_interpreter() -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was compiled and not made: the kernel's name and what the compiler gave."""
+    """A launch that was compiled but not run: the kernel's name and the compiler's result."""
 
     kernel: str
     compiled: Any
@@ -72,12 +72,12 @@ class Launch:
 
 
 def _absent_device(target: Target) -> SimpleNamespace:
-    """Return what stands in for Triton's driver and describes the target as if it were there."""
+    """Return a replacement of Triton's driver that describes the target as if it were present."""
     from triton.backends.compiler import GPUTarget
 
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget(target.backend, target.arch, target.warp_size),
-        get_current_device=lambda: list(TARGETS).index(target.name),  # Triton keeps what it compiled by device
+        get_current_device=lambda: list(TARGETS).index(target.name),  # Triton keeps compiled kernels by device
         get_current_stream=lambda device=None: 0,
         get_active_torch_device=lambda: NOWHERE,
     )
@@ -95,7 +95,7 @@ def _callers_of_runs_kernels() -> list[ModuleType]:
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
     """Compile every launch for `target` instead of making it, and list them; operators take tensors on "meta".
 
-    What the compiler raises bears the name of the kernel as a note.
+    An error of the compiler gets the kernel's name as a note.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction

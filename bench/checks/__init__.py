@@ -1,1 +1,1 @@
-"""Is a result right: inputs, bounds, and every form of the operators against fp64."""
+"""Checks of results: inputs, bounds, and every form of the operators against fp64."""

@@ -1,4 +1,4 @@
-"""Whether a provider's results may be timed at all: held against the same mathematics in fp64."""
+"""The check of a provider's results against fp64, without which it is not timed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What a provider must give: the case's results with the adapter or without.
+    """The results that a provider must give, with the adapter or without.
 
     `kept` (m, k) bool is what dropout leaves the adapter of x; None drops nothing.
     """
@@ -74,24 +74,24 @@ def references(case: Case, problem: Problem, expected: Expected) -> tuple[Result
 
 
 def numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Name a result: that of one projection by itself, those of several with their numbers."""
+    """Name a result; for several projections with its number."""
     if len(tensors) == 1:
         return {name: tensors[0]}
     return {f"{name} {number}": tensor for number, tensor in enumerate(tensors)}
 
 
 def check(provider: str, results: Results, exact: Results, plain: Results, eps: float | None = None) -> None:
-    """Refuse results further from fp64 than plain torch at the same dtype is, twice over.
+    """Refuse results whose error is more than twice that of plain torch at the same dtype.
 
     For every tensor, in max and in Frobenius norm,
     ‖result − exact‖ ≤ max(2·‖plain − exact‖, 4·eps·max|exact|), eps of the dtype unless one is given (tf32's has none).
     Raises WrongResultError naming the provider, the tensor, its error and the bound. Of tensors
     without storage only names and sizes are compared.
 
-    Tests derive their bound from the roundings instead (`tests/support/numerics.py`): on their small problems plain
-    torch's error is a matter of luck and of the order in which one processor sums. Here sums are long and numbers many,
-    so neither matters; K far exceeds R, so adding R terms to y costs no precision; and plain torch on the device, with
-    whatever it allows itself there, is what a provider stands in for.
+    Tests derive their bound from the roundings instead (`tests/support/numerics.py`), because on their small problems
+    plain torch's error depends on luck and on the order in which a processor sums. Here sums are long and results many,
+    so neither matters, and K far exceeds R, so adding R terms to y costs no precision. Plain torch on the same device,
+    with its settings there, is what a provider replaces.
     """
     if results.keys() != exact.keys():
         raise WrongResultError(f"{provider} gives {sorted(results)}; the case needs {sorted(exact)}")
@@ -118,7 +118,7 @@ def _distance(result: Tensor, expected: Tensor, order: float) -> float:
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Fill what `torch.empty` and `torch.empty_like` return with NaN: an element nobody writes shows."""
+    """Fill what `torch.empty` and `torch.empty_like` return with NaN, so that unwritten elements show."""
 
     def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*arguments: object, **named: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Block sizes that stand for each design of the kernels, for checks and audits."""
+"""Block sizes that represent each design of the kernels, in checks and audits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HALF_PRECISION_TILES = (128, 256, 64)
 
 
 def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, Blocks]:
-    """Return a design's blocks for the forward and dX, without overlap; empty where it is no candidate.
+    """Return a design's blocks for the forward and dX, without overlap; empty if it is not a candidate.
 
     `dtype` is a name of torch's or "tf32", float32 by that precision.
     """
@@ -36,9 +36,9 @@ def design_blocks(design: str, shape: Shape, dtype: str, hardware: Hardware) -> 
 
 
 def design_ways(design: str, shape: Shape, dtype: str, hardware: Hardware) -> dict[str, dict[str, Blocks]]:
-    """Return a design's blocks for the forward and dX in each way to overlap, by the way in words, the plain one first.
+    """Return a design's blocks for the forward and dX by the kind of overlap, the one without overlap first.
 
-    All have the same tiles. Where the forward begins beside the launch before it, dX lets dA begin beside itself.
+    All have the same tiles. If the forward is a dependent launch, dX also lets dA begin beside itself.
     """
     tiles, name = DESIGN_TILES.get(dtype, HALF_PRECISION_TILES), "float32" if dtype == "tf32" else dtype
     found: dict[str, dict[str, Blocks]] = {}
@@ -53,7 +53,7 @@ def design_ways(design: str, shape: Shape, dtype: str, hardware: Hardware) -> di
 
 
 def _way(blocks: MatmulBlocks) -> str:
-    """Return a design and how its programs and launches overlap, in words."""
+    """Return a description of a design and of how its programs and launches overlap."""
     words = [blocks.design, *([blocks.overlap] if blocks.overlap != "none" else [])]
     words += [f"{blocks.resident} resident"] if blocks.resident > 1 else []
     return " ".join([*words, *(["dependent"] if blocks.dependent else [])])

@@ -1,4 +1,4 @@
-"""What checks on a device run on and are held against: one layer's tensors, drawn, and its results in plain torch."""
+"""The inputs of checks on a device, and what results are compared with: a layer's tensors and plain torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TF32_EPS = 2.0**-10
 GRADIENTS = ("dx", "dA", "dB", "dbias")
 SCALE, DROPOUT_P, DROPOUT_SEED = 0.5, 0.25, 7
 
-# The names that models give to so many linears of one input, and for folds to those with the output's linear.
+# The usual names of so many linears of one input; for folds with the output's linear.
 SIBLINGS = {
     1: ("proj",),
     2: ("gate_proj", "up_proj"),
@@ -74,7 +74,7 @@ def draw(shape: CheckShape) -> Inputs:
 
     def normal(*size: int, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(size, generator=generator, device=shape.device) * spread
-        # An output that is one number has no other that gives its scale: nothing in it may cancel.
+        # An output of one element has no others that show its scale, so its terms must not cancel.
         return (drawn.abs() if m * n * k == 1 else drawn).to(DTYPES[shape.dtype])
 
     return Inputs(
@@ -150,16 +150,16 @@ def by_operator(inputs: Inputs, A: Tensor, B: Tensor, mask: Tensor | None, **for
 def assert_within_bound(
     shape: CheckShape, form: str, results: Results, wanted: Callable[[torch.dtype], Results]
 ) -> None:
-    """Raise WrongResultError where results are further from `wanted(float64)` than `bench.checks.correctness` allows.
+    """Raise WrongResultError if results are further from `wanted(float64)` than `bench.checks.correctness` allows.
 
-    `wanted(dtype)` is what plain torch gives in a dtype; the shape's own says how far that is from float64.
+    `wanted(dtype)` is the result of plain torch in a dtype; its error in the shape's dtype sets the bound.
     """
     exact, plain = wanted(torch.float64), wanted(DTYPES[shape.dtype])
     check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
 
 
 def require_equal(form: str, first: Results, second: Results) -> None:
-    """Raise WrongResultError where two runs differ by a bit; tensors without storage have none."""
+    """Raise WrongResultError if two runs differ by a bit; tensors without storage are skipped."""
     for name, value in first.items():
         if not value.is_meta and not torch.equal(value, second[name]):
             distance = (value.double() - second[name].double()).abs().max().item()
@@ -181,17 +181,17 @@ class CheckShape:
     r: int
 
     def forms(self) -> tuple[str, ...]:
-        """Return what is checked; designs, on a GPU that has them, where lines start at multiples of 16."""
-        forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is no groups
+        """Return the forms to check; designs only on a GPU that has them and for rows aligned to 16."""
+        forms = tuple(form for form in FORMS if self.m > 1 or not form.startswith("grouped"))  # one row is one group
         if self.device == "cpu":
             return forms
         here = torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device(self.device)
         hardware = hardware_of(here)
         aligned = self.k % 16 == 0 and self.n % 16 == 0
         designs = [f"design {design}" for design in DESIGNS if aligned and self.blocks(design, hardware)]
-        # A graph launches what any call does: without a device there is nothing to learn of it.
+        # A CUDA graph launches the same kernels as a call, so without a device there is nothing to compile for it.
         return forms + (CUDA_FORMS if self.device == "cuda" else CUDA_FORMS[1:]) + tuple(designs)
 
     def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
-        """Return blocks of a design for the forward and dX of this shape, or none where it does not run."""
+        """Return blocks of a design for the forward and dX of this shape, or none if it does not run."""
         return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), self.dtype, hardware)

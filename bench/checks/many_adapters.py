@@ -1,4 +1,4 @@
-"""Whether several adapters at once are right on the device at hand: many over one weight, and many weights of one x."""
+"""Checks of several adapters in one call on the present device: many over one weight, and many weights of one x."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.checks.inputs import (
 
 
 def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    """Hold three groups, the second without rows, to one call each; with "dropout" masks, dropout and seeds as well."""
+    """Compare three groups, one without rows, with one call each; with "dropout" also masks, dropout and seeds."""
     drops = form.endswith("dropout")
     bounds = [0, shape.m // 3, shape.m // 3, shape.m]
     groups = [
@@ -56,7 +56,7 @@ def check_grouped(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def check_siblings(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    """Hold three layers of one x, which `fuse_projections` computes in one launch, to plain torch each by itself."""
+    """Compare three layers of one x, which `fuse_projections` computes in one launch, with plain torch for each."""
     bias = torch.zeros_like(inputs.bias)
     layers = [
         replace(

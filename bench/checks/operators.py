@@ -1,7 +1,7 @@
-"""Whether the operators are right on the device at hand, in every dtype: held against fp64 before anything is timed.
+"""Checks of the operators on the present device, in every dtype, against fp64, before anything is timed.
 
-Each check runs `plora_linear` forward and backward, or `fold_`, on fresh random inputs with every output poisoned
-first, and holds y, dx, dA, dB, dbias or the weight to the bound of `bench.checks.correctness`.
+Each check runs `plora_linear` forward and backward, or `fold_`, on new random inputs with outputs filled with NaN
+first, and compares y, dx, dA, dB, dbias or the weight with the bound of `bench.checks.correctness`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ from bench.harness.records import blank
 from plora_kernels import reference
 from plora_kernels.tuning.lookup import hardware_of, override_blocks
 
-# M, K, N, R. What is timed first, with no more rows than fill every multiprocessor; a small one; a decode step.
+# M, K, N, R: those timed first, with just enough rows to fill every multiprocessor; a small one; a decode step.
 GATE_SHAPES = {
     "cuda": ((2048, 4096, 4096, 16), (256, 512, 384, 16), (1, 1024, 1024, 16)),
     "cpu": ((37, 50, 29, 5),),
@@ -65,7 +65,7 @@ def check_shapes(device_type: str) -> tuple[CheckShape, ...]:
 def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[dict[str, object]]:
     """Run every form of one shape, or some, and return a record for each; a failure is a record, not an exception.
 
-    Each record is noted as it is made. Raises LostProcessError if a form leaves a device that does no more work.
+    Each record is noted as it is made. Raises LostProcessError if the device does no more work after a form.
     """
     records = []
     for form, error in run_each_form(shape, forms):
@@ -78,7 +78,7 @@ def run_checks(shape: CheckShape, forms: Sequence[str] | None = None) -> list[di
 
 
 def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iterator[tuple[str, Exception | None]]:
-    """Run every form of one shape, or some, and yield its name with what is wrong, None if nothing is."""
+    """Run every form of one shape, or some, and yield its name and its error, or None if it is right."""
     inputs, matmul = draw(shape), torch.backends.cuda.matmul
     with _setting(lambda: matmul.allow_tf32, partial(setattr, matmul, "allow_tf32"), shape.dtype == "tf32"):
         for form in shape.forms() if forms is None else forms:
@@ -87,7 +87,7 @@ def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iter
                     with poisoned_outputs():
                         check = _check_design if form.startswith("design ") else _CHECKS.get(form, _check_linear)
                         check(shape, inputs, form)
-            except Exception as error:  # a kernel that does not compile is as wrong as one that errs
+            except Exception as error:  # a kernel that does not compile counts as wrong
                 require_device(shape.device, error)
                 yield form, error
             else:
@@ -95,14 +95,14 @@ def run_each_form(shape: CheckShape, forms: Sequence[str] | None = None) -> Iter
 
 
 def check_record(shape: CheckShape, form: str) -> dict[str, object]:
-    """Return the record of one form of a shape, without what was found."""
+    """Return the record of one form of a shape, without its result."""
     facts = {name: value for name, value in asdict(shape).items() if name != "device"}
     return blank(op="check", form=form, provider="fused", device=shape.device, **facts)
 
 
 @contextmanager
 def _setting(read: Callable[[], Any], write: Callable[[Any], None], value: object) -> Iterator[None]:
-    """Write a setting of torch's, and what it was at the end."""
+    """Change a setting of torch, and restore it at the end."""
     before = read()
     write(value)
     try:
@@ -112,7 +112,7 @@ def _setting(read: Callable[[], Any], write: Callable[[Any], None], value: objec
 
 
 def _selection(form: str, mask: Tensor) -> tuple[Tensor | None, str]:
-    """Return what a form selects and what becomes of the rest."""
+    """Return what a form selects, and how the others are held."""
     if form in ("all", "strided") or form.startswith("design"):
         return None, "folded"
     if form == "none selected":
@@ -147,13 +147,13 @@ def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
         weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.A, inputs.B))
         return {"weight": reference.fold(weight, A, B, inputs.mask, scale=SCALE)}
 
-    # The mask stays on the host: how many modules it leaves is known there.
+    # The mask is on the host, so that the number of modules is known without synchronising.
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
     assert_within_bound(shape, form, {"weight": folded}, wanted)
 
 
 def _check_folds_agree(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    """In place, out of place and together with another weight a fold gives the same bits."""
+    """Check that a fold gives the same bits in place, out of place and together with another weight."""
     factors = (inputs.A, inputs.B, inputs.mask)
     in_place = pk.fold_(inputs.weight.clone(), *factors, scale=SCALE)
     out_of_place = pk.fold(inputs.weight, *factors, scale=SCALE)
@@ -169,7 +169,7 @@ def _check_deterministic(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 
 def _check_replayed(shape: CheckShape, inputs: Inputs, form: str) -> None:
-    """Hold a second call of one form, on other inputs, to float64: it launches what the first recorded."""
+    """Compare a second call of one form, on other inputs, with float64: it replays the launches of the first."""
     _fused(inputs, None, "folded")
     other = replace(inputs, x=-inputs.x.flip(0).contiguous(), dy=inputs.dy.flip(0).contiguous())
     found = _fused(other, None, "folded")
@@ -188,7 +188,7 @@ def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = _fused(static, None, "folded")
-    for sign in (1, -1):  # twice: state that a replay leaves behind would spoil the next
+    for sign in (1, -1):  # twice, because a replay may leave state that makes the next one wrong
         static.x.copy_(inputs.x * sign)
         static.dy.copy_(inputs.dy * sign)
         graph.replay()
@@ -207,7 +207,7 @@ def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> N
         layer(inputs.x).backward(inputs.dy)
 
 
-# The forms that have a check of their own; all others are a layer's.
+# Forms with a check of their own; all others are checked as a layer.
 _CHECKS: Mapping[str, Callable[[CheckShape, Inputs, str], None]] = {
     "fold": _check_fold,
     "folds agree": _check_folds_agree,

@@ -1,1 +1,1 @@
-"""What `python -m bench.gpu` does in turn: checks, timings, training steps, in worker processes."""
+"""The steps of `python -m bench.gpu`: checks, timings and training steps, in worker processes."""

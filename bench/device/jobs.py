@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` has done in processes of its own: checks, warm-ups, timings and training steps."""
+"""The work that `python -m bench.gpu` gives to worker processes: checks, warm-ups, timings and training steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Timing:
 
 
 def perform(work: Check | Warmup | Timing | Simulation, *, defaults: bool = False) -> Any:
-    """Do one piece of work, with blocks from the tables or with the default ones, and return what it found."""
+    """Do one piece of work, with blocks from the tables or with the default ones, and return its result."""
     # Compiling runs in as many processes as there are cores already.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
@@ -62,7 +62,7 @@ def perform(work: Check | Warmup | Timing | Simulation, *, defaults: bool = Fals
 
 @contextmanager
 def default_blocks_alone() -> Iterator[None]:
-    """Have every launch take the default blocks of its shape, whatever tables there are."""
+    """Make every launch use the default blocks of its shape instead of those in tables."""
     no_tables = functools.cache(lambda device: ())
     with mock.patch.object(lookup, "_tables_of", no_tables):
         lookup.forget_tables()

@@ -1,7 +1,7 @@
-"""A run of `python -m bench.gpu`: what is checked, compiled ahead and timed, in which order and for how long.
+"""A run of `python -m bench.gpu`: checks, compiling ahead and timing, their order and time limits.
 
-All work on the device is done by other processes. One that crashes, hangs or loses its device costs the provider that
-ran in it; what is not done at the end of a stage's time is stopped and left.
+Other processes do all work on the device. If one crashes, hangs or loses its device, only the provider that ran in it
+is lost; what is not done at the end of a stage's time is stopped and left out.
 """
 
 import time
@@ -24,7 +24,7 @@ AHEAD_SECONDS, TIMING_SECONDS = 90.0, 60.0
 SIMULATION_SHARE = 0.4
 # The share of the time left for cases that compiling a chunk of them ahead may take.
 AHEAD_SHARE = 0.6
-# How many cases are compiled ahead before they are timed: in small chunks a run that is cut has timed something.
+# How many cases are compiled ahead before they are timed; small chunks, so that an interrupted run has timed some.
 CHUNK, COMPILED_CHUNK = 24, 10
 # Providers that are timed in every loop, because the others' times are divided by theirs.
 REFERENCES = ("base", "peft")
@@ -42,7 +42,7 @@ def do(run: Run, work: Work) -> None:
         checks: list[Check | Warmup] = [*unchecked(run, work.first_checks)]
         for count, (cases, compiled) in enumerate(_chunks(run, work.cases)):
             if count == 0:
-                timer.start()  # it will be there when the first cases are compiled
+                timer.start()  # it starts while the first cases are compiled
             prepare(run, ahead, [*checks, *_warmups(run, cases, compiled)], _ahead_end(cases_end))
             checks = []
             time_cases(run, timer, cases, compiled, cases_end)
@@ -62,9 +62,9 @@ def _ahead_end(cases_end: float) -> float:
 
 
 def _chunks(run: Run, cases: Sequence[Case]) -> Iterator[tuple[list[Case], bool]]:
-    """Yield cases that are compiled and then timed together, and whether it is their compiled providers.
+    """Yield cases to compile and then time together, and whether their `torch.compile`d providers are meant.
 
-    Those like the first case come first, the others in their order, what is compiled by `torch.compile` last.
+    Cases like the first one come first, then the others in order, and `torch.compile`d providers last.
     """
     like_first = [case for case in cases if _shape(case) == _shape(cases[0])]
     others = [case for case in cases if case not in like_first]
@@ -86,7 +86,7 @@ def _wanted(run: Run, case: Case, compiled: bool) -> tuple[str, ...]:
 
 
 def _warmups(run: Run, cases: Sequence[Case], compiled: bool) -> list[Warmup]:
-    if not run.workers:  # alone, a process compiles a case when it comes to it
+    if not run.workers:  # without workers each case is compiled when it is timed
         return []
     return [Warmup(case, run.device, _wanted(run, case, compiled)) for case in cases]
 
@@ -102,7 +102,7 @@ def prepare(run: Run, workers: Workers, work: Sequence[Check | Warmup], end: flo
 
 
 def _checked(run: Run, item: Check, outcome: Outcome) -> Check | None:
-    """Record what was found of a shape's forms; return those left where one of them ended the process."""
+    """Record the results of a shape's forms; if one of them ended the process, return those that are left."""
     records = list(outcome.value if outcome.value is not None else outcome.notes)
     forms = item.forms[len(records) :]
     if forms and not outcome.cut:
@@ -117,14 +117,14 @@ def _checked(run: Run, item: Check, outcome: Outcome) -> Check | None:
 
 
 def _warmed(run: Run, item: Warmup, outcome: Outcome) -> Warmup | None:
-    """Keep what failed ahead from being timed; return the providers left where one of them ended the process."""
+    """Exclude providers that failed from timing; if one of them ended the process, return those that are left."""
     if outcome.cut:
         return None
     if outcome.value is not None:
         _note_failures(run, item.case, outcome.value)
         return None
     ran = outcome.last_note
-    if ran is None:  # its tensors could not even be drawn: timing it fails as well, and that is recorded
+    if ran is None:  # its tensors could not be drawn; timing it will fail too, and record that
         run.say(f"    {title(item.case)} did not warm up: {outcome.error}")
         return None
     _note_failures(run, item.case, {ran: str(outcome.error)})
@@ -163,7 +163,7 @@ def time_cases(run: Run, timer: Workers, cases: Sequence[Case], compiled: bool, 
 
 
 def _queue(run: Run, items: list[Timing], case: Case, wanted: Sequence[str]) -> None:
-    """Add the timing of a case's providers, with those they are divided by; record here what can only fail again."""
+    """Add the timing of a case's providers, with those they are divided by; record those that would only fail again."""
     failed = {
         name: str(record["cause"])
         for name, record in run.file.of_case(case.facts()).items()

@@ -1,4 +1,4 @@
-"""What a run of `python -m bench.gpu` has found so far, what it is to find, and how things are called in words."""
+"""The state of a run of `python -m bench.gpu`: what is done, what is missing, and descriptions of both."""
 
 import time
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from bench.measure import chosen_providers
 from bench.simulation.cases import SimulationCase
 from bench.simulation.providers import providers_of
 
-# Nothing is begun this close to the end of a stage.
+# In so many seconds before the end of a stage no work is started.
 LEAST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """Everything there is to do, in order."""
+    """All work of a run, in order."""
 
     first_checks: Sequence[CheckShape]
     cases: Sequence[Case]
@@ -30,7 +30,7 @@ class Work:
 
 @dataclass
 class Run:
-    """A run's settings and what it has found so far. `workers` compile ahead; 0 does everything in this process."""
+    """A run's settings and its results so far. `workers` compile ahead; 0 does everything in this process."""
 
     device: str
     file: RecordFile
@@ -56,7 +56,7 @@ class Run:
         return tuple(form for form in shape.forms() if case_key(check_record(shape, form)) not in done)
 
     def missing_steps(self, case: SimulationCase) -> tuple[str, ...]:
-        """Return the providers of a training step that have no record: none where the base could not run."""
+        """Return the providers of a training step that have no record: none if the base could not run."""
         known = self.file.of_case(case.facts())
         if "base" in known and known["base"]["status"] != "timed":
             return ()
@@ -64,7 +64,7 @@ class Run:
 
 
 def left(run: Run, work: Work) -> list[str]:
-    """Say what has no record yet, in words."""
+    """Describe what has no record yet."""
     found = [f"{title(case)} ({', '.join(names)})" for case in work.cases if (names := run.missing(case))]
     found += [f"{case.name} ({', '.join(names)})" for case in work.simulations if (names := run.missing_steps(case))]
     checks = unchecked(run, [*work.first_checks, *work.last_checks])
@@ -77,11 +77,11 @@ def unchecked(run: Run, shapes: Sequence[CheckShape]) -> list[Check]:
 
 
 def title(case: Case) -> str:
-    """Return a case in words."""
+    """Return a description of a case."""
     rows = f"M {case.m} " if case.m else ""
     return f"{case.op} {case.projection.k}×{case.projection.n} {rows}R {case.r} {case.dtype}"
 
 
 def check_title(shape: CheckShape) -> str:
-    """Return a checked shape in words."""
+    """Return a description of a checked shape."""
     return f"{shape.dtype} M {shape.m} K {shape.k} N {shape.n} R {shape.r}"

@@ -1,1 +1,1 @@
-"""How a measurement is taken: time, memory, machine, worker processes, records."""
+"""Measuring: time, memory, the machine, worker processes, records."""

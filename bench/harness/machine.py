@@ -1,4 +1,4 @@
-"""What a figure depends on beside the code: device, threads, versions, and what the device can do at most."""
+"""What figures depend on besides the code: device, threads, versions, and the device's peak rates."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from plora_kernels.tuning.tables import PACKAGED, device_key, user_folder
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 64 * 2**20}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
 REPEATS = 9
-# What is kept of the time for writing and showing the last table.
+# Seconds reserved for writing and showing the last table.
 RESERVE_SECONDS = 4.0
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
@@ -36,11 +36,11 @@ def usable_cores() -> int:
 
 
 def settle_compilers() -> None:
-    """Let Triton compile alike in every process: it caches kernels under keys that contain what is set here.
+    """Set what is part of the keys of Triton's cache, so that every process finds the same kernels.
 
-    Variables that are set already stay as they are. Triton 3.9 has an option for fused multiply-adds; older ones always
-    used them. Once `torch.compile` has made a kernel, Triton would use torch's ptxas, of another CUDA, for the rest of
-    the process; it keeps its own where that is named in the environment.
+    Variables that are already set are not changed. Triton 3.9 has an option for fused multiply-add, which older
+    versions always used. After `torch.compile` has made a kernel, Triton would use torch's ptxas, of another CUDA
+    version, for the rest of the process, unless the environment names its own.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     found = importlib.util.find_spec("triton")
@@ -51,7 +51,7 @@ def settle_compilers() -> None:
 
 
 def environment(device: torch.device, threads: int) -> dict[str, object]:
-    """Describe the machine for a saved result: names and versions, nothing that identifies the host."""
+    """Describe the machine for a saved result by names and versions, without anything that identifies the host."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -64,7 +64,7 @@ def environment(device: torch.device, threads: int) -> dict[str, object]:
 
 
 def device_slug(device: torch.device) -> str:
-    """Return what a device's files are called: "nvidia-h200", and "cpu" for any CPU."""
+    """Return the name of a device's files, such as "nvidia-h200"; "cpu" for any CPU."""
     if device.type != "cuda":
         return device.type
     return device_key(torch.cuda.get_device_name(device))
@@ -85,7 +85,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def source_digest() -> str:
-    """Return a digest of the code that is measured and that measures; tables of block sizes have their own."""
+    """Return a digest of the measured and the measuring code; tables of block sizes have their own."""
     digest = hashlib.sha256()
     for package in (Path(pk.__file__).parent, Path(__file__).parents[1]):
         _add(digest, package.parent, package.rglob("*.py"))
@@ -93,14 +93,14 @@ def source_digest() -> str:
 
 
 def tables_digest() -> str:
-    """Return a digest of the tables of block sizes, the packaged ones and the user's; "none" where there are none."""
+    """Return a digest of the tables of block sizes, the packaged ones and the user's; "none" if there are none."""
     digest = hashlib.sha256()
     tables = [_add(digest, folder, folder.glob("*.json")) for folder in (PACKAGED, user_folder())]
     return digest.hexdigest()[:16] if any(tables) else "none"
 
 
 def _add(digest: "hashlib._Hash", folder: Path, paths: Iterable[Path]) -> int:
-    """Add files to a digest, by their names in a folder and their content; return how many."""
+    """Add the names and contents of files to a digest; return the number of files."""
     files = sorted(paths)
     for path in files:
         digest.update(path.relative_to(folder).as_posix().encode())
@@ -144,12 +144,12 @@ def _median_s(run: Callable[[], object], device: torch.device) -> float:
 
 
 def timestamp() -> str:
-    """Return the time of day in UTC, as results are dated."""
+    """Return the date and time in UTC, as results are dated."""
     return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def describe(device: torch.device, commit: str | None) -> dict[str, object]:
-    """Return the meta record: the device, versions, what code ran, how it was timed."""
+    """Return the meta record: the device, versions, the code, and how it was timed."""
     found = environment(device, threads=torch.get_num_threads())
     found["date"] = timestamp()
     found["commit"], found["source"] = commit or commit_of(Path.cwd()), source_digest()
@@ -162,8 +162,8 @@ def describe(device: torch.device, commit: str | None) -> dict[str, object]:
 
 
 def measure_kernels() -> None:
-    """Choose the kernels by name, in this process and its workers: one that does not compile then raises an error, and
-    plain torch does not take its place.
+    """Choose the kernels by name, in this process and its workers: one that does not compile then raises an error
+    instead of being replaced by plain torch.
     """
     os.environ.setdefault("PLORA_BACKEND", "triton")
 

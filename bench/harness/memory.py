@@ -1,4 +1,4 @@
-"""Memory that torch holds: the peak of one call beyond what was there before it, and all tensors there are."""
+"""Memory of torch: the peak of one call beyond what was allocated before it, and the bytes of all tensors."""
 
 import gc
 import json
@@ -30,7 +30,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak_bytes(run: Callable[[], object]) -> int:
-    # Without acc_events torch 2.11 warns that it forgets earlier cycles; there is one alone.
+    # Without acc_events torch 2.11 warns that it forgets earlier cycles; here there is only one.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         kept = run()
     del kept
@@ -51,12 +51,12 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some libraries' objects warn that they are deprecated when they are looked at
+        warnings.simplefilter("ignore")  # objects of some libraries warn about deprecation when they are inspected
         for found in gc.get_objects():
             if issubclass(type(found), torch.Tensor):
                 storage = found.untyped_storage()
                 try:
                     storages[storage.data_ptr()] = storage.nbytes()
-                except RuntimeError:  # a compiler's stand-in for a tensor: there is no memory behind it
+                except RuntimeError:  # a compiler's fake tensor, without memory
                     continue
     return sum(storages.values())

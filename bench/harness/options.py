@@ -1,4 +1,4 @@
-"""What command lines have in common: options, their types, and how an error ends them."""
+"""Options that several command lines share, their types, and the exit status of errors."""
 
 import argparse
 import re
@@ -13,23 +13,23 @@ from plora_kernels.errors import ConfigError
 
 
 def at_least(least: int, text: str) -> int:
-    """Return a whole number; raises what argparse reports if it is smaller than `least`."""
+    """Return a whole number; raise an error that argparse reports if it is smaller than `least`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
     return int(text)
 
 
 def sizes(names: str, example: str, text: str) -> tuple[int, ...]:
-    """Return the numbers of a text like `example`, "4096x4096"; raises what argparse reports."""
+    """Return the numbers of a text like `example`, "4096x4096"; other text raises an error that argparse reports."""
     if not re.fullmatch("x".join([r"[1-9]\d*"] * len(example.split("x"))), text):
         raise argparse.ArgumentTypeError(f"{text!r} is not {names} as in {example}")
     return tuple(map(int, text.split("x")))
 
 
 def add_device_options(parser: argparse.ArgumentParser, *, seconds: float, fresh: str) -> None:
-    """Add what the commands take that measure the device at hand for a time and go on at the next call.
+    """Add the options of commands that measure the present device for a limited time and continue in the next call.
 
-    Time counts from now on: `started` is a `time.monotonic()`.
+    Time counts from this call on: `started` is a `time.monotonic()`.
     """
     parser.set_defaults(started=time.monotonic())
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def add_device_options(parser: argparse.ArgumentParser, *, seconds: float, fresh
 
 
 def exit_status(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Return the exit status that `run` gives; 2, and a line on stderr, for input that cannot be used."""
+    """Return the exit status of `run`; for invalid input 2, with a line on stderr."""
     try:
         return run(options)
     except (ResultsError, ConfigError, OSError) as error:

@@ -1,7 +1,7 @@
-"""Work done in other processes, several at once: to compile in parallel, and so that a crash or a kernel that never
-ends costs one piece of work and not the run.
+"""Work in other processes, several at once: to compile in parallel, and so that a crash or a kernel that never ends
+costs one piece of work, not the run.
 
-A piece of work may `note` what it has found so far, which is not lost when its process ends.
+A piece of work may `note` results on its way, which are kept if its process dies.
 """
 
 import ctypes
@@ -19,16 +19,16 @@ from typing import Any, NoReturn
 
 # How long a new process may take to import torch and open the device.
 STARTUP_SECONDS = 120.0
-# How long stopping processes may take, all of them together.
+# Seconds that stopping processes may take, all of them together.
 STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one piece of work: its value, or why there is none; and what it noted on its way.
+    """The outcome of one piece of work: its value, or the error; and its notes.
 
-    It was `cut` where the whole run's time was up before it was done: that is no fault of its own. Where it is `lost`,
-    so is its process.
+    It is `cut` if the time of the whole run was up before it was done, which is not its fault. If it is `lost`, its
+    process cannot be used any more.
     """
 
     value: Any = None
@@ -39,12 +39,12 @@ class Outcome:
 
     @property
     def last_note(self) -> Any:
-        """Return what the work noted last, None if it noted nothing."""
+        """Return the last note, or None without notes."""
         return self.notes[-1] if self.notes else None
 
 
 class LostProcessError(Exception):
-    """Raised by work after which its process is of no use, as when its device failed: a new process takes its place."""
+    """Raised by work after which its process cannot be used, for example because its device failed; it is replaced."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ _listener: Callable[[Any], None] | None = None
 
 
 def note(value: object) -> None:
-    """Keep what is known so far in this piece of work's `Outcome.notes`, even if the work never ends."""
+    """Add a note to this piece of work's `Outcome.notes`, which is kept even if the work never ends."""
     if _listener is not None:
         _listener(value)
 
@@ -68,9 +68,9 @@ def one_line(error: BaseException) -> str:
 
 
 def require_device(device_type: str, error: Exception) -> None:
-    """Raise LostProcessError if the device does no more work in this process: everything after `error` would fail.
+    """Raise LostProcessError if the device no longer works in this process, so that all after `error` would fail.
 
-    An illegal address does that to a CUDA context: every later call of the process reports it again.
+    After an illegal memory access, for example, every later CUDA call of the process fails.
     """
     if device_type != "cuda":
         return
@@ -92,7 +92,7 @@ def outcomes(
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once, without waiting for a device's driver or for processes that cannot be stopped."""
+    """End this process at once, without waiting for a driver or for child processes that cannot be stopped."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -100,7 +100,7 @@ def leave(status: int) -> NoReturn:
 
 
 def end_on_termination() -> None:
-    """Let SIGTERM end this process as an exception does, so that what it started is stopped with it."""
+    """Make SIGTERM raise an exception in this process, so that its child processes are stopped too."""
 
     def leave_blocks(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -109,21 +109,21 @@ def end_on_termination() -> None:
 
 
 def _listened(function: Callable[[Any], Any], item: Any, listener: Callable[[Any], None]) -> Outcome:
-    """Return function(item), or its exception as one line; the listener gets what it notes."""
+    """Return function(item), or its exception as one line; notes go to the listener."""
     global _listener
     before, _listener = _listener, listener
     try:
         return Outcome(function(item))
     except LostProcessError as error:
         return Outcome(error=str(error), lost=True)
-    except Exception as error:  # whatever a provider or a compiler raises is a finding, not an end
+    except Exception as error:  # any error of a provider or a compiler is a result
         return Outcome(error=one_line(error))
     finally:
         _listener = before
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """Answer items until the pipe closes."""
+    """Process items until the pipe closes."""
     _end_with_parent()
 
     def send_note(value: object) -> None:
@@ -142,7 +142,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends; without Linux do nothing."""
+    """Ask the operating system to kill this process when its parent ends for any reason; does nothing outside Linux."""
     with suppress(OSError, AttributeError):
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -159,7 +159,7 @@ class _Worker:
 
 
 class Workers:
-    """Processes that answer function(item), kept from one list of items to the next; a context manager.
+    """Processes that compute function(item), reused for several lists of items; a context manager.
 
     Args:
         function: a module's function; items and values are picklable. With `size=0` it runs in this process.
@@ -181,11 +181,11 @@ class Workers:
         self._workers = []
 
     def start(self) -> None:
-        """Start the processes now, so that they are there when items come."""
+        """Start the processes now, so that they are ready when items come."""
         self._workers += [self._start() for _ in range(self.size - len(self._workers))]
 
     def await_ready(self, seconds: float) -> None:
-        """Start the processes and wait until all of them take items, for so long at most."""
+        """Start the processes and wait until all are ready, for `seconds` at most."""
         self.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end and not all(worker.ready for worker in self._workers):
@@ -197,10 +197,10 @@ class Workers:
     def outcomes(
         self, items: Sequence[Any], deadline: float = float("inf"), end: float = float("inf")
     ) -> Iterator[tuple[int, Outcome]]:
-        """Yield `(position, outcome)` of every item, as they are finished; a list may grow meanwhile.
+        """Yield `(position, outcome)` of every item as it finishes; the list may grow meanwhile.
 
-        After `deadline`, a `time.monotonic()`, nothing new is begun, and at `end` processes are stopped with what they
-        have begun. Of items left then only those that noted something are yielded, as `cut`. In this process nothing
+        After `deadline`, a `time.monotonic()`, no item is started, and at `end` processes are stopped with the items
+        that they work on. Of the items left then only those with notes are yielded, as `cut`. Without workers nothing
         can be stopped.
         """
         if self.size == 0:
@@ -218,7 +218,7 @@ class Workers:
             for worker in list(self._workers):
                 if worker.ready and worker.position is None and self._more():
                     self._give(worker)
-            if not self._workers:  # none of them ever came up
+            if not self._workers:  # none of them ever became ready
                 return
             if not self._more() and all(worker.position is None for worker in self._workers):
                 return
@@ -282,21 +282,21 @@ class Workers:
     def _give(self, worker: _Worker) -> None:
         try:
             worker.connection.send(self._items[self._next])
-        except OSError:  # it ended while it had nothing to do
+        except OSError:  # it ended while it was idle
             self._replace(worker)
             return
         worker.position, worker.since, worker.notes = self._next, time.monotonic(), []
         self._next += 1
 
     def _replace(self, worker: _Worker, *, again: bool = True) -> None:
-        """Stop a worker and start another; one that never came up is not tried again."""
+        """Stop a worker and start another; one that never became ready is not started again."""
         self._workers.remove(worker)
         self._stop([worker])
         if worker.ready and again:
             self._workers.append(self._start())
 
     def _stop(self, workers: Sequence[_Worker]) -> None:
-        """Kill processes; one that its driver does not let go yet is not waited for any longer than `STOP_SECONDS`."""
+        """Kill processes; one that hangs in its driver is waited for no longer than `STOP_SECONDS`."""
         for worker in workers:
             worker.process.kill()
             worker.connection.close()

@@ -1,6 +1,6 @@
-"""What `python -m bench.gpu` leaves: a JSON list of records, written whole after every case, so that a cut run resumes.
+"""The file of `python -m bench.gpu`: a JSON list of records, written after every case, so that a run can be resumed.
 
-The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS. Where a
+The first record has op "meta": the device, versions, the code, ceilings. Every other one has at least the KEYS. If a
 provider was not timed its figures are null, and `status` is "wrong" or "not available" instead of "timed"; checks,
 which have no figures, are "passed" or "wrong". Several projections of one input have `widths`, whose sum is n. This
 library's providers have `blocks`, by op: the designs and sizes its kernels took. Training steps, op "simulation", have
@@ -27,20 +27,20 @@ from fed.files import write_atomically
 # The op of training steps, which have keys of their own.
 SIMULATION = "simulation"
 KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
-# What must be the same for new records to be added to a file's.
+# Fields of the meta record that must be equal for new records to be added to a file.
 SAME = ("device", "device_name", "versions", "source")
 Record = Mapping[str, Any]
 
 
 def case_key(record: Record) -> tuple[object, ...]:
-    """Return what tells one case from another; the providers of a case share it."""
+    """Return what identifies a case; all providers of a case share it."""
     if record["op"] == SIMULATION:
         return tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 
 def blank(**known: object) -> dict[str, object]:
-    """Return a record with every key there must be, null unless known."""
+    """Return a record with all required keys, null unless given."""
     return dict.fromkeys(KEYS) | known
 
 
@@ -54,7 +54,7 @@ class RecordFile:
     stamp: dict[str, Any] = field(default_factory=dict)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file; where it cannot be written they are not kept in memory either."""
+        """Append records and write the file; if it cannot be written they are not kept in memory either."""
         before = len(self.records)
         self.records.extend({**record, **self.stamp} for record in records)
         try:
@@ -83,9 +83,9 @@ class RecordFile:
 def open_records(
     path: Path, meta: Mapping[str, Any], *, fresh: bool, stamp: Mapping[str, Any] | None = None
 ) -> RecordFile:
-    """Return the file's records to go on with, or none where there is no file or `fresh` asks to start over.
+    """Return the file's records to continue with; none if there is no file or `fresh` is set.
 
-    Records added from now on get the items of `stamp`; those of the file stay as they are.
+    Records added later get the items of `stamp`; those in the file do not change.
 
     Raises ResultsError if the file was made by another device, other versions or other code.
     """
@@ -107,7 +107,7 @@ def holds_records(path: Path) -> bool:
 def load_records(path: Path) -> tuple[dict[str, Any], list[Record]]:
     """Return a file's meta record and the others.
 
-    Raises ResultsError naming the file and what is wrong: it is missing, not JSON, no list, or lacks a key.
+    Raises ResultsError naming the file and what is wrong: it is missing, not JSON, not a list, or lacks a key.
     """
     saved = read_json(path, f"python -m bench.gpu --out {path.parent}")
     if not isinstance(saved, list) or not saved or not all(isinstance(record, dict) for record in saved):
@@ -136,6 +136,6 @@ def read_json(path: Path, command: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; makes its folder."""
+    """Write a text file completely or not at all; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

@@ -1,4 +1,4 @@
-"""Interleaved timing: every provider in every round, so that a disturbance meets all of them."""
+"""Interleaved timing: every provider runs in every round, so that a disturbance affects all of them."""
 
 import gc
 import math
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-# The device is kept busy for longer than the slowest call keeps the host: this factor times that, and this much more.
+# The device is kept busy for this factor times the slowest call's host time, plus so many seconds.
 LEAD_FACTOR, LEAD_SECONDS = 1.5, 100e-6
 # More than any last-level cache of the devices in use.
 CPU_FLUSH_BYTES = 96 * 2**20
@@ -18,7 +18,7 @@ CUDA_FLUSH_BYTES = 1024 * 2**20
 
 
 def nothing() -> None:
-    """Prepare or undo what needs no such thing."""
+    """Do nothing: for steps that need no preparation."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Timer(Protocol):
 
 
 class WallTimer:
-    """Times by the host's monotonic clock; for devices whose calls return when the work is done."""
+    """A timer by the host's monotonic clock, for devices whose calls return when the work is done."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -76,7 +76,7 @@ class WallTimer:
 
 
 class CudaTimer:
-    """Times by events on the current stream; calls queue up and `read` waits for them."""
+    """A timer by events on the current stream; calls are queued, and `read` waits for them."""
 
     def __init__(self) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -103,11 +103,11 @@ def timer_for(device: torch.device) -> Timer:
 def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Callable[[], None]:
     """Return a function to call, untimed, before each timed call.
 
-    On CUDA a buffer larger than the L2 cache is overwritten before every call, as often as it takes to keep the device
-    busy for `lead_s`: the host gets that far ahead, so that launch latency is not timed. The cache is then full of
-    the buffer's bytes, not yet written to memory: a call waits until as many of those are written as it leaves of its
-    own. On the CPU a buffer is overwritten only where the case is `cold` (a weight that is folded once in a while is
-    not in the cache); elsewhere the caches hold what the other providers' calls leave there.
+    On CUDA a buffer larger than the L2 cache is overwritten before every call, repeatedly until the device is busy for
+    `lead_s`, so that the host is ahead and launch latency is not timed. The cache is then full of the buffer's bytes,
+    which are not yet written to memory; a call that writes must wait for them. On the CPU a buffer is overwritten only
+    if the case is `cold` (a weight that is folded rarely is not in the cache); else the caches hold what the other
+    providers' calls left there.
     """
     if device.type == "cuda":
         buffer, times = torch.empty(CUDA_FLUSH_BYTES, dtype=torch.int8, device=device), 1
@@ -129,16 +129,16 @@ def cache_flush(device: torch.device, *, cold: bool, lead_s: float = 0.0) -> Cal
 
 
 def lead_seconds(host: Collection[float]) -> float:
-    """Return how long to keep the device busy before a timed call so that the host, which the calls keep for `host`
-    seconds each, is done with launching it by then; nothing where no host time counts.
+    """Return for how long to keep the device busy before a timed call, so that the host, which takes `host` seconds per
+    call, has launched it by then; 0 if no host time counts.
     """
     return LEAD_FACTOR * max(host) + LEAD_SECONDS if host else 0.0
 
 
 def host_seconds(step: Step, calls: int = 15) -> float:
-    """Return the median seconds that checks and launches of a call keep the host; the device works on meanwhile.
+    """Return the median host seconds of a call's checks and launches, while the device works in parallel.
 
-    The device's queue is empty at the start and takes every call without waiting.
+    The device's queue is empty at the start, so no call waits for room in it.
     """
     timer = WallTimer()
     torch.cuda.synchronize()
@@ -175,7 +175,7 @@ def interleave(
     """Time every step in every round and return each provider's seconds, one per round.
 
     All steps are warmed up first; the garbage collector is off while the clock runs. `after_round` is called between
-    rounds with what was timed so far.
+    rounds with the durations so far.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
 

@@ -1,1 +1,1 @@
-"""Who is measured: the base matmul, PEFT, torch.compile'd PEFT and this library."""
+"""The providers that are measured: the base matmul, PEFT, torch.compile'd PEFT and this library."""

@@ -1,4 +1,4 @@
-"""What a provider is, and the step of those that pass rows through layers."""
+"""`Provider`, and the step of providers that pass rows through layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class ProviderUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider made ready for one case: `step` is timed, `results` runs it and names what comes out.
+    """A provider made ready for one case: `step` is timed, `results` runs it and returns results by name.
 
-    `expected` describes the right results. `results` starts torch's generator from one seed, so that dropout can be
-    checked; timed calls take it as it is.
+    `expected` describes the right results. `results` seeds torch's generator, so that dropout can be
+    checked; timed calls do not.
     """
 
     step: Step
@@ -44,7 +44,7 @@ def layer_provider(
 ) -> Provider:
     """Time `call` on the problem's inputs in turn: without a graph for a forward, with every gradient otherwise.
 
-    `adapter` holds what else has a gradient, by its name; without any the provider is the base. `kept` (m, k)
+    `adapter` holds the other tensors with gradients by name; without any the provider is the base. `kept` (m, k)
     tells which elements of x dropout leaves to the adapter in `results`.
     """
     backward = case.op in BACKWARD

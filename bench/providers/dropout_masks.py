@@ -1,7 +1,7 @@
-"""Which elements of x a layer's dropout keeps when torch's generator starts from one seed: how its results are checked.
+"""The elements of x that a layer's dropout keeps for a seed of torch's generator, for checking its results.
 
-PEFT draws a mask with `F.dropout`, this library makes it from a seed it draws; both can be drawn again. Compiled code
-has a stream of its own: its mask is read off a gradient.
+PEFT draws a mask with `F.dropout`, this library makes it from a seed that it draws; both can be drawn again. Compiled
+code has its own random numbers, so its mask is derived from a gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +16,13 @@ from bench.checks.correctness import WrongResultError
 from plora_kernels.counter_rng import keep_mask
 
 SEED = 20
-# How many standard deviations the share of what is dropped may be away from p.
+# By how many standard deviations the share of dropped elements may differ from p.
 SPREAD = 6.0
 
 
 @contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """Let torch's generators start from SEED in the body and go on afterwards where they were."""
+    """Seed torch's generators with SEED in the body, and restore their states afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
         yield
@@ -35,7 +35,7 @@ def kept_by_torch(problem: Problem, dtype: torch.dtype) -> Tensor:
 
 
 def kept_by_layer(problem: Problem) -> Tensor:
-    """Return the mask (m, k) of a `FusedPLoRALinear`, which draws the seed of a call first of all."""
+    """Return the mask (m, k) of a `FusedPLoRALinear`, which first draws the seed of a call."""
     with seeded(problem.x.device):
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=problem.x.device)
     rows, columns = problem.x.shape
@@ -43,13 +43,13 @@ def kept_by_layer(problem: Problem) -> Tensor:
 
 
 def kept_by_call(call: Callable[[Tensor], Tensor], problem: Problem, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Return the mask (m, k) of a layer as its gradient of x shows it, whatever stream it draws from.
+    """Return the mask (m, k) of a layer, derived from its gradient of x, for any random numbers that it uses.
 
-    With A and B all ones and dY one in its first column alone, dx is the weight's first row, and where x is kept
-    s·r/(1 − p) more, which is far above any weight. The factors are put back. That the mask read off one call is that
-    of another with the same seed, forward and backward, is what comparing the results then shows.
+    With A and B all ones and dY one in its first column only, dx is the weight's first row, plus s·r/(1 − p) where x is
+    kept, which is far larger than any weight. The factors are restored. Comparing the results then shows that another
+    call with the same seed has the same mask, in forward and backward.
 
-    Raises WrongResultError where the share of what is dropped is not p.
+    Raises WrongResultError if the share of dropped elements is not p.
     """
     x, grad_y = problem.x.detach().requires_grad_(), torch.zeros_like(problem.grad_y)
     grad_y[:, 0] = 1

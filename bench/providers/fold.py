@@ -21,7 +21,7 @@ def _provider(
     undo: Callable[[], None] = nothing,
     expected: Expected = WITH_ADAPTER,
 ) -> Provider:
-    """Time `run`, which writes `written`; before each call that is `before`, to the bit, or NaN where there is none."""
+    """Time `run`, which writes `written`; before each call `written` is set to `before`, or to NaN without it."""
 
     def reset() -> None:
         undo()
@@ -37,7 +37,7 @@ def _provider(
 
 
 def _copy(case: Case, problem: Problem) -> Provider:
-    """Copy every weight once: one read and one write of it, the least that any fold does."""
+    """Copy every weight once: one read and one write, the least that any fold needs."""
     originals = [part.weight for part in problem.parts()]
     written = [torch.empty_like(original) for original in originals]
 
@@ -126,7 +126,7 @@ def _fused_many(case: Case, problem: Problem) -> Provider:
 
 
 def _weights(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    """Return every projection's weight, and a copy of each in memory of its own to fold into."""
+    """Return every projection's weight, and a separate copy of each to fold into."""
     originals = [part.weight for part in problem.parts()]
     return originals, [original.clone() for original in originals]
 

@@ -1,7 +1,7 @@
 """The providers of passes over one layer: forward, forward and backward, and that under LoRA dropout.
 
-*inplace* is the best that a few calls of plain torch do: the library's matmul, then `addmm_`, which reads and writes
-the result once more. It is what fused kernels have to beat besides PEFT.
+*inplace* is the fastest form of a few calls of plain torch: the library's matmul, then `addmm_`, which reads and writes
+the result once more. Fused kernels have to be faster than this and than PEFT.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bench.providers.peft_layers import peft_factors, peft_siblings
 
 
 def base(case: Case, problem: Problem) -> Provider:
-    """The frozen matmuls alone, one after another where there are several."""
+    """The frozen matmuls alone, one after another if there are several."""
     weights = [part.weight for part in problem.parts()]
     return layer_provider(case, problem, lambda x: tuple(F.linear(x, weight) for weight in weights), {})
 
@@ -60,13 +60,13 @@ def _peft_compiled(case: Case, problem: Problem) -> Provider:
 
 
 def compiled_provider(module: torch.nn.Module, make: Callable[[Callable], Provider]) -> Provider:
-    """Compile a module, make its provider and run that once; raises ProviderUnavailableError where it cannot."""
+    """Compile a module, make its provider and run that once; raises ProviderUnavailableError if that fails."""
     # Dynamo counts recompilations by code object, and every case's PEFT layer has the same one.
     torch.compiler.reset()
     try:
         provider = make(torch.compile(module, fullgraph=True))
         provider.results()
-    except RuntimeError as error:  # what torch.compile raises, a missing C++ compiler included
+    except RuntimeError as error:  # any error of torch.compile, such as a missing C++ compiler
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ProviderUnavailableError(cause) from error
     return provider

@@ -1,9 +1,9 @@
-"""Who is measured, each on the same tensors.
+"""The providers that are measured, all on the same tensors.
 
 *base* is the frozen matmul alone, or a copy of the weight; *peft* PEFT's layer with adapters in the weight's dtype;
 *peft-autocast* the same with fp32 adapters under autocast, which is what PEFT makes of a half-precision model;
 *peft-compiled* is *peft* through `torch.compile`; *inplace* the in-place algebra of plain torch; *fused* this library.
-Where that has two ways, *fused* is the one the op is about: *fused-apart* takes projections or weights one by one,
+If that has two ways, *fused* is the one that the op is about: *fused-apart* computes projections or weights one by one,
 *fused-inplace* folds in place.
 """
 
@@ -25,7 +25,7 @@ MAKERS: dict[Op, dict[str, Maker]] = {
 }
 # Every provider of any op.
 PROVIDERS = tuple(dict.fromkeys(name for makers in MAKERS.values() for name in makers))
-# Providers that only `python -m bench.gpu` times, the suites do not.
+# Providers that `python -m bench.gpu` times and the suites do not.
 BEYOND_SUITES = ("peft-autocast", "inplace")
 
 
@@ -40,7 +40,7 @@ def every_provider(op: Op) -> tuple[str, ...]:
 
 
 def make_provider(name: str, case: Case, problem: Problem) -> Provider:
-    """Build a provider for a case; raises ProviderUnavailableError where this machine cannot run it."""
+    """Build a provider for a case; raises ProviderUnavailableError if this machine cannot run it."""
     return MAKERS[case.op][name](case, problem)
 
 

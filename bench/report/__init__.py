@@ -1,1 +1,1 @@
-"""Saved results to tables and figures."""
+"""Turning saved results into tables and figures."""

@@ -1,4 +1,4 @@
-"""Saved results to tables and pictures: `python -m bench.report`."""
+"""Turn saved results into tables and pictures: `python -m bench.report`."""
 
 from bench.report.command import main
 

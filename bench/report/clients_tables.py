@@ -1,4 +1,4 @@
-"""The table of what `python -m bench.clients` measured."""
+"""The table of the results of `python -m bench.clients`."""
 
 import json
 from operator import itemgetter
@@ -10,7 +10,7 @@ from bench.report.markdown import commit_text, markdown_table, versions_text
 
 KIND = "clients"
 MIB = 2**20
-DISTURBED = 1.2  # the clock's seconds over the processor's of one busy thread
+DISTURBED = 1.2  # wall-clock seconds divided by processor seconds of one busy thread
 HEADER = (
     "clients",
     "a round",
@@ -26,7 +26,7 @@ HEADER = (
 
 
 def clients_markdown(path: Path) -> str:
-    """Return the measured points as Markdown; ResultsError where the file lacks what there should be."""
+    """Return the measured points as Markdown; raise ResultsError if the file lacks a field."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     try:
         return f"{_conditions(saved)}\n\n{_table(saved['points'])}\n\n{_growth(saved['points'])}\n"
@@ -49,7 +49,7 @@ def _conditions(saved: dict[str, Any]) -> str:
 
 
 def _disturbed(points: list[dict[str, Any]]) -> str:
-    """Say so where the clock ran on without the process."""
+    """Return a note if the process did not have the processor all the time."""
     waited = max(point["seconds_per_round"] / point["cpu_seconds_per_round"] for point in points)
     if waited < DISTURBED:
         return ""
@@ -76,7 +76,7 @@ def _table(points: list[dict[str, Any]]) -> str:
 
 
 def _growth(points: list[dict[str, Any]]) -> str:
-    """Say what one more client costs, on disk and in memory, at the number drawn that was measured at most counts."""
+    """Return the memory of one more client, on disk and in memory, for the number drawn with most measured counts."""
     lines = []
     for kept, execution in dict.fromkeys((point["kept"], point["execution"]) for point in points):
         alike = [point for point in points if (point["kept"], point["execution"]) == (kept, execution)]

@@ -1,10 +1,10 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into documents.
 
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--document PATH]… [--keep]`, where RESULTS.json is
-what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has a section to itself
-between markers, in docs/benchmarks.md. A document with the summary's markers, as the README, gets that of all the files
-beside RESULTS.json. What `python -m bench.clients` writes is tabulated too. `--keep` adds a run of the suites to the
-history; `python -m bench.report --history [--png PATH]` shows that.
+what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has its own section
+between markers, in docs/benchmarks.md. A document with the summary's markers, such as the README, gets the summary of
+all files beside RESULTS.json. Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the suites
+to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -30,14 +30,14 @@ def update_documents(given: argparse.Namespace, name: str, section: str, title: 
     for document in given.documents:
         text = document.read_text(encoding="utf-8") if document.is_file() else ""
         summarised = markers("summary")[0] in text
-        if markers(name)[0] in text or not summarised:  # with neither this refuses
+        if markers(name)[0] in text or not summarised:  # raises an error for a file with neither
             update_document(document, name, section, given.png, title)
         if summarised:
             update_document(document, "summary", committed_summary(given.results.parent))
 
 
 def report_suites(given: argparse.Namespace) -> str:
-    """Report what the suites saved, training steps where there are no layers; return the table."""
+    """Report a file of the suites, of layers or of training steps; return the table."""
     run = load_run(given.results)
     steps = bool(run.steps) and not run.ops
     if steps and given.keep:
@@ -53,24 +53,24 @@ def report_suites(given: argparse.Namespace) -> str:
 
 
 def report_device(given: argparse.Namespace) -> str:
-    """Report what `python -m bench.gpu` wrote; return the table."""
+    """Report a file of `python -m bench.gpu`; return the table."""
     if given.png:
         raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
     text = device_markdown(*load_records(given.results))
-    if given.documents:  # they show every device of the folder
+    if given.documents:  # documents show every device of the folder
         update_documents(given, "gpu", committed_section(given.results.parent))
     return text
 
 
 def report_clients(given: argparse.Namespace) -> str:
-    """Report what `python -m bench.clients` wrote; return the table."""
+    """Report a file of `python -m bench.clients`; return the table."""
     if given.png or given.documents or given.keep:
         raise ResultsError(f"{given.results} is about clients: it has a table, for --markdown, and nothing else")
     return clients_markdown(given.results)
 
 
 def report(given: argparse.Namespace) -> str:
-    """Report a results file, whoever wrote it; return the table."""
+    """Report a results file of any kind; return the table."""
     saved = read_json(given.results, suites_command(given.results))
     if isinstance(saved, list):
         return report_device(given)
@@ -88,7 +88,7 @@ def report_history(given: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, 2 for input that cannot be used."""
+    """Run the command line; return its exit status, 2 for invalid input."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Table and picture of saved results.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("results", type=Path, nargs="?", help="what the suites saved or `python -m bench.gpu` wrote")

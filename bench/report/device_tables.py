@@ -1,4 +1,4 @@
-"""Tables of what `python -m bench.gpu` wrote: a short one for the terminal, one in Markdown for documents."""
+"""Tables of a file of `python -m bench.gpu`: a short one for the terminal, one in Markdown for documents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from bench.report.runs import OTHER_WAYS, Providers, by_case, facts_of, ratio_of
 from bench.report.simulation_tables import reading, simulation_table
 from bench.report.titles import TITLES
 
-# What docs/benchmarks.md says as long as no device's file is committed.
+# The text of docs/benchmarks.md while no device's file is committed.
 NOT_MEASURED = """\
 GPU: not yet measured. The kernels pass their tests under Triton's interpreter and compile for sm_80, sm_90, sm_100 and
 gfx942, by Triton 3.9 at the audit's shapes and default blocks without spills and with warpgroup MMA on sm_90; nothing
@@ -21,7 +21,7 @@ is known yet of their speed or of bfloat16 on a device."""
 # A forward of few rows has a section of its own.
 DECODE = "decode"
 HEADS = {name: title.head for name, title in TITLES.items()} | {DECODE: "Decode"}
-# The README's sections in order, and what each shows, as it stands behind the head.
+# The sections in order, and the text that follows each heading.
 NOTES = {
     "forward": ", M = {rows}.",
     "forward_backward": ", M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
@@ -48,7 +48,7 @@ CASE_HEADER = f"{'case':<52} {'base ms':>8}"
 
 
 def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """Return a device's figures as Markdown: what it ran on, then the shapes the kernels are designed for."""
+    """Return a device's figures as Markdown: the conditions, then the shapes that the kernels are designed for."""
     cases = by_case(records)
     parts = [conditions(meta, records)]
     for name, note in NOTES.items():
@@ -63,13 +63,13 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def committed_section(results: Path) -> str:
-    """Return what is shown of GPUs: the tables of the devices' files in a folder, or that there are none."""
+    """Return the section on GPUs: the tables of the devices' files in a folder, or a note that there are none."""
     found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
     return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
 
 
 def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """Return one paragraph: device, versions, commit, ceilings, what was checked and how to read the figures."""
+    """Return one paragraph: device, versions, commit, peak rates, the checks, and how to read the figures."""
     checks = [record for record in records if record["op"] == "check"]
     wrong = sum(record.get("status") == "wrong" for record in records)
     limits = meta.get("ceilings", {})
@@ -99,7 +99,7 @@ def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def case_columns(providers: Providers) -> str:
-    """Return what a case's line in the terminal begins with: the case, and the base's time."""
+    """Return the first columns of a case's line in the terminal: the case and the base's time."""
     record = facts_of(providers)
     name = " ".join(str(record[key]) for key in ("op", "m", "k", "n", "r", "dtype"))
     base = providers.get("base", {}).get("time_ms")
@@ -107,7 +107,7 @@ def case_columns(providers: Providers) -> str:
 
 
 def table_of(record: Record) -> str | None:
-    """Return which table a case stands in, or None: the file holds more than is shown."""
+    """Return the table that shows a case, or None, because the file holds more than is shown."""
     if record["op"] not in MAIN_OPS:
         return record["op"]
     shape = (record["k"], record["n"])

@@ -1,4 +1,4 @@
-"""Pictures of saved results: time ÷ base a shape, a client's step over the cohort's size, means over the kept runs."""
+"""Pictures of saved results: time ÷ base by shape, a client's step by the cohort's size, means by kept run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from bench.report.suite_tables import case_label, rows_and_dtypes
 from bench.report.titles import TITLES
 from fed.files import replacing
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each for print.
+# Colours that colour-blind readers can distinguish (Okabe and Ito), and a marker each for print.
 SIMULATION_STYLES = {
     "base": ("black", "."),
     "peft-loop": ("#D55E00", "s"),
@@ -30,7 +30,7 @@ SIMULATION_STYLES = {
 }
 SUITE_STYLES = {"peft": ("#D55E00", "s"), "peft-compiled": ("#E69F00", "D"), "fused": ("#0072B2", "o")}
 COLUMNS = 3
-# The ops drawn, which are measured at every shape, and what each is divided by; only tables show the others.
+# The ops that are drawn, because they are measured at every shape, and the divisor of each; tables show the others.
 BASES = {"forward": "base matmul", "forward_backward": "base matmuls", "fold": "a copy of W"}
 
 
@@ -111,9 +111,9 @@ def _draw_means(axes: Axes, points: Sequence[Mean]) -> None:
 
 
 def draw_simulation(run: Run, path: Path) -> None:
-    """Draw ms per client and step over the cohort's size, a panel a setting, a line a provider; write a PNG.
+    """Draw ms per client and step over the cohort's size, a panel per setting and a line per provider; write a PNG.
 
-    Raises ResultsError where no setting was measured at two sizes.
+    Raises ResultsError if no setting was measured at two sizes.
     """
     curves = {setting: cohorts for setting, cohorts in by_setting(run).items() if len(cohorts) > 1}
     if not curves:

@@ -1,8 +1,8 @@
-"""Benchmark runs over time: each kept small, ratios tabulated and drawn over commits.
+"""The history of benchmark runs: their ratios, tabulated and drawn over commits.
 
-Absolute times change with the machine's mood and age; a ratio of two providers timed in turn in one run does not. So a
-run is kept as ratios alone: `{"date", "commit", "device_name", "versions", "ratios": [{op, layer, m, k, n, r, dtype,
-provider, ratio_to_base, ratio_to_peft}, …]}`.
+Absolute times change from day to day even on one machine; the ratio of two providers timed in turn in one run does not.
+So only the ratios of a run are kept: `{"date", "commit", "device_name", "versions", "ratios": [{op, layer, m, k, n, r,
+dtype, provider, ratio_to_base, ratio_to_peft}, …]}`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HISTORY = Path(__file__).parents[1] / "results" / "history"
 
 @dataclass(frozen=True)
 class Ratio:
-    """One provider's time on one shape, divided by the base's and by PEFT's (None where PEFT has none)."""
+    """One provider's time on one shape, divided by the base's and by PEFT's (None if PEFT has no time)."""
 
     op: str
     layer: str
@@ -45,7 +45,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A run as the history keeps it. `commit` ends in "+" where files differed from it."""
+    """A run in the history. `commit` ends in "+" if files differed from it."""
 
     date: str
     commit: str
@@ -55,13 +55,13 @@ class HistoryEntry:
 
     @property
     def file_name(self) -> str:
-        """Return <date>-<commit>-<device>.json; a commit with changes is called so."""
+        """Return <date>-<commit>-<device>.json; a commit with changes is marked."""
         commit = self.commit.rstrip("+")[:12] + ("-changed" if self.commit.endswith("+") else "")
         return f"{self.date[:10]}-{commit}-{device_key(self.device_name)}.json"
 
     @property
     def name(self) -> str:
-        """Return day and commit, short."""
+        """Return the day and the short commit."""
         return f"{self.date[:10]} {self.commit.rstrip('+')[:7]}{'+' if self.commit.endswith('+') else ''}"
 
 
@@ -79,14 +79,14 @@ class Mean:
 
 
 def read_run(path: Path) -> HistoryEntry:
-    """Read what the suites save, or `python -m bench.gpu`, as a run to keep."""
+    """Read a file of the suites or of `python -m bench.gpu` as a run to keep."""
     run = load_any(path)
     timed = [record for providers in run.cases() for record in providers.values() if record.get("status") == "timed"]
     return HistoryEntry(run.date, run.commit, run.device_name, run.versions, tuple(map(_ratio, timed)))
 
 
 def keep(path: Path, folder: Path = HISTORY) -> Path:
-    """Add a results file to the history and return where; the same commit on the same day and device is replaced."""
+    """Add a results file to the history and return its path; the same commit on the same day and device is replaced."""
     run = read_run(path)
     kept = folder / run.file_name
     head = json.dumps({**asdict(run), "ratios": []}, ensure_ascii=False).removesuffix("[]}")
@@ -96,7 +96,7 @@ def keep(path: Path, folder: Path = HISTORY) -> Path:
 
 
 def load_history(folder: Path = HISTORY) -> list[HistoryEntry]:
-    """Return the kept runs in order of time; raises ResultsError naming a file that is not one, or an empty folder."""
+    """Return the kept runs in order of time; raise ResultsError for a file that is no run, and for an empty folder."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -113,7 +113,7 @@ def load_history(folder: Path = HISTORY) -> list[HistoryEntry]:
 def means(runs: Sequence[HistoryEntry], op: str) -> list[Mean]:
     """Return the fused provider's means of one op for each run of one device that measured it.
 
-    They are taken over the shapes that every one of them has, so that points can be compared; nan if there are none.
+    They are taken over the shapes that all these runs have, so that they can be compared; nan if there are none.
     """
     measured = [(run, shapes) for run in runs if (shapes := _fused(run, op))]
     common = set.intersection(*(set(shapes) for _, shapes in measured)) if measured else set()
@@ -128,7 +128,7 @@ def means(runs: Sequence[HistoryEntry], op: str) -> list[Mean]:
 
 
 def history_markdown(runs: Sequence[HistoryEntry]) -> str:
-    """Return a table per device: a line a run, the fused provider ÷ base and ÷ PEFT for each op."""
+    """Return a table per device: one line per run, the fused provider ÷ base and ÷ PEFT for each op."""
     parts = []
     for device, own in by_device(runs).items():
         cells = {op: {mean.run.file_name: mean.text for mean in means(own, op)} for op in OPS}

@@ -1,4 +1,4 @@
-"""Markdown: tables, what figures were made with, and sections of the README."""
+"""Markdown: tables, versions and commits, and sections of documents."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from bench.harness.records import ResultsError, write_text
 
 
 def markers(name: str) -> tuple[str, str]:
-    """Return what a section stands between in a document."""
+    """Return the markers at the beginning and end of a section."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
@@ -19,21 +19,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def versions_text(versions: Mapping[str, str | None]) -> str:
-    """Return the versions of what is installed: "torch 2.13.0, peft 0.19.1"."""
+    """Return the versions of the installed packages: "torch 2.13.0, peft 0.19.1"."""
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def commit_text(commit: str | None) -> str:
-    """Return "commit 0123456789ab", and that files differed from it where it ends in "+"."""
+    """Return "commit 0123456789ab", with a note that files differed from it if it ends in "+"."""
     if not commit:
         return "commit unknown"
     return f"commit {commit.rstrip('+')[:12]}{' with uncommitted changes' if commit.endswith('+') else ''}"
 
 
 def rewrite_section(text: str, name: str, section: str) -> str:
-    """Return `text` with what stands between a section's two markers replaced.
+    """Return `text` with the part between a section's two markers replaced.
 
-    Raises ResultsError if the markers are not there, once each and in order.
+    Raises ResultsError if the markers are not there exactly once each, in order.
     """
     begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -44,7 +44,7 @@ def rewrite_section(text: str, name: str, section: str) -> str:
 
 
 def update_document(document: Path, name: str, section: str, png: Path | None = None, title: str = "") -> None:
-    """Rewrite what stands between a section's markers, with a link to the picture where there is one."""
+    """Rewrite the part between a section's markers, with a link to the picture if there is one."""
     if not document.is_file():
         begin, end = markers(name)
         raise ResultsError(f"{document} does not exist; --document needs a file with {begin} and {end}")

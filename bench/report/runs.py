@@ -1,4 +1,4 @@
-"""Saved results, read and checked once: what the suites and `python -m bench.gpu` save, alike as records."""
+"""Reading saved results: files of the suites and of `python -m bench.gpu`, as the same kind of records."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from bench.cases import OPS
 from bench.harness.records import SIMULATION, Record, ResultsError, case_key, holds_records, load_records, read_json
 
-# What the suites save of a layer and, where it was timed, of its figures; and of a training step.
+# The fields that the suites save for a layer, for its figures if it was timed, and for a training step.
 LAYER = ("model", "projection", "m", "k", "n", "r", "dtype", "provider")
 FIGURES = ("time_ms", "iqr_ms", "rounds", "ratio_to_base", "ratio_to_peft", "peak_bytes")
 STEP = ("model", "cohort", "batch", "length", "dtype", "provider", "status")
-# This library's other ways to do the same, and the column that compares *fused* with each.
+# This library's other ways to do the same, and the title of the column that compares *fused* with each.
 OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 Providers = Mapping[str, Record]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: a record per case and provider, and what they were made with.
+    """A run: a record per case and provider, with device, versions and commit.
 
-    `commit` ends in "+" where files differed from it. Only the suites save `threads` and `backend`.
+    `commit` ends in "+" if files differed from it. Only the suites save `threads` and `backend`.
     """
 
     records: tuple[Record, ...]
@@ -51,9 +51,9 @@ class Run:
 
 
 def load_run(path: Path) -> Run:
-    """Read what `pytest --benchmark --benchmark-json=PATH` saved.
+    """Read a file of `pytest --benchmark --benchmark-json=PATH`.
 
-    Raises ResultsError naming the file and what is missing: the file, JSON, the benchmark list, or a field.
+    Raises ResultsError naming the file and what is missing: the file, valid JSON, the list of benchmarks, or a field.
     """
     saved = read_json(path, suites_command(path))
     if not isinstance(saved, dict) or not saved.get("benchmarks"):
@@ -82,7 +82,7 @@ def suites_command(path: Path) -> str:
 
 
 def _checked(records: Iterable[Record], status: str, of_layer: Sequence[str]) -> Iterator[Record]:
-    """Yield records, each with a status; raise KeyError for what one of a layer or of a training step lacks."""
+    """Yield records, each with a status; raise KeyError for a field that one of a layer or a training step lacks."""
     for record in records:
         needed = STEP if record["op"] == SIMULATION else (*LAYER, *of_layer) if record["op"] in OPS else ()
         missing = [name for name in needed if name not in record]
@@ -98,7 +98,7 @@ def run_of_device(meta: Mapping[str, Any], records: Sequence[Record]) -> Run:
 
 
 def load_any(path: Path) -> Run:
-    """Read what the suites saved, or `python -m bench.gpu`."""
+    """Read a file of the suites or of `python -m bench.gpu`."""
     return run_of_device(*load_records(path)) if holds_records(path) else load_run(path)
 
 
@@ -113,19 +113,19 @@ def by_case(records: Iterable[Record]) -> list[Providers]:
 
 
 def facts_of(providers: Providers) -> Record:
-    """Return one record of a case, for what all of them share."""
+    """Return one record of a case, for the fields that all of them share."""
     return next(iter(providers.values()))
 
 
 def timed(providers: Providers, name: str) -> Record | None:
-    """Return a provider's record; None where there is none, or one without figures."""
+    """Return a provider's record; None if there is none, or it has no figures."""
     record = providers.get(name)
     return record if record and record.get("status") == "timed" else None
 
 
 def ratio_of(providers: Providers, name: str, other: str) -> float | None:
-    """Return one provider's time ÷ another's, None where one of them was not timed."""
-    # Each against the base of its own loop: they may have been timed in different ones.
+    """Return one provider's time ÷ another's, None if one of them was not timed."""
+    # Each divided by the base of its own loop, because they may have been timed in different loops.
     one, two = (record["ratio_to_base"] if (record := timed(providers, each)) else None for each in (name, other))
     return one / two if one and two else None
 

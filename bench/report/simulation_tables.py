@@ -1,4 +1,4 @@
-"""Saved figures of training steps, by the suites or by `python -m bench.gpu`, and their table for documents."""
+"""The table of training steps, from files of the suites or of `python -m bench.gpu`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.runs import Providers, Run, facts_of, load_any
 from bench.simulation.cases import RANK
 
-# The cohort size whose figures the table shows; where it was not measured, the largest that was.
+# The cohort size whose figures the table shows; if it was not measured, the largest that was.
 COHORT = 10
 OURS = "cohort"
 NOTES = {
@@ -26,7 +26,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cohort sizes of a curve share: the model, and each client's batch."""
+    """The model and each client's batch, which all cohort sizes of a curve share."""
 
     model: str
     batch: int
@@ -39,7 +39,7 @@ class Setting:
 
 
 def load_simulation(path: Path) -> Run:
-    """Read a file that holds training steps; raises ResultsError where it holds none."""
+    """Read a file that holds training steps; raises ResultsError if it holds none."""
     run = load_any(path)
     if not run.steps:
         command = f"pytest bench --benchmark-only -k simulation --benchmark-json={path}"
@@ -62,7 +62,7 @@ def shown(run: Run) -> dict[Setting, dict[str, Record]]:
 
 
 def simulation_markdown(run: Run) -> str:
-    """Return a run as Markdown: what it ran on and how to read it, then the table."""
+    """Return a run as Markdown: the conditions and how to read it, then the table."""
     threads = f", {run.threads} CPU threads" if run.threads else ""
     versions, commit = versions_text(run.versions), commit_text(run.commit)
     conditions = f"{run.device_name}{threads}; {versions}; {commit}, {run.date[:10]}."

@@ -1,4 +1,4 @@
-"""The short table a sitting ends with: what became of its steps, and of each case the times that matter."""
+"""The short table at the end of a sitting: the status of its steps, and the most important times of each case."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ MOST_CASES = 24
 
 
 def sitting_table(out: Path, steps: Sequence[Mapping[str, Any]]) -> str:
-    """Return the steps of a sitting and the first cases of what it found in a folder."""
+    """Return a table of a sitting's steps and of the first cases of its results in a folder."""
     lines = [f"{'step':<10} {'status':>8} {'s':>6} {'of':>6}"]
     for step in steps:
         status = "stopped" if step["status"] is None else str(step["status"])

@@ -1,4 +1,4 @@
-"""The suites' results as Markdown: what they ran on, then one table an operator."""
+"""The suites' results as Markdown: the conditions, then one table per operator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.report.titles import TITLES
 
 # The suites' providers, in the order of a table's columns.
 PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
-# What an operator's table shows, as it stands behind the title.
+# The text that follows the title of an operator's table.
 NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 def markdown(run: Run) -> str:
-    """Return the run as Markdown: what it ran on, then one table per op with geometric means."""
+    """Return the run as Markdown: the conditions, then one table per op with geometric means."""
     rows, dtypes = rows_and_dtypes(run)
     conditions = (
         f"{run.device_name}, {run.threads} CPU threads, {run.backend} backend; "
@@ -43,14 +43,14 @@ def markdown(run: Run) -> str:
 
 
 def rows_and_dtypes(run: Run) -> tuple[str, str]:
-    """Return what M and the dtypes of the layers are."""
+    """Return the layers' M and dtypes."""
     every = [facts_of(providers) for providers in run.cases()]
     rows, dtypes = ({facts[name] for facts in every if facts[name]} for name in ("m", "dtype"))
     return ", ".join(map(str, sorted(rows))), ", ".join(sorted(dtypes))
 
 
 def case_label(record: Record) -> str:
-    """Return a case in words: model, projection, K×N and the rank."""
+    """Return a case's label: model, projection, K×N and the rank."""
     return f"{record['model']} {record['projection']} {size_of(record)}, R {record['r']}"
 
 
@@ -69,7 +69,7 @@ def mean_ratios(run: Run, op: str, rank: int) -> dict[str, tuple[float, float]]:
 
 
 def common_rank(run: Run, op: str) -> int:
-    """Return the rank most of an op's shapes were measured at, the one its geometric mean is taken over."""
+    """Return the rank that most of an op's shapes were measured at; its geometric mean is taken over those."""
     return Counter(facts_of(providers)["r"] for providers in run.cases(op)).most_common(1)[0][0]
 
 

@@ -1,4 +1,4 @@
-"""The README's one table: this library's time divided by PEFT's, in geometric means over what was measured."""
+"""The README's table: this library's time divided by PEFT's, in geometric means over the measured cases."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bench.report.markdown import commit_text, markdown_table
 from bench.report.runs import Run, facts_of, geometric_mean, load_any, load_run, ratio_of, timed
 from bench.report.simulation_tables import COHORT, OURS, load_simulation, shown
 
-# Of the folder of results: what the suites saved on a CPU.
+# The suites' files of a CPU in the folder of results.
 LAYERS, STEPS = "cpu.json", "simulation-cpu.json"
-# A device measured with other tables of block sizes has files of these names beside its own.
+# Endings of files beside a device's own: measured with default blocks, or set aside by a later sitting.
 BESIDE = ("-defaults", "-before")
 NOT_MEASURED = "not yet measured"
-# What a mean is over, one and several.
+# The names of what a mean is over, singular and plural.
 SHAPES, BATCHES = ("shape", "shapes"), ("batch", "batches")
 TITLES = {
     "forward": "a layer's forward",
@@ -33,7 +33,7 @@ WIDTH = 120
 
 
 class Measured(NamedTuple):
-    """What was measured on one machine: time ÷ PEFT's by op, and that of training steps."""
+    """The results of one machine: time ÷ PEFT's by op, and for training steps."""
 
     title: str
     conditions: str
@@ -107,7 +107,7 @@ def _of_steps(run: Run) -> list[float]:
 
 
 def _titled(name: str, dtypes: Sequence[str]) -> str:
-    """Return a column's title: what was measured on, and what layers were measured in."""
+    """Return a column's title: the device and the layers' dtype."""
     return ", ".join([name, *dict.fromkeys(dtypes)])
 
 
@@ -116,7 +116,7 @@ def _machine(run: Run) -> str:
 
 
 def _when(run: Run) -> str:
-    """Return commit and day."""
+    """Return the commit and the day."""
     return f"{commit_text(run.commit)}, {run.date[:10]}"
 
 

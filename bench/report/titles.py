@@ -1,10 +1,10 @@
-"""What the operators are called in tables and pictures."""
+"""The operators' titles in tables and pictures."""
 
 from typing import NamedTuple
 
 
 class Title(NamedTuple):
-    """An operator's name at the head of a table, and in a column or a panel, where there is less room."""
+    """An operator's title above a table, and its short form for columns and panels."""
 
     head: str
     short: str

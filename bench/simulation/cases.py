@@ -1,4 +1,4 @@
-"""What is measured: models of public shapes, batches per client, and how many clients train at once."""
+"""The cases: models of public shapes, batches per client, and numbers of clients that train at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SimulationCase:
         return self.cohort * self.batch * self.length
 
     def facts(self) -> dict[str, object]:
-        """Return what tells the case from others, as records name it."""
+        """Return the fields that identify the case in records."""
         return {
             "op": SIMULATION,
             "model": self.model.name,
@@ -76,7 +76,7 @@ class SimulationCase:
 
 
 def simulation_cases(device_type: str) -> tuple[SimulationCase, ...]:
-    """List a device's cases: bf16 on a GPU, what matters most first; fp32 elsewhere, and nothing that takes minutes."""
+    """List a device's cases: bf16 on a GPU, the most important first; elsewhere fp32, and none that takes minutes."""
     sizes, dtype = (_GPU, "bfloat16") if device_type == "cuda" else (_CPU, "float32")
     cases = (
         SimulationCase(model, batch, length, cohort, dtype)
@@ -103,7 +103,7 @@ _GPU: Sizes = (
     (LLAMA_1B, 16, 128, (10,)),
     (DIGITS_VIT, 16, IMAGE_TOKENS, COHORTS),
     (BERT_BASE, 16, 128, COHORTS),
-    (LLAMA_1B, 16, 128, (1, 2, 5, 10, 20)),  # 50 need more memory than there is
+    (LLAMA_1B, 16, 128, (1, 2, 5, 10, 20)),  # 50 clients need more memory than a GPU has
     *((shape, *batch, COHORTS) for batch in _TEXT_BATCHES for shape in (BERT_BASE, LLAMA_1B)),
     *((BERT_TINY, *batch, COHORTS) for batch in ((16, 128), *_TEXT_BATCHES)),
 )

@@ -1,4 +1,4 @@
-"""The simulator's cohort executor, a step at a time."""
+"""The simulator's cohort executor, one step at a time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses
 from fed.training.local import Job
 from fed.types import Client, ClientStart
 
-# Every client has one batch, which it sees in another order of rows at each of these steps, and then again.
+# Every client has one batch, with another order of rows at each of so many steps, which then repeat.
 STEPS = 16
 
 
 class CohortTrainer:
-    """Trains all clients in one forward and one backward, as a round of the simulator does between its ends."""
+    """Trains all clients in one forward and one backward, as a round of the simulator does."""
 
     def __init__(self, problem: Problem, compiled: CompiledLosses | None = None) -> None:
         """With `compiled` torch compiles the steps."""
@@ -41,7 +41,7 @@ class CohortTrainer:
         self.table = DenseTable(rows, rows.pop("labels"))
         self.cohort, self.number = self._make_cohort(list(problem.starts)), 0
         self.span = CohortSteps(self.cohort, len(problem.starts))
-        self.running = ExitStack()  # a round enters it once, for all its steps
+        self.running = ExitStack()  # a round enters this once for all its steps
         self.running.enter_context(self.span.running())
         weakref.finalize(self, self.running.close)
 
@@ -50,10 +50,10 @@ class CohortTrainer:
         self.number += 1
 
     def gradients(self) -> list[Values]:
-        """Return what the first step of another cohort that begins here leaves behind it."""
+        """Return the gradients of the first step of another cohort that starts from these values."""
         other = self._make_cohort(self.values())
         span = CohortSteps(other, len(other.jobs))
-        self.running.close()  # the model is the other's meanwhile
+        self.running.close()  # the other cohort uses the model meanwhile
         with span.running():
             other.step(span, 0)
         self.running.enter_context(self.span.running())
@@ -83,9 +83,9 @@ class CohortTrainer:
 
 def compiled(problem: Problem) -> CohortTrainer:
     """Return the same with the forward compiled, and the backward with it: `cohort_compile` of a run."""
-    torch.compiler.reset()  # what was compiled for other cases would count towards the limit of recompilations
+    torch.compiler.reset()  # graphs of other cases would count towards the limit of recompilations
     trainer = CohortTrainer(problem, CompiledLosses(_refuse))
-    for _ in range(COMPARED_STEPS):  # what is timed are steps that are no longer compared
+    for _ in range(COMPARED_STEPS):  # timed steps are those that are no longer compared with plain ones
         trainer.gradients()
     return trainer
 
@@ -95,14 +95,14 @@ def _refuse(line: str) -> None:
 
 
 def _by_client(cohort: Cohort, stacks: Values) -> list[Values]:
-    """Return a stack's rows under the problem's names, in the order of the clients."""
+    """Return a stack's rows by the problem's names, in the order of the clients."""
     named = {_full_name(name): stack for name, stack in stacks.items()}
     rows = {place: row for row, place in enumerate(cohort.places)}
     return [{name: stack[rows[client]] for name, stack in named.items()} for client in range(len(rows))]
 
 
 def _settings(batch_size: int) -> Any:
-    """The training table of a run's configuration, which this machine need not have the libraries to read."""
+    """The training table of a run's configuration, without the libraries that read configurations."""
     return SimpleNamespace(
         optimizer="adamw", weight_decay=WEIGHT_DECAY, batch_size=batch_size, max_grad_norm=0.0, weighting="uniform"
     )

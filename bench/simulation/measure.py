@@ -1,4 +1,4 @@
-"""One case of training steps measured: every provider checked, weighed and timed in turn; a record for each."""
+"""Measuring one case of training steps: providers are checked, their memory is read, and all are timed in turn."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ SECONDS_EACH = 120.0
 REFERENCES = ("base", "peft-loop")
 
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
-# Where the cohort's gradients in fp64 take this long the case is slow: a few rounds, without a warm-up, have to do.
+# If the cohort's fp64 gradients take this long the case is slow, and gets only a few rounds, without a warm-up.
 LONG_SECONDS, LONG_ROUNDS = 3.0, 3
-# On the CPU memory is read from a profile of the step, which costs more than the step: it is read for cohorts of this
-# size alone, and where their batch is no larger than this.
+# On the CPU memory is read from a profile of the step, which costs more than the step. So it is read only for cohorts
+# of this size and batches no larger than this.
 WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one provider: its record, and the seconds of each round where it was timed."""
+    """The result of one provider: its record, and the seconds of each round if it was timed."""
 
     record: dict[str, object]
     seconds: list[float] = field(default_factory=list)
 
 
 class SynchronisedTimer(WallTimer):
-    """Times by the host's clock from an idle device to an idle device: launches count, as they do in a simulation."""
+    """A timer by the host's clock from an idle device to an idle device, launches included, as in a simulation."""
 
     def call(self, run: Callable[[], object]) -> None:
         def run_and_wait() -> None:
@@ -57,12 +57,12 @@ class SynchronisedTimer(WallTimer):
 def measure(
     case: SimulationCase, device: torch.device, plan: Plan = PLAN, wanted: Sequence[str] | None = None
 ) -> dict[str, Found]:
-    """Return what was found of every provider; one that is wrong or cannot run is recorded with its cause, not timed.
+    """Return the result of every provider; one that is wrong or cannot run is recorded with its cause and not timed.
 
     The base and PEFT's loop always run: the others are divided by them. Notes each provider's name before it runs
     alone, None before all are timed in turn, and after every round the records as they would be without further ones.
     """
-    keep_freed_memory()  # as the simulator's commands do: none of the providers then pays for the others' pages
+    keep_freed_memory()  # as the simulator's commands do, so that no provider pays for the others' memory pages
     problem = make_problem(case, device)
     names = [name for name in providers_of(case) if wanted is None or name in wanted or name in REFERENCES]
     began = time.perf_counter()
@@ -99,7 +99,7 @@ def _checked(
         note(name)
         try:
             step, trainer = make_step(name, problem)
-            if trainer is not None and name != "peft-loop":  # the bounds are made from its own gradients
+            if trainer is not None and name != "peft-loop":  # the bounds are computed from its gradients
                 reference.check(name, trainer.gradients())
             peaks[name] = _peak(case, device, step)
             steps[name] = step
@@ -130,19 +130,19 @@ def _facts(case: SimulationCase, device: torch.device, provider: str) -> dict[st
 
 
 def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) -> int | None:
-    """Return the most one step allocates beyond what lives before it; None where that is not read."""
+    """Return the peak bytes of one step beyond those before it, or None if they are not read."""
     if device.type == "cpu" and (case.cohort != WEIGHED_COHORT or case.tokens > WEIGHED_TOKENS):
         return None
-    step()  # the optimiser's state is made by the first step and stays
+    step()  # the first step makes the optimiser's state
     return peak_bytes(step, device)
 
 
 class ReferenceGradients:
-    """What the gradients are in exact arithmetic, and how far from that rounding may bring them.
+    """The exact gradients, and the bound of their errors.
 
     Each client's gradients count as one vector g; a provider's must satisfy, in Frobenius and in max norm,
-    ‖g − exact‖/‖exact‖ ≤ max(2·e, 4·eps), e being the largest such error of PEFT's loop over the clients, at the
-    precision that is measured.
+    ‖g − exact‖/‖exact‖ ≤ max(2·e, 4·eps), where e is the largest such error of PEFT's loop over the clients, in the
+    measured precision.
     """
 
     def __init__(self, exact: list[Values], peft: list[Values]) -> None:
@@ -168,7 +168,7 @@ def _errors(found: list[Values], exact: list[Values], order: float) -> list[floa
 
 
 def _error(found: Values, exact: Values, order: float) -> float:
-    """Return ‖found − exact‖/‖exact‖ of all values as one vector; infinity where names or shapes differ."""
+    """Return ‖found − exact‖/‖exact‖ of all values as one vector; infinity if names or shapes differ."""
     if found.keys() != exact.keys() or any(found[name].shape != value.shape for name, value in exact.items()):
         return float("inf")
     difference = _norm([found[name].double() - value for name, value in exact.items()], order)
@@ -181,7 +181,7 @@ def _norm(tensors: list[Tensor], order: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A case on a device, as it is sent to a process: the providers to measure, and why some of them failed before."""
+    """A case on a device, sent to a process: the providers to measure, and the errors of those that failed before."""
 
     case: SimulationCase
     device: str
@@ -190,7 +190,7 @@ class Simulation:
 
 
 def device_simulations(device_type: str) -> tuple[SimulationCase, ...]:
-    """List a device's cases, what matters most first; on the CPU a tiny one that tries everything."""
+    """List a device's cases, the most important first; on the CPU a tiny one that tries everything."""
     if device_type == "cuda":
         return simulation_cases("cuda")
     return (SimulationCase(DIGITS_VIT, 2, IMAGE_TOKENS, 2, "float32"),)
@@ -204,10 +204,10 @@ def simulate(work: Simulation) -> list[Record]:
 
 
 def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
-    """Return a record per wanted provider: what a process found or, where it was stopped, had found by then.
+    """Return a record per wanted provider, from the result of a process or, if it was stopped, from its notes.
 
-    Where it found nothing, the providers that the others are divided by did not run: one record, of the base, has the
-    cause.
+    Without either, the providers that the others are divided by did not run: then there is one record, of the base,
+    with the cause.
     """
     found: list[Record] | None = outcome.value
     if found is None:

@@ -1,4 +1,4 @@
-"""The models of the cases, from transformers' configurations with weights drawn from a seed."""
+"""The models of the cases: transformers' configurations with random weights from a seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a classifier with frozen, drawn weights and no dropout of its own, in training mode.
 
-    The next case of the same shape gets the same one: nobody changes it.
+    The next case of the same shape gets the same model, because nothing changes it.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ def adapted_names(model: nn.Module, head: str) -> tuple[str, ...]:
 
 
 def sharing_weights(model: nn.Module, apart: Sequence[str]) -> nn.Module:
-    """Return a copy of a model that shares its weights, those of the modules `apart` excepted."""
+    """Return a copy of a model that shares its weights, but for those of the modules `apart`."""
     own = {id(parameter) for name in apart for parameter in model.get_submodule(name).parameters()}
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})

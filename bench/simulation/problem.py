@@ -1,4 +1,4 @@
-"""What every provider of a case is given, one frozen model and each client's values and batch, and what it does."""
+"""The inputs of every provider of a case, one frozen model and each client's values and batch, and its interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors all providers of a case start from.
+    """The tensors from which all providers of a case start.
 
     `matrices` are the adapted linear layers by name and `head` the module that is trained in full. `starts` holds for
     every client its `<matrix>.lora_A` (R, K), `<matrix>.lora_B` (N, R) and the head's parameters, `batches` the
@@ -40,7 +40,7 @@ class Problem:
         return {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
-        """Return the same problem at another precision, with a model of its own."""
+        """Return the same problem in another precision, with a model of its own."""
         return replace(
             self,
             model=copy.deepcopy(self.model).to(dtype),
@@ -78,7 +78,7 @@ def _start(model: nn.Module, matrices: tuple[str, ...], head: str, generator: to
 
 
 def _batch(case: SimulationCase, device: torch.device, generator: torch.Generator) -> Values:
-    """Rows all of one length, so that no provider needs an attention mask."""
+    """Return rows of one length, so that no provider needs an attention mask."""
     labels = torch.randint(case.model.labels, (case.batch,), generator=generator, device=device)
     if case.model.family == "vit":
         images = torch.randn(case.batch, 1, 8, 8, generator=generator, device=device)
@@ -104,7 +104,7 @@ class Trainer(Protocol):
         """Train every client one step: forward, backward, optimiser."""
 
     def gradients(self) -> list[Values]:
-        """Return the gradients of every client's values where it stands; nothing moves."""
+        """Return the gradients of every client at its present values, which do not change."""
 
     def values(self) -> list[Values]:
-        """Return every client's values where it stands."""
+        """Return every client's present values."""

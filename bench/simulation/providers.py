@@ -1,4 +1,4 @@
-"""Who is measured, each from the same values on the same batches with the same optimiser.
+"""The providers that are measured, all from the same values on the same batches with the same optimiser.
 
 *base* is the bare model on the whole batch; *peft-loop* PEFT's layers, one client after another; *sequential* the same
 with this library's layers and the simulator's loss; *vmap* PEFT's model mapped over stacked adapters; *cohort* the
@@ -27,20 +27,20 @@ TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
     "cohort-compiled": compiled,
 }
 PROVIDERS = ("base", *TRAINERS)
-# Compiling takes longer than all the rest of a case. For most models, and for all on a GPU, whose time is short, the
-# compiled provider is therefore measured only for a single client and for the usual cohort.
+# Compiling takes longer than the rest of a case. So for most models, and for all on a GPU, the compiled provider is
+# measured only for a single client and for the usual cohort.
 COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
 
 
 def providers_of(case: SimulationCase) -> tuple[str, ...]:
-    """Return who is measured in a case."""
+    """Return the providers of a case."""
     at_every_size = case.model in (DIGITS_VIT, BERT_BASE) and case in simulation_cases("cpu")
     compiles = at_every_size or case.cohort in COMPILED_COHORTS
     return tuple(name for name in PROVIDERS if name != COMPILED or compiles)
 
 
 def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer | None]:
-    """Return a provider's step and, where it has clients, what shows their gradients."""
+    """Return a provider's step and, if it has clients, the trainer that returns their gradients."""
     if name == "base":
         return BareBase(problem).step, None
     trainer = TRAINERS[name](problem)
@@ -48,9 +48,9 @@ def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer 
 
 
 class BareBase:
-    """Runs forward, and backward to the first layer's input: no adapters, no gradient of a weight but the head's.
+    """Runs forward, and backward to the first layer's input: no adapters, and of weights only the head's gradient.
 
-    Only `step` means anything here: there are no clients and nothing is trained.
+    Only `step` is used: there are no clients and nothing is trained.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -63,10 +63,10 @@ class BareBase:
     def step(self) -> None:
         for parameter in self.head:
             parameter.grad = None
-        # The sum of the clients' means, whose batches are of one size.
+        # The sum of the clients' mean losses, because their batches have the same size.
         (self.model(**self.batch).loss * self.cohort).backward()
 
     def _enter(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Ask for the gradient of the states that enter the first layer, (rows, length, width)."""
+        """Make the input of the first layer, (rows, length, width), require a gradient."""
         self.entered = given[0].detach().requires_grad_()
         return (self.entered, *given[1:])

@@ -1,4 +1,4 @@
-"""One client after another on one resident model, its adapter, head and optimiser state swapped in.
+"""One client after another on one model in memory, with the client's adapter, head and optimiser state swapped in.
 
 The loop is the same with PEFT's layers and with this library's: nothing is copied to change clients, the model's
 layers are pointed to the client's own parameters, and each client has an optimiser over those.
@@ -20,13 +20,13 @@ from bench.simulation.problem import Problem, Values, make_optimizer
 from fed.training.losses import client_losses
 
 Loss = Callable[[nn.Module, Values], Tensor]
-# Where a value lives in the model: a module and the name of its parameter.
+# The place of a value in the model: a module and the name of its parameter.
 Slots = Mapping[str, tuple[nn.Module, str]]
 FACTORS = ("lora_A", "lora_B")
 
 
 class ResidentLoop:
-    """Trains clients in turn on `model`, whose `slots` take the parameters of the client at work."""
+    """Trains clients in turn on `model`, whose `slots` hold the parameters of the present client."""
 
     def __init__(self, model: nn.Module, slots: Slots, problem: Problem, loss: Loss) -> None:
         self.model, self.slots, self.batches, self.loss = model, slots, problem.batches, loss
@@ -48,7 +48,7 @@ class ResidentLoop:
         return [{name: parameter.detach() for name, parameter in client.items()} for client in self.clients]
 
     def _backward_of_each(self) -> Iterator[tuple[dict[str, nn.Parameter], torch.optim.Optimizer]]:
-        """Swap in one client after another and yield it, its gradients ready, with its optimiser."""
+        """Swap in one client after another, compute its gradients, and yield it with its optimiser."""
         for client, optimizer, batch in zip(self.clients, self.optimizers, self.batches, strict=True):
             for (module, attribute), parameter in zip(self.slots.values(), client.values(), strict=True):
                 setattr(module, attribute, parameter)
@@ -58,7 +58,7 @@ class ResidentLoop:
 
 
 def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:
-    """Return the model with PEFT's LoRA in it, adapters in the weights' dtype, and where its values live."""
+    """Return the model with PEFT's LoRA in it, adapters in the weights' dtype, and the places of its values."""
     config = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
@@ -90,7 +90,7 @@ def own_loss(model: nn.Module, batch: Values) -> Tensor:
 
 
 def simulator_loss(model: nn.Module, batch: Values) -> Tensor:
-    """Return the same mean as the simulator takes it."""
+    """Return the same mean loss as the simulator computes it."""
     return client_losses(model, batch, [len(batch["labels"])]).sum()
 
 

@@ -1,1 +1,1 @@
-"""Block sizes measured for the device at hand."""
+"""Measuring block sizes on the present device."""

@@ -1,4 +1,4 @@
-"""Find the fastest block sizes for the device at hand: `python -m bench.tune`."""
+"""Find the fastest block sizes for the present device: `python -m bench.tune`."""
 
 from bench.harness.processes import end_on_termination, leave
 from bench.tune.command import main

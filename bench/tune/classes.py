@@ -1,4 +1,4 @@
-"""What `python -m bench.tune` finds blocks for: the shape classes of launches, and which layers they belong to."""
+"""The shape classes that `python -m bench.tune` finds blocks for, and the layers that they belong to."""
 
 from bench.gpu_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
 from plora_kernels.tuning.blocks import ShapeClass
@@ -7,7 +7,7 @@ OTHER_RANKS = (128, 256)
 
 
 def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass]:
-    """Return the classes of one layer: the skinny products first, which the designs of the others build on."""
+    """Return the classes of one layer: first the skinny products, which the designs of the others use."""
     return [
         ShapeClass("side_product", dtype, m, k, r, r),
         ShapeClass("output_gradient", dtype, m, n, r, r),
@@ -18,7 +18,7 @@ def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass
 
 
 def projection_classes(m: int, k: int, total: int, r: int, dtype: str) -> list[ShapeClass]:
-    """Return the classes of layers that share their input, `total` outputs together."""
+    """Return the classes of layers that share their input and have `total` outputs together."""
     return [
         ShapeClass("projections_forward", dtype, m, k, total, r),
         ShapeClass("projections_input_gradient", dtype, m, total, k, r),
@@ -52,6 +52,6 @@ def shape_classes(device_type: str) -> list[ShapeClass]:
 
 
 def belongs(shape: ShapeClass, k: int, n: int) -> bool:
-    """Say whether a layer from k to n features has launches of a class: its products, and the skinny ones of a side."""
+    """Say whether a layer from k to n features has launches of a class: its products, and its skinny ones."""
     skinny = shape.op in ("side_product", "output_gradient", "factor_gradient")
     return shape.d_in in (k, n) if skinny else (shape.d_in, shape.d_out) in ((k, n), (n, k))

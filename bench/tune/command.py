@@ -1,10 +1,10 @@
-"""Find the fastest block sizes for the device at hand and write them where `plora_kernels` looks them up.
+"""Find the fastest block sizes for the present device and write them where `plora_kernels` looks them up.
 
 `python -m bench.tune` goes through the shape classes, the most important first. Candidates are compiled and checked
-against fp64 in processes of their own (one that hangs, crashes or errs is reported and dropped), then timed with the
-cache flushed, all of them briefly and the best longer. Each candidate's result is printed as it comes. After each class
-the table is written: the user's ($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one that
-comes with the package. The log beside it holds every measurement; the same command goes on where it was cut.
+against fp64 in processes of their own (one that hangs, crashes or is wrong is reported and dropped), then timed with
+the cache flushed, all of them briefly and the best longer. Each candidate's result is printed as it comes. After each
+class the table is written: the user's ($PLORA_KERNELS_CACHE or the user's cache folder), or with `--package` the one
+that comes with the package. The log beside it holds every measurement; the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from plora_kernels.tuning.tables import PACKAGED, user_folder
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Tune what there is time for; return 0, or 1 if a class has no candidate that is right."""
+    """Tune the classes for which there is time; return 0, or 1 if a class has no correct candidate."""
     device = torch.device(options.device)
     tables, log = paths(options, device)
     meta = describe(device, options.commit)
@@ -61,7 +61,7 @@ def tune(options: argparse.Namespace) -> int:
     count = default_workers(device) if options.workers is None else options.workers
     timing = Workers(time_candidates, min(count, 1), SECONDS_EACH)
     with Workers(attempt_candidate, count, SECONDS_EACH) as workers, timing as timer:
-        if left:  # a class's seconds are not those of starting Python
+        if left:  # starting Python must not count in a class's seconds
             timer.start()
             workers.await_ready(min(STARTUP_SECONDS, tuning.deadline - time.monotonic()))
         while left and time.monotonic() < tuning.deadline and tune_class(tuning, left[0], workers, timer):
@@ -86,7 +86,7 @@ def choose_classes(options: argparse.Namespace) -> list[ShapeClass]:
 
 
 def paths(options: argparse.Namespace, device: torch.device) -> tuple[tuple[Path, ...], Path]:
-    """Return where the table goes, the one that is looked up first, and the log."""
+    """Return where the table goes, the path that is looked up first, and the path of the log."""
     file = f"{device_slug(device)}.json"
     own = PACKAGED if options.package else user_folder()
     if options.out is not None:
@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 1 if nothing right was found, 2 for input that cannot be used."""
+    """Run the command line; return its exit status: 1 if no correct candidate was found, 2 for invalid input."""
     settle_compilers()  # so that kernels that were compiled ahead are found
     options = parse(arguments)
     if options.device == "cuda" and torch.cuda.is_available():

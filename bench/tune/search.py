@@ -1,4 +1,4 @@
-"""Which blocks are fastest: candidates narrowed by timing all of them briefly and the best of them longer."""
+"""The search for the fastest blocks: all candidates are timed briefly, and the best of them longer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bench.harness.timing import Plan, Step, cache_flush, host_seconds, interlea
 from bench.tune.trials import Trial
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, ShapeClass
 
-# Rounds of each stage. This share of the candidates goes on to the next, so many at least, and every design's best.
+# Rounds of each stage. This share of the candidates reaches the next stage, at least so many, and each design's best.
 STAGES = (4, 12, 40)
 SHARE, AT_LEAST = 0.25, 4
-# How many candidates of each design a class tries where one like it was searched: that one's best.
+# How many of the best candidates of each design a class takes from a similar class that was searched before.
 INHERITED = 8
 
 
@@ -36,14 +36,14 @@ class Timed:
 
 
 def design_of(blocks: Blocks) -> str:
-    """Return a matmul's design, and for everything else the name of its blocks."""
+    """Return a matmul's design, and for other launches the name of their blocks."""
     return blocks.design if isinstance(blocks, MatmulBlocks) else type(blocks).__name__
 
 
 def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> list[Timed]:
     """Time the candidates by successive halving; return all of them, the fastest of the longest stage first.
 
-    Notes each candidate's place before its first call at full size, and None once they run in turn.
+    Notes each candidate's index before its first call at full size, and None once they run in turn.
     """
     steps = {str(number): Step(trial.with_blocks(blocks)) for number, blocks in enumerate(candidates)}
     timer, host = timer_for(device), []
@@ -64,7 +64,7 @@ def search(trial: Trial, candidates: Sequence[Blocks], device: torch.device) -> 
 
 
 def survivors(timed: Mapping[str, Timed]) -> list[str]:
-    """Return the names that go on: the fastest quarter, four at least, and the fastest of every design."""
+    """Return the names that reach the next stage: the fastest quarter, at least four, and each design's fastest."""
     order = sorted(timed, key=lambda name: timed[name].time_ms)
     best = dict.fromkeys(order[: max(AT_LEAST, int(SHARE * len(order)))])
     for name in order:
@@ -84,11 +84,11 @@ def best_of_each_design(timed: Iterable[Timed]) -> dict[str, Timed]:
 def narrowed(
     shape: ShapeClass, known: Sequence[Blocks], searched: Mapping[ShapeClass, Sequence[Timed]], most: int
 ) -> tuple[Blocks, ...]:
-    """Return the candidates to try, the default first: `most` of all known, or what was best in a class like this.
+    """Return the candidates to try, the default first: `most` of all, or the best ones of a similar class.
 
-    A class is like this one if it is of the same op, or the forward where this one is dX, of the same dtype, and its
-    rows are at most four times as many or as few; of several the nearest counts. Candidates that differ from its best
-    only in `block_r` and `gradient_beside` are all tried: the best of those depends on the class.
+    A class is similar if it has the same op, or is the forward of this dX, has the same dtype, and between a quarter of
+    and four times as many rows; the nearest one counts. Candidates that differ from its best only in `block_r` and
+    `gradient_beside` are all tried: the best of those depends on the class.
     """
     like = [other for other in searched if _alike(shape, other)]
     if not like:
@@ -124,7 +124,7 @@ def _distance(shape: ShapeClass, other: ShapeClass) -> float:
 
 
 def _in_turns(known: Sequence[Blocks]) -> tuple[Blocks, ...]:
-    """Return the default, then the designs' candidates in turns, the likeliest first: time may not last for all."""
+    """Return the default, then the designs' candidates in turns, the most promising first, as time may run out."""
     by_design: dict[str, list[Blocks]] = {}
     for blocks in sorted(known[1:], key=_unlikely):
         by_design.setdefault(design_of(blocks), []).append(blocks)

@@ -1,7 +1,7 @@
-"""What the tuner runs: for every op whose blocks are chosen by shape, the call that takes them and what it must give.
+"""The tuner's trials: for every op whose blocks are chosen by shape, a call that uses them and its expected results.
 
-A forward, a whole backward (for the blocks of dX: designs differ in how dS and dB come about) and a fold run through
-the public functions, the skinny products and projections that share their input through their launchers.
+A forward, a whole backward (for the blocks of dX, because designs differ in how dS and dB are computed) and a fold use
+the public functions; the skinny products and projections that share their input use their launchers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bench.checks.correctness import Results, check, numbered, plain_results, po
 from plora_kernels.tuning.blocks import Blocks, ShapeClass
 from plora_kernels.tuning.lookup import override_blocks
 
-# A check needs more tiles than there are multiprocessors, not the whole size.
+# A check needs more tiles than multiprocessors, not the full size.
 CHECK_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A call whose kernel takes the blocks of `shape`: `run` is timed, `results` names what it computes.
+    """A call whose kernel uses the blocks of `shape`: `run` is timed, `results` returns its results by name.
 
     `expected(dtype)` is the same by plain torch.
     """
@@ -44,7 +44,7 @@ class Trial:
         return forced
 
     def check(self, blocks: Blocks) -> None:
-        """Raise WrongResultError if the results with these blocks, outputs poisoned first, are off."""
+        """Raise WrongResultError if the results with these blocks are wrong; outputs are filled with NaN first."""
         with override_blocks({self.shape.op: blocks}), poisoned_outputs():
             results = self.results()
         dtype = getattr(torch, self.shape.dtype)
@@ -57,7 +57,7 @@ def make_trial(shape: ShapeClass, device: torch.device) -> Trial:
 
 
 def for_checking(shape: ShapeClass) -> ShapeClass:
-    """Return the class with no more rows than a check needs; a fold's rows are its weight's."""
+    """Return the class with no more rows than a check needs; a fold's rows are those of its weight."""
     return shape if shape.op == "fold" else replace(shape, m=min(shape.m, CHECK_ROWS))
 
 
@@ -162,7 +162,7 @@ def _fold(shape: ShapeClass, device: torch.device) -> Trial:
 
 
 def projection_widths(total: int) -> tuple[int, ...]:
-    """Return widths that add up to `total`: one and two of a quarter of it, as q, k and v have, or else two halves."""
+    """Return widths that add up to `total`: one and two of a quarter of it, as for q, k and v, or two halves."""
     return (total // 6 * 4, total // 6, total // 6) if total % 96 == 0 else (total // 2, total - total // 2)
 
 

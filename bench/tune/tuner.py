@@ -36,7 +36,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Search:
-    """Candidates that are right, to time in a process of its own."""
+    """Correct candidates to time in a process of its own."""
 
     shape: ShapeClass
     candidates: tuple[Blocks, ...]
@@ -45,7 +45,7 @@ class Search:
 
 @dataclass
 class Tuning:
-    """A run's settings and what it has found. After `deadline` nothing is begun, at `end` everything is stopped."""
+    """A run's settings and results. After `deadline` nothing is started, at `end` everything is stopped."""
 
     device: torch.device
     hardware: Hardware
@@ -69,7 +69,7 @@ def _trial(shape: ShapeClass, device: str) -> Trial:
 
 
 def attempt_candidate(attempt: Attempt) -> None:
-    """Compile a candidate, run it on fewer rows and check it; raises whatever is wrong with it."""
+    """Compile a candidate, run it on fewer rows and check it; raise an error if it fails or is wrong."""
     # Candidates of a class come one after another: the tensors and the fp64 reference are made once.
     try:
         _trial(for_checking(attempt.shape), attempt.device).check(attempt.blocks)
@@ -85,7 +85,7 @@ def time_candidates(work: Search) -> list[Timed]:
 
 
 def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Workers) -> bool:
-    """Search one class, log every candidate and write the table; return whether there was time to.
+    """Search one class, log every candidate and write the table; return whether there was time for it.
 
     Candidates that are not checked within `class_seconds` are not timed either.
     """
@@ -120,7 +120,7 @@ def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Worke
 def _time(
     tuning: Tuning, shape: ShapeClass, right: Sequence[Blocks], dropped: dict[Blocks, str], timer: Workers
 ) -> list[Timed] | None:
-    """Time the candidates that are right; add those that fail at full size to `dropped`. None if the time was up."""
+    """Time the correct candidates and add those that fail at full size to `dropped`; return None if the time was up."""
     if not right:
         return []
     items = [Search(shape, tuple(right), tuning.device.type)]
@@ -168,7 +168,7 @@ def _show(tuning: Tuning, shape: ShapeClass, found: Sequence[Timed], dropped: Ma
 
 
 def resume(tuning: Tuning) -> None:
-    """Take up the entries of the table, each of which stays until a new one takes its place, and the log's figures."""
+    """Read the entries of the table, which stay until new ones replace them, and the figures of the log."""
     if tuning.tables[0].is_file():
         tuning.entries = {entry.shape: entry for entry in load_table(tuning.tables[0]).entries}
     for record in tuning.log.records:

@@ -47,7 +47,7 @@ def find_matmul_blocks(
     """
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
-    if drop_out is not None or (blocks.design in PERSISTENT_DESIGNS and not _takes_walking(inputs, main)):
+    if drop_out is not None or (blocks.design in PERSISTENT_DESIGNS and not _takes_persistent(inputs, main)):
         return _pointer_blocks(inputs, main, width, drop_out)
     return blocks
 
@@ -133,7 +133,7 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))
 
 
-def _takes_walking(inputs: Tensor, main: Tensor) -> bool:
+def _takes_persistent(inputs: Tensor, main: Tensor) -> bool:
     """Say whether tensor descriptors can load both matrices and store their product, a row-major tensor."""
     lines = main.shape[1] * inputs.element_size() % 16 == 0
     return lines and inputs.stride(1) == 1 and inputs.shape[1] > 0 and takes_descriptors(inputs, main)

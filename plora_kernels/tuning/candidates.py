@@ -99,10 +99,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         halves = {tile(shape.r, 16), narrow} if design in PERSISTENT_DESIGNS else {narrow, wide}
         for block_r in sorted(halves) if design != "tile" else (wide,):
             blocks = MatmulBlocks(design, block_m, block_n, block_k, block_r, 8, warps, stages)
-            yield from _walking_variants(shape, hardware, blocks) if design in PERSISTENT_DESIGNS else (blocks,)
+            yield from _persistent_variants(shape, hardware, blocks) if design in PERSISTENT_DESIGNS else (blocks,)
 
 
-def _walking_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
+def _persistent_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a persistent design with every overlap it may have, with one and two programs per multiprocessor."""
     overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
     if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100

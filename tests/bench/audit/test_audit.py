@@ -29,7 +29,7 @@ from plora_kernels.tuning.tables import Entry, save_table
 ROOT = Path(__file__).resolve().parents[3]
 MATRIX_UNITS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
 # Persistent designs, and kernels without a matrix product.
-WALKING_KERNELS = {"persistent_matmul_kernel", "specialised_matmul_kernel"}
+PERSISTENT_KERNELS = {"persistent_matmul_kernel", "specialised_matmul_kernel"}
 WITHOUT_PRODUCTS = {"reduce_gradient_kernel", "grouped_tiles_kernel"}
 
 
@@ -83,9 +83,9 @@ def test_every_shape_fits_every_target(tmp_path: Path) -> None:
     rows = audit(tmp_path)
     assert_fits(rows)
     assert_warpgroup_mma(rows)
-    walking = [row for row in rows if row["kernel"] in WALKING_KERNELS and row["target"] == "sm_90"]
-    assert {row["kernel"] for row in walking} == WALKING_KERNELS
-    assert [row for row in walking if row["spill_bytes"] > 0 or row["blocks_resident"] < 1] == []
+    persistent = [row for row in rows if row["kernel"] in PERSISTENT_KERNELS and row["target"] == "sm_90"]
+    assert {row["kernel"] for row in persistent} == PERSISTENT_KERNELS
+    assert [row for row in persistent if row["spill_bytes"] > 0 or row["blocks_resident"] < 1] == []
 
 
 @pytest.mark.slow

@@ -64,8 +64,8 @@ def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules(
     ways = {"tile": 1, "specialised": 1, "algebra": 1, "algebra_first": 1}  # else two widths of modules
     assert 8 < len(tried) <= 1 + sum(ways.get(design, 2) * 8 for design in DESIGNS)
     assert {blocks.block_r for blocks in tried if design_of(blocks) == "tile_two_launch"} == {32, 64}
-    walking = {"persistent", "two_launch", "one_launch", "drawn"}
-    assert {blocks.block_r for blocks in tried if design_of(blocks) in walking} == {16, 32}
+    persistent = {"persistent", "two_launch", "one_launch", "drawn"}
+    assert {blocks.block_r for blocks in tried if design_of(blocks) in persistent} == {16, 32}
     assert {blocks.block_r for blocks in tried if design_of(blocks) == "tile"} == {64}
     backward = ShapeClass("input_gradient", "bfloat16", 8192, 4096, 4096, 16)
     inherited = narrowed(backward, candidates(backward, H200), searched, most=100)

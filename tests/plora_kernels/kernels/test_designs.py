@@ -56,7 +56,7 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 
 
 @pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def persistent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the design of every launch of a persistent kernel."""
     designs: list[str] = []
     for name in ("persistent_matmul", "specialised_matmul"):
@@ -72,28 +72,33 @@ SHAPES = [(1, 16, 16, 1), (37, 48, 80, 5), (70, 104, 40, 17), (64, 64, 64, 33)] 
     pairwise(DESIGNS, SHAPES, [None, "folded", "frozen"], DTYPES, [False, True]),
 )
 def test_designs_are_within_the_bound(
-    design: str, shape: tuple[int, int, int, int], form: str | None, dtype: torch.dtype, bias: bool, walks: list[str]
+    design: str,
+    shape: tuple[int, int, int, int],
+    form: str | None,
+    dtype: torch.dtype,
+    bias: bool,
+    persistent: list[str],
 ) -> None:
     rank = shape[-1]
     run_design(design, make_problem(*shape, dtype, **in_form(form, rank, rank), bias=bias, seed=rank))
     # Descriptors cannot load rows of 1, 5, 17 or 33 modules, because they are not aligned.
-    walking = "two_launch" if design == "specialised" else design
-    assert walks == [walking] * (2 if design in PERSISTENT_DESIGNS else 0)
+    expected = "two_launch" if design == "specialised" else design
+    assert persistent == [expected] * (2 if design in PERSISTENT_DESIGNS else 0)
 
 
 @pytest.mark.parametrize(
     ("shape", "bias"), [((1, 16, 16, 8), False), ((300, 104, 168, 16), True), ((128, 64, 64, 40), False)]
 )
-def test_warps_of_two_kinds_are_within_the_bound(shape: tuple[int, ...], bias: bool, walks: list[str]) -> None:
+def test_specialised_warps_are_within_the_bound(shape: tuple[int, ...], bias: bool, persistent: list[str]) -> None:
     rank = shape[-1]
     for form in (None, "frozen"):
         options = in_form(form, rank, rank) | {"bias": bias, "seed": rank}
         run_design("specialised", make_problem(*shape, torch.float16, **options))
-    assert walks == ["specialised"] * 4
+    assert persistent == ["specialised"] * 4
 
 
 @pytest.mark.parametrize("what", ["float32", "an index", "tiles of 64 rows"])
-def test_what_warps_of_two_kinds_do_not_take_is_walked_over(what: str, walks: list[str]) -> None:
+def test_what_specialised_warps_do_not_take_is_persistent(what: str, persistent: list[str]) -> None:
     mask = random_mask(16, 16) if what == "an index" else None
     dtype = torch.float32 if what == "float32" else torch.float16
     blocks = blocks_of("specialised", 16)
@@ -102,7 +107,7 @@ def test_what_warps_of_two_kinds_do_not_take_is_walked_over(what: str, walks: li
         blocks |= {"forward": matmul, "input_gradient": matmul}
     with lookup.override_blocks(blocks):
         check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1))
-    assert walks == ["two_launch"] * 2
+    assert persistent == ["two_launch"] * 2
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -112,15 +117,15 @@ def test_dropout_in_every_design(design: str) -> None:
 
 
 @pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
-def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, walks: list[str]) -> None:
+def test_what_descriptors_cannot_fetch_takes_pointer_loads(design: str, persistent: list[str]) -> None:
     run_design(design, make_problem(7, 50, 29, 5, torch.float16))
-    assert walks == []
+    assert persistent == []
 
 
-def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
+def test_side_tiles_come_first_at_every_launch(persistent: list[str]) -> None:
     for rows in (70, 16, 100):
         run_design("one_launch", make_problem(rows, 48, 80, 20, torch.float32, seed=rows))
-    assert walks == ["one_launch"] * 6
+    assert persistent == ["one_launch"] * 6
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_side_tiles_come_first_at_every_launch(walks: list[str]) -> None:
     [(*one, *other) for *one, other in pairwise(PERSISTENT_DESIGNS, OVERLAPS[1:], [(5, None), (33, "frozen")])],
 )
 def test_overlapping_tiles_are_within_the_bound(
-    design: str, overlap: str, rank: int, form: str | None, walks: list[str]
+    design: str, overlap: str, rank: int, form: str | None, persistent: list[str]
 ) -> None:
     blocks = blocks_of(design, 16)
     for op in ("forward", "input_gradient"):
@@ -137,7 +142,7 @@ def test_overlapping_tiles_are_within_the_bound(
         blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
     with lookup.override_blocks(blocks):
         check(make_problem(70, 48, 104, rank, torch.float16, **in_form(form, rank, rank), seed=rank))
-    assert walks == ["two_launch" if design == "specialised" else design] * 2
+    assert persistent == ["two_launch" if design == "specialised" else design] * 2
 
 
 # Twelve tiles: of five programs, two have one tile more than the others, and wait for side tiles.
@@ -164,13 +169,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("form", [None, "folded", "frozen"])
 @pytest.mark.parametrize(("rank", "dropout_p"), [(5, 0.0), (20, 0.0), (5, 0.3)])
 @pytest.mark.usefixtures("hopper")
-def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, walks: list[str]) -> None:
+def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, persistent: list[str]) -> None:
     options = in_form(form, rank, rank) | {"dropout_p": dropout_p, "seed": rank}
     check(make_problem(200, 64, 528, rank, torch.float16, **options))
     width = rank if form != "folded" else int(random_mask(rank, rank).sum())
     design = "two_launch" if width > 16 else "persistent"
     # With dropout dX masks its low-rank part, in tiles with pointer loads.
-    assert walks == [design] * (1 if dropout_p else 2)
+    assert persistent == [design] * (1 if dropout_p else 2)
 
 
 @pytest.mark.usefixtures("hopper")

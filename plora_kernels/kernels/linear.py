@@ -89,8 +89,8 @@ def backward(
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale, leads=leads)
     if blocks is not None:
         places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
-        persistent = blocks.gradient_beside and blocks.design in PERSISTENT_DESIGNS
-        if persistent and d_lora_A is not None and places * d_lora_A.numel() > 0:
+        leaves_room = blocks.gradient_beside and blocks.design in PERSISTENT_DESIGNS
+        if leaves_room and d_lora_A is not None and places * d_lora_A.numel() > 0:
             # Persistent programs without a tile in the last wave end early and leave their multiprocessors to dA.
             beside = plan_sums(d_lora_A, x, places, dropout=dropout)
         d_x, ds = adapted_matmul(

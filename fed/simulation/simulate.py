@@ -111,8 +111,9 @@ def _kept_rows(path: Path, last: int) -> list[Row]:
     """Return the rows up to round `last` and remove all later lines from the file, incomplete ones included."""
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     kept = lines[: last + 1]
+    rows = [parse_row(line) for line in kept]  # before anything is removed: a damaged row leaves the file as it is
     write_atomically(path, "".join(f"{line}\n" for line in kept))
-    return [parse_row(line) for line in kept]
+    return rows
 
 
 def _discard(event: str) -> None:

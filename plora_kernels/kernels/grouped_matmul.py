@@ -45,8 +45,6 @@ def find_grouped_blocks(
     if inputs.dtype is torch.float32:
         # The group arguments take a few more registers, so a third stage would spill.
         stages = min(stages, 2)
-        if not aligned:
-            block_m = min(block_m, 32)  # loading elements one by one takes registers, and a taller tile would spill
         if drop_out is not None and drop_out.numbers is not None:
             block_n = min(block_n, 32)  # loading the rows' numbers takes a register, and a wider tile would spill
     elif aligned and block_m * block_n < 128 * 128:

@@ -100,7 +100,6 @@ def tile_matmul_kernel(
         if group < 0:
             return
         down_ptr += group.to(tl.int64) * stride_dg
-        up_ptr += group.to(tl.int64) * stride_ug
         if index_ptr is not None:
             index_ptr += group * R
         if scales_ptr is not None:
@@ -129,6 +128,8 @@ def tile_matmul_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_GIVEN, PRECISION,
     )  # fmt: skip
     dtype = in_ptr.dtype.element_ty
+    if table_ptr is not None:  # only here, so that the K loop need not hold the pointer in registers
+        up_ptr += group.to(tl.int64) * stride_ug
     up_base = up_ptr + first_column * stride_uo
     side_base = side_ptr + first_row * stride_sm
     low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

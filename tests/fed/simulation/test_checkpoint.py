@@ -13,7 +13,7 @@ from fed import methods
 from fed.errors import FedError
 from fed.simulation import checkpoint
 from fed.simulation.run_directory import ROUNDS
-from fed.simulation.simulate import simulate
+from fed.simulation.simulate import _kept_rows, simulate
 from tests.support.command_line import StoppedError, contents, without_times
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
@@ -110,3 +110,11 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     run(config, tmp_path / "whole")
     adapters = [path / "adapter" / "adapter_model.safetensors" for path in (tmp_path / "stopped", tmp_path / "whole")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_damaged_row_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    damaged = '{"round": 0}\n{"round" 1}\n{"round": 2}\n{"round": 3}\n'
+    (tmp_path / ROUNDS).write_text(damaged)
+    with pytest.raises(ValueError, match="Expecting ':'"):
+        _kept_rows(tmp_path / ROUNDS, 2)
+    assert (tmp_path / ROUNDS).read_text() == damaged

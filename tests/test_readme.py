@@ -22,6 +22,7 @@ from bench.report.runs import load_run
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown as bench_markdown
 from bench.report.summary_tables import NOT_MEASURED, committed_summary
+from bench.report.tune_tables import tune_markdown
 from fed import methods
 from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
@@ -94,6 +95,7 @@ def test_the_benchmark_tables_are_the_committed_results() -> None:
     assert between(page, "bench") == bench_markdown(load_run(RESULTS / "cpu.json")).strip()
     assert between(page, "simulation") == simulation_markdown(load_run(RESULTS / "simulation-cpu.json")).strip()
     assert between(page, "gpu") == committed_section(RESULTS).strip()
+    assert between(DOCS / "kernels.md", "tune") == tune_markdown(RESULTS / "tune" / "nvidia-h200.json").strip()
 
 
 def test_the_table_of_clients_is_the_committed_result() -> None:

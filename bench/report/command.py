@@ -3,8 +3,8 @@
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--document PATH]… [--keep]`, where RESULTS.json is
 what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has its own section
 between markers, in docs/benchmarks.md. A document with the summary's markers, such as the README, gets the summary of
-all files beside RESULTS.json. Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the suites
-to the history; `python -m bench.report --history [--png PATH]` shows that.
+all files beside RESULTS.json. A log of `python -m bench.tune` has a table of designs, in docs/kernels.md. Files of
+`python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from bench.report.runs import load_run, suites_command
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown
 from bench.report.summary_tables import committed_summary
+from bench.report.tune_tables import holds_log, tune_markdown
 
 
 def update_documents(given: argparse.Namespace, name: str, section: str, title: str = "") -> None:
@@ -53,10 +54,16 @@ def report_suites(given: argparse.Namespace) -> str:
 
 
 def report_device(given: argparse.Namespace) -> str:
-    """Report a file of `python -m bench.gpu`; return the table."""
+    """Report a file of `python -m bench.gpu` or a log of `python -m bench.tune`; return the table."""
     if given.png:
         raise ResultsError(f"{given.results} holds a device's records; --png draws what the suites save")
-    text = device_markdown(*load_records(given.results))
+    meta, records = load_records(given.results)
+    if holds_log(records):
+        text = tune_markdown(given.results)
+        for document in given.documents:
+            update_document(document, "tune", text)
+        return text
+    text = device_markdown(meta, records)
     if given.documents:  # documents show every device of the folder
         update_documents(given, "gpu", committed_section(given.results.parent))
     return text

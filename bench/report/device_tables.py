@@ -44,6 +44,8 @@ SUMMARY = {
     "peft": "peft",
     "peft-autocast": "auto",
 }
+# *fused* with default blocks instead of tuned ones.
+UNTUNED = "untuned"
 CASE_HEADER = f"{'case':<52} {'base ms':>8}"
 
 
@@ -63,26 +65,42 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def committed_section(results: Path) -> str:
-    """Return the section on GPUs: the tables of the devices' files in a folder, or a note that there are none."""
-    found = [device_markdown(*load_records(path)) for path in sorted(results.glob("*.json")) if holds_records(path)]
+    """Return the section on GPUs: the tables of the devices' files in a folder, or a note that there are none.
+
+    A file of the same name in the folder's `defaults` holds the same cases with default blocks: its *fused* is shown as
+    one more provider.
+    """
+    found = [_device_section(path) for path in sorted(results.glob("*.json")) if holds_records(path)]
     return "\n\n".join(text.strip() for text in found) or NOT_MEASURED
+
+
+def _device_section(path: Path) -> str:
+    meta, records = load_records(path)
+    defaults = path.parent / "defaults" / path.name
+    others = load_records(defaults)[1] if defaults.is_file() else []
+    untuned = [{**one, "provider": UNTUNED} for one in others if one["provider"] == "fused"]
+    return device_markdown(meta, [*records, *untuned])
 
 
 def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Return one paragraph: device, versions, commit, peak rates, the checks, and how to read the figures."""
     checks = [record for record in records if record["op"] == "check"]
-    wrong = sum(record.get("status") == "wrong" for record in records)
+    dtypes = ", ".join(dict.fromkeys(record["dtype"] for record in checks))
+    wrong = [record for record in records if record.get("status") == "wrong"]
     limits = meta.get("ceilings", {})
     measured = [f"copies {limits['copy_gbps'] / 1e3:.2f} TB/s"] if "copy_gbps" in limits else []
     if "matmul_tflops_bfloat16" in limits:
         measured.append(f"multiplies bfloat16 at {limits['matmul_tflops_bfloat16']:.3g} TFLOP/s")
-    found = "nothing was wrong" if not wrong else f"{wrong} results were wrong and not timed"
+    forms = ", ".join(dict.fromkeys(str(record.get("form") or record["provider"]) for record in wrong))
+    found = "nothing was wrong" if not wrong else f"{len(wrong)} results were wrong and not timed ({forms})"
+    checked = f"{len(checks)} checks ({dtypes}), and every" if checks else "every"
+    blocks = ", *untuned* is *fused* with default blocks" if any(one["provider"] == UNTUNED for one in records) else ""
     return (
         f"{meta['device_name']}; {versions_text(meta['versions'])}; {commit_text(meta.get('commit'))}, "
         f"{meta['date'][:10]}. "
-        f"It {' and '.join(measured)}. {len(checks)} checks against float64 in every dtype, and every provider of "
-        f"every shape before it was timed: {found}. Medians in ms of the device's time, caches flushed and providers "
-        "interleaved, in brackets time ÷ *base*; *host* is what a call keeps the host, in µs."
+        f"It {' and '.join(measured)}. Held to float64: {checked} provider of every shape before it was timed; "
+        f"{found}. Medians in ms of the device's time, caches flushed and providers interleaved, in brackets time ÷ "
+        f"*base*{blocks}; *host* is what a call keeps the host, in µs."
     )
 
 

@@ -180,7 +180,6 @@ def reduce_gradient_kernel(
     stride_od,
     BLOCK_D: tl.constexpr,
     BY_MODULE: tl.constexpr,
-    LAUNCHES_DEPENDENTS: tl.constexpr,
 ):
     """Add the splits in order, scale, round once and store in the module's row: out[module(r), d].
 
@@ -188,8 +187,6 @@ def reduce_gradient_kernel(
     (module, d); an entry −1 stores nothing. For groups all of them have a leading axis, and scales (C,) may give each
     group its own scale.
     """
-    if LAUNCHES_DEPENDENTS:
-        tl.extra.cuda.gdc_launch_dependents()
     place, group = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # (BLOCK_D,)
     ok = columns < D
@@ -304,13 +301,11 @@ def reduce_partials_(
     by_module: bool,
     scale: float,
     groups: Groups | None = None,
-    leads: bool = False,
 ) -> None:
     """Write the sum of partial (splits, R, D) fp32 over its splits to out (R, D), scaled and rounded once.
 
     out has any strides. With an index, row t of `partial`, or row index[t] if `by_module`, goes to row index[t] of out;
-    an entry −1 is skipped. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W). With `leads`
-    the next launch may begin before this one has ended.
+    an entry −1 is skipped. With groups, partial is (C · splits, R, D), out (C, R, D) and the index (C, W).
     """
     parts, width, d = partial.shape
     places, count = width if index is None else index.shape[-1], 1 if groups is None else groups.total
@@ -327,6 +322,5 @@ def reduce_partials_(
             *(out.stride() if groups is not None else (0, *out.stride())),
             BLOCK_D=1024,
             BY_MODULE=by_module,
-            LAUNCHES_DEPENDENTS=leads and launches_dependents(out.device),
             num_warps=4,
         )

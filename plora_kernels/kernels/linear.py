@@ -82,15 +82,16 @@ def backward(
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
     ds, beside = None, None
-    # If dS has its own launch, that launch computes dB from the same read of dY.
-    reads_once = need_B and dy.shape[0] > 0 and (need_A if blocks is None else blocks.design in SIDE_FIRST)
+    # If dS has its own launch, that launch computes dB from the same read of dY, unless it runs beside that of dX, which
+    # does not leave it enough room.
+    persistent = blocks is not None and blocks.design in PERSISTENT_DESIGNS and blocks.design in SIDE_FIRST
+    with_ds = need_A if blocks is None else blocks.design in SIDE_FIRST and not (persistent and blocks.dependent)
+    reads_once = with_ds and need_B and dy.shape[0] > 0
     if reads_once and d_lora_B is not None:
-        leads = blocks is not None and blocks.dependent
-        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale, leads=leads)
+        ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
     if blocks is not None:
-        places = 0 if ds is None else ds.shape[1] if index is None else index.shape[0]
-        leaves_room = blocks.gradient_beside and blocks.design in PERSISTENT_DESIGNS
-        if leaves_room and d_lora_A is not None and places * d_lora_A.numel() > 0:
+        places = width if index is None else index.shape[0]
+        if persistent and blocks.gradient_beside and d_lora_A is not None and places * d_lora_A.numel() > 0:
             # Persistent programs without a tile in the last wave end early and leave their multiprocessors to dA.
             beside = plan_sums(d_lora_A, x, places, dropout=dropout)
         d_x, ds = adapted_matmul(

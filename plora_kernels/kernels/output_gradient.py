@@ -102,7 +102,6 @@ def output_gradient_(
     index: Tensor | None,
     out_index: Tensor | None,
     scale: float,
-    leads: bool = False,
 ) -> Tensor:
     """Write dB = s·dYᵀ S into the columns of d_lora_B (N, R) and return dS (M, W) = dY B in dY's dtype.
 
@@ -112,7 +111,6 @@ def output_gradient_(
         s: (M, W), the forward's side product.
         index: (W,) int32, the modules of the columns of s, −1 for none; None: all modules in order.
         out_index: int32, the modules whose gradient is wanted: `index`, or a subset of all modules if that is None.
-        leads: the next launch, which loads dS, may begin before the last launch of this function has ended.
     """
     (rows, n), width = dy.shape, s.shape[1]
     if rows * width * n == 0:
@@ -124,7 +122,7 @@ def output_gradient_(
     if 2 * 4 * width > dy.element_size() * blocks.block_n:
         thin_index = out_index if index is None else None
         factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=out_index, scale=scale)
-        return side_product(dy, lora_B, index=index, dropout=None, leads=leads)
+        return side_product(dy, lora_B, index=index, dropout=None)
     tiles_r, multiprocessors = cdiv(width, blocks.block_r), lookup.multiprocessors_of(dy.device)
     splits = row_splits(rows, width, chunks * tiles_r, blocks.block_m, blocks.waves, multiprocessors)
     # A split is a whole number of row blocks, so that no block lies in two splits.
@@ -152,5 +150,5 @@ def output_gradient_(
         reduce_partials_(gradient, db_parts, index=out_index, by_module=by_module, scale=scale)
     if chunks > 1:
         parts = ds_parts.view(chunks, 1, -1)
-        reduce_partials_(ds.view(1, -1), parts, index=None, by_module=False, scale=1.0, leads=leads)
+        reduce_partials_(ds.view(1, -1), parts, index=None, by_module=False, scale=1.0)
     return ds

@@ -13,6 +13,7 @@ address is unknown, and a call that uses one is never replayed.
 from __future__ import annotations
 
 import contextvars
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -331,21 +332,42 @@ def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tenso
     return tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    scratch: bool = False,
+    shares_multiprocessors: bool = False,
+    **named: Any,
+) -> None:
     """Run a kernel as `kernel[grid](…)` does, and record the launch.
 
     Arguments are given in order, constexprs and Triton's options by name. None stands for a tensor that the launch does
     not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled. `scratch` is set for a
-    kernel that needs device memory from Triton's allocator, because it makes tensor descriptors.
+    kernel that needs device memory from Triton's allocator, because it makes tensor descriptors. With
+    `shares_multiprocessors` programs of the next launch may run beside this one's, and need their shared memory.
     """
     run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
     compiled, recording = run(*arguments, **named), _local.recording
+    if shares_multiprocessors and hasattr(compiled, "function"):
+        prefer_shared_memory(compiled.function)
     if recording is not None:
         names = tuple(kernel.arg_names[len(arguments) :])
         constants = [named.pop(name) for name in names]
         if compiled is None:
             compiled = _Interpreted(kernel, names, named)
         recording.launched(compiled, grid, (*arguments, *constants), scratch)
+
+
+@functools.cache
+def prefer_shared_memory(function: int) -> int:
+    """Ask the driver to run a kernel with as much shared memory on its multiprocessors as they have; return its answer.
+
+    A multiprocessor divides its memory into shared memory and L1 cache by what its first program prefers, and only
+    changes that when it is idle. It is a preference: without it launches wait for each other, with the same results.
+    """
+    carveout, percent = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    return ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -30,7 +30,7 @@ from plora_kernels.kernels.launch import (
     strides,
 )
 from plora_kernels.kernels.replay import empty, launch
-from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, tile
+from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, leaving_room, tile
 from plora_kernels.tuning.lookup import find_blocks
 
 
@@ -139,8 +139,8 @@ def side_product(
 
     Shapes: inputs (M, D_IN), down (D_IN, R), index (W,) int32 or None for all modules in order; columns whose index is
     −1 hold zeros. With groups, rows use their group's part of down (C, D_IN, R) and index (C, W), and dropout's seed is
-    (C,), selected (C, ·). With `leads` the next launch may begin before this one has ended (programmatic dependent
-    launch).
+    (C,), selected (C, ·). With `leads` the next launch may run beside this one (programmatic dependent launch), which
+    leaves it room on the multiprocessors.
     """
     (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
     side = empty((rows, width), inputs.dtype, inputs.device)
@@ -148,6 +148,9 @@ def side_product(
         return side
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
+    leads = leads and launches_dependents(inputs.device)
+    if leads:
+        blocks = leaving_room(blocks, shape.dtype)
     # Tiles have no more rows than an average group, rounded up to a power of two.
     if groups is not None:
         blocks = replace(blocks, block_m=tile(rows // max(1, groups.total), blocks.block_m))
@@ -167,8 +170,9 @@ def side_product(
             width,
             **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,
-            LAUNCHES_DEPENDENTS=leads and launches_dependents(inputs.device),
+            LAUNCHES_DEPENDENTS=leads,
             WIDE_OFFSETS=needs_wide_offsets(256, inputs, one),
             PRECISION=dot_precision(inputs.dtype),
+            shares_multiprocessors=leads,
         )
     return side

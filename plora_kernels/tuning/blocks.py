@@ -38,6 +38,9 @@ SIDE_WITHIN = ("one_launch", "drawn")
 #   early    up, and a side product that is already in memory, are loaded before the K loop
 OVERLAPS = ("none", "flatten", "early")
 
+# The shared memory beside a persistent program of 128×256 tiles on sm_90: 228 KiB less 180 and one for each program.
+ROOM_BYTES = 45 * 1024
+
 LAYER_OPS = ("forward", "input_gradient")
 PROJECTION_OPS = ("projections_forward", "projections_input_gradient")
 OPS = (*LAYER_OPS, "side_product", "output_gradient", "factor_gradient", "fold", *PROJECTION_OPS)
@@ -49,9 +52,9 @@ class MatmulBlocks:
 
     The kernels of projections that share their input have the design "tile". Persistent designs have an `overlap`, one
     of OVERLAPS, and `resident` programs per multiprocessor. If the side product has its own launch, two flags ask for
-    programmatic dependent launch: `dependent` lets this launch begin before that of the side product has ended, and
-    `gradient_beside` lets the launch of dA begin before this one of dX has ended, on the multiprocessors that have no
-    tile in the last wave.
+    programmatic dependent launch: `dependent` lets this launch run beside that of the side product, whose blocks are
+    then those of `leaving_room`, and `gradient_beside` lets the launch of dA begin before this one of dX has ended, on
+    the multiprocessors that have no tile in the last wave.
     """
 
     design: str
@@ -179,6 +182,17 @@ class Hardware:
 def tile(size: int, most: int) -> int:
     """Return the smallest power of two ≥ size, clamped to 16 … most (an axis of tl.dot is at least 16)."""
     return min(most, max(16, 1 << max(0, size - 1).bit_length()))
+
+
+def leaving_room(blocks: SideBlocks, dtype: str) -> SideBlocks:
+    """Return blocks of a side product whose programs fit on a multiprocessor beside one of the next launch.
+
+    A persistent program of 128×256 tiles takes 180 KiB of shared memory and two thirds of the registers, so that one
+    program of four warps and 45 KiB has room beside it: one for 64 rows.
+    """
+    itemsize = 4 if dtype == "float32" else 2
+    stage = itemsize * 64 * (64 + blocks.block_r)
+    return SideBlocks(64, 64, blocks.block_r, 4, max(1, min(4, ROOM_BYTES // stage)))
 
 
 def shared_bytes(capability: int) -> int:

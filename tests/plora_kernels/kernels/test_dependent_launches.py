@@ -150,7 +150,26 @@ def test_where_dx_makes_ds_da_waits_for_it(design: str, trace: Trace) -> None:
     assert all("launch_pdl" not in named for _, named in trace)
 
 
-def test_without_db_ds_has_no_launch_ahead_of_dx_that_the_backward_made(trace: Trace) -> None:
-    with lookup.override_blocks(forced("two_launch", gradient_beside=True)):
+@pytest.mark.parametrize("dependent", [False, True])
+def test_without_db_the_side_product_goes_first_and_da_runs_beside_dx(dependent: bool, trace: Trace) -> None:
+    with lookup.override_blocks(forced("two_launch", dependent=dependent, gradient_beside=True)):
         run_backward(need_B=False)
-    assert "launch_pdl" not in trace.constants("partial_gradient_kernel")
+    assert trace.kernels()[:3] == ["side_product_kernel", "persistent_matmul_kernel", "partial_gradient_kernel"]
+    assert trace.constants("side_product_kernel")["LAUNCHES_DEPENDENTS"] == dependent
+    assert trace.constants("partial_gradient_kernel")["launch_pdl"]
+
+
+def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(trace: Trace) -> None:
+    with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
+        run_backward()
+    sums = ["partial_gradient_kernel", "reduce_gradient_kernel"]
+    assert trace.kernels() == ["side_product_kernel", "persistent_matmul_kernel", *sums, *sums]
+    ahead = trace.constants("side_product_kernel")
+    assert ahead["LAUNCHES_DEPENDENTS"]
+    assert ahead["shares_multiprocessors"]
+    # 64 rows, and 45 KiB at most: what a program of 128×256 tiles leaves of a multiprocessor.
+    assert (ahead["BLOCK_M"], ahead["BLOCK_K"]) == (64, 64)
+    assert 2 * 64 * (64 + ahead["BLOCK_R"]) * ahead["num_stages"] <= 45 * 1024  # type: ignore[operator]
+    beside, after = (named for name, named in trace if name == "partial_gradient_kernel")
+    assert beside["launch_pdl"]
+    assert "launch_pdl" not in after

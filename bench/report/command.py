@@ -4,7 +4,8 @@
 what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has its own section
 between markers, in docs/benchmarks.md. A document with the summary's markers, such as the README, gets the summary of
 all files beside RESULTS.json. A log of `python -m bench.tune` has a table of designs, in docs/kernels.md. Files of
-`python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m bench.report --history [--png PATH]` shows that.
+`python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m bench.report
+--history [--png PATH]` shows that.
 """
 
 import argparse

@@ -35,7 +35,7 @@ from plora_kernels.kernels.launch import (
 )
 from plora_kernels.kernels.replay import empty, launch
 from plora_kernels.tuning import lookup
-from plora_kernels.tuning.blocks import GradientBlocks, ShapeClass, row_splits
+from plora_kernels.tuning.blocks import GradientBlocks, ShapeClass, beside_product, row_splits
 from plora_kernels.tuning.lookup import find_blocks
 
 
@@ -99,6 +99,7 @@ def partial_gradient_kernel(
     BLOCK_R: tl.constexpr,
     WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    LAUNCHES_DEPENDENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Sum one split's rows: out[split, r, d] = Σ_m thin[m, column(r)] · wide[m, d], fp32; if WHOLE, the gradient.
@@ -108,6 +109,8 @@ def partial_gradient_kernel(
     With a seed the dropped elements of `wide` count as zero. With offsets (C+1,), which give each group's rows, out is
     (C · splits, R, D), the indices are (C, R), seed (C,), and scales (C,) and numbers (M,) may be None.
     """
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(2)
     if offsets_ptr is not None:
         group = part // splits
@@ -215,9 +218,18 @@ class Sums(NamedTuple):
 
 
 def plan_sums(
-    out: Tensor, wide: Tensor, width: int, *, dropout: Dropout | None = None, groups: Groups | None = None
+    out: Tensor,
+    wide: Tensor,
+    width: int,
+    *,
+    dropout: Dropout | None = None,
+    groups: Groups | None = None,
+    beside: bool = False,
 ) -> Sums:
-    """Return how `factor_gradient_` sums a gradient of `width` rows, and allocate its partial sums."""
+    """Return how a gradient of `width` rows is summed, and allocate its partial sums.
+
+    With `beside` its programs leave room on the multiprocessors for those of the product.
+    """
     (rows, d), count = wide.shape, 1 if groups is None else groups.total
     rows_each = max(1, rows // count)
     shape = ShapeClass("factor_gradient", dtype_name(wide.dtype), rows_each, d, width, width)
@@ -226,6 +238,8 @@ def plan_sums(
     if (groups is not None and wide_tiles) or (dropout is not None and wide.dtype.itemsize >= 4):
         # The dropout mask and the group arguments take registers. Tiles of fp32, or with unaligned loads, would spill.
         blocks = replace(blocks, block_d=min(blocks.block_d, 64))
+    if beside and launches_dependents(wide.device):
+        blocks = beside_product(blocks, shape.dtype)
     programs = cdiv(d, blocks.block_d) * cdiv(width, blocks.block_r) * count
     multiprocessors = lookup.multiprocessors_of(wide.device)
     splits = row_splits(rows_each, width, programs, blocks.block_m, blocks.waves, multiprocessors)
@@ -243,7 +257,6 @@ def factor_gradient_(
     scale: float,
     dropout: Dropout | None = None,
     groups: Groups | None = None,
-    beside: Sums | None = None,
 ) -> Tensor:
     """Write s·thinᵀ·D(wide) into the rows of `out` (R, D) and return it; with groups, of each group into out (C, R, D).
 
@@ -254,15 +267,41 @@ def factor_gradient_(
         out_index: (W,) int32, the row of `out` for every column used; −1 stores nothing; None stores in order.
         dropout: D, of the elements of `wide`; None keeps all.
         groups: indices are (C, W) then, seeds (C,), and `scale` multiplies the groups' own scales.
-        beside: run at the same time as the launch before this one, by programmatic dependent launch where the device
-            has it. That launch must trigger its dependents and must not write `thin` or `wide`. `beside` is what
-            `plan_sums` returned before that launch: memory allocated later may still be in use by it.
     """
-    (rows, d), index = wide.shape, thin_index if thin_index is not None else out_index
-    width, count = thin.shape[1] if index is None else index.shape[-1], 1 if groups is None else groups.total
-    if width == 0 or d == 0:
-        return out
-    sums = beside if beside is not None else plan_sums(out, wide, width, dropout=dropout, groups=groups)
+    index = thin_index if thin_index is not None else out_index
+    width = thin.shape[1] if index is None else index.shape[-1]
+    if width > 0 and wide.shape[1] > 0:
+        sums = plan_sums(out, wide, width, dropout=dropout, groups=groups)
+        sum_parts_(
+            sums, thin, wide, thin_index=thin_index, out_index=out_index, scale=scale, dropout=dropout, groups=groups
+        )
+        add_parts_(out, sums, out_index=out_index, scale=scale, dropout=dropout, groups=groups)
+    return out
+
+
+def sum_parts_(
+    sums: Sums,
+    thin: Tensor,
+    wide: Tensor,
+    *,
+    thin_index: Tensor | None,
+    out_index: Tensor | None,
+    scale: float,
+    dropout: Dropout | None = None,
+    groups: Groups | None = None,
+    beside: bool = False,
+    leads: bool = False,
+) -> None:
+    """Write the partial sums of a gradient, for `add_parts_`; one part is already the gradient.
+
+    Arguments are those of `factor_gradient_`. With `beside` this launch runs beside the one before it, by programmatic
+    dependent launch where the device has it. That launch must trigger its dependents and not write `thin` or `wide`,
+    and `sums` must be made before it, by `plan_sums(…, beside=True)`: memory allocated later may still be in use. With
+    `leads` the next launch may run beside this one.
+    """
+    (rows, d), count = wide.shape, 1 if groups is None else groups.total
+    index = thin_index if thin_index is not None else out_index
+    width = thin.shape[1] if index is None else index.shape[-1]
     blocks, splits, partial = sums
     tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
     # A split is a whole number of row blocks, so that no block lies in two splits.
@@ -270,7 +309,8 @@ def factor_gradient_(
     whole, dropped = splits == 1, DropoutArguments.of(dropout)
     scale *= dropped.keep_scale
     scales = groups.scales if groups is not None and whole else None
-    dependent = beside is not None and launches_dependents(wide.device)
+    shares = launches_dependents(wide.device)
+    dependent = beside and shares
     with torch.cuda.device_of(wide):
         launch(
             partial_gradient_kernel,
@@ -285,12 +325,26 @@ def factor_gradient_(
             **constants(blocks),
             WHOLE=whole,
             DEPENDENT=dependent,
+            LAUNCHES_DEPENDENTS=leads and shares,
             PRECISION=dot_precision(wide.dtype),
+            shares_multiprocessors=dependent,
             **({"launch_pdl": True} if dependent else {}),
         )
-    if not whole:
-        reduce_partials_(out, partial, index=out_index, by_module=False, scale=scale, groups=groups)
-    return out
+
+
+def add_parts_(
+    out: Tensor,
+    sums: Sums,
+    *,
+    out_index: Tensor | None,
+    scale: float,
+    dropout: Dropout | None = None,
+    groups: Groups | None = None,
+) -> None:
+    """Add the partial sums of `sum_parts_` to the gradient `out`, with the same arguments."""
+    if sums.splits > 1:
+        scale *= DropoutArguments.of(dropout).keep_scale
+        reduce_partials_(out, sums.partial, index=out_index, by_module=False, scale=scale, groups=groups)
 
 
 def reduce_partials_(

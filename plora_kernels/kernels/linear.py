@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plora_kernels.kernels.adapted_matmul import adapted_matmul, find_matmul_blocks
-from plora_kernels.kernels.factor_gradient import factor_gradient_, plan_sums
+from plora_kernels.kernels.factor_gradient import add_parts_, factor_gradient_, plan_sums, sum_parts_
 from plora_kernels.kernels.launch import Dropout
 from plora_kernels.kernels.output_gradient import output_gradient_
 from plora_kernels.kernels.replay import empty, replayed, zeros
@@ -81,9 +81,9 @@ def backward(
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
-    ds, beside = None, None
-    # If dS has its own launch, that launch computes dB from the same read of dY, unless it runs beside that of dX, which
-    # does not leave it enough room.
+    ds, sums_A, sums_B = None, None, None
+    # If dS has its own launch, that launch computes dB from the same read of dY, unless it runs beside that of dX:
+    # there is not room enough for it.
     persistent = blocks is not None and blocks.design in PERSISTENT_DESIGNS and blocks.design in SIDE_FIRST
     with_ds = need_A if blocks is None else blocks.design in SIDE_FIRST and not (persistent and blocks.dependent)
     reads_once = with_ds and need_B and dy.shape[0] > 0
@@ -91,9 +91,12 @@ def backward(
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=applied, out_index=index, scale=scale)
     if blocks is not None:
         places = width if index is None else index.shape[0]
-        if persistent and blocks.gradient_beside and d_lora_A is not None and places * d_lora_A.numel() > 0:
-            # Persistent programs without a tile in the last wave end early and leave their multiprocessors to dA.
-            beside = plan_sums(d_lora_A, x, places, dropout=dropout)
+        if persistent and blocks.gradient_beside and places * dy.shape[0] > 0:
+            # dA and dB run beside dX where there is room on the multiprocessors.
+            if d_lora_A is not None:
+                sums_A = plan_sums(d_lora_A, x, places, dropout=dropout, beside=True)
+            if d_lora_B is not None and not reads_once:
+                sums_B = plan_sums(d_lora_B.t(), dy, places, beside=True)
         d_x, ds = adapted_matmul(
             dy,
             weight,
@@ -109,12 +112,30 @@ def backward(
     elif need_A and ds is None:
         ds = side_product(dy, lora_B, index=applied, dropout=None)
     thin_index = index if frozen else None
+    if sums_A is not None and ds is not None:
+        sum_parts_(
+            sums_A,
+            ds,
+            x,
+            thin_index=thin_index,
+            out_index=index,
+            scale=scale,
+            dropout=dropout,
+            beside=True,
+            leads=sums_B is not None,
+        )
+    if sums_B is not None:
+        sum_parts_(sums_B, s, dy, thin_index=thin_index, out_index=index, scale=scale, beside=True)
     if d_lora_A is not None:
         assert ds is not None
-        factor_gradient_(
-            d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout, beside=beside
-        )
+        if sums_A is None:
+            factor_gradient_(d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=scale, dropout=dropout)
+        else:
+            add_parts_(d_lora_A, sums_A, out_index=index, scale=scale, dropout=dropout)
     if d_lora_B is not None and not reads_once:
-        factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
+        if sums_B is None:
+            factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
+        else:
+            add_parts_(d_lora_B.t(), sums_B, out_index=index, scale=scale)
     # A tensor for each missing gradient, because an operator's outputs must not alias.
     return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

@@ -349,8 +349,8 @@ def launch(
     """
     run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
     compiled, recording = run(*arguments, **named), _local.recording
-    if shares_multiprocessors and hasattr(compiled, "function"):
-        prefer_shared_memory(compiled.function)
+    if shares_multiprocessors and (function := getattr(compiled, "function", None)):  # none where nothing is loaded
+        prefer_shared_memory(function)
     if recording is not None:
         names = tuple(kernel.arg_names[len(arguments) :])
         constants = [named.pop(name) for name in names]

@@ -30,7 +30,7 @@ from plora_kernels.kernels.launch import (
     strides,
 )
 from plora_kernels.kernels.replay import empty, launch
-from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, leaving_room, tile
+from plora_kernels.tuning.blocks import ShapeClass, SideBlocks, beside_product, tile
 from plora_kernels.tuning.lookup import find_blocks
 
 
@@ -150,7 +150,7 @@ def side_product(
     blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
     leads = leads and launches_dependents(inputs.device)
     if leads:
-        blocks = leaving_room(blocks, shape.dtype)
+        blocks = beside_product(blocks, shape.dtype)
     # Tiles have no more rows than an average group, rounded up to a power of two.
     if groups is not None:
         blocks = replace(blocks, block_m=tile(rows // max(1, groups.total), blocks.block_m))

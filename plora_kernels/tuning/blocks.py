@@ -6,7 +6,8 @@ a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 # The designs: variants of the algorithm by which the forward and dX add s · side · up, the low-rank part, to an output
 # tile. The side product is S = D(x) Aᵀ or dS = dY B (`kernels/side_product.py`).
@@ -38,8 +39,9 @@ SIDE_WITHIN = ("one_launch", "drawn")
 #   early    up, and a side product that is already in memory, are loaded before the K loop
 OVERLAPS = ("none", "flatten", "early")
 
-# The shared memory beside a persistent program of 128×256 tiles on sm_90: 228 KiB less 180 and one for each program.
-ROOM_BYTES = 45 * 1024
+# The shared memory beside a persistent program of 128×256 tiles on sm_90, which takes 176 KiB of 228; each program
+# takes another one for itself.
+ROOM_BYTES = 48 * 1024
 
 LAYER_OPS = ("forward", "input_gradient")
 PROJECTION_OPS = ("projections_forward", "projections_input_gradient")
@@ -52,9 +54,8 @@ class MatmulBlocks:
 
     The kernels of projections that share their input have the design "tile". Persistent designs have an `overlap`, one
     of OVERLAPS, and `resident` programs per multiprocessor. If the side product has its own launch, two flags ask for
-    programmatic dependent launch: `dependent` lets this launch run beside that of the side product, whose blocks are
-    then those of `leaving_room`, and `gradient_beside` lets the launch of dA begin before this one of dX has ended, on
-    the multiprocessors that have no tile in the last wave.
+    programmatic dependent launch: `dependent` lets this launch run beside that of the side product, `gradient_beside`
+    that of dA beside this one of dX, and both together that of dB too. The blocks of those are `beside_product`'s.
     """
 
     design: str
@@ -120,6 +121,7 @@ class FoldBlocks:
     num_stages: int
 
 
+S = TypeVar("S", SideBlocks, GradientBlocks)
 Blocks = MatmulBlocks | SideBlocks | OutputGradientBlocks | GradientBlocks | FoldBlocks
 
 KINDS: dict[str, type] = {
@@ -184,15 +186,15 @@ def tile(size: int, most: int) -> int:
     return min(most, max(16, 1 << max(0, size - 1).bit_length()))
 
 
-def leaving_room(blocks: SideBlocks, dtype: str) -> SideBlocks:
-    """Return blocks of a side product whose programs fit on a multiprocessor beside one of the next launch.
+def beside_product(blocks: S, dtype: str) -> S:
+    """Return blocks of a side product, or of dA and dB, whose programs leave room on a multiprocessor for the product's.
 
-    A persistent program of 128×256 tiles takes 180 KiB of shared memory and two thirds of the registers, so that one
-    program of four warps and 45 KiB has room beside it: one for 64 rows.
+    Their tile is 64×64, with as many stages as the room allows, four at most.
     """
     itemsize = 4 if dtype == "float32" else 2
-    stage = itemsize * 64 * (64 + blocks.block_r)
-    return SideBlocks(64, 64, blocks.block_r, 4, max(1, min(4, ROOM_BYTES // stage)))
+    stages = max(1, min(4, ROOM_BYTES // (itemsize * 64 * (64 + blocks.block_r))))
+    size = {"block_k" if isinstance(blocks, SideBlocks) else "block_d": 64}
+    return replace(blocks, block_m=64, num_warps=4, num_stages=stages, **size)
 
 
 def shared_bytes(capability: int) -> int:

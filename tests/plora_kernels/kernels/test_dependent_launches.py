@@ -162,14 +162,22 @@ def test_without_db_the_side_product_goes_first_and_da_runs_beside_dx(dependent:
 def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(trace: Trace) -> None:
     with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
         run_backward()
-    sums = ["partial_gradient_kernel", "reduce_gradient_kernel"]
-    assert trace.kernels() == ["side_product_kernel", "persistent_matmul_kernel", *sums, *sums]
+    sums = ["partial_gradient_kernel"] * 2 + ["reduce_gradient_kernel"] * 2
+    assert trace.kernels() == ["side_product_kernel", "persistent_matmul_kernel", *sums]
+    # No memory may be taken between launches that run at once: it could be what the first of them still uses.
+    names = [name for name, _ in trace]
+    first = names.index("persistent_matmul_kernel")
+    assert names[first : first + 3] == ["persistent_matmul_kernel", *sums[:2]]
     ahead = trace.constants("side_product_kernel")
     assert ahead["LAUNCHES_DEPENDENTS"]
     assert ahead["shares_multiprocessors"]
     # 64 rows, and 45 KiB at most: what a program of 128×256 tiles leaves of a multiprocessor.
     assert (ahead["BLOCK_M"], ahead["BLOCK_K"]) == (64, 64)
     assert 2 * 64 * (64 + ahead["BLOCK_R"]) * ahead["num_stages"] <= 45 * 1024  # type: ignore[operator]
-    beside, after = (named for name, named in trace if name == "partial_gradient_kernel")
-    assert beside["launch_pdl"]
-    assert "launch_pdl" not in after
+    for_A, for_B = (named for name, named in trace if name == "partial_gradient_kernel")
+    for one in (for_A, for_B):
+        assert one["launch_pdl"]
+        assert one["shares_multiprocessors"]
+        assert (one["BLOCK_M"], one["BLOCK_D"]) == (64, 64)
+    assert for_A["LAUNCHES_DEPENDENTS"]
+    assert not for_B["LAUNCHES_DEPENDENTS"]  # the sums of both need all their parts

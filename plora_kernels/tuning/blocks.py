@@ -187,7 +187,7 @@ def tile(size: int, most: int) -> int:
 
 
 def beside_product(blocks: S, dtype: str) -> S:
-    """Return blocks of a side product, or of dA and dB, whose programs leave room on a multiprocessor for the product's.
+    """Return blocks of a side product, or of dA and dB, that leave a multiprocessor room for a program of the product.
 
     Their tile is 64×64, with as many stages as the room allows, four at most.
     """

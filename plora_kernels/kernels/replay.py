@@ -12,7 +12,6 @@ address is unknown, and a call that uses one is never replayed.
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -162,7 +160,7 @@ class _Recording:
         self.steps.append(_Look(len(self.tensors), function, self._slot(of), numbers))
         self.tensors.append(tensor)
 
-    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], scratch: bool = False) -> None:
+    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         made: list[tuple[int, _Descriptor | _Tuple]] = []
         kept, places = self._places(arguments)
         for place, argument in enumerate(arguments):
@@ -177,8 +175,7 @@ class _Recording:
             self.usable = False
             return
         x, y, z = (*grid, 1, 1)[:3]
-        run = _with_scratch(compiled[x, y, z]) if scratch else compiled[x, y, z]
-        self.steps.append(_Launch(run, kept, places, made, ()))
+        self.steps.append(_Launch(compiled[x, y, z], kept, places, made, ()))
 
     def _places(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
         """Return the arguments with None for tensors, and pairs (position, slot) of these tensors."""
@@ -331,34 +328,16 @@ def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tenso
     return tensor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, scratch: bool = False, **named: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
     """Run a kernel as `kernel[grid](…)` does, and record the launch.
 
     Arguments are given in order, constexprs and Triton's options by name. None stands for a tensor that the launch does
-    not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled. `scratch` is set for a
-    kernel that needs device memory from Triton's allocator, because it makes tensor descriptors.
+    not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled.
     """
-    run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
-    compiled, recording = run(*arguments, **named), _local.recording
+    compiled, recording = kernel[grid](*arguments, **named), _local.recording
     if recording is not None:
         names = tuple(kernel.arg_names[len(arguments) :])
         constants = [named.pop(name) for name in names]
         if compiled is None:
             compiled = _Interpreted(kernel, names, named)
-        recording.launched(compiled, grid, (*arguments, *constants), scratch)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Return device memory for a kernel on the current device and stream; torch aligns allocations to 512 bytes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `run` with torch as Triton's allocator; the allocator that other code in this thread has set is kept."""
-
-    def with_scratch(*arguments: Any, **named: Any) -> Any:
-        context = contextvars.copy_context()
-        context.run(triton.set_allocator, _scratch)
-        return context.run(run, *arguments, **named)
-
-    return with_scratch
+        recording.launched(compiled, grid, (*arguments, *constants))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plora_kernels.errors import ConfigError
+
 # The designs: variants of the algorithm by which the forward and dX add s · side · up, the low-rank part, to an output
 # tile. The side product is S = D(x) Aᵀ or dS = dY B (`kernels/side_product.py`).
 #   tile             one launch with pointer loads; every tile recomputes the side product; any shape, any device
@@ -50,6 +52,8 @@ class MatmulBlocks:
     programmatic dependent launch: `dependent` lets this launch begin before that of the side product has ended, and
     `gradient_beside` lets the launch of dA begin before this one of dX has ended, on the multiprocessors that have no
     tile in the last wave.
+
+    Raises ConfigError for an unknown design or overlap, as an older table may name.
     """
 
     design: str
@@ -64,6 +68,11 @@ class MatmulBlocks:
     resident: int = 1
     dependent: bool = False
     gradient_beside: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("design", self.design, DESIGNS), ("overlap", self.overlap, OVERLAPS)):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

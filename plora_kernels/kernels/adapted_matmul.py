@@ -20,7 +20,6 @@ from plora_kernels.kernels.launch import Dropout, layer_class
 from plora_kernels.kernels.persistent_matmul import persistent_matmul, takes_descriptors
 from plora_kernels.kernels.replay import empty
 from plora_kernels.kernels.side_product import side_product
-from plora_kernels.kernels.specialised_matmul import specialised_matmul, takes_specialised
 from plora_kernels.kernels.tile_matmul import tile_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
@@ -99,11 +98,6 @@ def adapted_matmul(
         side = empty((rows, width) if stored else (0,), inputs.dtype, inputs.device)
     if out.numel() == 0:
         return out, side
-    if blocks.design == "specialised":
-        if index is None and takes_specialised(inputs, main, up, side, blocks):
-            specialised_matmul(out, side, inputs, main, up, bias=bias, scale=scale, blocks=blocks)
-            return out, side
-        blocks = replace(blocks, design="two_launch", num_warps=8)
     if blocks.design in PERSISTENT_DESIGNS:
         persistent_matmul(
             out, side, inputs, main, down, up,

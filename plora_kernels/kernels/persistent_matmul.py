@@ -1,8 +1,8 @@
 """The adapted matmul as a persistent kernel with tensor descriptors (TMA): aligned matrices, sm_90 and later.
 
-Each program computes several output tiles in turn. By default the first loads of a tile start only after the tile
-before is stored; `tuning.blocks.OVERLAPS` lists the ways to hide that gap. The side product (`side_product.py`) is
-recomputed in every tile, loaded from memory, or computed in the same launch, by side tiles:
+Each program computes several output tiles in turn. The first loads of a tile start only after the tile before is
+stored; `tuning.blocks.OVERLAPS` lists what shortens that gap. The side product (`side_product.py`) is recomputed in
+every tile, loaded from memory, or computed in the same launch, by side tiles:
 
     A side tile is the side product of the rows of one row of output tiles. Programs take side tiles by an atomic ticket
     and publish each with a release flag, for which the output tiles of the same rows wait. In "one_launch" all programs
@@ -38,16 +38,6 @@ from plora_kernels.kernels.launch import (
 from plora_kernels.kernels.replay import launch, zeros
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import SIDE_WITHIN, MatmulBlocks
-
-
-@triton.jit
-def load_either_way(desc, depth, column, TRANSPOSED: tl.constexpr):
-    """Return a matrix's tile at (depth, column); `desc` describes the matrix or, if TRANSPOSED, its transpose."""
-    if TRANSPOSED:  # noqa: SIM108
-        tile = desc.load([column, depth]).T
-    else:
-        tile = desc.load([depth, column])
-    return tile
 
 
 @triton.jit
@@ -198,7 +188,6 @@ def persistent_matmul_kernel(
     SIDE_GIVEN: tl.constexpr,
     SIDE_FIRST: tl.constexpr,
     STORE_SIDE: tl.constexpr,
-    FLATTEN: tl.constexpr,
     EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
@@ -212,8 +201,7 @@ def persistent_matmul_kernel(
     side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
     tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
     every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
-    zeros: the next ticket, then a flag for every side tile. FLATTEN starts the loads of a tile during the epilogue of
-    the tile before; EARLY loads up, and a given side, before the K loop. Both together give wrong results.
+    zeros: the next ticket, then a flag for every side tile. EARLY loads up, and a given side, before the K loop.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
@@ -237,11 +225,11 @@ def persistent_matmul_kernel(
 
     # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load the
     # side product nor store anything.
-    if DEPENDENT and (FLATTEN or EARLY):
+    if DEPENDENT and EARLY:
         tl.extra.cuda.gdc_wait()
-    if LAUNCHES_DEPENDENTS and (FLATTEN or EARLY or not DEPENDENT):
+    if LAUNCHES_DEPENDENTS and (EARLY or not DEPENDENT):
         tl.extra.cuda.gdc_launch_dependents()
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         row_ok, column_ok = rows < M - pid_m * BLOCK_M, columns < D_OUT - pid_n * BLOCK_N
         modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
@@ -260,14 +248,17 @@ def persistent_matmul_kernel(
             side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
-            w = load_either_way(main_desc, k, pid_n * BLOCK_N, MAIN_TRANSPOSED)  # (BLOCK_K, BLOCK_N)
+            if MAIN_TRANSPOSED:  # noqa: SIM108
+                w = main_desc.load([pid_n * BLOCK_N, k]).T  # (BLOCK_K, BLOCK_N)
+            else:
+                w = main_desc.load([k, pid_n * BLOCK_N])  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
             if not SIDE_GIVEN and not SIDE_FIRST:
                 d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
                 side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
                 down_base += down_step
 
-        if DEPENDENT and not (FLATTEN or EARLY):
+        if DEPENDENT and not EARLY:
             tl.extra.cuda.gdc_wait()
             if LAUNCHES_DEPENDENTS:
                 tl.extra.cuda.gdc_launch_dependents()
@@ -292,24 +283,14 @@ def persistent_matmul_kernel(
         if not EARLY:
             u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
         acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        if FLATTEN:  # unrolled, because a run-time loop here would prevent the flattening
-            for block in tl.static_range(1, MODULE_BLOCKS):
-                acc = _add_modules(
-                    acc, block * BLOCK_R, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
-                    rows, columns, row_ok, column_ok, D_IN, R, scale,
-                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
-                    offset_type, dtype, PRECISION,
-                )  # fmt: skip
-        else:
-            for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):
-                acc = _add_modules(
-                    acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
-                    rows, columns, row_ok, column_ok, D_IN, R, scale,
-                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                    BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
-                    offset_type, dtype, PRECISION,
-                )  # fmt: skip
+        for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):  # constant bounds: one block compiles to no loop
+            acc = _add_modules(
+                acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
+                rows, columns, row_ok, column_ok, D_IN, R, scale,
+                stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                offset_type, dtype, PRECISION,
+            )  # fmt: skip
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
@@ -356,11 +337,8 @@ def persistent_matmul(
     tiles_m, tiles_n = cdiv(rows, blocks.block_m), cdiv(d_out, blocks.block_n)
     programs = min(blocks.resident * lookup.multiprocessors_of(inputs.device), tiles_m * tiles_n)
     makes_side = blocks.design in SIDE_WITHIN and not side_given
-    module_blocks = cdiv(width, blocks.block_r)
     # A side product without columns had no launch, so this one would depend on some other kernel.
     dependent = blocks.dependent and side_given and width > 0 and launches_dependents(inputs.device)
-    # Only if a tile has no loop besides its K loop: none that waits for side tiles, none that loads `in` again.
-    flatten = blocks.overlap == "flatten" and (side_given or (module_blocks == 1 and not makes_side))
     transposed = main.stride(1) != 1
     matrix = main.t() if transposed else main
     main_block = [blocks.block_n, blocks.block_k] if transposed else [blocks.block_k, blocks.block_n]
@@ -382,11 +360,10 @@ def persistent_matmul(
             width,
             **constants(blocks),
             MAIN_TRANSPOSED=transposed,
-            MODULE_BLOCKS=module_blocks,
+            MODULE_BLOCKS=cdiv(width, blocks.block_r),
             SIDE_GIVEN=side_given,
             SIDE_FIRST=makes_side,
             STORE_SIDE=keep_side and not side_given and not makes_side,
-            FLATTEN=flatten,
             EARLY=blocks.overlap == "early" and (side_given or makes_side),
             DEPENDENT=dependent,
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and side_given and launches_dependents(inputs.device),

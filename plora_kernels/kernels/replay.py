@@ -12,7 +12,6 @@ address is unknown, and a call that uses one is never replayed.
 
 from __future__ import annotations
 
-import contextvars
 import ctypes
 import functools
 import threading
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -163,7 +161,7 @@ class _Recording:
         self.steps.append(_Look(len(self.tensors), function, self._slot(of), numbers))
         self.tensors.append(tensor)
 
-    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any], scratch: bool = False) -> None:
+    def launched(self, compiled: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         made: list[tuple[int, _Descriptor | _Tuple]] = []
         kept, places = self._places(arguments)
         for place, argument in enumerate(arguments):
@@ -178,8 +176,7 @@ class _Recording:
             self.usable = False
             return
         x, y, z = (*grid, 1, 1)[:3]
-        run = _with_scratch(compiled[x, y, z]) if scratch else compiled[x, y, z]
-        self.steps.append(_Launch(run, kept, places, made, ()))
+        self.steps.append(_Launch(compiled[x, y, z], kept, places, made, ()))
 
     def _places(self, arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]]]:
         """Return the arguments with None for tensors, and pairs (position, slot) of these tensors."""
@@ -333,22 +330,15 @@ def look_up(function: Callable[..., Tensor], of: Tensor, *numbers: int) -> Tenso
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *arguments: Any,
-    scratch: bool = False,
-    shares_multiprocessors: bool = False,
-    **named: Any,
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, shares_multiprocessors: bool = False, **named: Any
 ) -> None:
     """Run a kernel as `kernel[grid](…)` does, and record the launch.
 
     Arguments are given in order, constexprs and Triton's options by name. None stands for a tensor that the launch does
-    not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled. `scratch` is set for a
-    kernel that needs device memory from Triton's allocator, because it makes tensor descriptors. With
-    `shares_multiprocessors` programs of the next launch may run beside this one's, and need their shared memory.
+    not have: it is a constexpr too, so what the kernel does under `is not None` is not compiled. With
+    `shares_multiprocessors` programs of another launch run beside this one's and need shared memory too.
     """
-    run = _with_scratch(kernel[grid]) if scratch else kernel[grid]
-    compiled, recording = run(*arguments, **named), _local.recording
+    compiled, recording = kernel[grid](*arguments, **named), _local.recording
     if shares_multiprocessors and (function := getattr(compiled, "function", None)):  # none where nothing is loaded
         prefer_shared_memory(function)
     if recording is not None:
@@ -356,7 +346,7 @@ def launch(
         constants = [named.pop(name) for name in names]
         if compiled is None:
             compiled = _Interpreted(kernel, names, named)
-        recording.launched(compiled, grid, (*arguments, *constants), scratch)
+        recording.launched(compiled, grid, (*arguments, *constants))
 
 
 @functools.cache
@@ -368,19 +358,3 @@ def prefer_shared_memory(function: int) -> int:
     """
     carveout, percent = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     return ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Return device memory for a kernel on the current device and stream; torch aligns allocations to 512 bytes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `run` with torch as Triton's allocator; the allocator that other code in this thread has set is kept."""
-
-    def with_scratch(*arguments: Any, **named: Any) -> Any:
-        context = contextvars.copy_context()
-        context.run(triton.set_allocator, _scratch)
-        return context.run(run, *arguments, **named)
-
-    return with_scratch

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from plora_kernels.errors import ConfigError
+
 # The designs: variants of the algorithm by which the forward and dX add s · side · up, the low-rank part, to an output
 # tile. The side product is S = D(x) Aᵀ or dS = dY B (`kernels/side_product.py`).
 #   tile             one launch with pointer loads; every tile recomputes the side product; any shape, any device
@@ -20,24 +22,22 @@ from typing import TypeVar
 #                    side tiles of their rows
 #   drawn            as one_launch, but only the programs with one output tile fewer than the others start with side
 #                    tiles; a program that would wait for a side tile first computes those that no program has taken
-#   specialised      as two_launch, with warp specialisation (some warps load, others multiply); half precision, sm_90
 #   algebra          the side product, then torch's own matmul, then the low-rank part added in place. y is read and
 #                    written once more, and half precision is rounded once more; at some shapes it is still the fastest
 #   algebra_first    as algebra, but torch's matmul is added in place to the low-rank part
 POINTER_DESIGNS = ("tile", "tile_two_launch")
-PERSISTENT_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn", "specialised")
+PERSISTENT_DESIGNS = ("persistent", "two_launch", "one_launch", "drawn")
 ALGEBRA_DESIGNS = ("algebra", "algebra_first")
 KERNEL_DESIGNS = (*POINTER_DESIGNS, *PERSISTENT_DESIGNS)
 DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
 # Designs that start with a launch for the side product. In the backward that launch computes dB as well.
-SIDE_FIRST = ("tile_two_launch", "two_launch", "specialised", *ALGEBRA_DESIGNS)
+SIDE_FIRST = ("tile_two_launch", "two_launch", *ALGEBRA_DESIGNS)
 # Designs that compute the side product in the launch of the output tiles and pass it on through global memory.
 SIDE_WITHIN = ("one_launch", "drawn")
-# How a persistent program hides the gap between two of its output tiles, in addition to software pipelining:
-#   none     not at all
-#   flatten  the loads of a tile start during the epilogue of the tile before (`flatten=True` of tl.range)
-#   early    up, and a side product that is already in memory, are loaded before the K loop
-OVERLAPS = ("none", "flatten", "early")
+# How a persistent program shortens the gap between two of its output tiles, in addition to software pipelining:
+#   none   not at all
+#   early  up, and a side product that is already in memory, are loaded before the K loop
+OVERLAPS = ("none", "early")
 
 # The shared memory beside a persistent program of 128×256 tiles on sm_90, which takes 176 KiB of 228; each program
 # takes another one for itself.
@@ -56,6 +56,8 @@ class MatmulBlocks:
     of OVERLAPS, and `resident` programs per multiprocessor. If the side product has its own launch, two flags ask for
     programmatic dependent launch: `dependent` lets this launch run beside that of the side product, `gradient_beside`
     that of dA beside this one of dX, and both together that of dB too. The blocks of those are `beside_product`'s.
+
+    Raises ConfigError for an unknown design or overlap, as an older table may name.
     """
 
     design: str
@@ -70,6 +72,11 @@ class MatmulBlocks:
     resident: int = 1
     dependent: bool = False
     gradient_beside: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("design", self.design, DESIGNS), ("overlap", self.overlap, OVERLAPS)):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -213,8 +220,8 @@ def shared_bytes(capability: int) -> int:
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
     """Return the bytes of the tiles in flight over all pipeline stages: a lower bound of a program's shared memory.
 
-    Persistent designs need in addition half an output tile, which is stored while the next loads arrive, and the tiles
-    of side and up where `overlap` loads these ahead.
+    Persistent designs need in addition half an output tile, which is stored while the next loads arrive, and the tile
+    of up where `overlap` loads it ahead.
     """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
@@ -222,12 +229,9 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
             return 0
         case MatmulBlocks():
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
-            depth = blocks.block_k + (blocks.block_r if blocks.design == "specialised" else 0)
-            elements = depth * (blocks.block_m + blocks.block_n) + blocks.block_k * side
+            elements = blocks.block_k * (blocks.block_m + blocks.block_n + side)
             beside = blocks.block_m * blocks.block_n // 2 if blocks.design in PERSISTENT_DESIGNS else 0
-            if blocks.overlap == "flatten":
-                elements += blocks.block_r * (blocks.block_m + blocks.block_n)
-            elif blocks.overlap == "early":
+            if blocks.overlap == "early":
                 beside += blocks.block_r * blocks.block_n
             return itemsize * (elements * blocks.num_stages + beside)
         case SideBlocks():

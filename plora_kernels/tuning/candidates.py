@@ -87,12 +87,6 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
         small = block_m < 64 or (not wide_dtype and (block_m * block_n < large or block_k * stages < 192))
         if design in PERSISTENT_DESIGNS and small:
             continue
-        if design == "specialised":
-            # Two warp groups multiply 64 rows each, so block_m is 128.
-            if hardware.is_hopper and not wide_dtype and block_m == 128 and block_n >= 128:
-                blocks = MatmulBlocks(design, block_m, block_n, block_k, 16, 8, 4, stages)
-                yield from _beside_other_launches(shape, hardware, blocks)
-            continue
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         # The side product's block takes registers beside the accumulator. Half of its modules at a time may prevent
         # spills, and the large tiles of persistent programs have no registers left for a block wider than 32.
@@ -104,11 +98,8 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 
 def _persistent_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a persistent design with every overlap it may have, with one and two programs per multiprocessor."""
-    overlaps = {"two_launch": OVERLAPS, "persistent": ("none", "flatten")}.get(blocks.design, ("none", "early"))
-    if not hardware.is_hopper:  # Triton does not compile flattened tiles for sm_100
-        overlaps = tuple(overlap for overlap in overlaps if overlap != "flatten")
-    if blocks.design == "persistent" and blocks.block_r < shape.r:
-        overlaps = ("none",)  # the loop over further blocks of modules prevents flattening
+    # Programs that recompute the side product have nothing to load before the K loop.
+    overlaps = ("none",) if blocks.design == "persistent" else OVERLAPS
     large = blocks.block_m * blocks.block_n > 128 * 128
     for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
         yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))

@@ -177,7 +177,7 @@ def test_every_design_is_checked_where_it_runs() -> None:
     both = {"forward", "input_gradient"}
     for design in DESIGNS:
         found, of_odd = (set(shape.blocks(design, Hardware(90, 132))) for shape in (aligned, odd))
-        assert (found, of_odd) == (both, set() if design == "specialised" else both)  # only in half precision
+        assert found == of_odd == both
     assert aligned.blocks("persistent", Hardware(80, 108)) == {}
 
 

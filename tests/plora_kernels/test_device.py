@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,17 @@ def test_designs_are_within_the_bound(design: str, size: tuple[int, int, int, in
         check(make_problem(rows, k, n, rank, dtype, dropout_p=0.3))
 
 
+@contextmanager
+def taking(op: str, blocks: MatmulBlocks) -> Iterator[None]:
+    """Make every launch of an op use these blocks inside the context, and name them in an error raised there."""
+    try:
+        with lookup.override_blocks({op: blocks}):
+            yield
+    except Exception as error:
+        error.add_note(f"{op} with {blocks}")
+        raise
+
+
 def overlapping(op: str, rows: int, d_in: int, d_out: int, rank: int) -> list[MatmulBlocks]:
     """Return the first candidate of this device for each way in which tiles or launches overlap."""
     hardware = lookup.hardware_of(torch.device("cuda", torch.cuda.current_device()))
@@ -81,7 +93,7 @@ def test_every_way_to_overlap_is_within_the_bound() -> None:
     for rank in (16, 40):
         for op, sizes in (("forward", (k, n)), ("input_gradient", (n, k))):
             for blocks in overlapping(op, rows, *sizes, rank):
-                with lookup.override_blocks({op: blocks}):
+                with taking(op, blocks):
                     for form in (None, "frozen"):
                         check(make_problem(rows, k, n, rank, torch.bfloat16, **in_form(form, rank, rank)))
 
@@ -97,11 +109,10 @@ def test_launches_side_by_side_give_the_same_bits_every_time(rank: int) -> None:
     for blocks in ways:
         for _ in range(30):
             problem.dy.copy_(torch.randn_like(problem.dy))
-            with lookup.override_blocks({"input_gradient": replace(blocks, dependent=False, gradient_beside=False)}):
+            with taking("input_gradient", replace(blocks, dependent=False, gradient_beside=False)):
                 expected = run(problem)
-            with lookup.override_blocks({"input_gradient": blocks}):
-                found = run(problem)
-            assert_equal(found, expected)
+            with taking("input_gradient", blocks):
+                assert_equal(run(problem), expected)
 
 
 @pytest.mark.parametrize("design", ["one_launch", "drawn"])

@@ -28,8 +28,7 @@ from plora_kernels.tuning.tables import Entry, save_table
 
 ROOT = Path(__file__).resolve().parents[3]
 MATRIX_UNITS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
-# Persistent designs, and kernels without a matrix product.
-PERSISTENT_KERNELS = {"persistent_matmul_kernel", "specialised_matmul_kernel"}
+# Kernels without a matrix product.
 WITHOUT_PRODUCTS = {"reduce_gradient_kernel", "grouped_tiles_kernel"}
 
 
@@ -83,8 +82,8 @@ def test_every_shape_fits_every_target(tmp_path: Path) -> None:
     rows = audit(tmp_path)
     assert_fits(rows)
     assert_warpgroup_mma(rows)
-    persistent = [row for row in rows if row["kernel"] in PERSISTENT_KERNELS and row["target"] == "sm_90"]
-    assert {row["kernel"] for row in persistent} == PERSISTENT_KERNELS
+    persistent = [row for row in rows if row["kernel"] == "persistent_matmul_kernel" and row["target"] == "sm_90"]
+    assert persistent
     assert [row for row in persistent if row["spill_bytes"] > 0 or row["blocks_resident"] < 1] == []
 
 
@@ -135,9 +134,6 @@ def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
     for target in ("sm_90", "sm_100"):
         for design in DESIGNS:
             blocks = design_blocks(design, shape, "bfloat16", TARGETS[target].hardware)
-            if design == "specialised" and target == "sm_100":  # Triton still uses single warps there
-                assert blocks == {}
-                continue
             assert set(blocks) == {"forward", "input_gradient"}
             assert all(isinstance(found, MatmulBlocks) and found.design == design for found in blocks.values())
     assert design_blocks("one_launch", shape, "bfloat16", TARGETS["sm_80"].hardware) == {}
@@ -147,9 +143,6 @@ def test_every_design_has_candidates_on_hopper_and_blackwell() -> None:
 def test_designs_are_compiled_with_tiles_that_their_dtype_can_hold(dtype: str, tile: tuple[int, int]) -> None:
     for design in KERNEL_DESIGNS:
         blocks = design_blocks(design, Shape(8192, 4096, 4096, 16), dtype, TARGETS["sm_90"].hardware)
-        if design == "specialised" and dtype != "float16":
-            assert blocks == {}
-            continue
         assert [(found.block_m, found.block_n) for found in blocks.values()] == [tile, tile]
 
 
@@ -160,10 +153,8 @@ def test_every_way_to_overlap_is_audited() -> None:
         for way in design_ways(design, Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_90"].hardware)
     ]
     assert ways == [
-        *("persistent", "persistent flatten"),
-        *("two_launch", "two_launch dependent", "two_launch flatten", "two_launch flatten dependent"),
-        *("two_launch early", "two_launch early dependent"),
-        *("one_launch", "one_launch early", "drawn", "drawn early", "specialised", "specialised dependent"),
+        *("persistent", "two_launch", "two_launch dependent", "two_launch early", "two_launch early dependent"),
+        *("one_launch", "one_launch early", "drawn", "drawn early"),
     ]
 
 

@@ -61,7 +61,7 @@ def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules(
     near = ShapeClass("forward", "bfloat16", 8192, 2048, 2048, 64)
     tried = narrowed(near, candidates(near, H200), searched, most=100)
     assert tried[0] == candidates(near, H200)[0]
-    ways = {"tile": 1, "specialised": 1, "algebra": 1, "algebra_first": 1}  # else two widths of modules
+    ways = {"tile": 1, "algebra": 1, "algebra_first": 1}  # else two widths of modules
     assert 8 < len(tried) <= 1 + sum(ways.get(design, 2) * 8 for design in DESIGNS)
     assert {blocks.block_r for blocks in tried if design_of(blocks) == "tile_two_launch"} == {32, 64}
     persistent = {"persistent", "two_launch", "one_launch", "drawn"}

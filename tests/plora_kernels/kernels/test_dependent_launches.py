@@ -15,14 +15,13 @@ from plora_kernels.kernels import (
     persistent_matmul,
     replay,
     side_product,
-    specialised_matmul,
 )
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
 
 M, K, N, R = 600, 64, 96, 16
 # Modules that launch kernels, and modules that allocate memory.
-LAUNCHING = (persistent_matmul, specialised_matmul, side_product, output_gradient, factor_gradient)
+LAUNCHING = (persistent_matmul, side_product, output_gradient, factor_gradient)
 TAKING = (adapted_matmul, linear, factor_gradient, output_gradient, side_product)
 
 
@@ -91,12 +90,11 @@ def run_backward(index: torch.Tensor | None = None, frozen: bool = False, need_B
     linear.backward(dy, x, weight, A, B, s, index, 1.0, frozen, True, True, need_B, 0.0, None)
 
 
-@pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
-def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, kernel: str, trace: Trace) -> None:
-    with lookup.override_blocks(forced(design, dependent=True)):
+def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(trace: Trace) -> None:
+    with lookup.override_blocks(forced("two_launch", dependent=True)):
         run_forward()
-    assert trace.kernels() == ["side_product_kernel", f"{kernel}_matmul_kernel"]
-    ahead, own = trace.constants("side_product_kernel"), trace.constants(f"{kernel}_matmul_kernel")
+    assert trace.kernels() == ["side_product_kernel", "persistent_matmul_kernel"]
+    ahead, own = trace.constants("side_product_kernel"), trace.constants("persistent_matmul_kernel")
     assert ahead["LAUNCHES_DEPENDENTS"]
     assert "launch_pdl" not in ahead  # it waits for all launches before it
     assert own["launch_pdl"]
@@ -104,9 +102,8 @@ def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(design: str, k
     assert not own["LAUNCHES_DEPENDENTS"]  # the launch after it may be another library's
 
 
-@pytest.mark.parametrize("design", ["two_launch", "specialised"])
-def test_nothing_depends_unless_the_blocks_say_so(design: str, trace: Trace) -> None:
-    with lookup.override_blocks(forced(design)):
+def test_nothing_depends_unless_the_blocks_say_so(trace: Trace) -> None:
+    with lookup.override_blocks(forced("two_launch")):
         run_forward()
         run_backward()
     for _, named in trace:
@@ -115,10 +112,9 @@ def test_nothing_depends_unless_the_blocks_say_so(design: str, trace: Trace) -> 
         assert not named.get("LAUNCHES_DEPENDENTS")
 
 
-@pytest.mark.parametrize("design", ["two_launch", "specialised"])
-def test_without_a_module_there_is_no_launch_to_depend_on(design: str, trace: Trace) -> None:
+def test_without_a_module_there_is_no_launch_to_depend_on(trace: Trace) -> None:
     nothing = torch.empty(0, dtype=torch.int32)
-    with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
+    with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
         run_forward(nothing)
         run_backward(nothing)
     assert trace.kernels() == ["persistent_matmul_kernel"] * 2
@@ -126,15 +122,12 @@ def test_without_a_module_there_is_no_launch_to_depend_on(design: str, trace: Tr
 
 
 @pytest.mark.parametrize("form", ["all", "folded", "frozen"])
-@pytest.mark.parametrize(("design", "kernel"), [("two_launch", "persistent"), ("specialised", "specialised")])
-def test_da_begins_beside_dx_with_memory_of_its_own(design: str, kernel: str, form: str, trace: Trace) -> None:
+def test_da_begins_beside_dx_with_memory_of_its_own(form: str, trace: Trace) -> None:
     index = None if form == "all" else torch.tensor([0, 3, 5, -1], dtype=torch.int32)
-    with lookup.override_blocks(forced(design, dependent=True, gradient_beside=True)):
+    with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
         run_backward(index, form == "frozen")
-    # Modules chosen by an index cannot be loaded by a descriptor.
-    product = "persistent_matmul_kernel" if form == "folded" else f"{kernel}_matmul_kernel"
     names = [name for name, _ in trace]
-    place = names.index(product)
+    place = names.index("persistent_matmul_kernel")
     # No memory of dX's launch may be freed and reused before dA's launch, and no other launch may come between.
     assert names[place + 1] == "partial_gradient_kernel"
     assert trace[place][1]["LAUNCHES_DEPENDENTS"]

@@ -16,7 +16,6 @@ from plora_kernels.kernels import adapted_matmul, tile_matmul
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     DESIGNS,
-    OVERLAPS,
     PERSISTENT_DESIGNS,
     Blocks,
     Hardware,
@@ -35,8 +34,7 @@ DTYPES = [torch.float16, torch.float32]
 
 
 def blocks_of(design: str, block_r: int) -> dict[str, Blocks]:
-    rows = 128 if design == "specialised" else 32  # two groups of warps, 64 rows each
-    matmul = MatmulBlocks(design, rows, 32, 16, block_r, 2, 4, 2)
+    matmul = MatmulBlocks(design, 32, 32, 16, block_r, 2, 4, 2)
     return {
         "forward": matmul,
         "input_gradient": matmul,
@@ -59,8 +57,9 @@ def on_kernels(kernels: None, nan_filled: None) -> None:
 def persistent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the design of every launch of a persistent kernel."""
     designs: list[str] = []
-    for name in ("persistent_matmul", "specialised_matmul"):
-        note_calls(monkeypatch, adapted_matmul, name, lambda *tensors, blocks, **options: blocks.design, designs)
+    note_calls(
+        monkeypatch, adapted_matmul, "persistent_matmul", lambda *tensors, blocks, **options: blocks.design, designs
+    )
     return designs
 
 
@@ -81,33 +80,7 @@ def test_designs_are_within_the_bound(
 ) -> None:
     rank = shape[-1]
     run_design(design, make_problem(*shape, dtype, **in_form(form, rank, rank), bias=bias, seed=rank))
-    # Descriptors cannot load rows of 1, 5, 17 or 33 modules, because they are not aligned.
-    expected = "two_launch" if design == "specialised" else design
-    assert persistent == [expected] * (2 if design in PERSISTENT_DESIGNS else 0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "bias"), [((1, 16, 16, 8), False), ((300, 104, 168, 16), True), ((128, 64, 64, 40), False)]
-)
-def test_specialised_warps_are_within_the_bound(shape: tuple[int, ...], bias: bool, persistent: list[str]) -> None:
-    rank = shape[-1]
-    for form in (None, "frozen"):
-        options = in_form(form, rank, rank) | {"bias": bias, "seed": rank}
-        run_design("specialised", make_problem(*shape, torch.float16, **options))
-    assert persistent == ["specialised"] * 4
-
-
-@pytest.mark.parametrize("what", ["float32", "an index", "tiles of 64 rows"])
-def test_what_specialised_warps_do_not_take_is_persistent(what: str, persistent: list[str]) -> None:
-    mask = random_mask(16, 16) if what == "an index" else None
-    dtype = torch.float32 if what == "float32" else torch.float16
-    blocks = blocks_of("specialised", 16)
-    if what == "tiles of 64 rows":
-        matmul = MatmulBlocks("specialised", 64, 32, 16, 16, 2, 4, 2)
-        blocks |= {"forward": matmul, "input_gradient": matmul}
-    with lookup.override_blocks(blocks):
-        check(make_problem(70, 48, 80, 16, dtype, mask=mask, seed=1))
-    assert persistent == ["two_launch"] * 2
+    assert persistent == [design] * (2 if design in PERSISTENT_DESIGNS else 0)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -128,21 +101,19 @@ def test_side_tiles_come_first_at_every_launch(persistent: list[str]) -> None:
     assert persistent == ["one_launch"] * 6
 
 
-@pytest.mark.parametrize(
-    ("design", "overlap", "rank", "form"),
-    [(*one, *other) for *one, other in pairwise(PERSISTENT_DESIGNS, OVERLAPS[1:], [(5, None), (33, "frozen")])],
-)
+@pytest.mark.parametrize("design", PERSISTENT_DESIGNS)
+@pytest.mark.parametrize(("rank", "form"), [(5, None), (33, "frozen")])
 def test_overlapping_tiles_are_within_the_bound(
-    design: str, overlap: str, rank: int, form: str | None, persistent: list[str]
+    design: str, rank: int, form: str | None, persistent: list[str]
 ) -> None:
     blocks = blocks_of(design, 16)
     for op in ("forward", "input_gradient"):
         matmul = blocks[op]
         assert isinstance(matmul, MatmulBlocks)
-        blocks[op] = replace(matmul, overlap=overlap, resident=2, dependent=True, gradient_beside=True)
+        blocks[op] = replace(matmul, overlap="early", resident=2, dependent=True, gradient_beside=True)
     with lookup.override_blocks(blocks):
         check(make_problem(70, 48, 104, rank, torch.float16, **in_form(form, rank, rank), seed=rank))
-    assert persistent == ["two_launch" if design == "specialised" else design] * 2
+    assert persistent == [design] * 2
 
 
 # Twelve tiles: of five programs, two have one tile more than the others, and wait for side tiles.

@@ -3,7 +3,7 @@
 from bench.gpu_cases import DECODE_ROWS, SHARED_INPUTS, TABLE, TABLE_RANKS, TABLE_ROWS
 from plora_kernels.tuning.blocks import ShapeClass
 
-OTHER_RANKS = (128, 256)
+OTHER_RANKS, FEW_ROWS = (128, 256, 32), (512, 2048)
 
 
 def layer_classes(m: int, k: int, n: int, r: int, dtype: str) -> list[ShapeClass]:
@@ -30,24 +30,28 @@ def shape_classes(device_type: str) -> list[ShapeClass]:
     if device_type != "cuda":
         fold = ShapeClass("fold", "float32", 48, 64, 48, 16)
         return [*layer_classes(32, 64, 48, 16, "float32"), fold, *projection_classes(32, 64, 96, 16, "float32")]
-    found = []
-    for r in TABLE_RANKS:
-        for projection in TABLE:
-            found += layer_classes(TABLE_ROWS, projection.k, projection.n, r, "bfloat16")
-        if r == TABLE_RANKS[0]:
-            found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, r) for p in TABLE]
-            found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, r) for m in DECODE_ROWS for p in TABLE[:3]]
-            for shared in SHARED_INPUTS:
-                found += projection_classes(TABLE_ROWS, shared.k, shared.n, r, "bfloat16")
-            first = SHARED_INPUTS[0]
-            found += [ShapeClass("projections_forward", "bfloat16", m, first.k, first.n, r) for m in DECODE_ROWS]
-    gate = TABLE[0]
+    gate, *others = TABLE
+    found = layer_classes(TABLE_ROWS, gate.k, gate.n, 16, "bfloat16")
+    found += [ShapeClass("fold", "bfloat16", gate.n, gate.k, gate.n, r) for r in (16, 64, 256)]
+    found += layer_classes(TABLE_ROWS, gate.k, gate.n, 64, "bfloat16")
+    for m in FEW_ROWS:
+        found += layer_classes(m, gate.k, gate.n, 16, "bfloat16")
+    for projection in others:
+        found += layer_classes(TABLE_ROWS, projection.k, projection.n, 16, "bfloat16")
     for r in OTHER_RANKS:
         found += layer_classes(TABLE_ROWS, gate.k, gate.n, r, "bfloat16")
+    found += [ShapeClass("forward", "bfloat16", m, p.k, p.n, 16) for m in DECODE_ROWS for p in TABLE[:3]]
+    for r in TABLE_RANKS[1:]:
+        for projection in others:
+            found += layer_classes(TABLE_ROWS, projection.k, projection.n, r, "bfloat16")
+    found += [ShapeClass("fold", "bfloat16", p.n, p.k, p.n, 16) for p in others]
+    for shared in SHARED_INPUTS:
+        found += projection_classes(TABLE_ROWS, shared.k, shared.n, 16, "bfloat16")
+    first = SHARED_INPUTS[0]
+    found += [ShapeClass("projections_forward", "bfloat16", m, first.k, first.n, 16) for m in DECODE_ROWS]
     for dtype in ("float16", "float32"):
         found += layer_classes(TABLE_ROWS, gate.k, gate.n, 16, dtype)
         found.append(ShapeClass("fold", dtype, gate.n, gate.k, gate.n, 16))
-    found += layer_classes(512, gate.k, gate.n, 16, "bfloat16")
     return list(dict.fromkeys(found))
 
 

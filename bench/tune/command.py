@@ -32,7 +32,7 @@ from bench.harness.records import open_records
 from bench.tune.classes import belongs, shape_classes
 from bench.tune.tuner import LOGS, SECONDS_EACH, Tuning, attempt_candidate, resume, time_candidates, tune_class
 from plora_kernels.backend import backend
-from plora_kernels.tuning.blocks import OPS, ShapeClass
+from plora_kernels.tuning.blocks import DESIGNS, OPS, ShapeClass
 from plora_kernels.tuning.lookup import hardware_of
 from plora_kernels.tuning.tables import PACKAGED, user_folder
 
@@ -48,6 +48,7 @@ def tune(options: argparse.Namespace) -> int:
         tables=tables,
         log=open_records(log, meta, fresh=options.fresh),
         most=options.candidates,
+        designs=tuple(options.designs),
         started=options.started,
         deadline=options.started + options.budget_seconds - RESERVE_SECONDS,
         end=options.started + options.budget_seconds,
@@ -118,6 +119,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--package", action="store_true", help="write the package's table instead of the user's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave a copy of the table and the log here too")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where every measurement goes")
+    parser.add_argument(
+        "--designs",
+        nargs="+",
+        default=list(DESIGNS),
+        choices=DESIGNS,
+        help="of matmuls, try only these and the default",
+    )
     parser.add_argument("--candidates", type=int, default=96, help="how many to try where nothing like it was searched")
     return parser.parse_args(arguments)
 

@@ -19,7 +19,7 @@ from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, ShapeClass
 STAGES = (4, 12, 40)
 SHARE, AT_LEAST = 0.25, 4
 # How many of the best candidates of each design a class takes from a similar class that was searched before.
-INHERITED = 8
+INHERITED = 5
 
 
 @dataclass(frozen=True)

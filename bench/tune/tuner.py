@@ -14,7 +14,7 @@ from bench.harness.processes import Outcome, Workers, require_device
 from bench.harness.records import RecordFile, blank
 from bench.tune.search import Timed, best_of_each_design, design_of, narrowed, search
 from bench.tune.trials import Trial, for_checking, make_trial
-from plora_kernels.tuning.blocks import KINDS, Blocks, Hardware, ShapeClass
+from plora_kernels.tuning.blocks import DESIGNS, KINDS, Blocks, Hardware, MatmulBlocks, ShapeClass
 from plora_kernels.tuning.candidates import candidates
 from plora_kernels.tuning.lookup import forget_tables
 from plora_kernels.tuning.tables import Entry, load_table, save_table
@@ -56,6 +56,7 @@ class Tuning:
     deadline: float
     end: float
     class_seconds: float
+    designs: tuple[str, ...] = DESIGNS
     entries: dict[ShapeClass, Entry] = field(default_factory=dict)
     searched: dict[ShapeClass, list[Timed]] = field(default_factory=dict)
 
@@ -89,7 +90,8 @@ def tune_class(tuning: Tuning, shape: ShapeClass, workers: Workers, timer: Worke
 
     Candidates that are not checked within `class_seconds` are not timed either.
     """
-    known = candidates(shape, tuning.hardware)
+    default, *others = candidates(shape, tuning.hardware)
+    known = (default, *(one for one in others if not isinstance(one, MatmulBlocks) or one.design in tuning.designs))
     tried = narrowed(shape, known, tuning.searched, tuning.most)
     attempts = [Attempt(shape, blocks, tuning.device.type) for blocks in tried]
     limit = min(tuning.deadline, time.monotonic() + tuning.class_seconds)

@@ -111,7 +111,12 @@ def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: Matmul
     Those overlap with the launch of the side product (`dependent`) and of dA (`gradient_beside`).
     """
     yield blocks
-    if blocks.design in SIDE_FIRST and hardware.has_dependent_launches:
+    # A program that loads the side product early, and one of two on a multiprocessor, leaves no time or no room for it.
+    if (
+        blocks.design in SIDE_FIRST
+        and hardware.has_dependent_launches
+        and (blocks.overlap, blocks.resident) == ("none", 1)
+    ):
         yield replace(blocks, dependent=True)
         if shape.op == "input_gradient":
             yield replace(blocks, gradient_beside=True)

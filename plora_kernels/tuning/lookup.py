@@ -16,13 +16,15 @@ from typing import TypeVar
 import torch
 
 from plora_kernels.errors import ConfigError
-from plora_kernels.tuning.blocks import Blocks, Hardware, ShapeClass, shared_bytes, staged_bytes
+from plora_kernels.tuning.blocks import Blocks, Hardware, ShapeClass, shared_bytes, staged_bytes, tile
 from plora_kernels.tuning.defaults import default_blocks
 from plora_kernels.tuning.tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
 B = TypeVar("B", bound=Blocks)
 # How far an entry's shape may be from a launch's, in powers of two: its rows, and the sum over all its sizes.
 MOST_ROW_STEPS, MOST_STEPS = 2, 4
+# From this many modules on, an entry for fewer may be used.
+MOST_MODULES = 256
 
 _forced: dict[str, Blocks] = {}
 _taken: dict[str, Blocks] | None = None
@@ -166,9 +168,10 @@ def nearest(table: Table, shape: ShapeClass, hardware: Hardware) -> Entry | None
     """Return the table's entry of the same op and dtype whose sizes are nearest, in powers of two; None without one.
 
     Entries are ignored if their rows differ by more than a factor of 4, or all sizes together by more than a factor of
-    16: the blocks that are fastest for 8,192 rows are not for one row. A smaller r counts as a large distance, because
-    blocks for fewer modules read the large input again for the others. In the table of a device with more shared
-    memory, entries that need more than this device has are ignored.
+    16: the blocks that are fastest for 8,192 rows are not for one row. So are entries for fewer modules, in powers of
+    two from 16 on, because their blocks go over the others in a loop: with those for 16, a fold of 64 takes twice as
+    long on an H200. In the table of a device with more shared memory, entries that need more than this device has are
+    ignored.
     """
     limit, theirs = shared_bytes(hardware.capability), shared_bytes(table.meta.get("capability") or 0)
     same = [
@@ -195,12 +198,12 @@ def _is_near(entry: ShapeClass, wanted: ShapeClass) -> bool:
         (entry.r, wanted.r),
     )
     rows, *others = (abs(_steps(*pair)) for pair in pairs)
-    return rows <= MOST_ROW_STEPS and rows + sum(others) <= MOST_STEPS
+    modules = tile(entry.r, MOST_MODULES) >= tile(wanted.r, MOST_MODULES)
+    return modules and rows <= MOST_ROW_STEPS and rows + sum(others) <= MOST_STEPS
 
 
 def _distance(entry: ShapeClass, wanted: ShapeClass) -> float:
     sizes = sum(
         abs(_steps(*pair)) for pair in ((entry.m, wanted.m), (entry.d_in, wanted.d_in), (entry.d_out, wanted.d_out))
     )
-    modules = _steps(entry.r, wanted.r)
-    return sizes + (2 * modules if modules >= 0 else 4 - 8 * modules)
+    return sizes + 2 * abs(_steps(entry.r, wanted.r))

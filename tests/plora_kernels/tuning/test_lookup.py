@@ -89,8 +89,8 @@ def test_the_nearest_shape_wins_and_fewer_modules_lose() -> None:
         ({"d_in": 14336, "d_out": 14336}, True),
         ({"d_in": 1024, "d_out": 1024}, True),
         ({"d_in": 512, "d_out": 1024}, False),
-        ({"r": 256}, True),
-        ({"r": 256, "d_in": 2048}, False),
+        ({"r": 5}, True),
+        ({"r": 17}, False),  # its blocks would go over the modules in a loop
     ],
 )
 def test_an_entry_of_another_world_is_no_entry(wanted: dict[str, int], is_found: bool) -> None:
@@ -210,12 +210,12 @@ def test_small_products_are_cut_into_tiles_for_most_of_the_device(m: int, n: int
     ("shape", "pointers", "descriptors"),
     [
         (forward_class(), "tile_two_launch", "two_launch"),  # 32 or 16 columns of tiles would repeat the side product
-        (forward_class(d_in=768, d_out=768), "tile", "persistent"),
+        (forward_class(d_in=768, d_out=768), "tile", "two_launch"),
         (forward_class(d_in=768, d_out=768, r=64), "tile_two_launch", "two_launch"),
-        (forward_class(d_in=2048, d_out=2048), "tile_two_launch", "persistent"),
+        (forward_class(d_in=2048, d_out=2048), "tile_two_launch", "two_launch"),
         (forward_class(m=2048, r=32), "tile", "two_launch"),  # a large tile would spill with 32 modules in the loop
         (forward_class(m=512), "tile", None),  # too short to fill the device with a launch of its own
-        (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch", None),
+        (ShapeClass("forward", "float32", 8192, 768, 768, 16), "tile_two_launch", "algebra_first"),
     ],
 )
 def test_the_default_makes_the_side_product_first_where_that_costs_less(

@@ -98,7 +98,7 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 
 def _persistent_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
     """Yield a persistent design with every overlap it may have, with one and two programs per multiprocessor."""
-    # Programs that recompute the side product have nothing to load before the K loop.
+    # "early" changes nothing in programs that recompute the side product.
     overlaps = ("none",) if blocks.design == "persistent" else OVERLAPS
     large = blocks.block_m * blocks.block_n > 128 * 128
     for overlap, resident in product(overlaps, (1,) if large else (1, 2)):

@@ -225,7 +225,8 @@ def test_the_default_makes_the_side_product_first_where_that_costs_less(
     default = default_blocks(shape, H200, True)
     assert isinstance(default, MatmulBlocks)
     assert default.design == (descriptors or pointers)
-    assert default_blocks(shape, Hardware(100, 132), True) == pointer_blocks(shape, Hardware(100, 132), True)
+    elsewhere = default_blocks(shape, Hardware(100, 132), True)
+    assert elsewhere == (default if shape.dtype == "float32" else pointer_blocks(shape, Hardware(100, 132), True))
     assert default_blocks(shape, H200, False) == pointer_blocks(shape, H200, False)
 
 

@@ -1,8 +1,9 @@
-"""Backward of adapted linears of one input: their joint dX in one launch, and dS, dA, dB of each.
+"""Backward of adapted linears of one input: their joint dX, and dS, dA, dB of each.
 
     dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
 
-All projections add to one fp32 accumulator, so dX is rounded once and needs no separate additions. dS_p is the side
+In the kernel all projections add to one fp32 accumulator, so dX is rounded once and needs no separate additions. Where
+`are_joined` says no, torch's own matmuls add in place to dX instead, which is rounded after each. dS_p is the side
 product of the backward (`side_product.py`).
 """
 
@@ -20,7 +21,7 @@ from plora_kernels.kernels.device_functions import add_scaled_product, tile_posi
 from plora_kernels.kernels.factor_gradient import factor_gradient_
 from plora_kernels.kernels.launch import cdiv, constants, dot_precision, is_aligned, needs_wide_offsets
 from plora_kernels.kernels.output_gradient import output_gradient_
-from plora_kernels.kernels.projections_forward import find_projection_blocks
+from plora_kernels.kernels.projections_forward import are_joined, find_projection_blocks
 from plora_kernels.kernels.replay import empty, launch, replayed, zeros
 from plora_kernels.kernels.side_product import side_product
 
@@ -109,16 +110,18 @@ def input_gradient(
     lora_As: Sequence[Tensor],
     scales: Sequence[float],
 ) -> Tensor:
-    """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p) in one launch.
+    """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p), in one launch if the projections `are_joined`.
 
     Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K); R_p may be 0.
     """
     rows, k = dys[0].shape[0], weights[0].shape[1]
     widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
+    aligned = all(is_aligned(tensor) for tensor in (*dys, *weights)) and k % 16 == 0
+    if not are_joined(rows, dys[0].dtype, dys[0].device, aligned):
+        return _input_gradient_by_torch(dys, weights, dss, lora_As, scales)
     dx = empty((rows, k), dys[0].dtype, dys[0].device)
     if rows == 0:
         return dx
-    aligned = all(is_aligned(tensor) for tensor in (*dys, *weights, dx))
     blocks = find_projection_blocks("projections_input_gradient", dx, sum(widths), k, max(ranks), aligned)
     with torch.cuda.device_of(dx):
         launch(
@@ -138,6 +141,37 @@ def input_gradient(
             WIDE_OFFSETS=needs_wide_offsets(256, dx, *dys, *weights),
             PRECISION=dot_precision(dx.dtype),
         )
+    return dx
+
+
+def _input_gradient_by_torch(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dss: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    scales: Sequence[float],
+) -> Tensor:
+    """Return dX by torch's own matmuls, as the design "algebra_first" does; see `input_gradient`.
+
+    The low-rank parts of all projections are one product over all their modules; dY_p W_p are added to it in place.
+    """
+    shape, dtype = (dys[0].shape[0], weights[0].shape[1]), dys[0].dtype
+    # Not allocated by `replay.empty`: a call that contains torch's own matmuls is never replayed.
+    dx = torch.empty(shape, dtype=dtype, device=dys[0].device)
+    products = list(zip(dys, weights, strict=True))
+    if any(a.shape[0] for a in lora_As):
+        alpha = 1.0
+        if len(set(scales)) == 1:
+            alpha = scales[0]  # applied in fp32
+        elif dtype is torch.float16:  # as in `add_scaled_product`: s·dS may exceed fp16's 65504
+            lora_As = [a * scale for a, scale in zip(lora_As, scales, strict=True)]
+        else:
+            dss = [ds * scale for ds, scale in zip(dss, scales, strict=True)]
+        torch.addmm(dx, torch.cat(tuple(dss), 1), torch.cat(tuple(lora_As)), beta=0, alpha=alpha, out=dx)
+    else:
+        torch.mm(*products.pop(0), out=dx)
+    for dy, weight in products:
+        dx.addmm_(dy, weight)
     return dx
 
 

@@ -1,4 +1,4 @@
-"""Layers that read the same tensor one after another, such as q, k and v, computed in one launch at the first call.
+"""Layers that read the same tensor one after another, such as q, k and v, all computed at the first call.
 
 The model is not changed: it calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)`. The first call computes all three outputs
 and keeps the other two until their layers are called with the same tensor. If no valid output is kept for a layer
@@ -123,7 +123,7 @@ class SharedInput:
         return current.untaken
 
     def compute(self, layer: SiblingPLoRALinear, x: Tensor) -> Tensor | None:
-        """Return the layer's y (…, N) from one launch for the whole group, or None if the layer has to run alone."""
+        """Return the layer's y (…, N) from one call for the whole group, or None if the layer has to run alone."""
         member = self._members[layer.place]
         if member is None or member() is not layer or type(layer) is not SiblingPLoRALinear or not _may_share(x):
             return None
@@ -248,7 +248,7 @@ def _may_share(x: Tensor) -> bool:
 
 
 def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Say whether the projections can share a launch on x. If they do not fit, the layer runs alone and raises."""
+    """Say whether the projections can be computed together. If they do not fit, the layer runs alone and raises."""
     tensors = [t for projection in projections for t in projection[:4] if t is not None]
     weights = [projection.weight for projection in projections]
     dtype, device, k = x.dtype, x.device, x.shape[-1]

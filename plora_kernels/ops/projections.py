@@ -1,11 +1,12 @@
-"""Adapted linears that share one input: forward in one launch, and one dX for all of them.
+"""Adapted linears that share one input: computed in one call, and one dX for all of them.
 
     y_p = x W_pᵀ + bias_p + s_p (x A_pᵀ) B_pᵀ             for every projection p
     dX  = Σ_p (dY_p W_p + s_p dS_p A_p),  dS_p = dY_p B_p
 
-One launch computes all forwards, but every projection gets its own node in autograd's graph, as if it had run alone:
+One call computes all forwards, but every projection gets its own node in autograd's graph, as if it had run alone:
 outputs may be differentiated together or one by one, in any order. In the backward each node computes its own dA and dB
-and records its part of dX. The node that the engine runs last computes the sum of the parts.
+and records its part of dX. The node that the engine runs last computes the sum of the parts. The kernels make one
+launch for all projections, or one for each where that is faster (`are_joined` of `kernels/projections_forward.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def forward(x: Tensor, projections: Sequence[Projection], keep_s: bool) -> list[Computed]:
-    """Return y and S of every projection of x (…, K), without a graph: one launch where the kernels run."""
+    """Return y and S of every projection of x (…, K), without a graph."""
     *operands, _ = zip(*projections, strict=True)
     ys, ss = _run_forward(as_rows(x), *operands, keep_s)
     return [Computed(y, s) for y, s in zip(ys, ss, strict=True)]
@@ -73,7 +74,7 @@ def _run_forward(x: Tensor, *arguments: Any) -> tuple[list[Tensor], list[Tensor]
 
 
 def _input_gradient(parts: Sequence[_Part]) -> Tensor:
-    """Return dX (M, K), the sum of the parts: in one launch by the kernels, or added up in place by torch."""
+    """Return dX (M, K), the sum of the parts, by the kernels or added up in place by torch."""
     if runs_kernels(parts[0].dy):
         with fallback_to_torch("the joint input gradient", parts[0].dy):
             from plora_kernels.kernels import projections_backward as kernels

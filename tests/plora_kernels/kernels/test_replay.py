@@ -13,6 +13,7 @@ from plora_kernels.kernels import (
     adapted_matmul,
     factor_gradient,
     grouped_matmul,
+    projections_backward,
     projections_forward,
     replay,
     side_product,
@@ -135,6 +136,23 @@ def test_projections_of_one_input_are_replayed(worked_out: list[str]) -> None:
             assert "projections_input_gradient" in worked_out
             worked_out.clear()
     assert worked_out == []
+
+
+@pytest.mark.parametrize("ranks", [(3, 2), (3, 0)])
+def test_projections_apart_are_replayed_but_for_torch_s_products(
+    ranks: tuple[int, int], worked_out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (projections_forward, projections_backward):
+        monkeypatch.setattr(module, "are_joined", lambda *_: False)
+    products = note_calls(monkeypatch, projections_backward, "_input_gradient_by_torch", lambda *_: "dx")
+    for seed in (0, 10):
+        worked_out.clear()
+        shape = (7, 20, (24, 16), ranks, (True, False), (False, False))
+        check_projections(make_problems(shape, torch.float32, DEVICE, seed), f"seed {seed}")
+        # A projection without modules is torch's own product.
+        expected = 2 if ranks[1] else 1
+        assert worked_out.count("forward") == (0 if seed and ranks[1] else expected)
+    assert products == ["dx", "dx"]
 
 
 def test_one_tensor_in_two_places_is_not_recorded(worked_out: list[str]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 import plora_kernels as pk
+from plora_kernels.kernels import projections_backward, projections_forward
 from plora_kernels.ops import projections
 from plora_kernels.ops.projections import JointGradient, Projection
 from plora_kernels.selection import index_buffer, index_from_mask
+from plora_kernels.tuning import lookup
+from plora_kernels.tuning.blocks import Hardware
+from tests.plora_kernels.kernels.test_designs import blocks_of
 from tests.plora_kernels.ops.test_linear import far_apart
 from tests.support.equality import assert_equal
 from tests.support.notes import note_calls
@@ -47,8 +52,8 @@ def make_problems(shape: tuple, dtype: torch.dtype, device: str = "cpu", seed: i
         mask = random_mask(r, seed=p).to(device) if frozen[p] else None
         form = {"mask": mask, "unselected": "frozen", "scale": 0.5 + p, "bias": biases[p], "device": device}
         problem = make_problem(rows, k, n, max(r, 1), dtype, seed=seed + p, **form)
-        problem = dataclasses.replace(problem, lora_A=problem.lora_A[:r], lora_B=problem.lora_B[:, :r].contiguous())
-        problems.append(dataclasses.replace(problem, x=problems[0].x if problems else problem.x))
+        problem = replace(problem, lora_A=problem.lora_A[:r], lora_B=problem.lora_B[:, :r].contiguous())
+        problems.append(replace(problem, x=problems[0].x if problems else problem.x))
     return problems
 
 
@@ -96,6 +101,109 @@ def test_results_are_within_the_bound(shape: tuple, dtype: torch.dtype, each_bac
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=name_of)
 def test_results_on_the_device_are_within_the_bound(shape: tuple, dtype: torch.dtype) -> None:
+    check(make_problems(shape, dtype, "cuda"), "cuda")
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute every projection by itself, and dX by torch's matmuls, as on a Hopper GPU with many rows."""
+    for module in (projections_forward, projections_backward):
+        monkeypatch.setattr(module, "are_joined", lambda *_: False)
+        monkeypatch.setattr(module, "launch", None)  # of the joint kernel
+
+
+APART = (
+    *SHAPES,
+    (70, 48, (80, 16, 33), (5, 0, 40), (True, True, False), (False, False, True)),
+    (33, 32, (16, 48), (0, 0), (True, False), (False, False)),
+)
+
+
+@pytest.mark.usefixtures("kernels", "nan_filled", "apart")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", APART, ids=name_of)
+def test_results_apart_are_within_the_bound(shape: tuple, dtype: torch.dtype) -> None:
+    problems = make_problems(shape, dtype)
+    check(problems, "apart")
+    # The same scale, and output gradients that are not contiguous: columns with gaps, a transpose, a row repeated.
+    strided = [
+        problems[0].dy.repeat_interleave(2, 1)[:, ::2],
+        problems[1].dy.t().contiguous().t(),
+        *(problem.dy[:1].expand_as(problem.dy) for problem in problems[2:]),
+    ]
+    alike = [replace(problem, scale=2.0, dy=dy) for problem, dy in zip(problems, strided, strict=True)]
+    check(alike, "apart with the same scale")
+
+
+@pytest.mark.usefixtures("kernels", "nan_filled", "apart")
+@pytest.mark.parametrize("design", ["tile", "two_launch", "persistent", "one_launch", "algebra"])
+@pytest.mark.parametrize("keep_s", [True, False])
+def test_projections_apart_return_s_only_if_it_is_kept(design: str, keep_s: bool) -> None:
+    shape = (70, 48, (80, 16, 32), (5, 0, 33), (True, False, False), (False, False, False))
+    problems = make_problems(shape, torch.float16)
+    with lookup.override_blocks(blocks_of(design, 16)):
+        computed = projections.forward(problems[0].x, [operands_of(problem) for problem in problems], keep_s)
+    for problem, (y, s) in zip(problems, computed, strict=True):
+        assert_within_bound(y, problem.reference_results(torch.float64)[0], problem.variances()[0], f"y {design}")
+        assert s.is_contiguous()
+        if keep_s:
+            assert s.shape == (70, len(problem.lora_A))
+            torch.testing.assert_close(s, problem.x @ problem.lora_A.t(), rtol=2e-3, atol=2e-3)
+        else:
+            assert s.numel() == 0
+
+
+@pytest.mark.usefixtures("kernels", "nan_filled", "apart")
+def test_dx_apart_does_not_overflow_on_the_way() -> None:
+    ds, lora_A = torch.full((3, 2), 3e4).half(), torch.full((2, 16), 1e-3).half()
+    dy, weight = torch.zeros(3, 16).half(), torch.randn(16, 16).half()
+    for scales in ((4.0, 4.0), (4.0, 8.0)):
+        dx = projections_backward.input_gradient([dy] * 2, [weight] * 2, [ds] * 2, [lora_A] * 2, scales)
+        torch.testing.assert_close(dx, torch.full((3, 16), 60.0 * sum(scales)).half(), rtol=2e-3, atol=0.0)
+
+
+BOTH_HALVES = (torch.float16, torch.bfloat16)
+
+
+def test_many_aligned_rows_of_half_precision_are_apart_where_there_is_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper, ampere, without_cuda = Hardware(90, 132), Hardware(80, 108), Hardware(0, 1)
+    apart = []
+    for hardware, rows, dtype, aligned in product(
+        (hopper, ampere, without_cuda), (1, 64, 65, 8192), (*BOTH_HALVES, torch.float32), (True, False)
+    ):
+        monkeypatch.setattr(lookup, "hardware_of", lambda device, found=hardware: found)
+        if not projections_forward.are_joined(rows, dtype, torch.device("cpu"), aligned):
+            apart.append((hardware, rows, dtype, aligned))
+    assert apart == [(hopper, rows, dtype, True) for rows, dtype in product((65, 8192), BOTH_HALVES)]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("rows", "widths", "dtype", "joined"),
+    [
+        (65, (32, 16), torch.float16, False),
+        (64, (32, 16), torch.float16, True),
+        (65, (32, 16), torch.float32, True),
+        (65, (32, 17), torch.float16, True),
+    ],
+)
+def test_the_launchers_ask_with_what_they_are_given(
+    rows: int, widths: tuple[int, ...], dtype: torch.dtype, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "hardware_of", lambda device: Hardware(90, 132))
+    launched: list[str] = []
+    for module in (projections_forward, projections_backward):
+        note_calls(monkeypatch, module, "launch", lambda kernel, *rest, **named: kernel.__name__, launched)
+    check(make_problems((rows, 32, widths, (4, 20), (True, False), (False, False)), dtype), "on a Hopper GPU")
+    expected = ["projections_forward_kernel"] * joined + ["projections_input_gradient_kernel"] * joined
+    assert launched == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled", "apart")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=name_of)
+def test_results_apart_on_the_device_are_within_the_bound(shape: tuple, dtype: torch.dtype) -> None:
     check(make_problems(shape, dtype, "cuda"), "cuda")
 
 

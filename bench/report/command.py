@@ -62,7 +62,7 @@ def report_device(given: argparse.Namespace) -> str:
     if holds_log(records):
         text = tune_markdown(given.results)
         for document in given.documents:
-            update_document(document, "tune", text)
+            update_document(document, f"tune-{given.results.stem}", text)
         return text
     text = device_markdown(meta, records)
     if given.documents:  # documents show every device of the folder

@@ -77,8 +77,8 @@ def committed_section(results: Path) -> str:
 def _device_section(path: Path) -> str:
     meta, records = load_records(path)
     defaults = path.parent / "defaults" / path.name
-    others = load_records(defaults)[1] if defaults.is_file() else []
-    untuned = [{**one, "provider": UNTUNED} for one in others if one["provider"] == "fused"]
+    other, others = load_records(defaults) if defaults.is_file() else ({}, [])
+    untuned = [{**one, "provider": UNTUNED, "commit": other["commit"]} for one in others if one["provider"] == "fused"]
     return device_markdown(meta, [*records, *untuned])
 
 
@@ -100,8 +100,20 @@ def conditions(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
         f"{meta['date'][:10]}. "
         f"It {' and '.join(measured)}. Held to float64: {checked} provider of every shape before it was timed; "
         f"{found}. Medians in ms of the device's time, caches flushed and providers interleaved, in brackets time ÷ "
-        f"*base*{blocks}; *host* is what a call keeps the host, in µs."
+        f"*base*{blocks}; *host* is what a call keeps the host, in µs.{_of_other_commits(records)}"
     )
+
+
+def _of_other_commits(records: Sequence[Record]) -> str:
+    """Return a sentence on the figures that were taken at other commits than the file's own, if there are any."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        if "commit" in record:
+            shared = record["provider"] in (UNTUNED, "peft-compiled", "peft-autocast")
+            what = f"*{record['provider']}*" if shared else HEADS.get(record["op"], "training steps").lower()
+            found.setdefault(record["commit"], {})[what] = None
+    each = [f"{commit_text(commit)}: {', '.join(names)}" for commit, names in found.items()]
+    return f" Measured before the rest, at {'; '.join(each)}." if each else ""
 
 
 def summary(meta: Mapping[str, Any], records: Sequence[Record]) -> str:

@@ -11,10 +11,16 @@ TITLES = {"forward": "Forward", "input_gradient": "Backward: dX, dA and dB"}
 
 
 def tune_markdown(path: Path) -> str:
-    """Return the times of each design and overlap in a log of `python -m bench.tune`, the fastest first."""
+    """Return the times of each design and overlap in a log of `python -m bench.tune`, the fastest first.
+
+    Shown are the first forward and the first backward of the log, those of the most important layer.
+    """
     meta, records = load_records(path)
-    head = f"{meta['device_name']}, {commit_text(meta.get('commit'))}, {meta['date'][:10]}"
-    return "\n\n".join([f"{head}.", *(_class_table(own) for own in _classes(records) if own[0]["op"] in TITLES)]) + "\n"
+    head = f"{meta['device_name']}, {commit_text(meta.get('commit'))}, {meta['date'][:10]}."
+    first: dict[str, list[Record]] = {}
+    for own in _classes(records):
+        first.setdefault(own[0]["op"], own)
+    return "\n\n".join([head, *(_class_table(first[op]) for op in TITLES if op in first)]) + "\n"
 
 
 def holds_log(records: Sequence[Record]) -> bool:

@@ -33,8 +33,6 @@ from plora_kernels.tuning.blocks import (
 from plora_kernels.tuning.defaults import pointer_blocks
 from plora_kernels.tuning.lookup import find_blocks
 
-FEW_ROWS = 64
-
 
 def find_matmul_blocks(
     op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None
@@ -79,10 +77,10 @@ def adapted_matmul(
     # Under dropout the side product is computed first: otherwise every tile of a row block would hash the mask again.
     by_algebra = blocks.design in ALGEBRA_DESIGNS and index is None and drop_out is None
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
-        # Few rows would be one or two programs of `side_product`; torch's matmul splits K to fill the device.
-        few = by_algebra and drop_in is None and rows <= FEW_ROWS
+        # torch's matmul splits K where rows are few, and in float32 it is faster.
+        by_torch = by_algebra and drop_in is None
         leads = blocks.dependent and blocks.design in PERSISTENT_DESIGNS
-        side = inputs @ down if few else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
+        side = inputs @ down if by_torch else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
     if by_algebra and side is not None:
         if blocks.design == "algebra_first":
             # Not allocated by `replay.empty`: a call that contains torch's own matmuls is never replayed.

@@ -10,7 +10,7 @@ from plora_kernels.kernels.launch import Dropout
 from plora_kernels.kernels.output_gradient import output_gradient_
 from plora_kernels.kernels.replay import empty, replayed, zeros
 from plora_kernels.kernels.side_product import side_product
-from plora_kernels.tuning.blocks import PERSISTENT_DESIGNS, SIDE_FIRST
+from plora_kernels.tuning.blocks import ALGEBRA_DESIGNS, PERSISTENT_DESIGNS, SIDE_FIRST
 
 
 @replayed
@@ -81,6 +81,13 @@ def backward(
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
+    # The whole layer by torch's own matmuls.
+    if blocks is not None and blocks.design in ALGEBRA_DESIGNS and index is None and dropout is None:
+        d_x, side = adapted_matmul(dy, weight, lora_B, lora_A, index=None, scale=scale, keep_side=True, blocks=blocks)
+        for gradient, left, right in ((d_lora_A, side.t(), x), (d_lora_B, dy.t(), s)):
+            if gradient is not None:
+                gradient.addmm_(left, right, beta=0, alpha=scale)
+        return _with_empty((d_x, d_lora_A, d_lora_B), dy)
     ds, sums_A, sums_B = None, None, None
     # If dS has its own launch, that launch computes dB from the same read of dY, unless it runs beside that of dX:
     # there is not room enough for it.
@@ -137,5 +144,9 @@ def backward(
             factor_gradient_(d_lora_B.t(), s, dy, thin_index=thin_index, out_index=index, scale=scale)
         else:
             add_parts_(d_lora_B.t(), sums_B, out_index=index, scale=scale)
-    # A tensor for each missing gradient, because an operator's outputs must not alias.
-    return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))
+    return _with_empty((d_x, d_lora_A, d_lora_B), dy)
+
+
+def _with_empty(gradients: tuple[Tensor | None, ...], dy: Tensor) -> tuple[Tensor, ...]:
+    """Return gradients with a tensor in place of each None, one each, because an operator's outputs must not alias."""
+    return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in gradients)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plora_kernels.kernels.adapted_matmul import FEW_ROWS, adapted_matmul, find_matmul_blocks
+from plora_kernels.kernels.adapted_matmul import adapted_matmul, find_matmul_blocks
 from plora_kernels.kernels.device_functions import add_scaled_product, multiply, tile_position
 from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
 from plora_kernels.kernels.replay import empty, launch, replayed
@@ -148,6 +148,10 @@ def projections_forward_kernel(
     tl.store(y_base + y_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
+# Up to so many rows the weights' memory traffic is the limit, and one launch for all reads them fastest.
+FEW_ROWS = 64
+
+
 def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
     """Return the blocks of projections that share their input; `d_in` and `d_out` are as in `ShapeClass`.
 
@@ -170,7 +174,7 @@ def are_joined(rows: int, dtype: torch.dtype, device: torch.device, aligned: boo
         dtype, device: the input's.
         aligned: all large matrices are (`is_aligned`), so that descriptors can load them.
     """
-    alone_is_fast = dtype.itemsize < 4 and aligned and lookup.hardware_of(device).has_tma
+    alone_is_fast = dtype.itemsize < 4 and aligned and lookup.hardware_of(device).is_hopper
     return rows <= FEW_ROWS or not alone_is_fast
 
 

@@ -24,7 +24,7 @@ from plora_kernels.tuning.blocks import (
     MatmulBlocks,
     ShapeClass,
 )
-from plora_kernels.tuning.tables import Entry, save_table
+from plora_kernels.tuning.tables import PACKAGED, Entry, save_table
 
 ROOT = Path(__file__).resolve().parents[3]
 MATRIX_UNITS = {"sm_80": {"mma"}, "sm_90": {"wgmma", "mma"}, "sm_100": {"tcgen05", "mma"}, "gfx942": {"mfma"}}
@@ -68,6 +68,9 @@ def assert_warpgroup_mma(rows: list[dict]) -> None:
     odd = (" M1 ", " M37 ", " K1000 ", " K1001 ")
     wide = [row for row in rows if row["target"] == "sm_90" and not any(mark in row["case"] for mark in odd)]
     chosen = [row for row in wide if row["kernel"] not in WITHOUT_PRODUCTS]
+    # Entries of a packaged table are measured: they may have tiles too small for a warp group.
+    tuned = tuple(table.stem for table in PACKAGED.glob("*.json"))
+    chosen = [row for row in chosen if not row["case"].endswith(tuned)]
     # The side product of few rows is cut into tiles of 16 rows, so that more programs read x.
     chosen = [row for row in chosen if row["kernel"] != "side_product_kernel" or " M512 " not in row["case"]]
     assert chosen
@@ -156,7 +159,7 @@ def test_every_way_to_overlap_is_audited() -> None:
         for way in design_ways(design, Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_90"].hardware)
     ]
     assert ways == [
-        *("persistent", "two_launch", "two_launch dependent", "two_launch early", "two_launch early dependent"),
+        *("persistent", "two_launch", "two_launch dependent", "two_launch early"),
         *("one_launch", "one_launch early", "drawn", "drawn early"),
     ]
 

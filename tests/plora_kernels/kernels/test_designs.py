@@ -26,7 +26,7 @@ from plora_kernels.tuning.blocks import (
 from tests.support.equality import assert_equal
 from tests.support.groups import draw_grouped
 from tests.support.notes import note_calls
-from tests.support.numerics import Problem, check, in_form, make_problem, random_mask, run
+from tests.support.numerics import Problem, check, in_form, make_problem, run
 from tests.support.pairwise import pairwise
 
 # Rows of TMA's blocks have at least 16 bytes; sizes are small, so that edges fall inside tiles.
@@ -143,10 +143,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, persistent: list[str]) -> None:
     options = in_form(form, rank, rank) | {"dropout_p": dropout_p, "seed": rank}
     check(make_problem(200, 64, 528, rank, torch.float16, **options))
-    width = rank if form != "folded" else int(random_mask(rank, rank).sum())
-    design = "two_launch" if width > 16 else "persistent"
     # With dropout dX masks its low-rank part, in tiles with pointer loads.
-    assert persistent == [design] * (1 if dropout_p else 2)
+    assert persistent == ["two_launch"] * (1 if dropout_p else 2)
 
 
 @pytest.mark.usefixtures("hopper")

@@ -58,7 +58,7 @@ def test_every_step_is_a_command_that_exists(name: str, device: str, tmp_path: P
 
 def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was_found(tmp_path: Path) -> None:
     steps = {step.name: step for step in sitting.plan("first", tmp_path, "cuda")}
-    assert list(steps) == ["facts", "tuner", "tuned", "defaults", "tests"]
+    assert list(steps) == ["facts", "tests", "tuner", "tuned", "defaults"]
     classes = command.choose_classes(command.parse(steps["tuner"].arguments))
     assert [shape.op for shape in classes] == [
         *("side_product", "output_gradient", "factor_gradient", "forward", "input_gradient", "fold")

@@ -2,9 +2,9 @@
 
 `python -m bench.sitting first --out DIR` records the device and its peak rates, compares launches beside each other bit
 by bit with the same ones apart, tunes the most important layer, with every candidate checked against float64 first, and
-times the first cases with these tables and with default blocks: five minutes. `python -m bench.sitting second --out DIR`
-times all the rest and training steps of many clients: seven. The same command continues an interrupted run; `--earlier`
-names the folder of an earlier sitting on another machine.
+times the first cases with these tables and with default blocks: five minutes. `python -m bench.sitting second --out
+DIR` times all the rest and training steps of many clients: seven. The same command continues an interrupted run;
+`--earlier` names the folder of an earlier sitting on another machine.
 
 Every step is a process with a time limit, so that a hang costs only that step; unused time goes to the next one. DIR
 receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -350,11 +351,12 @@ def launch(
 
 
 @functools.cache
-def prefer_shared_memory(function: int) -> int:
-    """Ask the driver to run a kernel with as much shared memory on its multiprocessors as they have; return its answer.
+def prefer_shared_memory(function: int) -> None:
+    """Ask the driver to run a loaded kernel with as much shared memory on its multiprocessors as they have.
 
     A multiprocessor divides its memory into shared memory and L1 cache by what its first program prefers, and only
     changes that when it is idle. It is a preference: without it launches wait for each other, with the same results.
     """
     carveout, percent = 9, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    return ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)
+    with suppress(OSError):  # the driver's library has another name on this system
+        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), carveout, percent)

@@ -17,7 +17,15 @@ from plora_kernels.kernels import (
     side_product,
 )
 from plora_kernels.tuning import lookup
-from plora_kernels.tuning.blocks import Blocks, MatmulBlocks, OutputGradientBlocks, SideBlocks
+from plora_kernels.tuning.blocks import (
+    Blocks,
+    GradientBlocks,
+    MatmulBlocks,
+    OutputGradientBlocks,
+    SideBlocks,
+    beside_product,
+    staged_bytes,
+)
 
 M, K, N, R = 600, 64, 96, 16
 # Modules that launch kernels, and modules that allocate memory.
@@ -174,3 +182,29 @@ def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(trace: Trace) -> None:
         assert (one["BLOCK_M"], one["BLOCK_D"]) == (64, 64)
     assert for_A["LAUNCHES_DEPENDENTS"]
     assert not for_B["LAUNCHES_DEPENDENTS"]  # the sums of both need all their parts
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("block_r", [16, 32, 64])
+def test_what_runs_beside_a_product_fits_beside_it(block_r: int, dtype: str) -> None:
+    for blocks in (SideBlocks(32, 128, block_r, 4, 5), GradientBlocks(128, 256, block_r, 2, 8, 4)):
+        beside = beside_product(blocks, dtype)
+        assert type(beside) is type(blocks)
+        assert (beside.block_r, beside.num_warps) == (block_r, 4)
+        # sm_90 has 228 KiB a multiprocessor, of which every program takes one for itself. Triton 3.6 and 3.9 give the
+        # product's program, with tiles of 128×256×64 in three stages, 180,248 bytes.
+        assert staged_bytes(beside, dtype) + 180_248 + 2 * 1024 <= 228 * 1024
+        if dtype == "bfloat16" and block_r == 16:
+            assert beside.num_stages == 4  # what is in flight hides the memory's latency
+
+
+def test_a_driver_of_another_name_leaves_the_preference_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def missing(name: str) -> None:
+        asked.append(name)
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(replay.ctypes, "CDLL", missing)
+    replay.prefer_shared_memory.__wrapped__(1)
+    assert asked == ["libcuda.so.1"]

@@ -53,8 +53,8 @@ def design_ways(design: str, shape: Shape, dtype: str, hardware: Hardware) -> di
 
 
 def _way(blocks: MatmulBlocks) -> str:
-    """Return a description of a design and of how its programs and launches overlap."""
-    words = [blocks.design, *([blocks.overlap] if blocks.overlap != "none" else [])]
+    """Return a description of a design and of how its programs and launches share multiprocessors."""
+    words = [blocks.design]
     words += [f"{blocks.resident} resident"] if blocks.resident > 1 else []
     return " ".join([*words, *(["dependent"] if blocks.dependent else [])])
 

@@ -59,8 +59,9 @@ def _way(record: Record) -> tuple[str, str, str]:
     """Return the design, the overlap of tiles, and the launches that run beside each other."""
     blocks = record["blocks"]
     beside = [name for name, key in (("side product", "dependent"), ("dA", "gradient_beside")) if blocks.get(key)]
+    earlier = blocks.get("overlap", "").replace("none", "")  # ways to overlap tiles that are deleted since
     resident = "two programs" if blocks.get("resident") == 2 else ""
-    overlap = ", ".join(filter(None, ["" if blocks["overlap"] == "none" else blocks["overlap"], resident]))
+    overlap = ", ".join(filter(None, [earlier, resident]))
     return blocks["design"], overlap, ", ".join(beside)
 
 

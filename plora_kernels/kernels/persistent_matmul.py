@@ -1,8 +1,8 @@
 """The adapted matmul as a persistent kernel with tensor descriptors (TMA): aligned matrices, sm_90 and later.
 
-Each program computes several output tiles in turn. The first loads of a tile start only after the tile before is
-stored; `tuning.blocks.OVERLAPS` lists what shortens that gap. The side product (`side_product.py`) is recomputed in
-every tile, loaded from memory, or computed in the same launch, by side tiles:
+Each program computes several output tiles in turn; the first loads of a tile start after the tile before is stored. The
+side product (`side_product.py`) is recomputed in every tile, loaded from memory, or computed in the same launch, by
+side tiles:
 
     A side tile is the side product of the rows of one row of output tiles. Programs take side tiles by an atomic ticket
     and publish each with a release flag, for which the output tiles of the same rows wait. In "one_launch" all programs
@@ -188,7 +188,6 @@ def persistent_matmul_kernel(
     SIDE_GIVEN: tl.constexpr,
     SIDE_FIRST: tl.constexpr,
     STORE_SIDE: tl.constexpr,
-    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     LAUNCHES_DEPENDENTS: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
@@ -201,7 +200,7 @@ def persistent_matmul_kernel(
     side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
     tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
     every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
-    zeros: the next ticket, then a flag for every side tile. EARLY loads up, and a given side, before the K loop.
+    zeros: the next ticket, then a flag for every side tile.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
@@ -223,11 +222,7 @@ def persistent_matmul_kernel(
                 )  # fmt: skip
                 ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
 
-    # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load the
-    # side product nor store anything.
-    if DEPENDENT and EARLY:
-        tl.extra.cuda.gdc_wait()
-    if LAUNCHES_DEPENDENTS and (EARLY or not DEPENDENT):
+    if LAUNCHES_DEPENDENTS and not DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
@@ -240,12 +235,7 @@ def persistent_matmul_kernel(
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         up_ok = module_ok[:, None] & column_ok[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if EARLY:  # these loads are in flight during the K loop
-            u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
-        if EARLY and SIDE_GIVEN:
-            side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        else:
-            side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
             if MAIN_TRANSPOSED:  # noqa: SIM108
@@ -258,7 +248,9 @@ def persistent_matmul_kernel(
                 side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
                 down_base += down_step
 
-        if DEPENDENT and not EARLY:
+        # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load
+        # the side product nor store anything.
+        if DEPENDENT:
             tl.extra.cuda.gdc_wait()
             if LAUNCHES_DEPENDENTS:
                 tl.extra.cuda.gdc_launch_dependents()
@@ -278,10 +270,9 @@ def persistent_matmul_kernel(
             if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
                 if pid_n == 0:
                     store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        elif not EARLY or SIDE_FIRST:
+        else:
             side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        if not EARLY:
-            u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
+        u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
         acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):  # constant bounds: one block compiles to no loop
             acc = _add_modules(
@@ -364,7 +355,6 @@ def persistent_matmul(
             SIDE_GIVEN=side_given,
             SIDE_FIRST=makes_side,
             STORE_SIDE=keep_side and not side_given and not makes_side,
-            EARLY=blocks.overlap == "early" and (side_given or makes_side),
             DEPENDENT=dependent,
             LAUNCHES_DEPENDENTS=blocks.gradient_beside and side_given and launches_dependents(inputs.device),
             WIDE_OFFSETS=needs_wide_offsets(256, down, up),

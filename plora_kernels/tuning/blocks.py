@@ -34,10 +34,6 @@ DESIGNS = (*KERNEL_DESIGNS, *ALGEBRA_DESIGNS)
 SIDE_FIRST = ("tile_two_launch", "two_launch", *ALGEBRA_DESIGNS)
 # Designs that compute the side product in the launch of the output tiles and pass it on through global memory.
 SIDE_WITHIN = ("one_launch", "drawn")
-# How a persistent program shortens the gap between two of its output tiles, in addition to software pipelining:
-#   none   not at all
-#   early  up, and a side product that is already in memory, are loaded before the K loop
-OVERLAPS = ("none", "early")
 
 # The shared memory beside a persistent program of 128×256 tiles on sm_90, which takes 176 KiB of 228; each program
 # takes another one for itself.
@@ -52,12 +48,12 @@ OPS = (*LAYER_OPS, "side_product", "output_gradient", "factor_gradient", "fold",
 class MatmulBlocks:
     """Forward and dX: output tile (block_m, block_n), K steps of block_k, block_r modules at a time, by `design`.
 
-    The kernels of projections that share their input have the design "tile". Persistent designs have an `overlap`, one
-    of OVERLAPS, and `resident` programs per multiprocessor. If the side product has its own launch, two flags ask for
-    programmatic dependent launch: `dependent` lets this launch run beside that of the side product, `gradient_beside`
-    that of dA beside this one of dX, and both together that of dB too. The blocks of those are `beside_product`'s.
+    The kernels of projections that share their input have the design "tile". Persistent designs have `resident`
+    programs per multiprocessor. If the side product has its own launch, two flags ask for programmatic dependent
+    launch: `dependent` lets this launch run beside that of the side product, `gradient_beside` that of dA beside this
+    one of dX, and both together that of dB too. The blocks of those are `beside_product`'s.
 
-    Raises ConfigError for an unknown design or overlap, as an older table may name.
+    Raises ConfigError for an unknown design, as an older table may name.
     """
 
     design: str
@@ -68,15 +64,13 @@ class MatmulBlocks:
     group_m: int
     num_warps: int
     num_stages: int
-    overlap: str = "none"
     resident: int = 1
     dependent: bool = False
     gradient_beside: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("design", self.design, DESIGNS), ("overlap", self.overlap, OVERLAPS)):
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if self.design not in DESIGNS:
+            raise ConfigError(f"design is {self.design!r}; it must be one of {', '.join(DESIGNS)}")
 
 
 @dataclass(frozen=True)
@@ -220,8 +214,7 @@ def shared_bytes(capability: int) -> int:
 def staged_bytes(blocks: Blocks, dtype: str) -> int:
     """Return the bytes of the tiles in flight over all pipeline stages: a lower bound of a program's shared memory.
 
-    Persistent designs need in addition half an output tile, which is stored while the next loads arrive, and the tile
-    of up where `overlap` loads it ahead.
+    Persistent designs need in addition half an output tile, which is stored while the next loads arrive.
     """
     itemsize = 4 if dtype == "float32" else 2
     match blocks:
@@ -231,8 +224,6 @@ def staged_bytes(blocks: Blocks, dtype: str) -> int:
             side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
             elements = blocks.block_k * (blocks.block_m + blocks.block_n + side)
             beside = blocks.block_m * blocks.block_n // 2 if blocks.design in PERSISTENT_DESIGNS else 0
-            if blocks.overlap == "early":
-                beside += blocks.block_r * blocks.block_n
             return itemsize * (elements * blocks.num_stages + beside)
         case SideBlocks():
             elements = blocks.block_k * (blocks.block_m + blocks.block_r)

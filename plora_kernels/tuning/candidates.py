@@ -13,7 +13,6 @@ from plora_kernels.tuning.blocks import (
     ALGEBRA_DESIGNS,
     KERNEL_DESIGNS,
     LAYER_OPS,
-    OVERLAPS,
     PERSISTENT_DESIGNS,
     POINTER_DESIGNS,
     SIDE_FIRST,
@@ -97,12 +96,10 @@ def _matmul_variants(shape: ShapeClass, hardware: Hardware, default: MatmulBlock
 
 
 def _persistent_variants(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
-    """Yield a persistent design with every overlap it may have, with one and two programs per multiprocessor."""
-    # "early" changes nothing in programs that recompute the side product.
-    overlaps = ("none",) if blocks.design == "persistent" else OVERLAPS
+    """Yield a persistent design with one and, if its tiles leave room, two programs per multiprocessor."""
     large = blocks.block_m * blocks.block_n > 128 * 128
-    for overlap, resident in product(overlaps, (1,) if large else (1, 2)):
-        yield from _beside_other_launches(shape, hardware, replace(blocks, overlap=overlap, resident=resident))
+    for resident in (1,) if large else (1, 2):
+        yield from _beside_other_launches(shape, hardware, replace(blocks, resident=resident))
 
 
 def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: MatmulBlocks) -> Iterator[MatmulBlocks]:
@@ -111,12 +108,8 @@ def _beside_other_launches(shape: ShapeClass, hardware: Hardware, blocks: Matmul
     Those overlap with the launch of the side product (`dependent`) and of dA (`gradient_beside`).
     """
     yield blocks
-    # A program that loads the side product early, and one of two on a multiprocessor, leaves no time or no room for it.
-    if (
-        blocks.design in SIDE_FIRST
-        and hardware.has_dependent_launches
-        and (blocks.overlap, blocks.resident) == ("none", 1)
-    ):
+    # One of two programs on a multiprocessor leaves no room beside it.
+    if blocks.design in SIDE_FIRST and hardware.has_dependent_launches and blocks.resident == 1:
         yield replace(blocks, dependent=True)
         if shape.op == "input_gradient":
             yield replace(blocks, gradient_beside=True)

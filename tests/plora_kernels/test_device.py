@@ -81,8 +81,8 @@ def overlapping(op: str, rows: int, d_in: int, d_out: int, rank: int) -> list[Ma
     found: dict[tuple[object, ...], MatmulBlocks] = {}
     for blocks in candidates(ShapeClass(op, "bfloat16", rows, d_in, d_out, rank), hardware):
         if isinstance(blocks, MatmulBlocks):
-            ways = (blocks.overlap, blocks.resident, blocks.dependent, blocks.gradient_beside)
-            if ways != ("none", 1, False, False):
+            ways = (blocks.resident, blocks.dependent, blocks.gradient_beside)
+            if ways != (1, False, False):
                 found.setdefault((blocks.design, *ways), blocks)
     return list(found.values())
 

@@ -110,7 +110,7 @@ def test_overlapping_tiles_are_within_the_bound(
     for op in ("forward", "input_gradient"):
         matmul = blocks[op]
         assert isinstance(matmul, MatmulBlocks)
-        blocks[op] = replace(matmul, overlap="early", resident=2, dependent=True, gradient_beside=True)
+        blocks[op] = replace(matmul, resident=2, dependent=True, gradient_beside=True)
     with lookup.override_blocks(blocks):
         check(make_problem(70, 48, 104, rank, torch.float16, **in_form(form, rank, rank), seed=rank))
     assert persistent == [design] * 2

@@ -25,7 +25,6 @@ from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import (
     ALGEBRA_DESIGNS,
     PERSISTENT_DESIGNS,
-    POINTER_DESIGNS,
     SIDE_FIRST,
     SIDE_WITHIN,
     MatmulBlocks,
@@ -35,16 +34,18 @@ from plora_kernels.tuning.lookup import find_blocks
 
 
 def find_matmul_blocks(
-    op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None
+    op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None, indexed: bool = False
 ) -> MatmulBlocks:
     """Return the blocks and the design of out = inputs · main, where the side product has `width` columns.
 
-    `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, or if
-    `drop_out` masks the low-rank part of out, the design is one with pointer loads.
+    `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, if
+    torch's own matmuls would have to take modules by an index (`indexed`), or if `drop_out` masks the low-rank part of
+    out, the design is one with pointer loads.
     """
     shape, aligned = layer_class(op, inputs, main, width)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
-    if drop_out is not None or (blocks.design in PERSISTENT_DESIGNS and not _takes_persistent(inputs, main)):
+    unfit = blocks.design in PERSISTENT_DESIGNS and not _takes_persistent(inputs, main)
+    if drop_out is not None or unfit or (indexed and blocks.design in ALGEBRA_DESIGNS):
         return _pointer_blocks(inputs, main, width, drop_out)
     return blocks
 
@@ -75,7 +76,7 @@ def adapted_matmul(
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
     # Under dropout the side product is computed first: otherwise every tile of a row block would hash the mask again.
-    by_algebra = blocks.design in ALGEBRA_DESIGNS and index is None and drop_out is None
+    by_algebra = blocks.design in ALGEBRA_DESIGNS
     if side is None and (drop_in is not None or blocks.design in SIDE_FIRST):
         # torch's matmul splits K where rows are few, and in float32 it is faster.
         by_torch = by_algebra and drop_in is None
@@ -102,8 +103,6 @@ def adapted_matmul(
             bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
-        if blocks.design not in POINTER_DESIGNS:  # an algebra design, which cannot take an index
-            blocks = _pointer_blocks(inputs, main, width, drop_out)
         tile_matmul(
             out, side, inputs, main, down, up,
             bias=bias, index=index, dropout=drop_out, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,

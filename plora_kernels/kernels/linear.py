@@ -45,7 +45,9 @@ def forward(
         drop_in=Dropout.of_layer(index, frozen, dropout_p, dropout_seed),
         scale=scale,
         keep_side=keep_s,
-        blocks=find_matmul_blocks("forward", x, main, down.shape[1] if applied is None else applied.shape[0]),
+        blocks=find_matmul_blocks(
+            "forward", x, main, down.shape[1] if applied is None else applied.shape[0], indexed=applied is not None
+        ),
     )
     return y, side if keep_s or side.numel() == 0 else empty((0,), x.dtype, x.device)
 
@@ -80,7 +82,9 @@ def backward(
     d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
     d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
-    blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout) if need_x else None
+    blocks = None
+    if need_x:
+        blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout, indexed=applied is not None)
     # The whole layer by torch's own matmuls.
     if blocks is not None and blocks.design in ALGEBRA_DESIGNS and index is None and dropout is None:
         d_x, side = adapted_matmul(dy, weight, lora_B, lora_A, index=None, scale=scale, keep_side=True, blocks=blocks)

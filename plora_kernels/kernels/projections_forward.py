@@ -148,8 +148,8 @@ def projections_forward_kernel(
     tl.store(y_base + y_offsets, acc.to(dtype), mask=row_ok[:, None] & column_ok[None, :])
 
 
-# Up to so many rows the weights' memory traffic is the limit, and one launch for all reads them fastest.
-FEW_ROWS = 64
+# Up to so many rows narrow projections alone have too few tiles to fill a device.
+FEW_ROWS = 1024
 
 
 def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:

@@ -43,7 +43,7 @@ class PLoRAConfig:
         rank_pattern, alpha_pattern: as in PEFT: another rank or α for modules whose name ends with the key.
         original: where the original of a folded weight is kept, "device" or "host".
         fuse_projections: compute targeted siblings that read one tensor, such as q, k and v or gate and up, together,
-            and their joint input gradient too: each in one launch, but on Hopper GPUs with more than 64 rows of half
+            and their joint input gradient too: each in one launch, but on Hopper GPUs with more than 1,024 rows of half
             precision by a product for each layer, which is faster there. The model's structure and results do not
             change.
 

@@ -48,9 +48,9 @@ def assert_fits(rows: list[dict]) -> None:
         assert kernels >= {"fold_kernel", "fold_many_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, (
             target
         )
-        # With TMA many aligned rows of half precision, all that the usual shape has, are not joined.
+        # On a Hopper many aligned rows of half precision, all that the usual shape has, are not joined.
         few_or_wide = any(" M1 " in row["case"] or "float32" in row["case"] for row in rows)
-        if few_or_wide or not TARGETS[target].hardware.has_tma:
+        if few_or_wide or not TARGETS[target].hardware.is_hopper:
             assert kernels >= {"projections_forward_kernel", "projections_input_gradient_kernel"}, target
         assert kernels >= {"tile_matmul_kernel", "grouped_tiles_kernel", "side_product_kernel"}, target
         assert any("matmul" in kernel for kernel in kernels), target

@@ -165,32 +165,33 @@ def test_dx_apart_does_not_overflow_on_the_way() -> None:
 BOTH_HALVES = (torch.float16, torch.bfloat16)
 
 
-def test_many_aligned_rows_of_half_precision_are_apart_where_there_is_tma(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper, ampere, without_cuda = Hardware(90, 132), Hardware(80, 108), Hardware(0, 1)
+def test_many_aligned_rows_of_half_precision_are_apart_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper, others = Hardware(90, 132), (Hardware(80, 108), Hardware(100, 148), Hardware(0, 1))
     apart = []
     for hardware, rows, dtype, aligned in product(
-        (hopper, ampere, without_cuda), (1, 64, 65, 8192), (*BOTH_HALVES, torch.float32), (True, False)
+        (hopper, *others), (1, 1024, 1025, 8192), (*BOTH_HALVES, torch.float32), (True, False)
     ):
         monkeypatch.setattr(lookup, "hardware_of", lambda device, found=hardware: found)
         if not projections_forward.are_joined(rows, dtype, torch.device("cpu"), aligned):
             apart.append((hardware, rows, dtype, aligned))
-    assert apart == [(hopper, rows, dtype, True) for rows, dtype in product((65, 8192), BOTH_HALVES)]
+    assert apart == [(hopper, rows, dtype, True) for rows, dtype in product((1025, 8192), BOTH_HALVES)]
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("rows", "widths", "dtype", "joined"),
     [
-        (65, (32, 16), torch.float16, False),
-        (64, (32, 16), torch.float16, True),
-        (65, (32, 16), torch.float32, True),
-        (65, (32, 17), torch.float16, True),
+        (9, (32, 16), torch.float16, False),
+        (8, (32, 16), torch.float16, True),
+        (9, (32, 16), torch.float32, True),
+        (9, (32, 17), torch.float16, True),
     ],
 )
 def test_the_launchers_ask_with_what_they_are_given(
     rows: int, widths: tuple[int, ...], dtype: torch.dtype, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "hardware_of", lambda device: Hardware(90, 132))
+    monkeypatch.setattr(projections_forward, "FEW_ROWS", 8)
     launched: list[str] = []
     for module in (projections_forward, projections_backward):
         note_calls(monkeypatch, module, "launch", lambda kernel, *rest, **named: kernel.__name__, launched)

@@ -210,8 +210,9 @@ def reduce_gradient_kernel(
 
 
 class Sums(NamedTuple):
-    """How a gradient's rows are split; `partial` is (C · splits, R, D) fp32, or with one split the gradient itself."""
+    """How a gradient of `width` rows is summed; `partial` is (C · splits, width, D) fp32, or the gradient if whole."""
 
+    width: int
     blocks: GradientBlocks
     splits: int
     partial: Tensor
@@ -244,7 +245,7 @@ def plan_sums(
     multiprocessors = lookup.multiprocessors_of(wide.device)
     splits = row_splits(rows_each, width, programs, blocks.block_m, blocks.waves, multiprocessors)
     partial = out if splits == 1 else empty((count * splits, width, d), torch.float32, wide.device)
-    return Sums(blocks, splits, partial)
+    return Sums(width, blocks, splits, partial)
 
 
 def factor_gradient_(
@@ -300,9 +301,7 @@ def sum_parts_(
     `leads` the next launch may run beside this one.
     """
     (rows, d), count = wide.shape, 1 if groups is None else groups.total
-    index = thin_index if thin_index is not None else out_index
-    width = thin.shape[1] if index is None else index.shape[-1]
-    blocks, splits, partial = sums
+    width, blocks, splits, partial = sums
     tiles_d, tiles_r = cdiv(d, blocks.block_d), cdiv(width, blocks.block_r)
     # A split is a whole number of row blocks, so that no block lies in two splits.
     split_rows = cdiv(cdiv(rows, splits), blocks.block_m) * blocks.block_m

@@ -13,8 +13,8 @@ record's own loop, and `ratio_to_peft` is against PEFT in that loop. Within a ca
 different loops cannot.
 
 A record's `tables` is a digest of the tables of block sizes it ran with: a run may go on with other tables, but not
-with other code. A record with a `commit` was measured at that one, and moved into the file from an earlier one. Under
-`--defaults` it is null, and the records have a file of their own.
+with other code. Under `--defaults` it is null, and the records have a file of their own. A record with a `commit` was
+measured at that one, and moved into the file from an earlier one.
 """
 
 import json

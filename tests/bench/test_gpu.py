@@ -16,7 +16,7 @@ from bench.device import run as device_run
 from bench.device import simulations
 from bench.gpu_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
 from bench.harness import machine
-from bench.harness.records import KEYS, SIMULATION, load_records
+from bench.harness.records import KEYS, SIMULATION, RecordFile, case_key, load_records
 from bench.harness.timing import Plan
 from bench.measure import measure_on_device
 from bench.providers.registry import every_provider
@@ -266,6 +266,23 @@ def test_the_terminal_shows_what_was_wrong(results: Path) -> None:
     assert "WRONG" in summary(meta, broken)
     assert "WRONG" not in summary(meta, records)
     assert "results were wrong and not timed" in device_markdown(meta, broken)
+
+
+def test_what_is_of_another_commit_or_of_default_blocks_is_said_to_be(results: Path, tmp_path: Path) -> None:
+    meta, records = load_records(results)
+    folder = tmp_path / "results"
+    moved = [{**one, "commit": "fedcba9876543210"} if one["provider"] == "peft" else one for one in records]
+    RecordFile(folder / "thing.json", dict(meta), moved).save()
+    forward = [one for one in records if one["op"] == "forward" and one["provider"] in ("base", "fused")]
+    slower = [{**one, "time_ms": 7.0, "ratio_to_base": 77.0} for one in forward]
+    RecordFile(folder / "defaults" / "thing.json", dict(meta) | {"commit": "00112233"}, slower).save()
+    text = committed_section(folder)
+    assert text.count("7 (77.00)") == len({case_key(one) for one in forward})  # of *fused* alone, not of *base*
+    assert "| untuned |" in text.split("**Forward**")[1].split("**")[0]
+    assert "*untuned* is *fused* with default blocks" in text
+    assert "commit 00112233: *untuned*" in text
+    assert "commit fedcba987654: forward, " in text
+    assert "Measured before the rest" not in device_markdown(meta, records)
 
 
 def test_a_missing_device_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

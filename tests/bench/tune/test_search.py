@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.tune.search import Timed, best_of_each_design, design_of, narrowed, search, survivors
+from bench.tune.search import INHERITED, Timed, best_of_each_design, design_of, narrowed, search, survivors
 from bench.tune.trials import Trial
 from plora_kernels.tuning.blocks import (
     DESIGNS,
@@ -62,14 +62,14 @@ def test_a_class_near_one_searched_tries_what_was_best_there_at_its_own_modules(
     tried = narrowed(near, candidates(near, H200), searched, most=100)
     assert tried[0] == candidates(near, H200)[0]
     ways = {"tile": 1, "algebra": 1, "algebra_first": 1}  # else two widths of modules
-    assert 8 < len(tried) <= 1 + sum(ways.get(design, 2) * 8 for design in DESIGNS)
+    assert 8 < len(tried) <= 1 + sum(ways.get(design, 2) * INHERITED for design in DESIGNS)
     assert {blocks.block_r for blocks in tried if design_of(blocks) == "tile_two_launch"} == {32, 64}
     persistent = {"persistent", "two_launch", "one_launch", "drawn"}
     assert {blocks.block_r for blocks in tried if design_of(blocks) in persistent} == {16, 32}
     assert {blocks.block_r for blocks in tried if design_of(blocks) == "tile"} == {64}
     backward = ShapeClass("input_gradient", "bfloat16", 8192, 4096, 4096, 16)
     inherited = narrowed(backward, candidates(backward, H200), searched, most=100)
-    assert len(inherited) <= 1 + sum((2 if design in SIDE_FIRST else 1) * 8 for design in DESIGNS)
+    assert len(inherited) <= 1 + sum((2 if design in SIDE_FIRST else 1) * INHERITED for design in DESIGNS)
     assert any(blocks.gradient_beside for blocks in inherited if isinstance(blocks, MatmulBlocks))
 
 

@@ -213,6 +213,17 @@ def test_what_is_not_checked_within_a_class_s_time_is_not_timed(
     assert load_table(cache / "cpu.json").entries
 
 
+def test_only_the_named_designs_and_the_default_are_tried(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ShapeClass("forward", "float32", 32, 64, 48, 16)
+    monkeypatch.setattr(command, "shape_classes", lambda device_type: [FOLD, forward])
+    assert run("--designs", "algebra", "--log", str(tmp_path / "log.json")) == 0
+    tried = {(record["op"], record["provider"]) for record in load_records(tmp_path / "log.json")[1]}
+    assert default_blocks(forward, CPU_ALONE, True).design == "tile"  # type: ignore[union-attr]
+    assert tried == {("fold", "FoldBlocks"), ("forward", "tile"), ("forward", "algebra")}
+
+
 def test_a_candidate_that_ends_its_process_at_full_size_is_dropped_and_the_others_timed(tmp_path: Path) -> None:
     known = candidates(FOLD, CPU_ALONE)[:3]
 

@@ -172,9 +172,9 @@ def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(trace: Trace) -> None:
     ahead = trace.constants("side_product_kernel")
     assert ahead["LAUNCHES_DEPENDENTS"]
     assert ahead["shares_multiprocessors"]
-    # 64 rows, and 45 KiB at most: what a program of 128×256 tiles leaves of a multiprocessor.
+    # 64 rows, and 48 KiB at most: what a program of 128×256 tiles leaves of a multiprocessor.
     assert (ahead["BLOCK_M"], ahead["BLOCK_K"]) == (64, 64)
-    assert 2 * 64 * (64 + ahead["BLOCK_R"]) * ahead["num_stages"] <= 45 * 1024  # type: ignore[operator]
+    assert 2 * 64 * (64 + ahead["BLOCK_R"]) * ahead["num_stages"] <= 48 * 1024  # type: ignore[operator]
     for_A, for_B = (named for name, named in trace if name == "partial_gradient_kernel")
     for one in (for_A, for_B):
         assert one["launch_pdl"]

@@ -18,6 +18,7 @@ from plora_kernels.errors import ConfigError, StateError, TargetError
 from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable, select_in_all
 from plora_kernels.nn.row_groups import GroupModules
+from plora_kernels.nn.saved_modules import outermost
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
 from plora_kernels.selection import Selection, check_rank, host_indices
 
@@ -343,12 +344,6 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     for group in projections:
         SiblingPLoRALinear.group([cast(SiblingPLoRALinear, layers[name]) for name in group])
     return Injected(model, config, layers, saved, projections, linears, required_grad)
-
-
-def outermost(names: Iterable[str]) -> tuple[str, ...]:
-    """Return those names that do not lie inside another of them."""
-    kept = list(names)
-    return tuple(name for name in kept if not any(name.startswith(f"{other}.") for other in kept))
 
 
 def _check_parent(model: nn.Module, name: str) -> None:

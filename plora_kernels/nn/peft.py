@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from plora_kernels.errors import ConfigError, ShapeError, TargetError
-from plora_kernels.nn.inject import Injected, PLoRAConfig, inject, outermost
+from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
+from plora_kernels.nn.saved_modules import modules_saved_whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -41,21 +41,9 @@ _UNSUPPORTED: dict[str, Any] = {
     "layer_replication": None,
     "monteclora_config": None,
 }
-
-
-# When PEFT loads an adapter of one of these tasks, it expects a head under these names, listed by the configuration or
-# not.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # Initialisations that do not change the base weight. The others subtract something from it, and PEFT does so again when
 # it loads the adapter.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-
-
-def _wrapped_by_peft(model: nn.Module, entries: Iterable[str], task_type: str | None) -> tuple[str, ...]:
-    """Return the modules PEFT saves whole for `modules_to_save` entries: names that end with one, the outermost."""
-    wanted = (*entries, *_HEADS.get(task_type or "", ()))
-    names = [name for name, _ in model.named_modules() if name.endswith(wanted)] if wanted else []
-    return outermost(names)
 
 
 def save_peft(
@@ -112,7 +100,7 @@ def save_peft(
     for name, (lora_A, lora_B) in handle.factors().items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
-    for name in _wrapped_by_peft(handle.model, handle.saved_modules, task_type):
+    for name in modules_saved_whole(handle.model, handle.saved_modules, task_type):
         for key, value in handle.model.get_submodule(name).state_dict().items():
             tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous().clone()
     target.mkdir(parents=True, exist_ok=True)
@@ -174,7 +162,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     _check_factors_fit(model, factors)
     _check_others_fit(model, others)
     task = None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type))
-    whole = _wrapped_by_peft(model, lora.modules_to_save or (), task)
+    whole = modules_saved_whole(model, lora.modules_to_save or (), task)
     whole = tuple(name for name in whole if any(key.startswith(f"{name}.") for key in others))
     handle = inject(model, _to_config(lora, factors, whole, task))
     handle.set_factors(factors)

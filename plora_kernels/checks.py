@@ -10,9 +10,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from plora_kernels.errors import ConfigError, DeviceError, DTypeError, SelectionError, ShapeError
+from plora_kernels.errors import ConfigError, DeviceError, DTypeError, RankError, SelectionError, ShapeError
 from plora_kernels.selection import (
     INDEX_MULTIPLE,
+    MAX_RANK,
     Selection,
     check_mask,
     check_rank,
@@ -37,7 +38,9 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     n, k = weight.shape
     if lora_A.dim() != 2 or lora_A.shape[1] != k:
         raise ShapeError(f"lora_A is {tuple(lora_A.shape)}; weight (N={n}, K={k}) needs (R, {k})")
-    rank = check_rank(int(lora_A.shape[0]))
+    rank = lora_A.shape[0]
+    if not 1 <= rank <= MAX_RANK:  # not by `check_rank`, for which torch.compile would make the number a constant
+        raise RankError(f"rank is {rank!r}; an integer from 1 to {MAX_RANK} is needed")
     if tuple(lora_B.shape) != (n, rank):
         raise ShapeError(
             f"lora_B is {tuple(lora_B.shape)}; weight (N={n}, K={k}) and lora_A of rank {rank} need ({n}, {rank})"

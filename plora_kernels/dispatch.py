@@ -30,16 +30,23 @@ _OPERANDS = "Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B"
 def is_watched(*tensors: Tensor) -> bool:
     """Say whether a call must go through torch's dispatcher.
 
-    It must if a compiler, a dispatch mode or a tensor subclass intercepts operators, or if a tensor has its negative
-    bit set (`x.conj().imag`): its memory holds the negated values, and the dispatcher negates them.
+    It must if a compiler, torch.jit.trace, a dispatch mode or a tensor subclass intercepts operators, or if a tensor
+    has its negative bit set (`x.conj().imag`): its memory holds the negated values, and the dispatcher negates them.
     """
     if torch.compiler.is_compiling():  # checked first: torch.compile cannot trace the checks below
+        return True
+    if torch.jit.is_tracing():
         return True
     for tensor in tensors:
         kind = type(tensor)
         if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
             return True
     return is_in_torch_dispatch_mode()
+
+
+def keeps_s(lora_B: Tensor) -> bool:
+    """Say whether a forward keeps S = D(x) Aᵀ for dB; under torch.jit.trace always, where the flag is a constant."""
+    return torch.jit.is_tracing() or (torch.is_grad_enabled() and lora_B.requires_grad)
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -21,18 +21,18 @@ def check_original(original: str) -> None:
 class FoldedWeight(nn.Module):
     """A layer whose `weight` (N, K) can be replaced by a folded one and restored to the original.
 
-    The original is kept on the weight's device (`original_weight`, a buffer that is never saved) or in host memory. On
-    the device the original keeps its memory, and the parameter, still the same object, uses new memory while folded.
-    The weight's version counter shows whether other code changed it in between.
+    The original is kept on the weight's device (`original_weight`, a frozen parameter that is never saved) or in host
+    memory. On the device the original keeps its memory, and the parameter, still the same object, uses new memory while
+    folded. The weight's version counter shows whether other code changed it in between.
     """
 
     weight: nn.Parameter
-    original_weight: Tensor | None
+    original_weight: nn.Parameter | None
 
     def _keep_originals(self, original: str) -> None:
         """Set where originals are kept, "device" or "host"; the weight is not folded yet."""
         self.original = original
-        self.register_buffer("original_weight", None, persistent=False)
+        self.register_parameter("original_weight", None)
         self._host_original: Tensor | None = None
         self._folded_version: int | None = None
 
@@ -51,7 +51,7 @@ class FoldedWeight(nn.Module):
     def _take_folded(self, folded: Tensor) -> None:
         """Make `folded` the weight's values: the weight itself after a fold in place, or the new memory."""
         if folded is not self.weight:
-            self.original_weight = self.weight.data
+            self.original_weight = nn.Parameter(self.weight.data, requires_grad=False)
             self._give_memory(folded)
         self._folded_version = self.weight._version
 
@@ -71,7 +71,7 @@ class FoldedWeight(nn.Module):
             weight = self.weight
             alike = (original.dtype, original.device, original.shape) == (weight.dtype, weight.device, weight.shape)
             if alike and self.original == "device":
-                self._give_memory(original)
+                self._give_memory(original.detach())
             else:
                 weight.copy_(original)
         self.original_weight = self._host_original = self._folded_version = None

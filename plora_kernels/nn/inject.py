@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError, StateError, TargetError
 from plora_kernels.nn.folded_weight import check_original
-from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable, select_in_all
+from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.saved_modules import outermost
+from plora_kernels.nn.selected_modules import select_in_all
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
 from plora_kernels.selection import Selection, check_rank, host_indices
 

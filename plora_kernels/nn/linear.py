@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from plora_kernels.checks import check_dropout, check_factors, check_positive, check_probability, check_unselected
-from plora_kernels.errors import ShapeError, StateError, TargetError
-from plora_kernels.folding import Fold, fold, fold_many_
+from plora_kernels.checks import check_dropout, check_factors, check_positive, check_probability
+from plora_kernels.errors import TargetError
+from plora_kernels.folding import fold
 from plora_kernels.functional import linear_with_index, plora_linear
-from plora_kernels.nn.folded_weight import FoldedWeight, check_original
+from plora_kernels.nn.distributed import gathered, refuse_unreduced
+from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.row_groups import GroupModules
-from plora_kernels.selection import Selection, check_rank, complement, host_indices, index_buffer
+from plora_kernels.nn.selected_modules import SelectedModules
+from plora_kernels.selection import check_rank
 
 
 def adapter_scale(rank: int, alpha: float, rank_stabilized: bool) -> float:
@@ -23,13 +24,14 @@ def adapter_scale(rank: int, alpha: float, rank_stabilized: bool) -> float:
     return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
 
 
-class FusedPLoRALinear(FoldedWeight):
+class FusedPLoRALinear(SelectedModules):
     """Compute y = x Wᵀ + bias + s·Σ_j b_j a_jᵀ x over R one-rank modules, of which a client may train a few.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A` (R, K) and `lora_B` (N, R), trainable, all in one
     dtype. After `select` the trainable parameters are the compact (r, K) and (N, r) of the selected modules alone, so
-    an optimiser built then cannot change the others. The others are added to the weight ("folded") or summed without a
-    gradient ("frozen"). `state_dict` always holds weight, bias, lora_A and lora_B in full, the weight unfolded.
+    an optimiser built then cannot change the others (`select` says when they stay the same objects). The others are
+    added to the weight ("folded") or summed without a gradient ("frozen"). `state_dict` always holds weight, bias,
+    lora_A and lora_B in full, the weight unfolded.
 
     Folding keeps a copy of the original weight, on its device or in host memory (`original`), and always starts from
     it, so `unfold` restores the base bit for bit, however often modules were selected. With "device" the original
@@ -50,11 +52,6 @@ class FusedPLoRALinear(FoldedWeight):
     """
 
     bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    full_A: Tensor | None
-    full_B: Tensor | None
-    selected_index: Tensor | None
     dropout_seed: int | Tensor | None
     groups: GroupModules | None = None  # set inside `Injected.grouped`
 
@@ -121,12 +118,7 @@ class FusedPLoRALinear(FoldedWeight):
         self.requires_grad_(False)  # freezes the base; the factors do not exist yet
         self.lora_A = nn.Parameter(base.weight.new_empty(self.rank, self.in_features))
         self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, self.rank))
-        self.weight_is_tied = False
-        self._selected: tuple[int, ...] | None = None
-        self._unselected = "folded"
-        # Set while modules are selected; never saved.
-        for name in ("full_A", "full_B", "selected_index"):
-            self.register_buffer(name, None, persistent=False)
+        self._start_unselected()
         self._keep_originals(original)
         self.reset_adapter()
 
@@ -144,12 +136,16 @@ class FusedPLoRALinear(FoldedWeight):
         if self.groups is not None:
             groups = self.groups if self.training else self.groups.without_dropout()
             return groups.linear(x, self.weight, self.bias)
+        if not torch.compiler.is_compiling():
+            refuse_unreduced(self.lora_A, self.lora_B)
+        self._refuse_divided_selection()
         frozen = self._unselected == "frozen"
         if self.lora_A.shape[0] == 0 and self.full_A is not None and self.full_B is not None and not frozen:
             # All modules are folded into the weight, so the call selects none of them.
             return plora_linear(x, self.weight, self.full_A, self.full_B, [], bias=self.bias, scale=self.scale)
         lora_A, lora_B = self._merged_factors() if frozen else (self.lora_A, self.lora_B)
-        index = self.selected_index if frozen else None
+        # nn.DataParallel copies parameters to each device, but not the index.
+        index = self.selected_index.to(x.device) if frozen and self.selected_index is not None else None
         check_factors(self.weight, lora_A, lora_B)
         p, seed = self._dropout(x.device)
         return linear_with_index(x, self.weight, lora_A, lora_B, self.bias, index, self.scale, frozen, p, seed)
@@ -164,174 +160,18 @@ class FusedPLoRALinear(FoldedWeight):
         # draws the same seed again, and every replay of a CUDA graph gets a new mask.
         return self.dropout, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
-    def _merged_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (R, K) and B (N, R) with the compact parameters at their modules, differentiable in those."""
-        if self.full_A is None or self.full_B is None or self.selected_index is None:
-            return self.lora_A, self.lora_B
-        places = self.selected_index[: self.lora_A.shape[0]].long()
-        # A caller may have cast the trained parameters, for instance to fp32 over a bf16 base.
-        lora_A, lora_B = self.lora_A.to(self.full_A.dtype), self.lora_B.to(self.full_B.dtype)
-        return self.full_A.index_copy(0, places, lora_A), self.full_B.index_copy(1, places, lora_B)
-
-    # ----------------------------------------------------------------------------------------------- selection
-
-    @property
-    def selected(self) -> tuple[int, ...] | None:
-        """The selected modules, sorted, or None without a selection (all R are trained)."""
-        return self._selected
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def select(self, indices_or_mask: Selection, unselected: str = "folded") -> None:
-        """Train these modules alone: Select-N-Fold. An earlier selection is undone first.
-
-        `lora_A` and `lora_B` become new parameters, (r, K) and (N, r), in the order of the module numbers: build the
-        optimiser after selecting.
-
-        Args:
-            indices_or_mask: host indices, or a bool mask (R,); `[]` selects none.
-            unselected: "folded" adds the other modules to the weight (the original is kept); "frozen" leaves the
-                weight as it is and sums them without a gradient.
-
-        Raises:
-            SelectionError, ShapeError, ConfigError: the selection or `unselected` is not valid.
-            StateError: the weight cannot be folded: it is trainable, shared with another module, or was changed.
-        """
-        indices = host_indices(indices_or_mask, self.rank)
-        self.check_selectable(unselected)
-        select_in_all([self], [indices], unselected)
-
-    def check_selectable(self, unselected: str) -> None:
-        """Raise the ConfigError or StateError that `select` with this `unselected` would raise; change nothing."""
-        check_unselected(unselected)
-        self.check_unfoldable()
-        if unselected == "frozen":
-            return
-        if self.weight.requires_grad:
-            raise StateError("weight requires a gradient and cannot be folded: call weight.requires_grad_(False)")
-        if self.weight_is_tied:
-            raise StateError("weight is shared with another module and cannot be folded: use unselected='frozen'")
-
-    def check_unfoldable(self) -> None:
-        """Raise StateError if other code changed the weight while modules were folded into it, as `unfold` does."""
-        if not self._weight_is_as_folded():
-            raise StateError(
-                "weight was changed while modules were folded into it: unfold(discard_changes=True) gives back the "
-                "original without the change"
-            )
-
-    def _fold_of_others(self, indices: tuple[int, ...]) -> Fold | None:
-        """Keep the original and return the fold of all modules except `indices`, or None if that leaves none."""
-        if not complement(indices, self.rank):
-            return None
-        dtype = self.weight.dtype
-        lora_A, lora_B = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
-        weight, out = self._keep_original()
-        return Fold(weight, lora_A, lora_B, indices, self.scale, out=out)
-
-    def _hold(self, indices: tuple[int, ...], unselected: str, folded: Tensor | None) -> None:
-        """Make a selection current; `folded` is the weight with the other modules folded in (None: none are)."""
-        full_A, full_B = self.lora_A.data, self.lora_B.data
-        index = index_buffer(indices, full_A.device)
-        places = index[: len(indices)].long()
-        lora_A, lora_B = nn.Parameter(full_A.index_select(0, places)), nn.Parameter(full_B.index_select(1, places))
-        if folded is not None:
-            self._take_folded(folded)
-        self.full_A, self.full_B, self.selected_index = full_A, full_B, index
-        self.lora_A, self.lora_B = lora_A, lora_B
-        self._selected, self._unselected = indices, unselected
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def unfold(self, *, discard_changes: bool = False) -> None:
-        """Undo the selection: `lora_A` and `lora_B` hold all R modules again, the weight is the original bit for bit.
-
-        Without a selection it does nothing. If the weight's `.data` was replaced while modules were folded, the
-        original is restored without an error, because that change cannot be detected.
-
-        Args:
-            discard_changes: restore the original even if other code changed the weight while modules were folded in.
-
-        Raises:
-            StateError: the weight was changed while it was folded, and `discard_changes` is not set.
-        """
-        if self._selected is None:
-            return
-        if not discard_changes:
-            self.check_unfoldable()
-        lora_A, lora_B = self.factors()
-        self._drop_original()
-        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.full_A = self.full_B = self.selected_index = None
-        self._selected, self._unselected = None, "folded"
-
-    def _folded_anew(self, weight: Tensor) -> Tensor | None:
-        if self._selected is None or self.full_A is None or self.full_B is None:
-            return None
-        factors = self.full_A.to(weight.dtype), self.full_B.to(weight.dtype)
-        return fold(weight, *factors, self._selected, scale=self.scale)
-
-    def refuse_selection(self, action: str) -> None:
-        """Raise StateError if modules are selected; `action` names in the message what cannot be done then."""
-        if self._selected is not None:
-            raise StateError(f"cannot {action} while modules {list(self._selected)} are selected; call unfold() first")
-
-    # ------------------------------------------------------------------------------------------ factors, merging
-
-    @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return copies of A (R, K) and B (N, R), trained modules included."""
-        lora_A, lora_B = self._merged_factors()
-        return lora_A.detach().clone(), lora_B.detach().clone()
-
-    @torch.no_grad()
-    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Copy A (R, K) and B (N, R) into the layer.
-
-        Raises:
-            StateError: modules are selected. ShapeError: the shapes differ from the layer's.
-        """
-        self.refuse_selection("set the factors")
-        for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
-            _check_same_shape(name, parameter, value)
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
-
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """Return a new `nn.Linear` with weight W + s·B A over all modules; the layer is not changed."""
         original = self._original()
-        weight = (self.weight if original is None else original).detach().to(self.weight.device)
+        weight = gathered((self.weight if original is None else original).detach().to(self.weight.device))
         lora_A, lora_B = self.factors()
         weight = fold(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), selected=[], scale=self.scale)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            linear.bias = nn.Parameter(gathered(self.bias.detach()).clone(), requires_grad=False)
         return linear.train(self.training)
-
-    # ---------------------------------------------------------------------------------------------- state dicts
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._selected is None:
-            return
-        original = self._original()
-        if original is not None:
-            destination[prefix + "weight"] = original.to(self.weight)
-        destination[prefix + "lora_A"], destination[prefix + "lora_B"] = self.factors()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Load full tensors. A selection is undone for that and made again, with the same parameter objects."""
-        selected, unselected, trained = self._selected, self._unselected, (self.lora_A, self.lora_B)
-        self.unfold(discard_changes=True)  # the loaded weight replaces any changed one
-        super()._load_from_state_dict(*arguments)
-        if selected is None:
-            return
-        self.select(selected, unselected)
-        for parameter, value in zip(trained, (self.lora_A, self.lora_B), strict=True):
-            parameter.data = value.data  # loading with assign=True may bring another dtype
-        self.lora_A, self.lora_B = trained  # an optimiser may hold these objects
 
     def extra_repr(self) -> str:
         """Return the sizes, the rank and the selection as text, for `repr`."""
@@ -342,32 +182,6 @@ class FusedPLoRALinear(FoldedWeight):
         if self._selected is not None:
             text += f", selected={list(self._selected)}, unselected={self._unselected!r}"
         return text
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def select_in_all(layers: Sequence[FusedPLoRALinear], chosen: Sequence[tuple[int, ...]], unselected: str) -> None:
-    """Select in every layer its own `chosen` modules; one call of `fold_many_` folds all weights.
-
-    The caller has checked the arguments (`check_selectable`) and sorted the indices. If the selection fails
-    nevertheless, for instance without enough memory, no layer has a selection and all weights are the originals.
-    """
-    for layer in layers:
-        layer.unfold()
-    folds: dict[int, Fold] = {}
-    try:
-        for position, (layer, indices) in enumerate(zip(layers, chosen, strict=True)):
-            fold_of_layer = layer._fold_of_others(indices) if unselected == "folded" else None
-            if fold_of_layer is not None:
-                folds[position] = fold_of_layer
-        folded = dict(zip(folds, fold_many_(list(folds.values())), strict=True))
-        for position, (layer, indices) in enumerate(zip(layers, chosen, strict=True)):
-            layer._hold(indices, unselected, folded.get(position))
-    except BaseException:
-        for layer in layers:
-            layer.unfold()
-            layer._drop_original()
-        raise
 
 
 def check_replaceable(module: nn.Module, where: str) -> None:
@@ -384,8 +198,3 @@ def check_replaceable(module: nn.Module, where: str) -> None:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         raise TargetError(f"{where} an nn.Linear with hooks, which would be lost; remove them first")
-
-
-def _check_same_shape(name: str, parameter: Tensor, value: Tensor) -> None:
-    if parameter.shape != value.shape:
-        raise ShapeError(f"{name} is {tuple(value.shape)}; the layer needs {tuple(parameter.shape)}")

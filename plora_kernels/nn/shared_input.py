@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from plora_kernels.dispatch import is_watched
 from plora_kernels.functional import autocast_dtype
+from plora_kernels.nn.distributed import refuse_unreduced
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.ops.projections import Computed, JointGradient, Projection, attach, forward
 
@@ -188,6 +189,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K)."""
         alone = torch.compiler.is_compiling() or self.groups is not None
+        if not alone:
+            refuse_unreduced(self.lora_A, self.lora_B)
         y = None if alone else self.shared.compute(self, x)
         return super().forward(x) if y is None else y
 
@@ -206,15 +209,8 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     def state(self) -> _State:
         """Return what y depends on besides x, to detect a change."""
-        held, buffers = self._parameters, self._buffers
-        tensors = (
-            held["weight"],
-            held.get("bias"),
-            held["lora_A"],
-            held["lora_B"],
-            buffers["full_A"],
-            buffers["full_B"],
-        )
+        held = self._parameters
+        tensors = tuple(held.get(name) for name in ("weight", "bias", "lora_A", "lora_B", "full_A", "full_B"))
         marks: list[float | None] = [self.scale, self.drops]
         for t in tensors:
             marks += (None,) if t is None else (id(t), t._version, t.data_ptr())

@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
 from plora_kernels.checks import host_bounds
-from plora_kernels.dispatch import define, is_watched, refuse_transforms
+from plora_kernels.dispatch import define, is_watched, keeps_s, refuse_transforms
 from plora_kernels.fallback import grouped_linear as fallback
 from plora_kernels.fallback import grouped_products
 
@@ -84,8 +83,7 @@ def linear(
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))
         form = grouped_products.GroupLayout.of(bounds, scale, scales, x)
         return grouped_products.ProductPlan.of(x, weight, lora_A.shape[1], form, lora_A.shape[0]).apply(*operands, bias)
-    keep_s = torch.is_grad_enabled() and lora_B.requires_grad
     return _call(
-        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keep_s, dropout_p, dropout_seeds,
-        dropout_rows,
+        x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keeps_s(lora_B), dropout_p,
+        dropout_seeds, dropout_rows,
     )  # fmt: skip

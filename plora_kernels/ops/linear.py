@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
-from plora_kernels.dispatch import define, refuse_transforms
+from plora_kernels.dispatch import define, keeps_s, refuse_transforms
 from plora_kernels.fallback import linear as fallback
 
 
@@ -60,5 +59,4 @@ def linear(
 ) -> Tensor:
     """Return y (…, N) of `plora::linear`, differentiable; S = D(x) Aᵀ is kept if the backward needs it for dB."""
     refuse_transforms(x, weight, lora_A, lora_B, bias)
-    keep_s = torch.is_grad_enabled() and lora_B.requires_grad
-    return _call(x, weight, lora_A, lora_B, bias, index, scale, frozen, keep_s, dropout_p, dropout_seed)
+    return _call(x, weight, lora_A, lora_B, bias, index, scale, frozen, keeps_s(lora_B), dropout_p, dropout_seed)

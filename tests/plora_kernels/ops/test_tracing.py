@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,66 @@ def test_compile_traces_whole_models_and_selections_do_not_recompile() -> None:
             torch.testing.assert_close(y, model(x))
             y.sum().backward()
         assert counter.frame_count == 1, form
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Run the test with no versions of a function from other tests, of which torch allows eight, and leave none."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_other_numbers_of_modules_compile_three_times_where_parameters_may_be_dynamic(form: str) -> None:
+    # As docs/drop-in.md says: a first number, one for all others from 2 on, and one for a single module.
+    layer = pk.FusedPLoRALinear(20, 9, rank=24)
+    torch.nn.init.normal_(layer.lora_B)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(layer, backend=counter, fullgraph=True), torch.randn(4, 20)
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+        for size in (2, 3, 1, 7, 5, 2, 16, 9, 1, 4, 11):
+            layer.select(range(size), form)
+            y = compiled(x)
+            torch.testing.assert_close(y, layer(x))
+            y.sum().backward()
+    assert counter.frame_count == 3
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("fuse", [False, True], ids=["alone", "projections"])
+@pytest.mark.parametrize("form", [None, "folded", "frozen"])
+def test_a_traced_model_can_be_saved_and_loaded(form: str | None, fuse: bool, tmp_path: Path) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) * self.k_proj(x)
+
+    model = Attention()
+    config = pk.PLoRAConfig(rank=4, target_modules=["q_proj", "k_proj"], fuse_projections=fuse)
+    handle = pk.inject(model, config)
+    for layer in handle.layers.values():
+        torch.nn.init.normal_(layer.lora_B)
+    if form is not None:
+        handle.select([1, 3], form)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            traced = torch.jit.trace(model, torch.randn(2, 8))
+        torch.jit.save(traced, tmp_path / "model.pt")
+        loaded, x = torch.jit.load(tmp_path / "model.pt"), torch.randn(3, 5, 8)
+        y = loaded(x)
+        assert torch.equal(y, model(x))
+        y.square().sum().backward()
+        model(x).square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in loaded.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(gradients[name], parameter.grad)
+        model.zero_grad()
 
 
 def test_compile_checks_indices_on_the_device() -> None:

@@ -147,6 +147,9 @@ class SelectedModules(FoldedWeight):
             self._set_aside = full
             for parameter in full:
                 mark_replaced(parameter, "select()")
+        else:
+            self.lora_A.requires_grad_(True)
+            self.lora_B.requires_grad_(True)
         self._selected, self._unselected, self._selected_scale = indices, unselected, self.scale
 
     def _used_before(self, size: int, full: Pair) -> Pair | None:
@@ -204,12 +207,12 @@ class SelectedModules(FoldedWeight):
             for parameter, whole in zip(full, values, strict=True):
                 parameter.data = whole
                 torch.autograd.graph.increment_version(parameter)  # a graph that saved the values before must not run
-                parameter.requires_grad_(True)
                 mark_in_use(parameter)
             self.lora_A, self.lora_B = full
             self.full_A = self.full_B = self._set_aside = None
-        for parameter in (self.lora_A, self.lora_B):  # a caller may have cast them while all R were selected
-            parameter.data = parameter.data.to(self.weight.dtype)
+        for parameter in (self.lora_A, self.lora_B):
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to(self.weight.dtype)  # cast, perhaps, while all R were selected
         self.selected_index, self._selected, self._unselected = None, None, "folded"
 
     def _folded_anew(self, weight: Tensor) -> Tensor | None:

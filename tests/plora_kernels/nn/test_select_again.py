@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_selecting_all_modules_keeps_the_full_parameters() -> None:
         assert layer.full_A is None
         assert layer.selected == tuple(range(RANK))
         step(layer, torch.optim.SGD(full, lr=0.1))
+        layer.lora_A.requires_grad_(False)
         layer.unfold()
+        assert layer.lora_A.requires_grad
 
 
 def test_compact_parameters_are_used_again_while_something_holds_them() -> None:
@@ -251,3 +254,35 @@ def test_any_row_of_selections_computes_the_same_and_leaves_the_base(
     assert torch.equal(layer.weight, weight)
     for mine, first in zip(layer.factors(), factors, strict=True):
         assert torch.equal(mine, first)
+
+
+def test_a_trainer_goes_on_with_the_modules_its_callback_selects(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    handle = pk.inject(model, pk.PLoRAConfig(rank=RANK, target_modules=["query"]))
+    (layer,) = handle.layers.values()
+    nn.init.normal_(layer.lora_B)
+
+    class Rounds(TrainerCallback):
+        def __init__(self, chosen: list[list[int]]) -> None:
+            self.chosen = chosen
+
+        def on_epoch_begin(self, *_: object, **__: object) -> None:
+            handle.select(self.chosen.pop(0))
+
+    rows = [{"input_ids": torch.randint(0, 32, (5,)), "labels": row % 2} for row in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=2, report_to=[], save_strategy="no", learning_rate=0.1, disable_tqdm=True,
+        use_cpu=True, logging_strategy="no",
+    )  # fmt: skip
+    before = layer.factors()
+    handle.select([0, 1])
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Rounds([[2, 3], [0, 4]])]).train()
+    handle.unfold()
+    moved = [not torch.equal(layer.lora_A[j], before[0][j]) for j in range(RANK)]
+    assert moved == [True, False, True, True, True, False]
+    with pytest.raises(pk.StateError, match="build the optimiser after"):
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Rounds([[2, 3], [0, 4]])]).train()

@@ -243,9 +243,17 @@ class SelectedModules(FoldedWeight):
         """Return copies of A (R, K) and B (N, R), trained modules included.
 
         Of a layer that `fully_shard` divided the factors are gathered: all processes must call this together.
+
+        Raises:
+            StateError: `fully_shard` divided the layer during a selection, or another wrapper divided it.
         """
-        lora_A, lora_B = self._merged_factors()
-        return gathered(lora_A.detach()).clone(), gathered(lora_B.detach()).clone()
+        lora_A, lora_B = (gathered(factor.detach()) for factor in self._merged_factors())
+        if (lora_A.dim(), lora_A.shape[0], lora_B.shape[-1]) != (2, self.rank, self.rank):
+            raise StateError(
+                f"lora_A is {tuple(lora_A.shape)} in a layer of rank {self.rank}: a wrapper, such as "
+                "FullyShardedDataParallel, has divided it; ask for the factors before wrapping the model"
+            )
+        return lora_A.clone(), lora_B.clone()
 
     @torch.no_grad()
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:

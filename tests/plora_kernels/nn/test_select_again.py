@@ -286,3 +286,10 @@ def test_a_trainer_goes_on_with_the_modules_its_callback_selects(tmp_path: Path)
     assert moved == [True, False, True, True, True, False]
     with pytest.raises(pk.StateError, match="build the optimiser after"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[Rounds([[2, 3], [0, 4]])]).train()
+
+
+def test_factors_of_a_layer_that_a_wrapper_divided_are_refused() -> None:
+    layer = make()
+    layer.lora_A.data = layer.lora_A.data.flatten()[:21]  # as FullyShardedDataParallel leaves a process its part
+    with pytest.raises(pk.StateError, match=r"lora_A is \(21,\) in a layer of rank 6: a wrapper.* has divided it"):
+        layer.factors()

@@ -25,49 +25,56 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """A test of an `if` and the outcome under which the code in question runs."""
+    """A test of an `if` in a method, and the outcome under which the code in question runs.
+
+    `me` is what the method calls its module: by custom, self.
+    """
 
     test: ast.expr
     outcome: bool
+    me: str = "self"
 
 
 def may_hold(condition: Condition, module: nn.Module) -> bool:
-    """Say whether a condition holds, or may, for a module whose methods call it `self`."""
-    value = _evaluate(condition.test, module)
+    """Say whether a condition holds for a module, or may hold where its settings do not decide it."""
+    value = _evaluate(condition.test, condition.me, module)
     return value is _UNKNOWN or bool(value) == condition.outcome
 
 
-def _evaluate(node: ast.expr, module: nn.Module) -> Any:
+def _evaluate(node: ast.expr, me: str, module: nn.Module) -> Any:
     """Return the value of an expression of constants and the module's attributes, or _UNKNOWN."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Attribute):
-        return _attribute(node, module)
+        return _attribute(node, me, module)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        value = _evaluate(node.operand, module)
+        value = _evaluate(node.operand, me, module)
         return value if value is _UNKNOWN else not value
     if isinstance(node, ast.BoolOp):
-        values = [_evaluate(value, module) for value in node.values]
+        values = [_evaluate(value, me, module) for value in node.values]
         decisive = isinstance(node.op, ast.Or)  # one true value decides an `or`, one false value an `and`
         if any(value is not _UNKNOWN and bool(value) == decisive for value in values):
             return decisive
         return _UNKNOWN if _UNKNOWN in values else not decisive
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        left, right = _evaluate(node.left, module), _evaluate(node.comparators[0], module)
+        left, right = _evaluate(node.left, me, module), _evaluate(node.comparators[0], me, module)
         compare = _COMPARISONS.get(type(node.ops[0]))
         if compare is not None and left is not _UNKNOWN and right is not _UNKNOWN:
-            return compare(left, right)
+            try:
+                return compare(left, right)
+            except TypeError:  # such as None > 1
+                return _UNKNOWN
     return _UNKNOWN
 
 
-def _attribute(node: ast.Attribute, module: nn.Module) -> Any:
+def _attribute(node: ast.Attribute, me: str, module: nn.Module) -> Any:
     """Return a setting that an expression such as `self.config.clip` names, or _UNKNOWN: other values may change."""
     names = []
     value: ast.expr = node
     while isinstance(value, ast.Attribute):
         names.append(value.attr)
         value = value.value
-    if not isinstance(value, ast.Name) or value.id != "self" or "training" in names:
+    if not isinstance(value, ast.Name) or value.id != me or "training" in names:
         return _UNKNOWN
     found: Any = module
     for name in reversed(names):

@@ -245,7 +245,11 @@ def _find_saved(model: nn.Module, config: PLoRAConfig) -> tuple[str, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """Return what identifies the memory of a tensor; sparse and some quantised ones have none of their own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
 
 
 def _shared_storages(model: nn.Module) -> set[int]:

@@ -95,14 +95,14 @@ class _Source:
         for field, value in ast.iter_fields(node):
             inside = known
             if isinstance(node, ast.If | ast.IfExp) and field in ("body", "orelse"):
-                inside = (*known, Condition(node.test, field == "body"))
+                inside = (*known, Condition(node.test, field == "body", self.me))
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     self._note_conditions(child, inside)
                 if isinstance(child, ast.If):  # what follows an `if` that leaves runs only without that outcome
                     for block, outcome in ((child.body, False), (child.orelse, True)):
                         if block and isinstance(block[-1], ast.Return | ast.Raise):
-                            inside = (*inside, Condition(child.test, outcome))
+                            inside = (*inside, Condition(child.test, outcome, self.me))
 
     def reads(self, function: FunctionType) -> Iterator[Read]:
         """Yield the reads of children's weights, by the function itself or by those it calls."""

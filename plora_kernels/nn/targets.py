@@ -44,6 +44,10 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
                 raise TargetError(f"target module {name!r} cannot be adapted: {reads[name]}; exclude it")
     for name in names:
         check_replaceable(modules[name], f"target module {name!r} is")
+    aliases = _other_names(model, names)
+    if aliases:
+        shown = ", ".join(f"{name} is also {other}" for other, name in list(aliases.items())[:3])
+        _warn(f"{len(aliases)} shared modules have an adapter under their first name only, as in PEFT: {shown}")
     for what in ("rank_pattern", "alpha_pattern"):
         unused = [key for key in getattr(config, what) if not any(pattern_matches(key, name) for name in names)]
         if unused:
@@ -110,7 +114,7 @@ def _all_linear(model: nn.Module, kept: Mapping[str, nn.Module]) -> list[str]:
             left_out.setdefault(f"{type(module).__name__} holds the weights itself", []).append(name)
     text = "; ".join(f"{shortened(group)} ({why})" for why, group in left_out.items())
     if not names:
-        rest = f" that can have an adapter: {text}" if text else ""
+        rest = f" that can have an adapter; left out: {text}" if text else ""
         raise TargetError(
             f"target_modules is 'all-linear', but the model has no nn.Linear besides its output layer{rest}"
         )
@@ -136,6 +140,19 @@ def _holds_weights(module: nn.Module) -> bool:
     least = 2 if "expert" in name or "router" in name else 3
     shapes = [p.shape for p in module.parameters(recurse=False) if p.is_floating_point()]
     return any(least <= len(shape) <= 3 and min(shape) > 1 for shape in shapes)
+
+
+def _other_names(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return the other names of targets that the model holds twice, with the target; they keep the plain module."""
+    first = {model.get_submodule(name): name for name in names}
+    others: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in first and name != first[module]:
+            parents = [model.get_submodule(n.rpartition(".")[0]) for n in (name, first[module])]
+            same_child = name.rpartition(".")[2] == first[module].rpartition(".")[2]
+            if parents[0] is not parents[1] or not same_child:  # else the block around it is shared, and changes once
+                others[name] = first[module]
+    return others
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:

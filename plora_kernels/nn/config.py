@@ -83,6 +83,10 @@ class PLoRAConfig:
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; a list of names is needed")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name))
+        if not isinstance(self.target_modules, str) and any(is_all_linear(entry) for entry in self.target_modules):
+            raise ConfigError(
+                "target_modules holds 'all-linear' in a list; it stands alone: target_modules='all-linear'"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 _check_expression(name, pattern)
@@ -90,6 +94,11 @@ class PLoRAConfig:
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ConfigError(f"task_type is {self.task_type!r}; it may be None or one of {', '.join(TASK_TYPES)}")
+
+
+def is_all_linear(targets: Sequence[str] | str) -> bool:
+    """Say whether this is "all-linear", in any case as in PEFT."""
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def _check_names(name: str, value: Sequence[str] | str | None) -> None:

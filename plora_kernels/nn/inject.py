@@ -16,6 +16,7 @@ from plora_kernels.errors import StateError, TargetError
 from plora_kernels.nn.call_watch import CallWatch
 from plora_kernels.nn.config import PLoRAConfig
 from plora_kernels.nn.linear import FusedPLoRALinear, select_in_all
+from plora_kernels.nn.replaceable import WEIGHT_DTYPES
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
@@ -183,8 +184,11 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     names = find_targets(model, config)
     shared = _shared_storages(model)
     for name in saved:
-        if any(_storage(tensor) in shared for tensor in model.get_submodule(name).parameters()):
-            raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
+        for tensor in model.get_submodule(name).parameters():
+            if _storage(tensor) in shared:
+                raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise StateError(f"module to save {name!r} holds {tensor.dtype}, which cannot be trained")
     # The cast holds: find_targets has refused everything but a plain nn.Linear.
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -229,6 +233,8 @@ def _check_plain(model: nn.Module) -> None:
                 f"{where} is PEFT's {type(module).__name__}; call merge_and_unload() or unload() on the PeftModel, or "
                 "save the adapter with PEFT and load it into the plain model with load_peft"
             )
+        if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise StateError(f"{where} has no weights yet; call the model once before adapters are injected")
         if type(module).__name__ == "OptimizedModule":
             raise StateError(f"{where} is compiled; inject into the plain one, its _orig_mod, and compile afterwards")
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -245,10 +251,10 @@ def _find_saved(model: nn.Module, config: PLoRAConfig) -> tuple[str, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor; sparse and some quantised ones have none of their own."""
+    """Return what identifies the memory of a tensor; sparse, lazy and some quantised ones have none of their own."""
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):
         return id(tensor)
 
 

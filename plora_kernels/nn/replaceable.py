@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,11 @@ def check_replaceable(module: nn.Module, where: str) -> None:
     dtype = unsupported_dtype(module)
     if dtype is not None:
         raise TargetError(
-            f"{where} a {type(module).__name__} that holds {dtype}; quantised weights are not supported: load the "
+            f"{where} a {class_name(module)} that holds {dtype}; quantised weights are not supported: load the "
             "model in bf16, fp16 or fp32"
         )
     if type(module) is not nn.Linear:
-        raise TargetError(f"{where} a {type(module).__name__}; only a plain nn.Linear can be replaced")
+        raise TargetError(f"{where} a {class_name(module)}; only a plain nn.Linear can be replaced")
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         raise TargetError(f"{where} an nn.Linear whose weight is computed (weight_norm?); a parameter is needed")
@@ -56,10 +58,20 @@ def unsupported_dtype(module: nn.Module) -> torch.dtype | None:
     """
     tensors: list[Tensor] = []
     if isinstance(module, nn.Linear):
-        tensors = [weight] if isinstance(weight := module.weight, Tensor) else []
+        tensors = [module.weight] if isinstance(module.weight, Tensor) else []
     elif any(all(isinstance(getattr(module, size, None), int) for size in sizes) for sizes in _SIZES):
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        weight: Any = getattr(module, "weight", None)
+        if type(module).__module__.startswith("torch.ao.") and callable(weight):
+            tensors.append(weight())  # torch's own quantised layers unpack it
     return next((tensor.dtype for tensor in tensors if tensor.dtype not in WEIGHT_DTYPES), None)
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, with where it is from if torch's nn.Linear has the same name."""
+    kind = type(module)
+    alike = kind.__name__ == "Linear" and kind is not nn.Linear
+    return f"{kind.__module__}.{kind.__name__}" if alike else kind.__name__
 
 
 # The names by which linear layers of several libraries give K and N.

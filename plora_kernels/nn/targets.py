@@ -11,12 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from plora_kernels.errors import PLoRAWarning, TargetError
-from plora_kernels.nn.config import PLoRAConfig, pattern_matches
-from plora_kernels.nn.replaceable import check_replaceable, unsupported_dtype
+from plora_kernels.nn.config import PLoRAConfig, is_all_linear, pattern_matches
+from plora_kernels.nn.replaceable import check_replaceable, class_name, unsupported_dtype
 from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.weight_reads import find_weight_reads
-
-ALL_LINEAR = "all-linear"
 
 
 def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
@@ -34,7 +32,7 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
         _warn(f"exclude_modules {config.exclude_modules!r} matches no module; {nearest('', modules)}")
     saved = modules_saved_whole(model, config.modules_to_save, config.task_type)
     kept = {name: module for name, module in modules.items() if not is_within(saved, name) and name not in excluded}
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(config.target_modules):
         names = _all_linear(model, kept)
     else:
         names = _named(config, modules, kept, [name for name in saved if name not in excluded])
@@ -109,12 +107,12 @@ def _all_linear(model: nn.Module, kept: Mapping[str, nn.Module]) -> list[str]:
         elif type(module) is nn.Linear:
             names.append(name)
         elif _is_other_linear(module):
-            left_out.setdefault(f"{type(module).__name__} instead of a plain nn.Linear", []).append(name)
+            left_out.setdefault(f"{class_name(module)} instead of a plain nn.Linear", []).append(name)
         elif _holds_weights(module):
             left_out.setdefault(f"{type(module).__name__} holds the weights itself", []).append(name)
     text = "; ".join(f"{shortened(group)} ({why})" for why, group in left_out.items())
     if not names:
-        rest = f" that can have an adapter; left out: {text}" if text else ""
+        rest = f" that can have an adapter; left out: {text}" if text else " and what is excluded or saved whole"
         raise TargetError(
             f"target_modules is 'all-linear', but the model has no nn.Linear besides its output layer{rest}"
         )
@@ -134,7 +132,7 @@ def _holds_weights(module: nn.Module) -> bool:
 
     PEFT's "all-linear" adapts those of a mixture of experts as parameters.
     """
-    if type(module).__module__.startswith("torch.nn."):
+    if any(kind.__module__.startswith("torch.nn.") and kind is not nn.Module for kind in type(module).__mro__):
         return False
     name = type(module).__name__.lower()
     least = 2 if "expert" in name or "router" in name else 3
@@ -175,7 +173,10 @@ def is_within(modules: Iterable[str], name: str) -> bool:
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
     """Return a phrase with the module names most like `wanted` (their last parts, each once)."""
-    tails = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()))
+    known = list(names)
+    if not known:
+        return "the model has no modules to choose from"
+    tails = list(dict.fromkeys(tail for name in known if not (tail := name.rsplit(".", 1)[-1]).isdigit())) or known
     near = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], tails, n=3, cutoff=0.4) or tails[:8]
     return f"the nearest names that exist are {', '.join(map(repr, near))}"
 

@@ -35,6 +35,7 @@ def test_a_task_type_that_peft_does_not_know_is_refused(task: object) -> None:
         ({"target_modules": ["query", ""]}, "target_modules holds ''"),
         ({"target_modules": {"query": 4}}, "target_modules is a dict; a list of names is needed"),
         ({"target_modules": (name for name in ["query"])}, "target_modules is a generator"),
+        ({"target_modules": ["query", "All-linear"]}, "holds 'all-linear' in a list; it stands alone"),
         ({"exclude_modules": [None]}, "exclude_modules holds None"),
         ({"modules_to_save": [""]}, "modules_to_save holds ''"),
         ({"alpha_pattern": {3: 2.0}}, "alpha_pattern holds 3"),

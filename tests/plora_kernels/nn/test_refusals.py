@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from tests.support.models import adapted, tiny_bert, tiny_llama
 
 def two() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def of_torch() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.nn.quantized.Linear(8, 8)
 
 
 class Chain(nn.Module):
@@ -87,6 +94,7 @@ REFUSED = {
     "complex": (lambda: of_dtype(torch.complex64), r"a Linear that holds torch\.complex64"),
     "bitsandbytes": (Quantised, r"a Quantised that holds torch\.uint8; .* load the model in bf16, fp16 or fp32"),
     "gptq": (Packed, r"a Packed that holds torch\.int32; quantised weights"),
+    "torch.ao": (of_torch, r"a torch\.ao\.nn\.quantized\S*\.Linear that holds torch\.qint8"),
     "torchao": (of_type, "whose weight is a Unlike; a plain dense parameter is needed"),
     "sparse": (sparse, "whose weight is a sparse tensor"),
     "zero3": (partitioned, r"whose weight is \(0,\) and not \(N, K\) = \(8, 8\)"),
@@ -200,6 +208,17 @@ def test_whatever_fails_half_way_is_undone(failing: str, monkeypatch: pytest.Mon
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     pk.inject(model, config).restore()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_lazy_layers_and_saved_modules_without_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(pk.StateError, match="module '1' has no weights yet; call the model once"):
+        pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["0"]))
+    model = nn.Sequential(nn.Linear(8, 8), of_dtype(torch.int8))
+    with pytest.raises(pk.StateError, match=r"module to save '1' holds torch\.int8, which cannot be trained"):
+        pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
 
 
 def test_a_saved_head_that_is_tied_is_refused_whole() -> None:

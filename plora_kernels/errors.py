@@ -1,4 +1,4 @@
-"""Errors a caller can act on: each message names the value that is wrong and what would be right."""
+"""Errors and warnings a caller can act on: each message names what is wrong and what would be right."""
 
 
 class PLoRAError(ValueError):
@@ -39,3 +39,7 @@ class StateError(PLoRAError):
 
 class UnsupportedError(PLoRAError, NotImplementedError):
     """A use of the package that this version does not support."""
+
+
+class PLoRAWarning(UserWarning):
+    """Something that works, but perhaps not as the caller expects: for instance a module left without an adapter."""

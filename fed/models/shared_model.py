@@ -130,7 +130,7 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
         rank_stabilized=config.adapter.rank_stabilized,
         dropout=config.adapter.dropout,
         target_modules=config.adapter.target_modules,
-        exclude_modules=None if trains_head else _within(head_names),
+        exclude_modules=None if trains_head or not head_names else _within(head_names),
         modules_to_save=tuple(head_names) if trains_head else (),
     )
     with torch_seed(device, config.seed, "adapter"):

@@ -3,166 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from plora_kernels.checks import check_positive, check_probability
-from plora_kernels.errors import ConfigError, StateError, TargetError
-from plora_kernels.nn.folded_weight import check_original
-from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable
+from plora_kernels.errors import StateError, TargetError
+from plora_kernels.nn.call_watch import CallWatch
+from plora_kernels.nn.config import PLoRAConfig
+from plora_kernels.nn.linear import FusedPLoRALinear
+from plora_kernels.nn.replaceable import WEIGHT_DTYPES
+from plora_kernels.nn.replaced_parameters import mark_replaced
 from plora_kernels.nn.row_groups import GroupModules
-from plora_kernels.nn.saved_modules import outermost
+from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.selected_modules import select_in_all
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
-from plora_kernels.selection import Selection, check_rank, host_indices
-
-ALL_LINEAR = "all-linear"
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PLoRAConfig:
-    """What to inject: the rank and scale of the adapter and the modules that get one.
-
-    Attributes:
-        rank: R, the number of one-rank modules, 1–256.
-        alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
-        dropout: p of LoRA dropout, in training mode.
-        target_modules: as in PEFT: a list of names (whole, or the end of a name after a dot), a regular expression
-            that must match a whole name, or "all-linear" for every nn.Linear but the output layer (see `task_type`).
-        exclude_modules: names or an expression, matched the same way, of modules that are not replaced.
-        modules_to_save: names (whole or the end of a name) of modules that stay trainable in full and are saved
-            with the adapter, such as a classification head.
-        task_type: PEFT's task type, such as "SEQ_CLS". It is saved, and with "SEQ_CLS" "all-linear" leaves out the
-            classification head.
-        rank_pattern, alpha_pattern: as in PEFT: another rank or α for modules whose name ends with the key.
-        original: where the original of a folded weight is kept, "device" or "host".
-        fuse_projections: compute targeted siblings that read one tensor, such as q, k and v or gate and up, together,
-            and their joint input gradient too: each in one launch, but on Hopper GPUs with more than 1,024 rows of half
-            precision by a product for each layer, which is faster there. The model's structure and results do not
-            change.
-
-    Raises:
-        RankError, ConfigError: a value cannot be used.
-
-    >>> config = PLoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])
-    >>> config.rank_of("layers.0.q_proj")
-    8
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    rank_stabilized: bool = False
-    dropout: float = 0.0
-    target_modules: Sequence[str] | str = ("q_proj", "v_proj")
-    exclude_modules: Sequence[str] | str | None = None
-    modules_to_save: Sequence[str] = ()
-    task_type: str | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    original: str = "device"
-    fuse_projections: bool = False
-
-    def rank_of(self, name: str) -> int:
-        """Return R for the module of this name."""
-        return _by_pattern(self.rank_pattern, name, self.rank)
-
-    def alpha_of(self, name: str) -> float:
-        """Return α for the module of this name."""
-        return _by_pattern(self.alpha_pattern, name, self.alpha)
-
-    def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            check_rank(rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check_positive("alpha", alpha)
-        expressions = {"rank_pattern": list(self.rank_pattern), "alpha_pattern": list(self.alpha_pattern)}
-        for name in ("target_modules", "exclude_modules"):
-            expressions[name] = [value] if isinstance(value := getattr(self, name), str) else []
-        for name, patterns in expressions.items():
-            for pattern in patterns:
-                _check_expression(name, pattern)
-        check_probability("dropout", self.dropout)
-        check_original(self.original)
-        if not self.target_modules:
-            raise ConfigError("target_modules is empty; name modules, or use 'all-linear'")
-        if isinstance(self.modules_to_save, str) or self.modules_to_save is None:
-            raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; a list of names is needed")
-
-
-def _check_expression(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from None
-
-
-def _by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first key that is the end of `name` (an expression, after a dot or whole), as in PEFT."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _matches(pattern: Sequence[str] | str, name: str) -> bool:
-    """Match a module name as PEFT does: an expression against all of it, list entries as whole names or suffixes."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _within(entries: Iterable[str], name: str) -> bool:
-    """Say whether a module is one of `entries` (whole name or suffix) or lies inside one."""
-    return any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", name) for entry in entries)
-
-
-def _output_layer(model: nn.Module, task_type: str | None) -> nn.Module | None:
-    """Return the module that "all-linear" leaves out as PEFT does: the LM head, or the head of a SEQ_CLS model."""
-    embeddings = getattr(model, "get_output_embeddings", None)
-    if not callable(embeddings):
-        return None
-    head = embeddings()
-    if head is None and task_type == "SEQ_CLS":
-        head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
-    return head
-
-
-def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
-    """Return the names of the modules that `config` targets, in model order.
-
-    Raises:
-        TargetError: an entry matches no module, or no module is left; the message gives the nearest names.
-    """
-    kept = [name for name, _ in model.named_modules() if name and not _within(config.modules_to_save, name)]
-    if config.exclude_modules:
-        kept = [name for name in kept if not _matches(config.exclude_modules, name)]
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        head = _output_layer(model, config.task_type)
-        modules = {name: model.get_submodule(name) for name in kept}
-        names = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
-        if not names:
-            raise TargetError("target_modules is 'all-linear', but the model has no nn.Linear besides its output layer")
-        return names
-    if not isinstance(config.target_modules, str):
-        for entry in config.target_modules:
-            if not any(_matches([entry], name) for name in kept):
-                raise TargetError(f"target module {entry!r} is not in the model; {_nearest(entry, kept)}")
-    names = [name for name in kept if _matches(config.target_modules, name)]
-    if not names:
-        raise TargetError(f"target_modules {config.target_modules!r} matches no module; {_nearest('', kept)}")
-    return names
-
-
-def _nearest(wanted: str, names: Iterable[str]) -> str:
-    """Return a phrase with the module names most like `wanted` (their last parts, each once)."""
-    tails = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()))
-    near = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], tails, n=3, cutoff=0.4) or tails[:8]
-    return f"the nearest names that exist are {', '.join(map(repr, near))}"
+from plora_kernels.nn.targets import find_targets, nearest
+from plora_kernels.selection import Selection, host_indices
 
 
 @dataclass
@@ -172,7 +33,7 @@ class Injected:
     Attributes:
         model: the model, changed in place. config: what was injected.
         layers: the adapted layers by full module name, in model order.
-        saved_modules: names of the modules that `modules_to_save` matched, without those that lie inside another one.
+        saved_modules: names of the modules that are trained in full and saved whole, those inside another one left out.
         projections: the groups of layers that `fuse_projections` found to share an input, by name.
 
     >>> handle = inject(nn.Sequential(nn.Linear(8, 8)), PLoRAConfig(rank=2, target_modules=["0"]))
@@ -187,6 +48,7 @@ class Injected:
     projections: tuple[tuple[str, ...], ...] = ()
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
+    _watch: CallWatch | None = field(default=None, repr=False)
 
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.
@@ -207,7 +69,7 @@ class Injected:
         chosen: list[tuple[int, ...]] = []
         for name, layer in self.layers.items():
             chosen.append(host_indices(wanted[name], layer.rank))
-            layer.check_selectable(unselected)
+            layer.check_selectable(unselected, len(chosen[-1]))
         select_in_all(list(self.layers.values()), chosen, unselected)
 
     def unfold(self, *, discard_changes: bool = False) -> None:
@@ -231,9 +93,11 @@ class Injected:
 
         Raises:
             TargetError: the mapping misses a layer or names one that does not exist.
-            StateError: modules are selected. ShapeError: a tensor does not fit.
+            StateError: modules are selected. ShapeError: a tensor does not fit. No layer is changed.
         """
         self._check_names(factors, "factors")
+        for name, layer in self.layers.items():
+            layer.check_settable(*factors[name])
         for name, layer in self.layers.items():
             layer.set_factors(*factors[name])
 
@@ -268,11 +132,15 @@ class Injected:
         """Put back the plain linears that `inject` replaced, drop the adapter, and return the model."""
         self._check_present()
         self.unfold()
-        for name, linear in self._linears.items():
-            layer = self.layers[name]
+        if self._watch is not None:
+            self._watch.stop()
+        for name, layer in self.layers.items():
+            linear = self._linears[name]
             # Moving the model or loading a state dict may have replaced the parameters.
             linear.weight, linear.bias = layer.weight, cast(nn.Parameter, layer.bias)
             self.model.set_submodule(name, linear.train(layer.training))
+            mark_replaced(layer.lora_A, "restore()")
+            mark_replaced(layer.lora_B, "restore()")
         for name, parameter in self.model.named_parameters():
             if name in self._required_grad:
                 parameter.requires_grad_(self._required_grad[name])
@@ -296,12 +164,18 @@ class Injected:
 def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     """Replace the targeted linears of `model` by `FusedPLoRALinear`, in place, and freeze everything else.
 
-    The layers share the model's own weights; no weight is copied. Afterwards only the adapters and the modules named by
-    `config.modules_to_save` are trainable. Until they are trained, the model's results are the same as before.
+    The layers share the model's own weights; no weight is copied. Afterwards only the adapters and the modules that are
+    saved whole are trainable: those of `config.modules_to_save` and the head that belongs to `config.task_type`. Until
+    they are trained, the model's results are the same as before. If anything is refused or fails, the model is as it
+    was.
+
+    The model's first forward pass warns once about adapted layers that it does not call (`PLoRAWarning`).
 
     Raises:
-        TargetError: a target does not exist, is not a plain nn.Linear, or a module to save does not exist.
-        StateError: the model holds adapted layers already, or a module to save shares its weight with another.
+        TargetError: a target does not exist, is not a plain nn.Linear, or its weight is quantised or read past the
+            layer; or a module to save does not exist.
+        StateError: the model holds adapted layers already, PEFT's or these, is compiled or wrapped for data
+            parallelism, or a module that is saved whole shares its weight with another.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> handle = inject(model, PLoRAConfig(rank=2, target_modules=["0"]))
@@ -311,54 +185,83 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     >>> handle.restore() is model
     True
     """
-    if any(isinstance(module, FusedPLoRALinear) for module in model.modules()):
-        raise StateError("the model holds FusedPLoRALinear layers already; call restore() on their handle first")
+    _check_plain(model)
+    saved = _find_saved(model, config)
     names = find_targets(model, config)
-    for name in names:
-        check_replaceable(model.get_submodule(name), f"target module {name!r} is")
-        _check_parent(model, name)
-    saved = outermost(name for name, _ in model.named_modules() if _matches(list(config.modules_to_save), name))
-    for entry in config.modules_to_save:
-        if not any(_matches([entry], name) for name, _ in model.named_modules()):
-            known = [name for name, _ in model.named_modules() if name]
-            raise TargetError(f"module to save {entry!r} is not in the model; {_nearest(entry, known)}")
     shared = _shared_storages(model)
     for name in saved:
-        if any(_storage(tensor) in shared for tensor in model.get_submodule(name).parameters()):
-            raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    for name in saved:
-        model.get_submodule(name).requires_grad_(True)
-    layers: dict[str, FusedPLoRALinear] = {}
-    # The casts hold: check_replaceable has refused everything but a plain nn.Linear.
+        for tensor in model.get_submodule(name).parameters():
+            if _storage(tensor) in shared:
+                raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise StateError(f"module to save {name!r} holds {tensor.dtype}, which cannot be trained")
+    # The cast holds: find_targets has refused everything but a plain nn.Linear.
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
-    projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
-    siblings = {name for group in projections for name in group}
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handle = Injected(model, config, {}, saved, (), linears, required_grad)
+    try:
+        _build_layers(handle, shared)
+        model.requires_grad_(False)
+        for name in saved:
+            model.get_submodule(name).requires_grad_(True)
+        for name, layer in handle.layers.items():
+            model.set_submodule(name, layer)
+        handle._watch = CallWatch(model, handle.layers)
+    except BaseException:
+        handle.restore()
+        raise
+    return handle
+
+
+def _build_layers(handle: Injected, shared: set[int]) -> None:
+    """Make the layers for the handle's linears; the model does not have them yet."""
+    config, linears = handle.config, handle._linears
+    handle.projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
+    siblings = {name for group in handle.projections for name in group}
     for name, linear in linears.items():
         layer = (SiblingPLoRALinear if name in siblings else FusedPLoRALinear).from_linear(
             linear, config.rank_of(name), config.alpha_of(name), config.rank_stabilized, config.dropout, config.original
         )
         layer.weight_is_tied = _storage(linear.weight) in shared
-        model.set_submodule(name, layer)
-        layers[name] = layer
-    for group in projections:
-        SiblingPLoRALinear.group([cast(SiblingPLoRALinear, layers[name]) for name in group])
-    return Injected(model, config, layers, saved, projections, linears, required_grad)
+        handle.layers[name] = layer
+    for group in handle.projections:
+        SiblingPLoRALinear.group([cast(SiblingPLoRALinear, handle.layers[name]) for name in group])
 
 
-def _check_parent(model: nn.Module, name: str) -> None:
-    """Raise TargetError if the parent module would use the linear's weight directly and so skip the adapter."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise TargetError(
-            f"target module {name!r} is read past any adapter by nn.TransformerEncoderLayer's fast path in evaluation; "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
+def _check_plain(model: nn.Module) -> None:
+    """Raise StateError if the model has adapters already, or is inside something that has to be made afterwards."""
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, FusedPLoRALinear):
+            raise StateError("the model holds FusedPLoRALinear layers already; call restore() on their handle first")
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise StateError(
+                f"{where} is PEFT's {type(module).__name__}; call merge_and_unload() or unload() on the PeftModel, or "
+                "save the adapter with PEFT and load it into the plain model with load_peft"
+            )
+        if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise StateError(f"{where} has no weights yet; call the model once before adapters are injected")
+        if type(module).__name__ == "OptimizedModule":
+            raise StateError(f"{where} is compiled; inject into the plain one, its _orig_mod, and compile afterwards")
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise StateError(f"{where} is a {type(module).__name__}; inject into its module and wrap that afterwards")
+
+
+def _find_saved(model: nn.Module, config: PLoRAConfig) -> tuple[str, ...]:
+    """Return the modules that are saved whole; every entry of `modules_to_save` has to match one."""
+    known = [name for name, _ in model.named_modules() if name]
+    for entry in config.modules_to_save:
+        if not any(name.endswith(entry) for name in known):
+            raise TargetError(f"module to save {entry!r} is not in the model; {nearest(entry, known)}")
+    return modules_saved_whole(model, config.modules_to_save, config.task_type)
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    """Return what identifies the memory of a tensor; sparse, lazy and some quantised ones have none of their own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):
+        return id(tensor)
 
 
 def _shared_storages(model: nn.Module) -> set[int]:

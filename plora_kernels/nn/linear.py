@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from plora_kernels.checks import check_dropout, check_factors, check_positive, check_probability
-from plora_kernels.errors import TargetError
 from plora_kernels.folding import fold
 from plora_kernels.functional import linear_with_index, plora_linear
 from plora_kernels.nn.distributed import gathered, refuse_unreduced
 from plora_kernels.nn.folded_weight import check_original
+from plora_kernels.nn.replaceable import check_replaceable
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.selected_modules import SelectedModules
 from plora_kernels.selection import check_rank
@@ -182,19 +182,3 @@ class FusedPLoRALinear(SelectedModules):
         if self._selected is not None:
             text += f", selected={list(self._selected)}, unselected={self._unselected!r}"
         return text
-
-
-def check_replaceable(module: nn.Module, where: str) -> None:
-    """Raise TargetError unless a FusedPLoRALinear can replace the module: a plain nn.Linear without hooks.
-
-    `where` is the start of the message, such as "from_linear got" or "target module 'q_proj' is".
-    """
-    if type(module) is not nn.Linear:
-        raise TargetError(f"{where} a {type(module).__name__}; only a plain nn.Linear can be replaced")
-    if not isinstance(module.weight, nn.Parameter):
-        raise TargetError(f"{where} an nn.Linear whose weight is computed (weight_norm?); a parameter is needed")
-    if "forward" in vars(module):
-        raise TargetError(f"{where} an nn.Linear with a forward of its own (accelerate's hooks?); remove it first")
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
-        raise TargetError(f"{where} an nn.Linear with hooks, which would be lost; remove them first")

@@ -42,5 +42,5 @@ def _refuse_replaced(optimizer: Optimizer, *_: Any) -> None:
             if action is not None:
                 raise StateError(
                     f"the optimiser holds a parameter {tuple(parameter.shape)} that {action} replaced, so it would "
-                    f"train nothing: build the optimiser after {action}"
+                    f"train nothing: build it from the parameters the model has now"
                 )

@@ -263,14 +263,18 @@ class SelectedModules(FoldedWeight):
             StateError: modules are selected, or `fully_shard` has divided the layer.
             ShapeError: the shapes differ from the layer's.
         """
+        self.check_settable(lora_A, lora_B)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+
+    def check_settable(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Raise the StateError or ShapeError that `set_factors` would raise; change nothing."""
         self.refuse_selection("set the factors")
         for name, parameter, value in (("lora_A", self.lora_A, lora_A), ("lora_B", self.lora_B, lora_B)):
             if is_sharded(parameter):
                 raise StateError("fully_shard has divided the layer: set the factors before it")
             if parameter.shape != value.shape:
                 raise ShapeError(f"{name} is {tuple(value.shape)}; the layer needs {tuple(parameter.shape)}")
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
 
     # ----------------------------------------------------------------------------------- state dicts, copies, moves
 

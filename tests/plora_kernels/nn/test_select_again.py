@@ -137,7 +137,9 @@ def test_an_optimizer_that_holds_a_replaced_parameter_raises(make_optimizer) -> 
     layer.select([0, 1])
     head(layer(torch.randn(4, 7))).sum().backward()
     before = head.weight.detach().clone()
-    with pytest.raises(pk.StateError, match=r"parameter \(6, 7\) that select\(\) replaced.*build the optimiser after"):
+    with pytest.raises(
+        pk.StateError, match=r"parameter \(6, 7\) that select\(\) replaced.*build it from the parameters"
+    ):
         optimizer.step()
     assert torch.equal(head.weight, before)
     layer.unfold()
@@ -225,7 +227,7 @@ def test_a_handle_keeps_the_parameters_of_every_layer() -> None:
     model(torch.randn(3, 8)).sum().backward()
     optimizer.step()
     handle.select([1])
-    with pytest.raises(pk.StateError, match="build the optimiser after"):
+    with pytest.raises(pk.StateError, match="build it from the parameters"):
         optimizer.step()
 
 
@@ -284,7 +286,7 @@ def test_a_trainer_goes_on_with_the_modules_its_callback_selects(tmp_path: Path)
     handle.unfold()
     moved = [not torch.equal(layer.lora_A[j], before[0][j]) for j in range(RANK)]
     assert moved == [True, False, True, True, True, False]
-    with pytest.raises(pk.StateError, match="build the optimiser after"):
+    with pytest.raises(pk.StateError, match="build it from the parameters"):
         Trainer(model, arguments, train_dataset=rows, callbacks=[Rounds([[2, 3], [0, 4]])]).train()
 
 
@@ -293,3 +295,22 @@ def test_factors_of_a_layer_that_a_wrapper_divided_are_refused() -> None:
     layer.lora_A.data = layer.lora_A.data.flatten()[:21]  # as FullyShardedDataParallel leaves a process its part
     with pytest.raises(pk.StateError, match=r"lora_A is \(21,\) in a layer of rank 6: a wrapper.* has divided it"):
         layer.factors()
+
+
+def test_an_optimizer_of_an_adapter_that_was_taken_out_raises() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["0"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    handle.restore()
+    with pytest.raises(pk.StateError, match=r"restore\(\) replaced"):
+        optimizer.step()
+
+
+def test_factors_are_set_in_every_layer_or_in_none() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules="all-linear"))
+    before = handle.factors()
+    wrong = {"0": (torch.ones(2, 8), torch.ones(8, 2)), "1": (torch.ones(2, 8), torch.ones(5, 2))}
+    with pytest.raises(pk.ShapeError, match=r"lora_B is \(5, 2\)"):
+        handle.set_factors(wrong)
+    assert torch.equal(handle.layers["0"].lora_A, before["0"][0])

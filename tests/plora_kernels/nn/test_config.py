@@ -1,0 +1,51 @@
+"""A configuration is checked when it is made, as PEFT would check it when the adapter is saved or loaded."""
+
+from __future__ import annotations
+
+import pytest
+from peft import TaskType
+
+import plora_kernels as pk
+from plora_kernels.nn.config import TASK_TYPES
+
+
+def test_task_types_are_those_of_peft() -> None:
+    assert {task.value for task in TaskType} == set(TASK_TYPES)
+
+
+@pytest.mark.parametrize("task", [*TASK_TYPES, None, *TaskType], ids=str)
+def test_a_task_type_is_kept_as_text(task: str | None) -> None:
+    kept = pk.PLoRAConfig(task_type=task).task_type
+    assert kept == task
+    assert kept is None or type(kept) is str
+
+
+@pytest.mark.parametrize("task", ["seq_cls", "SEQUENCE_CLASSIFICATION", "", 3, "IMG_CLS"], ids=str)
+def test_a_task_type_that_peft_does_not_know_is_refused(task: object) -> None:
+    with pytest.raises(
+        pk.ConfigError, match=r"task_type is .*; it may be None or one of SEQ_CLS, .*FEATURE_EXTRACTION"
+    ):
+        pk.PLoRAConfig(task_type=task)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": [3]}, "target_modules holds 3; names of modules are needed"),
+        ({"target_modules": ["query", ""]}, "target_modules holds ''"),
+        ({"target_modules": {"query": 4}}, "target_modules is a dict; a list of names is needed"),
+        ({"target_modules": (name for name in ["query"])}, "target_modules is a generator"),
+        ({"target_modules": ["query", "All-linear"]}, "holds 'all-linear' in a list; it stands alone"),
+        ({"exclude_modules": [None]}, "exclude_modules holds None"),
+        ({"modules_to_save": [""]}, "modules_to_save holds ''"),
+        ({"alpha_pattern": {3: 2.0}}, "alpha_pattern holds 3"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_name_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(pk.ConfigError, match=message):
+        pk.PLoRAConfig(**options)
+
+
+def test_a_set_of_names_is_taken_as_peft_takes_it() -> None:
+    assert pk.PLoRAConfig(target_modules={"query", "value"}).target_modules == {"query", "value"}

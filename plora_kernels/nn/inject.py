@@ -173,6 +173,7 @@ class Injected:
         layers: the adapted layers by full module name, in model order.
         saved_modules: names of the modules that `modules_to_save` matched, without those that lie inside another one.
         projections: the groups of layers that `fuse_projections` found to share an input, by name.
+        carried: base tensors that a loaded adapter brought along, such as grown embeddings: they are saved with it.
 
     >>> handle = inject(nn.Sequential(nn.Linear(8, 8)), PLoRAConfig(rank=2, target_modules=["0"]))
     >>> {name: (A.shape, B.shape) for name, (A, B) in handle.factors().items()}
@@ -186,6 +187,7 @@ class Injected:
     projections: tuple[tuple[str, ...], ...] = ()
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
+    carried: tuple[str, ...] = ()
 
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.

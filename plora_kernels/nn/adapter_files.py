@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -30,9 +32,10 @@ _UNDERSTOOD = {
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     "fan_in_fan_out",  # PEFT turns it off for nn.Linear, the only layer there is here
 }
-# Starts that leave the base weight as it is, in any letter case. The others take something from it, and PEFT does so
-# again when it loads the adapter, except with "lora_ga", whose adapter needs a base that was saved after the start.
+# Starts that leave the base weight as it is, in any letter case, and beginnings of those that take something from it.
+# PEFT does so again when it loads the adapter, except for "lora_ga", whose base has to be saved after the start.
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_directory(source: Path) -> None:
@@ -62,8 +65,9 @@ def read_tensors(source: Path, model: nn.Module) -> dict[str, Tensor]:
     try:
         tensors = load_peft_weights(str(source), device="cpu", key_mapping=renamed or None)
     except Exception as error:  # each library and each kind of damage has its own
-        kind = "safetensors file" if path.name == WEIGHTS_NAME else "file of pickled tensors"
-        raise ConfigError(f"{path} is not a {kind}, or is cut off: {first_line(error)}") from error
+        if path.name == PICKLED_NAME:  # torch's own message tells how to run the code in it
+            raise ConfigError(f"{path} is not a pickled dict of tensors, or is cut off") from error
+        raise ConfigError(f"{path} is not a safetensors file, or is cut off: {first_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ConfigError(f"{path} does not hold a dict of tensors")
     return tensors
@@ -80,24 +84,29 @@ def read_config(source: Path) -> Any:
     path = source / CONFIG_NAME
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
+        _check_start(path, written.get("init_lora_weights"))
+        _check_values(path, written)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields it does not know: they are refused below
             lora = PeftConfig.from_pretrained(str(source))
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON object, no known type, odd values
         raise ConfigError(f"{path} is not an adapter's configuration: {error!r}") from error
-    if not isinstance(lora, LoraConfig):
-        raise ConfigError(f"{path} is a {lora.peft_type} adapter; LoRA is needed")
+    if type(lora) is not LoraConfig:
+        kind = getattr(lora.peft_type, "value", lora.peft_type)
+        raise ConfigError(f"{path} is the configuration of a {kind} adapter; LoRA is needed")
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for name in written.keys() - fields.keys() - _UNDERSTOOD:
+    for name in sorted(written.keys() - fields.keys() - _UNDERSTOOD):
         if written[name]:
             raise ConfigError(
                 f"{path} has {name} = {written[name]!r}, which this version of PEFT does not know; upgrade PEFT"
             )
-    for name in fields.keys() - _UNDERSTOOD:
+    for name in sorted(fields.keys() - _UNDERSTOOD):
         value, default = getattr(lora, name), _default(fields[name])
         if value != default and (value or default):
-            raise ConfigError(f"{path} has {name} = {written[name]!r}; only {default!r} is supported")
-    _check_start(path, lora.init_lora_weights)
+            raise ConfigError(f"{path} has {name} = {written.get(name, value)!r}; only {default!r} is supported")
+    lora.rank_pattern, lora.alpha_pattern = lora.rank_pattern or {}, lora.alpha_pattern or {}
     return lora
 
 
@@ -106,12 +115,36 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _check_start(path: Path, start: object) -> None:
-    if isinstance(start, bool) or start is None or str(start).lower() in _PLAIN_STARTS:
+    """Raise ConfigError unless `init_lora_weights` leaves the base weight as it is."""
+    if isinstance(start, bool | None) or str(start).lower() in _PLAIN_STARTS:
         return
-    raise ConfigError(
-        f"{path} has init_lora_weights = {start!r}, which changes the base weight; convert the adapter to plain LoRA "
-        "with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
-    )
+    if str(start).lower().startswith(_CHANGING_STARTS):
+        raise ConfigError(
+            f"{path} has init_lora_weights = {start!r}, which changes the base weight; convert the adapter to plain "
+            "LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
+    raise ConfigError(f"{path} has init_lora_weights = {start!r}; known are true, false, {', '.join(_PLAIN_STARTS)}")
+
+
+def _check_values(path: Path, written: Mapping[str, Any]) -> None:
+    """Raise ConfigError for ranks, α and regular expressions that PEFT takes now and fails on later."""
+    patterns = {field: written.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
+    ranks = {"r": written.get("r", 8)} | {f"rank_pattern[{key!r}]": r for key, r in patterns["rank_pattern"].items()}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ConfigError(f"{path} has {name} = {rank!r}; a positive integer is needed")
+    alphas = {"lora_alpha": written.get("lora_alpha", 8)}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in patterns["alpha_pattern"].items()}
+    for name, alpha in alphas.items():
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+            raise ConfigError(f"{path} has {name} = {alpha!r}; a positive number is needed")
+    modules = [written.get(field) for field in ("target_modules", "exclude_modules")]
+    for expression in [*patterns["rank_pattern"], *patterns["alpha_pattern"], *modules]:
+        if isinstance(expression, str):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ConfigError(f"{path} holds {expression!r}, no regular expression: {error}") from error
 
 
 def write_adapter(

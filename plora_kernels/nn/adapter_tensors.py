@@ -123,7 +123,9 @@ def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted
                 "they of one adapter?"
             )
         else:
-            raise TargetError(f"the adapter holds {key.removeprefix(PREFIX)!r}, which is not in the model")
+            name = key.removeprefix(PREFIX)
+            reason = "PEFT does not read" if name in layout.base_keys.values() else "is not in the model"
+            raise TargetError(f"the adapter holds {name!r}, which {reason}")
     return Fitted(factors, others)
 
 

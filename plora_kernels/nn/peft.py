@@ -28,6 +28,7 @@ from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
 from plora_kernels.nn.peft_layout import Layout, layout_of, plain_names, unwrapped
+from plora_kernels.nn.saved_modules import modules_saved_whole
 
 
 def save_peft(
@@ -72,6 +73,7 @@ def save_peft(
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; a directory is needed to save an adapter in")
     task_type = _checked_task(task_type, handle.config.task_type)
+    _refuse_adapted_heads(handle, task_type)
     model, names = unwrapped(handle.model), plain_names(handle.model)
     layers = {names[name]: layer for name, layer in handle.layers.items()}
     base = base_model_name_or_path or base_name(model)
@@ -86,7 +88,7 @@ def save_peft(
         base_model_name_or_path=base,
     )
     layout = layout_of(handle.model, lora)
-    _check_as_adapted(layers, layout, task_type)
+    _check_as_adapted(layers, layout)
     carried = handle.carried if save_embedding_layers is not False else ()
     tensors = gather(handle.model, layers, layout, embeddings, carried)
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -107,6 +109,17 @@ def _checked_task(given: str | None, injected: str | None) -> str | None:
     if injected and task != str(getattr(injected, "value", injected)):
         raise ConfigError(f"task_type is {task!r}, but the adapter was injected with task_type {injected!r}")
     return task
+
+
+def _refuse_adapted_heads(handle: Injected, task_type: str | None) -> None:
+    """Raise TargetError if a layer lies in a module that PEFT saves whole: it would have no adapter there."""
+    for outer in modules_saved_whole(handle.model, handle.saved_modules, task_type):
+        for name in handle.layers:
+            if f"{name}.".startswith(f"{outer}."):
+                task = f" for task_type {task_type!r}" if task_type else ""
+                raise TargetError(
+                    f"{name!r} is adapted, but PEFT saves {outer!r} whole{task}; leave it out of the targets"
+                )
 
 
 def _to_lora_config(config: PLoRAConfig, layers: Mapping[str, FusedPLoRALinear], **options: Any) -> Any:
@@ -152,15 +165,9 @@ def _exact_targets(targets: Iterable[str], names: Iterable[str]) -> Sequence[str
     return wanted if ends.isdisjoint(wanted) else "|".join(map(re.escape, wanted))
 
 
-def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout, task_type: str | None) -> None:
+def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) -> None:
     """Raise TargetError unless PEFT adapts the same layers, with the same ranks and scales."""
     for name, layer in layers.items():
-        outer = next((whole for whole in layout.whole if f"{name}.".startswith(f"{whole}.")), None)
-        if outer is not None:
-            raise TargetError(
-                f"{name!r} is adapted, but PEFT saves {outer!r} whole, with task_type {task_type!r} and the modules to "
-                "save; inject again with them and nothing inside it is adapted"
-            )
         theirs = layout.layers.get(name)
         if theirs is None:
             raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration")

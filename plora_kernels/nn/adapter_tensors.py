@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,17 @@ def _is_one_of(module: nn.Module, modules: Iterable[nn.Module]) -> bool:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A file's tensors that fit a model: factors by layer, others by key in the model, both by plain names."""
+    """A file's tensors that fit a model, by plain names.
+
+    Attributes:
+        factors: A (R, K) and B (N, R) by layer.
+        others: further tensors by their keys in the model.
+        originals: the base's values of modules saved whole. PEFT keeps both and, asked for embeddings, saves both.
+    """
 
     factors: dict[str, tuple[Tensor, Tensor]]
-    others: dict[str, Tensor]
+    others: dict[str, Tensor] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
 
 def check_modules_exist(tensors: Iterable[str], names: Iterable[str], source: object) -> None:
@@ -109,14 +117,17 @@ def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted
             kind = type(layer.base).__name__
             raise TargetError(f"the adapter targets {name!r}, a {kind}; only plain nn.Linear works")
         factors[name] = _factors_of(name, layer.rank, left, layout, source)
-    others: dict[str, Tensor] = {}
-    for key in layout.shapes.keys() - left.keys():
-        if key in layout.base_keys:
+    fitted = Fitted(factors)
+    for key in layout.shapes:
+        if key not in left and key in layout.base_keys:
             raise TargetError(f"{source} misses {layout.base_keys[key]!r}, which is part of a module saved whole")
-    for key in left:
-        match = _FACTOR.match(key)
+    for key, value in left.items():
+        match, copied = _FACTOR.match(key), _copied_key(key, layout.whole)
         if key in layout.base_keys:
-            others[layout.base_keys[key]] = left[key]
+            fitted.others[layout.base_keys[key]] = value
+        elif copied is not None:
+            if copied[0] == "original_module":
+                fitted.originals[copied[1]] = value
         elif match:
             raise TargetError(
                 f"{source} has factors for {match['module']!r}, which {CONFIG_NAME} beside it does not target; are "
@@ -126,7 +137,27 @@ def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted
             name = key.removeprefix(PREFIX)
             reason = "PEFT does not read" if name in layout.base_keys.values() else "is not in the model"
             raise TargetError(f"the adapter holds {name!r}, which {reason}")
-    return Fitted(factors, others)
+    return fitted
+
+
+def _copied_key(key: str, whole: Iterable[str]) -> tuple[str, str] | None:
+    """Split the key of a second copy of a module saved whole into PEFT's name for the copy and the key in the model."""
+    for name in whole:
+        for copied in ("original_module", "modules_to_save"):
+            if key.startswith(f"{PREFIX}{name}.{copied}."):
+                return copied, f"{name}.{key.removeprefix(f'{PREFIX}{name}.{copied}.')}"
+    return None
+
+
+def still_tied(fitted: Fitted, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
+    """Return the other tensors with the base's values that a module not saved whole shares with one that is."""
+    own, inside = base_tensors(model), tuple(f"{name}." for name in whole)
+    found: dict[str, Tensor] = {}
+    for key, value in fitted.originals.items():
+        for other, tensor in own.items():
+            if key in own and storage(tensor) == storage(own[key]) and not other.startswith(inside):
+                found[other] = value
+    return found | fitted.others
 
 
 def _without_adapter_names(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> dict[str, Tensor]:
@@ -223,17 +254,23 @@ def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:
 
 def untie(model: nn.Module, whole: Iterable[str], undo: ExitStack) -> None:
     """Give modules that are saved whole weights of their own where they share one, as PEFT does, with a warning."""
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     uses = Counter(storage(tensor) for _, tensor in tensors)
     for name in whole:
-        for module in model.get_submodule(name).modules():
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
+        module = model.get_submodule(name)
+        if all(uses[storage(parameter)] == 1 for parameter in module.parameters()):
+            continue
+        warnings.warn(f"{name!r} is saved whole, so its weights are no longer tied in the model", stacklevel=3)
+        if places[id(module)] > 1:  # one module under several names, such as T5's embeddings
+            undo.callback(model.set_submodule, name, module)
+            model.set_submodule(name, copy.deepcopy(module))
+            continue
+        for part in module.modules():
+            for leaf, parameter in list(part.named_parameters(recurse=False)):
                 if uses[storage(parameter)] > 1:
-                    warnings.warn(
-                        f"{name!r} is saved whole, so its {leaf} is no longer tied in the model", stacklevel=3
-                    )
-                    undo.callback(setattr, module, leaf, parameter)
-                    setattr(module, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                    undo.callback(setattr, part, leaf, parameter)
+                    setattr(part, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def storage(tensor: Tensor) -> int:

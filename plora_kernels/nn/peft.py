@@ -23,7 +23,15 @@ from plora_kernels.nn.adapter_files import (
     weights_path,
     write_adapter,
 )
-from plora_kernels.nn.adapter_tensors import base_tensors, check_modules_exist, check_others, fit, gather, untie
+from plora_kernels.nn.adapter_tensors import (
+    base_tensors,
+    check_modules_exist,
+    check_others,
+    fit,
+    gather,
+    still_tied,
+    untie,
+)
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
@@ -210,7 +218,8 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     layout = layout_of(model, lora)
     _check_plain(lora, layout, source / CONFIG_NAME)
     fitted = fit(tensors, layout, path)
-    check_others(fitted.others, model, layout.whole)
+    others = still_tied(fitted, model, layout.whole)
+    check_others(others, model, layout.whole)
     config = _to_config(lora, layout, names)
     with torch.no_grad(), ExitStack() as undo:
         untie(model, [names[name] for name in layout.whole], undo)
@@ -218,12 +227,12 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
         handle = inject(model, config)
         undo.callback(handle.restore)
         handle.set_factors({names[name]: pair for name, pair in fitted.factors.items()})
-        for key, value in fitted.others.items():
+        for key, value in others.items():
             undo.callback(own[key].copy_, own[key].clone())
             own[key].copy_(value)
         undo.pop_all()
     whole = tuple(f"{name}." for name in layout.whole)
-    handle.carried = tuple(key for key in fitted.others if not key.startswith(whole))
+    handle.carried = tuple(key for key in others if not key.startswith(whole))
     return handle
 
 

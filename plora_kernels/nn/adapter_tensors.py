@@ -17,7 +17,8 @@ from plora_kernels.errors import ConfigError, DTypeError, RankError, ShapeError,
 from plora_kernels.nn.adapter_files import CONFIG_NAME
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
-from plora_kernels.nn.peft_layout import PREFIX, Layout, plain_names
+from plora_kernels.nn.peft_layout import PREFIX, Layout
+from plora_kernels.nn.plain_names import plain_names
 from plora_kernels.selection import MAX_RANK
 
 # PEFT's keys have no adapter's name; those of a whole state dict do, as in "lora_A.default.weight".

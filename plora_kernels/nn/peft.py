@@ -35,7 +35,8 @@ from plora_kernels.nn.adapter_tensors import (
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
-from plora_kernels.nn.peft_layout import Layout, layout_of, plain_names, unwrapped
+from plora_kernels.nn.peft_layout import Layout, layout_of
+from plora_kernels.nn.plain_names import plain_names, unwrapped
 from plora_kernels.nn.saved_modules import modules_saved_whole
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plora_kernels.errors import TargetError
 from plora_kernels.nn.linear import FusedPLoRALinear
+from plora_kernels.nn.plain_names import is_compiled, unwrapped
 from plora_kernels.nn.saved_modules import TASK_HEADS
 
 PREFIX = "base_model.model."
@@ -146,7 +147,7 @@ class _Outliner:
 
     def _copy(self, module: nn.Module) -> nn.Module:
         if is_compiled(module):
-            return self.module(module.get_submodule(COMPILED))
+            return self.module(unwrapped(module))
         if isinstance(module, FusedPLoRALinear):
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight = self.tensor(module.weight)
@@ -167,35 +168,3 @@ class _Outliner:
             parameter = isinstance(tensor, nn.Parameter)
             self.tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
         return self.tensors[id(tensor)]
-
-
-# --------------------------------------------------------------------------------------------------------- names
-
-COMPILED = "_orig_mod"  # the attribute in which torch.compile's wrapper holds its module
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Say whether a module is the wrapper that `torch.compile(module)` returns."""
-    return type(module).__name__ == "OptimizedModule" and COMPILED in module._modules
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside the wrapper that `torch.compile(module)` returns, or the module itself."""
-    return model.get_submodule(COMPILED) if is_compiled(model) else model
-
-
-def plain_names(model: nn.Module) -> dict[str, str]:
-    """Return every module's name in the model without `torch.compile`'s wrappers, by its name in the model.
-
-    >>> plain_names(nn.Sequential(nn.ReLU()))
-    {'': '', '0': '0'}
-    """
-    names: dict[str, str] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in modules:
-        parent, _, last = name.rpartition(".")
-        if name and is_compiled(modules[parent]) and last == COMPILED:
-            names[name] = names[parent]
-        else:
-            names[name] = f"{names[parent]}.{last}" if names.get(parent) else last
-    return names

@@ -91,12 +91,12 @@ class Fitted:
     originals: dict[str, Tensor] = field(default_factory=dict)
 
 
-def check_modules_exist(tensors: Iterable[str], names: Iterable[str], source: object) -> None:
+def check_modules_exist(tensors: Iterable[str], model: nn.Module, source: object) -> None:
     """Raise unless there are factors in the file, and every module they belong to is in the model."""
     modules = {match["module"]: None for match in map(_FACTOR.match, tensors) if match}
     if not modules:
         raise ConfigError(f"{source} holds no LoRA factors")
-    known = set(names)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for module in modules:
         if module not in known:
             raise TargetError(f"the adapter has factors for {module!r}, which is not in the model")
@@ -152,7 +152,7 @@ def _copied_key(key: str, whole: Iterable[str]) -> tuple[str, str] | None:
 
 def still_tied(fitted: Fitted, model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
     """Return the other tensors with the base's values that a module not saved whole shares with one that is."""
-    own, inside = base_tensors(model), tuple(f"{name}." for name in whole)
+    own, inside = model.state_dict(), tuple(f"{name}." for name in whole)
     found: dict[str, Tensor] = {}
     for key, value in fitted.originals.items():
         for other, tensor in own.items():
@@ -211,16 +211,6 @@ def _factors_of(name: str, rank: int, left: dict[str, Tensor], layout: Layout, s
     return lora_A, lora_B
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's own tensors by plain key."""
-    names = plain_names(model)
-    tensors: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        owner, _, leaf = key.rpartition(".")
-        tensors[f"{names[owner]}.{leaf}" if names[owner] else leaf] = value
-    return tensors
-
-
 def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable[str]) -> None:
     """Raise unless every tensor can be copied into the model's tensor of its key.
 
@@ -228,7 +218,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
         ShapeError: a shape differs. DTypeError: numbers of another kind.
         ConfigError: different values for tensors that are tied in the model; those of `whole` modules will not be.
     """
-    own = base_tensors(model)
+    own = model.state_dict()
     tied: dict[int, str] = {}
     for key, value in others.items():
         if value.shape != own[key].shape:
@@ -246,8 +236,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
 
 
 def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:
-    names = {plain: name for name, plain in plain_names(model).items()}
-    owner = model.get_submodule(names[key.rpartition(".")[0]])
+    owner = model.get_submodule(key.rpartition(".")[0])
     if not hasattr(model, "resize_token_embeddings") or not _is_one_of(owner, embeddings_of(model)):
         return ""
     return f"; call model.resize_token_embeddings({value.shape[0]}) first"

@@ -17,7 +17,6 @@ from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError, StateError, TargetError
 from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.linear import FusedPLoRALinear, check_replaceable, select_in_all
-from plora_kernels.nn.plain_names import is_compiled
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.saved_modules import outermost
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
@@ -186,9 +185,9 @@ class Injected:
     layers: dict[str, FusedPLoRALinear]
     saved_modules: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
+    carried: tuple[str, ...] = field(default=(), kw_only=True)
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
-    carried: tuple[str, ...] = ()
 
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
         """Select modules in every layer: one selection for all, or a mapping from layer name to selection.
@@ -352,11 +351,6 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
 def _check_parent(model: nn.Module, name: str) -> None:
     """Raise TargetError if the parent module would use the linear's weight directly and so skip the adapter."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    if is_compiled(parent):
-        raise TargetError(
-            f"target module {name!r} was compiled by itself: torch.compile's wrapper goes on calling it instead of an "
-            "adapter; inject first, then compile"
-        )
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
             f"target module {name!r} is read past any adapter by nn.TransformerEncoderLayer's fast path in evaluation; "

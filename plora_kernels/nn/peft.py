@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plora_kernels.errors import ConfigError, TargetError
+from plora_kernels.errors import ConfigError, StateError, TargetError
 from plora_kernels.nn.adapter_files import (
     CONFIG_NAME,
     check_directory,
@@ -24,7 +24,6 @@ from plora_kernels.nn.adapter_files import (
     write_adapter,
 )
 from plora_kernels.nn.adapter_tensors import (
-    base_tensors,
     check_modules_exist,
     check_others,
     fit,
@@ -36,7 +35,7 @@ from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
 from plora_kernels.nn.peft_layout import Layout, layout_of
-from plora_kernels.nn.plain_names import plain_names, unwrapped
+from plora_kernels.nn.plain_names import is_compiled, plain_names
 from plora_kernels.nn.saved_modules import modules_saved_whole
 
 
@@ -83,24 +82,23 @@ def save_peft(
         raise ConfigError(f"{target} is a file; a directory is needed to save an adapter in")
     task_type = _checked_task(task_type, handle.config.task_type)
     _refuse_adapted_heads(handle, task_type)
-    model, names = unwrapped(handle.model), plain_names(handle.model)
-    layers = {names[name]: layer for name, layer in handle.layers.items()}
+    model, layers = handle.model, handle.layers
     base = base_model_name_or_path or base_name(model)
     embeddings = embeddings_to_save(model, base, save_embedding_layers)
-    targets = _exact_targets(layers, names.values())
+    targets = _exact_targets(layers, plain_names(model).values())
     lora = _to_lora_config(
         handle.config,
         layers,
         target_modules=targets,
-        modules_to_save=[names[name] for name in handle.saved_modules] or None,
+        modules_to_save=list(handle.saved_modules) or None,
         task_type=task_type,
         base_model_name_or_path=base,
     )
-    layout = layout_of(handle.model, lora)
+    layout = layout_of(model, lora)
     _check_as_adapted(layers, layout)
     carried = handle.carried if save_embedding_layers is not False else ()
-    tensors = gather(handle.model, layers, layout, embeddings, carried)
-    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    tensors = gather(model, layers, layout, embeddings, carried)
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}  # for AutoPeftModel
     write_adapter(target, lora, tensors, targets, None if task_type else mapping)
     return target
 
@@ -122,7 +120,8 @@ def _checked_task(given: str | None, injected: str | None) -> str | None:
 
 def _refuse_adapted_heads(handle: Injected, task_type: str | None) -> None:
     """Raise TargetError if a layer lies in a module that PEFT saves whole: it would have no adapter there."""
-    for outer in modules_saved_whole(handle.model, handle.saved_modules, task_type):
+    names = plain_names(handle.model)  # a part of the model may have been compiled since
+    for outer in map(names.__getitem__, modules_saved_whole(handle.model, handle.saved_modules, task_type)):
         for name in handle.layers:
             if f"{name}.".startswith(f"{outer}."):
                 task = f" for task_type {task_type!r}" if task_type else ""
@@ -200,7 +199,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     Raises:
         ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support.
         TargetError, ShapeError, DTypeError, RankError: tensors, configuration and model do not fit each other.
-        StateError: the model holds adapted layers already. After any error the model is as it was before.
+        StateError: the model is compiled or holds adapted layers already. After any error the model is as it was.
 
     >>> import tempfile
     >>> from plora_kernels.nn.inject import PLoRAConfig, inject
@@ -210,24 +209,27 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     ...     list(load_peft(model, folder).layers)
     ['0']
     """
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            where = f"module {name!r}" if name else "the model"
+            raise StateError(f"{where} is compiled; load into the plain one, its _orig_mod, and compile afterwards")
     source = Path(directory)
     check_directory(source)
     lora = read_config(source)
-    tensors, path = read_tensors(source, unwrapped(model)), weights_path(source)
-    names = {plain: name for name, plain in plain_names(model).items()}
-    check_modules_exist(tensors, names, path)
+    tensors, path = read_tensors(source, model), weights_path(source)
+    check_modules_exist(tensors, model, path)
     layout = layout_of(model, lora)
     _check_plain(lora, layout, source / CONFIG_NAME)
     fitted = fit(tensors, layout, path)
     others = still_tied(fitted, model, layout.whole)
     check_others(others, model, layout.whole)
-    config = _to_config(lora, layout, names)
+    config = _to_config(lora, layout, [name for name, _ in model.named_modules(remove_duplicate=False)])
     with torch.no_grad(), ExitStack() as undo:
-        untie(model, [names[name] for name in layout.whole], undo)
-        own = base_tensors(model)  # the model's own memory
+        untie(model, layout.whole, undo)
+        own = model.state_dict()  # the model's own memory
         handle = inject(model, config)
         undo.callback(handle.restore)
-        handle.set_factors({names[name]: pair for name, pair in fitted.factors.items()})
+        handle.set_factors(fitted.factors)
         for key, value in others.items():
             undo.callback(own[key].copy_, own[key].clone())
             own[key].copy_(value)
@@ -248,9 +250,9 @@ def _check_plain(lora: Any, layout: Layout, path: Path) -> None:
                 warnings.warn(f"{path} has {key!r} in {field}, which matches no targeted module", stacklevel=3)
 
 
-def _to_config(lora: Any, layout: Layout, names: Mapping[str, str]) -> PLoRAConfig:
-    """Return the configuration that injects what PEFT adapts; `names` are the model's names by plain ones."""
-    layers = {names[name]: layer for name, layer in layout.layers.items()}
+def _to_config(lora: Any, layout: Layout, names: Iterable[str]) -> PLoRAConfig:
+    """Return the configuration that injects what PEFT adapts into a model with modules of these names."""
+    layers = layout.layers
     first = next(iter(layers.values()))
     rank, alpha = int(lora.r), float(lora.lora_alpha)
     if all(layer.rank != rank for layer in layers.values()):
@@ -260,8 +262,8 @@ def _to_config(lora: Any, layout: Layout, names: Mapping[str, str]) -> PLoRAConf
         alpha=alpha,
         rank_stabilized=bool(lora.use_rslora),
         dropout=first.dropout,
-        target_modules=_exact_targets(layers, names.values()),
-        modules_to_save=[names[name] for name in layout.whole],
+        target_modules=_exact_targets(layers, names),
+        modules_to_save=layout.whole,
         task_type=None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type)),
         rank_pattern={_exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         alpha_pattern={_exactly(name): layer.alpha for name, layer in layers.items() if layer.alpha != alpha},

@@ -1,4 +1,4 @@
-"""Names of modules as they are without `torch.compile`: its wrappers put "_orig_mod" into them."""
+"""Names of modules without `torch.compile`: a model may be compiled, in part too, after adapters were injected."""
 
 from __future__ import annotations
 

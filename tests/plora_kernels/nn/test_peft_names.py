@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import plora_kernels as pk
 from plora_kernels.nn.peft_layout import outline_of
-from plora_kernels.nn.plain_names import plain_names
 from tests.support.adapter_folders import INPUTS, Small, assert_unchanged, saved_by_peft, snapshot
 from tests.support.architectures import ARCHITECTURES, stir
 
@@ -116,44 +115,48 @@ def test_a_layer_that_peft_would_pass_over_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ torch.compile
 
 
-def compiled(model: nn.Module, part: str) -> nn.Module:
-    """Compile the whole model or one module inside it."""
-    if not part:
-        return torch.compile(model, backend="eager")
-    model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
-    return model
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["", "blocks.1", "head"])
-def test_compiled_models_save_and_load_as_others(tmp_path: Path, part: str) -> None:
-    model = compiled(Small(), part)
-    names = {plain: name for name, plain in plain_names(model).items()}
-    targets = [names[name] for name in ("proj", "blocks.0.lin", "blocks.1.lin")]
-    config = pk.PLoRAConfig(rank=2, target_modules=targets, modules_to_save=[names["head"]])
+@pytest.mark.parametrize("part", ["proj", "blocks.1", "head"])
+def test_parts_that_were_compiled_since_are_saved_by_their_plain_names(tmp_path: Path, part: str) -> None:
+    model = Small()
+    config = pk.PLoRAConfig(rank=2, target_modules=["proj", "lin"], modules_to_save=["head"])
     handle = pk.inject(model, config)
     stir(model)
     expected = model(INPUTS)
+    model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
+    model(INPUTS)
     pk.save_peft(handle, tmp_path)
-    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert b"_orig_mod" not in (tmp_path / name).read_bytes()
     torch.testing.assert_close(PeftModel.from_pretrained(Small(), tmp_path)(INPUTS), expected)
-    again = compiled(Small(), part)
-    again(INPUTS)  # compiled before the layers are replaced
-    pk.load_peft(again, tmp_path)
-    torch.testing.assert_close(again(INPUTS), expected)
     plain = Small()
     pk.load_peft(plain, tmp_path)
     torch.testing.assert_close(plain(INPUTS), expected)
 
 
-def test_a_layer_that_was_compiled_by_itself_is_refused(tmp_path: Path) -> None:
-    # Its wrapper holds the layer's call: a replacement would never be called.
+@pytest.mark.parametrize(("part", "message"), [("", "the model is compiled"), ("proj", "module 'proj' is compiled")])
+def test_nothing_is_loaded_into_a_compiled_model(tmp_path: Path, part: str, message: str) -> None:
+    # The wrapper of a layer would go on calling the layer that an adapted one replaces.
     saved_by_peft(tmp_path)
-    model = compiled(Small(), "proj")
+    model = Small()
+    if part:
+        model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
+    wrapped = model if part else torch.compile(model, backend="eager")
     before = snapshot(model)
-    with pytest.raises(pk.TargetError, match=r"'proj\._orig_mod' was compiled by itself: .*; inject first"):
-        pk.load_peft(model, tmp_path)
+    with pytest.raises(pk.StateError, match=f"{message}; load into the plain one, its _orig_mod"):
+        pk.load_peft(wrapped, tmp_path)
     assert_unchanged(model, before)
+
+
+def test_a_model_that_was_compiled_in_place_sees_what_is_loaded(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path)
+    expected, model = Small(), Small()
+    pk.load_peft(expected, tmp_path)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(INPUTS)
+        pk.load_peft(model, tmp_path)
+        torch.testing.assert_close(model(INPUTS), expected(INPUTS))
 
 
 # ---------------------------------------------------------------------------------------------- whole or nothing

@@ -31,7 +31,7 @@ MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_k
 # Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
-    "peft": ("plora_kernels/nn/peft.py", "bench"),
+    "peft": (*(f"plora_kernels/nn/{name}.py" for name in ("peft", "peft_layout", "adapter_files")), "bench"),
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),

@@ -35,6 +35,7 @@ class Injected:
         layers: the adapted layers by full module name, in model order.
         saved_modules: names of the modules that are trained in full and saved whole, those inside another one left out.
         projections: the groups of layers that `fuse_projections` found to share an input, by name.
+        carried: base tensors that a loaded adapter brought along, such as grown embeddings: they are saved with it.
 
     >>> handle = inject(nn.Sequential(nn.Linear(8, 8)), PLoRAConfig(rank=2, target_modules=["0"]))
     >>> {name: (A.shape, B.shape) for name, (A, B) in handle.factors().items()}
@@ -46,6 +47,7 @@ class Injected:
     layers: dict[str, FusedPLoRALinear]
     saved_modules: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
+    carried: tuple[str, ...] = field(default=(), kw_only=True)
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
     _watch: CallWatch | None = field(default=None, repr=False)

@@ -1,49 +1,42 @@
-"""Save and load adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`.
-
-This is the only file that imports PEFT, and it does so only when one of its functions is called.
-"""
+"""Save and load adapters in PEFT's file format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
-import shutil
-import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from plora_kernels.errors import ConfigError, ShapeError, TargetError
+from plora_kernels.errors import ConfigError, StateError, TargetError
+from plora_kernels.nn.adapter_files import (
+    CONFIG_NAME,
+    check_directory,
+    read_config,
+    read_tensors,
+    weights_path,
+    write_adapter,
+)
+from plora_kernels.nn.adapter_tensors import (
+    check_modules_exist,
+    check_others,
+    fit,
+    gather,
+    still_tied,
+    untie,
+)
+from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
+from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
+from plora_kernels.nn.peft_layout import Layout, layout_of
+from plora_kernels.nn.plain_names import is_compiled, plain_names
 from plora_kernels.nn.saved_modules import modules_saved_whole
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(rf"^{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# Features of PEFT that this package does not support: the configuration's field, and the value that turns it off.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "use_qalora": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "use_bdlora": None,
-    "layer_replication": None,
-    "monteclora_config": None,
-}
-# Initialisations that do not change the base weight. The others subtract something from it, and PEFT does so again when
-# it loads the adapter.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def save_peft(
@@ -52,17 +45,28 @@ def save_peft(
     *,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> Path:
     """Write the adapter as PEFT writes it, so that `PeftModel.from_pretrained` loads it, and return the directory.
 
     The files hold every layer's full A (R, K) and B (N, R), whatever is selected at the moment, and the whole modules
-    that PEFT will look for: the modules to save, and the head of a classification or question-answering task. An
-    existing adapter in the directory is replaced once both files are complete; its other files are not touched.
+    that PEFT will look for: the modules to save, and the head of a classification or question-answering task. Before
+    anything is written PEFT is asked, on an outline of the model, what it makes of the configuration: the same layers
+    with the same ranks and scales. An existing adapter in the directory is replaced once both files are complete; its
+    other files are not touched.
 
     Args:
-        handle: what `inject` returned. directory: created if it does not exist.
-        base_model_name_or_path: written to the configuration, for `AutoPeftModel`.
+        handle: what `inject` or `load_peft` returned. directory: created if it does not exist.
+        base_model_name_or_path: written to the configuration, for `AutoPeftModel`; None takes the name or path that the
+            model was loaded from.
         task_type: PEFT's task type; None takes that of `handle.config`.
+        save_embedding_layers: as in PEFT. True saves the input and output embeddings as well; "auto" does so if the
+            vocabulary is not that of the base model, whose configuration is read from its folder or the local cache.
+
+    Raises:
+        ConfigError: the directory is a file, or an argument cannot be used.
+        TargetError: PEFT would not load the adapter into the same layers, for instance because one lies in a module
+            that PEFT saves whole. Nothing is written.
 
     >>> import tempfile
     >>> from plora_kernels.nn.inject import PLoRAConfig, inject
@@ -73,59 +77,81 @@ def save_peft(
     ...     sorted(os.listdir(folder))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; a directory is needed to save an adapter in")
-    config = handle.config
-    task_type = task_type or config.task_type
-    lora = LoraConfig(
+    task_type = _checked_task(task_type, handle.config.task_type)
+    _refuse_adapted_heads(handle, task_type)
+    model, layers = handle.model, handle.layers
+    base = base_model_name_or_path or base_name(model)
+    embeddings = embeddings_to_save(model, base, save_embedding_layers)
+    targets = _exact_targets(layers, plain_names(model).values())
+    lora = _to_lora_config(
+        handle.config,
+        layers,
+        target_modules=targets,
+        modules_to_save=list(handle.saved_modules) or None,
+        task_type=task_type,
+        base_model_name_or_path=base,
+    )
+    layout = layout_of(model, lora)
+    _check_as_adapted(layers, layout)
+    carried = handle.carried if save_embedding_layers is not False else ()
+    tensors = gather(model, layers, layout, embeddings, carried)
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}  # for AutoPeftModel
+    write_adapter(target, lora, tensors, targets, None if task_type else mapping)
+    return target
+
+
+def _checked_task(given: str | None, injected: str | None) -> str | None:
+    from peft import TaskType
+
+    task = given or injected
+    if task is None:
+        return None
+    known = [member.value for member in TaskType]
+    task = str(getattr(task, "value", task))
+    if task not in known:
+        raise ConfigError(f"task_type is {task!r}; PEFT's are {', '.join(known)}")
+    if injected and task != str(getattr(injected, "value", injected)):
+        raise ConfigError(f"task_type is {task!r}, but the adapter was injected with task_type {injected!r}")
+    return task
+
+
+def _refuse_adapted_heads(handle: Injected, task_type: str | None) -> None:
+    """Raise TargetError if a layer lies in a module that PEFT saves whole: it would have no adapter there."""
+    names = plain_names(handle.model)  # a part of the model may have been compiled since
+    for outer in map(names.__getitem__, modules_saved_whole(handle.model, handle.saved_modules, task_type)):
+        for name in handle.layers:
+            if f"{name}.".startswith(f"{outer}."):
+                task = f" for task_type {task_type!r}" if task_type else ""
+                raise TargetError(
+                    f"{name!r} is adapted, but PEFT saves {outer!r} whole{task}; leave it out of the targets"
+                )
+
+
+def _to_lora_config(config: PLoRAConfig, layers: Mapping[str, FusedPLoRALinear], **options: Any) -> Any:
+    """Return PEFT's configuration of the layers as they are now; other code may have set a layer's rank or scale."""
+    from peft import LoraConfig
+
+    alphas = {name: _alpha_of(layer) for name, layer in layers.items()}
+    return LoraConfig(
         r=config.rank,
         lora_alpha=_whole(config.alpha),
         lora_dropout=config.dropout,
         use_rslora=config.rank_stabilized,
-        target_modules=list(handle.layers),
-        modules_to_save=list(handle.saved_modules) or None,
-        rank_pattern={_exactly(n): layer.rank for n, layer in handle.layers.items() if layer.rank != config.rank},
-        alpha_pattern={
-            _exactly(n): _whole(layer.alpha) for n, layer in handle.layers.items() if layer.alpha != config.alpha
-        },
-        task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path,
+        rank_pattern={_exactly(name): layer.rank for name, layer in layers.items() if layer.rank != config.rank},
+        alpha_pattern={_exactly(name): _whole(alpha) for name, alpha in alphas.items() if alpha != config.alpha},
         inference_mode=True,
+        **options,
     )
-    tensors: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B) in handle.factors().items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
-    for name in modules_saved_whole(handle.model, handle.saved_modules, task_type):
-        for key, value in handle.model.get_submodule(name).state_dict().items():
-            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous().clone()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target))
-    try:
-        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        lora.save_pretrained(staging)
-        _put_in_order(staging / CONFIG_NAME, list(handle.layers))
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            (staging / name).replace(target / name)
-    finally:
-        shutil.rmtree(staging)
-    return target
 
 
-def _put_in_order(path: Path, targets: list[str]) -> None:
-    """Write the target modules in model order: PEFT holds them as a set, whose order changes from run to run."""
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["target_modules"] = targets
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _exactly(name: str) -> str:
-    """Return a pattern key that matches this module alone: PEFT matches keys as expressions with the end of a name."""
-    return "^" + re.escape(name)
+def _alpha_of(layer: FusedPLoRALinear) -> float:
+    """Return the α that gives the layer's scale at its rank."""
+    if adapter_scale(layer.rank, layer.alpha, layer.rank_stabilized) == layer.scale:
+        return layer.alpha
+    return layer.scale / adapter_scale(layer.rank, 1.0, layer.rank_stabilized)
 
 
 def _whole(alpha: float) -> float | int:
@@ -133,15 +159,47 @@ def _whole(alpha: float) -> float | int:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
+def _exactly(name: str) -> str:
+    """Return a pattern key that matches this module alone: PEFT matches keys as expressions with the end of a name."""
+    return "^" + re.escape(name)
+
+
+def _exact_targets(targets: Iterable[str], names: Iterable[str]) -> Sequence[str] | str:
+    """Return target modules that name these modules alone: their names, or where those are also ends of others' names
+    (PEFT takes a name in a list for both), a regular expression."""
+    wanted = list(targets)
+    others = set(names) - set(wanted)
+    ends = {name[position + 1 :] for name in others for position, letter in enumerate(name) if letter == "."}
+    return wanted if ends.isdisjoint(wanted) else "|".join(map(re.escape, wanted))
+
+
+def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) -> None:
+    """Raise TargetError unless PEFT adapts the same layers, with the same ranks and scales."""
+    for name, layer in layers.items():
+        theirs = layout.layers.get(name)
+        if theirs is None:
+            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration")
+        if theirs.rank != layer.rank or not math.isclose(theirs.scale, layer.scale, rel_tol=1e-9):
+            raise TargetError(
+                f"{name!r} has rank {layer.rank} and scale {layer.scale:g}, but PEFT would give it rank {theirs.rank} "
+                f"and scale {theirs.scale:g}"
+            )
+    for name in layout.layers.keys() - layers.keys():
+        raise TargetError(f"{name!r} is not adapted, but PEFT would adapt it from the saved configuration")
+
+
 def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     """Inject a saved PEFT LoRA adapter into a plain base model, in place, and return its handle.
 
-    Ranks and α may differ between modules (`rank_pattern`, `alpha_pattern`); modules that were saved whole replace the
-    model's own. The factors take the dtype of the weight they belong to.
+    Which layers are adapted, their ranks and α, and which modules were saved whole is what PEFT itself makes of the
+    configuration; the tensors must be exactly those. Whole modules and embeddings replace the model's own values. A
+    whole module that shares a weight gets its own, after a warning. The factors take the dtype of the weight they
+    belong to. `adapter_model.bin` is read too, nothing but tensors.
 
     Raises:
         ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support.
-        TargetError, ShapeError: the adapter does not fit the model. The model is not changed then.
+        TargetError, ShapeError, DTypeError, RankError: tensors, configuration and model do not fit each other.
+        StateError: the model is compiled or holds adapted layers already. After any error the model is as it was.
 
     >>> import tempfile
     >>> from plora_kernels.nn.inject import PLoRAConfig, inject
@@ -151,115 +209,62 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     ...     list(load_peft(model, folder).layers)
     ['0']
     """
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            where = f"module {name!r}" if name else "the model"
+            raise StateError(f"{where} is compiled; load into the plain one, its _orig_mod, and compile afterwards")
     source = Path(directory)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (source / name).is_file():
-            raise ConfigError(
-                f"{source / name} does not exist; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed"
-            )
-    lora = _read_config(source)
-    factors, others = _split(_read_tensors(source / WEIGHTS_NAME), source)
-    _check_factors_fit(model, factors)
-    _check_others_fit(model, others)
-    task = None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type))
-    whole = modules_saved_whole(model, lora.modules_to_save or (), task)
-    whole = tuple(name for name in whole if any(key.startswith(f"{name}.") for key in others))
-    handle = inject(model, _to_config(lora, factors, whole, task))
-    handle.set_factors(factors)
-    with torch.no_grad():
-        state = model.state_dict()  # its tensors are the model's own
+    check_directory(source)
+    lora = read_config(source)
+    tensors, path = read_tensors(source, model), weights_path(source)
+    check_modules_exist(tensors, model, path)
+    layout = layout_of(model, lora)
+    _check_plain(lora, layout, source / CONFIG_NAME)
+    fitted = fit(tensors, layout, path)
+    others = still_tied(fitted, model, layout.whole)
+    check_others(others, model, layout.whole)
+    config = _to_config(lora, layout, [name for name, _ in model.named_modules(remove_duplicate=False)])
+    with torch.no_grad(), ExitStack() as undo:
+        untie(model, layout.whole, undo)
+        own = model.state_dict()  # the model's own memory
+        handle = inject(model, config)
+        undo.callback(handle.restore)
+        handle.set_factors(fitted.factors)
         for key, value in others.items():
-            state[key].copy_(value)
+            undo.callback(own[key].copy_, own[key].clone())
+            own[key].copy_(value)
+        undo.pop_all()
+    whole = tuple(f"{name}." for name in layout.whole)
+    handle.carried = tuple(key for key in others if not key.startswith(whole))
     return handle
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a safetensors file, or is cut off: {error}") from error
-
-
-def _read_config(source: Path) -> Any:
-    from peft import LoraConfig, PeftConfig
-
-    try:
-        lora = PeftConfig.from_pretrained(str(source))
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, no known peft_type, fields of other types
-        raise ConfigError(f"{source / CONFIG_NAME} is not an adapter's configuration: {error!r}") from error
-    if not isinstance(lora, LoraConfig):
-        raise ConfigError(f"{source / CONFIG_NAME} is a {lora.peft_type} adapter; LoRA is needed")
-    for name, neutral in _UNSUPPORTED.items():
-        value = getattr(lora, name, neutral)
-        if value != neutral and value:
-            raise ConfigError(f"{source / CONFIG_NAME} has {name} = {value!r}; only {neutral!r} is supported")
-    if lora.init_lora_weights not in _PLAIN_STARTS:
-        raise ConfigError(
-            f"{source / CONFIG_NAME} has init_lora_weights = {lora.init_lora_weights!r}, which changes the base "
-            "weight; convert the adapter to plain LoRA with PEFT first"
-        )
-    return lora
+def _check_plain(lora: Any, layout: Layout, path: Path) -> None:
+    """Raise ConfigError if PEFT makes a layer compute more than LoRA; warn of patterns that are for no layer."""
+    for name, layer in layout.layers.items():
+        if layer.variant is not None:
+            raise ConfigError(f"{path} makes {name!r} a {layer.variant} in PEFT; only plain LoRA is supported")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(lora, field):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in layout.layers):
+                warnings.warn(f"{path} has {key!r} in {field}, which matches no targeted module", stacklevel=3)
 
 
-def _split(tensors: dict[str, Tensor], source: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return the factors by module name and every other tensor by its name in the plain model."""
-    sides: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        match = _FACTOR.match(key)
-        if match:
-            sides.setdefault(match["module"], {})[match["side"]] = value
-        else:
-            # PEFT saves the whole weight of an adapted embedding or output layer, under its wrapper's `base_layer`.
-            saved[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = value
-    for name, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            raise ConfigError(f"{source / WEIGHTS_NAME} holds lora_{'/'.join(pair)} of {name!r} alone; both are needed")
-    if not sides:
-        raise ConfigError(f"{source / WEIGHTS_NAME} holds no LoRA factors")
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, saved
-
-
-def _check_factors_fit(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (lora_A, lora_B) in factors.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise TargetError(f"the adapter has factors for {name!r}, which is not in the model") from None
-        if type(module) is not nn.Linear:
-            raise TargetError(f"the adapter targets {name!r}, a {type(module).__name__}; only plain nn.Linear works")
-        n, k = module.weight.shape
-        if lora_A.dim() != 2 or tuple(lora_B.shape) != (n, lora_A.shape[0]) or lora_A.shape[1] != k:
-            raise ShapeError(
-                f"the adapter has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)} for {name!r}; its weight "
-                f"(N={n}, K={k}) needs (R, {k}) and ({n}, R)"
-            )
-
-
-def _check_others_fit(model: nn.Module, others: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    for key, value in others.items():
-        if key not in state:
-            raise TargetError(f"the adapter holds {key!r}, which is not in the model")
-        if state[key].shape != value.shape:
-            raise ShapeError(f"the adapter's {key!r} is {tuple(value.shape)}; the model's is {tuple(state[key].shape)}")
-
-
-def _to_config(
-    lora: Any, factors: dict[str, tuple[Tensor, Tensor]], whole: tuple[str, ...], task_type: str | None
-) -> PLoRAConfig:
-    ranks = {name: int(lora_A.shape[0]) for name, (lora_A, _) in factors.items()}
+def _to_config(lora: Any, layout: Layout, names: Iterable[str]) -> PLoRAConfig:
+    """Return the configuration that injects what PEFT adapts into a model with modules of these names."""
+    layers = layout.layers
+    first = next(iter(layers.values()))
+    rank, alpha = int(lora.r), float(lora.lora_alpha)
+    if all(layer.rank != rank for layer in layers.values()):
+        rank = first.rank
     return PLoRAConfig(
-        rank=int(lora.r),
-        alpha=float(lora.lora_alpha),
+        rank=rank,
+        alpha=alpha,
         rank_stabilized=bool(lora.use_rslora),
-        dropout=float(lora.lora_dropout),
-        target_modules=list(factors),
-        modules_to_save=whole,
-        task_type=task_type,
-        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != lora.r},
-        alpha_pattern=dict(lora.alpha_pattern),
+        dropout=first.dropout,
+        target_modules=_exact_targets(layers, names),
+        modules_to_save=layout.whole,
+        task_type=None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type)),
+        rank_pattern={_exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        alpha_pattern={_exactly(name): layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
     )

@@ -1,0 +1,170 @@
+"""What PEFT makes of a model with a LoRA configuration: layers it adapts, modules it saves whole, keys of its file.
+
+PEFT itself is asked: it builds its own model on an outline, the model's modules over tensors without memory. So target
+names, patterns, exclusions and the heads of tasks mean here what they mean to the installed version of PEFT.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plora_kernels.errors import TargetError
+from plora_kernels.nn.linear import FusedPLoRALinear
+from plora_kernels.nn.plain_names import is_compiled, unwrapped
+from plora_kernels.nn.saved_modules import TASK_HEADS
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer that PEFT adapts: its rank, α, scale and dropout, the module it wraps, and its variant's name, if any."""
+
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    base: nn.Module
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What PEFT makes of a model; names are those of the model as it is without `torch.compile`.
+
+    Attributes:
+        layers: the adapted layers by name, in model order.
+        whole: the names of the modules that are saved whole.
+        shapes: the shape of every tensor of a saved adapter, by its key in the file, without embeddings.
+        base_keys: the key in the model's state dict by the key that the same tensor has in a file.
+    """
+
+    layers: dict[str, AdaptedLayer]
+    whole: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    base_keys: dict[str, str]
+
+
+def layout_of(model: nn.Module, config: Any) -> Layout:
+    """Return what PEFT makes of a model with a `LoraConfig`; neither of the two is changed.
+
+    Raises:
+        TargetError: PEFT itself refuses the configuration for this model, or would adapt part of a module that it also
+            saves whole.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    outline = outline_of(model)
+    base_keys = [key for key, value in outline.state_dict().items() if isinstance(value, Tensor)]
+    config = copy.deepcopy(config)
+    config.init_lora_weights = False  # no values are wanted
+    if config.task_type not in TASK_HEADS:
+        config.task_type = None  # it adds no module, but asks some models for methods of generation
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wrapped = get_peft_model(outline, config, low_cpu_mem_usage=True)
+            shapes = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        except Exception as error:  # PEFT raises many kinds, for what its configuration or the model is
+            raise TargetError(f"PEFT cannot adapt the model with this configuration: {first_line(error)}") from error
+    layers: dict[str, AdaptedLayer] = {}
+    whole: list[str] = []
+    for name, module in wrapped.get_base_model().named_modules():
+        outer = next((other for other in whole if name.startswith(f"{other}.")), None)
+        if isinstance(module, AuxiliaryTrainingWrapper) and outer is None:
+            whole.append(name)
+        elif isinstance(module, LoraLayer):
+            if outer is not None:
+                raise TargetError(f"PEFT would put adapters into {outer!r}, which it saves whole; leave it out of one")
+            layers[name] = _describe(module)
+    return Layout(
+        layers=layers,
+        whole=tuple(whole),
+        shapes={key: tuple(value.shape) for key, value in shapes.items() if isinstance(value, Tensor)},
+        base_keys={_file_key(key, layers): key for key in base_keys},
+    )
+
+
+def _describe(layer: Any) -> AdaptedLayer:
+    adapter = next(iter(layer.r))
+    variant = layer.lora_variant.get(adapter)
+    return AdaptedLayer(
+        rank=int(layer.r[adapter]),
+        alpha=float(layer.lora_alpha[adapter]),
+        scale=float(layer.scaling[adapter]),
+        dropout=float(getattr(layer.lora_dropout[adapter], "p", 0.0)),
+        base=layer.get_base_layer(),
+        variant=None if variant is None else type(variant).__name__,
+    )
+
+
+def _file_key(key: str, layers: Mapping[str, AdaptedLayer]) -> str:
+    """Return the key that a tensor of the plain model has in PEFT's model: adapted layers keep it in `base_layer`."""
+    owner, _, leaf = key.rpartition(".")
+    return f"{PREFIX}{owner}.base_layer.{leaf}" if owner in layers else f"{PREFIX}{key}"
+
+
+def first_line(error: Exception) -> str:
+    """Return an error of another library as one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------------ outlines
+
+
+def outline_of(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree whose tensors hold no memory; all other attributes are the model's own.
+
+    `FusedPLoRALinear` layers are plain linears in it, as in the base model, and modules in `torch.compile`'s wrapper
+    stand for themselves. A deep copy would do the same only for models whose attributes can all be copied.
+    """
+    outline = _Outliner().module(model)
+    if hasattr(outline, "config"):
+        outline.config = copy.deepcopy(outline.config)  # PEFT writes into it
+    return outline
+
+
+class _Outliner:
+    """Copies modules and tensors, each once, so that what is shared stays shared."""
+
+    def __init__(self) -> None:
+        self.modules: dict[int, nn.Module] = {}
+        self.tensors: dict[int, Tensor] = {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.modules:
+            self.modules[id(module)] = self._copy(module)
+        return self.modules[id(module)]
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        if is_compiled(module):
+            return self.module(unwrapped(module))
+        if isinstance(module, FusedPLoRALinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = self.tensor(module.weight)
+            return linear
+        outline = copy.copy(module)
+        # The copy must not share the containers in which PEFT replaces modules and registers hooks.
+        vars(outline).update({key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, dict)})
+        for registry in (outline._parameters, outline._buffers):
+            registry.update({key: self.tensor(value) for key, value in registry.items() if value is not None})
+        self.modules[id(module)] = outline  # before its children: a module may hold itself
+        children = {key: self.module(child) for key, child in outline._modules.items() if child is not None}
+        outline._modules.update(children)
+        return outline
+
+    def tensor(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self.tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            parameter = isinstance(tensor, nn.Parameter)
+            self.tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        return self.tensors[id(tensor)]

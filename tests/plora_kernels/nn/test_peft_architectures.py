@@ -1,0 +1,136 @@
+"""Adapters of many architectures: what is saved here loads in PEFT, what PEFT saves loads here, with equal logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+import plora_kernels as pk
+from tests.support.architectures import ARCHITECTURES, stir
+
+HEADS = r"(pre_)?classifier(\..*)?|score"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_saved_here_loads_in_peft_and_here(tmp_path: Path, name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.model()
+    task = architecture.task_type
+    config = pk.PLoRAConfig(rank=3, alpha=5, target_modules="all-linear", exclude_modules=HEADS, task_type=task)
+    handle = pk.inject(model, config)
+    plain = architecture.output(model)
+    stir(model)
+    expected = architecture.output(model)
+    assert (expected - plain).abs().max() > 1e-3  # far above what assert_close allows
+    pk.save_peft(handle, tmp_path)
+    torch.testing.assert_close(architecture.output(PeftModel.from_pretrained(architecture.model(), tmp_path)), expected)
+    again = architecture.model()
+    assert list(pk.load_peft(again, tmp_path).layers) == list(handle.layers)
+    torch.testing.assert_close(architecture.output(again), expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_peft_saves_loads_here(tmp_path: Path, name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type=architecture.task_type)
+    theirs = stir(get_peft_model(architecture.model(), config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = architecture.model()
+    handle = pk.load_peft(model, tmp_path)
+    torch.testing.assert_close(architecture.output(model), architecture.output(theirs))
+    pk.save_peft(handle, tmp_path / "again")
+    reloaded = PeftModel.from_pretrained(architecture.model(), tmp_path / "again")
+    torch.testing.assert_close(architecture.output(reloaded), architecture.output(theirs))
+
+
+@pytest.mark.parametrize(
+    ("name", "task_type", "target", "inside"),
+    [
+        ("roberta", "SEQ_CLS", r".*(query|classifier\.dense)", "classifier.dense"),
+        ("electra", "SEQ_CLS", r".*(query|classifier\.out_proj)", "classifier.out_proj"),
+        ("bert", "SEQ_CLS", ["query", "classifier"], "classifier"),
+        ("bert", "TOKEN_CLS", ["query", "classifier"], "classifier"),
+        ("mistral", "SEQ_CLS", ["q_proj", "score"], "score"),
+    ],
+)
+def test_adapters_in_heads_that_peft_saves_whole_are_refused(
+    tmp_path: Path, name: str, task_type: str, target: object, inside: str
+) -> None:
+    # The task type is new to the adapter, which was injected without one.
+    handle = pk.inject(ARCHITECTURES[name].model(), pk.PLoRAConfig(rank=2, target_modules=target))
+    message = f"{inside!r} is adapted, but PEFT saves {inside.split('.')[0]!r} whole for task_type {task_type!r}"
+    with pytest.raises(pk.TargetError, match=message):
+        pk.save_peft(handle, tmp_path / "adapter", task_type=task_type)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_layers_that_peft_cannot_share_with_us_are_refused(tmp_path: Path) -> None:
+    # GPT-2's projections are transformers' Conv1D.
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build() -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=20))
+
+    get_peft_model(build(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path)
+    with pytest.raises(
+        pk.TargetError, match=r"'transformer\.h\.0\.attn\.c_attn', a Conv1D; only plain nn\.Linear works"
+    ):
+        pk.load_peft(build(), tmp_path)
+
+
+def test_auto_peft_models_open_the_folder(tmp_path: Path) -> None:
+    for name, auto, opener, task in (
+        ("llama", AutoModelForCausalLM, AutoPeftModelForCausalLM, "CAUSAL_LM"),
+        ("llama", AutoModelForCausalLM, AutoPeftModel, None),
+        ("vit", AutoModelForImageClassification, AutoPeftModel, None),
+    ):
+        architecture = ARCHITECTURES[name]
+        architecture.model().save_pretrained(tmp_path / name)
+        model = auto.from_pretrained(tmp_path / name).eval()
+        config = pk.PLoRAConfig(rank=2, target_modules=r".*(q_proj|query)", task_type=task)
+        handle = pk.inject(model, config)
+        stir(model)
+        pk.save_peft(handle, tmp_path / f"{name}-{task}")
+        opened = opener.from_pretrained(tmp_path / f"{name}-{task}").eval()
+        torch.testing.assert_close(architecture.output(opened), architecture.output(model))
+
+
+def test_the_base_is_the_one_given_or_the_one_the_model_was_loaded_from(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"].model().save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for model, given, expected in (
+        (loaded, None, str(tmp_path / "base")),
+        (ARCHITECTURES["llama"].model(), None, None),
+        (ARCHITECTURES["llama"].model(), "some/base", "some/base"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4)), None, None),
+    ):
+        handle = pk.inject(model, pk.PLoRAConfig(rank=1, target_modules=r"0|.*q_proj"))
+        pk.save_peft(handle, tmp_path / "adapter", base_model_name_or_path=given)
+        written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == expected
+
+
+def test_task_types_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    for injected, given, outcome in (
+        (None, "FOO", "task_type is 'FOO'; PEFT's are SEQ_CLS, "),
+        (None, "seq_cls", "task_type is 'seq_cls'; PEFT's are SEQ_CLS, "),
+        ("SEQ_CLS", "TOKEN_CLS", "task_type is 'TOKEN_CLS', but the adapter was injected with task_type 'SEQ_CLS'"),
+        ("SEQ_CLS", None, None),
+        ("SEQ_CLS", TaskType.SEQ_CLS, None),
+        (None, TaskType.SEQ_CLS, None),
+    ):
+        config = pk.PLoRAConfig(rank=1, target_modules=["query"], task_type=injected)
+        handle = pk.inject(ARCHITECTURES["bert"].model(), config)
+        folder = tmp_path / f"{injected}-{given}"
+        if outcome is None:
+            pk.save_peft(handle, folder, task_type=given)
+            assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+        else:
+            with pytest.raises(pk.ConfigError, match=outcome):
+                pk.save_peft(handle, folder, task_type=given)
+            assert not folder.exists()

@@ -12,7 +12,7 @@ from fed.config import RunConfig
 from fed.data import sources, text_tables
 from fed.data.digits import load_digits, shift_images
 from fed.data.partition import Array, deal, split_stratified
-from fed.data.sources import Rows
+from fed.data.rows import Rows
 from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -85,7 +85,7 @@ def _digits(config: RunConfig) -> FederatedData:
 
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
-    rows, data = sources.read(config), config.data
+    rows, data = sources.read(config, on_event, stage), config.data
     names: tuple[str, ...] = ()
     labels: Array | None = None
     if data.task == "classification":

@@ -1,9 +1,8 @@
-"""Reading through the library `datasets`, which only CSV and Parquet files and data sets of the hub need."""
+"""Reading through the libraries `datasets` and pyarrow, which only Parquet files and data sets of the hub need."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,23 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from fed.config.data import DataConfig
+from fed.data.rows import Row, Rows
+from fed.data.text_lines import megabytes
+from fed.data.tokenization import Stage
 from fed.errors import FedError
 
-Row = dict[str, Any]
 
+def read_parquet(path: Path, key: str, stage: Stage | None = None) -> Rows:
+    """Return the rows of a Parquet file with their types; values that are missing are None.
 
-def read_table(path: Path, kind: str, key: str) -> list[Row]:
-    """Return the rows of a CSV file (TSV if its suffix is .tsv) or Parquet file, without leaving files in a cache."""
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    what = f"{key} is {str(path)!r}: cannot read it as {kind.upper() if kind == 'csv' else kind.capitalize()}"
-    with _loading(what) as datasets, tempfile.TemporaryDirectory() as cache:
-        found = datasets.load_dataset(
-            kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-        )
-        rows: list[Row] = found.to_list()
+    `stage` shows the progress of a large file. Raises FedError, with `key` as the name of the setting, if the file
+    cannot be read or two columns have the same name.
+    """
+    rows: list[Row] = []
+    with _loading(f"{key} is {str(path)!r}: cannot read it as Parquet"), megabytes(path, stage) as advance:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise FedError(f"{path}: two columns are called {twice[0]!r}; their names should differ")
+            bytes_per_row = path.stat().st_size // max(1, file.metadata.num_rows)
+            for batch in file.iter_batches():
+                rows.extend(batch.to_pylist())
+                advance(bytes_per_row * len(batch))
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return rows
+    return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
 
 
 def load(

@@ -11,7 +11,7 @@ import torch
 from fed.config import RunConfig
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
-from fed.data.sources import Rows
+from fed.data.rows import Rows
 from fed.data.tables import InstructionTable, Table, TextTable
 from fed.data.tokenization import Stage, instruction_tokens, text_tokens
 from fed.errors import FedError

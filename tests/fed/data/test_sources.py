@@ -67,23 +67,25 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     assert rows.places == [f"{tmp_path / 'a.jsonl'} line 1", f"{tmp_path / 'b.jsonl'} line 1"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        FedError, match=r"data.path is '.*empty': the folder holds no .jsonl, .csv, .tsv, .parquet file"
+        FedError, match=r"data.path is '.*empty': the folder holds no .jsonl, .json, .csv, .tsv, .parquet file"
     ):
         read(text_config(tmp_path / "empty"))
 
 
-def test_csv_tsv_and_parquet_files_are_read_with_their_types(tmp_path: Path) -> None:
+def test_csv_and_tsv_files_are_read_as_text_and_parquet_files_with_their_types(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('text,label\n"a, b",1\nc,0\n')
     (tmp_path / "rows.tsv").write_text("text\tlabel\na, b\t1\nc\t0\n")
     datasets.Dataset.from_dict({"text": ["a, b", "c"], "label": [1, 0]}).to_parquet(tmp_path / "rows.parquet")
-    for suffix in ("csv", "tsv", "parquet"):
-        assert texts_and_labels(text_config(tmp_path / f"rows.{suffix}")) == (["a, b", "c"], [1, 0])
+    for suffix, labels in (("csv", ["1", "0"]), ("tsv", ["1", "0"]), ("parquet", [1, 0])):
+        assert texts_and_labels(text_config(tmp_path / f"rows.{suffix}")) == (["a, b", "c"], labels)
 
 
-def test_a_text_column_of_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_text_column_of_numbers_is_refused_where_the_file_has_types(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n1,x\n2,y\n")
-    with pytest.raises(FedError, match=r"rows.csv row 1: data.text 'text' holds 1; it should be a string"):
-        texts_and_labels(text_config(tmp_path / "rows.csv"))
+    assert texts_and_labels(text_config(tmp_path / "rows.csv")) == (["1", "2"], ["x", "y"])
+    datasets.Dataset.from_dict({"text": [1, 2], "label": ["x", "y"]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(FedError, match=r"rows.parquet row 1: data.text 'text' holds 1; it should be a string"):
+        texts_and_labels(text_config(tmp_path / "rows.parquet"))
 
 
 # The library leaves the file open; collected here, it does not cause a warning in another test.
@@ -99,12 +101,14 @@ def test_a_table_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, capf
     gc.collect()
 
 
-def test_without_the_library_jsonl_is_read_and_csv_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_only_parquet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(read(text_config(write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])))) == 1
     (tmp_path / "rows.csv").write_text("text,label\na,x\n")
+    assert len(read(text_config(tmp_path / "rows.csv"))) == 1
+    (tmp_path / "rows.parquet").write_text("")
     with pytest.raises(FedError, match=r"needs the library datasets: install plora-kernels\[data\]"):
-        read(text_config(tmp_path / "rows.csv"))
+        read(text_config(tmp_path / "rows.parquet"))
 
 
 @pytest.fixture

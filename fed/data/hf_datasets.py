@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ def load(
     subset = data.subset
     named = f"{name!r}{f' {subset!r}' if subset else ''}, split {split!r}"
     with _loading(f"data set {named} does not load") as datasets:
-        found = datasets.load_dataset(name, subset, split=split, revision=data.revision)
+        found = _loaded(datasets, data, name, split)
         names: Sequence[str] | None = getattr(found.features.get(data.label), "names", None)
         if choose is not None:
             found = found.select(choose(found))
@@ -57,6 +58,38 @@ def load(
     if not rows:
         raise FedError(f"data set {named} holds no rows")
     return rows, names
+
+
+def _loaded(datasets: Any, data: DataConfig, name: str, split: str) -> Any:
+    """Return a split as the library loads it, but columns of CSV and TSV files as the text that stands in them.
+
+    Of such files the library would guess types, so that "007" is 7 and "NA" is missing, and would take quotation marks
+    in a TSV file for those of fields. A column that the data set itself declares to hold labels keeps its type.
+    """
+    try:
+        found = datasets.load_dataset(name, data.subset, split=split, revision=data.revision)
+        if found.info.builder_name != "csv":
+            return found
+        features = found.features
+    except datasets.exceptions.DatasetGenerationError:  # a guess that a later value contradicts, among other causes
+        stream = datasets.load_dataset(name, data.subset, split=split, revision=data.revision, streaming=True)
+        if stream.info.builder_name != "csv":
+            raise
+        features = dict.fromkeys(next(iter(stream)))
+    builder = datasets.load_dataset_builder(name, data.subset, revision=data.revision)
+    text = datasets.Value("string")
+    return datasets.load_dataset(
+        name,
+        data.subset,
+        split=split,
+        revision=data.revision,
+        features=datasets.Features(
+            {column: kind if isinstance(kind, datasets.ClassLabel) else text for column, kind in features.items()}
+        ),
+        keep_default_na=False,
+        na_values=[""],
+        quoting=csv.QUOTE_NONE if builder.config.sep == "\t" else builder.config.quoting,
+    )
 
 
 @contextmanager

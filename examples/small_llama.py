@@ -3,7 +3,7 @@
     python examples/small_llama.py path/to/tasks --without task1058,task1059 --out runs/llama
     python -m fed run instructions-paper --set model.path=runs/llama data.path=path/to/tasks data.max_length=128
 
-The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSONL, CSV or Parquet file, or of a
+The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSON, CSV or Parquet file, or of a
 folder of such files, and saves a `transformers` checkpoint. The second command uses it as the base model of a run.
 """
 
@@ -24,6 +24,7 @@ from fed.config.data import PROMPT
 from fed.console import Screen
 from fed.data import text_tables
 from fed.data.pretrained import quiet
+from fed.data.rows import describe_mended
 from fed.data.sources import read_local
 from fed.data.tables import DenseTable, Split
 from fed.errors import INTERRUPTED, FedError
@@ -157,7 +158,10 @@ def save_model(
     left_out = [name.strip() for name in without.split(",") if name.strip()]
     target = out or Path("runs", f"model-{Path(path).stem}")
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(target, overwrite=False)
-    written = text_tables.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
+    rows = read_local(path, "the path", left_out=left_out, stage=screen.stage)
+    if line := describe_mended(rows):
+        screen.warn(line)
+    written = text_tables.fill_in(text, rows, "--text")
     try:
         with limits(threads), directory:
             with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:

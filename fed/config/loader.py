@@ -63,6 +63,8 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals or not key:
             raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {override!r}")
         _require_known(key, "--set")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes such bytes on
+            raise FedError(f"--set {key}: its value should be UTF-8 text; it holds other bytes")
         *parents, last = key.split(".")
         table = values
         for name in parents:

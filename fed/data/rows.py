@@ -68,6 +68,16 @@ class Rows:
         return values
 
 
+def describe_mended(rows: Rows) -> str | None:
+    """Return a line on the rows in which characters were replaced, or None if there are none."""
+    if not rows.mended:
+        return None
+    return (
+        f"{len(rows.mended)} of {len(rows)} rows hold half a surrogate pair, which is no character and becomes U+FFFD; "
+        f"the first is {rows.mended[0]}"
+    )
+
+
 def joined(parts: Iterable[Rows]) -> Rows:
     """Return the rows of several files after each other, as training rows."""
     found = list(parts)

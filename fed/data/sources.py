@@ -11,7 +11,7 @@ from fed.config.data import DataConfig
 from fed.data.csv_files import read_csv
 from fed.data.hf_datasets import load, read_parquet
 from fed.data.json_files import mend_text, read_json, read_jsonl
-from fed.data.rows import Row, Rows, joined, some_of
+from fed.data.rows import Row, Rows, describe_mended, joined, some_of
 from fed.data.tokenization import Stage
 from fed.errors import FedError
 
@@ -42,11 +42,8 @@ def read(config: RunConfig, on_event: Callable[[str], object] | None = None, sta
     `on_event` receives a message if characters had to be replaced; `stage` shows the progress of large files.
     """
     rows = _read(config.data, stage)
-    if rows.mended and on_event is not None:
-        on_event(
-            f"{len(rows.mended)} of {len(rows)} rows hold half a surrogate pair, which is no character and becomes "
-            f"U+FFFD; the first is {rows.mended[0]}"
-        )
+    if on_event is not None and (line := describe_mended(rows)):
+        on_event(line)
     return rows
 
 

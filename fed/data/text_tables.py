@@ -85,8 +85,8 @@ def leave_out_unanswered(config: RunConfig, rows: Rows, on_event: Callable[[str]
     """Return the rows with an answer in the column `data.output`; tell `on_event` how many others there are.
 
     An empty string, null or a list of such is no answer: there is nothing to learn from it and nothing to compare an
-    answer with. In a list with others, empty ones are left out, which is said as well. Raises FedError if no row is
-    left. Rows without the column stay, to be refused where it is read.
+    answer with. In a list with others, empty ones are left out, which is said as well. Rows without the column stay, to
+    be refused where it is read. Raises FedError if no training row or no row of the source's own test is left.
     """
     column = config.data.output
     left, kept, shortened = list(rows.rows), [], []
@@ -100,21 +100,26 @@ def leave_out_unanswered(config: RunConfig, rows: Rows, on_event: Callable[[str]
         if column in row and len(answers) < len(several):
             left[index] = {**row, column: answers}
             shortened.append(index)
-    if not kept:
-        raise FedError(f"data.output is {column!r}: none of {len(rows)} rows has an answer there")
+    answered = replace(rows, rows=left).take(kept)
+    own_test = rows.first_test is not None
+    for what, before, after in (
+        ("training " if own_test else "", len(rows.training), len(answered.training)),
+        ("test ", len(rows) - len(rows.training), len(answered) - len(answered.training)),
+    ):
+        if before and not after:
+            raise FedError(f"data.output is {column!r}: none of the {before} {what}rows has an answer there")
     if shortened:
         on_event(
             f"{len(shortened)} of {len(rows)} rows list empty answers beside others, which are left out; the first is "
             f"{rows.places[shortened[0]]}"
         )
-    if len(kept) == len(rows):
-        return replace(rows, rows=left)
-    first = next(index for index, other in enumerate([*kept, len(rows)]) if index != other)
-    on_event(
-        f"{len(rows) - len(kept)} of {len(rows)} rows have no answer in {column!r} and are left out; the first is "
-        f"{rows.places[first]}"
-    )
-    return replace(rows, rows=left).take(kept)
+    if len(kept) < len(rows):
+        first = next(index for index, other in enumerate([*kept, len(rows)]) if index != other)
+        on_event(
+            f"{len(rows) - len(kept)} of {len(rows)} rows have no answer in {column!r} and are left out; the first is "
+            f"{rows.places[first]}"
+        )
+    return answered
 
 
 def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:

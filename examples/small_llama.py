@@ -137,7 +137,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def save_model(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSONL, CSV or Parquet file, or a folder of them.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSON, CSV or Parquet file, or a folder of them.")],
     out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/model-NAME")] = None,
     without: Annotated[str, typer.Option(metavar="NAME,…", help="Files of the folder, or tasks, to leave out.")] = "",
     text: Annotated[

@@ -12,7 +12,7 @@ from fed.config import RunConfig
 from fed.data import sources, text_tables
 from fed.data.digits import load_digits, shift_images
 from fed.data.partition import Array, deal, describe_leftover, split_stratified
-from fed.data.rows import Rows, listed
+from fed.data.rows import Rows, describe_mended, listed
 from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -85,7 +85,9 @@ def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedDa
 
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
-    rows, data = sources.read(config, on_event, stage), config.data
+    rows, data = sources.read(config) if stage is None else sources.read(config, stage), config.data
+    if line := describe_mended(rows):
+        on_event(line)
     names: tuple[str, ...] = ()
     labels: Array | None = None
     if data.task == "classification":
@@ -145,7 +147,7 @@ def _strata(config: RunConfig, rows: Rows, groups: Array, on_event: Callable[[st
     data = config.data
     fractions = [data.validation_fraction, data.test_fraction if rows.first_test is None else 0.0]
     largest = np.bincount(groups[groups >= 0]).max()
-    if not any(fraction > 0 and round(fraction * largest) == 0 for fraction in fractions):
+    if data.partition_by is None or not any(0 < fraction and round(fraction * largest) == 0 for fraction in fractions):
         return groups
     on_event(f"no {data.partition_by} has rows enough to hold out a part of each; rows are held out from all together")
     return np.zeros_like(groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fed.config.data import DataConfig
 from fed.data.csv_files import read_csv
 from fed.data.hf_datasets import load, read_parquet
 from fed.data.json_files import mend_text, read_json, read_jsonl
-from fed.data.rows import Row, Rows, describe_mended, joined, some_of
+from fed.data.rows import Row, Rows, joined, some_of
 from fed.data.tokenization import Stage
 from fed.errors import FedError
 
@@ -36,18 +36,12 @@ _RENAMED = {
 }
 
 
-def read(config: RunConfig, on_event: Callable[[str], object] | None = None, stage: Stage | None = None) -> Rows:
+def read(config: RunConfig, stage: Stage | None = None) -> Rows:
     """Return the rows of the source that a configuration names; raise FedError if they cannot be read.
 
-    `on_event` receives a message if characters had to be replaced; `stage` shows the progress of large files.
+    `stage` shows the progress of large files.
     """
-    rows = _read(config.data, stage)
-    if on_event is not None and (line := describe_mended(rows)):
-        on_event(line)
-    return rows
-
-
-def _read(data: DataConfig, stage: Stage | None) -> Rows:
+    data = config.data
     if data.name == "files":
         rows = read_local(data.path or "", "data.path", stage=stage)
         if data.test_path is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from fed.config.data import PROMPT
 from fed.console import Screen
 from fed.data import text_tables
 from fed.data.pretrained import quiet
-from fed.data.rows import describe_mended
+from fed.data.rows import Rows, describe_mended
 from fed.data.sources import read_local
 from fed.data.tables import DenseTable, Split
 from fed.errors import INTERRUPTED, FedError
@@ -161,7 +161,7 @@ def save_model(
     rows = read_local(path, "the path", left_out=left_out, stage=screen.stage)
     if line := describe_mended(rows):
         screen.warn(line)
-    written = text_tables.fill_in(text, rows, "--text")
+    written = text_tables.fill_in(text, _with_first_answers(rows), "--text")
     try:
         with limits(threads), directory:
             with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
@@ -176,6 +176,15 @@ def save_model(
     screen.say(f"{len(written)} texts of {tokens} tokens; a model of {numbers} numbers: --set model.path={target}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     return 0
+
+
+def _with_first_answers(rows: Rows) -> Rows:
+    """Return the rows with the first of several answers, the one that a run trains on."""
+
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, list) and value else value
+
+    return replace(rows, rows=[{column: first(value) for column, value in row.items()} for row in rows.rows])
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _strata(config: RunConfig, rows: Rows, groups: Array, on_event: Callable[[st
     data = config.data
     fractions = [data.validation_fraction, data.test_fraction if rows.first_test is None else 0.0]
     largest = np.bincount(groups[groups >= 0]).max()
-    if data.partition_by is None or not any(0 < fraction and round(fraction * largest) == 0 for fraction in fractions):
+    if data.partition_by is None or not any(fraction > 0 and round(fraction * largest) == 0 for fraction in fractions):
         return groups
     on_event(f"no {data.partition_by} has rows enough to hold out a part of each; rows are held out from all together")
     return np.zeros_like(groups)

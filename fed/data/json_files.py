@@ -75,11 +75,14 @@ def _is_jsonl(path: Path, key: str) -> bool:
     """Return whether the first line that is not blank is a JSON object, and other such lines follow it."""
     with closing(read_lines(path, key, None)) as lines:
         filled = (line for line in lines if line.strip())
+        first = next(filled, "")
+        if not first.lstrip().startswith("{") or next(filled, None) is None:
+            return False
         try:
-            first = json.loads(next(filled, ""))
+            json.loads(first)
         except (ValueError, RecursionError):
             return False
-        return isinstance(first, dict) and next(filled, None) is not None
+        return True
 
 
 def _filled(rows: Rows, path: Path, key: str) -> Rows:

@@ -101,9 +101,16 @@ def _file(path: Path, key: str, stage: Stage | None) -> Rows:
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
-    """Return the rows with the columns of a published data set renamed; other columns keep their names."""
+    """Return the rows with the columns of a published data set renamed; other columns keep their names.
+
+    Raises FedError if a row has a column under both names, because one would be lost.
+    """
     names = _RENAMED[name]
     renamed = [{names.get(column, column): value for column, value in row.items()} for row in rows.rows]
+    for row, new, place in zip(rows.rows, renamed, rows.places, strict=True):
+        if len(new) < len(row):
+            old = next(column for column in names if column in row and names[column] in row)
+            raise FedError(f"{place}: {old!r} is read as {names[old]!r} of {name}, but there is such a column as well")
     return replace(rows, rows=renamed)
 
 

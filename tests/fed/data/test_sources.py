@@ -287,6 +287,14 @@ def test_dolly_has_the_columns_of_an_instruction_from_the_hub_or_a_file(tmp_path
     assert read(config_of("dolly", path=str(write_rows(tmp_path / "dolly.jsonl", [row])))).rows == [wanted]
 
 
+def test_a_column_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    row = {"instruction": "i", "context": "", "input": "n", "response": "r"}
+    with pytest.raises(
+        FedError, match=r"dolly.jsonl line 1: 'context' is read as 'input' of dolly, but there is such a"
+    ):
+        read(config_of("dolly", path=str(write_rows(tmp_path / "dolly.jsonl", [row]))))
+
+
 def test_any_data_set_of_the_hub_is_read_by_name(hub: Callable) -> None:
     calls = hub({"train": sentences(["a"], [0]), "test": sentences(["b", "c"], [1, 1])})
     rows = read(config_of("hub", path="someone/some", subset="part", test_split="test", revision="v1"))

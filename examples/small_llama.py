@@ -3,7 +3,7 @@
     python examples/small_llama.py path/to/tasks --without task1058,task1059 --out runs/llama
     python -m fed run instructions-paper --set model.path=runs/llama data.path=path/to/tasks data.max_length=128
 
-The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSONL, CSV or Parquet file, or of a
+The first command trains a Llama and its byte-level BPE tokenizer on the rows of a JSON, CSV or Parquet file, or of a
 folder of such files, and saves a `transformers` checkpoint. The second command uses it as the base model of a run.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from fed.config.data import PROMPT
 from fed.console import Screen
 from fed.data import text_tables
 from fed.data.pretrained import quiet
+from fed.data.rows import Rows, describe_mended
 from fed.data.sources import read_local
 from fed.data.tables import DenseTable, Split
 from fed.errors import INTERRUPTED, FedError
@@ -136,7 +137,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def save_model(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSONL, CSV or Parquet file, or a folder of them.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A JSON, CSV or Parquet file, or a folder of them.")],
     out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/model-NAME")] = None,
     without: Annotated[str, typer.Option(metavar="NAME,…", help="Files of the folder, or tasks, to leave out.")] = "",
     text: Annotated[
@@ -157,7 +158,10 @@ def save_model(
     left_out = [name.strip() for name in without.split(",") if name.strip()]
     target = out or Path("runs", f"model-{Path(path).stem}")
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(target, overwrite=False)
-    written = text_tables.fill_in(text, read_local(path, "the path", left_out=left_out), "--text")
+    rows = read_local(path, "the path", left_out=left_out, stage=screen.stage)
+    if line := describe_mended(rows):
+        screen.warn(line)
+    written = text_tables.fill_in(text, _with_first_answers(rows), "--text")
     try:
         with limits(threads), directory:
             with screen.stage("step", recipe.steps, every=max(1, recipe.steps // 10)) as advance:
@@ -172,6 +176,15 @@ def save_model(
     screen.say(f"{len(written)} texts of {tokens} tokens; a model of {numbers} numbers: --set model.path={target}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     return 0
+
+
+def _with_first_answers(rows: Rows) -> Rows:
+    """Return the rows with the first of several answers, the one that a run trains on."""
+
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, list) and value else value
+
+    return replace(rows, rows=[{column: first(value) for column, value in row.items()} for row in rows.rows])
 
 
 if __name__ == "__main__":

@@ -176,13 +176,13 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     Raises FedError at the end if any run failed.
     """
     began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
-    check(plan.cells, bench, screen.warn, screen.stage)
+    told = check(plan.cells, bench, screen.warn, screen.stage)
     open_grid(plan, out)
     left = [cell for cell in plan.cells if not finished(cell, out)]
     already = len(plan.cells) - len(left)
     if already:
         screen.say(f"{already} of {len(plan.cells)} runs are finished already")
-    board = ComparisonProgress(screen, left, already)
+    board = ComparisonProgress(screen, left, already, told)
     try:
         with board:
             in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)

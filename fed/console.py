@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -145,11 +145,13 @@ def round_note(row: Row) -> str:
 class ComparisonProgress:
     """A context manager that shows the progress of a comparison; `on_event` takes the events of its runs.
 
-    `failures` holds a line for each run that failed.
+    `failures` holds a line for each run that failed. `told` are messages about the data that were shown before: runs
+    share their data, so each message is shown once.
     """
 
-    def __init__(self, screen: Screen, cells: list[Cell], already: int) -> None:
+    def __init__(self, screen: Screen, cells: list[Cell], already: int, told: Iterable[str] = ()) -> None:
         self.failures: list[str] = []
+        self._told = set(told)
         self._screen = screen
         self._runs, self._ended = already + len(cells), already
         self._rounds = sum(cell.config.rounds for cell in cells)
@@ -171,11 +173,18 @@ class ComparisonProgress:
             self._bars.stop()
 
     def on_event(self, cell: Cell, kind: str, payload: Any) -> None:
-        """Show a round ("row"), a run's end ("finished" with its last row, "failed") or a message ("base", "event")."""
+        """Show a round ("row"), a run's end ("finished" with its last row, "failed") or a message.
+
+        Messages are "base", "event", and "data", which several runs may have to say.
+        """
         if kind == "row":
             self._row(cell, payload)
         elif kind == "base":
             self._screen.say(payload)
+        elif kind == "data":
+            if payload not in self._told:
+                self._told.add(payload)
+                self._warn(f"{cell.label}: {payload}")
         elif kind == "event":
             self._warn(f"{cell.label}: {payload}")
         else:

@@ -1,10 +1,56 @@
-"""Atomic writing of files, under a temporary name that is then renamed, so that no reader sees an incomplete file."""
+"""Reading text as UTF-8; writing files under a temporary name that is then renamed, so that none is seen incomplete."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# The marks at the beginning of texts that are not UTF-8; the four bytes of UTF-32 begin with the two of UTF-16.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(path: Path) -> str:
+    r"""Return the content of a UTF-8 text file, without a byte order mark, its line ends as "\n".
+
+    Raises OSError, or ValueError in one line if the file is not UTF-8 text.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    ...     read_text(Path(folder, "a.txt"))
+    'one\ntwo'
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(why_not_utf8(path)) from None
+    if "\0" in text:
+        raise ValueError(why_not_utf8(path))
+    return text
+
+
+def why_not_utf8(path: Path) -> str:
+    """Return why a file is not UTF-8 text, as a clause: the mark of another encoding, or a byte and its line."""
+    content = path.read_bytes()
+    for mark, name in _OTHER_MARKS.items():
+        if content.startswith(mark):
+            return f"it is {name}; save it as UTF-8"
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        return f"byte 0x{content[error.start]:02x} in line {line} is not UTF-8"
+    if b"\0" in content:
+        line = content[: content.index(b"\0")].count(b"\n") + 1
+        return f"line {line} holds a NUL byte, as UTF-16 text does; save it as UTF-8"
+    return "it changed while it was read"
 
 
 @contextmanager

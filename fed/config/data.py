@@ -40,9 +40,9 @@ class DataConfig(Table):
     """The data: the source of its rows, the task, and the partition among clients.
 
     `name` is the source. "digits": scikit-learn's digits, with the `shift` applied for clients and test. "files":
-    `path`, a JSONL, CSV or Parquet file or a folder of such files; `test_path` may give test rows. "glue" (`subset` is
-    the GLUE task), "dolly", "natural-instructions" and "hub" (`path` is the name there) are loaded by the library
-    `datasets` from `split`, with test rows from `test_split` if it is set; `path` may be a local copy. For
+    `path`, a JSON, JSONL, CSV, TSV or Parquet file or a folder of such files; `test_path` may give test rows. "glue"
+    (`subset` is the GLUE task), "dolly", "natural-instructions" and "hub" (`path` is the name there) are loaded by the
+    library `datasets` from `split`, with test rows from `test_split` if it is set; `path` may be a local copy. For
     "natural-instructions" that is a folder of files, one for each task, and `tasks` names the tasks to use.
 
     `task` is "classification" of the column `text`, with `text_pair` for pairs, into the values of `label`; or

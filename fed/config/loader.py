@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from fed.config.run import CompareConfig, RunConfig, _File
 from fed.errors import FedError
-from fed.files import write_atomically
+from fed.files import read_text, write_atomically
 
 PRESETS = Path(__file__).parent / "presets"
 # Keys that earlier versions named otherwise, with their present names; the files of saved runs may hold them.
@@ -63,6 +63,8 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals or not key:
             raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {override!r}")
         _require_known(key, "--set")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes such bytes on
+            raise FedError(f"--set {key}: its value should be UTF-8 text; it holds other bytes")
         *parents, last = key.split(".")
         table = values
         for name in parents:
@@ -102,13 +104,13 @@ def preset_names() -> tuple[str, ...]:
 def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = PRESETS / f"{source}.toml" if str(source) in preset_names() else Path(source)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         presets = ", ".join(preset_names())
         raise FedError(f"no preset or file is called {str(source)!r}; presets: {presets}") from None
     except tomllib.TOMLDecodeError as error:
         raise FedError(f"{path} is not TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FedError(f"cannot read {path} as a TOML file: {error}") from None
 
 

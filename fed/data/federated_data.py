@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from fed.config import RunConfig
 from fed.data import sources, text_tables
 from fed.data.digits import load_digits, shift_images
-from fed.data.partition import Array, deal, split_stratified
-from fed.data.sources import Rows
+from fed.data.partition import Array, deal, describe_leftover, split_stratified
+from fed.data.rows import Rows, describe_mended, listed
 from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -58,15 +58,15 @@ def load(
 ) -> FederatedData:
     """Load, split and partition the data that a configuration names; raise FedError if it cannot be loaded.
 
-    `on_event` receives messages for the user, for example how many rows were cut. `stage` shows the progress of work
-    that takes longer than a second.
+    `on_event` receives messages for the user, for example how many rows were cut or are no client's. `stage` shows the
+    progress of work that takes longer than a second.
     """
     if config.data.name == "digits":
-        return _digits(config)
+        return _digits(config, on_event or _discard)
     return _text(config, on_event or _discard, stage)
 
 
-def _digits(config: RunConfig) -> FederatedData:
+def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedData:
     """Return the digits, split by label into disjoint parts for pretraining, testing, validating and the clients."""
     images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
@@ -74,7 +74,7 @@ def _digits(config: RunConfig) -> FederatedData:
     plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
     shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
-        clients=_deal(config, shifted, labels, rest[held_out.clients]),
+        clients=_deal(config, shifted, labels, rest[held_out.clients], (labels, names), on_event),
         test=_view(shifted, rest[held_out.test]),
         pretrain=_view(plain, pretrain),
         undisturbed=_view(plain, rest[held_out.test]),
@@ -85,24 +85,31 @@ def _digits(config: RunConfig) -> FederatedData:
 
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
-    rows, data = sources.read(config), config.data
+    rows, data = sources.read(config) if stage is None else sources.read(config, stage), config.data
+    if line := describe_mended(rows):
+        on_event(line)
     names: tuple[str, ...] = ()
     labels: Array | None = None
     if data.task == "classification":
         labels, names = text_tables.make_labels(config, rows)
-    groups = _groups(config, rows, labels)
-    parts = _Parts.of(config, groups if labels is None else labels, first_test=rows.first_test)
+    else:
+        rows = text_tables.leave_out_unanswered(config, rows, on_event)
+    groups, values = _groups(config, rows, labels)
+    strata = _strata(config, rows, groups, on_event) if labels is None else labels
+    parts = _Parts.of(config, strata, first_test=rows.first_test)
     if len(parts.test) == 0:
+        repeat = "" if labels is None else ", or data.label a column whose values repeat"
         raise FedError(
-            f"data.test_fraction is {data.test_fraction}: {len(rows)} rows of {len(np.unique(groups))} labels "
-            "leave none to test on; it should be larger, or data.label a column whose values repeat"
+            f"data.test_fraction is {data.test_fraction}: {len(rows)} rows of {len(np.unique(strata))} labels "
+            f"leave none to test on; it should be larger{repeat}"
         )
     if labels is None:
         table: Table = text_tables.instruction_table(config, rows, on_event, stage)
     else:
         table = text_tables.classification_table(config, rows, labels, on_event, stage)
+    classes = (groups, values) if labels is None else (labels, names)
     return FederatedData(
-        clients=_deal(config, table, groups, parts.clients),
+        clients=_deal(config, table, groups, parts.clients, classes, on_event),
         test=_view(table, parts.test),
         pretrain=None,
         undisturbed=None,
@@ -111,21 +118,39 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
     )
 
 
-def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> Array:
-    """Return the groups to partition by, (n,): from the column `data.partition_by`, else the labels, else all zero."""
+def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> tuple[Array, tuple[str, ...]]:
+    """Return the groups to partition by, (n,), and their names if they come from the column `data.partition_by`.
+
+    Without that column the groups are the labels, or else all zero. The source's own test rows go to no client, so they
+    need no such column: their group is -1.
+    """
     data = config.data
     if data.partition_by is not None:
-        values = rows.column("data.partition_by", data.partition_by, (str, int))
-        return np.unique(np.array([str(value) for value in values]), return_inverse=True)[1].astype(np.int64)
+        values = [str(value) for value in rows.training.column("data.partition_by", data.partition_by, (str, int))]
+        names = tuple(sorted(set(values)))
+        numbers = {name: number for number, name in enumerate(names)}
+        test = [-1] * (len(rows) - len(values))
+        return np.array([*(numbers[value] for value in values), *test], dtype=np.int64), names
     if labels is not None:
-        return labels
+        return labels, ()
     even = data.partition == "iid" or (data.partition == "dirichlet" and config.clients.dirichlet_alpha == "iid")
     if not even:
         raise FedError(
             f"data.partition_by is missing: instructions have no labels, so data.partition = {data.partition!r} needs "
-            f"a column to go by ({', '.join(rows.rows[0])}); or data.partition should be 'iid'"
+            f"a column to go by ({listed(rows.rows[0])}); or data.partition should be 'iid'"
         )
-    return np.zeros(len(rows), dtype=np.int64)
+    return np.zeros(len(rows), dtype=np.int64), ()
+
+
+def _strata(config: RunConfig, rows: Rows, groups: Array, on_event: Callable[[str], object]) -> Array:
+    """Return the strata from which instructions are held out: their groups, or one if all groups are too small."""
+    data = config.data
+    fractions = [data.validation_fraction, data.test_fraction if rows.first_test is None else 0.0]
+    largest = np.bincount(groups[groups >= 0]).max()
+    if data.partition_by is None or not any(fraction > 0 and round(fraction * largest) == 0 for fraction in fractions):
+        return groups
+    on_event(f"no {data.partition_by} has rows enough to hold out a part of each; rows are held out from all together")
+    return np.zeros_like(groups)
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,11 @@ class _Parts:
         if data.validation_fraction > 0:
             fraction = data.validation_fraction / (1 - taken)
             inside, outside = split_stratified(strata[pool], fraction, _rng(config, "validation"))
+            if len(inside) == 0:
+                raise FedError(
+                    f"data.validation_fraction is {data.validation_fraction}: {len(pool)} rows of "
+                    f"{len(np.unique(strata[pool]))} labels leave none to validate on; it should be larger"
+                )
             validation, pool = pool[inside], pool[outside]
         test = _drawn(config, test, data.test_rows, "test rows")
         return cls(test, validation, _drawn(config, pool, data.train_rows, "train rows"))
@@ -165,8 +195,23 @@ def _drawn(config: RunConfig, rows: Array, most: int, purpose: str) -> Array:
     return np.sort(rows[permutation(len(rows), config.seed, purpose)[:most]])
 
 
-def _deal(config: RunConfig, table: Table, groups: Array, pool: Array) -> tuple[Split, ...]:
-    return tuple(_view(table, pool[part]) for part in deal(config, groups[pool]))
+def _deal(
+    config: RunConfig,
+    table: Table,
+    groups: Array,
+    pool: Array,
+    classes: tuple[Array, Sequence[str]],
+    on_event: Callable[[str], object],
+) -> tuple[Split, ...]:
+    """Deal the rows `pool` out by their groups; tell `on_event` what is no client's of them and of all rows' classes.
+
+    `classes` are the classes of all rows, (n,), and their names, of which there are none if rows have no class.
+    """
+    parts = [pool[part] for part in deal(config, groups[pool])]
+    numbers, names = classes
+    if line := describe_leftover(config, pool, parts, numbers if names else None, names):
+        on_event(line)
+    return tuple(_view(table, part) for part in parts)
 
 
 def _view(table: Table, rows: Array) -> Split:

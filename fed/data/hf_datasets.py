@@ -1,9 +1,9 @@
-"""Reading through the library `datasets`, which only CSV and Parquet files and data sets of the hub need."""
+"""Reading through the libraries `datasets` and pyarrow, which only Parquet files and data sets of the hub need."""
 
 from __future__ import annotations
 
+import csv
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,23 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from fed.config.data import DataConfig
+from fed.data.rows import Row, Rows
+from fed.data.text_lines import megabytes
+from fed.data.tokenization import Stage
 from fed.errors import FedError
 
-Row = dict[str, Any]
 
+def read_parquet(path: Path, key: str, stage: Stage | None = None) -> Rows:
+    """Return the rows of a Parquet file with their types; values that are missing are None.
 
-def read_table(path: Path, kind: str, key: str) -> list[Row]:
-    """Return the rows of a CSV file (TSV if its suffix is .tsv) or Parquet file, without leaving files in a cache."""
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    what = f"{key} is {str(path)!r}: cannot read it as {kind.upper() if kind == 'csv' else kind.capitalize()}"
-    with _loading(what) as datasets, tempfile.TemporaryDirectory() as cache:
-        found = datasets.load_dataset(
-            kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-        )
-        rows: list[Row] = found.to_list()
+    `stage` shows the progress of a large file. Raises FedError, with `key` as the name of the setting, if the file
+    cannot be read or two columns have the same name.
+    """
+    rows: list[Row] = []
+    with _loading(f"{key} is {str(path)!r}: cannot read it as Parquet"), megabytes(path, stage) as advance:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise FedError(f"{path}: two columns are called {twice[0]!r}; their names should differ")
+            bytes_per_row = path.stat().st_size // max(1, file.metadata.num_rows)
+            for batch in file.iter_batches():
+                rows.extend(batch.to_pylist())
+                advance(bytes_per_row * len(batch))
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return rows
+    return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
 
 
 def load(
@@ -40,7 +50,7 @@ def load(
     subset = data.subset
     named = f"{name!r}{f' {subset!r}' if subset else ''}, split {split!r}"
     with _loading(f"data set {named} does not load") as datasets:
-        found = datasets.load_dataset(name, subset, split=split, revision=data.revision)
+        found = _loaded(datasets, data, name, split)
         names: Sequence[str] | None = getattr(found.features.get(data.label), "names", None)
         if choose is not None:
             found = found.select(choose(found))
@@ -48,6 +58,38 @@ def load(
     if not rows:
         raise FedError(f"data set {named} holds no rows")
     return rows, names
+
+
+def _loaded(datasets: Any, data: DataConfig, name: str, split: str) -> Any:
+    """Return a split as the library loads it, but columns of CSV and TSV files as the text that stands in them.
+
+    Of such files the library would guess types, so that "007" is 7 and "NA" is missing, and would take quotation marks
+    in a TSV file for those of fields. A column that the data set itself declares to hold labels keeps its type.
+    """
+    try:
+        found = datasets.load_dataset(name, data.subset, split=split, revision=data.revision)
+        if found.info.builder_name != "csv":
+            return found
+        features = found.features
+    except datasets.exceptions.DatasetGenerationError:  # a guess that a later value contradicts, among other causes
+        stream = datasets.load_dataset(name, data.subset, split=split, revision=data.revision, streaming=True)
+        if stream.info.builder_name != "csv":
+            raise
+        features = dict.fromkeys(next(iter(stream)))
+    builder = datasets.load_dataset_builder(name, data.subset, revision=data.revision)
+    text = datasets.Value("string")
+    return datasets.load_dataset(
+        name,
+        data.subset,
+        split=split,
+        revision=data.revision,
+        features=datasets.Features(
+            {column: kind if isinstance(kind, datasets.ClassLabel) else text for column, kind in features.items()}
+        ),
+        keep_default_na=False,
+        na_values=[""],
+        quoting=csv.QUOTE_NONE if builder.config.sep == "\t" else builder.config.quoting,
+    )
 
 
 @contextmanager

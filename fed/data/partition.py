@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fed.config import RunConfig
+from fed.data.rows import some_of
 from fed.errors import FedError
 from fed.seeding import permutation, seed_of
 
@@ -68,13 +69,35 @@ def deal(config: RunConfig, groups: Array) -> list[Array]:
     return parts
 
 
+def describe_leftover(
+    config: RunConfig, pool: Array, parts: Sequence[Array], classes: Array | None, names: Sequence[str]
+) -> str | None:
+    """Return a line on training rows that no client has or several have, and on classes no client has; None if none.
+
+    `pool` are the training rows and `parts` each client's rows, as indices of all n rows. `classes` (n,) are the labels
+    of all rows, or else the values of `data.partition_by`, as indices of `names`, and -1 where there is none. Sharing
+    rows is what `data.rows_per_client` is for, so with it rows of several clients are not mentioned.
+    """
+    data, found = config.data, []
+    dealt, counts = np.unique(np.concatenate(parts), return_counts=True)
+    if rest := len(pool) - len(dealt):
+        found.append(f"{rest} of {len(pool)} training rows go to no client")
+    if (shared := np.count_nonzero(counts > 1)) and not data.rows_per_client:
+        found.append(f"{shared} of {len(pool)} training rows go to several clients")
+    if classes is not None and len(missing := np.setdiff1d(classes[classes >= 0], classes[dealt])):
+        column = data.label if data.task == "classification" else data.partition_by
+        found.append(f"no client trains on {column} {some_of(repr(names[number]) for number in missing)}")
+    way = f"data.rows_per_client is {data.rows_per_client}" if data.rows_per_client else f"partition {data.partition!r}"
+    return f"{way}: {'; '.join(found)}" if found else None
+
+
 def _merged(config: RunConfig, parts: list[Array]) -> list[Array]:
     """Return one part for each client; if there are more parts than clients, deal them out shuffled and merge them."""
     count = config.clients.count
     if len(parts) < count:
         raise FedError(
             f"clients.count is {count}: {config.data.partition_by or config.data.label!r} has {len(parts)} values, "
-            "and a natural client has one or more of its own"
+            "and a natural client has one or more of its own; values of held-out rows alone do not count"
         )
     if len(parts) == count:
         return parts
@@ -173,8 +196,8 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
 
     name = _NAMED.get(config.data.partition, config.data.partition)
     kind = getattr(partitioners, name, None)
-    if kind is None:
-        known = ", ".join(partitioners.__all__)
+    if kind is None or name.startswith("Vertical"):  # those give every client all rows, and some of the columns
+        known = ", ".join(other for other in partitioners.__all__ if not other.startswith("Vertical"))
         raise FedError(f"data.partition is {name!r}: flwr_datasets has {known}")
     try:
         # The library shows a progress bar and warnings that are harmless or lead to a FedError in `deal`.
@@ -183,8 +206,8 @@ def partition(config: RunConfig, groups: Array) -> list[Array]:
             maker = kind(**_settings(config, kind))
             maker.dataset = Numbered.from_dict({_ROW: np.arange(len(groups)), _GROUP: groups})
             return [_numbers(maker.load_partition(part)) for part in range(maker.num_partitions)]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # what the library raises for arguments that it does not expect may be anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise FedError(f"data.partition is {config.data.partition!r}: {reason}") from error
 
 

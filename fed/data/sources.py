@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fed.config import RunConfig
 from fed.config.data import DataConfig
-from fed.data.hf_datasets import load, read_table
+from fed.data.csv_files import read_csv
+from fed.data.hf_datasets import load, read_parquet
+from fed.data.json_files import mend_text, read_json, read_jsonl
+from fed.data.rows import Row, Rows, joined, some_of
+from fed.data.tokenization import Stage
 from fed.errors import FedError
 
-Row = dict[str, Any]
-
-_TABULAR = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_KINDS = (".jsonl", *_TABULAR)
+# What reads files of each suffix; others, given by name, are read as JSONL.
+_READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
 # The data sets' names on the Hugging Face hub.
 _HUB = {
     "glue": "nyu-mll/glue",
@@ -30,82 +36,43 @@ _RENAMED = {
 }
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows as they were read, each with its place (such as file and line), which error messages name.
+def read(config: RunConfig, stage: Stage | None = None) -> Rows:
+    """Return the rows of the source that a configuration names; raise FedError if they cannot be read.
 
-    The rows from `first_test` on are the source's own test rows; it is None if there are none. `label_names` are the
-    names of labels that the rows hold as numbers, by number.
+    `stage` shows the progress of large files.
     """
-
-    rows: Sequence[Row]
-    places: Sequence[str]
-    first_test: int | None = None
-    label_names: Sequence[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def column(self, key: str, name: str, kinds: tuple[type, ...] = (str,), empty: bool = False) -> list[Any]:
-        """Return the values of the column `name`, which the configuration's `key` names.
-
-        With `empty` values may be missing, and are then None. Raises FedError, naming the first such row, if a value is
-        missing or not of one of the types `kinds`.
-        """
-        wanted = " or ".join({str: "a string", int: "an integer", list: "a list"}[kind] for kind in kinds)
-        values = []
-        for row, place in zip(self.rows, self.places, strict=True):
-            if name not in row and not empty:
-                raise FedError(f"{place}: {key} is {name!r}; the columns there are {', '.join(row)}")
-            value = row.get(name)
-            if not isinstance(value, kinds) and not (empty and value is None):
-                raise FedError(f"{place}: {key} {name!r} holds {value!r:.40}; it should be {wanted}")
-            values.append(value)
-        return values
-
-
-def read(config: RunConfig) -> Rows:
-    """Return the rows of the source that a configuration names; raise FedError if they cannot be read."""
     data = config.data
     if data.name == "files":
-        rows = read_local(data.path or "", "data.path")
+        rows = read_local(data.path or "", "data.path", stage=stage)
         if data.test_path is None:
             return rows
-        test = read_local(data.test_path, "data.test_path")
-        return Rows([*rows.rows, *test.rows], [*rows.places, *test.places], first_test=len(rows))
+        test = read_local(data.test_path, "data.test_path", stage=stage)
+        return replace(joined([rows, test]), first_test=len(rows))
     if data.name in _RENAMED and data.path is not None and Path(data.path).exists():
-        return _renamed(read_local(data.path, "data.path", stem="task", asked=data.tasks), data.name)
+        return _of_published(data, stage)
     return _from_library(data)
 
 
-def read_jsonl(path: Path, key: str) -> Rows:
-    """Return the rows of a JSONL file, skipping blank lines; raise FedError, naming the line, if one is no object."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedError(f"{key} is {str(path)!r}: cannot read it as UTF-8 text: {error}") from None
-    rows, places = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_object(line, f"{path} line {number}"))
-            places.append(f"{path} line {number}")
-    if not rows:
-        raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return Rows(rows, places)
+def _of_published(data: DataConfig, stage: Stage | None) -> Rows:
+    """Return the rows of a local copy of a published data set: a folder of files, one for each task, or one file.
 
-
-def _object(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise FedError(f"{place}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise FedError(f"{place}: holds {row!r:.40}; every line should be a JSON object")
-    return row
+    Only the rows of `data.tasks` are returned. In a file they go by the column `task`, or else by the file's name.
+    """
+    path = Path(data.path or "")
+    rows = _renamed(read_local(str(path), "data.path", stem="task", asked=data.tasks, stage=stage), data.name)
+    if not data.tasks or path.is_dir():
+        return rows
+    rows = replace(rows, rows=[{"task": mend_text(path.stem), **row} for row in rows.rows])
+    return rows.take(_of_tasks(rows.column("data.tasks", "task"), data.tasks))
 
 
 def read_local(
-    name: str, key: str, stem: str = "file", asked: Sequence[str] = (), left_out: Sequence[str] = ()
+    name: str,
+    key: str,
+    stem: str = "file",
+    asked: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    stage: Stage | None = None,
 ) -> Rows:
     """Return the rows of a file, or of all files in a folder.
 
@@ -117,31 +84,33 @@ def read_local(
     if not path.exists():
         raise FedError(f"{key} is {name!r}: there is no such file")
     if not path.is_dir():
-        return _file(path, key)
-    files = sorted(file for file in path.iterdir() if file.suffix in _KINDS)
+        return _file(path, key, stage)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
     if not files:
-        raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_KINDS)} file")
-    stems = [file.stem for file in files]
+        raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_READERS)} file")
+    stems = [mend_text(file.stem) for file in files]
     chosen = set(_of_tasks(stems, asked) if asked else range(len(files))) - set(_of_tasks(stems, left_out, "--without"))
     if not chosen:
-        raise FedError(f"{key} is {name!r}: no file is left of {_some(stems)}")
-    files = [files[index] for index in sorted(chosen)]
-    found = [(file.stem, _file(file, key)) for file in files]
-    rows = [{stem: part, **row} for part, piece in found for row in piece.rows]
-    return Rows(rows, [place for _, piece in found for place in piece.places])
+        raise FedError(f"{key} is {name!r}: no file is left of {some_of(stems)}")
+    found = [(stems[index], _file(files[index], key, stage)) for index in sorted(chosen)]
+    return joined(replace(piece, rows=[{stem: part, **row} for row in piece.rows]) for part, piece in found)
 
 
-def _file(path: Path, key: str) -> Rows:
-    if path.suffix not in _TABULAR:
-        return read_jsonl(path, key)
-    rows = read_table(path, _TABULAR[path.suffix], key)
-    return Rows(rows, _rows_of(str(path), rows))
+def _file(path: Path, key: str, stage: Stage | None) -> Rows:
+    return _READERS.get(path.suffix.lower(), read_jsonl)(path, key, stage)
 
 
 def _renamed(rows: Rows, name: str) -> Rows:
-    """Return the rows with the columns of a published data set renamed; other columns keep their names."""
+    """Return the rows with the columns of a published data set renamed; other columns keep their names.
+
+    Raises FedError if a row has a column under both names, because one would be lost.
+    """
     names = _RENAMED[name]
     renamed = [{names.get(column, column): value for column, value in row.items()} for row in rows.rows]
+    for row, new, place in zip(rows.rows, renamed, rows.places, strict=True):
+        if len(new) < len(row):
+            old = next(column for column in names if column in row and names[column] in row)
+            raise FedError(f"{place}: {old!r} is read as {names[old]!r} of {name}, but there is such a column as well")
     return replace(rows, rows=renamed)
 
 
@@ -150,7 +119,7 @@ def _of_tasks(names: Sequence[str], asked: Sequence[str], key: str = "data.tasks
     found = sorted(set(names))
     for task in asked:
         if not any(_is_task(name, task) for name in found):
-            raise FedError(f"{key} names {task!r}; there are {_some(found)}")
+            raise FedError(f"{key} names {task!r}; there are {some_of(found)}")
     wanted = {name for name in found if any(_is_task(name, task) for task in asked)}
     return [index for index, name in enumerate(names) if name in wanted]
 
@@ -158,11 +127,6 @@ def _of_tasks(names: Sequence[str], asked: Sequence[str], key: str = "data.tasks
 def _is_task(name: str, asked: str) -> bool:
     """Return whether `asked` is a task's full name or its number, as "task1058" is for "task1058_linguistics…"."""
     return name == asked or name.startswith(f"{asked}_")
-
-
-def _some(names: Iterable[str]) -> str:
-    first, rest = (names := list(names))[:10], names[10:]
-    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def _from_library(data: DataConfig) -> Rows:

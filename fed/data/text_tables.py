@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from fed.config import RunConfig
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
-from fed.data.sources import Rows
+from fed.data.rows import Rows
 from fed.data.tables import InstructionTable, Table, TextTable
 from fed.data.tokenization import Stage, instruction_tokens, text_tokens
 from fed.errors import FedError
@@ -78,6 +79,47 @@ def instruction_table(
     if cut:
         on_event(f"{cut} of {len(rows)} rows have more than data.max_length ({data.max_length}) tokens and are cut")
     return InstructionTable(tokens, prompts, answers, tokenizer, data.max_new_tokens, data.generated_rows)
+
+
+def leave_out_unanswered(config: RunConfig, rows: Rows, on_event: Callable[[str], object]) -> Rows:
+    """Return the rows with an answer in the column `data.output`; tell `on_event` how many others there are.
+
+    An empty string, null or a list of such is no answer: there is nothing to learn from it and nothing to compare an
+    answer with. In a list with others, empty ones are left out, which is said as well. Rows without the column stay, to
+    be refused where it is read. Raises FedError if no training row or no row of the source's own test is left.
+    """
+    column = config.data.output
+    left, kept, shortened = list(rows.rows), [], []
+    for index, row in enumerate(rows.rows):
+        value = row.get(column)
+        several = value if isinstance(value, list) else [value]
+        answers = [answer for answer in several if answer not in ("", None)]
+        if column in row and not answers:
+            continue
+        kept.append(index)
+        if column in row and len(answers) < len(several):
+            left[index] = {**row, column: answers}
+            shortened.append(index)
+    answered = replace(rows, rows=left).take(kept)
+    own_test = rows.first_test is not None
+    for what, before, after in (
+        ("training " if own_test else "", len(rows.training), len(answered.training)),
+        ("test ", len(rows) - len(rows.training), len(answered) - len(answered.training)),
+    ):
+        if before and not after:
+            raise FedError(f"data.output is {column!r}: none of the {before} {what}rows has an answer there")
+    if shortened:
+        on_event(
+            f"{len(shortened)} of {len(rows)} rows list empty answers beside others, which are left out; the first is "
+            f"{rows.places[shortened[0]]}"
+        )
+    if len(kept) < len(rows):
+        first = next(index for index, other in enumerate([*kept, len(rows)]) if index != other)
+        on_event(
+            f"{len(rows) - len(kept)} of {len(rows)} rows have no answer in {column!r} and are left out; the first is "
+            f"{rows.places[first]}"
+        )
+    return answered
 
 
 def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:

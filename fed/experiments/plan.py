@@ -15,7 +15,7 @@ from fed import config as configuration
 from fed.config import RunConfig, settings_of
 from fed.errors import FedError
 from fed.experiments.variants import Variant, resolved, variants
-from fed.files import write_atomically
+from fed.files import read_text, write_atomically
 
 PLAN = "comparison.toml"
 
@@ -146,7 +146,7 @@ def read(directory: Path) -> Request:
     """Read the request of a comparison from its directory; raise FedError if there is none."""
     path = directory / PLAN
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
         return Request(
             configuration.renamed(content["config"]),
             tuple(content["methods"]),

@@ -127,6 +127,7 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     """Play one run of a comparison to its end, from its checkpoint if it has one; return its last row."""
     config, directory = cell.config, bench.directory / cell.path
     with running.limits(config.threads):
+        data = bench.data(config, partial(tell, cell, "data"))
         model, base = bench.base(config, partial(tell, cell, "base"))
         resume = last_round(directory) is not None
         if not resume:
@@ -135,18 +136,18 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
             configuration.write(config, directory / CONFIG)
             (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
         on_row, on_event = partial(tell, cell, "row"), partial(tell, cell, "event")
-        rows = running.play(config, bench.data(config), model, directory, on_row, on_event, resume=resume)
+        rows = running.play(config, data, model, directory, on_row, on_event, resume=resume)
     return rows[-1]
 
 
 def check(
     cells: Sequence[Cell], bench: SharedInputs, on_event: Callable[[str], object], stage: Stage | None = None
-) -> None:
-    """Check the runs before any is played.
+) -> set[str]:
+    """Check the runs before any is played, and return the messages about their data.
 
     Raises FedError if a tracker is not installed, or if with the first seed data cannot be loaded or an adapter does
     not fit its model. Other seeds are not loaded, because they use the same rows. `on_event` receives each message
-    about the data once.
+    about the data once; messages about other seeds' partitions come when their runs are played (event "data").
     """
     built: dict[str, nn.Module] = {}
     said: set[str] = set()
@@ -165,6 +166,7 @@ def check(
             if key not in built:
                 built = {key: base_model.build(cell.config, data)}
             running.check_adapter(cell.config, built[key])
+    return said
 
 
 def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_the_command_makes_a_model_of_a_folder_less_what_is_left_out(
     words = AutoTokenizer.from_pretrained(out).get_vocab()
     assert any("1_animals" in word for word in words) or "task" in "".join(words)
     assert {path.name for path in tmp_path.iterdir()} == {"tasks", "model"}
+
+
+def test_a_text_takes_the_first_of_several_answers_and_loses_half_characters(tmp_path: Path, command: Call) -> None:
+    instances = [{"input": f"cat {number} \ud83d", "output": [f"answer {number}", "dog"]} for number in range(20)]
+    task = tmp_path / "task1.json"
+    task.write_text(json.dumps({"Definition": ["Name it."], "Instances": instances}))
+    outcome = command(str(task), *SIZE, "--out", str(tmp_path / "model"))
+    assert outcome.status == 0
+    assert outcome.err == (
+        "warning: 20 of 20 rows hold half a surrogate pair, which is no character and becomes U+FFFD; "
+        f"the first is {task} row 1\n"
+    )
+    assert "20 texts of" in outcome.out
 
 
 @pytest.mark.parametrize(

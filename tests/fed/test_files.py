@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fed.files import replacing, write_atomically
+from fed.files import read_text, replacing, why_not_utf8, write_atomically
 
 
 def write_half(path: Path, error: BaseException) -> None:
@@ -51,3 +51,28 @@ def test_an_error_names_the_file_that_was_to_be_written_or_the_other_one_it_is_a
     with pytest.raises(FileNotFoundError) as other:
         write_half(tmp_path / "b", FileNotFoundError(errno.ENOENT, "No such file or directory", "rows.jsonl"))
     assert other.value.filename == "rows.jsonl"
+
+
+@pytest.mark.parametrize("content", ["größer\n\n", "\ufeffgrößer\n\n", "größer\r\n\r\n", "\ufeffgrößer\r\r"])
+def test_text_is_read_without_a_mark_and_with_one_line_end(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a").write_bytes(content.encode())
+    assert read_text(tmp_path / "a") == "größer\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"one\ntw\xff", "byte 0xff in line 2 is not UTF-8"),
+        (b"\xc3", "byte 0xc3 in line 1 is not UTF-8"),
+        ("one".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (b"\xfe\xff" + "one".encode("utf-16-be"), "it is UTF-16; save it as UTF-8"),
+        ("one".encode("utf-32"), "it is UTF-32; save it as UTF-8"),
+        ("\none".encode("utf-16-be"), "line 1 holds a NUL byte, as UTF-16 text does; save it as UTF-8"),
+        (b"one\n\0", "line 2 holds a NUL byte, as UTF-16 text does; save it as UTF-8"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_by_its_mark_or_line(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        read_text(tmp_path / "a")
+    assert why_not_utf8(tmp_path / "a") == reason

@@ -47,6 +47,16 @@ def test_without_a_terminal_every_finished_run_is_a_line_with_the_time_left(
     assert shown.failures == ["FedIT (rank 16), seed 0: no such file"]
 
 
+def test_what_the_data_have_to_say_is_said_once_and_not_again(
+    cells: list[plans.Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    with ComparisonProgress(Screen(), cells, 0, told=["1 row is left"]) as shown:
+        for cell, line in ((cells[0], "1 row is left"), (cells[0], "2 rows are left"), (cells[1], "2 rows are left")):
+            shown.on_event(cell, "data", line)
+    assert capsys.readouterr().err == "warning: Fed-PLoRA, seed 0: 2 rows are left\n"
+
+
 def test_on_a_terminal_there_are_bars_for_all_rounds_and_the_run(
     cells: list[plans.Cell], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

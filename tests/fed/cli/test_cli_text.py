@@ -96,7 +96,7 @@ BAD = {
     "no prompt": ("data.prompt=Say it", r"data.prompt is 'Say it': it should name a column in braces"),
     "no answer column": ("data.output=answer", r"line 1: data.output is 'answer'; the columns there are category"),
     "an answer too long": ("data.max_new_tokens=64", r"data.max_new_tokens is 64: it should leave room for a prompt"),
-    "numbers": ("data.path=numbers.csv", r"numbers.csv row 1: data.prompt 'input' holds 1; it should be a string"),
+    "numbers": ("data.path=numbers.json", r"numbers.json line 1: data.prompt 'input' holds 1; it should be a string"),
     "no such partition": ("data.partition=natual", r"data.partition is 'natual': it should be 'dirichlet', 'iid'"),
 }
 
@@ -107,7 +107,7 @@ def test_bad_instructions_are_one_line_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "numbers.csv").write_text("category,instruction,input,output\n" + "c,Add.,1,2\n" * 20)
+    write_rows(tmp_path / "numbers.json", [{"category": "c", "instruction": "Add.", "input": 1, "output": 2}] * 20)
     outcome = fed_cli(*animals, "out", change)
     assert_refused(outcome, message)
     assert not (tmp_path / "out").exists()

@@ -213,3 +213,28 @@ def test_the_configuration_of_a_run_of_an_earlier_version_is_read(tmp_path: Path
     write(load("digits", ["execution=cohort", "clients_per_pass=4"]), path)
     path.write_text(path.read_text().replace("clients_per_pass", "cohort_size"))
     assert configuration.load_saved(path).clients_per_pass == 4
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes("\ufeff# größer\nrounds = 3\n[train]\nlocal_steps = 2\n".replace("\n", end).encode())
+    assert (load(path).rounds, load(path).train.local_steps) == (3, 2)
+    assert load(path, ["rounds=4"]).rounds == 4
+
+
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    for content, reason in (
+        ("rounds = 3\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("seed = 1\n# größer\n".encode("latin-1"), "byte 0xf6 in line 2 is not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FedError) as refused:
+            load(path)
+        assert str(refused.value) == f"cannot read {path} as a TOML file: {reason}"
+
+
+def test_a_setting_whose_bytes_are_no_text_is_refused() -> None:
+    with pytest.raises(FedError, match=r"--set data.text: its value should be UTF-8 text; it holds other bytes"):
+        load("digits", ["data.text=caf\udce9"])

@@ -171,3 +171,136 @@ def test_a_person_hears_of_rows_that_are_cut(tmp_path: Path, llama: Path) -> Non
     said: list[str] = []
     load_data(instruction_config(write_rows(tmp_path / "rows.jsonl", rows), llama), said.append)
     assert said == ["1 of 12 rows have more than data.max_length (64) tokens and are cut"]
+
+
+def owned(count: int = 40) -> list[dict[str, object]]:
+    """Return rows of text with a label and an owner each, two of either."""
+    numbers = range(count)
+    return [{"text": PETS[number % 8], "label": "xy"[number % 2], "user": number // 2 % 2} for number in numbers]
+
+
+def test_rows_of_a_test_file_need_no_owner(tmp_path: Path, bert: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", owned())
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "a cat", "label": "xy"[number % 2]} for number in range(10)])
+    asked = {"test_path": str(test), "partition": "natural", "partition_by": "user", "validation_fraction": 0.2}
+    said: list[str] = []
+    data = load_data(text_config(train, bert, **asked), said.append)
+    assert [set(client.rows.numpy() // 2 % 2) for client in data.clients] in ([{0}, {1}], [{1}, {0}])
+    assert (sum(map(len, data.clients)), len(data.validation), data.test.rows.tolist()) == (32, 8, list(range(40, 50)))
+    assert said == []
+    nameless = write_rows(tmp_path / "nameless.jsonl", [*owned(), {"text": "a cat", "label": "x"}])
+    with pytest.raises(FedError, match=r"nameless.jsonl line 41: data.partition_by is 'user'; the columns there are"):
+        load_data(text_config(nameless, bert, **asked))
+
+
+def test_instructions_of_a_test_file_need_no_owner(tmp_path: Path, llama: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", instructions(24))
+    bare = [{name: row[name] for name in ("instruction", "input", "output")} for row in instructions(6)]
+    test = write_rows(tmp_path / "test.jsonl", bare)
+    asked = {"test_path": str(test), "partition": "natural", "partition_by": "category", "validation_fraction": 0.25}
+    data = load_data(instruction_config(train, llama, **asked))
+    assert (sum(map(len, data.clients)), len(data.validation), data.test.rows.tolist()) == (18, 6, list(range(24, 30)))
+
+
+@pytest.mark.parametrize("task", ["classification", "instruction"])
+def test_every_owner_may_have_one_row(tmp_path: Path, bert: Path, llama: Path, task: str) -> None:
+    said: list[str] = []
+    asked = {"partition": "natural", "partition_by": "user", "clients": {"count": 15, "per_round": 2}}
+    if task == "classification":
+        rows = [{**row, "user": f"user {number}"} for number, row in enumerate(owned(20))]
+        config = text_config(write_rows(tmp_path / "rows.jsonl", rows), bert, **asked)
+    else:
+        rows = [{**row, "user": number} for number, row in enumerate(instructions(20))]
+        config = instruction_config(write_rows(tmp_path / "rows.jsonl", rows), llama, **asked)
+    data = load_data(config, said.append)
+    test = 4 if task == "classification" else 5
+    assert (len(data.test), sum(map(len, data.clients))) == (test, 20 - test)
+    assert min(map(len, data.clients)) == 1
+    if task == "classification":
+        assert said == []
+    else:
+        assert said[0] == "no user has rows enough to hold out a part of each; rows are held out from all together"
+        assert said[1].startswith("partition 'natural': no client trains on user '")
+
+
+def test_a_validation_set_without_rows_is_refused(tmp_path: Path, bert: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", owned(8))
+    with pytest.raises(FedError, match=r"data.validation_fraction is 0.1: 6 rows of 2 labels leave none to vali"):
+        load_data(text_config(path, bert, validation_fraction=0.1))
+
+
+def test_rows_and_labels_no_client_trains_on_are_said(tmp_path: Path, bert: Path) -> None:
+    rows = [{"text": PETS[number % 8], "label": f"l{number % 5}"} for number in range(40)]
+    path, said = write_rows(tmp_path / "rows.jsonl", rows), []
+    data = load_data(text_config(path, bert, partition="pathological", labels_per_client=1), said.append)
+    assert sum(map(len, data.clients)) == 12
+    assert said == [
+        "partition 'pathological': 18 of 30 training rows go to no client; no client trains on label 'l2', 'l3', 'l4'"
+    ]
+    said.clear()
+    load_data(load("digits", ["data.partition=pathological", "clients.count=2", "clients.per_round=2"]), said.append)
+    assert len(said) == 1
+    rows_left, labels_left = said[0].split("; ")
+    assert rows_left == "partition 'pathological': 378 of 630 training rows go to no client"
+    assert labels_left.startswith("no client trains on label '")
+
+
+def test_a_label_of_the_test_file_alone_is_said(tmp_path: Path, bert: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", owned())
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "a cat", "label": label} for label in ("x", "z")])
+    said: list[str] = []
+    load_data(text_config(train, bert, test_path=str(test)), said.append)
+    assert said == ["partition 'dirichlet': no client trains on label 'z'"]
+
+
+def test_owners_that_differ_only_in_a_nul_character_are_two(tmp_path: Path, bert: Path) -> None:
+    rows = [{**row, "user": "u" if row["user"] else "u\0"} for row in owned()]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = load_data(text_config(path, bert, partition="natural", partition_by="user"))
+    assert [len({int(number) // 2 % 2 for number in client.rows}) for client in data.clients] == [1, 1]
+
+
+def test_half_a_surrogate_pair_in_any_column_is_no_obstacle(tmp_path: Path, bert: Path, llama: Path) -> None:
+    half = "\ud83d"
+    rows = [{**row, "label": row["label"] + half, "pair": half, "user": f"{row['user']}{half}"} for row in owned()]
+    path, said = write_rows(tmp_path / "rows.jsonl", rows), []
+    asked = {"text_pair": "pair", "partition": "natural", "partition_by": "user"}
+    assert load_data(text_config(path, bert, **asked), said.append).label_names == ("x\ufffd", "y\ufffd")
+    rows = [{**row, "input": half, "output": [half, "a"]} for row in instructions(12)]
+    path = write_rows(tmp_path / "answers.jsonl", rows)
+    data = load_data(instruction_config(path, llama), said.append)
+    assert data.test.table.answers[0] == ("\ufffd", "a")
+    assert [line.split(" rows hold half")[0] for line in said] == ["40 of 40", "12 of 12"]
+
+
+def test_rows_without_an_answer_are_left_out_and_said(tmp_path: Path, llama: Path) -> None:
+    rows: list[dict[str, object]] = list(instructions(30))
+    for number, answer in {3: "", 5: None, 8: [], 9: [""], 11: ["cat", ""]}.items():
+        rows[number] = {**rows[number], "output": answer}
+    path, said = write_rows(tmp_path / "rows.jsonl", rows), []
+    data = load_data(instruction_config(path, llama), said.append)
+    assert len(data.test) + sum(map(len, data.clients)) == 26
+    assert [answers for answers in data.test.table.answers if len(answers) > 1 or not answers[0]] == []
+    assert said == [
+        f"1 of 30 rows list empty answers beside others, which are left out; the first is {path} line 12",
+        f"4 of 30 rows have no answer in 'output' and are left out; the first is {path} line 4",
+    ]
+    (tmp_path / "rows.csv").write_text("instruction,input,output\n" + "Do.,a,b\n" * 20 + "Do.,a,\n")
+    said.clear()
+    load_data(instruction_config(tmp_path / "rows.csv", llama), said.append)
+    assert said == [
+        f"1 of 21 rows have no answer in 'output' and are left out; the first is {tmp_path / 'rows.csv'} row 21"
+    ]
+
+
+def test_answers_left_out_of_a_test_file_leave_the_other_rows_where_they_belong(tmp_path: Path, llama: Path) -> None:
+    rows = instructions(12)
+    train = write_rows(tmp_path / "train.jsonl", [{**rows[0], "output": ""}, *rows[1:]])
+    test = write_rows(tmp_path / "test.jsonl", [rows[0], {**rows[1], "output": ""}, rows[2]])
+    data = load_data(instruction_config(train, llama, test_path=str(test)))
+    assert (data.test.rows.tolist(), sum(map(len, data.clients))) == ([11, 12], 11)
+    empty = write_rows(tmp_path / "empty.jsonl", [{**row, "output": ""} for row in rows])
+    with pytest.raises(FedError, match=r"data.output is 'output': none of the 12 rows has an answer there"):
+        load_data(instruction_config(empty, llama))
+    with pytest.raises(FedError, match=r"data.output is 'output': none of the 12 test rows has an answer there"):
+        load_data(instruction_config(train, llama, test_path=str(empty)))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed.config import RunConfig, parse
-from fed.data.partition import deal, draw_rows, partition_dirichlet, split_stratified
+from fed.data.partition import deal, describe_leftover, draw_rows, partition_dirichlet, split_stratified
 from fed.errors import FedError
 
 LABELS = np.arange(400) % 8
@@ -206,3 +206,80 @@ def test_without_the_library_only_its_own_partitions_are_refused(monkeypatch: py
     assert len(deal(config(), LABELS)) == 10
     with pytest.raises(FedError, match=r"needs the library flwr-datasets: install plora-kernels\[data\]"):
         deal(config(partition="pathological"), LABELS)
+
+
+NAMES = tuple(f"kind {number}" for number in range(8))
+
+
+def leftover(settings: dict[str, Any], labels: np.ndarray = LABELS, pool: np.ndarray | None = None) -> str | None:
+    """Deal out all rows, or those of `pool`, and return what is said of it."""
+    asked, rows = config(**settings), np.arange(len(labels)) if pool is None else pool
+    return describe_leftover(asked, rows, [rows[part] for part in deal(asked, labels[rows])], labels, NAMES)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_nothing_is_said_if_every_row_has_a_client(settings: dict[str, Any]) -> None:
+    assert leftover(settings) is None
+
+
+LEAVING: dict[str, tuple[str, dict[str, Any]]] = {
+    "pathological": ("partition 'pathological'", {"partition": "pathological", "count": 3}),
+    "sizes": (
+        "partition 'SizePartitioner'",
+        {"partition": "SizePartitioner", "count": 2, "partition_options": {"partition_sizes": [3, 5]}},
+    ),
+    "shards": (
+        "partition 'ShardPartitioner'",
+        {
+            "partition": "ShardPartitioner",
+            "count": 3,
+            "partition_options": {"num_shards_per_partition": 1, "shard_size": 50},
+        },
+    ),
+    "shards of a size that leaves one row": (
+        "partition 'ShardPartitioner'",
+        {"partition": "ShardPartitioner", "count": 7, "partition_options": {"num_shards_per_partition": 1}},
+    ),
+    "sizes of the library's Dirichlet": (
+        "partition 'InnerDirichletPartitioner'",
+        {
+            "partition": "InnerDirichletPartitioner",
+            "count": 2,
+            "partition_options": {"partition_sizes": [20, 20], "alpha": 0.1},
+        },
+    ),
+    "drawn": ("data.rows_per_client is 4", {"rows_per_client": 4, "count": 2, "alpha": "iid"}),
+}
+
+
+@pytest.mark.parametrize(("way", "settings"), LEAVING.values(), ids=LEAVING)
+def test_rows_and_labels_that_are_no_clients_are_said(way: str, settings: dict[str, Any]) -> None:
+    dealt = np.concatenate(deal(config(**settings), LABELS))
+    line = f"{way}: {400 - len(set(dealt))} of 400 training rows go to no client"
+    if missing := [repr(name) for number, name in enumerate(NAMES) if number not in LABELS[dealt]]:
+        line += f"; no client trains on label {', '.join(missing)}"
+    assert len(set(dealt)) < 400
+    assert leftover(settings) == line
+
+
+def test_labels_of_held_out_rows_alone_are_said() -> None:
+    pool = np.flatnonzero(LABELS != 3)
+    assert leftover({}, pool=pool) == "partition 'dirichlet': no client trains on label 'kind 3'"
+    unknown = np.where(LABELS == 3, -1, LABELS)  # the source's own test rows, of no value
+    assert leftover({"task": "instruction", "partition_by": "kind"}, unknown, pool) is None
+    said = leftover({"task": "instruction", "partition_by": "kind"}, LABELS, pool)
+    assert said == "partition 'dirichlet': no client trains on kind 'kind 3'"
+
+
+def test_rows_of_several_clients_are_said_unless_sharing_was_asked_for() -> None:
+    parts = [np.arange(300), np.arange(200, 400)]
+    said = describe_leftover(config(), np.arange(400), parts, LABELS, NAMES)
+    assert said == "partition 'dirichlet': 100 of 400 training rows go to several clients"
+    assert describe_leftover(config(rows_per_client=9), np.arange(400), parts, None, ()) is None
+
+
+def test_partitioners_of_columns_and_what_the_library_raises_are_refused() -> None:
+    with pytest.raises(FedError, match=r"data.partition is 'VerticalEvenPartitioner': flwr_datasets has .*ShardPart"):
+        deal(config(partition="VerticalEvenPartitioner"), LABELS)
+    with pytest.raises(FedError, match=r"data.partition is 'ShardPartitioner': "):
+        deal(config(partition="ShardPartitioner", partition_options={"num_shards_per_partition": []}), LABELS)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from fed.config import RunConfig, parse
+from fed.data.rows import describe_mended
 from fed.data.sources import Rows, read
 from fed.errors import FedError
 from tests.support.text_data import text_config, write_rows
@@ -67,23 +70,25 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     assert rows.places == [f"{tmp_path / 'a.jsonl'} line 1", f"{tmp_path / 'b.jsonl'} line 1"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        FedError, match=r"data.path is '.*empty': the folder holds no .jsonl, .csv, .tsv, .parquet file"
+        FedError, match=r"data.path is '.*empty': the folder holds no .jsonl, .json, .csv, .tsv, .parquet file"
     ):
         read(text_config(tmp_path / "empty"))
 
 
-def test_csv_tsv_and_parquet_files_are_read_with_their_types(tmp_path: Path) -> None:
+def test_csv_and_tsv_files_are_read_as_text_and_parquet_files_with_their_types(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('text,label\n"a, b",1\nc,0\n')
     (tmp_path / "rows.tsv").write_text("text\tlabel\na, b\t1\nc\t0\n")
     datasets.Dataset.from_dict({"text": ["a, b", "c"], "label": [1, 0]}).to_parquet(tmp_path / "rows.parquet")
-    for suffix in ("csv", "tsv", "parquet"):
-        assert texts_and_labels(text_config(tmp_path / f"rows.{suffix}")) == (["a, b", "c"], [1, 0])
+    for suffix, labels in (("csv", ["1", "0"]), ("tsv", ["1", "0"]), ("parquet", [1, 0])):
+        assert texts_and_labels(text_config(tmp_path / f"rows.{suffix}")) == (["a, b", "c"], labels)
 
 
-def test_a_text_column_of_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_text_column_of_numbers_is_refused_where_the_file_has_types(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n1,x\n2,y\n")
-    with pytest.raises(FedError, match=r"rows.csv row 1: data.text 'text' holds 1; it should be a string"):
-        texts_and_labels(text_config(tmp_path / "rows.csv"))
+    assert texts_and_labels(text_config(tmp_path / "rows.csv")) == (["1", "2"], ["x", "y"])
+    datasets.Dataset.from_dict({"text": [1, 2], "label": ["x", "y"]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(FedError, match=r"rows.parquet row 1: data.text 'text' holds 1; it should be a string"):
+        texts_and_labels(text_config(tmp_path / "rows.parquet"))
 
 
 # The library leaves the file open; collected here, it does not cause a warning in another test.
@@ -99,12 +104,14 @@ def test_a_table_that_cannot_be_read_is_one_line(name: str, tmp_path: Path, capf
     gc.collect()
 
 
-def test_without_the_library_jsonl_is_read_and_csv_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_only_parquet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(read(text_config(write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])))) == 1
     (tmp_path / "rows.csv").write_text("text,label\na,x\n")
+    assert len(read(text_config(tmp_path / "rows.csv"))) == 1
+    (tmp_path / "rows.parquet").write_text("")
     with pytest.raises(FedError, match=r"needs the library datasets: install plora-kernels\[data\]"):
-        read(text_config(tmp_path / "rows.csv"))
+        read(text_config(tmp_path / "rows.parquet"))
 
 
 @pytest.fixture
@@ -173,12 +180,119 @@ def test_natural_instructions_come_from_a_folder_or_the_hub_with_the_same_column
     assert config_of("natural-instructions").data.task == "instruction"
 
 
+def test_published_task_files_are_read_and_chosen_as_others(tmp_path: Path) -> None:
+    instance = {"id": "0", "input": "n", "output": ["o", "p"]}
+    task = {"Categories": ["c"], "Definition": ["i"], "Instances": [instance]}
+    for name in ("task2_a", "task11_b", "task1_c"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(task))
+    wanted = [{"task": name, "category": "c", "instruction": "i", **instance} for name in ("task1_c", "task2_a")]
+    assert read(config_of("natural-instructions", path=str(tmp_path), tasks=["task1", "task2"])).rows == wanted
+    one = config_of("natural-instructions", path=str(tmp_path / "task2_a.json"), tasks=["task2"])
+    assert read(one).rows == wanted[1:]
+    files = read(config_of("files", path=str(tmp_path), task="instruction"))
+    assert [(row["file"], row["task"], row["output"]) for row in files.rows] == [
+        (name, name, ["o", "p"]) for name in ("task11_b", "task1_c", "task2_a")
+    ]
+
+
+def test_tasks_are_chosen_in_one_file_by_its_column_or_its_name(tmp_path: Path) -> None:
+    row = {"definition": "i", "inputs": "n", "targets": "o"}
+    mixed = write_rows(tmp_path / "all.jsonl", [{**row, "task_name": f"task{number}_x"} for number in (1, 2, 11)])
+    found = read(config_of("natural-instructions", path=str(mixed), tasks=["task1", "task11"]))
+    assert [row["task"] for row in found.rows] == ["task1_x", "task11_x"]
+    assert [place.rsplit(" ", 1)[1] for place in found.places] == ["1", "3"]
+    with pytest.raises(FedError, match=r"data.tasks names 'task3'; there are task11_x, task1_x, task2_x"):
+        read(config_of("natural-instructions", path=str(mixed), tasks=["task3"]))
+    alone = write_rows(tmp_path / "task5_y.jsonl", [row])
+    assert len(read(config_of("natural-instructions", path=str(alone), tasks=["task5"]))) == 1
+    with pytest.raises(FedError, match=r"data.tasks names 'task6'; there are task5_y"):
+        read(config_of("natural-instructions", path=str(alone), tasks=["task6"]))
+
+
+def test_a_folder_may_hold_files_of_all_kinds_in_any_case(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.JSONL", [{"text": "a", "label": "x"}])
+    (tmp_path / "b.Csv").write_text("text,label\nb,x\n")
+    (tmp_path / "c.TSV").write_text('text\tlabel\n"c\tx\n')
+    (tmp_path / "d.json").write_text('[{"text": "d", "label": "x"}]')
+    assert texts_and_labels(text_config(tmp_path)) == (["a", "b", '"c', "d"], ["x"] * 4)
+
+
+def test_replaced_characters_are_said_once_for_all_files(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_rows(folder / f"{name}.jsonl", [{"text": "whole", "label": "x"}, {"text": "\ud83d", "label": "\ude00"}])
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "\ud83d", "label": "x"}])
+    rows = read(text_config(folder, test_path=str(test)))
+    assert [row["text"] for row in rows.rows] == ["whole", "\ufffd", "whole", "\ufffd", "\ufffd"]
+    assert (rows.first_test, rows.rows[1]["label"]) == (4, "\ufffd")
+    assert describe_mended(rows) == (
+        "3 of 5 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is "
+        f"{folder / 'a.jsonl'} line 2"
+    )
+
+
+def test_parquet_values_keep_their_types_and_missing_ones_are_none(tmp_path: Path) -> None:
+    columns = {"text": ["a", None, "c"], "label": [2**62, None, 1], "more": [["x"], [], None]}
+    path = tmp_path / "rows[1]*.parquet"  # a name, not a pattern
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    rows = read(text_config(path))
+    assert rows.rows == [{name: values[index] for name, values in columns.items()} for index in range(3)]
+    with pytest.raises(
+        FedError, match=r"parquet row 2: data.label 'label' holds None; it should be a string or an int"
+    ):
+        rows.column("data.label", "label", (str, int))
+
+
+def test_parquet_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(FedError, match=r"rows.parquet: two columns are called 'text'; their names should differ"):
+        read(text_config(tmp_path / "rows.parquet"))
+
+
+@pytest.fixture
+def library_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+# The library's CSV reader leaves files open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("library_cache")
+def test_csv_files_of_a_data_set_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    def found(name: str, **files: str) -> list[tuple[Any, Any]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, content in files.items():
+            (folder / f"{split}.{name[:3]}").write_text(content)
+        rows = read(config_of("hub", path=str(folder), test_split="test" if "test" in files else None))
+        assert rows.first_test == (len(rows) - 1 if "test" in files else None)
+        return [(row["text"], row["label"]) for row in rows.rows]
+
+    train = "text,label\nNA,01\nnull,\nc,001\n"
+    assert found("csv", train=train, test="text,label\n7,1.0\n") == [
+        *[("NA", "01"), ("null", None), ("c", "001")],
+        ("7", "1.0"),
+    ]
+    assert found("csv late", train="text,label\n" + "t,1\n" * 20_000 + "t,other\n")[-2:] == [("t", "1"), ("t", "other")]
+    quoted = 'text\tlabel\n"a\t1\nb\t2\n"c\t1\n'
+    assert found("tsv", train=quoted) == [('"a', "1"), ("b", "2"), ('"c', "1")]
+
+
 def test_dolly_has_the_columns_of_an_instruction_from_the_hub_or_a_file(tmp_path: Path, hub: Callable) -> None:
     row = {"instruction": "i", "context": "", "response": "r", "category": "open_qa"}
     wanted = {"instruction": "i", "input": "", "output": "r", "category": "open_qa"}
     hub({"train": datasets.Dataset.from_list([row])})
     assert read(config_of("dolly")).rows == [wanted]
     assert read(config_of("dolly", path=str(write_rows(tmp_path / "dolly.jsonl", [row])))).rows == [wanted]
+
+
+def test_a_column_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    row = {"instruction": "i", "context": "", "input": "n", "response": "r"}
+    with pytest.raises(
+        FedError, match=r"dolly.jsonl line 1: 'context' is read as 'input' of dolly, but there is such a"
+    ):
+        read(config_of("dolly", path=str(write_rows(tmp_path / "dolly.jsonl", [row]))))
 
 
 def test_any_data_set_of_the_hub_is_read_by_name(hub: Callable) -> None:

@@ -164,6 +164,17 @@ def test_what_there_is_to_say_of_the_data_is_said_once(tmp_path: Path, llama: Pa
     assert said == ["12 of 12 rows have more than data.max_length (12) tokens and are cut"]
 
 
+DRAWN = ("compare", "digits", "--methods", "fed-plora,fedit", "--seeds", "0,1", "--set", *SMALL, "rounds=1")
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_the_data_of_a_seed_have_to_say_is_said_once(jobs: int, tmp_path: Path, fed_cli: Call) -> None:
+    asked = (*DRAWN, "data.rows_per_client=100", "--jobs", str(jobs), "--out", str(tmp_path / "out"))
+    first, second = fed_cli(*asked).err.splitlines()
+    assert re.fullmatch(r"warning: data.rows_per_client is 100: \d+ of 630 training rows go to no client", first)
+    assert re.fullmatch(r"warning: .*, seed 1: data.rows_per_client is 100: \d+ of 630 training rows go to .*", second)
+
+
 @pytest.mark.slow
 def test_runs_at_once_give_the_same_files_as_in_turn(whole: Path, tmp_path: Path, fed_cli: Call) -> None:
     out = tmp_path / "out"

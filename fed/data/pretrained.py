@@ -10,6 +10,8 @@ from typing import Any
 from fed.config import RunConfig
 from fed.errors import FedError
 
+# What architectures call their number of positions, which transformers has one name for in most of them.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
 _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken"}
 
 
@@ -69,9 +71,11 @@ def require_positions(config: RunConfig) -> Any:
 def _positions(architecture: Any, wanted: int) -> int | None:
     """Return how many tokens a model takes, at least if that may be fewer than `wanted`, or None if it has no limit."""
     text = architecture.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is None or wanted + (getattr(text, "pad_token_id", None) or 0) < positions:
-        return positions
+    positions = next((limit for name in _POSITIONS if (limit := getattr(text, name, None)) is not None), None)
+    if positions is None or positions < 1:  # XLNet says -1 for no limit
+        return None
+    if wanted + (getattr(text, "pad_token_id", None) or 0) < positions:
+        return int(positions)
     import torch
     from transformers import AutoModel
 

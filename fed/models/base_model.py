@@ -20,7 +20,7 @@ from fed.data.pretrained import (
     quiet,
     saved_label_names,
 )
-from fed.data.tables import Split
+from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
 
@@ -52,6 +52,7 @@ def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], obje
                 )
         else:
             model = _classifier(config, data, on_event or _discard)
+    _check_tokens(config, model, data)
     return model
 
 
@@ -225,6 +226,28 @@ def _pad_as(model: Any, tokenizer: Any) -> None:
     for settings in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if settings is not None:
             settings.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
+    """Raise FedError if the data hold a token, padding included, that the model has no embedding of."""
+    table = data.test.table
+    if isinstance(table, TextTable):
+        tokens, padding = table.tokens["input_ids"].values, table.pad
+    elif isinstance(table, InstructionTable):
+        tokens, padding = table.tokens.values, table.tokenizer.pad_token_id
+    else:
+        return
+    try:
+        known = len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError):  # a model of characters, which has no table of tokens
+        return
+    largest = max(int(tokens.max()), padding)
+    if largest >= known:
+        token = load_tokenizer(config).convert_ids_to_tokens(largest)
+        raise FedError(
+            f"model.path is {config.model.path!r}: its tokenizer makes token {largest} ({token!r}), and the model "
+            f"knows {known} tokens; it should be resized to the tokenizer's {largest + 1} or more"
+        )
 
 
 def _labels(data: FederatedData) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def resume(out: Path, centralised: bool) -> int:
     try:
         with running.limits(config.threads):
             if missing or wanted:
-                data, model = datasets.load(config, screen.warn, screen.stage), base_model.reopen(out / BASE)
+                data = datasets.load(config, screen.warn, screen.stage)
+                model = base_model.reopen(out / BASE, data.label_names)
             else:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
             if missing:
@@ -129,7 +130,11 @@ def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, scree
     steps = 0 if data.pretrain is None else config.model.pretrain_steps
     with screen.stage("base: central step", steps, every=max(1, steps // 5)) as advance:
         model = running.make_base(
-            config, data, directory.path / BASE, lambda step, loss: advance(step, f"training loss {loss:.3f}")
+            config,
+            data,
+            directory.path / BASE,
+            lambda step, loss: advance(step, f"training loss {loss:.3f}"),
+            screen.warn,
         )
     if data.undisturbed is not None:
         accuracy = evaluate(model, data.undisturbed)["accuracy"]

@@ -25,7 +25,9 @@ class FederatedData:
 
     clients: the training rows of each client, shifted for digits.  test: held-out rows, shifted the same way.
     pretrain: unshifted rows for pretraining the embedded base.  undisturbed: the test rows without the shift.
-    Both are None for text.  validation: held-out rows for choosing settings, or None.
+    Both are None for text.  validation: held-out rows for choosing settings, or None.  label_names: the labels, in the
+    order of their numbers in the tables.  source_numbers: the numbers that the data source itself gives these labels,
+    or () if it has only names.
     """
 
     clients: tuple[Split, ...]
@@ -34,6 +36,7 @@ class FederatedData:
     undisturbed: Split | None
     label_names: tuple[str, ...]
     validation: Split | None = None
+    source_numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> FederatedData:
         """Return the data with the clients', test and validation rows on a device; each table is copied only once."""
@@ -91,7 +94,7 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
     names: tuple[str, ...] = ()
     labels: Array | None = None
     if data.task == "classification":
-        labels, names = text_tables.make_labels(config, rows)
+        labels, names = text_tables.make_labels(config, rows, on_event)
     else:
         rows = text_tables.leave_out_unanswered(config, rows, on_event)
     groups, values = _groups(config, rows, labels)
@@ -115,7 +118,13 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
         undisturbed=None,
         label_names=names,
         validation=_view(table, parts.validation) if len(parts.validation) else None,
+        source_numbers=_source_numbers(rows, names),
     )
+
+
+def _source_numbers(rows: Rows, names: tuple[str, ...]) -> tuple[int, ...]:
+    numbers = {name: number for number, name in enumerate(rows.label_names or ())}
+    return tuple(numbers[name] for name in names) if numbers.keys() >= set(names) else ()
 
 
 def _groups(config: RunConfig, rows: Rows, labels: Array | None) -> tuple[Array, tuple[str, ...]]:

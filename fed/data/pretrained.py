@@ -10,6 +10,8 @@ from typing import Any
 from fed.config import RunConfig
 from fed.errors import FedError
 
+# What architectures call their number of positions, which transformers has one name for in most of them.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
 _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken"}
 
 
@@ -38,9 +40,16 @@ def tokenizer_files(config: RunConfig) -> list[Path]:
 
 
 def saved_label_names(config: RunConfig) -> tuple[str, ...]:
-    """Return the label names of the checkpoint's head, in the order of its outputs."""
-    names = require_positions(config).id2label or {}
-    return tuple(str(names[number]) for number in sorted(names))
+    """Return the label names of the checkpoint's classification head, in the order of its outputs.
+
+    There are none if its head is for another task, such as regression or a label for every token.
+    """
+    architecture = require_positions(config)
+    classes = getattr(architecture, "architectures", None) or ["ForSequenceClassification"]
+    names = architecture.id2label or {}
+    if not classes[0].endswith("ForSequenceClassification") or architecture.problem_type == "regression":
+        return ()
+    return tuple(str(names[number]) for number in range(len(names))) if sorted(names) == [*range(len(names))] else ()
 
 
 def require_positions(config: RunConfig) -> Any:
@@ -53,10 +62,39 @@ def require_positions(config: RunConfig) -> Any:
     path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
         architecture = AutoConfig.from_pretrained(path, local_files_only=True)
-    positions = getattr(architecture, "max_position_embeddings", None)
+        positions = _positions(architecture, config.data.max_length)
     if positions is not None and config.data.max_length > positions:
         raise FedError(f"data.max_length is {config.data.max_length}: the checkpoint takes at most {positions} tokens")
     return architecture
+
+
+def _positions(architecture: Any, wanted: int) -> int | None:
+    """Return how many tokens a model takes, at least if that may be fewer than `wanted`, or None if it has no limit."""
+    text = architecture.get_text_config()
+    positions = next((limit for name in _POSITIONS if (limit := getattr(text, name, None)) is not None), None)
+    if positions is None or positions < 1:  # XLNet says -1 for no limit
+        return None
+    if wanted + (getattr(text, "pad_token_id", None) or 0) < positions:
+        return int(positions)
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):  # a model without memory for its weights
+        padding = position_padding(AutoModel.from_config(architecture))
+    return positions if padding is None else positions - padding - 1
+
+
+def position_padding(model: Any) -> int | None:
+    """Return p if the model numbers the positions of tokens from p + 1 on, where p is its padding token, else None.
+
+    RoBERTa and its relatives do so: they have p + 1 positions fewer than `max_position_embeddings`. They are known by
+    their table of position embeddings, which has a row for padding.
+    """
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and "position" in name.rpartition(".")[2] and hasattr(module, "weight"):
+            return int(padding)
+    return None
 
 
 def checkpoint_of(config: RunConfig) -> Path:

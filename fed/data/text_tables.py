@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fed.config import RunConfig
+from fed.data.labels import listed, order_classes
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
 from fed.data.rows import Rows
@@ -20,25 +21,32 @@ from fed.errors import FedError
 _COLUMN = re.compile(r"\{([^{}\n]+)\}")
 
 
-def make_labels(config: RunConfig, rows: Rows) -> tuple[Array, tuple[str, ...]]:
+def make_labels(
+    config: RunConfig, rows: Rows, on_event: Callable[[str], object] | None = None
+) -> tuple[Array, tuple[str, ...]]:
     """Return the label number of every row, (n,), and the label names in the order of their numbers.
 
     Labels may be strings, integers or booleans. They are numbered as in the checkpoint's head, or else as in the data
-    source, if one of them has the same set of names, and else in sorted order. Raises FedError if there are fewer than
-    two labels.
+    source, if one of them has these labels, and else in sorted order, integers as numbers; `fed.data.labels` says when
+    a head has them. Labels that only the head has are among the names, and `on_event` receives a line that says so.
+    Raises FedError if there are fewer than two labels.
     """
     column = config.data.label
     found = rows.column("data.label", column, (str, int))
     if rows.label_names is not None:
         found = [_name(rows, value, index) for index, value in enumerate(found)]
     found = [str(value) for value in found]
-    own, source = saved_label_names(config), rows.label_names or ()
-    names = next((tuple(some) for some in (own, source) if set(some) == set(found)), tuple(sorted(set(found))))
-    if len(names) < 2:
+    there = set(found)
+    if len(there) < 2:
         raise FedError(
-            f"data.label is {column!r}: the only label in {config.data.title} is {names[0]!r}; "
+            f"data.label is {column!r}: the only label in {config.data.title} is {found[0]!r}; "
             "there should be two or more"
         )
+    head = saved_label_names(config)
+    names = order_classes(there, head, rows.label_names or ())
+    unused = [name for name in names if name not in there]
+    if unused and len(names) == len(head) and on_event is not None:
+        on_event(f"the checkpoint's head has {len(names)} labels; no row has {listed(unused)}")
     numbers = {name: number for number, name in enumerate(names)}
     return np.array([numbers[name] for name in found], dtype=np.int64), names
 

@@ -32,12 +32,19 @@ from fed.types import CentralisedRow, Client, Row
 from plora_kernels import PLoRAError
 
 
-def make_base(config: RunConfig, data: FederatedData, directory: Path, progress: Progress | None = None) -> nn.Module:
+def make_base(
+    config: RunConfig,
+    data: FederatedData,
+    directory: Path,
+    progress: Progress | None = None,
+    on_event: Callable[[str], object] | None = None,
+) -> nn.Module:
     """Build the base model, pretrain it if it is the embedded one, and save it to `directory`.
 
-    The adapter and the device are checked first, so that an error in them does not come after the pretraining.
+    `on_event` is passed to `fed.models.base_model.build`. The adapter and the device are checked first, so that an
+    error in them does not come after the pretraining.
     """
-    model = base_model.build(config, data)
+    model = base_model.build(config, data, on_event)
     check_adapter(config, model)
     model.cpu()
     if data.pretrain is not None:

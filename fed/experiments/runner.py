@@ -101,7 +101,7 @@ class SharedInputs:
         if self._model is None or self._model[0] != key:
             self._model = None
             if path.is_dir():
-                model = base_model.reopen(path)
+                model = base_model.reopen(path, self.data(config).label_names)
             else:
                 tell(f"making the base model of seed {config.seed}")
                 model = self._made(config, path)
@@ -147,7 +147,8 @@ def check(
 
     Raises FedError if a tracker is not installed, or if with the first seed data cannot be loaded or an adapter does
     not fit its model. Other seeds are not loaded, because they use the same rows. `on_event` receives each message
-    about the data once; messages about other seeds' partitions come when their runs are played (event "data").
+    about data and base model once; messages about other seeds' partitions come when their runs are played (event
+    "data").
     """
     built: dict[str, nn.Module] = {}
     said: set[str] = set()
@@ -164,7 +165,7 @@ def check(
         with running.limits(cell.config.threads):
             data, key = bench.data(cell.config, once, stage), _key(cell.config, "data", "model")
             if key not in built:
-                built = {key: base_model.build(cell.config, data)}
+                built = {key: base_model.build(cell.config, data, once)}
             running.check_adapter(cell.config, built[key])
     return said
 

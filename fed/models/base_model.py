@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, quiet
-from fed.data.tables import Split
+from fed.data.labels import listed, match_head
+from fed.data.pretrained import (
+    checkpoint_of,
+    failing_as,
+    load_tokenizer,
+    position_padding,
+    quiet,
+    saved_label_names,
+)
+from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
 
@@ -23,26 +31,28 @@ _WARMUP_FRACTION = 0.1
 _CPU = torch.device("cpu")
 
 
-def build(config: RunConfig, data: FederatedData) -> nn.Module:
+def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], object] | None = None) -> nn.Module:
     """Return the base model on the CPU, in fp32, before any pretraining.
 
     Without `model.path` it is the embedded ViT with randomly initialised weights. Otherwise it is the checkpoint at
-    that path: a causal language model for instructions, else a classifier for the labels `data.label_names`. Raises
-    FedError if there is no usable checkpoint.
+    that path: a causal language model for instructions, else a classifier for the labels `data.label_names`. The
+    checkpoint's head is used if it has these labels in this order (see `fed.data.labels.match_head`); otherwise a new
+    one is initialised from the run's seed. `on_event` receives a line for the user if so, and for other weights that
+    the checkpoint lacks. Raises FedError if there is no usable checkpoint.
     """
     with quiet():
         if config.model.path is None:
             model: nn.Module = _embedded_vit(config, data)
         elif config.data.task == "instruction":
-            model, missing = _loaded(config, "AutoModelForCausalLM")
+            model, missing, _ = _loaded(config, "AutoModelForCausalLM")
             if missing:  # these weights would be random
                 raise FedError(
                     f"model.path is {config.model.path!r}: instructions need a causal language model; "
                     f"the checkpoint has no {sorted(missing)[0]}"
                 )
-        else:  # with a new head if the checkpoint's own has another number of labels
-            kind = "AutoModelForSequenceClassification"
-            model, _ = _loaded(config, kind, ignore_mismatched_sizes=True, **_labels(data))
+        else:
+            model = _classifier(config, data, on_event or _discard)
+    _check_tokens(config, model, data)
     return model
 
 
@@ -78,14 +88,23 @@ def save(model: Any, config: RunConfig, directory: Path) -> None:
         model.save_pretrained(directory)
 
 
-def reopen(directory: Path) -> nn.Module:
-    """Load a base model that `save` wrote, bit for bit, on the CPU, with the saved dtype and labels."""
+def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
+    """Load a base model that `save` wrote, bit for bit, on the CPU, with the saved dtype and labels.
+
+    Raises FedError if it does not load, or if its labels are not `label_names`, in this order; () allows any.
+    """
     import transformers
 
     with quiet(), failing_as(f"the base model in {str(directory)!r} does not load"):
         architecture = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         kind = getattr(transformers, architecture.architectures[0])
         model: nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype="auto")
+    saved = tuple(architecture.id2label.values())
+    if label_names and saved != label_names:
+        raise FedError(
+            f"the base model in {str(directory)!r} has the labels {listed(saved)}, and the data {listed(label_names)}; "
+            "model.path and data.path should be as they were when it was made"
+        )
     return model
 
 
@@ -131,8 +150,58 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
         epoch += 1
 
 
-def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str]]:
-    """Return the checkpoint as a model of class `kind`, and the weights it lacks, initialised from the run's seed."""
+def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str], object]) -> Any:
+    """Return the checkpoint as a classifier for the labels of the data, with its own head if that has these labels."""
+    kind = "AutoModelForSequenceClassification"
+    # The loss is always cross-entropy: without its type, transformers would take the one of the saved head's task.
+    settings = {**_labels(data), "problem_type": "single_label_classification"}
+    model, missing, resized = _loaded(config, kind, ignore_mismatched_sizes=True, **settings)
+    path = f"model.path is {config.model.path!r}"
+    own = {name for head in head_names(model) for name, _ in model.get_submodule(head).named_parameters(prefix=head)}
+    if wrong := sorted(resized.keys() - own):
+        raise FedError(f"{path}: the checkpoint does not load: {wrong[0]} {resized[wrong[0]]}")
+    if {name for name, _ in model.named_parameters()} - own <= missing:
+        raise FedError(f"{path}: the checkpoint does not load: it holds no weight of {type(model).__name__}")
+    if lacking := sorted(missing - own):
+        on_event(f"{path}: the checkpoint has no {listed(lacking, 1)}; drawn from the seed")
+    if fault := _head_fault(config, data, own, missing & own, resized.keys() & own):
+        on_event(f"{path}: {fault}; the run starts from a new head")
+        if not own <= missing | resized.keys():  # a head may have several layers, of which these are only some
+            _draw_head(model, config)
+    return model
+
+
+def _head_fault(config: RunConfig, data: FederatedData, own: set[str], missing: set[str], resized: set[str]) -> str:
+    """Return why the checkpoint's head is not one for the labels of the data, or nothing if it is.
+
+    The head has the parameters `own`, of which the checkpoint lacks `missing` and has `resized` in other sizes.
+    """
+    saved = saved_label_names(config)
+    if not saved or missing == own:
+        return "the checkpoint has no classification head"
+    if match_head(data.label_names, saved, data.source_numbers) != data.label_names:
+        return f"the labels of the checkpoint's head are {listed(saved)}, those of the data {listed(data.label_names)}"
+    if missing or resized:
+        return f"the checkpoint's head has no {sorted(missing | resized)[0]} for its {len(saved)} labels"
+    return ""
+
+
+def _draw_head(model: Any, config: RunConfig) -> None:
+    """Initialise the whole head from the run's seed, as the model's class initialises a new one."""
+    with torch_seed(_CPU, config.seed, "head"):
+        for name in head_names(model):
+            # A module may initialise its children in another way than they would themselves, so it comes after them.
+            for module in reversed([*model.get_submodule(name).modules()]):
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # transformers marks what it has loaded, and leaves it alone
+                model._init_weights(module)
+
+
+def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str], dict[str, str]]:
+    """Return the checkpoint as a model of class `kind`, the weights it lacks, and those that it has in other sizes.
+
+    Both are initialised from the run's seed. The sizes are given as text.
+    """
     import transformers
 
     path, tokenizer = checkpoint_of(config), load_tokenizer(config)
@@ -141,11 +210,50 @@ def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str
         model, report = getattr(transformers, kind).from_pretrained(
             path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **settings
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, set(report["missing_keys"])
+    _pad_as(model, tokenizer)
+    resized = {name: f"is {tuple(saved)}, not {tuple(wanted)}" for name, saved, wanted in report["mismatched_keys"]}
+    return model, set(report["missing_keys"]), resized
+
+
+def _pad_as(model: Any, tokenizer: Any) -> None:
+    """Make the tokenizer's padding token the model's, for decoders take the last token that is no padding.
+
+    A model that numbers positions from its padding token on keeps its own, or the positions would be others once it is
+    saved and loaded; it needs the attention mask alone.
+    """
+    if position_padding(model) is not None:
+        return
+    for settings in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
+    """Raise FedError if the data hold a token, padding included, that the model has no embedding of."""
+    table = data.test.table
+    if isinstance(table, TextTable):
+        tokens, padding = table.tokens["input_ids"].values, table.pad
+    elif isinstance(table, InstructionTable):
+        tokens, padding = table.tokens.values, table.tokenizer.pad_token_id
+    else:
+        return
+    try:
+        known = len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError):  # a model of characters, which has no table of tokens
+        return
+    largest = max(int(tokens.max()), padding)
+    if largest >= known:
+        token = load_tokenizer(config).convert_ids_to_tokens(largest)
+        raise FedError(
+            f"model.path is {config.model.path!r}: its tokenizer makes token {largest} ({token!r}), and the model "
+            f"knows {known} tokens; it should be resized to the tokenizer's {largest + 1} or more"
+        )
 
 
 def _labels(data: FederatedData) -> dict[str, Any]:
     names = dict(enumerate(data.label_names))
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def _discard(event: str) -> None:
+    pass

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from fed.data.federated_data import FederatedData
 from fed.data.tables import IGNORED, DenseTable, InstructionTable, Split, TextTable
 
-_WORD = re.compile(r"[^\W_]+")
+# Characters that are not seen: direction marks, soft hyphens, word joiners, byte order marks, selectors between forms
+# of a character, and the zero-width non-joiner at a word's end. Inside a word it may tell it from another.
+_UNSEEN = re.compile(
+    r"[\u00ad\u061c\u180b-\u180d\u180f\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufe00-\ufe0f\ufeff"
+    r"\U000e0100-\U000e01ef]|\u200c(?!\w)"
+)
+_JOINERS = "\u200c\u200d"
+_ZERO_WIDTH_SPACE = "\u200b"
 
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # limits of one evaluation batch
 
@@ -163,8 +170,11 @@ def rouge_1(answer: str, right: str) -> float:
 def rouge_l(answer: str, right: str) -> float:
     """Return ROUGE-L's F measure, 0 … 1: 2PR / (P + R), with P = lcs / words of `answer`, R = lcs / words of `right`.
 
-    lcs is the length of the longest common subsequence of words. A word is a run of letters and digits, in lower case
-    and not stemmed. Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
+    lcs is the length of the longest common subsequence of words. A word is a run of letters, with the marks that belong
+    to them such as vowel signs and accents, and digits; it is not stemmed. Words are compared without regard to case
+    and in Unicode's form NFC, so that it does not matter how an accent is encoded, while compatible characters such as
+    2 and ² differ. A run of a script without spaces, as of Chinese or Thai, is one word. Source: Lin, "ROUGE: A Package
+    for Automatic Evaluation of Summaries", 2004.
 
     >>> rouge_l("a b c d", "a c b d")  # "a b d" is the longest common subsequence
     0.75
@@ -185,7 +195,7 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 
 
 def is_exact(answer: str, right: str) -> bool:
-    """Return whether two answers are equal when case, punctuation and white space are ignored.
+    """Return whether two answers are equal when case, punctuation, white space and encoding (NFC) are ignored.
 
     >>> is_exact("Yes.", "yes")
     True
@@ -198,11 +208,27 @@ def _f_measure(common: int, words: Sequence[str], wanted: Sequence[str]) -> floa
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    spaced: list[str] = []
+    for letter in _folded(text):
+        kind = unicodedata.category(letter)
+        joins = kind in ("Mn", "Mc") or letter in _JOINERS
+        in_word = kind[0] in "LN" or (joins and spaced and spaced[-1] != " ")  # a mark alone is no word
+        spaced.append(letter if in_word else " ")
+    return "".join(spaced).split()
 
 
 def _plain(text: str) -> str:
-    """Return the text in lower case, with single spaces and no punctuation; text of punctuation alone keeps it."""
-    lower = " ".join(text.lower().split())
-    bare = "".join(letter for letter in lower if not unicodedata.category(letter).startswith("P"))
-    return " ".join(bare.split()) or lower
+    """Return the text folded, with single spaces and no punctuation; text of punctuation alone keeps it."""
+    folded = " ".join(_folded(text).replace(_ZERO_WIDTH_SPACE, "").split())
+    bare = "".join(letter for letter in folded if not unicodedata.category(letter).startswith("P"))
+    return " ".join(bare.split()) or folded
+
+
+def _folded(text: str) -> str:
+    """Return the text in NFC, without case and without characters that are not seen.
+
+    Unicode folds case between decomposing and composing. It folds İ, the capital of the Turkish i, to i and a dot; here
+    the dot is left out, as it is over an i that was small already.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return _UNSEEN.sub("", folded.replace("i\u0307", "i"))

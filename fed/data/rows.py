@@ -93,11 +93,11 @@ def listed(names: Iterable[str]) -> str:
     return re.sub(r"[\r\n]+", " ", ", ".join(names))
 
 
-def some_of(names: Iterable[str]) -> str:
-    """Return the first ten names, and how many more there are.
+def some_of(names: Iterable[str], most: int = 10) -> str:
+    """Return the first names, at most so many, and how many more there are.
 
-    >>> some_of(map(str, range(12)))
-    '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    >>> some_of("abcde", most=3)
+    'a, b, c and 2 more'
     """
-    first, rest = (names := list(names))[:10], names[10:]
+    first, rest = (names := list(names))[:most], names[most:]
     return listed(first) + (f" and {len(rest)} more" if rest else "")

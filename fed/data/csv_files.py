@@ -81,8 +81,8 @@ def _check_header(header: Sequence[str], place: str, kind: str) -> None:
     """Raise FedError if two columns have the same name, or other characters seem to separate the columns."""
     own = _DIALECTS[kind]["delimiter"]
     if len(header) == 1:
-        for other in set(_DELIMITERS) - {own}:
-            if other in header[0]:
+        for other in _DELIMITERS:
+            if other != own and other in header[0]:
                 raise FedError(
                     f"{place}: the only column is {header[0]!r:.60}, which {_DELIMITERS[other]} separate; "
                     f"a {kind} file should have {_DELIMITERS[own]}"

@@ -33,11 +33,26 @@ def read_parquet(path: Path, key: str, stage: Stage | None = None) -> Rows:
                 raise FedError(f"{path}: two columns are called {twice[0]!r}; their names should differ")
             bytes_per_row = path.stat().st_size // max(1, file.metadata.num_rows)
             for batch in file.iter_batches():
-                rows.extend(batch.to_pylist())
+                try:
+                    rows.extend(batch.to_pylist())
+                except UnicodeDecodeError:
+                    raise FedError(_where_no_text(batch, path, len(rows))) from None
                 advance(bytes_per_row * len(batch))
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
     return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
+
+
+def _where_no_text(batch: Any, path: Path, before: int) -> str:
+    """Return which value of a batch, before which there are `before` rows, is declared to be text but is not UTF-8."""
+    for number in range(len(batch)):
+        for name in batch.schema.names:
+            try:
+                batch.column(name)[number].as_py()
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start]
+                return f"{path} row {before + number + 1}: {name!r} should be UTF-8 text; it holds byte 0x{bad:02x}"
+    return f"{path}: a value should be UTF-8 text"
 
 
 def load(

@@ -250,10 +250,10 @@ def test_owners_no_client_trains_on_are_said(tmp_path: Path, bert: Path, llama: 
     texts = load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert, **asked), said.append)
     rows = [{**row, "user": number % 4} for number, row in enumerate(instructions(24))]
     answers = load_data(instruction_config(write_rows(tmp_path / "answers.jsonl", rows), llama, **asked), said.append)
-    left = 30 - sum(map(len, texts.clients)), 20 - sum(map(len, answers.clients))
+    left = 30 - sum(map(len, texts.clients)), 16 - sum(map(len, answers.clients))
     assert [re.sub("'[u0-9]+'", "'…'", line) for line in said] == [
         f"partition 'pathological': {left[0]} of 30 training rows go to no client; no client trains on user '…', '…'",
-        f"partition 'pathological': {left[1]} of 20 training rows go to no client; no client trains on user '…', '…'",
+        f"partition 'pathological': {left[1]} of 16 training rows go to no client; no client trains on user '…', '…'",
     ]
 
 

@@ -251,6 +251,14 @@ def test_parquet_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
         read(text_config(tmp_path / "rows.parquet"))
 
 
+def test_parquet_text_that_is_not_utf8_is_refused_by_row(tmp_path: Path) -> None:
+    bytes_of_text = pyarrow.array([b"good", b"", b"half \xed\xa0\xbd"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_of_text.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"label": ["x", "y", "x"], "text": text}), tmp_path / "rows.parquet")
+    with pytest.raises(FedError, match=r"rows.parquet row 3: 'text' should be UTF-8 text; it holds byte 0xed$"):
+        read(text_config(tmp_path / "rows.parquet"))
+
+
 @pytest.fixture
 def library_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

@@ -34,29 +34,42 @@ def read_csv(path: Path, key: str, stage: Stage | None = None) -> Rows:
     than there are columns, quotation marks do not match, or two columns have the same name.
     """
     kind = "TSV" if path.suffix.lower() == ".tsv" else "CSV"
-    rows, places = [], []
+    rows, places, doubtful = [], [], []
     with closing(read_lines(path, key, stage)) as lines, _long_fields():
         records = _records(lines, path, kind)
-        line, header = next(records, (0, []))
+        line, header, _ = next(records, (0, [], []))
         if not header:
             raise FedError(f"{key} is {str(path)!r}: cannot read it as {kind}: it has no line of column names")
         _check_header(header, f"{path} line {line}", kind)
-        for number, (line, fields) in enumerate(records, start=1):
+        for number, (line, fields, spanned) in enumerate(records, start=1):
             if len(fields) != len(header) or fields[0].startswith(BYTE_ORDER_MARK) or fields == header:
                 raise FedError(f"{path} row {number} (line {line}): {_why_no_row(fields, header)}")
             rows.append(_row(header, fields, f"{path} row {number} (line {line})"))
             places.append(f"{path} row {number}")
+            if len(spanned) > 1 and _look_like_rows(spanned, len(header)):
+                doubtful.append(places[-1])
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return Rows(rows, places)
+    return Rows(rows, places, doubtful=doubtful)
 
 
-def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line's number and the fields of every record, the header among them; skip empty lines."""
-    reader = csv.reader(lines, **_DIALECTS[kind])
+def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield of every record, the header among them, its first line's number, its fields and its lines.
+
+    Empty lines are skipped. The list of lines is the same one for all records.
+    """
+    spanned: list[str] = []
+
+    def kept() -> Iterator[str]:
+        for line in lines:
+            spanned.append(line)
+            yield line
+
+    reader = csv.reader(kept(), **_DIALECTS[kind])
     number = 0  # of rows; the first record is the header
     while True:
         line = reader.line_num + 1
+        spanned.clear()
         try:
             fields = next(reader)
         except StopIteration:
@@ -66,7 +79,12 @@ def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int,
             raise FedError(f"{path} {place}: cannot read it as {kind}: {_explained(error)}") from None
         if fields:
             number += 1
-            yield line, fields
+            yield line, fields, spanned
+
+
+def _look_like_rows(lines: Sequence[str], columns: int) -> bool:
+    """Return whether each line of one row of a CSV file has the commas that a row without quotation marks would have."""
+    return columns > 1 and all(line.count(",") == columns - 1 for line in lines)
 
 
 def _explained(error: csv.Error) -> str:

@@ -12,7 +12,7 @@ from fed.config import RunConfig
 from fed.data import sources, text_tables
 from fed.data.digits import load_digits, shift_images
 from fed.data.partition import Array, Classes, deal, describe_leftover, split_stratified
-from fed.data.rows import Rows, describe_mended, listed
+from fed.data.rows import Rows, listed, remarks
 from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -86,7 +86,7 @@ def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedDa
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
     rows, data = sources.read(config) if stage is None else sources.read(config, stage), config.data
-    if line := describe_mended(rows):
+    for line in remarks(rows):
         on_event(line)
     names: tuple[str, ...] = ()
     labels: Array | None = None

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from fed.config import RunConfig, parse
-from fed.data.rows import describe_mended
+from fed.data.rows import remarks
 from fed.data.sources import Rows, read
 from fed.errors import FedError
 from tests.support.text_data import text_config, write_rows
@@ -226,10 +226,14 @@ def test_replaced_characters_are_said_once_for_all_files(tmp_path: Path) -> None
     rows = read(text_config(folder, test_path=str(test)))
     assert [row["text"] for row in rows.rows] == ["whole", "\ufffd", "whole", "\ufffd", "\ufffd"]
     assert (rows.first_test, rows.rows[1]["label"]) == (4, "\ufffd")
-    assert describe_mended(rows) == (
+    assert remarks(rows) == [
         "3 of 5 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is "
         f"{folder / 'a.jsonl'} line 2"
-    )
+    ]
+    assert remarks(rows.take([0, 3])) == [
+        "1 of 2 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is "
+        f"{folder / 'b.jsonl'} line 2"
+    ]
 
 
 def test_parquet_values_keep_their_types_and_missing_ones_are_none(tmp_path: Path) -> None:

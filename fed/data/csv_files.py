@@ -22,8 +22,10 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _LONGEST_FIELD = 2**31 - 1  # the library's own limit of 128 KiB is shorter than some documents
 
 
-def read_csv(path: Path, key: str, stage: Stage | None = None) -> Rows:
+def read_csv(path: Path, key: str, stage: Stage | None = None, kind: str | None = None) -> Rows:
     """Return the rows of a CSV file, or a TSV file if its suffix is .tsv; all values are strings, or None if missing.
+
+    `kind`, "CSV" or "TSV", is for files whose suffix does not say it.
 
     The first line names the columns. A field that is empty is a missing value; every other is the text that stands
     there, such as "NA" or "007". In a CSV file a field in quotation marks may hold commas, line ends and, doubled,
@@ -33,7 +35,7 @@ def read_csv(path: Path, key: str, stage: Stage | None = None) -> Rows:
     Raises FedError, with `key` as the name of the setting, if the file cannot be read, a row has more or fewer fields
     than there are columns, quotation marks do not match, or two columns have the same name.
     """
-    kind = "TSV" if path.suffix.lower() == ".tsv" else "CSV"
+    kind = kind or ("TSV" if path.suffix.lower() == ".tsv" else "CSV")
     rows, places, doubtful = [], [], []
     with closing(read_lines(path, key, stage)) as lines, _long_fields():
         records = _records(lines, path, kind)
@@ -83,7 +85,7 @@ def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int,
 
 
 def _look_like_rows(lines: Sequence[str], columns: int) -> bool:
-    """Return whether each line of one row of a CSV file has the commas that a row without quotation marks would have."""
+    """Return whether each line of one row has as many commas as a row without quotation marks would have."""
     return columns > 1 and all(line.count(",") == columns - 1 for line in lines)
 
 

@@ -85,8 +85,8 @@ def test_a_row_whose_lines_look_like_rows_is_remarked_on(tmp_path: Path) -> None
     rows = read_csv(path, "data.path")
     assert len(rows) == 19
     assert remarks(rows) == [
-        "1 of 19 rows span lines that look like rows themselves, as where a quotation mark is meant as text but opens a "
-        f"field; the first is {path} row 6"
+        "1 of 19 rows span lines that look like rows themselves, as where a quotation mark is meant as text but opens "
+        f"a field; the first is {path} row 6"
     ]
     path.write_text('text,label\n"a, b\nc and\nd",x\n"one\n\ntwo",y\n"one, two",z\n')
     assert remarks(read_csv(path, "data.path")) == []

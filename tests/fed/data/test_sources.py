@@ -289,6 +289,41 @@ def test_csv_files_of_a_data_set_are_the_text_that_stands_there(tmp_path: Path) 
     assert found("csv late", train="text,label\n" + "t,1\n" * 20_000 + "t,other\n")[-2:] == [("t", "1"), ("t", "other")]
     quoted = 'text\tlabel\n"a\t1\nb\t2\n"c\t1\n'
     assert found("tsv", train=quoted) == [('"a', "1"), ("b", "2"), ('"c', "1")]
+    (tmp_path / "csv part").mkdir()
+    (tmp_path / "csv part" / "train.csv").write_text(train)
+    part = read(config_of("hub", path=str(tmp_path / "csv part"), split="train[:2]"))
+    assert part.rows == [{"text": "NA", "label": "01"}, {"text": "null", "label": None}]
+    swallowing = "text,label\n" + "".join(f"{chr(34) if n in (5, 26) else ''} s{n},{n % 2}\n" for n in range(40))
+    with pytest.raises(FedError, match=r"train.csv row 6 \(line 7\): cannot read it as CSV: after a closing quotation"):
+        found("csv swallowing", train=swallowing)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: train.csv
+  sep: ';'
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': no
+          '1': yes
+---
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("library_cache")
+def test_csv_files_of_a_data_set_with_options_and_labels_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD.replace("no\n", "'no'\n").replace("yes\n", "'yes'\n"))
+    (tmp_path / "train.csv").write_text("text;label\nNA;0\n007;1\n")
+    rows = read(config_of("hub", path=str(tmp_path)))
+    assert (rows.rows, rows.label_names) == ([{"text": "NA", "label": 0}, {"text": "007", "label": 1}], ["no", "yes"])
 
 
 def test_dolly_has_the_columns_of_an_instruction_from_the_hub_or_a_file(tmp_path: Path, hub: Callable) -> None:

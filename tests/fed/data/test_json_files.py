@@ -130,6 +130,7 @@ def test_bad_jsonl_is_refused_by_line(tmp_path: Path, content: str | bytes, mess
         ('{"version": 1, "data": [{"a": 1}]}', r"holds an object, whose 'data' seems to be the rows; it should be a l"),
         ("3", r"rows.json: holds 3; it should be a list of rows"),
         ('{"Definition": 3, "Instances": []}', r"'Definition' holds 3; it should be a string or a list of strings"),
+        ('{"Definition": "a", "Instances": {"0": {}}}', r"'Instances' holds .*; it should be a list of objects"),
         ('{"Definition": "a", "Instances": ["b"]}', r"rows.json row 1: holds 'b'; every row should be a JSON object"),
         ('{"Definition": "a", "Instances": []}', r"data.path is '.*rows.json': the file holds no rows"),
         ("[]", r"the file holds no rows"),

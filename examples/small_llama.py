@@ -24,7 +24,7 @@ from fed.config.data import PROMPT
 from fed.console import Screen
 from fed.data import text_tables
 from fed.data.pretrained import quiet
-from fed.data.rows import Rows, describe_mended
+from fed.data.rows import Rows, remarks
 from fed.data.sources import read_local
 from fed.data.tables import DenseTable, Split
 from fed.errors import INTERRUPTED, FedError
@@ -159,7 +159,7 @@ def save_model(
     target = out or Path("runs", f"model-{Path(path).stem}")
     began, screen, directory = time.perf_counter(), Screen(), RunDirectory(target, overwrite=False)
     rows = read_local(path, "the path", left_out=left_out, stage=screen.stage)
-    if line := describe_mended(rows):
+    for line in remarks(rows):
         screen.warn(line)
     written = text_tables.fill_in(text, _with_first_answers(rows), "--text")
     try:

@@ -22,8 +22,10 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _LONGEST_FIELD = 2**31 - 1  # the library's own limit of 128 KiB is shorter than some documents
 
 
-def read_csv(path: Path, key: str, stage: Stage | None = None) -> Rows:
+def read_csv(path: Path, key: str, stage: Stage | None = None, kind: str | None = None) -> Rows:
     """Return the rows of a CSV file, or a TSV file if its suffix is .tsv; all values are strings, or None if missing.
+
+    `kind`, "CSV" or "TSV", is for files whose suffix does not say it.
 
     The first line names the columns. A field that is empty is a missing value; every other is the text that stands
     there, such as "NA" or "007". In a CSV file a field in quotation marks may hold commas, line ends and, doubled,
@@ -33,30 +35,43 @@ def read_csv(path: Path, key: str, stage: Stage | None = None) -> Rows:
     Raises FedError, with `key` as the name of the setting, if the file cannot be read, a row has more or fewer fields
     than there are columns, quotation marks do not match, or two columns have the same name.
     """
-    kind = "TSV" if path.suffix.lower() == ".tsv" else "CSV"
-    rows, places = [], []
+    kind = kind or ("TSV" if path.suffix.lower() == ".tsv" else "CSV")
+    rows, places, doubtful = [], [], []
     with closing(read_lines(path, key, stage)) as lines, _long_fields():
         records = _records(lines, path, kind)
-        line, header = next(records, (0, []))
+        line, header, _ = next(records, (0, [], []))
         if not header:
             raise FedError(f"{key} is {str(path)!r}: cannot read it as {kind}: it has no line of column names")
         _check_header(header, f"{path} line {line}", kind)
-        for number, (line, fields) in enumerate(records, start=1):
+        for number, (line, fields, spanned) in enumerate(records, start=1):
             if len(fields) != len(header) or fields[0].startswith(BYTE_ORDER_MARK) or fields == header:
                 raise FedError(f"{path} row {number} (line {line}): {_why_no_row(fields, header)}")
             rows.append(_row(header, fields, f"{path} row {number} (line {line})"))
             places.append(f"{path} row {number}")
+            if len(spanned) > 1 and _look_like_rows(spanned, len(header)):
+                doubtful.append(places[-1])
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return Rows(rows, places)
+    return Rows(rows, places, doubtful=doubtful)
 
 
-def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line's number and the fields of every record, the header among them; skip empty lines."""
-    reader = csv.reader(lines, **_DIALECTS[kind])
+def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield of every record, the header among them, its first line's number, its fields and its lines.
+
+    Empty lines are skipped. The list of lines is the same one for all records.
+    """
+    spanned: list[str] = []
+
+    def kept() -> Iterator[str]:
+        for line in lines:
+            spanned.append(line)
+            yield line
+
+    reader = csv.reader(kept(), **_DIALECTS[kind])
     number = 0  # of rows; the first record is the header
     while True:
         line = reader.line_num + 1
+        spanned.clear()
         try:
             fields = next(reader)
         except StopIteration:
@@ -66,7 +81,12 @@ def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int,
             raise FedError(f"{path} {place}: cannot read it as {kind}: {_explained(error)}") from None
         if fields:
             number += 1
-            yield line, fields
+            yield line, fields, spanned
+
+
+def _look_like_rows(lines: Sequence[str], columns: int) -> bool:
+    """Return whether each line of one row has as many commas as a row without quotation marks would have."""
+    return columns > 1 and all(line.count(",") == columns - 1 for line in lines)
 
 
 def _explained(error: csv.Error) -> str:
@@ -81,8 +101,8 @@ def _check_header(header: Sequence[str], place: str, kind: str) -> None:
     """Raise FedError if two columns have the same name, or other characters seem to separate the columns."""
     own = _DIALECTS[kind]["delimiter"]
     if len(header) == 1:
-        for other in set(_DELIMITERS) - {own}:
-            if other in header[0]:
+        for other in _DELIMITERS:
+            if other != own and other in header[0]:
                 raise FedError(
                     f"{place}: the only column is {header[0]!r:.60}, which {_DELIMITERS[other]} separate; "
                     f"a {kind} file should have {_DELIMITERS[own]}"

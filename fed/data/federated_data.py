@@ -11,8 +11,8 @@ import torch
 from fed.config import RunConfig
 from fed.data import sources, text_tables
 from fed.data.digits import load_digits, shift_images
-from fed.data.partition import Array, deal, describe_leftover, split_stratified
-from fed.data.rows import Rows, describe_mended, listed
+from fed.data.partition import Array, Classes, deal, describe_leftover, split_stratified
+from fed.data.rows import Rows, listed, remarks
 from fed.data.tables import DenseTable, Split, Table
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -77,7 +77,7 @@ def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedDa
     plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
     shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
-        clients=_deal(config, shifted, labels, rest[held_out.clients], (labels, names), on_event),
+        clients=_deal(config, shifted, labels, rest[held_out.clients], [Classes("label", labels, names)], on_event),
         test=_view(shifted, rest[held_out.test]),
         pretrain=_view(plain, pretrain),
         undisturbed=_view(plain, rest[held_out.test]),
@@ -89,7 +89,7 @@ def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedDa
 def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | None) -> FederatedData:
     """Return text, tokenised by the checkpoint's tokenizer, for testing, validating and the clients."""
     rows, data = sources.read(config) if stage is None else sources.read(config, stage), config.data
-    if line := describe_mended(rows):
+    for line in remarks(rows):
         on_event(line)
     names: tuple[str, ...] = ()
     labels: Array | None = None
@@ -110,7 +110,11 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
         table: Table = text_tables.instruction_table(config, rows, on_event, stage)
     else:
         table = text_tables.classification_table(config, rows, labels, on_event, stage)
-    classes = (groups, values) if labels is None else (labels, names)
+    classes = [] if labels is None else [Classes(data.label, labels, names)]
+    if data.partition_by is not None and data.partition_by != data.label:
+        trained = np.full_like(groups, -1)
+        trained[parts.clients] = groups[parts.clients]
+        classes.append(Classes(data.partition_by, trained, values))
     return FederatedData(
         clients=_deal(config, table, groups, parts.clients, classes, on_event),
         test=_view(table, parts.test),
@@ -209,16 +213,12 @@ def _deal(
     table: Table,
     groups: Array,
     pool: Array,
-    classes: tuple[Array, Sequence[str]],
+    classes: Sequence[Classes],
     on_event: Callable[[str], object],
 ) -> tuple[Split, ...]:
-    """Deal the rows `pool` out by their groups; tell `on_event` what is no client's of them and of all rows' classes.
-
-    `classes` are the classes of all rows, (n,), and their names, of which there are none if rows have no class.
-    """
+    """Deal the rows `pool` out by their groups; tell `on_event` which of them, and of the classes, no client has."""
     parts = [pool[part] for part in deal(config, groups[pool])]
-    numbers, names = classes
-    if line := describe_leftover(config, pool, parts, numbers if names else None, names):
+    if line := describe_leftover(config, pool, parts, classes):
         on_event(line)
     return tuple(_view(table, part) for part in parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fed.config.data import DataConfig
-from fed.data.rows import Row, Rows
+from fed.data.csv_files import read_csv
+from fed.data.rows import Row, Rows, joined
 from fed.data.text_lines import megabytes
 from fed.data.tokenization import Stage
 from fed.errors import FedError
@@ -33,11 +35,26 @@ def read_parquet(path: Path, key: str, stage: Stage | None = None) -> Rows:
                 raise FedError(f"{path}: two columns are called {twice[0]!r}; their names should differ")
             bytes_per_row = path.stat().st_size // max(1, file.metadata.num_rows)
             for batch in file.iter_batches():
-                rows.extend(batch.to_pylist())
+                try:
+                    rows.extend(batch.to_pylist())
+                except UnicodeDecodeError:
+                    raise FedError(_where_no_text(batch, path, len(rows))) from None
                 advance(bytes_per_row * len(batch))
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
     return Rows(rows, [f"{path} row {number}" for number in range(1, len(rows) + 1)])
+
+
+def _where_no_text(batch: Any, path: Path, before: int) -> str:
+    """Return which value of a batch, before which there are `before` rows, is declared to be text but is not UTF-8."""
+    for number in range(len(batch)):
+        for name in batch.schema.names:
+            try:
+                batch.column(name)[number].as_py()
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start]
+                return f"{path} row {before + number + 1}: {name!r} should be UTF-8 text; it holds byte 0x{bad:02x}"
+    return f"{path}: a value should be UTF-8 text"
 
 
 def load(
@@ -61,34 +78,61 @@ def load(
 
 
 def _loaded(datasets: Any, data: DataConfig, name: str, split: str) -> Any:
-    """Return a split as the library loads it, but columns of CSV and TSV files as the text that stands in them.
+    """Return a split as the library loads it, but the columns of CSV and TSV files as the text that stands in them.
 
-    Of such files the library would guess types, so that "007" is 7 and "NA" is missing, and would take quotation marks
-    in a TSV file for those of fields. A column that the data set itself declares to hold labels keeps its type.
+    Of such files the library would guess types, so that "007" is 7 and "NA" is missing, and would let a quotation mark
+    swallow rows. If they need options that `read_csv` does not know, or the data set declares labels, the library reads
+    them, told not to guess.
     """
+    columns, failure = None, None
     try:
         found = datasets.load_dataset(name, data.subset, split=split, revision=data.revision)
         if found.info.builder_name != "csv":
             return found
-        features = found.features
-    except datasets.exceptions.DatasetGenerationError:  # a guess that a later value contradicts, among other causes
-        stream = datasets.load_dataset(name, data.subset, split=split, revision=data.revision, streaming=True)
-        if stream.info.builder_name != "csv":
-            raise
-        features = dict.fromkeys(next(iter(stream)))
+        columns = found.column_names
+    except datasets.exceptions.DatasetGenerationError as error:  # perhaps for a guess that a later value contradicts
+        failure = error
     builder = datasets.load_dataset_builder(name, data.subset, revision=data.revision)
-    text = datasets.Value("string")
+    if failure is not None and builder.info.builder_name != "csv":
+        raise failure
+    if files := _plain_files(datasets, builder, split):
+        kind = "TSV" if builder.config.sep == "\t" else "CSV"
+        return datasets.Dataset.from_list(joined(read_csv(Path(file), name, kind=kind) for file in files).rows)
+    return _loaded_without_guesses(datasets, data, name, split, builder, columns)
+
+
+def _plain_files(datasets: Any, builder: Any, split: str) -> list[str]:
+    """Return the local paths of a split's files if `read_csv` reads them right, with no options but the delimiter."""
+    config, declared = builder.config, builder.info.features or {}
+    here, usual = config.pd_read_csv_kwargs, type(config)().pd_read_csv_kwargs
+    if any(isinstance(kind, datasets.ClassLabel) for kind in declared.values()) or split not in config.data_files:
+        return []
+    if config.sep not in (",", "\t") or here | {"sep": ","} != usual | {"sep": ","}:
+        return []
+    files: list[str] = datasets.DownloadManager().download_and_extract(list(config.data_files[split]))
+    return files
+
+
+def _loaded_without_guesses(
+    datasets: Any, data: DataConfig, name: str, split: str, builder: Any, columns: Sequence[str] | None
+) -> Any:
+    """Return a split of CSV or TSV files as the library reads them if it takes every column as text, or as declared."""
+    asked = {"name": data.subset, "revision": data.revision}
+    if columns is None:
+        whole = re.split(r"[\[+]", split)[0]  # without the slice, which a stream does not know
+        columns = list(next(iter(datasets.load_dataset(name, split=whole, streaming=True, **asked))))
+    declared, text = builder.info.features or {}, datasets.Value("string")
+    kinds = {column: declared.get(column) for column in columns}
     return datasets.load_dataset(
         name,
-        data.subset,
         split=split,
-        revision=data.revision,
         features=datasets.Features(
-            {column: kind if isinstance(kind, datasets.ClassLabel) else text for column, kind in features.items()}
+            {column: kind if isinstance(kind, datasets.ClassLabel) else text for column, kind in kinds.items()}
         ),
         keep_default_na=False,
         na_values=[""],
         quoting=csv.QUOTE_NONE if builder.config.sep == "\t" else builder.config.quoting,
+        **asked,
     )
 
 

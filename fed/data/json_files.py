@@ -140,7 +140,7 @@ def _rows(found: Any, path: Path) -> list[Any]:
         return found
     if not isinstance(found, dict):
         raise FedError(f"{path}: holds {found!r:.40}; it should be a list of rows")
-    if "Definition" in found and isinstance(found.get("Instances"), list):
+    if {"Definition", "Instances"} <= found.keys():
         return _task_rows(found, path)
     for name, value in found.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -170,12 +170,14 @@ def _task_rows(task: Mapping[str, Any], path: Path) -> list[Any]:
 
     The instruction is the paragraphs of "Definition", each on lines of its own; `output` may be a list of answers.
     """
-    definition = task["Definition"]
+    definition, instances = task["Definition"], task["Instances"]
     paragraphs = [definition] if isinstance(definition, str) else definition
     if not isinstance(paragraphs, list) or not all(isinstance(part, str) for part in paragraphs):
         raise FedError(f"{path}: 'Definition' holds {definition!r:.40}; it should be a string or a list of strings")
+    if not isinstance(instances, list):
+        raise FedError(f"{path}: 'Instances' holds {instances!r:.40}; it should be a list of objects")
     shared: Row = {"task": path.stem}
     if isinstance(categories := task.get("Categories"), list):
         shared["category"] = ", ".join(map(str, categories))
     shared["instruction"] = "\n".join(paragraphs)
-    return [{**shared, **row} if isinstance(row, dict) else row for row in task["Instances"]]
+    return [{**shared, **row} if isinstance(row, dict) else row for row in instances]

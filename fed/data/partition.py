@@ -12,6 +12,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -69,14 +70,20 @@ def deal(config: RunConfig, groups: Array) -> list[Array]:
     return parts
 
 
-def describe_leftover(
-    config: RunConfig, pool: Array, parts: Sequence[Array], classes: Array | None, names: Sequence[str]
-) -> str | None:
+@dataclass(frozen=True)
+class Classes:
+    """The values of a column that clients should train on: of each of n rows its number in `names`, or -1 for none."""
+
+    column: str
+    numbers: Array
+    names: Sequence[str]
+
+
+def describe_leftover(config: RunConfig, pool: Array, parts: Sequence[Array], classes: Sequence[Classes]) -> str | None:
     """Return a line on training rows that no client has or several have, and on classes no client has; None if none.
 
-    `pool` are the training rows and `parts` each client's rows, as indices of all n rows. `classes` (n,) are the labels
-    of all rows, or else the values of `data.partition_by`, as indices of `names`, and -1 where there is none. Sharing
-    rows is what `data.rows_per_client` is for, so with it rows of several clients are not mentioned.
+    `pool` are the training rows and `parts` each client's rows, as indices of all n rows. Sharing rows is what
+    `data.rows_per_client` is for, so with it rows of several clients are not mentioned.
     """
     data, found = config.data, []
     dealt, counts = np.unique(np.concatenate(parts), return_counts=True)
@@ -84,9 +91,11 @@ def describe_leftover(
         found.append(f"{rest} of {len(pool)} training rows go to no client")
     if (shared := np.count_nonzero(counts > 1)) and not data.rows_per_client:
         found.append(f"{shared} of {len(pool)} training rows go to several clients")
-    if classes is not None and len(missing := np.setdiff1d(classes[classes >= 0], classes[dealt])):
-        column = data.label if data.task == "classification" else data.partition_by
-        found.append(f"no client trains on {column} {some_of(repr(names[number]) for number in missing)}")
+    for kind in classes:
+        missing = np.setdiff1d(kind.numbers[kind.numbers >= 0], kind.numbers[dealt])
+        if len(missing):
+            named = some_of((repr(kind.names[number]) for number in missing), most=30)
+            found.append(f"no client trains on {kind.column} {named}")
     way = f"data.rows_per_client is {data.rows_per_client}" if data.rows_per_client else f"partition {data.partition!r}"
     return f"{way}: {'; '.join(found)}" if found else None
 

@@ -18,7 +18,7 @@ class Rows:
 
     The rows from `first_test` on are the source's own test rows; it is None if there are none. `label_names` are the
     names of labels that the rows hold as numbers, by number. `mended` are the places of the rows in which half a
-    surrogate pair became U+FFFD.
+    surrogate pair became U+FFFD, and `doubtful` those of the rows that may be several (`remarks` tells the user).
     """
 
     rows: Sequence[Row]
@@ -26,6 +26,7 @@ class Rows:
     first_test: int | None = None
     label_names: Sequence[str] | None = None
     mended: Sequence[str] = ()
+    doubtful: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,12 +42,15 @@ class Rows:
         >>> Rows([{"a": 1}, {"a": 2}, {"a": 3}], ["one", "two", "three"], first_test=2).take([1, 2]).first_test
         1
         """
-        first = self.first_test
+        first, places = self.first_test, [self.places[index] for index in indices]
+        taken = set(places) if self.mended or self.doubtful else ()
         return replace(
             self,
             rows=[self.rows[index] for index in indices],
-            places=[self.places[index] for index in indices],
+            places=places,
             first_test=None if first is None else sum(index < first for index in indices),
+            mended=[place for place in self.mended if place in taken],
+            doubtful=[place for place in self.doubtful if place in taken],
         )
 
     def column(self, key: str, name: str, kinds: tuple[type, ...] = (str,), empty: bool = False) -> list[Any]:
@@ -68,14 +72,20 @@ class Rows:
         return values
 
 
-def describe_mended(rows: Rows) -> str | None:
-    """Return a line on the rows in which characters were replaced, or None if there are none."""
-    if not rows.mended:
-        return None
-    return (
-        f"{len(rows.mended)} of {len(rows)} rows hold half a surrogate pair, which is no character and becomes U+FFFD; "
-        f"the first is {rows.mended[0]}"
-    )
+def remarks(rows: Rows) -> list[str]:
+    """Return lines for the user on rows that were changed, or perhaps misunderstood, as they were read."""
+    lines = []
+    if rows.mended:
+        lines.append(
+            f"{len(rows.mended)} of {len(rows)} rows hold half a surrogate pair, which is no character and becomes "
+            f"U+FFFD; the first is {rows.mended[0]}"
+        )
+    if rows.doubtful:
+        lines.append(
+            f"{len(rows.doubtful)} of {len(rows)} rows span lines that look like rows themselves, as where a quotation "
+            f"mark is meant as text but opens a field; the first is {rows.doubtful[0]}"
+        )
+    return lines
 
 
 def joined(parts: Iterable[Rows]) -> Rows:
@@ -85,6 +95,7 @@ def joined(parts: Iterable[Rows]) -> Rows:
         [row for part in found for row in part.rows],
         [place for part in found for place in part.places],
         mended=[place for part in found for place in part.mended],
+        doubtful=[place for part in found for place in part.doubtful],
     )
 
 
@@ -93,11 +104,11 @@ def listed(names: Iterable[str]) -> str:
     return re.sub(r"[\r\n]+", " ", ", ".join(names))
 
 
-def some_of(names: Iterable[str]) -> str:
-    """Return the first ten names, and how many more there are.
+def some_of(names: Iterable[str], most: int = 10) -> str:
+    """Return the first names, at most so many, and how many more there are.
 
-    >>> some_of(map(str, range(12)))
-    '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more'
+    >>> some_of("abcde", most=3)
+    'a, b, c and 2 more'
     """
-    first, rest = (names := list(names))[:10], names[10:]
+    first, rest = (names := list(names))[:most], names[most:]
     return listed(first) + (f" and {len(rest)} more" if rest else "")

@@ -28,8 +28,8 @@ from fed.simulation.checkpoint import last_round
 from fed.simulation.run_directory import BASE, CONFIG
 from fed.types import Row
 
-# A callback that is called with a cell, the kind of event ("base", "row", "event", "finished" or "failed"), and a
-# message or, for "row" and "finished", a row.
+# A callback that is called with a cell, the kind of event ("base", "data", "row", "event", "finished" or "failed"), and
+# a message or, for "row" and "finished", a row.
 OnEvent = Callable[[Cell, str, Any], object]
 
 BASES = "bases"

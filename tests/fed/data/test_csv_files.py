@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fed.data import text_lines
 from fed.data.csv_files import read_csv
+from fed.data.rows import remarks
 from fed.errors import FedError
 
 
@@ -74,6 +75,23 @@ def test_what_the_library_writes_is_read_back(tmp_path_factory: pytest.TempPathF
         return
     found = read_csv(path, "data.path").rows
     assert [(row["first column"] or "", row["second"] or "") for row in found] == expected
+
+
+def test_a_row_whose_lines_look_like_rows_is_remarked_on(tmp_path: Path) -> None:
+    lines = [f"sentence {number},{number % 2}" for number in range(40)]
+    lines[5], lines[26] = '"We were surprised,1', 'so he said",0'  # written without regard to quotation marks
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    rows = read_csv(path, "data.path")
+    assert len(rows) == 19
+    assert remarks(rows) == [
+        "1 of 19 rows span lines that look like rows themselves, as where a quotation mark is meant as text but opens "
+        f"a field; the first is {path} row 6"
+    ]
+    path.write_text('text,label\n"a, b\nc and\nd",x\n"one\n\ntwo",y\n"one, two",z\n')
+    assert remarks(read_csv(path, "data.path")) == []
+    path.write_text('text\n"a\nb"\n')
+    assert remarks(read_csv(path, "data.path")) == []
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -216,11 +217,8 @@ def test_every_owner_may_have_one_row(tmp_path: Path, bert: Path, llama: Path, t
     test = 4 if task == "classification" else 5
     assert (len(data.test), sum(map(len, data.clients))) == (test, 20 - test)
     assert min(map(len, data.clients)) == 1
-    if task == "classification":
-        assert said == []
-    else:
-        assert said[0] == "no user has rows enough to hold out a part of each; rows are held out from all together"
-        assert said[1].startswith("partition 'natural': no client trains on user '")
+    together = "no user has rows enough to hold out a part of each; rows are held out from all together"
+    assert said == ([] if task == "classification" else [together])
 
 
 def test_a_validation_set_without_rows_is_refused(tmp_path: Path, bert: Path) -> None:
@@ -243,6 +241,20 @@ def test_rows_and_labels_no_client_trains_on_are_said(tmp_path: Path, bert: Path
     rows_left, labels_left = said[0].split("; ")
     assert rows_left == "partition 'pathological': 378 of 630 training rows go to no client"
     assert labels_left.startswith("no client trains on label '")
+
+
+def test_owners_no_client_trains_on_are_said(tmp_path: Path, bert: Path, llama: Path) -> None:
+    said: list[str] = []
+    asked = {"partition": "pathological", "labels_per_client": 1, "partition_by": "user"}
+    rows = [{**row, "user": f"u{number // 2 % 4}"} for number, row in enumerate(owned())]
+    texts = load_data(text_config(write_rows(tmp_path / "rows.jsonl", rows), bert, **asked), said.append)
+    rows = [{**row, "user": number % 4} for number, row in enumerate(instructions(24))]
+    answers = load_data(instruction_config(write_rows(tmp_path / "answers.jsonl", rows), llama, **asked), said.append)
+    left = 30 - sum(map(len, texts.clients)), 16 - sum(map(len, answers.clients))
+    assert [re.sub("'[u0-9]+'", "'…'", line) for line in said] == [
+        f"partition 'pathological': {left[0]} of 30 training rows go to no client; no client trains on user '…', '…'",
+        f"partition 'pathological': {left[1]} of 16 training rows go to no client; no client trains on user '…', '…'",
+    ]
 
 
 def test_a_label_of_the_test_file_alone_is_said(tmp_path: Path, bert: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fed.data.json_files import read_json, read_jsonl
-from fed.data.rows import Rows, describe_mended
+from fed.data.rows import Rows, remarks
 from fed.errors import FedError
 
 ROWS = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
@@ -47,7 +47,7 @@ def test_a_json_file_comes_in_several_shapes(tmp_path: Path, content: str, place
     rows = read(tmp_path / "rows.json", mark + content)
     assert rows.rows == ROWS
     assert rows.places[1] == f"{tmp_path / 'rows.json'} {place}"
-    assert describe_mended(rows) is None
+    assert remarks(rows) == []
 
 
 def test_one_object_is_one_row(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path,
     ]
     place = f"{tmp_path / name} {'line' if name == 'rows.jsonl' else 'row'}"
     assert list(rows.mended) == [f"{place} 2", f"{place} 4"]
-    assert describe_mended(rows) == (
-        "2 of 4 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is " + f"{place} 2"
-    )
+    assert remarks(rows) == [
+        f"2 of 4 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is {place} 2"
+    ]
 
 
 NESTED = '{"a": ' + "[" * 100_000
@@ -130,6 +130,7 @@ def test_bad_jsonl_is_refused_by_line(tmp_path: Path, content: str | bytes, mess
         ('{"version": 1, "data": [{"a": 1}]}', r"holds an object, whose 'data' seems to be the rows; it should be a l"),
         ("3", r"rows.json: holds 3; it should be a list of rows"),
         ('{"Definition": 3, "Instances": []}', r"'Definition' holds 3; it should be a string or a list of strings"),
+        ('{"Definition": "a", "Instances": {"0": {}}}', r"'Instances' holds .*; it should be a list of objects"),
         ('{"Definition": "a", "Instances": ["b"]}', r"rows.json row 1: holds 'b'; every row should be a JSON object"),
         ('{"Definition": "a", "Instances": []}', r"data.path is '.*rows.json': the file holds no rows"),
         ("[]", r"the file holds no rows"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed.config import RunConfig, parse
-from fed.data.partition import deal, describe_leftover, draw_rows, partition_dirichlet, split_stratified
+from fed.data.partition import Classes, deal, describe_leftover, draw_rows, partition_dirichlet, split_stratified
 from fed.errors import FedError
 
 LABELS = np.arange(400) % 8
@@ -211,10 +211,13 @@ def test_without_the_library_only_its_own_partitions_are_refused(monkeypatch: py
 NAMES = tuple(f"kind {number}" for number in range(8))
 
 
-def leftover(settings: dict[str, Any], labels: np.ndarray = LABELS, pool: np.ndarray | None = None) -> str | None:
+def leftover(
+    settings: dict[str, Any], labels: np.ndarray = LABELS, pool: np.ndarray | None = None, column: str = "label"
+) -> str | None:
     """Deal out all rows, or those of `pool`, and return what is said of it."""
     asked, rows = config(**settings), np.arange(len(labels)) if pool is None else pool
-    return describe_leftover(asked, rows, [rows[part] for part in deal(asked, labels[rows])], labels, NAMES)
+    parts = [rows[part] for part in deal(asked, labels[rows])]
+    return describe_leftover(asked, rows, parts, [Classes(column, labels, NAMES)])
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -266,16 +269,15 @@ def test_labels_of_held_out_rows_alone_are_said() -> None:
     pool = np.flatnonzero(LABELS != 3)
     assert leftover({}, pool=pool) == "partition 'dirichlet': no client trains on label 'kind 3'"
     unknown = np.where(LABELS == 3, -1, LABELS)  # the source's own test rows, of no value
-    assert leftover({"task": "instruction", "partition_by": "kind"}, unknown, pool) is None
-    said = leftover({"task": "instruction", "partition_by": "kind"}, LABELS, pool)
-    assert said == "partition 'dirichlet': no client trains on kind 'kind 3'"
+    assert leftover({}, unknown, pool, "user") is None
+    assert leftover({}, LABELS, pool, "user") == "partition 'dirichlet': no client trains on user 'kind 3'"
 
 
 def test_rows_of_several_clients_are_said_unless_sharing_was_asked_for() -> None:
     parts = [np.arange(300), np.arange(200, 400)]
-    said = describe_leftover(config(), np.arange(400), parts, LABELS, NAMES)
+    said = describe_leftover(config(), np.arange(400), parts, [Classes("label", LABELS, NAMES)])
     assert said == "partition 'dirichlet': 100 of 400 training rows go to several clients"
-    assert describe_leftover(config(rows_per_client=9), np.arange(400), parts, None, ()) is None
+    assert describe_leftover(config(rows_per_client=9), np.arange(400), parts, []) is None
 
 
 def test_partitioners_of_columns_and_what_the_library_raises_are_refused() -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from fed.config import RunConfig, parse
-from fed.data.rows import describe_mended
+from fed.data.rows import remarks
 from fed.data.sources import Rows, read
 from fed.errors import FedError
 from tests.support.text_data import text_config, write_rows
@@ -226,10 +226,14 @@ def test_replaced_characters_are_said_once_for_all_files(tmp_path: Path) -> None
     rows = read(text_config(folder, test_path=str(test)))
     assert [row["text"] for row in rows.rows] == ["whole", "\ufffd", "whole", "\ufffd", "\ufffd"]
     assert (rows.first_test, rows.rows[1]["label"]) == (4, "\ufffd")
-    assert describe_mended(rows) == (
+    assert remarks(rows) == [
         "3 of 5 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is "
         f"{folder / 'a.jsonl'} line 2"
-    )
+    ]
+    assert remarks(rows.take([0, 3])) == [
+        "1 of 2 rows hold half a surrogate pair, which is no character and becomes U+FFFD; the first is "
+        f"{folder / 'b.jsonl'} line 2"
+    ]
 
 
 def test_parquet_values_keep_their_types_and_missing_ones_are_none(tmp_path: Path) -> None:
@@ -248,6 +252,14 @@ def test_parquet_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(FedError, match=r"rows.parquet: two columns are called 'text'; their names should differ"):
+        read(text_config(tmp_path / "rows.parquet"))
+
+
+def test_parquet_text_that_is_not_utf8_is_refused_by_row(tmp_path: Path) -> None:
+    bytes_of_text = pyarrow.array([b"good", b"", b"half \xed\xa0\xbd"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_of_text.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"label": ["x", "y", "x"], "text": text}), tmp_path / "rows.parquet")
+    with pytest.raises(FedError, match=r"rows.parquet row 3: 'text' should be UTF-8 text; it holds byte 0xed$"):
         read(text_config(tmp_path / "rows.parquet"))
 
 
@@ -277,6 +289,41 @@ def test_csv_files_of_a_data_set_are_the_text_that_stands_there(tmp_path: Path) 
     assert found("csv late", train="text,label\n" + "t,1\n" * 20_000 + "t,other\n")[-2:] == [("t", "1"), ("t", "other")]
     quoted = 'text\tlabel\n"a\t1\nb\t2\n"c\t1\n'
     assert found("tsv", train=quoted) == [('"a', "1"), ("b", "2"), ('"c', "1")]
+    (tmp_path / "csv part").mkdir()
+    (tmp_path / "csv part" / "train.csv").write_text(train)
+    part = read(config_of("hub", path=str(tmp_path / "csv part"), split="train[:2]"))
+    assert part.rows == [{"text": "NA", "label": "01"}, {"text": "null", "label": None}]
+    swallowing = "text,label\n" + "".join(f"{chr(34) if n in (5, 26) else ''} s{n},{n % 2}\n" for n in range(40))
+    with pytest.raises(FedError, match=r"train.csv row 6 \(line 7\): cannot read it as CSV: after a closing quotation"):
+        found("csv swallowing", train=swallowing)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: train.csv
+  sep: ';'
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': no
+          '1': yes
+---
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("library_cache")
+def test_csv_files_of_a_data_set_with_options_and_labels_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD.replace("no\n", "'no'\n").replace("yes\n", "'yes'\n"))
+    (tmp_path / "train.csv").write_text("text;label\nNA;0\n007;1\n")
+    rows = read(config_of("hub", path=str(tmp_path)))
+    assert (rows.rows, rows.label_names) == ([{"text": "NA", "label": 0}, {"text": "007", "label": 1}], ["no", "yes"])
 
 
 def test_dolly_has_the_columns_of_an_instruction_from_the_hub_or_a_file(tmp_path: Path, hub: Callable) -> None:

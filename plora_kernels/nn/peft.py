@@ -98,6 +98,8 @@ def save_peft(
     _check_as_adapted(layers, layout)
     carried = handle.carried if save_embedding_layers is not False else ()
     tensors = gather(model, layers, layout, embeddings, carried)
+    for key in layout.shapes.keys() - tensors.keys():
+        raise TargetError(f"PEFT would look for {key!r} in the saved adapter, and the model has no such tensor")
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}  # for AutoPeftModel
     write_adapter(target, lora, tensors, targets, None if task_type else mapping)
     return target

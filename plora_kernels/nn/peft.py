@@ -43,7 +43,7 @@ def save_peft(
     handle: Injected,
     directory: str | os.PathLike[str],
     *,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     save_embedding_layers: bool | str = "auto",
 ) -> Path:
@@ -83,7 +83,7 @@ def save_peft(
     task_type = _checked_task(task_type, handle.config.task_type)
     _refuse_adapted_heads(handle, task_type)
     model, layers = handle.model, handle.layers
-    base = base_model_name_or_path or base_name(model)
+    base = os.fspath(base_model_name_or_path) if base_model_name_or_path else base_name(model)
     embeddings = embeddings_to_save(model, base, save_embedding_layers)
     targets = _exact_targets(layers, plain_names(model).values())
     lora = _to_lora_config(

@@ -128,8 +128,8 @@ def outline_of(model: nn.Module) -> nn.Module:
     stand for themselves. A deep copy would do the same only for models whose attributes can all be copied.
     """
     outline = _Outliner().module(model)
-    if hasattr(outline, "config"):
-        outline.config = copy.deepcopy(outline.config)  # PEFT writes into it
+    if "config" in vars(outline):
+        vars(outline)["config"] = copy.copy(vars(outline)["config"])  # PEFT writes into it
     return outline
 
 

@@ -237,6 +237,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
 
 
 def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:
+    """Return the end of a message about embeddings of another size; nothing for other tensors."""
     owner = model.get_submodule(key.rpartition(".")[0])
     if not hasattr(model, "resize_token_embeddings") or not _is_one_of(owner, embeddings_of(model)):
         return ""
@@ -265,5 +266,8 @@ def untie(model: nn.Module, whole: Iterable[str], undo: ExitStack) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return a number that tensors in the same memory share."""
-    return tensor.untyped_storage()._cdata
+    """Return a number that tensors in the same memory share; sparse and some quantised ones have one of their own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):
+        return id(tensor)

@@ -17,7 +17,7 @@ from plora_kernels.errors import ConfigError, DTypeError, RankError, ShapeError,
 from plora_kernels.nn.adapter_files import CONFIG_NAME
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
-from plora_kernels.nn.peft_layout import PREFIX, Layout
+from plora_kernels.nn.peft_layout import PREFIX, AdaptedLayer, Layout
 from plora_kernels.nn.plain_names import plain_names
 from plora_kernels.selection import MAX_RANK
 
@@ -117,7 +117,7 @@ def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted
         if type(layer.base) is not nn.Linear:
             kind = type(layer.base).__name__
             raise TargetError(f"the adapter targets {name!r}, a {kind}; only plain nn.Linear works")
-        factors[name] = _factors_of(name, layer.rank, left, layout, source)
+        factors[name] = _factors_of(name, layer, left, source)
     fitted = Fitted(factors)
     for key in layout.shapes:
         if key not in left and key in layout.base_keys:
@@ -170,7 +170,7 @@ def _without_adapter_names(tensors: Mapping[str, Tensor], layout: Layout, source
         if match and match["adapter"] and match["module"] in layout.layers and key not in layout.base_keys:
             adapters.add(match["adapter"])
             key = factor_key(match["module"], match["side"])
-        elif match and key in layout.shapes:
+        elif match and not match["adapter"] and match["module"] in layout.layers:
             adapters.add("")
         renamed[key] = value
     if len(adapters) > 1:
@@ -179,7 +179,7 @@ def _without_adapter_names(tensors: Mapping[str, Tensor], layout: Layout, source
     return renamed
 
 
-def _factors_of(name: str, rank: int, left: dict[str, Tensor], layout: Layout, source: object) -> tuple[Tensor, Tensor]:
+def _factors_of(name: str, layer: AdaptedLayer, left: dict[str, Tensor], source: object) -> tuple[Tensor, Tensor]:
     """Take A and B of a layer out of the tensors that are left, checked."""
     keys = {side: factor_key(name, side) for side in "AB"}
     found = [side for side, key in keys.items() if key in left]
@@ -190,7 +190,7 @@ def _factors_of(name: str, rank: int, left: dict[str, Tensor], layout: Layout, s
     if len(found) == 1:
         raise ConfigError(f"{source} holds lora_{found[0]} of {name!r} alone; both are needed")
     lora_A, lora_B = left.pop(keys["A"]), left.pop(keys["B"])
-    n, k = layout.shapes[keys["B"]][0], layout.shapes[keys["A"]][1]
+    n, k = layer.base.out_features, layer.base.in_features
     for side, value in (("A", lora_A), ("B", lora_B)):
         if not value.is_floating_point():
             raise DTypeError(f"lora_{side} of {name!r} is {value.dtype}; floating-point numbers are needed")
@@ -199,14 +199,15 @@ def _factors_of(name: str, rank: int, left: dict[str, Tensor], layout: Layout, s
         raise ShapeError(
             f"the adapter has {shapes} for {name!r}; its weight (N={n}, K={k}) needs (R, {k}) and ({n}, R)"
         )
-    if lora_A.shape[0] != rank:
+    if lora_A.shape[0] != layer.rank:
         raise ShapeError(
-            f"the adapter has {shapes} for {name!r}, of rank {lora_A.shape[0]}; {CONFIG_NAME} gives it rank {rank}"
+            f"the adapter has {shapes} for {name!r}, of rank {lora_A.shape[0]}; {CONFIG_NAME} gives it rank "
+            f"{layer.rank}"
         )
-    if rank > MAX_RANK:
+    if layer.rank > MAX_RANK:
         raise RankError(
-            f"the adapter has rank {rank} for {name!r}; layers, as the kernels, take ranks 1 to {MAX_RANK}: merge it "
-            "into the weight with PEFT's merge_and_unload instead"
+            f"the adapter has rank {layer.rank} for {name!r}; layers, as the kernels, take ranks 1 to {MAX_RANK}: "
+            "merge it into the weight with PEFT's merge_and_unload instead"
         )
     return lora_A, lora_B
 
@@ -236,6 +237,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
 
 
 def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:
+    """Return the end of a message about embeddings of another size; nothing for other tensors."""
     owner = model.get_submodule(key.rpartition(".")[0])
     if not hasattr(model, "resize_token_embeddings") or not _is_one_of(owner, embeddings_of(model)):
         return ""
@@ -264,5 +266,8 @@ def untie(model: nn.Module, whole: Iterable[str], undo: ExitStack) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return a number that tensors in the same memory share."""
-    return tensor.untyped_storage()._cdata
+    """Return a number that tensors in the same memory share; sparse and some quantised ones have one of their own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):
+        return id(tensor)

@@ -43,7 +43,7 @@ def save_peft(
     handle: Injected,
     directory: str | os.PathLike[str],
     *,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     save_embedding_layers: bool | str = "auto",
 ) -> Path:
@@ -83,7 +83,7 @@ def save_peft(
     task_type = _checked_task(task_type, handle.config.task_type)
     _refuse_adapted_heads(handle, task_type)
     model, layers = handle.model, handle.layers
-    base = base_model_name_or_path or base_name(model)
+    base = os.fspath(base_model_name_or_path) if base_model_name_or_path else base_name(model)
     embeddings = embeddings_to_save(model, base, save_embedding_layers)
     targets = _exact_targets(layers, plain_names(model).values())
     lora = _to_lora_config(
@@ -98,6 +98,8 @@ def save_peft(
     _check_as_adapted(layers, layout)
     carried = handle.carried if save_embedding_layers is not False else ()
     tensors = gather(model, layers, layout, embeddings, carried)
+    for key in layout.shapes.keys() - tensors.keys():
+        raise TargetError(f"PEFT would look for {key!r} in the saved adapter, and the model has no such tensor")
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}  # for AutoPeftModel
     write_adapter(target, lora, tensors, targets, None if task_type else mapping)
     return target

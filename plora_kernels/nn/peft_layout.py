@@ -31,7 +31,7 @@ class AdaptedLayer:
     alpha: float
     scale: float
     dropout: float
-    base: nn.Module
+    base: Any
     variant: str | None
 
 
@@ -128,8 +128,8 @@ def outline_of(model: nn.Module) -> nn.Module:
     stand for themselves. A deep copy would do the same only for models whose attributes can all be copied.
     """
     outline = _Outliner().module(model)
-    if hasattr(outline, "config"):
-        outline.config = copy.deepcopy(outline.config)  # PEFT writes into it
+    if "config" in vars(outline):
+        vars(outline)["config"] = copy.copy(vars(outline)["config"])  # PEFT writes into it
     return outline
 
 
@@ -148,6 +148,8 @@ class _Outliner:
     def _copy(self, module: nn.Module) -> nn.Module:
         if is_compiled(module):
             return self.module(unwrapped(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._bare(module)
         if isinstance(module, FusedPLoRALinear):
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight = self.tensor(module.weight)
@@ -162,9 +164,21 @@ class _Outliner:
         outline._modules.update(children)
         return outline
 
+    def _bare(self, module: nn.Module) -> nn.Module:
+        """Return a plain module with the same tensors and children: a scripted one cannot be copied without memory."""
+        outline = nn.Module()
+        for key, parameter in module.named_parameters(recurse=False):
+            outline.register_parameter(key, self.tensor(parameter))
+        for key, buffer in module.named_buffers(recurse=False):
+            outline.register_buffer(key, self.tensor(buffer))
+        for key, child in module.named_children():
+            outline.add_module(key, self.module(child))
+        return outline
+
     def tensor(self, tensor: Tensor) -> Any:
         if id(tensor) not in self.tensors:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            shape = (0,) if nn.parameter.is_lazy(tensor) else tensor.shape
+            empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
             parameter = isinstance(tensor, nn.Parameter)
             self.tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
         return self.tensors[id(tensor)]

@@ -107,10 +107,12 @@ def test_the_base_is_the_one_given_or_the_one_the_model_was_loaded_from(tmp_path
         (loaded, None, str(tmp_path / "base")),
         (ARCHITECTURES["llama"].model(), None, None),
         (ARCHITECTURES["llama"].model(), "some/base", "some/base"),
+        (loaded, tmp_path / "base", str(tmp_path / "base")),
         (torch.nn.Sequential(torch.nn.Linear(4, 4)), None, None),
     ):
         handle = pk.inject(model, pk.PLoRAConfig(rank=1, target_modules=r"0|.*q_proj"))
         pk.save_peft(handle, tmp_path / "adapter", base_model_name_or_path=given)
+        handle.restore()
         written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == expected
 

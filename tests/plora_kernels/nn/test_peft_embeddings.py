@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 import plora_kernels as pk
 from tests.support.adapter_folders import Small, assert_unchanged, snapshot
-from tests.support.architectures import ARCHITECTURES, Architecture, stir
+from tests.support.architectures import ARCHITECTURES, SIZES, Architecture, stir
 
 IGNORED = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
@@ -163,3 +164,43 @@ def test_models_without_embeddings(tmp_path: Path) -> None:
     handle = pk.inject(vit, pk.PLoRAConfig(rank=2, target_modules=r".*q_proj|.*query"))
     pk.save_peft(handle, tmp_path, save_embedding_layers=True)
     assert any("patch_embeddings" in key for key in keys(tmp_path))
+
+
+def vision_and_language() -> tf.LlavaForConditionalGeneration:
+    """Return a model whose vocabulary stands in a configuration of its own for the language part."""
+    vision = {"image_size": 16, "patch_size": 8, "projection_dim": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {
+        "text_config": tf.LlamaConfig(vocab_size=64, **sizes),
+        "vision_config": tf.CLIPVisionConfig(**sizes, **vision),
+    }
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(image_token_index=63, **parts))
+
+
+def encoder_and_decoder() -> tf.EncoderDecoderModel:
+    """Return a model of two vocabularies."""
+    decoder = tf.BertConfig(is_decoder=True, add_cross_attention=True, **SIZES)
+    return tf.EncoderDecoderModel(encoder=tf.BertModel(tf.BertConfig(**SIZES)), decoder=tf.BertLMHeadModel(decoder))
+
+
+def test_vocabularies_of_parts_are_compared_too(tmp_path: Path) -> None:
+    both = {
+        "encoder.embeddings.word_embeddings.weight",
+        "decoder.cls.predictions.decoder.weight",
+        "decoder.cls.predictions.decoder.bias",
+    }
+    for build, parts, expected in (
+        (vision_and_language, [""], {"model.language_model.embed_tokens.weight", "lm_head.weight"}),
+        (encoder_and_decoder, ["encoder", "decoder"], both),
+    ):
+        folder = tmp_path / build.__name__
+        build().save_pretrained(folder / "base")
+        for size, saved in ((70, expected), (64, set())):
+            model = type(build()).from_pretrained(folder / "base")
+            for part in parts:
+                model.get_submodule(part).resize_token_embeddings(size, mean_resizing=False)
+            handle = pk.inject(
+                model, pk.PLoRAConfig(rank=1, target_modules=r".*(encoder.*query|language_model.*q_proj)")
+            )
+            pk.save_peft(handle, folder / str(size))
+            assert keys(folder / str(size)) == saved

@@ -43,9 +43,11 @@ class CallWatch:
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling() or self._done:
             return
-        self._release(self._of_layers)  # of a pass that failed
         if named.get("encoder_outputs") is not None:
-            return  # generation calls the encoder by itself, so this pass is not complete
+            self._release(self._of_layers)  # generation calls the encoder by itself, so this pass is not complete
+            return
+        if self._of_layers:
+            return  # of a pass that failed, or that runs in another thread
         for name, layer in self._layers.items():
             self._of_layers.append(layer.register_forward_pre_hook(functools.partial(self._note, name)))
 

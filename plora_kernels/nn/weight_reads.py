@@ -42,7 +42,7 @@ def find_weight_reads(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                 if read.matches(name[start:]):
                     found.setdefault(name, f"{where} reads the weight past the layer")
         if isinstance(modules[ancestor], nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            for name in inside[ancestor]:
+            for name in (name for name in inside[ancestor] if "." not in name[start:]):
                 found[name] = (
                     "nn.TransformerEncoderLayer's fast path reads the weight past the layer in evaluation; call "
                     "torch.backends.mha.set_fastpath_enabled(False) first"

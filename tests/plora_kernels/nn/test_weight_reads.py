@@ -242,7 +242,8 @@ class OfItsDtype(Block):
 class ByANameForItsDtype(Block):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read.weight
-        return self.read(x.to(weight.dtype))
+        again: Tensor = self.read.weight
+        return self.read(x.to(weight.dtype).to(again.device))
 
 
 class OfAnotherModule(Block):

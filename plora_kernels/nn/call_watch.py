@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +67,7 @@ class CallWatch:
                 "experts and layers that were skipped this time, but an adapter of a layer that is never called has "
                 "no effect, and if its weight is read elsewhere select() changes results: exclude such layers",
                 PLoRAWarning,
-                stacklevel=2,
+                stacklevel=_frames_to_caller(),
             )
 
     @staticmethod
@@ -74,3 +75,11 @@ class CallWatch:
         for handle in handles:
             handle.remove()
         handles.clear()
+
+
+def _frames_to_caller() -> int:
+    """Return the stack level of the code that called the model: past the hook that asks and nn.Module's own frames."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+        level, frame = level + 1, frame.f_back
+    return level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -43,9 +44,11 @@ class CallWatch:
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling() or self._done:
             return
-        self._release(self._of_layers)  # of a pass that failed
         if named.get("encoder_outputs") is not None:
-            return  # generation calls the encoder by itself, so this pass is not complete
+            self._release(self._of_layers)  # generation calls the encoder by itself, so this pass is not complete
+            return
+        if self._of_layers:
+            return  # of a pass that failed, or that runs in another thread
         for name, layer in self._layers.items():
             self._of_layers.append(layer.register_forward_pre_hook(functools.partial(self._note, name)))
 
@@ -64,7 +67,7 @@ class CallWatch:
                 "experts and layers that were skipped this time, but an adapter of a layer that is never called has "
                 "no effect, and if its weight is read elsewhere select() changes results: exclude such layers",
                 PLoRAWarning,
-                stacklevel=2,
+                stacklevel=_frames_to_caller(),
             )
 
     @staticmethod
@@ -72,3 +75,11 @@ class CallWatch:
         for handle in handles:
             handle.remove()
         handles.clear()
+
+
+def _frames_to_caller() -> int:
+    """Return the stack level of the code that called the model: past the hook that asks and nn.Module's own frames."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+        level, frame = level + 1, frame.f_back
+    return level

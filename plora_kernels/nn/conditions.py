@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dis
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -76,6 +79,9 @@ def _attribute(node: ast.Attribute, me: str, module: nn.Module) -> Any:
         value = value.value
     if not isinstance(value, ast.Name) or value.id != me or "training" in names:
         return _UNKNOWN
+    kind: Any = type(module)  # mypy does not take a class of modules for hashable
+    if len(names) == 1 and _is_set_later(kind, names[0]):
+        return _UNKNOWN
     found: Any = module
     for name in reversed(names):
         if isinstance(found, nn.Module):  # of a module, no property: it may compute something
@@ -85,3 +91,14 @@ def _attribute(node: ast.Attribute, me: str, module: nn.Module) -> Any:
         if found is _UNKNOWN:
             return _UNKNOWN
     return found if found is None or isinstance(found, bool | int | float | str) else _UNKNOWN
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_set_later(kind: type, name: str) -> bool:
+    """Say whether a method of a class other than __init__ sets the attribute, so that it is no setting."""
+    spaces = (vars(ancestor).items() for ancestor in kind.__mro__)
+    methods = (value for space in spaces for method, value in space if method != "__init__")
+    codes = (method.__code__ for method in methods if isinstance(method, FunctionType))
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == name for code in codes for step in dis.get_instructions(code)
+    )

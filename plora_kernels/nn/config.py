@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,4 +132,9 @@ def _by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 def pattern_matches(key: str, name: str) -> bool:
     """Say whether a key of a pattern is the end of `name` (an expression, after a dot or whole), as in PEFT."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _compiled(key).match(name) is not None
+
+
+@functools.lru_cache(maxsize=16384)  # a loaded adapter may have a key for each layer, more than `re` itself keeps
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")

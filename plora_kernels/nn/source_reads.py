@@ -157,8 +157,9 @@ class _Source:
             return _called_name(user) not in _FUNCTIONS
         if isinstance(user, ast.Compare):
             return not all(isinstance(op, ast.Is | ast.IsNot) for op in user.ops)
-        if isinstance(user, ast.Assign) and isinstance(user.targets[0], ast.Name):
-            name = user.targets[0].id
+        target = user.targets[0] if isinstance(user, ast.Assign) else getattr(user, "target", None)
+        if isinstance(user, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name):
+            name = target.id
             loads = (n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
             return name not in seen and any(self._is_used(n, seen | {name}) for n in loads if n.id == name)
         return not isinstance(user, ast.Expr)

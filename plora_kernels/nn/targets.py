@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -61,23 +61,24 @@ def _named(
     An entry that matches nothing but modules of a head that the task type saves whole is named in a warning: PEFT says
     nothing. Any other entry without a target is an error.
     """
-    targets = config.target_modules
+    targets = config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules)
     listed = {name for name in saved if name.endswith(tuple(config.modules_to_save))}
-    in_head = [name for name in modules if is_within([n for n in saved if n not in listed], name)]
-    entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
-    for entry in entries:
-        if any(matches(entry, name) for name in (*kept, *in_head)):
-            continue
-        shown = entry if isinstance(entry, str) else entry[0]
-        if any(matches(entry, name) for name in modules):
-            raise TargetError(
-                f"target module {shown!r} leaves none: modules_to_save or exclude_modules names all of it"
-            )
-        if isinstance(entry, str):
-            raise TargetError(f"target_modules {shown!r} matches no module; {nearest('', kept)}")
-        raise TargetError(f"target module {shown!r} is not in the model; {nearest(shown, kept)}")
+    heads = [name for name in saved if name not in listed]
     names = [name for name in kept if matches(targets, name)]
-    without = [name for name in in_head if matches(targets, name)]
+    without = [name for name in modules if is_within(heads, name) and matches(targets, name)]
+    if isinstance(targets, str):
+        unmatched = [] if names or without else [targets]
+    else:
+        served = {end for name in (*names, *without) for end in _ends(name)}
+        unmatched = [entry for entry in config.target_modules if entry not in served]
+    for entry in unmatched:
+        if any(matches(targets if isinstance(targets, str) else [entry], name) for name in modules):
+            raise TargetError(
+                f"target module {entry!r} leaves none: modules_to_save or exclude_modules names all of it"
+            )
+        if isinstance(targets, str):
+            raise TargetError(f"target_modules {entry!r} matches no module; {nearest('', kept)}")
+        raise TargetError(f"target module {entry!r} is not in the model; {nearest(entry, kept)}")
     if not names:
         raise TargetError(
             f"target_modules {targets!r} matches only modules that task_type {config.task_type!r} trains in full and "
@@ -159,11 +160,17 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return embeddings() if callable(embeddings) else None
 
 
-def matches(pattern: Sequence[str] | str, name: str) -> bool:
+def matches(pattern: Collection[str], name: str) -> bool:
     """Match a module name as PEFT does: an expression against all of it, list entries as whole names or suffixes."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
+    return any(end in pattern for end in _ends(name))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a name, and what follows each dot in it."""
+    yield name
+    yield from (name[position + 1 :] for position, letter in enumerate(name) if letter == ".")
 
 
 def is_within(modules: Iterable[str], name: str) -> bool:

@@ -12,12 +12,13 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from plora_kernels.nn.conditions import may_hold
-from plora_kernels.nn.source_reads import names_in, reads_a_local, reads_in
+from plora_kernels.nn.source_reads import Read, names_in, reads_a_local, reads_in
 
 # Reads that never happen, by class and child: DeBERTa reads in_proj's weight for query states of their own, which its
 # models do not pass (their z_steps is 0).
@@ -26,26 +27,22 @@ _NEVER = {("DisentangledSelfAttention", "in_proj")}
 
 def find_weight_reads(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return those of `names` whose weight is read past the layer, with a sentence that says where."""
-    wanted = list(names)
     modules = dict(model.named_modules())
-    ancestors = {name[:end] for name in wanted for end in _ends_of_parents(name)}
-    functions = {name: list(_functions_of(modules[name])) for name in modules if name in ancestors}
-    reached = _reached_from_forward(functions.values())
+    inside: dict[str, list[str]] = {}  # of each module around some of the names, these
+    for name in names:
+        for end in _ends_of_parents(name):
+            inside.setdefault(name[:end], []).append(name)
+    methods = {ancestor: _methods_of(modules[ancestor]) for ancestor in inside}
+    reached = _reached_from_forward({method for defined in methods.values() for method in defined})
     found: dict[str, str] = {}
-    for ancestor, defined in functions.items():
-        module, prefix = modules[ancestor], f"{ancestor}." if ancestor else ""
-        inside = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix)}
-        readers = {method for _, method, function in defined if reads_a_local(function)}
-        for owner, method, function in defined:
-            for read in reads_in(function) if method in reached else ():
-                runs = all(may_hold(condition, module) for condition in read.conditions)
-                if not runs or (read.through is not None and read.through not in readers):
-                    continue
-                for relative, name in inside.items():
-                    if read.matches(relative) and (owner, relative) not in _NEVER:
-                        found.setdefault(name, f"{owner}.{method} reads the weight past the layer")
-        if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            for name in (inside[relative] for relative in inside if "." not in relative):
+    for ancestor, defined in methods.items():
+        start = len(ancestor) + 1 if ancestor else 0
+        for read, where in _reads_of(modules[ancestor], [method for method in defined if method.name in reached]):
+            for name in inside[ancestor]:
+                if read.matches(name[start:]):
+                    found.setdefault(name, f"{where} reads the weight past the layer")
+        if isinstance(modules[ancestor], nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            for name in (name for name in inside[ancestor] if "." not in name[start:]):
                 found[name] = (
                     "nn.TransformerEncoderLayer's fast path reads the weight past the layer in evaluation; call "
                     "torch.backends.mha.set_fastpath_enabled(False) first"
@@ -59,11 +56,29 @@ def _ends_of_parents(name: str) -> Iterator[int]:
     yield from (position for position, letter in enumerate(name) if letter == ".")
 
 
-def _reached_from_forward(functions: Iterable[list[tuple[str, str, FunctionType]]]) -> set[str]:
+class _Method(NamedTuple):
+    """A function that may run for a module: the name of the class that defines it, and its own name there."""
+
+    owner: str
+    name: str
+    function: FunctionType
+
+
+def _reads_of(module: nn.Module, methods: list[_Method]) -> Iterator[tuple[Read, str]]:
+    """Yield the reads of children's weights in these methods of a module, with the method."""
+    for owner, name, function in methods:
+        for read in reads_in(function):
+            handed = read.through is None or any(m.name == read.through and reads_a_local(m.function) for m in methods)
+            never = any(owner == kind and read.matches(child) for kind, child in _NEVER)
+            if handed and not never and all(may_hold(condition, module) for condition in read.conditions):
+                yield read, f"{owner}.{name}"
+
+
+def _reached_from_forward(methods: Iterable[_Method]) -> set[str]:
     """Return the names of methods that forward passes may call: forward, and all that such methods mention."""
     mentioned: dict[str, set[str]] = {}
-    for _, method, function in {entry for defined in functions for entry in defined}:
-        mentioned.setdefault(method, set()).update(names_in(function.__code__))
+    for _, name, function in methods:
+        mentioned.setdefault(name, set()).update(names_in(function.__code__))
     reached, new = set[str](), {"forward"}
     while new:
         reached |= new
@@ -71,22 +86,32 @@ def _reached_from_forward(functions: Iterable[list[tuple[str, str, FunctionType]
     return reached
 
 
-def _functions_of(module: nn.Module) -> Iterator[tuple[str, str, FunctionType]]:
-    """Yield the functions that run for the module: its class that defines them, its name there, and the function.
+def _methods_of(module: nn.Module) -> list[_Method]:
+    """Return the methods that run for the module, those put on the instance included."""
+    kind: Any = type(module)  # mypy does not take a class of modules for hashable
+    own = [_Method(kind.__name__, name, f) for name, value in vars(module).items() for f in _unwrapped(value)]
+    replaced = {method.name for method in own}
+    return own + [method for method in _methods_of_class(kind) if method.name not in replaced]
 
-    A function that a subclass overrides counts only if the subclass calls super().
+
+@functools.lru_cache(maxsize=1024)
+def _methods_of_class(kind: type) -> tuple[_Method, ...]:
+    """Return the methods that run for modules of a class, inherited ones included.
+
+    A method that a subclass overrides counts only if the subclass calls super().
     """
+    methods: list[_Method] = []
     overridden: set[str] = set()
-    spaces = [(type(module).__name__, vars(module)), *((kind.__name__, vars(kind)) for kind in type(module).__mro__)]
-    for owner, space in spaces:
+    for ancestor in kind.__mro__:
         # The transformer layers of torch read weights for their fast path alone, which `find_weight_reads` looks at.
-        if owner in ("Module", "object") or space.get("__module__") == "torch.nn.modules.transformer":
+        if ancestor in (nn.Module, object) or ancestor.__module__ == "torch.nn.modules.transformer":
             continue
-        for method, value in space.items():
-            functions = [] if method in overridden else list(_unwrapped(value))
-            yield from ((owner, method, function) for function in functions)
+        for name, value in vars(ancestor).items():
+            functions = [] if name in overridden else list(_unwrapped(value))
+            methods += [_Method(ancestor.__name__, name, function) for function in functions]
             if functions and not any("super" in names_in(function.__code__) for function in functions):
-                overridden.add(method)
+                overridden.add(name)
+    return tuple(methods)
 
 
 def _unwrapped(value: object) -> Iterator[FunctionType]:

@@ -54,6 +54,13 @@ def test_layers_that_were_not_called_are_named_once() -> None:
     assert notices(lambda: model(X, short=True)) == []
 
 
+def test_the_notice_points_at_the_call_of_the_model() -> None:
+    model, _ = make()
+    with pytest.warns(pk.PLoRAWarning, match="idle") as said:
+        model(X)
+    assert said[0].filename == __file__
+
+
 def test_numbered_layers_are_named_together() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Module())
     model[1].parts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])

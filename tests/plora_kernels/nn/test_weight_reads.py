@@ -220,6 +220,11 @@ def test_every_way_to_read_a_weight_is_found(kind: type[nn.Module]) -> None:
         pk.inject(kind(), pk.PLoRAConfig(rank=2, target_modules=r".*read(\.0)?" if kind is OfAList else ["read"]))
 
 
+def test_a_switch_that_a_method_turns_is_no_setting() -> None:
+    with pytest.raises(pk.TargetError, match=r"BySetting\.forward reads the weight"):
+        pk.inject(BySwitch(), pk.PLoRAConfig(rank=2, target_modules=["read"]))
+
+
 def test_a_forward_that_was_put_on_an_instance_is_looked_at_too() -> None:
     model = Block()
     model.forward = Plainly.forward.__get__(model)  # type: ignore[method-assign]
@@ -237,7 +242,8 @@ class OfItsDtype(Block):
 class ByANameForItsDtype(Block):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.read.weight
-        return self.read(x.to(weight.dtype))
+        again: Tensor = self.read.weight
+        return self.read(x.to(weight.dtype).to(again.device))
 
 
 class OfAnotherModule(Block):
@@ -257,6 +263,11 @@ class BySetting(Block):
         if self.exact:
             return F.linear(x, self.read.weight)
         return self.read(x)
+
+
+class BySwitch(BySetting):
+    def fuse(self) -> None:
+        self.exact = True
 
 
 class ToInitialise(Block):

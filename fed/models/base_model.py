@@ -28,6 +28,7 @@ from fed.seeding import permutation, torch_seed
 Progress = Callable[[int, float], object]
 
 _WARMUP_FRACTION = 0.1
+_PADDING_TOLERANCE = 1e-2  # of the largest logit: rounding is far below it
 _CPU = torch.device("cpu")
 
 
@@ -53,6 +54,8 @@ def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], obje
         else:
             model = _classifier(config, data, on_event or _discard)
     _check_tokens(config, model, data)
+    if config.data.task == "classification" and config.model.path is not None:
+        _check_padding(config, model, data.test, on_event or _discard)
     return model
 
 
@@ -247,6 +250,23 @@ def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
         raise FedError(
             f"model.path is {config.model.path!r}: its tokenizer makes token {largest} ({token!r}), and the model "
             f"knows {known} tokens; it should be resized to the tokenizer's {largest + 1} or more"
+        )
+
+
+def _check_padding(config: RunConfig, model: Any, split: Split, on_event: Callable[[str], object]) -> None:
+    """Say so if a short row's logits depend on a longer row beside it, as in models that do not mask padding.
+
+    Such are those that mix tokens without attention, as FNet, or approximate it, as Nyströmformer.
+    """
+    lengths = split.lengths(torch.arange(len(split)))
+    rows = torch.stack([lengths.argmin(), lengths.argmax()])
+    both, alone = ({**split.batch(some), "labels": None} for some in (rows, rows[:1]))
+    with torch.no_grad(), torch_seed(_CPU, config.seed, "padding"):
+        padded, plain = model(**both).logits[0], model(**alone).logits[0]
+    if (padded - plain).abs().max() > _PADDING_TOLERANCE * plain.abs().max():
+        on_event(
+            f"model.path is {config.model.path!r}: {type(model).__name__} does not mask padding, so that its answer to "
+            "a row depends on the other rows of its batch"
         )
 
 

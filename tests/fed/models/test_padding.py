@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     FNetConfig,
     GemmaConfig,
@@ -50,6 +51,18 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "gpt2": lambda **more: GPT2Config(**SMALL_GPT2, **more),
     "llama": lambda **more: LlamaConfig(**SIZES, **HEADS, **more),
     "gemma": lambda **more: GemmaConfig(**SIZES, **HEADS, num_key_value_heads=2, head_dim=16, **more),
+    "bart": lambda **more: BartConfig(
+        vocab_size=len(WORDS),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        pad_token_id=3,
+        **more,
+    ),
     "fnet": lambda **more: FNetConfig(**SIZES, **more),
     "opt": lambda **more: OPTConfig(**SMALL_OPT, **more),
 }
@@ -157,6 +170,14 @@ def test_a_model_that_does_not_mask_padding_is_said(tmp_path: Path) -> None:
     base_model.build(config, data, said.append)
     assert len(said) == 1
     assert "FNetForSequenceClassification does not mask padding, so that its answer to a row depends" in said[0]
+
+
+def test_rows_that_a_model_does_not_take_are_one_line(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "<pad>", False)  # without the end token that this model classifies a text by
+    save_model(tmp_path, "bart", AutoModelForSequenceClassification, id2label={0: "a", 1: "b"})
+    config, data = classified(tmp_path)
+    with pytest.raises(FedError, match=r"model.path is '[^']*': the model does not take the rows: [^\n]+$"):
+        base_model.build(config, data)
 
 
 def test_a_token_that_the_model_does_not_know_is_one_line(tmp_path: Path) -> None:

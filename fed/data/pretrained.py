@@ -74,7 +74,8 @@ def _positions(architecture: Any, wanted: int) -> int | None:
     positions = next((limit for name in _POSITIONS if (limit := getattr(text, name, None)) is not None), None)
     if positions is None or positions < 1:  # XLNet says -1 for no limit
         return None
-    if wanted + (getattr(text, "pad_token_id", None) or 0) < positions:
+    # The padding token is that of the configuration, or 1 in MPNet whatever that says.
+    if wanted + max(1, getattr(text, "pad_token_id", None) or 0) < positions:
         return int(positions)
     import torch
     from transformers import AutoModel

@@ -13,6 +13,7 @@ from typing import Any
 
 from fed.experiments.plan import Cell
 from fed.experiments.runner import OnEvent, SharedInputs, in_turn
+from fed.openmp import passive_children
 
 
 def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) -> None:
@@ -51,7 +52,8 @@ class _Worker:
     def _begin(self) -> None:
         self.pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(target=_serve, args=(theirs, self._directory), daemon=True)
-        self._process.start()
+        with passive_children():
+            self._process.start()
         theirs.close()
 
     def give(self, cell: Cell) -> None:

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.data.labels import listed, match_head
-from fed.data.pretrained import (
-    checkpoint_of,
-    failing_as,
-    load_tokenizer,
-    position_padding,
-    quiet,
-    saved_label_names,
-)
+from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, position_padding, quiet, saved_label_names
 from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
 from fed.seeding import permutation, torch_seed
@@ -28,6 +21,7 @@ from fed.seeding import permutation, torch_seed
 Progress = Callable[[int, float], object]
 
 _WARMUP_FRACTION = 0.1
+_PADDING_TOLERANCE = 1e-2  # of the largest logit: rounding is far below it
 _CPU = torch.device("cpu")
 
 
@@ -53,6 +47,8 @@ def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], obje
         else:
             model = _classifier(config, data, on_event or _discard)
     _check_tokens(config, model, data)
+    if config.data.task == "classification" and config.model.path is not None:
+        _check_padding(config, model, data.test, on_event or _discard)
     return model
 
 
@@ -166,7 +162,7 @@ def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str]
         on_event(f"{path}: the checkpoint has no {listed(lacking, 1)}; drawn from the seed")
     if fault := _head_fault(config, data, own, missing & own, resized.keys() & own):
         on_event(f"{path}: {fault}; the run starts from a new head")
-        if not own <= missing | resized.keys():  # a head may have several layers, of which these are only some
+        if not own <= missing | resized.keys():  # otherwise all of it is new already
             _draw_head(model, config)
     return model
 
@@ -247,6 +243,26 @@ def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
         raise FedError(
             f"model.path is {config.model.path!r}: its tokenizer makes token {largest} ({token!r}), and the model "
             f"knows {known} tokens; it should be resized to the tokenizer's {largest + 1} or more"
+        )
+
+
+def _check_padding(config: RunConfig, model: Any, split: Split, on_event: Callable[[str], object]) -> None:
+    """Say so if a short row's logits depend on a longer row beside it, as in models that do not mask padding.
+
+    Such are those that mix tokens without attention, as FNet, or approximate it, as Nyströmformer. Raises FedError if
+    the model takes no rows like these.
+    """
+    path = f"model.path is {config.model.path!r}"
+    lengths = split.lengths(torch.arange(len(split)))
+    rows = torch.stack([lengths.argmin(), lengths.argmax()])
+    both, alone = ({**split.batch(some), "labels": None} for some in (rows, rows[:1]))
+    takes = failing_as(f"{path}: the model does not take the rows")
+    with takes, torch.no_grad(), torch_seed(_CPU, config.seed, "padding"):
+        padded, plain = model(**both).logits[0], model(**alone).logits[0]
+    if (padded - plain).abs().max() > _PADDING_TOLERANCE * plain.abs().max():
+        on_event(
+            f"{path}: {type(model).__name__} does not mask padding, so that its answer to a row depends on the other "
+            "rows of its batch"
         )
 
 

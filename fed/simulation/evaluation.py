@@ -21,7 +21,7 @@ _UNSEEN = re.compile(
     r"[\u00ad\u061c\u180b-\u180d\u180f\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufe00-\ufe0f\ufeff"
     r"\U000e0100-\U000e01ef]|\u200c(?!\w)"
 )
-_JOINERS = "\u200c\u200d"
+_JOINERS = "\u180e\u200c\u200d"
 _ZERO_WIDTH_SPACE = "\u200b"
 
 MOST_ROWS, MOST_TOKENS = 256, 16_384  # limits of one evaluation batch

@@ -16,10 +16,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
+    FNetConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MPNetConfig,
     MptConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
@@ -48,8 +51,22 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "gpt2": lambda **more: GPT2Config(**SMALL_GPT2, **more),
     "llama": lambda **more: LlamaConfig(**SIZES, **HEADS, **more),
     "gemma": lambda **more: GemmaConfig(**SIZES, **HEADS, num_key_value_heads=2, head_dim=16, **more),
+    "bart": lambda **more: BartConfig(
+        vocab_size=len(WORDS),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        pad_token_id=3,
+        **more,
+    ),
+    "fnet": lambda **more: FNetConfig(**SIZES, **more),
     "opt": lambda **more: OPTConfig(**SMALL_OPT, **more),
 }
+ENCODERS = ("bert", "roberta")
 DECODERS = ("gpt2", "llama", "gemma", "opt")
 
 
@@ -100,7 +117,7 @@ def assert_rows_are_independent(model: Any, split: Split) -> torch.Tensor:
 @pytest.mark.parametrize("ends", [False, True], ids=["", "ends"])
 @pytest.mark.parametrize("pad", [None, "<pad>", "<unk>"])
 @pytest.mark.parametrize("of_model", [0, 3])
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", ENCODERS + DECODERS)
 def test_a_row_is_classified_alone_as_in_a_batch(
     family: str, of_model: int, pad: str | None, ends: bool, tmp_path: Path
 ) -> None:
@@ -142,6 +159,27 @@ def test_the_text_part_of_a_nested_configuration_pads_as_well(tmp_path: Path, mo
     assert_rows_are_independent(model, data.test)
 
 
+def test_a_model_that_does_not_mask_padding_is_said(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "<pad>", False)
+    save_model(tmp_path, "bert", AutoModelForSequenceClassification, id2label={0: "a", 1: "b"})
+    config, data = classified(tmp_path)
+    said: list[str] = []
+    base_model.build(config, data, said.append)
+    assert said == []
+    save_model(tmp_path, "fnet", AutoModelForSequenceClassification, id2label={0: "a", 1: "b"})
+    base_model.build(config, data, said.append)
+    assert len(said) == 1
+    assert "FNetForSequenceClassification does not mask padding, so that its answer to a row depends" in said[0]
+
+
+def test_rows_that_a_model_does_not_take_are_one_line(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "<pad>", False)  # without the end token that this model classifies a text by
+    save_model(tmp_path, "bart", AutoModelForSequenceClassification, id2label={0: "a", 1: "b"})
+    config, data = classified(tmp_path)
+    with pytest.raises(FedError, match=r"model.path is '[^']*': the model does not take the rows: [^\n]+$"):
+        base_model.build(config, data)
+
+
 def test_a_token_that_the_model_does_not_know_is_one_line(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, "<pad>", False, (*WORDS, "more"))
     save_model(tmp_path, "llama", AutoModelForSequenceClassification)
@@ -166,6 +204,7 @@ def test_a_token_that_the_model_does_not_know_is_one_line(tmp_path: Path) -> Non
         (RobertaConfig(**SIZES, **HEADS, max_position_embeddings=34, pad_token_id=0), 33),
         (RobertaConfig(**SIZES, **HEADS, max_position_embeddings=34, pad_token_id=3), 30),
         (XLMRobertaConfig(**SIZES, **HEADS, max_position_embeddings=34), 32),
+        (MPNetConfig(**SIZES, **HEADS, max_position_embeddings=34, pad_token_id=0), 32),
         (OPTConfig(**SMALL_OPT, max_position_embeddings=34), 34),
         (GPT2Config(**SMALL_GPT2, n_positions=34), 34),
         (LlamaConfig(**SIZES, **HEADS, max_position_embeddings=34), 34),

@@ -23,6 +23,8 @@ _READERS = {
     ".tsv": read_csv,
     ".parquet": read_parquet,
 }
+# Files that the library `datasets` and the hub write beside the rows of a data set; they hold none.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # The data sets' names on the Hugging Face hub.
 _HUB = {
     "glue": "nyu-mll/glue",
@@ -77,15 +79,15 @@ def read_local(
     """Return the rows of a file, or of all files in a folder.
 
     For a folder the column `stem` is added, which holds the name of the row's file without suffix; only files named in
-    `asked` are read, if it is not empty, and files named in `left_out` are not. Raises FedError, with `key` as the name
-    of the setting, if the rows cannot be read.
+    `asked` are read, if it is not empty, and files named in `left_out` are not, nor those in which the library
+    `datasets` describes a data set. Raises FedError, with `key` as the name of the setting, if the rows cannot be read.
     """
     path = Path(name)
     if not path.exists():
         raise FedError(f"{key} is {name!r}: there is no such file")
     if not path.is_dir():
         return _file(path, key, stage)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and file.name not in _METADATA)
     if not files:
         raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_READERS)} file")
     stems = [mend_text(file.stem) for file in files]

@@ -53,7 +53,7 @@ def match_head(names: Sequence[str], head: Sequence[str], numbers: Sequence[int]
     for spelling in (_written, _folded):
         ours, theirs = [spelling(name) for name in names], [spelling(name) for name in head]
         # Numbers say too little to tell that a head with more of them is a head for the same task.
-        if len(head) > len(names) and any(_number(name) is not None for name in names):
+        if len(head) > len(names) and any(_NUMBER.fullmatch(_folded(name)) for name in names):
             continue
         if set(ours) <= set(theirs) and _differ(ours) and _differ(theirs):
             own = dict(zip(ours, names, strict=True))

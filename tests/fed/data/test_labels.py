@@ -23,6 +23,7 @@ KNOWN = {
     "truth in JSON": (("True", "False"), ("LABEL_0", "LABEL_1"), ("False", "True")),
     "truth in another language": (("true", "false"), ("False", "True"), ("false", "true")),
     "two that differ in case alone": (("us", "US"), ("US", "us"), ("US", "us")),
+    "truth, of a head that knows more": (("True", "False"), ("false", "true", "?"), ("False", "True", "?")),
     "some of the head's": (("entailment", "contradiction"), NLI, ("contradiction", "NEUTRAL", "entailment")),
 }
 

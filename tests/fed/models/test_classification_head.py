@@ -181,6 +181,15 @@ def test_a_head_that_is_not_whole_is_drawn_anew(roberta: Path) -> None:
     assert "the checkpoint's head has no classifier.dense.bias for its 2 labels; the run starts" in told.lines[0]
 
 
+def test_a_checkpoint_that_lost_its_head_has_none(roberta: Path) -> None:
+    weights = {
+        name: value for name, value in load_file(roberta / "model.safetensors").items() if "classifier" not in name
+    }
+    save_file(weights, roberta / "model.safetensors", metadata={"format": "pt"})
+    (line,) = tell(roberta, ["a", "b"]).lines
+    assert line.endswith("the checkpoint has no classification head; the run starts from a new head")
+
+
 def test_a_head_of_another_size_than_its_labels_is_drawn_anew(tmp_path: Path) -> None:
     checkpoint = bert_with(tmp_path, ("a", "b", "c"), id2label={"0": "a", "1": "b"})
     told = tell(checkpoint, ["a", "b"])

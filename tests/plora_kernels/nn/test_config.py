@@ -40,7 +40,7 @@ def test_a_task_type_that_peft_does_not_know_is_refused(task: object) -> None:
         ({"modules_to_save": [""]}, "modules_to_save holds ''"),
         ({"alpha_pattern": {3: 2.0}}, "alpha_pattern holds 3"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_what_cannot_be_a_name_is_refused(options: dict, message: str) -> None:
     with pytest.raises(pk.ConfigError, match=message):

@@ -60,7 +60,7 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "task", "head"), HEADS, ids=str)
+@pytest.mark.parametrize(("model", "task", "head"), HEADS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("targets", ["all-linear", r".*(query|q_lin|dense|out_proj|lin1)"], ids=["all", "regex"])
 def test_a_head_of_the_task_is_trained_whole_and_never_adapted(
     model: type, task: str, head: tuple[str, ...], targets: str, tmp_path: Path
@@ -84,7 +84,7 @@ def test_a_head_of_the_task_is_trained_whole_and_never_adapted(
         torch.testing.assert_close(PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids)[0], expected)
 
 
-@pytest.mark.parametrize(("model", "task", "_head"), HEADS, ids=str)
+@pytest.mark.parametrize(("model", "task", "_head"), HEADS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_what_is_trained_is_what_peft_trains(model: type, task: str, _head: tuple[str, ...]) -> None:
     targets = ["query"] if model is not tiny_distilbert else ["q_lin"]
     handle = silently(model(), target_modules=targets, task_type=task)

@@ -11,7 +11,7 @@ import typer
 
 from fed import config as configuration
 from fed.errors import BAD_INPUT, INTERRUPTED, FedError
-from fed.openmp import wait_passively
+from fed.openmp import wait_passively_if_busy
 
 # The base class of typer's errors about arguments, which typer does not export.
 _UsageError: Any = typer.BadParameter.__base__
@@ -38,7 +38,7 @@ Jobs = Annotated[int, typer.Option(min=1, help="How many runs at once, each in a
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; see `run_app`. It is called before torch is imported (see `fed.openmp`)."""
-    wait_passively()
+    wait_passively_if_busy()
     run_app(app, "python -m fed", arguments)
 
 

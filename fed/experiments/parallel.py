@@ -13,7 +13,7 @@ from typing import Any
 
 from fed.experiments.plan import Cell
 from fed.experiments.runner import OnEvent, SharedInputs, in_turn
-from fed.openmp import passive_children
+from fed.openmp import available_cores, passive_children
 
 
 def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) -> None:
@@ -23,7 +23,9 @@ def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) ->
     exception in this process, such as Ctrl-C, terminates the workers; their unfinished runs stay on disk.
     """
     waiting = list(reversed(cells))
-    workers = [_Worker(directory) for _ in range(min(jobs, len(cells)))]
+    count, cores = min(jobs, len(cells)), available_cores()
+    crowded = count * max(cell.config.threads or cores for cell in cells) > cores
+    workers = [_Worker(directory, crowded) for _ in range(count)]
     try:
         for worker in workers:
             worker.give(waiting.pop())
@@ -38,12 +40,12 @@ def at_once(cells: Sequence[Cell], jobs: int, directory: Path, tell: OnEvent) ->
 
 
 class _Worker:
-    """A process that plays one cell at a time."""
+    """A process that plays one cell at a time; `crowded` if all of them have more threads than there are cores."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, crowded: bool) -> None:
         # Not forked, because a forked child would inherit this process's CUDA context and the locks of its threads.
         self._context = multiprocessing.get_context("spawn")
-        self._directory = directory
+        self._directory, self._crowded = directory, crowded
         self.cell: Cell | None = None
         self.pipe: Connection
         self._process: BaseProcess
@@ -52,7 +54,7 @@ class _Worker:
     def _begin(self) -> None:
         self.pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(target=_serve, args=(theirs, self._directory), daemon=True)
-        with passive_children():
+        with passive_children(self._crowded):
             self._process.start()
         theirs.close()
 

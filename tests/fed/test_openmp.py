@@ -1,4 +1,4 @@
-"""Programs let OpenMP's threads sleep while they wait, before torch is imported; the library sets nothing."""
+"""Programs let OpenMP's threads sleep while they wait if the machine is busy; the library sets nothing."""
 
 from __future__ import annotations
 
@@ -35,25 +35,43 @@ def printed(code: str, **choices: str) -> str:
     return result.stdout.strip()
 
 
+BUSY, IDLE = (f"from fed import openmp; openmp.idle_cores = lambda: {cores}; " for cores in (0.0, 1e9))
 PROGRAMS = {
     "fed": "sys.argv = ['fed', 'run', 'digits']; runpy.run_module('fed', run_name='__main__')",
     "plora-fed": "from fed.cli import main; main(['report', 'nowhere'])",
-    "bench.gpu": "runpy.run_module('bench.gpu', run_name='__main__')",
-    "bench.clients": "runpy.run_module('bench.clients', run_name='__main__')",
-    "bench.tune": "runpy.run_module('bench.tune', run_name='__main__')",
-    "the suites": "import pytest; pytest.main(['bench', '--collect-only', '-qs'])",
 }
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_a_program_sets_a_passive_wait_before_torch_is_imported(program: str) -> None:
-    assert printed(AT_TORCH + program).splitlines()[-1] == "PASSIVE"
+@pytest.mark.parametrize(("machine", "wanted"), [(BUSY, "PASSIVE"), (IDLE, "None")], ids=["busy", "idle"])
+def test_a_program_waits_passively_on_a_busy_machine_alone(program: str, machine: str, wanted: str) -> None:
+    assert printed(AT_TORCH + machine + program).splitlines()[-1] == wanted
+
+
+def test_benchmarks_do_not_depend_on_what_runs_beside_them() -> None:
+    assert printed(AT_TORCH + BUSY + "runpy.run_module('bench.gpu', run_name='__main__')") == "None"
+
+
+def test_idle_cores_are_counted_from_ticks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Of 4 cores and 40 ticks each, 60 of all 160 were idle or waiting for a disk: 1.5 cores.
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 0 100 1000 50 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    later = "cpu  170 5 120 1040 70 1 2 2 0 0\ncpu0 1 1 1 1\n"
+    monkeypatch.setattr(openmp, "_STAT", stat)
+    monkeypatch.setattr(openmp.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(openmp.time, "sleep", lambda seconds: stat.write_text(later))
+    assert openmp.idle_cores() == 60 / 160 * 4
+    for unreadable in ("", "cpu  one two\n", "cpu  1 2\n"):
+        stat.write_text(unreadable)
+        assert openmp.idle_cores() == float("inf")
+    monkeypatch.setattr(openmp, "_STAT", tmp_path / "none")
+    assert openmp.idle_cores() == float("inf")
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_of_the_user_stays(choice: str) -> None:
     wanted = "ACTIVE" if choice == "OMP_WAIT_POLICY" else "None"
-    assert printed(AT_TORCH + PROGRAMS["plora-fed"], **{choice: "ACTIVE"}) == wanted
+    assert printed(AT_TORCH + BUSY + PROGRAMS["plora-fed"], **{choice: "ACTIVE"}) == wanted
 
 
 def test_the_library_leaves_the_environment_alone() -> None:
@@ -64,12 +82,13 @@ def test_the_library_leaves_the_environment_alone() -> None:
 def test_nothing_is_set_once_torch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(openmp, "idle_cores", lambda: 0.0)
     before = dict(os.environ)
-    openmp.wait_passively()
+    openmp.wait_passively_if_busy()
     assert dict(os.environ) == before
 
 
-def test_workers_wait_passively_and_the_process_that_starts_them_is_left_alone(
+def test_crowded_workers_wait_passively_and_the_process_that_starts_them_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in CHOICES:
@@ -78,10 +97,11 @@ def test_workers_wait_passively_and_the_process_that_starts_them_is_left_alone(
     started = "multiprocessing.process.BaseProcess.start"
     monkeypatch.setattr(started, lambda process: seen.append(os.environ.get("OMP_WAIT_POLICY")))
     before = dict(os.environ)
-    parallel._Worker(tmp_path)
-    assert seen == ["PASSIVE"]
+    parallel._Worker(tmp_path, crowded=False)
+    parallel._Worker(tmp_path, crowded=True)
+    assert seen == [None, "PASSIVE"]
     assert dict(os.environ) == before
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    parallel._Worker(tmp_path)
-    assert seen == ["PASSIVE", None]
+    parallel._Worker(tmp_path, crowded=True)
+    assert seen == [None, "PASSIVE", None]
     assert os.environ["GOMP_SPINCOUNT"] == "7"

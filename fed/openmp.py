@@ -2,8 +2,8 @@
 
 Threads of GNU's OpenMP keep their cores busy while they wait, for up to milliseconds. Where other work needs a core as
 well, the thread that all wait for gets none for that long, and a step takes several times its time. Threads that sleep
-while they wait avoid that, but waking them costs time on an idle machine: a tenth in an encoder of MiniLM's width, more in
-smaller models. So they sleep only where a machine is busy.
+while they wait avoid that, but waking them costs time on an idle machine: a tenth in an encoder of MiniLM's width, and
+more in smaller models. So they sleep only where a machine is busy.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def available_cores() -> int:
 def wait_passively_if_busy() -> None:
     """Let threads of this process and of those it starts sleep while they wait, if other programs use the machine.
 
-    It looks for a tenth of a second how many cores are idle, on Linux; elsewhere it does nothing, nor where the user set
-    a variable that says how to wait. OpenMP reads the setting when torch is imported; after that this does nothing
+    It looks for a tenth of a second how many cores are idle, on Linux; elsewhere it does nothing, nor where the user
+    set a variable that says how to wait. OpenMP reads the setting when torch is imported; after that this does nothing
     either. Only programs call it: a library leaves the environment alone.
     """
     if "torch" not in sys.modules and not _has_chosen() and idle_cores() < available_cores() - 0.5:

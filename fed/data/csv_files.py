@@ -102,10 +102,9 @@ def _doubtful(header: Sequence[str], rows: Sequence[Row], suspects: Mapping[int,
     has several lines, what follows a comma is not.
     """
     left = dict(suspects)
-    others = [row for index, row in enumerate(rows) if index not in suspects] if suspects else []
-    for position, name in enumerate(header):
-        values = {row.get(name) for row in others}
-        if name and 2 * len(values) <= len(others):
+    for position, name in enumerate(header if suspects else ()):
+        values = {row.get(name) for row in rows}
+        if name and 2 * len(values) <= len(rows):
             left = {
                 index: lines
                 for index, lines in left.items()

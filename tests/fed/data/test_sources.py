@@ -66,6 +66,7 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{name}.jsonl", [{"text": f"of {name}", "label": name}])
     (tmp_path / "README.md").write_text("not data")
     (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "._b.csv").write_bytes(b"\x00\x05\x16\x07Mac OS X")
     rows = read(text_config(tmp_path))
     assert rows.rows == [{"file": name, "text": f"of {name}", "label": name} for name in ("a", "b")]
     assert rows.places == [f"{tmp_path / 'a.jsonl'} line 1", f"{tmp_path / 'b.jsonl'} line 1"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,16 @@ def read_csv(path: Path, key: str, stage: Stage | None = None, kind: str | None 
 
     The first line names the columns. A field that is empty is a missing value; every other is the text that stands
     there, such as "NA" or "007". In a CSV file a field in quotation marks may hold commas, line ends and, doubled,
-    quotation marks; in a TSV file a quotation mark is text. Empty lines are skipped. Columns without a name are left
-    out if they are the first, as the row numbers of pandas are, or empty. `stage` shows the progress of a large file.
+    quotation marks; in a TSV file a quotation mark is text. Empty lines are skipped, and lines of white space where
+    there are several columns. Columns without a name are left out if they are the first, as the row numbers of pandas
+    are, or empty. `stage` shows the progress of a large file.
 
     Raises FedError, with `key` as the name of the setting, if the file cannot be read, a row has more or fewer fields
     than there are columns, quotation marks do not match, or two columns have the same name.
     """
     kind = kind or ("TSV" if path.suffix.lower() == ".tsv" else "CSV")
-    rows, places, doubtful = [], [], []
+    rows, places = [], []
+    suspects: dict[int, list[list[str]]] = {}
     with closing(read_lines(path, key, stage)) as lines, _long_fields():
         records = _records(lines, path, kind)
         line, header, _ = next(records, (0, [], []))
@@ -49,16 +51,17 @@ def read_csv(path: Path, key: str, stage: Stage | None = None, kind: str | None 
             rows.append(_row(header, fields, f"{path} row {number} (line {line})"))
             places.append(f"{path} row {number}")
             if len(spanned) > 1 and _look_like_rows(spanned, len(header)):
-                doubtful.append(places[-1])
+                suspects[len(rows) - 1] = [line.rstrip("\r\n").split(",") for line in spanned]
     if not rows:
         raise FedError(f"{key} is {str(path)!r}: the file holds no rows")
-    return Rows(rows, places, doubtful=doubtful)
+    return Rows(rows, places, doubtful=[places[index] for index in _doubtful(header, rows, suspects)])
 
 
 def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int, list[str], list[str]]]:
     """Yield of every record, the header among them, its first line's number, its fields and its lines.
 
-    Empty lines are skipped. The list of lines is the same one for all records.
+    Empty lines are skipped, and lines of white space unless there is one column, in which they may be text. The list of
+    lines is the same one for all records.
     """
     spanned: list[str] = []
 
@@ -69,6 +72,7 @@ def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int,
 
     reader = csv.reader(kept(), **_DIALECTS[kind])
     number = 0  # of rows; the first record is the header
+    columns = 0
     while True:
         line = reader.line_num + 1
         spanned.clear()
@@ -79,14 +83,34 @@ def _records(lines: Iterator[str], path: Path, kind: str) -> Iterator[tuple[int,
         except csv.Error as error:
             place = f"row {number} (line {line})" if number else f"line {line}"
             raise FedError(f"{path} {place}: cannot read it as {kind}: {_explained(error)}") from None
-        if fields:
+        blank = len(fields) == 1 != columns and not "".join(spanned).strip()
+        if fields and not blank:
             number += 1
+            columns = columns or len(fields)
             yield line, fields, spanned
 
 
 def _look_like_rows(lines: Sequence[str], columns: int) -> bool:
     """Return whether each line of one row has as many commas as a row without quotation marks would have."""
     return columns > 1 and all(line.count(",") == columns - 1 for line in lines)
+
+
+def _doubtful(header: Sequence[str], rows: Sequence[Row], suspects: Mapping[int, Sequence[Sequence[str]]]) -> list[int]:
+    """Return which rows may be several, of `suspects`: indices of rows, with the fields that their lines would have.
+
+    Where the values of a column repeat, as labels do, those fields should be among them; in the prose of a review that
+    has several lines, what follows a comma is not.
+    """
+    left = dict(suspects)
+    for position, name in enumerate(header if suspects else ()):
+        values = {row.get(name) for row in rows}
+        if name and 2 * len(values) <= len(rows):
+            left = {
+                index: lines
+                for index, lines in left.items()
+                if all((fields[position].strip('"') or None) in values for fields in lines)
+            }
+    return list(left)
 
 
 def _explained(error: csv.Error) -> str:

@@ -85,6 +85,8 @@ def _loaded(datasets: Any, data: DataConfig, name: str, split: str) -> Any:
     them, told not to guess.
     """
     columns, failure = None, None
+    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return _saved(datasets, name, split)
     try:
         found = datasets.load_dataset(name, data.subset, split=split, revision=data.revision)
         if found.info.builder_name != "csv":
@@ -99,6 +101,18 @@ def _loaded(datasets: Any, data: DataConfig, name: str, split: str) -> Any:
         kind = "TSV" if builder.config.sep == "\t" else "CSV"
         return datasets.Dataset.from_list(joined(read_csv(Path(file), name, kind=kind) for file in files).rows)
     return _loaded_without_guesses(datasets, data, name, split, builder, columns)
+
+
+def _saved(datasets: Any, name: str, split: str) -> Any:
+    """Return a split, or a slice such as "train[:10%]" of one, of a data set that its `save_to_disk` wrote.
+
+    Such a data set may have no splits; then it is the one that it was a split of.
+    """
+    found = datasets.load_from_disk(name)
+    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+    asked = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in splits.items()})
+    parts = [splits[part.splitname].select(range(part.from_, part.to)) for part in asked]
+    return datasets.concatenate_datasets(parts)
 
 
 def _plain_files(datasets: Any, builder: Any, split: str) -> list[str]:

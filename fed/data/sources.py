@@ -79,15 +79,16 @@ def read_local(
     """Return the rows of a file, or of all files in a folder.
 
     For a folder the column `stem` is added, which holds the name of the row's file without suffix; only files named in
-    `asked` are read, if it is not empty, and files named in `left_out` are not, nor those in which the library
-    `datasets` describes a data set. Raises FedError, with `key` as the name of the setting, if the rows cannot be read.
+    `asked` are read, if it is not empty, and files named in `left_out` are not, nor hidden files, such as those that
+    macOS writes beside others, nor those in which the library `datasets` describes a data set. Raises FedError, with
+    `key` as the name of the setting, if the rows cannot be read.
     """
     path = Path(name)
     if not path.exists():
         raise FedError(f"{key} is {name!r}: there is no such file")
     if not path.is_dir():
         return _file(path, key, stage)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and file.name not in _METADATA)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and not _is_beside(file.name))
     if not files:
         raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_READERS)} file")
     stems = [mend_text(file.stem) for file in files]
@@ -96,6 +97,10 @@ def read_local(
         raise FedError(f"{key} is {name!r}: no file is left of {some_of(stems)}")
     found = [(stems[index], _file(files[index], key, stage)) for index in sorted(chosen)]
     return joined(replace(piece, rows=[{stem: part, **row} for row in piece.rows]) for part, piece in found)
+
+
+def _is_beside(name: str) -> bool:
+    return name.startswith(".") or name in _METADATA
 
 
 def _file(path: Path, key: str, stage: Stage | None) -> Rows:

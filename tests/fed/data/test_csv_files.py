@@ -88,10 +88,33 @@ def test_a_row_whose_lines_look_like_rows_is_remarked_on(tmp_path: Path) -> None
         "1 of 19 rows span lines that look like rows themselves, as where a quotation mark is meant as text but opens "
         f"a field; the first is {path} row 6"
     ]
+    pairs = [f'"sentence {number},{number % 2}\nand another",{number // 2 % 2}\n' for number in range(8)]
+    path.write_text("text,label\n" + "".join(pairs))
+    assert [line.split(" rows", 1)[0] for line in remarks(read_csv(path, "data.path"))] == ["8 of 8"]
     path.write_text('text,label\n"a, b\nc and\nd",x\n"one\n\ntwo",y\n"one, two",z\n')
     assert remarks(read_csv(path, "data.path")) == []
     path.write_text('text\n"a\nb"\n')
     assert remarks(read_csv(path, "data.path")) == []
+
+
+def test_prose_with_as_many_commas_as_a_row_is_not_remarked_on(tmp_path: Path) -> None:
+    reviews = [f'"Well, number {number}.\nThe end.",{("positive", "negative")[number % 2]}' for number in range(8)]
+    path = tmp_path / "reviews.csv"
+    path.write_text("review,sentiment\n" + "\n".join(reviews + [line.replace("\n", " ") for line in reviews]) + "\n")
+    assert remarks(read_csv(path, "data.path")) == []
+    path.write_text("review,sentiment\n" + "\n".join(reviews) + "\n")
+    assert remarks(read_csv(path, "data.path")) == []
+    path.write_text(",review,sentiment\n" + "".join(f"{number},{line}\n" for number, line in enumerate(reviews * 2)))
+    assert remarks(read_csv(path, "data.path")) == []
+
+
+def test_lines_of_white_space_are_no_rows_beside_several_columns(tmp_path: Path) -> None:
+    for name, between in (("rows.csv", ","), ("rows.tsv", "\t")):
+        content = f"  \ntext{between}label\na{between}x\n   \nb{between}y\n \n"
+        assert rows_of(tmp_path / name, content) == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    assert rows_of(tmp_path / "one.csv", "text\na\n  \n") == [{"text": "a"}, {"text": "  "}]
+    with pytest.raises(FedError, match=r"row 2 \(line 4\): it has 1 field"):
+        rows_of(tmp_path / "rows.csv", "text,label\na,x\n  \nb\n")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -66,6 +66,7 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{name}.jsonl", [{"text": f"of {name}", "label": name}])
     (tmp_path / "README.md").write_text("not data")
     (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "._b.csv").write_bytes(b"\x00\x05\x16\x07Mac OS X")
     rows = read(text_config(tmp_path))
     assert rows.rows == [{"file": name, "text": f"of {name}", "label": name} for name in ("a", "b")]
     assert rows.places == [f"{tmp_path / 'a.jsonl'} line 1", f"{tmp_path / 'b.jsonl'} line 1"]
@@ -348,6 +349,20 @@ def test_any_data_set_of_the_hub_is_read_by_name(hub: Callable) -> None:
     rows = read(config_of("hub", path="someone/some", subset="part", test_split="test", revision="v1"))
     assert calls == [("someone/some", "part", "train", "v1"), ("someone/some", "part", "test", "v1")]
     assert (len(rows), rows.first_test) == (3, 1)
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read_by_split(tmp_path: Path) -> None:
+    both = {"train": sentences(["a", "b", "c", "d"], [0, 1, 1, 0]), "test": sentences(["e"], [1])}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "saved")
+    rows = read(config_of("hub", path=str(tmp_path / "saved"), test_split="test"))
+    assert [row["sentence"] for row in rows.rows] == ["a", "b", "c", "d", "e"]
+    assert (rows.first_test, rows.label_names) == (4, ["negative", "positive"])
+    part = read(config_of("hub", path=str(tmp_path / "saved"), split="train[:50%]+test"))
+    assert [row["sentence"] for row in part.rows] == ["a", "b", "e"]
+    one = read(config_of("hub", path=str(tmp_path / "saved" / "train")))
+    assert [row["sentence"] for row in one.rows] == ["a", "b", "c", "d"]
+    with pytest.raises(FedError, match=r"split 'dev' does not load: Unknown split \"dev\"\. Should be one of"):
+        read(config_of("hub", path=str(tmp_path / "saved"), split="dev"))
 
 
 def test_a_data_set_that_does_not_load_is_one_line(hub: Callable) -> None:

@@ -154,9 +154,10 @@ class _Outliner:
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight = self.tensor(module.weight)
             return linear
-        outline = copy.copy(module)
+        # Not by copy.copy: modules with parametrizations, as in wav2vec 2.0, and some others refuse that.
+        outline: nn.Module = object.__new__(type(module))
         # The copy must not share the containers in which PEFT replaces modules and registers hooks.
-        vars(outline).update({key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, dict)})
+        vars(outline).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for registry in (outline._parameters, outline._buffers):
             registry.update({key: self.tensor(value) for key, value in registry.items() if value is not None})
         self.modules[id(module)] = outline  # before its children: a module may hold itself

@@ -21,7 +21,8 @@ def test_what_is_saved_here_loads_in_peft_and_here(tmp_path: Path, name: str) ->
     architecture = ARCHITECTURES[name]
     model = architecture.model()
     task = architecture.task_type
-    config = pk.PLoRAConfig(rank=3, alpha=5, target_modules="all-linear", exclude_modules=HEADS, task_type=task)
+    heads = HEADS if task == "SEQ_CLS" else None
+    config = pk.PLoRAConfig(rank=3, alpha=5, target_modules="all-linear", exclude_modules=heads, task_type=task)
     handle = pk.inject(model, config)
     plain = architecture.output(model)
     stir(model)

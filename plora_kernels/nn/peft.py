@@ -30,6 +30,7 @@ from plora_kernels.nn.adapter_tensors import (
     gather,
     still_tied,
     untie,
+    with_present_names,
 )
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
@@ -218,7 +219,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     source = Path(directory)
     check_directory(source)
     lora = read_config(source)
-    tensors, path = read_tensors(source, model), weights_path(source)
+    tensors, path = with_present_names(read_tensors(source, model), model, lora), weights_path(source)
     check_modules_exist(tensors, model, path)
     layout = layout_of(model, lora)
     _check_plain(lora, layout, source / CONFIG_NAME)

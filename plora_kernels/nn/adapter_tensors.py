@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_kernels.errors import ConfigError, DTypeError, RankError, ShapeError, TargetError
-from plora_kernels.nn.adapter_files import CONFIG_NAME
+from plora_kernels.nn.adapter_files import CONFIG_NAME, renamed_by_peft
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft_layout import PREFIX, AdaptedLayer, Layout
@@ -101,12 +101,7 @@ def with_present_names(tensors: Mapping[str, Tensor], model: nn.Module, lora: An
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if _modules_of(tensors) <= known:
         return tensors
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-        renamed = convert_peft_adapter_state_dict_for_transformers(model, lora, dict(tensors))
-    except Exception:  # of an older PEFT without this, or for names it cannot convert: those are refused afterwards
-        return tensors
+    renamed = renamed_by_peft(tensors, model, lora)
     return renamed if _modules_of(renamed) <= known else tensors
 
 

@@ -181,7 +181,9 @@ def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) ->
     for name, layer in layers.items():
         theirs = layout.layers.get(name)
         if theirs is None:
-            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration")
+            experts = ", ".join(map(repr, layout.parameters[:2]))
+            why = f": it would adapt the stacked experts {experts} instead, so leave it out" if experts else ""
+            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration{why}")
         if theirs.rank != layer.rank or not math.isclose(theirs.scale, layer.scale, rel_tol=1e-9):
             raise TargetError(
                 f"{name!r} has rank {layer.rank} and scale {layer.scale:g}, but PEFT would give it rank {theirs.rank} "

@@ -44,12 +44,15 @@ class Layout:
         whole: the names of the modules that are saved whole.
         shapes: the shape of every tensor of a saved adapter, by its key in the file, without embeddings.
         base_keys: the key in the model's state dict by the key that the same tensor has in a file.
+        parameters: the stacked experts that PEFT adapts in place of layers, because a mixture of experts of this type
+            had layers of such names for its experts before transformers 5.
     """
 
     layers: dict[str, AdaptedLayer]
     whole: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     base_keys: dict[str, str]
+    parameters: tuple[str, ...] = ()
 
 
 def layout_of(model: nn.Module, config: Any) -> Layout:
@@ -91,6 +94,7 @@ def layout_of(model: nn.Module, config: Any) -> Layout:
         whole=tuple(whole),
         shapes={key: tuple(value.shape) for key, value in shapes.items() if isinstance(value, Tensor)},
         base_keys={_file_key(key, layers): key for key in base_keys},
+        parameters=tuple(getattr(wrapped, "targeted_parameter_names", ())),
     )
 
 

@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import plora_kernels as pk
@@ -116,6 +118,18 @@ def test_layers_that_peft_cannot_share_with_us_are_refused(tmp_path: Path) -> No
         pk.TargetError, match=r"'transformer\.h\.0\.attn\.c_attn', a Conv1D; only plain nn\.Linear works"
     ):
         pk.load_peft(build(), tmp_path)
+
+
+def test_layers_that_peft_takes_for_stacked_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **SIZES, **experts))  # its first layer is no mixture
+    handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["q_proj", "down_proj"]))
+    message = (
+        r"'model\.layers\.0\.mlp\.down_proj' is adapted, .*: it would adapt the stacked experts 'model\.layers\.1\."
+    )
+    with pytest.raises(pk.TargetError, match=message):
+        pk.save_peft(handle, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_auto_peft_models_open_the_folder(tmp_path: Path) -> None:

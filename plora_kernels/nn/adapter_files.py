@@ -73,6 +73,16 @@ def read_tensors(source: Path, model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def renamed_by_peft(tensors: Mapping[str, Tensor], model: nn.Module, lora: Any) -> Mapping[str, Tensor]:
+    """Return an adapter's tensors by the keys that PEFT gives them for the model's present names, or as they are."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+        return dict(convert_peft_adapter_state_dict_for_transformers(model, lora, dict(tensors)))
+    except Exception:  # of an older PEFT without this, or for keys that it cannot convert
+        return tensors
+
+
 def read_config(source: Path) -> Any:
     """Return the directory's `LoraConfig`, refused if it asks for more than plain LoRA.
 

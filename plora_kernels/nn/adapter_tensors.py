@@ -6,15 +6,16 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plora_kernels.errors import ConfigError, DTypeError, RankError, ShapeError, TargetError
-from plora_kernels.nn.adapter_files import CONFIG_NAME
+from plora_kernels.nn.adapter_files import CONFIG_NAME, renamed_by_peft
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft_layout import PREFIX, AdaptedLayer, Layout
@@ -91,15 +92,33 @@ class Fitted:
     originals: dict[str, Tensor] = field(default_factory=dict)
 
 
+def with_present_names(tensors: Mapping[str, Tensor], model: nn.Module, lora: Any) -> Mapping[str, Tensor]:
+    """Return the tensors by the names that the model's modules have now, if some factors are for none of these.
+
+    transformers 5 keeps the older names of modules, such as those of the parts of LLaVA, in a table of its own, by
+    which PEFT renames the keys of an adapter (`lora`, its configuration) that it loads.
+    """
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if _modules_of(tensors) <= known:
+        return tensors
+    renamed = renamed_by_peft(tensors, model, lora)
+    return renamed if _modules_of(renamed) <= known else tensors
+
+
 def check_modules_exist(tensors: Iterable[str], model: nn.Module, source: object) -> None:
     """Raise unless there are factors in the file, and every module they belong to is in the model."""
-    modules = {match["module"]: None for match in map(_FACTOR.match, tensors) if match}
+    modules = _modules_of(tensors)
     if not modules:
         raise ConfigError(f"{source} holds no LoRA factors")
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for module in modules:
         if module not in known:
             raise TargetError(f"the adapter has factors for {module!r}, which is not in the model")
+
+
+def _modules_of(tensors: Iterable[str]) -> Set[str]:
+    """Return the names of the modules that the factors are for, in their order."""
+    return {match["module"]: None for match in map(_FACTOR.match, tensors) if match}.keys()
 
 
 def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted:

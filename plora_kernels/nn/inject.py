@@ -71,7 +71,8 @@ class Injected:
         chosen: list[tuple[int, ...]] = []
         for name, layer in self.layers.items():
             chosen.append(host_indices(wanted[name], layer.rank))
-            layer.check_selectable(unselected, len(chosen[-1]))
+            with _naming(name):
+                layer.check_selectable(unselected, len(chosen[-1]))
         select_in_all(list(self.layers.values()), chosen, unselected)
 
     def unfold(self, *, discard_changes: bool = False) -> None:
@@ -81,8 +82,9 @@ class Injected:
             StateError: a weight was changed while it was folded, and `discard_changes` is not set. No layer is changed.
         """
         if not discard_changes:
-            for layer in self.layers.values():
-                layer.check_unfoldable()
+            for name, layer in self.layers.items():
+                with _naming(name):
+                    layer.check_unfoldable()
         for layer in self.layers.values():
             layer.unfold(discard_changes=True)
 
@@ -161,6 +163,15 @@ class Injected:
         missing = [name for name in self.layers if name not in mapping]
         if missing:
             raise TargetError(f"{what} misses layer {missing[0]!r}; all {len(self.layers)} adapted layers are needed")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Within the context, put the layer's name before the message of a StateError."""
+    try:
+        yield
+    except StateError as error:
+        raise StateError(f"layer {name!r}: {error}") from None
 
 
 def inject(model: nn.Module, config: PLoRAConfig) -> Injected:

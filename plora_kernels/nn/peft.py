@@ -30,6 +30,7 @@ from plora_kernels.nn.adapter_tensors import (
     gather,
     still_tied,
     untie,
+    with_present_names,
 )
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
@@ -180,7 +181,9 @@ def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) ->
     for name, layer in layers.items():
         theirs = layout.layers.get(name)
         if theirs is None:
-            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration")
+            experts = ", ".join(map(repr, layout.parameters[:2]))
+            why = f": it would adapt the stacked experts {experts} instead, so leave it out" if experts else ""
+            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration{why}")
         if theirs.rank != layer.rank or not math.isclose(theirs.scale, layer.scale, rel_tol=1e-9):
             raise TargetError(
                 f"{name!r} has rank {layer.rank} and scale {layer.scale:g}, but PEFT would give it rank {theirs.rank} "
@@ -218,7 +221,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     source = Path(directory)
     check_directory(source)
     lora = read_config(source)
-    tensors, path = read_tensors(source, model), weights_path(source)
+    tensors, path = with_present_names(read_tensors(source, model), model, lora), weights_path(source)
     check_modules_exist(tensors, model, path)
     layout = layout_of(model, lora)
     _check_plain(lora, layout, source / CONFIG_NAME)

@@ -44,12 +44,15 @@ class Layout:
         whole: the names of the modules that are saved whole.
         shapes: the shape of every tensor of a saved adapter, by its key in the file, without embeddings.
         base_keys: the key in the model's state dict by the key that the same tensor has in a file.
+        parameters: the stacked experts that PEFT adapts in place of layers, because a mixture of experts of this type
+            had layers of such names for its experts before transformers 5.
     """
 
     layers: dict[str, AdaptedLayer]
     whole: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     base_keys: dict[str, str]
+    parameters: tuple[str, ...] = ()
 
 
 def layout_of(model: nn.Module, config: Any) -> Layout:
@@ -91,6 +94,7 @@ def layout_of(model: nn.Module, config: Any) -> Layout:
         whole=tuple(whole),
         shapes={key: tuple(value.shape) for key, value in shapes.items() if isinstance(value, Tensor)},
         base_keys={_file_key(key, layers): key for key in base_keys},
+        parameters=tuple(getattr(wrapped, "targeted_parameter_names", ())),
     )
 
 
@@ -154,9 +158,10 @@ class _Outliner:
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight = self.tensor(module.weight)
             return linear
-        outline = copy.copy(module)
+        # Not by copy.copy: modules with parametrizations, as in wav2vec 2.0, and some others refuse that.
+        outline: nn.Module = object.__new__(type(module))
         # The copy must not share the containers in which PEFT replaces modules and registers hooks.
-        vars(outline).update({key: copy.copy(value) for key, value in vars(module).items() if isinstance(value, dict)})
+        vars(outline).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for registry in (outline._parameters, outline._buffers):
             registry.update({key: self.tensor(value) for key, value in registry.items() if value is not None})
         self.modules[id(module)] = outline  # before its children: a module may hold itself

@@ -52,6 +52,10 @@ HEARD = {
     "decoder_input_ids": TOKENS,
 }
 
+CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (4, 4), "conv_stride": (4, 4), "num_feat_extract_layers": 2}
+POSITIONS = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+WAVE = {"input_values": torch.linspace(-1, 1, 2 * 400, dtype=torch.float64).view(2, 400)}
+
 ARCHITECTURES = {
     "bert": Architecture(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES)), "SEQ_CLS"),
     "bert-mlm": Architecture(lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES))),
@@ -108,6 +112,11 @@ ARCHITECTURES = {
     ),
     "whisper": Architecture(
         lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**SPEECH, **SOUND, **SPECIAL)), None, HEARD
+    ),
+    "wav2vec2": Architecture(  # its convolution of positions has a parametrization, so copy.copy refuses it
+        lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SIZES, **CONVOLUTIONS, **POSITIONS)),
+        "SEQ_CLS",
+        WAVE,
     ),
 }
 

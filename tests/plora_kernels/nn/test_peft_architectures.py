@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import plora_kernels as pk
-from tests.support.architectures import ARCHITECTURES, stir
+from tests.support.architectures import ARCHITECTURES, SIZES, Architecture, stir
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -67,6 +77,32 @@ def test_adapters_in_heads_that_peft_saves_whole_are_refused(
     assert not (tmp_path / "adapter").exists()
 
 
+def test_adapters_with_a_models_names_of_older_versions_load_as_in_peft(tmp_path: Path) -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        image = {key: SIZES[key] for key in SIZES if key != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+        parts = {"text_config": LlamaConfig(**SIZES), "vision_config": CLIPVisionConfig(**image)}
+        return LlavaForConditionalGeneration(LlavaConfig(image_token_index=63, **parts)).double().eval()
+
+    theirs = stir(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"])))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    older = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+    tensors = load_file(path)
+    for now, before in older.items():
+        tensors = {key.replace(f".model.{now}", f".model.{before}"): value for key, value in tensors.items()}
+    assert all(key.startswith(tuple(f"base_model.model.{name}" for name in older.values())) for key in tensors)
+    save_file(tensors, path)
+    model = build()
+    handle = pk.load_peft(model, tmp_path)
+    expected = {name: value for name, value in theirs.get_base_model().named_parameters() if "lora_A" in name}
+    assert len(expected) == len(handle.layers) == 4
+    for name, (lora_A, _) in handle.factors().items():
+        assert torch.equal(lora_A, expected[f"{name}.lora_A.default.weight"])
+    llava = Architecture(build)
+    torch.testing.assert_close(llava.output(model), llava.output(PeftModel.from_pretrained(build(), tmp_path)))
+
+
 def test_layers_that_peft_cannot_share_with_us_are_refused(tmp_path: Path) -> None:
     # GPT-2's projections are transformers' Conv1D.
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -79,6 +115,18 @@ def test_layers_that_peft_cannot_share_with_us_are_refused(tmp_path: Path) -> No
         pk.TargetError, match=r"'transformer\.h\.0\.attn\.c_attn', a Conv1D; only plain nn\.Linear works"
     ):
         pk.load_peft(build(), tmp_path)
+
+
+def test_layers_that_peft_takes_for_stacked_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **SIZES, **experts))  # its first layer is no mixture
+    handle = pk.inject(model, pk.PLoRAConfig(rank=2, target_modules=["q_proj", "down_proj"]))
+    message = (
+        r"'model\.layers\.0\.mlp\.down_proj' is adapted, .*: it would adapt the stacked experts 'model\.layers\.1\."
+    )
+    with pytest.raises(pk.TargetError, match=message):
+        pk.save_peft(handle, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_auto_peft_models_open_the_folder(tmp_path: Path) -> None:

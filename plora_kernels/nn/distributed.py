@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plora_kernels.errors import StateError
 
-# The ids of the parameters that each wrapper reduces. The wrapper holds the parameters, so their ids stay theirs.
-_REDUCED: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+# The ids of the parameters that each wrapper reduces or was told to leave alone. The wrapper holds the first and its
+# model the others, so their ids stay theirs.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -33,13 +34,15 @@ def refuse_unreduced(*parameters: nn.Parameter) -> None:
     wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None:
         return
-    reduced = _REDUCED.get(wrapper)
-    if reduced is None:
-        known = getattr(wrapper, "_module_parameters", None)
-        if known is None:
+    known = _KNOWN.get(wrapper)
+    if known is None:
+        reduced = getattr(wrapper, "_module_parameters", None)
+        if reduced is None:
             return
-        reduced = _REDUCED[wrapper] = frozenset(map(id, known))
-    if any(parameter.requires_grad and id(parameter) not in reduced for parameter in parameters):
+        ignored = getattr(wrapper, "parameters_to_ignore", ())
+        left_alone = (p for name, p in wrapper.module.named_parameters() if name in ignored)
+        known = _KNOWN[wrapper] = frozenset(map(id, [*reduced, *left_alone]))
+    if any(parameter.requires_grad and id(parameter) not in known for parameter in parameters):
         raise StateError(
             "DistributedDataParallel was made before the layer's present parameters, whose gradients it would not "
             "reduce: wrap the model again after select() with another number of modules, or after unfold()"

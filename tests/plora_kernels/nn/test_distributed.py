@@ -99,6 +99,12 @@ def data_parallel(rank: int) -> None:
     assert agree(*handle.factors()["0"])
     train(DistributedDataParallel(model), rank)
 
+    model, handle = model_of(0, layers=2)  # a wrapper may be told to leave an adapter alone
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.lora_A", "0.lora_B"])
+    train(DistributedDataParallel(model), rank)
+    assert not agree(*handle.factors()["0"])
+    assert agree(*handle.factors()["1"])
+
 
 def sharded(rank: int) -> None:
     """Check what works under fully_shard without a selection, and that a selection is refused before it trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from fed.simulation.simulate import simulate
 from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
 from fed.types import CentralisedRow, Client, Row
-from plora_kernels import PLoRAError
+from plora_kernels import PLoRAError, save_peft
 
 
 def make_base(
@@ -54,9 +55,12 @@ def make_base(
 
 
 def check_adapter(config: RunConfig, model: nn.Module) -> None:
-    """Raise an error if the run's adapter does not fit the model; the model is left unchanged."""
-    with adapted(config, model, head_names(model)):
-        pass
+    """Raise an error if the run's adapter does not fit the model, or could not be saved; the model is left unchanged.
+
+    It is saved to a temporary directory, because a layer that PEFT would not adapt is to be known before the run.
+    """
+    with adapted(config, model, head_names(model)) as shared, tempfile.TemporaryDirectory() as directory:
+        save_peft(shared.handle, directory)
 
 
 def play(

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from decimal import Decimal
 
+from fed.data.rows import some_of
+
 _NUMBER = re.compile(r"(?:label[\s_]*)?([+-]?\d+(?:\.\d+)?)")
 _TRUTHS = {"false": Decimal(0), "true": Decimal(1)}
 _SEPARATORS = re.compile(r"[\s_]+|(?<=\w)-+(?=\w)")
@@ -65,14 +67,13 @@ def match_head(names: Sequence[str], head: Sequence[str], numbers: Sequence[int]
     return tuple(ours_by_value[value] for value in outputs)
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return names as text for a message, at most `most` of them and how many more there are.
+def quoted(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, in quotation marks, for a message, and how many more there are.
 
-    >>> listed(["a", "b", "c"], most=2)
+    >>> quoted(["a", "b", "c"], most=2)
     "'a', 'b' and 1 more"
     """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return some_of(map(repr, names), most)
 
 
 def _sorted(names: Collection[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fed.config import RunConfig
-from fed.data.labels import listed, order_classes
+from fed.data.labels import order_classes, quoted
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
 from fed.data.rows import Rows
@@ -46,7 +46,7 @@ def make_labels(
     names = order_classes(there, head, rows.label_names or ())
     unused = [name for name in names if name not in there]
     if unused and len(names) == len(head) and on_event is not None:
-        on_event(f"the checkpoint's head has {len(names)} labels; no row has {listed(unused)}")
+        on_event(f"the checkpoint's head has {len(names)} labels; no row has {quoted(unused)}")
     numbers = {name: number for number, name in enumerate(names)}
     return np.array([numbers[name] for name in found], dtype=np.int64), names
 

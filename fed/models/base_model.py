@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.data.labels import listed, match_head
+from fed.data.labels import match_head, quoted
 from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, position_padding, quiet, saved_label_names
 from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
@@ -98,7 +98,7 @@ def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
     saved = tuple(architecture.id2label.values())
     if label_names and saved != label_names:
         raise FedError(
-            f"the base model in {str(directory)!r} has the labels {listed(saved)}, and the data {listed(label_names)}; "
+            f"the base model in {str(directory)!r} has the labels {quoted(saved)}, and the data {quoted(label_names)}; "
             "model.path and data.path should be as they were when it was made"
         )
     return model
@@ -159,7 +159,7 @@ def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str]
     if {name for name, _ in model.named_parameters()} - own <= missing:
         raise FedError(f"{path}: the checkpoint does not load: it holds no weight of {type(model).__name__}")
     if lacking := sorted(missing - own):
-        on_event(f"{path}: the checkpoint has no {listed(lacking, 1)}; drawn from the seed")
+        on_event(f"{path}: the checkpoint has no {quoted(lacking, 1)}; drawn from the seed")
     if fault := _head_fault(config, data, own, missing & own, resized.keys() & own):
         on_event(f"{path}: {fault}; the run starts from a new head")
         if not own <= missing | resized.keys():  # otherwise all of it is new already
@@ -176,7 +176,7 @@ def _head_fault(config: RunConfig, data: FederatedData, own: set[str], missing: 
     if not saved or missing == own:
         return "the checkpoint has no classification head"
     if match_head(data.label_names, saved, data.source_numbers) != data.label_names:
-        return f"the labels of the checkpoint's head are {listed(saved)}, those of the data {listed(data.label_names)}"
+        return f"the labels of the checkpoint's head are {quoted(saved)}, those of the data {quoted(data.label_names)}"
     if missing or resized:
         return f"the checkpoint's head has no {sorted(missing | resized)[0]} for its {len(saved)} labels"
     return ""

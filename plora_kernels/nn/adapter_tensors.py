@@ -20,6 +20,7 @@ from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft_layout import PREFIX, AdaptedLayer, Layout
 from plora_kernels.nn.plain_names import plain_names
+from plora_kernels.nn.storages import storage_of, storage_uses
 from plora_kernels.selection import MAX_RANK
 
 # PEFT's keys have no adapter's name; those of a whole state dict do, as in "lora_A.default.weight".
@@ -175,7 +176,7 @@ def still_tied(fitted: Fitted, model: nn.Module, whole: Sequence[str]) -> dict[s
     found: dict[str, Tensor] = {}
     for key, value in fitted.originals.items():
         for other, tensor in own.items():
-            if key in own and storage(tensor) == storage(own[key]) and not other.startswith(inside):
+            if key in own and storage_of(tensor) == storage_of(own[key]) and not other.startswith(inside):
                 found[other] = value
     return found | fitted.others
 
@@ -250,7 +251,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
             raise DTypeError(f"the adapter's {key!r} is {value.dtype}; the model's is {own[key].dtype}")
         if any(key.startswith(f"{name}.") for name in whole):
             continue
-        first = tied.setdefault(storage(own[key]), key)
+        first = tied.setdefault(storage_of(own[key]), key)
         if others[first].shape == value.shape and not torch.equal(others[first], value):
             raise ConfigError(f"the adapter holds different values for {first!r} and {key!r}, which the model ties")
 
@@ -266,11 +267,10 @@ def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:
 def untie(model: nn.Module, whole: Iterable[str], undo: ExitStack) -> None:
     """Give modules that are saved whole weights of their own where they share one, as PEFT does, with a warning."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    uses = Counter(storage(tensor) for _, tensor in tensors)
+    uses = storage_uses(model)
     for name in whole:
         module = model.get_submodule(name)
-        if all(uses[storage(parameter)] == 1 for parameter in module.parameters()):
+        if all(uses[storage_of(parameter)] == 1 for parameter in module.parameters()):
             continue
         warnings.warn(f"{name!r} is saved whole, so its weights are no longer tied in the model", stacklevel=3)
         if places[id(module)] > 1:  # one module under several names, such as T5's embeddings
@@ -279,14 +279,6 @@ def untie(model: nn.Module, whole: Iterable[str], undo: ExitStack) -> None:
             continue
         for part in module.modules():
             for leaf, parameter in list(part.named_parameters(recurse=False)):
-                if uses[storage(parameter)] > 1:
+                if uses[storage_of(parameter)] > 1:
                     undo.callback(setattr, part, leaf, parameter)
                     setattr(part, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-
-
-def storage(tensor: Tensor) -> int:
-    """Return a number that tensors in the same memory share; sparse and some quantised ones have one of their own."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, ValueError):
-        return id(tensor)

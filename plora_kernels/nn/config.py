@@ -93,8 +93,14 @@ class PLoRAConfig:
                 _check_expression(name, pattern)
         # A member of PEFT's enumeration counts as its value; the dataclass is frozen.
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ConfigError(f"task_type is {self.task_type!r}; it may be None or one of {', '.join(TASK_TYPES)}")
+        if self.task_type is not None:
+            check_task_type(self.task_type)
+
+
+def check_task_type(task_type: str) -> None:
+    """Raise ConfigError unless this is one of PEFT's task types."""
+    if task_type not in TASK_TYPES:
+        raise ConfigError(f"task_type is {task_type!r}; it may be None or one of {', '.join(TASK_TYPES)}")
 
 
 def is_all_linear(targets: Sequence[str] | str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,16 +11,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from plora_kernels.checks import DTYPES
 from plora_kernels.errors import StateError, TargetError
 from plora_kernels.nn.call_watch import CallWatch
 from plora_kernels.nn.config import PLoRAConfig
 from plora_kernels.nn.linear import FusedPLoRALinear
-from plora_kernels.nn.replaceable import WEIGHT_DTYPES
+from plora_kernels.nn.plain_names import is_compiled
 from plora_kernels.nn.replaced_parameters import mark_replaced
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.selected_modules import select_in_all
 from plora_kernels.nn.shared_input import SiblingPLoRALinear, find_siblings
+from plora_kernels.nn.storages import storage_of, storage_uses
 from plora_kernels.nn.targets import find_targets, nearest
 from plora_kernels.selection import Selection, host_indices
 
@@ -201,19 +202,19 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     _check_plain(model)
     saved = _find_saved(model, config)
     names = find_targets(model, config)
-    shared = _shared_storages(model)
+    uses = storage_uses(model)
     for name in saved:
         for tensor in model.get_submodule(name).parameters():
-            if _storage(tensor) in shared:
+            if uses[storage_of(tensor)] > 1:
                 raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
-            if tensor.dtype not in WEIGHT_DTYPES:
+            if tensor.dtype not in DTYPES:
                 raise StateError(f"module to save {name!r} holds {tensor.dtype}, which cannot be trained")
     # The cast holds: find_targets has refused everything but a plain nn.Linear.
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     handle = Injected(model, config, {}, saved, (), linears, required_grad)
     try:
-        _build_layers(handle, shared)
+        _build_layers(handle, uses)
         model.requires_grad_(False)
         for name in saved:
             model.get_submodule(name).requires_grad_(True)
@@ -226,7 +227,7 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     return handle
 
 
-def _build_layers(handle: Injected, shared: set[int]) -> None:
+def _build_layers(handle: Injected, uses: Mapping[int, int]) -> None:
     """Make the layers for the handle's linears; the model does not have them yet."""
     config, linears = handle.config, handle._linears
     handle.projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
@@ -235,7 +236,7 @@ def _build_layers(handle: Injected, shared: set[int]) -> None:
         layer = (SiblingPLoRALinear if name in siblings else FusedPLoRALinear).from_linear(
             linear, config.rank_of(name), config.alpha_of(name), config.rank_stabilized, config.dropout, config.original
         )
-        layer.weight_is_tied = _storage(linear.weight) in shared
+        layer.weight_is_tied = uses[storage_of(linear.weight)] > 1
         handle.layers[name] = layer
     for group in handle.projections:
         SiblingPLoRALinear.group([cast(SiblingPLoRALinear, handle.layers[name]) for name in group])
@@ -254,7 +255,7 @@ def _check_plain(model: nn.Module) -> None:
             )
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise StateError(f"{where} has no weights yet; call the model once before adapters are injected")
-        if type(module).__name__ == "OptimizedModule":
+        if is_compiled(module):
             raise StateError(f"{where} is compiled; inject into the plain one, its _orig_mod, and compile afterwards")
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise StateError(f"{where} is a {type(module).__name__}; inject into its module and wrap that afterwards")
@@ -267,18 +268,3 @@ def _find_saved(model: nn.Module, config: PLoRAConfig) -> tuple[str, ...]:
         if not any(name.endswith(entry) for name in known):
             raise TargetError(f"module to save {entry!r} is not in the model; {nearest(entry, known)}")
     return modules_saved_whole(model, config.modules_to_save, config.task_type)
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor; sparse, lazy and some quantised ones have none of their own."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, ValueError):
-        return id(tensor)
-
-
-def _shared_storages(model: nn.Module) -> set[int]:
-    """Return the storages that more than one parameter or buffer name of the model uses."""
-    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    counts = Counter(_storage(tensor) for _, tensor in places)
-    return {storage for storage, count in counts.items() if count > 1}

@@ -32,6 +32,7 @@ from plora_kernels.nn.adapter_tensors import (
     untie,
     with_present_names,
 )
+from plora_kernels.nn.config import check_task_type, pattern_matches
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
@@ -107,18 +108,13 @@ def save_peft(
 
 
 def _checked_task(given: str | None, injected: str | None) -> str | None:
-    from peft import TaskType
-
     task = given or injected
     if task is None:
         return None
-    known = [member.value for member in TaskType]
-    task = str(getattr(task, "value", task))
-    if task not in known:
-        raise ConfigError(f"task_type is {task!r}; PEFT's are {', '.join(known)}")
-    if injected and task != str(getattr(injected, "value", injected)):
+    check_task_type(task)
+    if injected and task != injected:
         raise ConfigError(f"task_type is {task!r}, but the adapter was injected with task_type {injected!r}")
-    return task
+    return str(getattr(task, "value", task))
 
 
 def _refuse_adapted_heads(handle: Injected, task_type: str | None) -> None:
@@ -251,7 +247,7 @@ def _check_plain(lora: Any, layout: Layout, path: Path) -> None:
             raise ConfigError(f"{path} makes {name!r} a {layer.variant} in PEFT; only plain LoRA is supported")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, field):
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in layout.layers):
+            if not any(pattern_matches(key, name) for name in layout.layers):
                 warnings.warn(f"{path} has {key!r} in {field}, which matches no targeted module", stacklevel=3)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plora_kernels.checks import DTYPES
 from plora_kernels.errors import TargetError
-
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_replaceable(module: nn.Module, where: str) -> None:
@@ -64,7 +63,7 @@ def unsupported_dtype(module: nn.Module) -> torch.dtype | None:
         weight: Any = getattr(module, "weight", None)
         if type(module).__module__.startswith("torch.ao.") and callable(weight):
             tensors.append(weight())  # torch's own quantised layers unpack it
-    return next((tensor.dtype for tensor in tensors if tensor.dtype not in WEIGHT_DTYPES), None)
+    return next((tensor.dtype for tensor in tensors if tensor.dtype not in DTYPES), None)
 
 
 def class_name(module: nn.Module) -> str:

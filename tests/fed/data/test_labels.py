@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fed.data.labels import listed, match_head, order_classes
+from fed.data.labels import match_head, order_classes, quoted
 
 TWELVE = tuple(f"LABEL_{number}" for number in range(12))
 NLI = ("CONTRADICTION", "NEUTRAL", "ENTAILMENT")
@@ -95,5 +95,5 @@ def test_without_a_head_labels_are_sorted_as_what_they_are(found: set[str], orde
 
 
 def test_messages_name_the_first_labels() -> None:
-    assert listed(TWELVE) == "'LABEL_0', 'LABEL_1', 'LABEL_2', 'LABEL_3' and 8 more"
-    assert listed(["a"]) == "'a'"
+    assert quoted(TWELVE) == "'LABEL_0', 'LABEL_1', 'LABEL_2', 'LABEL_3' and 8 more"
+    assert quoted(["a"]) == "'a'"

@@ -165,8 +165,8 @@ def test_the_base_is_the_one_given_or_the_one_the_model_was_loaded_from(tmp_path
 
 def test_task_types_are_checked_before_anything_is_written(tmp_path: Path) -> None:
     for injected, given, outcome in (
-        (None, "FOO", "task_type is 'FOO'; PEFT's are SEQ_CLS, "),
-        (None, "seq_cls", "task_type is 'seq_cls'; PEFT's are SEQ_CLS, "),
+        (None, "FOO", "task_type is 'FOO'; it may be None or one of SEQ_CLS, "),
+        (None, "seq_cls", "task_type is 'seq_cls'; it may be None or one of SEQ_CLS, "),
         ("SEQ_CLS", "TOKEN_CLS", "task_type is 'TOKEN_CLS', but the adapter was injected with task_type 'SEQ_CLS'"),
         ("SEQ_CLS", None, None),
         ("SEQ_CLS", TaskType.SEQ_CLS, None),

@@ -1,11 +1,20 @@
-"""Reading text as UTF-8; writing files under a temporary name that is then renamed, so that none is seen incomplete."""
+"""Reading text as UTF-8; writing files that are never seen incomplete and outlast a power loss; digests of files.
+
+A file is written under a temporary name, flushed to the disk and renamed. Without the flush a file system may keep the
+rename over a power loss and lose the content.
+"""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+_SYNCED_AT_ONCE = 8  # file systems write what is flushed at the same time in one go
 
 # The marks at the beginning of texts that are not UTF-8; the four bytes of UTF-32 begin with the two of UTF-16.
 _OTHER_MARKS = {
@@ -55,7 +64,7 @@ def why_not_utf8(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; at the end the file there replaces `path`.
+    """Yield a temporary path beside `path` to write to; at the end the file there replaces `path`, also on the disk.
 
     If the body raises, `path` stays as it was and the temporary file is deleted.
 
@@ -69,7 +78,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
+        sync([temporary])
         temporary.replace(path)
+        sync([path.parent])
     except OSError as error:
         temporary.unlink(missing_ok=True)
         # The error of a full disk names no file, and a user does not know the temporary one.
@@ -92,3 +103,47 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Flush files and folders to the disk; for a folder that is the names in it, not the content of its files."""
+    found = list(paths)
+    if len(found) < 2:  # without a thread
+        for path in found:
+            _sync(path)
+        return
+    with ThreadPoolExecutor(min(_SYNCED_AT_ONCE, len(found))) as pool:
+        list(pool.map(_sync, found))
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to the disk."""
+    sync([folder, *(path for path in folder.rglob("*") if not path.is_symlink())])
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(content: bytes) -> str:
+    """Return the BLAKE2b digest of some bytes, 32 hexadecimal digits.
+
+    >>> digest(b"rows")
+    'f2305e3ea413d261c40604673f9fbe7d'
+    """
+    return new_digest(content).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the `digest` of a file's content, without holding the whole file in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, new_digest).hexdigest()
+
+
+def new_digest(content: bytes = b"") -> hashlib.blake2b:
+    """Return the state of a `digest`, to which further bytes can be added."""
+    return hashlib.blake2b(content, digest_size=16)

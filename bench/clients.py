@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -83,7 +84,9 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     from fed.models.shared_model import adapted
     from fed.simulation import checkpoint
     from fed.simulation.client_store import ClientStore
+    from fed.simulation.inputs import input_digests
     from fed.simulation.rounds import Federation
+    from fed.simulation.rows import RowFile
     from fed.training.memory import peak_bytes
 
     counts = (f"clients.count={point.clients}", f"clients.per_round={point.per_round}", f"rounds={rounds}")
@@ -91,7 +94,8 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     rows = federated_data.load(config)
     model = base_model.build(config, rows)
     adapter, kept_below = adapted(config, model, base_model.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
-    with limits(config.threads), adapter as shared, kept_below as name:
+    inputs = input_digests(rows, model)
+    with limits(config.threads), adapter as shared, kept_below as name, closing(RowFile(Path(name))) as file:
         directory = Path(name)
         store = ClientStore(directory / checkpoint.FOLDER, shared.device) if point.kept == "disk" else None
         federation = Federation(config, rows.to(shared.device), shared, print, store)
@@ -101,7 +105,8 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
         for played in federation.play(state):
             state = played.state
             if store is not None:
-                checkpoint.save(directory, config, state, store)
+                file.append(played.row)
+                checkpoint.save(directory, config, state, store, file.seal, inputs)
             clock.append(time.perf_counter() - began[0])
             cpu.append(time.process_time() - began[1])
             began = time.perf_counter(), time.process_time()

@@ -10,7 +10,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fed import config as configuration
-from fed.errors import BAD_INPUT, INTERRUPTED, FedError
+from fed import interruption
+from fed.errors import BAD_INPUT, INTERRUPTED, FedError, machine_fault
 from fed.openmp import wait_passively_if_busy
 
 # The base class of typer's errors about arguments, which typer does not export.
@@ -39,6 +40,7 @@ Jobs = Annotated[int, typer.Option(min=1, help="How many runs at once, each in a
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; see `run_app`. It is called before torch is imported (see `fed.openmp`)."""
     wait_passively_if_busy()
+    interruption.listen()
     run_app(app, "python -m fed", arguments)
 
 
@@ -50,8 +52,16 @@ def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         _fail(str(error))
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')}; see {name} --help")
-    except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # which typer takes for the end of what a user types
+            raise
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if interruption.came():  # a library may make an error of its own of Ctrl-C
+            _fail("interrupted", INTERRUPTED)
+        if (fault := machine_fault(error)) is None:
+            raise
+        _fail(fault)
     sys.exit(status)
 
 
@@ -151,6 +161,6 @@ def _settings(settings: Sequence[str] | None, more: Sequence[str] | None, track:
     return [*(settings or ()), *(more or ()), *trackers]
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = BAD_INPUT) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(status)

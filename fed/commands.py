@@ -7,13 +7,14 @@ otherwise count in the peak memory of the rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from torch import nn
 
 from fed import config as configuration
+from fed import interruption
 from fed.config import RunConfig
 from fed.console import ComparisonProgress, Screen, round_note
 from fed.data import federated_data as datasets
@@ -24,55 +25,92 @@ from fed.experiments import run as running
 from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
+from fed.locks import held
 from fed.models import base_model
 from fed.report import tables
 from fed.report.comparison import collect
+from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate
-from fed.simulation.run_directory import BASE, CENTRALISED, CONFIG, RunDirectory, read, read_rows, write_centralised
+from fed.simulation.finished import CENTRALISED, input_digests_of, why_not_finished
+from fed.simulation.inputs import check_same, input_digests
+from fed.simulation.run_directory import (
+    BASE,
+    CONFIG,
+    RunDirectory,
+    read,
+    read_config,
+    read_rows,
+    recover,
+    write_centralised,
+)
 from fed.types import Row
 
 
 def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int:
     """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status."""
     trackers.require(config.tracker)
-    began, screen, directory = time.perf_counter(), Screen(), RunDirectory(out, overwrite)
+    began, screen = time.perf_counter(), Screen()
+    recover(out, screen.warn)
+    directory = RunDirectory(out, overwrite)
     try:
-        data = datasets.load(config, screen.warn, screen.stage)
-        with running.limits(config.threads), directory:
-            model = _base(config, data, directory, screen)
-            directory.publish()
-            _play(config, data, model, directory.path, screen, directory.commit)
-            if centralised:
-                _centralise(config, data, model, out, screen)
+        with directory, running.limits(config.threads):
+            data = datasets.load(config, screen.warn, screen.stage)
+            with interruption.deferred():
+                model = _base(config, data, directory, screen)
+
+                def publish(ready: RunConfig) -> None:
+                    configuration.write(ready, directory.path / CONFIG)
+                    directory.publish()
+
+                _play(config, data, model, out, screen, directory.commit, on_ready=publish)
+                if centralised:
+                    _centralise(config, data, model, out, screen)
     except KeyboardInterrupt:
         if directory.kept:
-            return _interrupted(out, screen)
+            return _interrupted(out, config, screen)
         screen.warn("interrupted: nothing is left of this run")
         return INTERRUPTED
+    except FedError as error:
+        if not directory.kept:
+            raise
+        raise FedError(f"{error}; {_kept(out, config)}") from error
     return _reported(out, screen, began)
 
 
 def resume(out: Path, centralised: bool) -> int:
     """Continue a run from its last checkpoint, train centralised LoRA if missing, report; return the exit status."""
-    began, screen, run = time.perf_counter(), Screen(), read(out)
-    config = run.config
+    began, screen = time.perf_counter(), Screen()
+    recover(out, screen.warn)
+    config = read_config(out)
     trackers.require(config.tracker)
-    wanted = centralised and not (out / CENTRALISED).is_file()
-    missing = not running.ended(out, config)
     try:
-        with running.limits(config.threads):
-            if missing or wanted:
-                data = datasets.load(config, screen.warn, screen.stage)
-                model = base_model.reopen(out / BASE, data.label_names)
-            else:
+        with held(out), running.limits(config.threads):
+            why = why_not_finished(out, config)
+            wanted = centralised and not (out / CENTRALISED).is_file()
+            if why is not None and last_round(out) is None:
+                raise FedError(f"{str(out)!r} holds no checkpoint to go on from, and {why}; start the run anew")
+            if why is None:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
-            if missing:
-                _play(config, data, model, out, screen, lambda: None, resume=True)
-            if wanted:
-                _centralise(config, data, model, out, screen)
+            if why is not None or wanted:
+                data = datasets.load(_with_own_tokenizer(config, out), screen.warn, screen.stage)
+                with interruption.deferred():
+                    model = base_model.reopen(out / BASE, data.label_names)
+                    if why is not None:
+                        _play(config, data, model, out, screen, lambda: None, resume=True)
+                    else:
+                        check_same(input_digests_of(out), input_digests(data, model), f"the run in {str(out)!r}")
+                    if wanted:
+                        _centralise(config, data, model, out, screen)
     except KeyboardInterrupt:
-        return _interrupted(out, screen)
+        return _interrupted(out, config, screen)
     return _reported(out, screen, began)
+
+
+def _with_own_tokenizer(config: RunConfig, out: Path) -> RunConfig:
+    """Return the configuration with the base model saved in the run as the checkpoint that text is read with."""
+    if config.model.path is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(out / BASE)})})
 
 
 def report(directory: Path, as_markdown: bool) -> None:
@@ -80,8 +118,9 @@ def report(directory: Path, as_markdown: bool) -> None:
     from fed.report import write
 
     screen = Screen()
+    recover(directory, screen.warn)
     if (directory / PLAN).is_file():
-        comparison = collect(directory)
+        comparison = collect(directory, screen.warn)
         if as_markdown:
             screen.say(tables.as_markdown(comparison).rstrip())
             return
@@ -99,7 +138,9 @@ def report(directory: Path, as_markdown: bool) -> None:
 
 def noise(directory: Path) -> None:
     """Measure the initialisation noise of ways to start clients after a run; print it and write it to files."""
-    screen, run = Screen(), read(directory)
+    screen = Screen()
+    recover(directory, screen.warn)
+    run = read(directory)
     with running.limits(run.config.threads), screen.wait("starting every client in every way"):
         found = initialisation_noise.measure(directory, screen.warn)
     screen.table(initialisation_noise.table(found))
@@ -109,9 +150,16 @@ def noise(directory: Path) -> None:
     screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
 
 
-def _interrupted(out: Path, screen: Screen) -> int:
-    screen.warn(f"interrupted: the rounds so far are in {out}; python -m fed resume {out} continues")
+def _interrupted(out: Path, config: RunConfig, screen: Screen) -> int:
+    screen.warn(f"interrupted: {_kept(out, config)}")
     return INTERRUPTED
+
+
+def _kept(out: Path, config: RunConfig) -> str:
+    """Return what there is of a run that ended early, and whether it can go on."""
+    if last_round(out) is None and why_not_finished(out, config) is not None:
+        return f"the rows so far are in {out}, but no checkpoint to go on from (checkpoint_every is 0)"
+    return f"the rounds so far are in {out}; python -m fed resume {out} continues"
 
 
 def _reported(out: Path, screen: Screen, began: float) -> int:
@@ -126,7 +174,7 @@ def _reported(out: Path, screen: Screen, began: float) -> int:
 
 
 def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, screen: Screen) -> nn.Module:
-    """Make the base model, and save it and the configuration in the run's directory."""
+    """Make the base model, and save it in the run's directory."""
     steps = 0 if data.pretrain is None else config.model.pretrain_steps
     with screen.stage("base: central step", steps, every=max(1, steps // 5)) as advance:
         model = running.make_base(
@@ -139,7 +187,6 @@ def _base(config: RunConfig, data: FederatedData, directory: RunDirectory, scree
     if data.undisturbed is not None:
         accuracy = evaluate(model, data.undisturbed)["accuracy"]
         screen.say(f"base: {100 * accuracy:.1f} % of {len(data.undisturbed)} undisturbed test images right")
-    configuration.write(config, directory.path / CONFIG)
     return model
 
 
@@ -151,6 +198,7 @@ def _play(
     screen: Screen,
     on_row: Callable[[], object],
     resume: bool = False,
+    on_ready: Callable[[RunConfig], object] | None = None,
 ) -> None:
     """Play all rounds, or with `resume` the remaining ones; `on_row` is called, without arguments, for each new row."""
     rows = [len(split) for split in data.clients]
@@ -161,7 +209,7 @@ def _play(
             on_row()
             advance(row["round"], round_note(row))
 
-        running.play(config, data, model, directory, on_round, screen.warn, resume=resume)
+        running.play(config, data, model, directory, on_round, screen.warn, resume, on_ready)
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
@@ -182,23 +230,25 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     """
     began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
     told = check(plan.cells, bench, screen.warn, screen.stage)
-    open_grid(plan, out)
-    left = [cell for cell in plan.cells if not finished(cell, out)]
-    already = len(plan.cells) - len(left)
-    if already:
-        screen.say(f"{already} of {len(plan.cells)} runs are finished already")
-    board = ComparisonProgress(screen, left, already, told)
-    try:
-        with board:
-            in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)
-    except KeyboardInterrupt:
-        done = sum(finished(cell, out) for cell in plan.cells)
-        screen.warn(
-            f"interrupted: {done} of {len(plan.cells)} runs are finished and kept in {out}; "
-            f"python -m fed resume {out} continues"
-        )
-        return INTERRUPTED
-    comparison = collect(out)
+    with open_grid(plan, out):
+        left = [cell for cell in plan.cells if not finished(cell, out)]
+        already = len(plan.cells) - len(left)
+        if already:
+            screen.say(f"{already} of {len(plan.cells)} runs are finished already")
+        board = ComparisonProgress(screen, left, already, told)
+        try:
+            with board:
+                in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)
+        except KeyboardInterrupt:
+            done = sum(finished(cell, out) for cell in plan.cells)
+            screen.warn(
+                f"interrupted: {done} of {len(plan.cells)} runs are finished and kept in {out}; "
+                f"python -m fed resume {out} continues"
+            )
+            return INTERRUPTED
+    if board.failures and len(board.failures) == len(plan.cells):
+        raise FedError(_failed(board.failures, plan))
+    comparison = collect(out, screen.warn)
     screen.show(comparison)
     from fed.report import write
 
@@ -206,5 +256,9 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     screen.say(f"\n{out}:\n{', '.join(path.name for path in written)}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")
     if board.failures:
-        raise FedError(f"{len(board.failures)} of {len(plan.cells)} runs could not be played: {board.failures[0]}")
+        raise FedError(_failed(board.failures, plan))
     return 0
+
+
+def _failed(failures: Sequence[str], plan: Plan) -> str:
+    return f"{len(failures)} of {len(plan.cells)} runs could not be played: {failures[0]}"

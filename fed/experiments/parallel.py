@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -89,6 +91,7 @@ class _Worker:
 def _serve(pipe: Connection, directory: Path) -> None:
     """Play the cells that come through the pipe, until the parent process terminates this one or has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process terminates the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     bench = SharedInputs(directory)
 
     def tell(cell: Cell, kind: str, payload: Any) -> None:
@@ -97,3 +100,11 @@ def _serve(pipe: Connection, directory: Path) -> None:
     with suppress(EOFError, BrokenPipeError):  # raised when the parent process has ended
         while True:
             in_turn([pipe.recv()], bench, tell)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent process, which may be killed, and end this one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # because this process was started by one
+    parent.join()
+    os._exit(1)

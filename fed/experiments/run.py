@@ -5,27 +5,26 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fed import methods
+from fed import interruption, methods
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.data.tables import Split
-from fed.errors import FedError
+from fed.errors import FedError, machine_fault
 from fed.experiments.trackers import tracking
 from fed.models import base_model
 from fed.models.base_model import Progress, head_names
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
-from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate_held_out
+from fed.simulation.finished import why_not_finished
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
-from fed.simulation.run_directory import ADAPTER, read_rows
 from fed.simulation.simulate import simulate
 from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
@@ -49,7 +48,13 @@ def make_base(
     check_adapter(config, model)
     model.cpu()
     if data.pretrain is not None:
-        base_model.pretrain(model, data.pretrain, config, progress)
+
+        def after_step(step: int, loss: float) -> None:
+            interruption.check()
+            if progress is not None:
+                progress(step, loss)
+
+        base_model.pretrain(model, data.pretrain, config, after_step)
     base_model.save(model, config, directory)
     return model
 
@@ -71,32 +76,36 @@ def play(
     on_round: Callable[[Row], object],
     on_event: Callable[[str], object],
     resume: bool = False,
+    on_ready: Callable[[RunConfig], object] | None = None,
 ) -> list[Row]:
     """Play the rounds of a run, all or, with `resume`, those after its checkpoint, and return all rows.
 
-    Each new row goes to `on_round` and then to the run's trackers.
+    Each new row goes to `on_round` and then to the run's trackers. `on_ready` is passed to `simulate`.
     """
-    reached = last_round(directory) if resume else None
-    first = reached + 1 if reached else 0  # a run resumed from round 0 yields row 0 again
-    with tracking(config, directory, first) as track:
+    with ExitStack() as stack:
+        track: Callable[[Row], None] | None = None
 
         def hand_on(row: Row) -> None:
+            nonlocal track
             on_round(row)
+            if track is None:  # not before: trackers write to the directory, which is in its place with the first row
+                track = stack.enter_context(tracking(config, directory, row["round"]))
             track(row)
 
-        return simulate(config, data, model, head_names(model), directory, hand_on, on_event, resume=resume)
+        names = head_names(model)
+        return simulate(config, data, model, names, directory, hand_on, on_event, resume=resume, on_ready=on_ready)
 
 
 def ended(directory: Path, config: RunConfig) -> bool:
-    """Return whether a run is finished: it has the row of its last round, and the adapter, which is saved after it."""
-    rows = read_rows(directory)
-    return bool(rows) and rows[-1]["round"] == config.rounds and (directory / ADAPTER).is_dir()
+    """Return whether a run is finished and its result is as it was then (`fed.simulation.finished`)."""
+    return why_not_finished(directory, config) is None
 
 
 @contextmanager
 def limits(threads: int) -> Iterator[None]:
-    """Within the context, set torch's number of CPU threads (0: keep it) and turn PLoRAErrors into FedErrors.
+    """Within the context, set torch's number of CPU threads (0: keep it).
 
+    PLoRAErrors and errors of the machine, such as a full disk (`fed.errors.machine_fault`), are raised as FedErrors.
     From then on the process also keeps freed memory for reuse (`fed.training.memory.keep_freed_memory`).
     """
     keep_freed_memory()
@@ -104,8 +113,13 @@ def limits(threads: int) -> Iterator[None]:
     torch.set_num_threads(threads or before)
     try:
         yield
-    except PLoRAError as error:
-        raise FedError(str(error)) from error
+    except FedError:
+        raise
+    except Exception as error:
+        fault = str(error) if isinstance(error, PLoRAError) else machine_fault(error)
+        if fault is None:
+            raise
+        raise FedError(fault) from error
     finally:
         torch.set_num_threads(before)
 

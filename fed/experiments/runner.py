@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fed import config as configuration
+from fed import interruption
 from fed.config import RunConfig
 from fed.data import federated_data
 from fed.data.federated_data import FederatedData
@@ -23,9 +25,16 @@ from fed.experiments import plan as plans
 from fed.experiments import run as running
 from fed.experiments.plan import Cell, Plan
 from fed.experiments.trackers import require
+from fed.files import sync
+from fed.locks import LOCK, held
 from fed.models import base_model
+from fed.simulation import checkpoint
 from fed.simulation.checkpoint import last_round
+from fed.simulation.finished import input_digests_of
+from fed.simulation.inputs import BASE as BASE_MODEL
+from fed.simulation.inputs import check_same, data_digests, model_digest
 from fed.simulation.run_directory import BASE, CONFIG
+from fed.simulation.settings import changed_setting, fixed_settings
 from fed.types import Row
 
 # A callback that is called with a cell, the kind of event ("base", "data", "row", "event", "finished" or "failed"), and
@@ -35,37 +44,53 @@ OnEvent = Callable[[Cell, str, Any], object]
 BASES = "bases"
 
 
-def open_grid(plan: Plan, directory: Path) -> None:
+@contextmanager
+def open_grid(plan: Plan, directory: Path) -> Iterator[None]:
     """Create a comparison's directory, or check that an existing one belongs to a comparison with the same settings.
 
-    Methods, values and seeds may differ from those before; existing runs are kept. Raises FedError, naming the first
-    setting that differs, or if the directory is not that of a comparison.
+    Within the context the directory is held against other processes. Methods, values and seeds may differ from those
+    before; existing runs are kept. Raises FedError, naming the first setting that differs, or if the directory is not
+    that of a comparison, or another process works in it.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not (directory / plans.PLAN).is_file():
-            raise FedError(f"--out is {str(directory)!r}, which exists and is no comparison; give another name")
-        _require_same(plan, directory)
+    exists = directory.exists() and (not directory.is_dir() or any(path.name != LOCK for path in directory.iterdir()))
+    if exists and not (directory / plans.PLAN).is_file():
+        raise FedError(f"--out is {str(directory)!r}, which exists and is no comparison; give another name")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        plans.write(plan.request, directory)
+        with ExitStack() as stack:
+            stack.enter_context(held(directory))
+            if exists:
+                _require_same(plan, directory)
+            plans.write(plan.request, directory)
+            for path in (directory / BASES).glob(".*.tmp"):  # of processes that were killed while they made a base
+                shutil.rmtree(path)
+            opened = stack.pop_all()
     except OSError as error:
         raise FedError(f"--out is {str(directory)!r}: it cannot be written: {error.strerror}") from None
+    with opened:
+        yield
 
 
 def _require_same(plan: Plan, directory: Path) -> None:
     before = plans.plan(plans.read(directory))
     pairs = [("its runs share", before.common(), plan.common())]
     for cell in plan.cells:
-        if (path := directory / cell.path / CONFIG).is_file():
+        path = directory / cell.path / CONFIG
+        with suppress(FedError):  # a run whose configuration is damaged is played anew, or named when it is played
             there = configuration.settings_of(configuration.load_saved(path))
-            pairs.append((cell.label, there, configuration.settings_of(cell.config)))
+            pairs.append((cell.label, _as_planned(there, cell), configuration.settings_of(cell.config)))
     for what, there, here in pairs:
         if (differs := plans.difference(there, here)) is not None:
             raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
 
 
+def _as_planned(settings: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """Return a run's settings with the plan's number of clients in a pass, which may stand for the measured one."""
+    return {**settings, "clients_per_pass": cell.config.clients_per_pass}
+
+
 def finished(cell: Cell, directory: Path) -> bool:
-    """Return whether a run of the comparison is finished."""
+    """Return whether a run of the comparison is finished, and its result as it was then."""
     return running.ended(directory / cell.path, cell.config)
 
 
@@ -73,7 +98,8 @@ class SharedInputs:
     """Data and base models of a comparison's runs, made once for all runs that share them.
 
     Base models are saved in `directory/bases`, one for each seed and each set of model and data settings. The data and
-    the model that were used last stay in memory.
+    the model that were used last stay in memory. Both are compared, by the digests that runs keep, with what other
+    runs of the comparison started from.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,12 +112,14 @@ class SharedInputs:
     ) -> FederatedData:
         """Return a run's data, which is the same object as before if seed and settings that affect the data are equal.
 
-        `on_event` and `stage` are passed to `fed.data.federated_data.load`.
+        `on_event` and `stage` are passed to `fed.data.federated_data.load`. Raises FedError if the data are not those
+        that the comparison began with.
         """
         key = _key(config, "data", "clients", "model")
         if self._data is None or self._data[0] != key:
             self._data = None  # frees the old data before the new data are loaded
             self._data = key, federated_data.load(config, on_event, stage)
+            self._compare(config, ("data", "clients", "model"), data_digests(self._data[1]))
         return self._data[1]
 
     def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
@@ -106,7 +134,21 @@ class SharedInputs:
                 tell(f"making the base model of seed {config.seed}")
                 model = self._made(config, path)
             self._model = key, model
+            self._compare(config, ("data", "model"), {BASE_MODEL: model_digest(model)})
         return self._model[1], path
+
+    def _compare(self, config: RunConfig, tables: tuple[str, ...], now: Mapping[str, str]) -> None:
+        """Raise FedError if a run with the same settings in these tables started from inputs with other digests."""
+        key = _key(config, *tables)
+        for directory in self.directory.glob("runs/*/seed-*"):
+            try:
+                saved = configuration.load_saved(directory / CONFIG)
+                before = input_digests_of(directory) or checkpoint.saved_inputs(directory)
+            except FedError:  # a damaged run is named when it is played, or left out when it is reported
+                continue
+            if _key(saved, *tables) != key:
+                continue
+            check_same({name: before[name] for name in now if name in before}, now, f"{str(directory)!r}")
 
     def _made(self, config: RunConfig, path: Path) -> nn.Module:
         """Make a base model and save it under a temporary name, then rename it.
@@ -118,6 +160,7 @@ class SharedInputs:
         model = running.make_base(config, self.data(config), temporary)
         try:
             temporary.rename(path)
+            sync([path.parent])
         except OSError:
             shutil.rmtree(temporary)
         return model
@@ -128,16 +171,45 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     config, directory = cell.config, bench.directory / cell.path
     with running.limits(config.threads):
         data = bench.data(config, partial(tell, cell, "data"))
-        model, base = bench.base(config, partial(tell, cell, "base"))
-        resume = last_round(directory) is not None
-        if not resume:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            configuration.write(config, directory / CONFIG)
-            (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
-        on_row, on_event = partial(tell, cell, "row"), partial(tell, cell, "event")
-        rows = running.play(config, data, model, directory, on_row, on_event, resume=resume)
+        with interruption.deferred():
+            model, base = bench.base(config, partial(tell, cell, "base"))
+            directory.mkdir(parents=True, exist_ok=True)
+            with held(directory):
+                resume = last_round(directory) is not None
+                if not resume:
+                    _empty(directory)
+                    (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
+                if not resume or not _holds(config, directory / CONFIG):
+                    configuration.write(config, directory / CONFIG)
+                write = partial(configuration.write, path=directory / CONFIG)
+                on_row, on_event = partial(tell, cell, "row"), partial(tell, cell, "event")
+                try:
+                    rows = running.play(config, data, model, directory, on_row, on_event, resume, write)
+                except FedError as error:
+                    if not resume:
+                        raise
+                    raise FedError(f"{error}; without {str(directory)!r} it would be played anew") from error
     return rows[-1]
+
+
+def _empty(directory: Path) -> None:
+    """Delete all that a run left that has no checkpoint to go on from."""
+    for path in directory.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _holds(config: RunConfig, path: Path) -> bool:
+    """Return whether a file holds the run's configuration, perhaps with the size of cohorts that was measured."""
+    try:
+        saved = configuration.load_saved(path)
+    except FedError:
+        return False
+    return changed_setting(fixed_settings(saved), fixed_settings(config)) is None and saved.rounds == config.rounds
 
 
 def check(
@@ -176,6 +248,8 @@ def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
         try:
             last = play(cell, bench, tell)
         except FedError as error:
+            if interruption.came():  # a library may make an error of its own of Ctrl-C
+                raise KeyboardInterrupt from error
             tell(cell, "failed", str(error))
         else:
             tell(cell, "finished", last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,9 +12,9 @@ from typing import Any
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.plan import Plan
-from fed.experiments.runner import finished
 from fed.experiments.variants import Variant
 from fed.report.summary import ACCURACY, METRICS, OUTCOME, Metric
+from fed.simulation.finished import FINISHED, why_not_finished
 from fed.simulation.run_directory import Run, read
 
 CONFIDENCE = 0.95
@@ -50,13 +50,22 @@ class Comparison:
         return [variant for variant in self.plan.variants if variant != self.plan.reference]
 
 
-def collect(directory: Path) -> Comparison:
-    """Read the finished runs of a comparison; raise FedError if none is finished."""
+def collect(directory: Path, on_event: Callable[[str], object] | None = None) -> Comparison:
+    """Read the finished runs of a comparison; raise FedError if none is finished.
+
+    `on_event` receives a line for each run that ended but is left out, because a file of it was damaged since.
+    """
     plan = plans.plan(plans.read(directory))
     runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in plan.variants}
     for cell in plan.cells:
-        if finished(cell, directory):
-            runs[cell.variant.name][cell.seed] = read(directory / cell.path)
+        fault = why_not_finished(directory / cell.path, cell.config)
+        try:
+            if fault is None:
+                runs[cell.variant.name][cell.seed] = read(directory / cell.path)
+        except FedError as error:
+            fault = str(error)
+        if fault is not None and on_event is not None and (directory / cell.path / FINISHED).is_file():
+            on_event(f"{cell.label} is left out: {fault}")
     missing = len(plan.cells) - sum(map(len, runs.values()))
     if missing == len(plan.cells):
         raise FedError(f"{str(directory)!r} holds no finished run yet; python -m fed resume {directory} continues it")

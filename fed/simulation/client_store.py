@@ -1,28 +1,30 @@
 """Storage on disk for what clients keep between rounds, so that memory holds at most one client's tensors at a time.
 
-`client-I.round-N.safetensors` holds what client I kept after round N. A file is written under a temporary name, renamed
-and never changed. It is deleted once its client has a newer file and the last checkpoint does not refer to it, so the
-files that a checkpoint refers to exist whenever a run is interrupted.
+`client-I.round-N.safetensors` holds what client I kept after round N. A file is written once and never changed. Before
+a checkpoint refers to files they are flushed to the disk. A file is deleted once neither its client nor one of the
+checkpoints that are kept refers to it, so the files of both exist whenever a run is interrupted. Its digest, which
+checkpoints hold, is compared whenever it is read.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fed.errors import FedError
-from fed.files import replacing
+from fed.files import digest, digest_of, sync
 from fed.types import Factors
 
 FOLDER = "clients"
+_OWN = re.compile(r"client-\d+\.round-\d+\.safetensors(\.tmp)?")  # earlier versions wrote temporary files as well
 
 V = TypeVar("V")
 
@@ -36,10 +38,14 @@ class ClientState(NamedTuple):
 
 
 class ClientFile(NamedTuple):
-    """A client's file: the round it was written after, and the non-empty fields of the `ClientState` in it."""
+    """A client's file: the round it was written after, the non-empty fields of the `ClientState` in it, its digest.
+
+    The digest is empty in checkpoints of earlier versions.
+    """
 
     round: int
     fields: tuple[str, ...]
+    digest: str = ""
 
 
 class LazyMapping(Mapping[str, V]):
@@ -75,8 +81,10 @@ class ClientStore:
         self.folder = directory / FOLDER
         self._device = device
         self.entries: dict[int, ClientFile] = {}  # each client's current file; clients that keep nothing have none
-        self._checkpoint = -1  # round of the last checkpoint, which may refer to files up to that round
-        self._superseded: list[Path] = []
+        # The entries of the checkpoints that are kept, the older first; before the first one there is none.
+        self._checkpoints: list[dict[int, ClientFile]] = []
+        self._written: list[Path] = []  # since the last checkpoint
+        self._digests: dict[str, str] = {}  # of the files, by name
         self._last: tuple[Path, ClientState] | None = None
 
     def keep(self, client: int, number: int, kept: ClientState) -> ClientState:
@@ -87,19 +95,16 @@ class ClientStore:
         fields = tuple(field for field in ClientState._fields if getattr(kept, field))
         before = self.entries.pop(client, None)
         if fields:
-            self._write(self._path(client, number), _flat(kept))
-            self.entries[client] = ClientFile(number, fields)
-        if before is not None and before.round > self._checkpoint:
-            self._path(client, before.round).unlink(missing_ok=True)
-        elif before is not None:
-            self._superseded.append(self._path(client, before.round))
+            self.entries[client] = ClientFile(number, fields, self._write(self._path(client, number), _flat(kept)))
+        if before is not None and all(checkpoint.get(client) != before for checkpoint in self._checkpoints):
+            self._delete(self._path(client, before.round))
         return self.stored(client)
 
     def stored(self, client: int) -> ClientState:
         """Return what a client kept last as mappings that read its file on access, or empty ones if it kept nothing."""
         if client not in self.entries:
             return ClientState({}, {}, {})
-        number, fields = self.entries[client]
+        number, fields, _ = self.entries[client]
         return ClientState(
             *(LazyMapping(self, client, number, field) if field in fields else {} for field in ClientState._fields)
         )
@@ -110,8 +115,11 @@ class ClientStore:
         if self._last is None or self._last[0] != path:
             self._last = None
             try:
-                tensors = load_file(path, device=str(self._device))
-            except (OSError, SafetensorError) as error:
+                content = path.read_bytes()
+                if self._digests.get(path.name, "") not in ("", digest(content)):
+                    raise ValueError("it does not fit its digest")
+                tensors = {name: value.to(self._device) for name, value in load(content).items()}
+            except (OSError, ValueError, SafetensorError) as error:
                 raise FedError(
                     f"{str(path)!r}, what client {client} kept after round {number}, cannot be read: {error}; "
                     "start the run anew"
@@ -119,46 +127,92 @@ class ClientStore:
             self._last = path, _kept(tensors)
         return self._last[1]
 
-    def checkpointed(self, number: int) -> None:
-        """Record that a checkpoint of round `number` refers to the current files, and delete all superseded ones."""
-        self._checkpoint = number
-        for path in self._superseded:
-            path.unlink(missing_ok=True)
-        self._superseded = []
+    def sync(self) -> None:
+        """Flush the files that were written since the last checkpoint to the disk."""
+        if self._written:
+            sync([*(path for path in self._written if path.exists()), self.folder])
+        self._written = []
 
-    def adopt(self, number: int, entries: Mapping[int, ClientFile]) -> None:
-        """Take over the files that a checkpoint of round `number` refers to, and delete all others.
+    def checkpointed(self) -> None:
+        """Record that a checkpoint refers to the current files, and delete those that only older ones refer to."""
+        superseded = self._names(self._checkpoints[:-1])
+        self._checkpoints = [*self._checkpoints[-1:], dict(self.entries)]
+        for name in superseded - self._names(self._checkpoints):
+            self._delete(self.folder / name)
 
-        Raises FedError if one of them is missing.
+    def check(self, number: int, entries: Mapping[int, ClientFile]) -> None:
+        """Raise FedError if a file that a checkpoint of round `number` refers to is missing or damaged."""
+        for client, entry in entries.items():
+            path = self._path(client, entry.round)
+            try:
+                fault = "damaged" if entry.digest and digest_of(path) != entry.digest else None
+            except FileNotFoundError:
+                fault = "missing"
+            except OSError as error:
+                fault = f"not to be read: {error.strerror}"
+            if fault is not None:
+                raise FedError(
+                    f"{str(path)!r} is {fault}: the checkpoint of round {number} needs what client {client} kept"
+                )
+
+    def adopt(self, checkpoints: Iterable[Mapping[int, ClientFile]]) -> None:
+        """Take over the files of the checkpoints that are kept, the last of which the run goes on from; delete others.
+
+        Only files with names as this class gives them are deleted.
         """
-        wanted = {self._path(client, entry.round).name: client for client, entry in entries.items()}
-        there = {path.name for path in self.folder.glob("*")}
-        if missing := sorted(wanted.keys() - there):
-            raise FedError(
-                f"{str(self.folder / missing[0])!r} is missing: the checkpoint of round {number} needs what client "
-                f"{wanted[missing[0]]} kept; start the run anew"
-            )
-        for name in there - wanted.keys():
-            (self.folder / name).unlink()
-        self.entries, self._checkpoint = dict(entries), number
+        self._checkpoints = [dict(entries) for entries in checkpoints]
+        self.entries = dict(self._checkpoints[-1])
+        self._digests = {
+            self._path(client, entry.round).name: entry.digest
+            for entries in self._checkpoints
+            for client, entry in entries.items()
+        }
+        for path in self._own_files():
+            if path.name not in self._digests:
+                path.unlink()
 
     def clear(self) -> None:
-        """Delete the clients' files and their folder, and then the parent directory if it is empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        """Delete the clients' files, and then their folder and its parent if they are empty."""
+        for path in self._own_files():
+            path.unlink()
+        for folder in (self.folder, self.folder.parent):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _delete(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._digests.pop(path.name, None)
+
+    def _own_files(self) -> list[Path]:
+        require_real([self.folder.parent, self.folder])
+        return [path for path in self.folder.glob("client-*") if _OWN.fullmatch(path.name)]
+
+    def _names(self, checkpoints: Iterable[Mapping[int, ClientFile]]) -> set[str]:
+        return {self._path(client, entry.round).name for entries in checkpoints for client, entry in entries.items()}
 
     def _path(self, client: int, number: int) -> Path:
         return self.folder / f"client-{client}.round-{number}.safetensors"
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
+        """Write a file, which must be flushed to the disk later, and return its digest."""
+        content = save({name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            own = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-            with replacing(path) as temporary:
-                save_file(own, temporary)
-        except (OSError, SafetensorError) as error:
-            raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error}") from None
+            path.write_bytes(content)
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error.strerror}") from None
+        self._written.append(path)
+        self._digests[path.name] = digest(content)
+        return self._digests[path.name]
+
+
+def require_real(folders: Iterable[Path]) -> None:
+    """Raise FedError for a folder that is a symbolic link: what is deleted in it would lie elsewhere."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise FedError(f"{str(folder)!r} is a symbolic link; a run's own folder belongs there")
 
 
 @contextmanager

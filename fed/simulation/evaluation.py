@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fed import interruption
 from fed.data.federated_data import FederatedData
 from fed.data.tables import IGNORED, DenseTable, InstructionTable, Split, TextTable
 
@@ -60,6 +61,7 @@ def _classification(model: nn.Module, split: Split, right: Tensor | None) -> dic
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
         for rows in split.batches(MOST_ROWS, MOST_TOKENS):
+            interruption.check()
             batch = split.batch(rows)
             labels: Tensor = batch.pop("labels")  # (b,)
             logits: Tensor = model(**batch).logits.double()  # (b, classes)
@@ -74,6 +76,7 @@ def _token_loss(model: nn.Module, split: Split) -> float:
     count = torch.zeros((), dtype=torch.int64, device=split.table.device)
     with torch.no_grad():
         for rows in split.batches(MOST_ROWS, MOST_TOKENS):
+            interruption.check()
             batch = split.batch(rows)
             labels = batch.pop("labels")[:, 1:]  # (b, L - 1): the next token of every position
             answered = labels != IGNORED
@@ -93,6 +96,7 @@ def _answering(model: nn.Module, split: Split, table: InstructionTable) -> dict[
     measures = {"accuracy": is_exact, "rouge_1": rouge_1, "rouge_l": rouge_l}
     found: dict[str, list[float]] = {name: [] for name in measures}
     for rows in part.batches(MOST_ROWS, MOST_TOKENS):
+        interruption.check()
         numbers = part.rows[rows]
         for text, row in zip(answer(model, table, numbers), numbers.tolist(), strict=True):
             for name, measure in measures.items():

@@ -66,13 +66,13 @@ class Federation:
             clients = tuple(replace(client, head=server.head) for client in clients)
         return RunState(server, clients)
 
-    def play(self, state: RunState) -> Iterator[Round]:
-        """Play the remaining rounds and yield each of them, after round 0 if `state` is the beginning of the run.
+    def play(self, state: RunState, begun: bool = False) -> Iterator[Round]:
+        """Play the remaining rounds and yield each of them, after round 0 unless the run has `begun` with it already.
 
         Round 0 only evaluates the unadapted model. After the last round the server's final state is loaded into the
         model.
         """
-        if state.server.round == 0:
+        if not begun:
             yield Round(self.metrics.row(state, state, []), state)
         while state.server.round < self.config.rounds:
             following = self.round(state)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from fed import config as configuration
 from fed.config import RunConfig
 from fed.errors import FedError
-from fed.files import write_atomically
+from fed.files import sync, write_atomically
+from fed.locks import LOCK, held, is_held
+from fed.simulation import checkpoint
+from fed.simulation.finished import (
+    CENTRALISED,
+    FINISHED,
+    check_centralised,
+    mark_centralised,
+    row_seal,
+    settings_of_end,
+)
+from fed.simulation.rows import ROUNDS, complete_lines, parse_rows, sealed_lines
+from fed.simulation.settings import changed_setting, fixed_settings
 from fed.types import CentralisedRow, Metrics, Row
 
-CONFIG, ROUNDS, BASE, ADAPTER = "config.toml", "rounds.jsonl", "base", "adapter"
-CENTRALISED = "centralised.json"
+CONFIG, BASE = "config.toml", "base"
+_NEW, _OLD = ".tmp", ".old"  # the endings of a run's directory before it is in its place, and of one being replaced
 
 
 def require_free(target: Path, overwrite: bool) -> None:
@@ -31,7 +45,7 @@ def require_free(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FedError(f"--out is {str(target)!r}, which exists; --overwrite replaces it, or give another name")
     holds_run = (target / CONFIG).is_file() and (target / ROUNDS).is_file()  # the two files that every run has
-    if any(target.iterdir()) and not holds_run:
+    if any(path.name != LOCK for path in target.iterdir()) and not holds_run:
         raise FedError(
             f"--out is {str(target)!r}, which --overwrite leaves alone: it holds no {CONFIG} and {ROUNDS}, "
             "so it is not a run's directory"
@@ -41,17 +55,22 @@ def require_free(target: Path, overwrite: bool) -> None:
 class RunDirectory:
     """A context manager that creates a run's directory, and removes it again unless the run gets under way.
 
-    `path` is the directory to write to, at first a temporary one beside `target`. `publish` moves it to `target` and an
-    earlier run at `target` aside. `commit` makes this final and deletes the earlier run. If the context is left
-    without `commit`, the new directory is deleted and the earlier run is put back.
+    `path` is the directory to write to, at first a temporary one beside `target`. `publish`, called when the first row
+    is ready, moves it to `target` and an earlier run at `target` aside. `commit`, called when that row is written,
+    deletes the earlier run. If the context is left without `commit`, the new directory is deleted and the earlier run
+    is at `target`. A process that is killed may leave both; `recover` then puts them in order. Both directories are
+    held against other processes.
     """
 
     def __init__(self, target: Path, overwrite: bool) -> None:
+        recover(target)
         require_free(target, overwrite)
         self.target = target
         self.path = target
+        self._created = False
         self._made: list[Path] = []
         self._aside: Path | None = None
+        self._locks = ExitStack()
         self.kept = False
 
     def __enter__(self) -> Self:
@@ -60,19 +79,32 @@ class RunDirectory:
             for parent in reversed(missing):
                 parent.mkdir()
                 self._made.append(parent)
-            self.path = self._temporary()
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=_NEW, dir=self.target.parent))
+            self._created = True
+            self.path.chmod(0o755)
+            self._locks.enter_context(held(self.path))
+            if self.target.exists():
+                self._locks.enter_context(held(self.target))
         except OSError as error:
-            self._remove_parents()
+            self._undo()
             raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
+        except BaseException:
+            self._undo()
+            raise
         return self
 
     def publish(self) -> None:
         """Move the directory to `target`, which `path` is from now on."""
+        sync([self.path])
         if self.target.exists():
-            self._aside = self._temporary()
-            self.target.rename(self._aside / self.target.name)
-        self.path.rename(self.target)
+            self._aside = self.path.with_suffix(_OLD)
+            self.target.rename(self._aside)
+        try:
+            self.path.rename(self.target)
+        except OSError as error:
+            raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
         self.path = self.target
+        sync([self.target.parent])
 
     def commit(self) -> None:
         """Make the run's directory final and delete the one that it replaces."""
@@ -82,22 +114,47 @@ class RunDirectory:
             self._aside = None
 
     def __exit__(self, *error: object) -> None:
-        if self.kept:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.kept:
+            self._undo()
+        self._locks.close()
+
+    def _undo(self) -> None:
+        if self._created:
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._aside is not None:
-            (self._aside / self.target.name).rename(self.target)
-            self._aside.rmdir()
-        self._remove_parents()
-
-    def _temporary(self) -> Path:
-        directory = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".tmp", dir=self.target.parent))
-        directory.chmod(0o755)
-        return directory
-
-    def _remove_parents(self) -> None:
+            self._aside.rename(self.target)
         for parent in reversed(self._made):
-            parent.rmdir()
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        self._locks.close()
+
+
+def recover(target: Path, on_event: Callable[[str], object] | None = None) -> None:
+    """Finish or undo what a process left that was killed while it made or replaced the run in `target`.
+
+    A new run without a row is deleted, and the run that it was to replace is at `target` again; once it has a row, the
+    old one is deleted. Directories that another process holds are left alone.
+    """
+    left = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    if not target.parent.is_dir():
+        return
+    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.*")):
+        if not left.fullmatch(path.name) or path.is_symlink() or not (path / LOCK).is_file() or is_held(path):
+            continue
+        if path.suffix == _OLD and not complete_lines(target):
+            if target.exists() and is_held(target):
+                continue
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.rename(target)
+            if on_event is not None:
+                on_event(f"{target}: a run that was to replace this one ended before its first row; it is put back")
+            continue
+        shutil.rmtree(path)
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @dataclass(frozen=True)
@@ -117,32 +174,64 @@ class Run:
 
 
 def read(directory: Path) -> Run:
-    """Read a run's files, without an incomplete last row; raise FedError if the directory is not that of a run."""
-    for name in (CONFIG, ROUNDS):
-        if not (directory / name).is_file():
-            raise FedError(f"{str(directory)!r} is not a run's directory: there is no {name} in it")
+    """Read a run's files, without an incomplete last row; raise FedError if the directory is not that of a run.
+
+    So does a file that was damaged since a checkpoint, or the end of the run, took its digest.
+    """
+    config = read_config(directory)
+    saved = settings_of_end(directory) or checkpoint.saved_settings(directory)
+    if saved and (changed := changed_setting(saved, fixed_settings(config))) is not None:
+        raise FedError(f"{str(directory)!r} was made with {changed}: {CONFIG} was changed since; put it back")
     rows = read_rows(directory)
     if not rows:
         raise FedError(f"{str(directory / ROUNDS)!r} holds no rows: the run ended before its first")
-    path = directory / CENTRALISED
-    centralised = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return Run(configuration.load_saved(directory / CONFIG), rows, centralised)
+    return Run(config, rows, read_centralised(directory))
+
+
+def read_config(directory: Path) -> RunConfig:
+    """Return a run's configuration; raise FedError if the directory is not that of a run."""
+    for name in (CONFIG, ROUNDS):
+        if not (directory / name).is_file():
+            raise FedError(f"{str(directory)!r} is not a run's directory: there is no {name} in it")
+    return configuration.load_saved(directory / CONFIG)
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """Return the rows of `rounds.jsonl`, without an incomplete last line; an empty list if the file does not exist."""
-    try:
-        *lines, _ = (directory / ROUNDS).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    """Return the rows, without an incomplete last line; an empty list if the file does not exist.
+
+    Raises FedError unless they are those of rounds 0, 1, 2, … and fit the seals of the run's end and checkpoints.
+    """
+    seals = [*checkpoint.row_seals(directory), row_seal(directory)]  # before the rows, which a run may be adding to
+    for seal in seals:
+        if seal is not None:
+            sealed_lines(directory, seal)
+    return parse_rows(directory, complete_lines(directory))
+
+
+def read_centralised(directory: Path) -> list[CentralisedRow]:
+    """Return the results of centralised LoRA, or an empty list if it was not run; raise FedError for damaged ones."""
+    path = directory / CENTRALISED
+    if not path.is_file():
         return []
-    return [parse_row(line) for line in lines]
+    check_centralised(directory)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FedError(f"{str(path)!r} is damaged: {error}") from None
+    if not isinstance(rows, list) or not all(map(_is_centralised, rows)):
+        raise FedError(f"{str(path)!r} is damaged: it should hold a list of rows of steps and metrics")
+    return cast("list[CentralisedRow]", rows)
 
 
-def parse_row(line: str) -> Row:
-    """Return a line of `rounds.jsonl` as a row; keys that earlier versions named otherwise are renamed."""
-    return cast("Row", configuration.renamed(json.loads(line)))
+def _is_centralised(row: Any) -> bool:
+    if not isinstance(row, dict) or not {"steps", "accuracy"} <= row.keys():
+        return False
+    numbers = [value for value in row.values() if value is not None]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers)
 
 
 def write_centralised(directory: Path, rows: Sequence[CentralisedRow]) -> None:
     """Write the results of centralised LoRA to `centralised.json`, one object for each number of steps."""
     write_atomically(directory / CENTRALISED, json.dumps(list(rows), indent=2) + "\n")
+    if (directory / FINISHED).is_file():
+        mark_centralised(directory)

@@ -59,6 +59,11 @@ def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate
         np.savez(file, allow_pickle=False, ids=ids, **arrays)
 
 
+def similarity_files(directory: Path) -> list[Path]:
+    """Return a run's files of similarity, sorted by name."""
+    return sorted((directory / FOLDER).glob("round-*.npz"))
+
+
 def _unit_modules(update: ClientUpdate, matrix: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a_j/‖a_j‖ (R, K) and b_j/‖b_j‖ (R, N), fp64, by module index, and which modules exist, (R,) bool."""
     A, B = (factor.double().cpu() for factor in update.factors[matrix])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 import plora_kernels as pk
+from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.files import replacing, write_atomically
-from fed.models.shared_model import adapted, delta_beyond_rank
-from fed.simulation import checkpoint
+from fed.errors import FedError
+from fed.files import replacing
+from fed.locks import held
+from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
+from fed.simulation import checkpoint, finished
 from fed.simulation.client_store import client_store
+from fed.simulation.finished import ADAPTER, BASE_DELTA
+from fed.simulation.inputs import input_digests
 from fed.simulation.rounds import Federation
-from fed.simulation.run_directory import ADAPTER, BASE, ROUNDS, parse_row
-from fed.simulation.similarity import save_similarity
+from fed.simulation.rows import RowFile
+from fed.simulation.run_directory import BASE
+from fed.simulation.similarity import save_similarity, similarity_files
 from fed.types import Row, ServerState
-
-BASE_DELTA = "base_delta.safetensors"
 
 
 def simulate(
@@ -35,6 +40,7 @@ def simulate(
     on_event: Callable[[str], object] | None = None,
     *,
     resume: bool = False,
+    on_ready: Callable[[RunConfig], object] | None = None,
 ) -> list[Row]:
     """Run `config.rounds` federated rounds and return their rows (`fed.types.Row`); row 0 is the unadapted model.
 
@@ -44,51 +50,61 @@ def simulate(
     At the end the adapter, and the head if it was trained, is saved to `directory/adapter` in PEFT's format. A method
     that folds into the base, or holds more than R modules in a matrix, also leaves
     `directory/base_delta.safetensors`: for each parameter name the fp32 tensor to add to the base's weight before the
-    adapter is applied. `directory/similarity` holds the cosines between modules in the first and the last round.
+    adapter is applied. `directory/similarity` holds the cosines between modules in the first and the last round. After
+    all of it `directory/finished.json` is written (`fed.simulation.finished`): without it the result is not complete.
 
-    The directory is created only after the adapter has been put into the model, so a model that does not fit leaves
-    none. The model is restored before this function returns.
+    Nothing is written before the first row is ready. `on_ready` is called then, with the configuration as it is run;
+    it may put `directory` in its place, which is otherwise made. Results of an earlier run in it are removed. The model
+    is restored before this function returns.
 
     What clients keep between rounds is stored in `directory/checkpoint/clients` (`fed.simulation.client_store`). After
     every `config.checkpoint_every`-th round and the last, a checkpoint is written to `directory/checkpoint`. With
-    `resume` the run continues from it; configuration, data and base model must be the same, but `rounds` may be larger.
-    Rows of rounds after the checkpoint are dropped and those rounds are played again, so that all files equal those of
-    an uninterrupted run except for times and peak memory. The returned rows are those of the whole run; `on_round`
-    receives only the new ones.
+    `resume` the run continues from the last one that is whole; configuration, data and base model must be the same,
+    but `rounds` may be larger. Rows of rounds after the checkpoint are dropped and those rounds are played again, so
+    that all files equal those of an uninterrupted run except for times and peak memory. The returned rows are those of
+    the whole run; `on_round` receives only the new ones.
 
-    Raises FedError with `resume` if there is no checkpoint, or it was made with another configuration.
+    Ctrl-C takes effect between two steps of a client. The directory is held against other processes meanwhile.
+
+    Raises FedError with `resume` if there is no checkpoint to go on from, or it was made with another configuration or
+    other inputs, and if another process works in the directory.
     """
-    lasting = config.checkpoint_every > 0
-    with (
-        adapted(config, model, head_names) as shared,
-        client_store(directory / checkpoint.FOLDER, shared.device, lasting) as store,
-    ):
-        federation = Federation(config, data.to(shared.device), shared, on_event or _discard, store)
+    tell, lasting = on_event or _discard, config.checkpoint_every > 0
+    if resume and checkpoint.last_round(directory) is None:
+        raise FedError(f"{str(directory)!r} holds no checkpoint to go on from; start the run anew")
+    inputs = input_digests(data, model)
+    with interruption.deferred(), ExitStack() as stack:
+        if directory.is_dir():
+            stack.enter_context(held(directory))
+        shared = stack.enter_context(adapted(config, model, head_names))
+        store = stack.enter_context(client_store(directory / checkpoint.FOLDER, shared.device, lasting))
+        federation = Federation(config, data.to(shared.device), shared, tell, store)
         state = federation.beginning()
         rows: list[Row] = []
+        file: RowFile | None = None
         if resume:
-            state = checkpoint.load(directory, config, state, store)
-            # A checkpoint of round 0 keeps no row, because `Federation.play` then yields row 0 again.
-            rows = _kept_rows(directory / ROUNDS, state.server.round or -1)
-            measured = next((row["clients_per_pass"] for row in reversed(rows) if row.get("clients_per_pass")), None)
-            federation = replace(federation, clients_per_pass=measured)
-        else:
-            store.clear()
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / ROUNDS).open("a" if resume else "w", encoding="utf-8") as file:
-            for played in federation.play(state):
-                state, number = played.state, played.state.server.round
-                if config.measure.similarity and number in (1, config.rounds) and played.updates:
-                    save_similarity(directory, number, played.updates, shared.rank)
-                rows.append(played.row)
-                file.write(json.dumps(played.row, allow_nan=False) + "\n")
-                file.flush()
-                if checkpoint.is_due(config, number):
-                    checkpoint.save(directory, config, state, store)
-                if on_round is not None:
-                    on_round(played.row)
-        pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
-        save_base_delta(directory, state.server, config.adapter.rank)
+            standing = checkpoint.load(directory, config, state, store, inputs, tell)
+            state, rows = standing.state, standing.rows
+            federation = replace(federation, clients_per_pass=standing.clients_per_pass)
+            _sweep(directory)
+            file = stack.enter_context(closing(RowFile(directory, standing.lines)))
+        for played in federation.play(state, begun=resume):
+            state, number = played.state, played.state.server.round
+            if file is None:
+                _make_ready(directory, config, on_ready, stack)
+                file = stack.enter_context(closing(RowFile(directory)))
+            if config.measure.similarity and number in (1, config.rounds) and played.updates:
+                save_similarity(directory, number, played.updates, shared.rank)
+            rows.append(played.row)
+            file.append(played.row)
+            if checkpoint.is_due(config, number):
+                checkpoint.save(directory, config, state, store, file.seal, inputs)
+            if on_round is not None:
+                on_round(played.row)
+            interruption.check()
+        assert file is not None  # because a run has row 0
+        _save_result(directory, config, shared, state.server)
+        finished.mark(directory, config, state.server.round, file.seal, inputs)
     return rows
 
 
@@ -107,13 +123,36 @@ def save_base_delta(directory: Path, server: ServerState, rank: int) -> None:
         save_file({f"{matrix}.weight": delta.cpu().contiguous() for matrix, delta in total.items()}, temporary)
 
 
-def _kept_rows(path: Path, last: int) -> list[Row]:
-    """Return the rows up to round `last` and remove all later lines from the file, incomplete ones included."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    kept = lines[: last + 1]
-    rows = [parse_row(line) for line in kept]  # before anything is removed: a damaged row leaves the file as it is
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
-    return rows
+def _make_ready(
+    directory: Path, config: RunConfig, on_ready: Callable[[RunConfig], object] | None, stack: ExitStack
+) -> None:
+    """Put the run's directory in its place, hold it, and remove what an earlier run left in it."""
+    if on_ready is not None:
+        on_ready(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(held(directory))
+    finished.unmark(directory)
+    checkpoint.clear(directory)
+    for path in similarity_files(directory):
+        path.unlink()
+
+
+def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server: ServerState) -> None:
+    """Save what the run ends with; the mark of an earlier end is removed first, for the files change one by one."""
+    finished.unmark(directory)
+    for path in similarity_files(directory):
+        if path.stem not in ("round-1", f"round-{config.rounds}"):  # of a run that is over more rounds now
+            path.unlink()
+    save_base_delta(directory, server, config.adapter.rank)
+    pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the temporary files and folders that a run leaves whose process was killed."""
+    for path in [*directory.glob("*.tmp"), *(directory / finished.SIMILARITY).glob("*.tmp")]:
+        path.unlink()
+    for path in (directory / ADAPTER).glob(".adapter-*"):
+        shutil.rmtree(path)
 
 
 def _discard(event: str) -> None:

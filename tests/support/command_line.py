@@ -57,7 +57,7 @@ def failing(error: BaseException, after_rows: int) -> Callable[..., object]:
     """Return a `simulate` that raises `error` after `after_rows` rows of all runs together; 0: at once."""
     simulate, seen = fed.simulation.simulate.simulate, []
 
-    def fail(*arguments: object, resume: bool = False) -> object:
+    def fail(*arguments: object, **options: object) -> object:
         *settings, on_round, on_event = arguments
 
         def watch(row: dict) -> None:
@@ -68,7 +68,7 @@ def failing(error: BaseException, after_rows: int) -> Callable[..., object]:
 
         if after_rows == 0:
             raise error
-        return simulate(*settings, watch, on_event, resume=resume)
+        return simulate(*settings, watch, on_event, **options)
 
     return fail
 
@@ -87,7 +87,17 @@ def without_times(directory: Path) -> list[dict[str, Any]]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file but the rows and what notes the directory's own name."""
-    skipped = ("rounds.jsonl", "adapter_config.json")
+    """Every file but the rows and what notes the directory's own name, and without digests of these."""
+    skipped = ("rounds.jsonl", "adapter_config.json", ".lock")
     files = (path for path in directory.rglob("*") if path.is_file() and path.name not in skipped)
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+    return {str(path.relative_to(directory)): _timeless_bytes(path) for path in files}
+
+
+def _timeless_bytes(path: Path) -> bytes:
+    if path.name not in ("state.json", "finished.json"):
+        return path.read_bytes()
+    facts = json.loads(path.read_text())["facts"]
+    del facts["rows"]
+    if "files" in facts:
+        facts["files"].pop("adapter/adapter_config.json", None)
+    return json.dumps(facts).encode()

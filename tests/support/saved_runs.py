@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 from fed.config import RunConfig, write
+from fed.files import digest
+from fed.simulation.finished import mark
+from fed.simulation.rows import RowSeal
 
 
 def make_row(number: int, **changes: object) -> dict:
@@ -28,4 +31,12 @@ def make_run(directory: Path, rows: list[dict], config: RunConfig | None = None)
     directory.mkdir(parents=True, exist_ok=True)
     write(config or RunConfig(), directory / "config.toml")
     (directory / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def make_finished_run(directory: Path, rows: list[dict], config: RunConfig) -> Path:
+    make_run(directory, rows, config)
+    (directory / "adapter").mkdir()
+    content = (directory / "rounds.jsonl").read_bytes()
+    mark(directory, config, rows[-1]["round"], RowSeal(len(content), digest(content)), inputs={})
     return directory

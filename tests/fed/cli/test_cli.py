@@ -46,7 +46,8 @@ def test_a_run_leaves_everything_it_should(made: Path) -> None:
     names = {path.name for path in made.iterdir()}
     folders = {"base", "adapter", "checkpoint", "similarity"}
     assert names == folders | {"config.toml", "rounds.jsonl", "report.png", "similarity.png", "report.html"} | {
-        "centralised.json"
+        "centralised.json",
+        "finished.json",
     }
     assert {path.name for path in (made / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     rows = rows_of(made)

@@ -137,10 +137,10 @@ def test_a_run_that_cannot_be_played_is_named_and_the_others_stay(
 ) -> None:
     simulate = fed.simulation.simulate.simulate
 
-    def fail(config: object, *rest: object, resume: bool) -> object:
+    def fail(config: object, *rest: object, **options: object) -> object:
         if (config.method, config.seed) == ("fedit", 0):
             raise FedError("the moon is full")
-        return simulate(config, *rest, resume=resume)
+        return simulate(config, *rest, **options)
 
     monkeypatch.setattr("fed.experiments.run.simulate", fail)
     outcome = fed_cli(*ASKED, "--out", str(tmp_path / "out"))

@@ -14,7 +14,7 @@ from fed.report import tables
 from fed.report.comparison import Comparison, as_json, collect
 from fed.report.summary import ACCURACY, COST, METRICS, NOISE, OUTCOME
 from fed.report.write import comparison_page, publish_comparison
-from tests.support.saved_runs import make_row, make_run
+from tests.support.saved_runs import make_finished_run, make_row
 
 # Final accuracies by seed: a mean of 60 against 50 and a mean of 52 against 50, seed by seed +2, −4, +8.
 FINAL = {"fed-plora": (0.40, 0.50, 0.60), "fedit": (0.50, 0.60, 0.71), "fedit@2": (0.42, 0.46, 0.68)}
@@ -27,8 +27,7 @@ def make_comparison(directory: Path, finals: dict[str, tuple[float, ...]] = FINA
     for cell in plans.plan(asked).cells:
         last = finals[cell.variant.name][cell.seed]
         rows = [make_row(0, accuracy=0.1), make_row(1), make_row(2, accuracy=last)]
-        run = make_run(directory / cell.path, rows, cell.config)
-        (run / "adapter").mkdir()
+        make_finished_run(directory / cell.path, rows, cell.config)
     return directory
 
 
@@ -105,7 +104,7 @@ def test_json_holds_every_figure(comparison: Comparison) -> None:
 
 def test_runs_that_are_not_finished_are_left_out_and_counted(tmp_path: Path) -> None:
     directory = make_comparison(tmp_path)
-    (directory / "runs/fedit/seed-1/adapter").rmdir()
+    (directory / "runs/fedit/seed-1/finished.json").unlink()
     rows = (directory / "runs/fedit@2/seed-0/rounds.jsonl").read_text().splitlines()
     (directory / "runs/fedit@2/seed-0/rounds.jsonl").write_text("\n".join(rows[:2]) + "\n")
     found = collect(directory)
@@ -186,5 +185,5 @@ def test_a_comparison_of_values_is_called_by_its_key(tmp_path: Path) -> None:
     asked = plans.request("digits", ["rounds=2"], ["fed-plora"], (0,), vary="train.local_steps=1,3")
     plans.write(asked, tmp_path)
     for cell in plans.plan(asked).cells:
-        (make_run(tmp_path / cell.path, [make_row(0), make_row(1), make_row(2)], cell.config) / "adapter").mkdir()
+        make_finished_run(tmp_path / cell.path, [make_row(0), make_row(1), make_row(2)], cell.config)
     assert tables.title(collect(tmp_path)) == "Fed-PLoRA by train.local_steps on digits turned by 90°"

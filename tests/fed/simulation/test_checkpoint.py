@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,10 @@ import pytest
 
 from fed import methods
 from fed.errors import FedError
+from fed.experiments.run import ended
 from fed.simulation import checkpoint
-from fed.simulation.run_directory import ROUNDS
-from fed.simulation.simulate import _kept_rows, simulate
+from fed.simulation.rows import ROUNDS, parse_rows
+from fed.simulation.simulate import simulate
 from tests.support.command_line import StoppedError, contents, without_times
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
@@ -76,7 +79,7 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "checkpoint" / "round-2", tmp_path / "checkpoint" / "round-3.tmp")
     assert checkpoint.last_round(tmp_path) == 2
     run(config, tmp_path, resume=True)
-    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {"round-4", "clients"}
+    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {"round-3", "round-4", "clients"}
 
 
 def test_without_checkpoints_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -91,30 +94,49 @@ def test_other_settings_and_broken_files_are_refused(tmp_path: Path) -> None:
     run(make("fed-plora"), tmp_path)
     with pytest.raises(FedError, match=r"was made with seed = 5, and the run has 6; a run goes on with the settings"):
         run(make("fed-plora", seed=6), tmp_path, resume=True)
-    (tmp_path / "checkpoint" / "round-4" / "state.safetensors").write_bytes(b"cut off")
-    with pytest.raises(FedError, match=r"round-4' cannot be read"):
+    for number in (3, 4):
+        (tmp_path / "checkpoint" / f"round-{number}" / "state.safetensors").write_bytes(b"cut off")
+    with pytest.raises(FedError, match=r"round-4/state.safetensors' is damaged: .* no checkpoint is whole"):
         run(make("fed-plora"), tmp_path, resume=True)
     assert len(without_times(tmp_path)) == 5
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    config = make("fed-plora")
-    with pytest.raises(StoppedError):
-        run(config, tmp_path / "stopped", stop_after=2)
-    for path in (tmp_path / "stopped" / "checkpoint" / "round-2" / "state.json", tmp_path / "stopped" / ROUNDS):
-        before = path.read_text()
-        path.write_text(before.replace("clients_per_pass", "cohort_size"))
-        assert path.read_text() != before
+def as_of_version_1(directory: Path, number: int) -> None:
+    """Turn a run's files into those of the version before digests: one checkpoint, without any."""
+    state = directory / "checkpoint" / f"round-{number}" / "state.json"
+    facts = json.loads(state.read_text())["facts"]
+    for key in ("rows", "inputs", "tensors", "similarity"):
+        del facts[key]
+    facts["kept"] = {client: [entry["round"], *entry["fields"]] for client, entry in facts["kept"].items()}
+    facts["settings"]["cohort_size"] = facts["settings"].pop("clients_per_pass")
+    state.write_text(json.dumps(facts))
+    rows = directory / ROUNDS
+    rows.write_text(rows.read_text().replace("clients_per_pass", "cohort_size"))
+    shutil.rmtree(directory / "checkpoint" / f"round-{number - 1}")
+    (directory / "finished.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(("stop_after", "reached"), [(2, 2), (None, 4)])
+def test_a_run_of_an_earlier_version_goes_on(stop_after: int | None, reached: int, tmp_path: Path) -> None:
+    config = make("fedsa-lora")
+    with suppress(StoppedError):
+        run(config, tmp_path / "stopped", stop_after)
+    as_of_version_1(tmp_path / "stopped", reached)
     rows = run(config, tmp_path / "stopped", resume=True)
     assert all("clients_per_pass" in row for row in rows)
     run(config, tmp_path / "whole")
+    assert ended(tmp_path / "stopped", config)
     adapters = [path / "adapter" / "adapter_model.safetensors" for path in (tmp_path / "stopped", tmp_path / "whole")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
-def test_a_damaged_row_leaves_the_file_as_it_is(tmp_path: Path) -> None:
-    damaged = '{"round": 0}\n{"round" 1}\n{"round": 2}\n{"round": 3}\n'
-    (tmp_path / ROUNDS).write_text(damaged)
-    with pytest.raises(ValueError, match="Expecting ':'"):
-        _kept_rows(tmp_path / ROUNDS, 2)
-    assert (tmp_path / ROUNDS).read_text() == damaged
+def test_a_damaged_row_is_named_by_its_line(tmp_path: Path) -> None:
+    for damaged, message in (
+        ('{"round": 0, "accuracy": 0.5}\n{"round" 1}\n', "line 2: Expecting ':'"),
+        ('{"round": 0, "accuracy": 0.5}\n{"round": 2, "accuracy": 0.5}\n', "line 2: round 1 belongs there, .* round 2"),
+        ('{"round": 0}\n', "line 1: 'accuracy' is missing or no number"),
+        ('{"round": 0, "accuracy": NaN}\n', "line 1: NaN is no number"),
+        ("[]\n", "line 1: it holds no JSON object"),
+    ):
+        with pytest.raises(FedError, match=message):
+            parse_rows(tmp_path, damaged.encode())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fed.errors import FedError
+from fed.files import digest
 from fed.models.shared_model import adapted
 from fed.simulation import checkpoint
 from fed.simulation.client_store import ClientFile, ClientState, ClientStore, client_store
@@ -47,7 +48,8 @@ def test_what_is_kept_is_read_back_when_asked(tmp_path: Path) -> None:
     assert A.unique().tolist() == B.unique().tolist() == [0.5]
     assert store.stored(4) == ClientState({}, {}, {})
     assert store.keep(4, 2, ClientState({}, {}, {})) == ClientState({}, {}, {})
-    assert dict(store.entries) == {3: ClientFile(2, ("memory", "ends"))}
+    known = digest((store.folder / "client-3.round-2.safetensors").read_bytes())
+    assert dict(store.entries) == {3: ClientFile(2, ("memory", "ends"), known)}
 
 
 def test_what_is_kept_again_is_copied(tmp_path: Path) -> None:
@@ -60,28 +62,47 @@ def test_what_is_kept_again_is_copied(tmp_path: Path) -> None:
     assert not second.head["head.bias"].any()
 
 
-def test_a_file_stays_as_long_as_a_checkpoint_names_it(tmp_path: Path) -> None:
+def test_a_file_stays_as_long_as_one_of_two_checkpoints_names_it(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, CPU)
     store.keep(0, 1, make_kept(1.0))
-    store.checkpointed(1)
+    store.checkpointed()
     store.keep(0, 2, make_kept(2.0))
     store.keep(0, 3, make_kept(3.0))
     assert names(store) == ["client-0.round-1.safetensors", "client-0.round-3.safetensors"]
-    store.checkpointed(3)
-    assert names(store) == ["client-0.round-3.safetensors"]
+    store.checkpointed()
+    assert names(store) == ["client-0.round-1.safetensors", "client-0.round-3.safetensors"]
+    store.keep(0, 4, make_kept(4.0))
+    store.checkpointed()
+    assert names(store) == ["client-0.round-3.safetensors", "client-0.round-4.safetensors"]
+    store.checkpointed()
+    assert names(store) == ["client-0.round-4.safetensors"]
 
 
 def test_going_on_leaves_the_files_of_the_checkpoint_alone(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, CPU)
     store.keep(0, 1, make_kept(1.0))
     named = dict(store.entries)
-    store.checkpointed(1)
+    store.checkpointed()
     store.keep(0, 2, make_kept(2.0))
     (store.folder / "client-1.round-2.safetensors.tmp").write_bytes(b"cut")
+    (store.folder / "notes.txt").write_text("of a user")
     again = ClientStore(tmp_path, CPU)
-    again.adopt(1, named)
-    assert names(again) == ["client-0.round-1.safetensors"]
+    again.adopt([named])
+    assert names(again) == ["client-0.round-1.safetensors", "notes.txt"]
     assert again.stored(0).head["head.bias"].tolist() == [1.0] * 3
+
+
+def test_nothing_is_deleted_through_a_symbolic_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "client-0.round-1.safetensors").write_bytes(b"of another run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "clients").symlink_to(elsewhere)
+    store = ClientStore(tmp_path / "run", CPU)
+    for change in (store.clear, lambda: store.adopt([{}])):
+        with pytest.raises(FedError, match="clients' is a symbolic link; a run's own folder belongs there"):
+            change()
+    assert names(store) == ["client-0.round-1.safetensors"]
 
 
 def test_a_store_that_is_not_to_last_leaves_nothing(tmp_path: Path) -> None:
@@ -95,16 +116,17 @@ def test_missing_and_damaged_files_are_one_line(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, CPU)
     kept = store.keep(2, 5, make_kept(1.0))
     path = store.folder / "client-2.round-5.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + bytes(4))  # other numbers
     with pytest.raises(FedError, match=r"client-2.round-5.safetensors', what client 2 kept after round 5, cannot be r"):
         kept.memory["rank"]
     path.unlink()
-    with pytest.raises(FedError, match=r"cannot be read: No such file.*; start the run anew"):
+    with pytest.raises(FedError, match=r"cannot be read: .*No such file.*; start the run anew"):
         kept.memory["rank"]
     with pytest.raises(FedError, match=r"is missing: the checkpoint of round 5 needs what client 2 kept"):
-        ClientStore(tmp_path, CPU).adopt(5, store.entries)
+        store.check(5, store.entries)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FedError, match=r"what a client keeps, cannot be written: .*Not a directory"):
+    with pytest.raises(FedError, match=r"what a client keeps, cannot be written: Not a directory"):
         ClientStore(tmp_path / "file", CPU).keep(0, 1, make_kept(1.0))
 
 
@@ -187,9 +209,9 @@ def test_a_run_that_cannot_go_on_names_the_file(tmp_path: Path) -> None:
     config = make_config(rounds=2)
     simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path)
     longer = make_config(rounds=3)
-    file = next((tmp_path / "checkpoint" / "clients").iterdir())
-    file.unlink()
-    with pytest.raises(FedError, match=rf"{file.name}' is missing: the checkpoint of round 2 needs what client"):
+    for file in (tmp_path / "checkpoint" / "clients").iterdir():
+        file.unlink()
+    with pytest.raises(FedError, match=r"client-\d.round-\d.safetensors' is missing: the checkpoint of round 2 needs"):
         simulate(longer, make_data(), TinyClassifier(), HEAD, tmp_path, resume=True)
 
 

@@ -1,0 +1,106 @@
+"""Digests of what a run starts from, its rows and its base model, by which it is known again when it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fed.data.federated_data import FederatedData
+from fed.data.tables import DenseTable, InstructionTable, Sequences, Table, TextTable
+from fed.errors import FedError
+from fed.files import new_digest
+
+ROWS, DEALT, LABELS, TOKENIZER, BASE = "rows", "partition", "labels", "tokenizer", "base model"
+# How messages call them.
+_CALLED = {
+    ROWS: "the rows of the data",
+    DEALT: "which rows are for testing and which are each client's",
+    LABELS: "the labels of the data",
+    TOKENIZER: "the tokenizer",
+    BASE: "the base model",
+}
+
+
+def data_digests(data: FederatedData) -> dict[str, str]:
+    """Return digests of the rows as the model gets them, their division among clients and tests, labels, tokenizer."""
+    splits = [*data.clients, data.test, *([] if data.validation is None else [data.validation])]
+    tables = {id(split.table): split.table for split in splits}
+    found = {
+        ROWS: _digest(part for table in tables.values() for part in _parts(table)),
+        DEALT: _digest([len(data.clients), *(split.rows for split in splits)]),
+        LABELS: _digest([list(data.label_names)]),
+    }
+    if isinstance(data.test.table, InstructionTable):  # it decodes answers; other rows are tokens already
+        found[TOKENIZER] = _digest([_described(data.test.table.tokenizer)])
+    return found
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of a model's class and of the names, types and bits of its weights and buffers."""
+    parts: list[Any] = [type(model).__name__]
+    for name, value in model.state_dict().items():
+        parts += [name, value]
+    return _digest(parts)
+
+
+def input_digests(data: FederatedData, model: nn.Module) -> dict[str, str]:
+    """Return the digests of the data and of the base model of a run."""
+    return {**data_digests(data), BASE: model_digest(model)}
+
+
+def check_same(before: Mapping[str, str], now: Mapping[str, str], what: str) -> None:
+    """Raise FedError if an input that both have differs; `what` is what began with `before`.
+
+    >>> check_same({"rows": "a"}, {"rows": "a", "base model": "b"}, "the run")
+    """
+    for name, value in before.items():
+        if now.get(name, value) != value:
+            raise FedError(
+                f"{what} began with other inputs: {_CALLED.get(name, name)} changed since; put back what was there "
+                "then, or start anew"
+            )
+
+
+def _parts(table: Table) -> list[Any]:
+    if isinstance(table, DenseTable):
+        return [*_named(table.inputs), table.labels]
+    if isinstance(table, TextTable):
+        return [*_named(table.tokens), table.labels, table.pad]
+    if isinstance(table, InstructionTable):
+        answers = [list(each) for each in table.answers]
+        return [*_tokens(table.tokens), table.prompt_lengths, answers, table.max_new_tokens, table.most_generated]
+    raise TypeError(f"a {type(table).__name__} is no table of rows")
+
+
+def _named(values: Mapping[str, Tensor | Sequences]) -> list[Any]:
+    return [part for name, value in values.items() for part in (name, *_tokens(value))]
+
+
+def _tokens(value: Tensor | Sequences) -> list[Tensor]:
+    return [value.values, value.offsets] if isinstance(value, Sequences) else [value]
+
+
+def _described(tokenizer: Any) -> Any:
+    """Return what a tokenizer decodes by: how it encodes is seen in the rows."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = None if fast is None else json.loads(fast.to_str()).get("decoder")
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return [decoder, sorted(tokenizer.get_vocab().items()), special]
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """Return the digest of tensors, on any device, and values for JSON, each with its type and size before it."""
+    state = new_digest()
+    for part in parts:
+        if isinstance(part, Tensor):
+            values = part.detach().cpu().contiguous()
+            state.update(f"tensor {values.dtype} {tuple(values.shape)}\n".encode())
+            state.update(values.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            text = json.dumps(part).encode()
+            state.update(b"value %d\n" % len(text) + text)
+    return state.hexdigest()

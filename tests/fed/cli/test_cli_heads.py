@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import Call
+from tests.support.command_line import Call, without_times
 from tests.support.text_data import PETS, write_rows
 from tests.support.tiny_bert import make_tiny_bert
 

@@ -14,7 +14,7 @@ class FedError(ValueError):
 
 # How torch's allocators say that there is no memory, and how Rust libraries say what the system refused.
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-_REFUSED = re.compile(r'Os \{ code: \d+, kind: \w+, message: "([^"]+)" \}')
+_REFUSED = re.compile(r'Os \{ code: \d+, kind: \w+, message: "(.+?)" \}|I/O error: (.+?) \(os error \d+\)')
 
 
 def machine_fault(error: BaseException) -> str | None:
@@ -23,10 +23,15 @@ def machine_fault(error: BaseException) -> str | None:
     >>> machine_fault(OSError(28, "No space left on device", "runs/a/rounds.jsonl"))
     'runs/a/rounds.jsonl: No space left on device'
     """
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if refused := _REFUSED.search(str(error)):
-        return refused[1]
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return "there is not enough memory; smaller batches, cohorts or models would need less"
-    return None
+    fault, file = system_fault(error), getattr(error, "filename", None)
+    return f"{file}: {fault}" if fault is not None and file else fault
+
+
+def system_fault(error: BaseException) -> str | None:
+    """Return what the system said of a file that it refused to read or write, or None for any other error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    refused = _REFUSED.search(str(error))
+    return None if refused is None else refused[1] or refused[2]

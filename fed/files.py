@@ -7,12 +7,15 @@ rename over a power loss and lose the content.
 from __future__ import annotations
 
 import codecs
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+from fed.errors import FedError, system_fault
 
 _SYNCED_AT_ONCE = 8  # file systems write what is flushed at the same time in one go
 
@@ -77,19 +80,32 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        yield temporary
-        sync([temporary])
-        temporary.replace(path)
-        sync([path.parent])
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        # The error of a full disk names no file, and a user does not know the temporary one.
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with naming(path):
+            yield temporary
+            sync([temporary])
+            temporary.replace(path)
+            sync([path.parent])
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system within the context name `path`: that of a full disk names no file or a temporary one.
+
+    >>> with naming(Path("runs/a/adapter")):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    OSError: [Errno 28] No space left on device: 'runs/a/adapter'
+    """
+    try:
+        yield
+    except Exception as error:
+        named = getattr(error, "filename", None) not in (None, f"{path}.tmp")
+        if named or isinstance(error, FedError) or (fault := system_fault(error)) is None:
+            raise
+        raise OSError(getattr(error, "errno", None) or errno.EIO, fault, str(path)) from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:

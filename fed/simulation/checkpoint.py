@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fed.config import RunConfig, flat, renamed
 from fed.errors import FedError
-from fed.files import digest_of, sync
+from fed.files import digest_of, replacing, sync
 from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors, require_real
 from fed.simulation.inputs import check_same
 from fed.simulation.rows import RowSeal, first_lines, parse_rows, sealed_lines
@@ -90,8 +90,8 @@ def save(
             shutil.rmtree(path)
     temporary.mkdir(parents=True)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(state.server).items()}
-    save_file(tensors, temporary / TENSORS)
-    sync([temporary / TENSORS])
+    with replacing(temporary / TENSORS) as unnamed:
+        save_file(tensors, unnamed)
     facts = {
         "round": number,
         "fold_bytes": state.server.fold_bytes,

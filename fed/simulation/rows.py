@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from fed import config as configuration
 from fed.errors import FedError
-from fed.files import digest, new_digest, sync, write_atomically
+from fed.files import digest, naming, new_digest, sync, write_atomically
 from fed.types import Row
 
 ROUNDS = "rounds.jsonl"
@@ -40,12 +40,10 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Append a row to the file."""
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        try:
+        with naming(self._path):
             self._file.write(line)
             self._file.flush()
             sync([self._path])
-        except OSError as error:  # which names no file
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._size += len(line)
         self._digest.update(line)
 

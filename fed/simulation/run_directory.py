@@ -67,7 +67,7 @@ class RunDirectory:
         require_free(target, overwrite)
         self.target = target
         self.path = target
-        self._created = False
+        self._created = self._replaces = False
         self._made: list[Path] = []
         self._aside: Path | None = None
         self._locks = ExitStack()
@@ -83,7 +83,8 @@ class RunDirectory:
             self._created = True
             self.path.chmod(0o755)
             self._locks.enter_context(held(self.path))
-            if self.target.exists():
+            self._replaces = self.target.exists()
+            if self._replaces:
                 self._locks.enter_context(held(self.target))
         except OSError as error:
             self._undo()
@@ -96,12 +97,12 @@ class RunDirectory:
     def publish(self) -> None:
         """Move the directory to `target`, which `path` is from now on."""
         sync([self.path])
-        if self.target.exists():
+        if self._replaces:
             self._aside = self.path.with_suffix(_OLD)
             self.target.rename(self._aside)
         try:
             self.path.rename(self.target)
-        except OSError as error:
+        except OSError as error:  # another process has made it meanwhile
             raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
         self.path = self.target
         sync([self.target.parent])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -16,7 +17,7 @@ from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.errors import FedError
-from fed.files import replacing
+from fed.files import naming, replacing
 from fed.locks import held
 from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
 from fed.simulation import checkpoint, finished
@@ -28,6 +29,8 @@ from fed.simulation.rows import RowFile
 from fed.simulation.run_directory import BASE
 from fed.simulation.similarity import save_similarity, similarity_files
 from fed.types import Row, ServerState
+
+_UNFINISHED = re.compile(r".+\.tmp|\.tmp\w{6}")  # files that are written, by this package and by safetensors
 
 
 def simulate(
@@ -144,13 +147,16 @@ def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server
         if path.stem not in ("round-1", f"round-{config.rounds}"):  # of a run that is over more rounds now
             path.unlink()
     save_base_delta(directory, server, config.adapter.rank)
-    pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
+    with naming(directory / ADAPTER):
+        pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
 
 
 def _sweep(directory: Path) -> None:
     """Remove the temporary files and folders that a run leaves whose process was killed."""
-    for path in [*directory.glob("*.tmp"), *(directory / finished.SIMILARITY).glob("*.tmp")]:
-        path.unlink()
+    for folder in (directory, directory / finished.SIMILARITY):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _UNFINISHED.fullmatch(path.name):
+                path.unlink()
     for path in (directory / ADAPTER).glob(".adapter-*"):
         shutil.rmtree(path)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Exit statuses of a command for unusable input (a FedError), and after Ctrl-C.
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -27,6 +29,19 @@ def machine_fault(error: BaseException) -> str | None:
         return "there is not enough memory; smaller batches, cohorts or models would need less"
     fault, file = system_fault(error), getattr(error, "filename", None)
     return f"{file}: {fault}" if fault is not None and file else fault
+
+
+@contextmanager
+def machine_faults() -> Iterator[None]:
+    """Within the context, raise errors of the machine (`machine_fault`) as FedErrors."""
+    try:
+        yield
+    except FedError:
+        raise
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
+            raise
+        raise FedError(fault) from error
 
 
 def system_fault(error: BaseException) -> str | None:

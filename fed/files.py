@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fed.errors import FedError, system_fault
@@ -86,7 +86,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             sync([path.parent])
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that has failed already
+            temporary.unlink(missing_ok=True)
         raise
 
 

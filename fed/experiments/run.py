@@ -15,7 +15,7 @@ from fed import interruption, methods
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.data.tables import Split
-from fed.errors import FedError, machine_fault
+from fed.errors import FedError, machine_faults
 from fed.experiments.trackers import tracking
 from fed.models import base_model
 from fed.models.base_model import Progress, head_names
@@ -105,21 +105,17 @@ def ended(directory: Path, config: RunConfig) -> bool:
 def limits(threads: int) -> Iterator[None]:
     """Within the context, set torch's number of CPU threads (0: keep it).
 
-    PLoRAErrors and errors of the machine, such as a full disk (`fed.errors.machine_fault`), are raised as FedErrors.
+    PLoRAErrors and errors of the machine, such as a full disk (`fed.errors.machine_faults`), are raised as FedErrors.
     From then on the process also keeps freed memory for reuse (`fed.training.memory.keep_freed_memory`).
     """
     keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        yield
-    except FedError:
-        raise
-    except Exception as error:
-        fault = str(error) if isinstance(error, PLoRAError) else machine_fault(error)
-        if fault is None:
-            raise
-        raise FedError(fault) from error
+        with machine_faults():
+            yield
+    except PLoRAError as error:
+        raise FedError(str(error)) from error
     finally:
         torch.set_num_threads(before)
 

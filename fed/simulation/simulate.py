@@ -16,7 +16,7 @@ import plora_kernels as pk
 from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.errors import FedError
+from fed.errors import FedError, machine_faults
 from fed.files import naming, replacing
 from fed.locks import held
 from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
@@ -70,13 +70,13 @@ def simulate(
     Ctrl-C takes effect between two steps of a client. The directory is held against other processes meanwhile.
 
     Raises FedError with `resume` if there is no checkpoint to go on from, or it was made with another configuration or
-    other inputs, and if another process works in the directory.
+    other inputs, if another process works in the directory, and if the machine refuses memory or room on its disk.
     """
     tell, lasting = on_event or _discard, config.checkpoint_every > 0
     if resume and checkpoint.last_round(directory) is None:
         raise FedError(f"{str(directory)!r} holds no checkpoint to go on from; start the run anew")
     inputs = input_digests(data, model)
-    with interruption.deferred(), ExitStack() as stack:
+    with interruption.deferred(), machine_faults(), ExitStack() as stack:
         if directory.is_dir():
             stack.enter_context(held(directory))
         shared = stack.enter_context(adapted(config, model, head_names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
@@ -90,9 +91,12 @@ def index_for(selected: Selection | None, rank: int, device: torch.device, *, in
 
 def check_number(name: str, value: object) -> float:
     """Return a plain finite number as a float; raise ConfigError for anything else, a tensor included."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ConfigError(f"{name} is {value!r}; a finite number is needed")
-    return float(value)
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer above the largest float
+        raise ConfigError(f"{name} is above {sys.float_info.max:.3g}; a finite number is needed") from None
+    raise ConfigError(f"{name} is {value!r}; a finite number is needed")
 
 
 def check_positive(name: str, value: object) -> float:

@@ -21,7 +21,7 @@ def load_tokenizer(config: RunConfig) -> Any:
 
     path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Without tokenizer files transformers makes a tokenizer that has only special tokens.
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise FedError(f"model.path is {str(path)!r}: its tokenizer knows no words; its files should lie there")
@@ -61,7 +61,7 @@ def require_positions(config: RunConfig) -> Any:
 
     path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
-        architecture = AutoConfig.from_pretrained(path, local_files_only=True)
+        architecture = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         positions = _positions(architecture, config.data.max_length)
     if positions is not None and config.data.max_length > positions:
         raise FedError(f"data.max_length is {config.data.max_length}: the checkpoint takes at most {positions} tokens")
@@ -81,7 +81,7 @@ def _positions(architecture: Any, wanted: int) -> int | None:
     from transformers import AutoModel
 
     with torch.device("meta"):  # a model without memory for its weights
-        padding = position_padding(AutoModel.from_config(architecture))
+        padding = position_padding(AutoModel.from_config(architecture, trust_remote_code=False))
     return positions if padding is None else positions - padding - 1
 
 

@@ -15,6 +15,7 @@ from fed.data.labels import match_head, quoted
 from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, position_padding, quiet, saved_label_names
 from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
+from fed.models.saved_files import RENEW, check_dtypes, check_files, write_digests
 from fed.seeding import permutation, torch_seed
 
 # A callback for pretraining, called after each step with the number of steps done and the step's loss.
@@ -77,31 +78,72 @@ def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progres
 
 
 def save(model: Any, config: RunConfig, directory: Path) -> None:
-    """Save a base model in transformers' format, with the tokenizer of its checkpoint if it came from one."""
+    """Save a base model in transformers' format, with the tokenizer of its checkpoint if it came from one.
+
+    The digests of all files come last, once these are on the disk; `reopen` holds the files against them.
+    """
     with quiet():
         if config.model.path is not None:
             load_tokenizer(config).save_pretrained(directory)
         model.save_pretrained(directory)
+    write_digests(directory)
 
 
 def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
     """Load a base model that `save` wrote, bit for bit, on the CPU, with the saved dtype and labels.
 
-    Raises FedError if it does not load, or if its labels are not `label_names`, in this order; () allows any.
+    Raises FedError if a file or a weight is not as it was saved, or if the model's labels are not `label_names`, in
+    this order; () allows any. No code in the folder is run.
     """
     import transformers
 
-    with quiet(), failing_as(f"the base model in {str(directory)!r} does not load"):
-        architecture = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        kind = getattr(transformers, architecture.architectures[0])
-        model: nn.Module = kind.from_pretrained(directory, local_files_only=True, dtype="auto")
-    saved = tuple(architecture.id2label.values())
+    what = f"the base model in {str(directory)!r}"
+    check_files(directory, what)
+    with quiet(), failing_as(f"{what} does not load"):
+        architecture = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        kind = _class_of(architecture)
+        model, report = kind.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="auto",
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    _check_complete(report, what)
+    check_dtypes(model, directory, what)
+    saved = tuple((architecture.id2label or {}).values())
     if label_names and saved != label_names:
         raise FedError(
-            f"the base model in {str(directory)!r} has the labels {quoted(saved)}, and the data {quoted(label_names)}; "
+            f"{what} has the labels {quoted(saved)}, and the data {quoted(label_names)}; "
             "model.path and data.path should be as they were when it was made"
         )
     return model
+
+
+def _class_of(architecture: Any) -> Any:
+    """Return the class of transformers' models that a configuration names."""
+    import transformers
+
+    names = architecture.architectures
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise FedError(f"its config.json has architectures {names!r}; one class of transformers' models is needed")
+    return kind
+
+
+def _check_complete(report: dict[str, Any], what: str) -> None:
+    """Raise FedError, naming a weight, if those in the file are not exactly the model's."""
+    for name in sorted(report["missing_keys"]):
+        raise FedError(f"{what} is damaged: its file has no {name!r}; {RENEW}")
+    for name, saved, wanted in sorted(report["mismatched_keys"], key=str):
+        raise FedError(f"{what} is damaged: {name!r} is {tuple(saved)}, not {tuple(wanted)}; {RENEW}")
+    for name in sorted(report["unexpected_keys"]):
+        raise FedError(f"{what} is damaged: its file has {name!r}, which is not in the model; {RENEW}")
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -204,7 +246,12 @@ def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str
     loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
         model, report = getattr(transformers, kind).from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, output_loading_info=True, **settings
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **settings,
         )
     _pad_as(model, tokenizer)
     resized = {name: f"is {tuple(saved)}, not {tuple(wanted)}" for name, saved, wanted in report["mismatched_keys"]}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -14,40 +12,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from plora_kernels.errors import ConfigError
-from plora_kernels.nn.peft_layout import first_line
+from plora_kernels.nn.adapter_config import (
+    UNDERSTOOD,
+    first_line,
+    parse_config,
+    shown,
+    shown_path,
+    without_repeats,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"  # what PEFT wrote before safetensors
-# The fields of an adapter's configuration that are understood here, or say nothing of what a saved adapter computes.
-# All others must have their default value: a feature that a later version of PEFT brings is refused, never ignored.
-_UNDERSTOOD = {
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
-    "fan_in_fan_out",  # PEFT turns it off for nn.Linear, the only layer there is here
-}
-# Starts that leave the base weight as it is, in any letter case, and beginnings of those that take something from it.
-# PEFT does so again when it loads the adapter, except for "lora_ga", whose base has to be saved after the start.
-_PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_HEADER_BYTES = 8  # of a safetensors file: the size of the JSON that follows
 
 
-def check_directory(source: Path) -> None:
-    """Raise ConfigError unless the directory holds a configuration and a file of tensors."""
+def check_directory(directory: str | os.PathLike[str]) -> Path:
+    """Return the directory as a path; raise ConfigError unless it holds a configuration and a file of tensors."""
+    try:
+        source = Path(directory)
+    except TypeError:
+        raise ConfigError(f"directory is {shown(directory)}; a path is needed") from None
     for path in (source / CONFIG_NAME, weights_path(source)):
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed")
+        if _is_file(path):
+            continue
+        what = "is not a file" if os.path.lexists(_without_nul(path)) else "does not exist"
+        raise ConfigError(f"{shown_path(path)} {what}; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed")
+    return source
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that may not be entered
+        return False
+
+
+def _without_nul(path: Path) -> str:
+    return str(path).replace("\0", "")
 
 
 def weights_path(source: Path) -> Path:
     """Return the file of tensors that PEFT reads from the directory: the pickled one only without the other."""
-    pickled = (source / PICKLED_NAME).is_file() and not (source / WEIGHTS_NAME).is_file()
+    pickled = _is_file(source / PICKLED_NAME) and not os.path.lexists(_without_nul(source / WEIGHTS_NAME))
     return source / (PICKLED_NAME if pickled else WEIGHTS_NAME)
 
 
@@ -57,20 +68,45 @@ def read_tensors(source: Path, model: nn.Module) -> dict[str, Tensor]:
     From an `adapter_model.bin` nothing but tensors is unpickled.
 
     Raises:
-        ConfigError: the file cannot be read, or holds something else than tensors.
+        ConfigError: the file cannot be read, holds something else than plain tensors, or one of them twice.
     """
     from peft.utils import load_peft_weights
 
     path, renamed = weights_path(source), getattr(model, "_checkpoint_conversion_mapping", None)
+    where = shown_path(path)
+    if path.name == WEIGHTS_NAME:
+        _refuse_repeats(path)
     try:
-        tensors = load_peft_weights(str(source), device="cpu", key_mapping=renamed or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates kinds of tensors that older files hold
+            tensors = load_peft_weights(str(source), device="cpu", key_mapping=renamed or None)
     except Exception as error:  # each library and each kind of damage has its own
         if path.name == PICKLED_NAME:  # torch's own message tells how to run the code in it
-            raise ConfigError(f"{path} is not a pickled dict of tensors, or is cut off") from error
-        raise ConfigError(f"{path} is not a safetensors file, or is cut off: {first_line(error)}") from error
+            raise ConfigError(f"{where} is not a pickled dict of tensors, or is cut off") from error
+        raise ConfigError(f"{where} is not a safetensors file, or is cut off: {first_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ConfigError(f"{path} does not hold a dict of tensors")
-    return tensors
+        raise ConfigError(f"{where} does not hold a dict of tensors")
+    for key, value in tensors.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{where} holds a tensor under {shown(key)}; names are needed")
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or type(value) not in (Tensor, nn.Parameter):
+            kind = type(value).__name__ if value.layout is torch.strided else str(value.layout)
+            raise ConfigError(f"{where} holds {shown(key)} as a {kind} on {value.device}; a plain tensor is needed")
+    return {key: value.detach() for key, value in tensors.items()}
+
+
+def _refuse_repeats(path: Path) -> None:
+    """Raise ConfigError if a safetensors file names a tensor twice: of the two, one would be lost without a word."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(_HEADER_BYTES), "little")
+            if size <= path.stat().st_size:
+                json.loads(file.read(size), object_pairs_hook=without_repeats)
+    except ConfigError as error:
+        raise ConfigError(f"{shown_path(path)} {error}") from None
+    except (OSError, ValueError, RecursionError, MemoryError):  # safetensors itself says what is wrong
+        return
 
 
 def renamed_by_peft(tensors: Mapping[str, Tensor], model: nn.Module, lora: Any) -> Mapping[str, Tensor]:
@@ -83,7 +119,7 @@ def renamed_by_peft(tensors: Mapping[str, Tensor], model: nn.Module, lora: Any) 
         return tensors
 
 
-def read_config(source: Path) -> Any:
+def read_config(source: Path, model: nn.Module) -> Any:
     """Return the directory's `LoraConfig`, refused if it asks for more than plain LoRA.
 
     Raises:
@@ -92,69 +128,34 @@ def read_config(source: Path) -> Any:
     from peft import LoraConfig, PeftConfig
 
     path = source / CONFIG_NAME
+    where, written = shown_path(path), parse_config(path, sum(1 for _ in model.modules()))
+    given = {name: value for name, value in written.items() if name != "runtime_config"}  # of a run, not of an adapter
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        _check_start(path, written.get("init_lora_weights"))
-        _check_values(path, written)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields it does not know: they are refused below
-            lora = PeftConfig.from_pretrained(str(source))
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON object, no known type, odd values
-        raise ConfigError(f"{path} is not an adapter's configuration: {error!r}") from error
+            lora = PeftConfig.from_peft_type(**given)
+    except Exception as error:  # no known type, odd values
+        raise ConfigError(f"{where} is not an adapter's configuration: {first_line(error)}") from error
     if type(lora) is not LoraConfig:
         kind = getattr(lora.peft_type, "value", lora.peft_type)
-        raise ConfigError(f"{path} is the configuration of a {kind} adapter; LoRA is needed")
+        raise ConfigError(f"{where} is the configuration of a {kind} adapter; LoRA is needed")
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for name in sorted(written.keys() - fields.keys() - _UNDERSTOOD):
+    for name in sorted(written.keys() - fields.keys() - UNDERSTOOD):
         if written[name]:
+            field = name if name.isidentifier() else shown(name)
             raise ConfigError(
-                f"{path} has {name} = {written[name]!r}, which this version of PEFT does not know; upgrade PEFT"
+                f"{where} has {field} = {shown(written[name])}, which this version of PEFT does not know; upgrade PEFT"
             )
-    for name in sorted(fields.keys() - _UNDERSTOOD):
+    for name in sorted(fields.keys() - UNDERSTOOD):
         value, default = getattr(lora, name), _default(fields[name])
         if value != default and (value or default):
-            raise ConfigError(f"{path} has {name} = {written.get(name, value)!r}; only {default!r} is supported")
+            raise ConfigError(f"{where} has {name} = {shown(written.get(name, value))}; only {default!r} is supported")
     lora.rank_pattern, lora.alpha_pattern = lora.rank_pattern or {}, lora.alpha_pattern or {}
     return lora
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _check_start(path: Path, start: object) -> None:
-    """Raise ConfigError unless `init_lora_weights` leaves the base weight as it is."""
-    if isinstance(start, bool | None) or str(start).lower() in _PLAIN_STARTS:
-        return
-    if str(start).lower().startswith(_CHANGING_STARTS):
-        raise ConfigError(
-            f"{path} has init_lora_weights = {start!r}, which changes the base weight; convert the adapter to plain "
-            "LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
-        )
-    raise ConfigError(f"{path} has init_lora_weights = {start!r}; known are true, false, {', '.join(_PLAIN_STARTS)}")
-
-
-def _check_values(path: Path, written: Mapping[str, Any]) -> None:
-    """Raise ConfigError for ranks, α and regular expressions that PEFT takes now and fails on later."""
-    patterns = {field: written.get(field) or {} for field in ("rank_pattern", "alpha_pattern")}
-    ranks = {"r": written.get("r", 8)} | {f"rank_pattern[{key!r}]": r for key, r in patterns["rank_pattern"].items()}
-    for name, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ConfigError(f"{path} has {name} = {rank!r}; a positive integer is needed")
-    alphas = {"lora_alpha": written.get("lora_alpha", 8)}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in patterns["alpha_pattern"].items()}
-    for name, alpha in alphas.items():
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-            raise ConfigError(f"{path} has {name} = {alpha!r}; a positive number is needed")
-    modules = [written.get(field) for field in ("target_modules", "exclude_modules")]
-    for expression in [*patterns["rank_pattern"], *patterns["alpha_pattern"], *modules]:
-        if isinstance(expression, str):
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ConfigError(f"{path} holds {expression!r}, no regular expression: {error}") from error
 
 
 def write_adapter(

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plora_kernels.checks import DTYPES
 from plora_kernels.errors import ConfigError, DTypeError, RankError, ShapeError, TargetError
+from plora_kernels.nn.adapter_config import shown
 from plora_kernels.nn.adapter_files import CONFIG_NAME, renamed_by_peft
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
@@ -24,7 +26,7 @@ from plora_kernels.nn.storages import storage_of, storage_uses
 from plora_kernels.selection import MAX_RANK
 
 # PEFT's keys have no adapter's name; those of a whole state dict do, as in "lora_A.default.weight".
-_FACTOR = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight\Z")
 
 
 def factor_key(module: str, side: str) -> str:
@@ -114,7 +116,7 @@ def check_modules_exist(tensors: Iterable[str], model: nn.Module, source: object
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for module in modules:
         if module not in known:
-            raise TargetError(f"the adapter has factors for {module!r}, which is not in the model")
+            raise TargetError(f"the adapter has factors for {shown(module)}, which is not in the model")
 
 
 def _modules_of(tensors: Iterable[str]) -> Set[str]:
@@ -151,13 +153,13 @@ def fit(tensors: Mapping[str, Tensor], layout: Layout, source: object) -> Fitted
                 fitted.originals[copied[1]] = value
         elif match:
             raise TargetError(
-                f"{source} has factors for {match['module']!r}, which {CONFIG_NAME} beside it does not target; are "
-                "they of one adapter?"
+                f"{source} has factors for {shown(match['module'])}, which {CONFIG_NAME} beside it does not target; "
+                "are they of one adapter?"
             )
         else:
             name = key.removeprefix(PREFIX)
             reason = "PEFT does not read" if name in layout.base_keys.values() else "is not in the model"
-            raise TargetError(f"the adapter holds {name!r}, which {reason}")
+            raise TargetError(f"the adapter holds {shown(name)}, which {reason}")
     return fitted
 
 
@@ -194,7 +196,7 @@ def _without_adapter_names(tensors: Mapping[str, Tensor], layout: Layout, source
             adapters.add("")
         renamed[key] = value
     if len(adapters) > 1:
-        names = ", ".join(repr(name) if name else "without a name" for name in sorted(adapters))
+        names = ", ".join(shown(name) if name else "without a name" for name in sorted(adapters)[:4])
         raise ConfigError(f"{source} holds the factors of several adapters ({names}); one is needed")
     return renamed
 
@@ -212,8 +214,8 @@ def _factors_of(name: str, layer: AdaptedLayer, left: dict[str, Tensor], source:
     lora_A, lora_B = left.pop(keys["A"]), left.pop(keys["B"])
     n, k = layer.base.out_features, layer.base.in_features
     for side, value in (("A", lora_A), ("B", lora_B)):
-        if not value.is_floating_point():
-            raise DTypeError(f"lora_{side} of {name!r} is {value.dtype}; floating-point numbers are needed")
+        if value.dtype not in DTYPES:
+            raise DTypeError(f"lora_{side} of {name!r} is {value.dtype}; {', '.join(map(str, DTYPES))} are supported")
     shapes = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
     if lora_A.dim() != 2 or tuple(lora_B.shape) != (n, lora_A.shape[0]) or lora_A.shape[1] != k:
         raise ShapeError(
@@ -229,7 +231,19 @@ def _factors_of(name: str, layer: AdaptedLayer, left: dict[str, Tensor], source:
             f"the adapter has rank {layer.rank} for {name!r}; layers, as the kernels, take ranks 1 to {MAX_RANK}: "
             "merge it into the weight with PEFT's merge_and_unload instead"
         )
+    for side, value in (("A", lora_A), ("B", lora_B)):
+        _check_finite(f"lora_{side} of {name!r}", value, layer.base.weight.dtype)
     return lora_A, lora_B
+
+
+def _check_finite(what: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise ConfigError if a tensor holds what is no finite number, or is none any more in the dtype it is cast to."""
+    if not torch.isfinite(value).all():
+        raise ConfigError(f"{what} holds NaN or infinity; finite numbers are needed")
+    if not torch.isfinite(value.to(dtype)).all():
+        most = value.abs().max().item()
+        end = torch.finfo(dtype).max
+        raise ConfigError(f"{what} holds {most:.3g}, and {dtype} ends at {end:.3g}; load the model in a wider dtype")
 
 
 def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable[str]) -> None:
@@ -237,7 +251,8 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
 
     Raises:
         ShapeError: a shape differs. DTypeError: numbers of another kind.
-        ConfigError: different values for tensors that are tied in the model; those of `whole` modules will not be.
+        ConfigError: values that are not finite or do not fit the model's dtype, where the model's are finite; different
+            values for tensors that are tied in the model; those of `whole` modules will not be.
     """
     own = model.state_dict()
     tied: dict[int, str] = {}
@@ -247,13 +262,35 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
                 f"the adapter's {key!r} is {tuple(value.shape)}; the model's is {tuple(own[key].shape)}"
                 + _how_to_resize(model, key, value)
             )
-        if value.is_floating_point() != own[key].is_floating_point():
-            raise DTypeError(f"the adapter's {key!r} is {value.dtype}; the model's is {own[key].dtype}")
+        _check_castable(f"the adapter's {key!r}", value, own[key])
         if any(key.startswith(f"{name}.") for name in whole):
             continue
         first = tied.setdefault(storage_of(own[key]), key)
         if others[first].shape == value.shape and not torch.equal(others[first], value):
             raise ConfigError(f"the adapter holds different values for {first!r} and {key!r}, which the model ties")
+
+
+def _check_castable(what: str, value: Tensor, own: Tensor) -> None:
+    """Raise unless a tensor means the same in the dtype of the model's own tensor, to rounding."""
+    if value.dtype in DTYPES and own.dtype in DTYPES:
+        if own.is_meta or torch.isfinite(own).all():  # a buffer may hold infinity, as some masks do
+            _check_finite(what, value, own.dtype)
+        return
+    whole = not any(t.dtype.is_floating_point or t.dtype.is_complex or t.dtype is torch.bool for t in (value, own))
+    if value.dtype == own.dtype or (whole and torch.equal(value.to(own.dtype).to(value.dtype), value)):
+        return
+    raise DTypeError(f"{what} is {value.dtype}; the model's is {own.dtype}")
+
+
+def base_weights(others: Iterable[str], model: nn.Module, whole: Iterable[str]) -> list[str]:
+    """Return those of the tensors that belong neither to a module saved whole nor to embeddings."""
+    inside, embeddings = tuple(f"{name}." for name in whole), embeddings_of(model)
+    found = []
+    for key in others:
+        owner = model.get_submodule(key.rpartition(".")[0])
+        if not key.startswith(inside) and not isinstance(owner, nn.Embedding) and not _is_one_of(owner, embeddings):
+            found.append(key)
+    return found
 
 
 def _how_to_resize(model: nn.Module, key: str, value: Tensor) -> str:

@@ -71,7 +71,7 @@ def _changed_sizes(model: nn.Module, base: str | None) -> set[int]:
         return set()
     for name in names:
         try:
-            before = _sizes(config.__class__.from_pretrained(name, local_files_only=True))
+            before = _sizes(config.__class__.from_pretrained(name, local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError, AttributeError):  # not a folder with a configuration, nor in the cache
             continue
         return {size for place, size in sizes.items() if before.get(place) != size}

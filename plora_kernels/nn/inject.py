@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -51,6 +51,8 @@ class Injected:
     carried: tuple[str, ...] = field(default=(), kw_only=True)
     _linears: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _required_grad: dict[str, bool] = field(default_factory=dict, repr=False)
+    _originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _put_back: ExitStack = field(default_factory=ExitStack, repr=False)
     _watch: CallWatch | None = field(default=None, repr=False)
 
     def select(self, selection: Selection | Mapping[str, Selection], unselected: str = "folded") -> None:
@@ -132,10 +134,34 @@ class Injected:
             for name, layer in self.layers.items():
                 layer.groups = before[name]
 
+    def replace_values(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into tensors of the model, by their keys in its state dict; `restore` puts the present ones back.
+
+        The copies of the present values stay on their device.
+        """
+        self._originals |= {key: _tensor_of(self.model, key).detach().clone() for key in values}
+        for key, value in values.items():
+            _write(self.model, key, value)
+
+    def put_back_with(self, stack: ExitStack) -> None:
+        """Have `restore` close the stack too, once the linears are back."""
+        self._put_back = stack
+
     @torch.no_grad()
     def restore(self) -> nn.Module:
-        """Put back the plain linears that `inject` replaced, drop the adapter, and return the model."""
+        """Put back the plain linears that `inject` replaced, drop the adapter, and return the model.
+
+        What a loaded adapter replaced besides, such as whole modules and embeddings, has its former values again, bit
+        for bit, and weights that were tied are so again. Modules that `inject` made trainable keep what they learned.
+
+        Raises:
+            StateError: a weight was changed while it was folded, or one to be put back was resized. The model is left
+                as it is.
+        """
         self._check_present()
+        for key, original in self._originals.items():
+            if (now := _tensor_of(self.model, key).shape) != original.shape:
+                raise StateError(f"{key!r} was {tuple(original.shape)} and is {tuple(now)} now; resize it back first")
         self.unfold()
         if self._watch is not None:
             self._watch.stop()
@@ -146,6 +172,10 @@ class Injected:
             self.model.set_submodule(name, linear.train(layer.training))
             mark_replaced(layer.lora_A, "restore()")
             mark_replaced(layer.lora_B, "restore()")
+        for key, original in self._originals.items():
+            _write(self.model, key, original)
+        self._originals.clear()
+        self._put_back.close()
         for name, parameter in self.model.named_parameters():
             if name in self._required_grad:
                 parameter.requires_grad_(self._required_grad[name])
@@ -164,6 +194,17 @@ class Injected:
         missing = [name for name in self.layers if name not in mapping]
         if missing:
             raise TargetError(f"{what} misses layer {missing[0]!r}; all {len(self.layers)} adapted layers are needed")
+
+
+def _tensor_of(model: nn.Module, key: str) -> Tensor:
+    """Return the parameter or buffer that has this key in the model's state dict."""
+    owner, _, leaf = key.rpartition(".")
+    return cast(Tensor, getattr(model.get_submodule(owner), leaf))
+
+
+def _write(model: nn.Module, key: str, value: Tensor) -> None:
+    with torch.no_grad():
+        _tensor_of(model, key).copy_(value)
 
 
 @contextmanager

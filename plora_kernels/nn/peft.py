@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from plora_kernels.errors import ConfigError, StateError, TargetError
+from plora_kernels.errors import ConfigError, PLoRAWarning, StateError, TargetError
+from plora_kernels.nn.adapter_config import shown, shown_path
 from plora_kernels.nn.adapter_files import (
     CONFIG_NAME,
     check_directory,
@@ -24,6 +25,7 @@ from plora_kernels.nn.adapter_files import (
     write_adapter,
 )
 from plora_kernels.nn.adapter_tensors import (
+    base_weights,
     check_modules_exist,
     check_others,
     fit,
@@ -39,6 +41,7 @@ from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
 from plora_kernels.nn.peft_layout import Layout, layout_of
 from plora_kernels.nn.plain_names import is_compiled, plain_names
 from plora_kernels.nn.saved_modules import modules_saved_whole
+from plora_kernels.nn.targets import shortened
 
 
 def save_peft(
@@ -193,12 +196,14 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
     """Inject a saved PEFT LoRA adapter into a plain base model, in place, and return its handle.
 
     Which layers are adapted, their ranks and α, and which modules were saved whole is what PEFT itself makes of the
-    configuration; the tensors must be exactly those. Whole modules and embeddings replace the model's own values. A
-    whole module that shares a weight gets its own, after a warning. The factors take the dtype of the weight they
-    belong to. `adapter_model.bin` is read too, nothing but tensors.
+    configuration; the tensors must be exactly those. Whole modules and embeddings replace the model's own values, of
+    which the handle keeps copies for `restore`; so do other weights of the base in the file, as in PEFT, after a
+    warning. A whole module that shares a weight gets its own, after a warning. The factors take the dtype of the weight
+    they belong to. `adapter_model.bin` is read too, nothing but tensors.
 
     Raises:
-        ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support.
+        ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support, or
+            with NaN, infinity or numbers above the largest of the model's dtype.
         TargetError, ShapeError, DTypeError, RankError: tensors, configuration and model do not fit each other.
         StateError: the model is compiled or holds adapted layers already. After any error the model is as it was.
 
@@ -214,33 +219,36 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
         if is_compiled(module):
             where = f"module {name!r}" if name else "the model"
             raise StateError(f"{where} is compiled; load into the plain one, its _orig_mod, and compile afterwards")
-    source = Path(directory)
-    check_directory(source)
-    lora = read_config(source)
-    tensors, path = with_present_names(read_tensors(source, model), model, lora), weights_path(source)
+    source = check_directory(directory)
+    lora = read_config(source, model)
+    tensors, path = with_present_names(read_tensors(source, model), model, lora), shown_path(weights_path(source))
     check_modules_exist(tensors, model, path)
     layout = layout_of(model, lora)
-    _check_plain(lora, layout, source / CONFIG_NAME)
+    _check_plain(lora, layout, shown_path(source / CONFIG_NAME))
     fitted = fit(tensors, layout, path)
     others = still_tied(fitted, model, layout.whole)
     check_others(others, model, layout.whole)
+    if replaced := base_weights(others, model, layout.whole):
+        warnings.warn(
+            f"{path} replaces weights of the base model, as in PEFT: {shortened(replaced)}; restore() puts them back",
+            PLoRAWarning,
+            stacklevel=2,
+        )
     config = _to_config(lora, layout, [name for name, _ in model.named_modules(remove_duplicate=False)])
     with torch.no_grad(), ExitStack() as undo:
         untie(model, layout.whole, undo)
-        own = model.state_dict()  # the model's own memory
         handle = inject(model, config)
+        handle.put_back_with(undo.pop_all())
         undo.callback(handle.restore)
         handle.set_factors(fitted.factors)
-        for key, value in others.items():
-            undo.callback(own[key].copy_, own[key].clone())
-            own[key].copy_(value)
+        handle.replace_values(others)
         undo.pop_all()
     whole = tuple(f"{name}." for name in layout.whole)
     handle.carried = tuple(key for key in others if not key.startswith(whole))
     return handle
 
 
-def _check_plain(lora: Any, layout: Layout, path: Path) -> None:
+def _check_plain(lora: Any, layout: Layout, path: str) -> None:
     """Raise ConfigError if PEFT makes a layer compute more than LoRA; warn of patterns that are for no layer."""
     for name, layer in layout.layers.items():
         if layer.variant is not None:
@@ -248,7 +256,7 @@ def _check_plain(lora: Any, layout: Layout, path: Path) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, field):
             if not any(pattern_matches(key, name) for name in layout.layers):
-                warnings.warn(f"{path} has {key!r} in {field}, which matches no targeted module", stacklevel=3)
+                warnings.warn(f"{path} has {shown(key)} in {field}, which matches no targeted module", stacklevel=3)
 
 
 def _to_config(lora: Any, layout: Layout, names: Iterable[str]) -> PLoRAConfig:

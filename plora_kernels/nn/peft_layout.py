@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_kernels.errors import TargetError
+from plora_kernels.nn.adapter_config import first_line
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.plain_names import is_compiled, unwrapped
 from plora_kernels.nn.saved_modules import TASK_HEADS
@@ -115,11 +116,6 @@ def _file_key(key: str, layers: Mapping[str, AdaptedLayer]) -> str:
     """Return the key that a tensor of the plain model has in PEFT's model: adapted layers keep it in `base_layer`."""
     owner, _, leaf = key.rpartition(".")
     return f"{PREFIX}{owner}.base_layer.{leaf}" if owner in layers else f"{PREFIX}{key}"
-
-
-def first_line(error: Exception) -> str:
-    """Return an error of another library as one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ------------------------------------------------------------------------------------------------------ outlines

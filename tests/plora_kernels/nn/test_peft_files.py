@@ -159,9 +159,9 @@ def test_unknown_fields_that_say_nothing_are_passed_over(tmp_path: Path) -> None
         ({"rank_pattern": {"lin": True}}, r"has rank_pattern\['lin'\] = True; a positive integer is needed"),
         ({"lora_alpha": None}, "has lora_alpha = None; a positive number is needed"),
         ({"alpha_pattern": {"lin": -1}}, r"has alpha_pattern\['lin'\] = -1; a positive number is needed"),
-        ({"alpha_pattern": {"(": 1}}, r"holds '\(', no regular expression"),
-        ({"target_modules": "["}, r"holds '\[', no regular expression"),
-        ({"lora_dropout": 1.0}, "dropout is 1.0"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern in .* holds '\(', which is not a regular expression"),
+        ({"target_modules": "["}, r"target_modules in .* holds '\[', which is not a regular expression"),
+        ({"lora_dropout": 1.0}, "has lora_dropout = 1.0; a probability from 0 to below 1 is needed"),
         ({"peft_type": "IA3"}, "is the configuration of a IA3 adapter; LoRA is needed"),
         ({"peft_type": "ADALORA", "target_r": 4, "total_step": 10}, "is the configuration of a ADALORA adapter"),
         ({"peft_type": "NONE"}, "is not an adapter's configuration"),
@@ -253,10 +253,13 @@ def test_factors_of_another_precision_are_loaded(tmp_path: Path, dtype: torch.dt
 
 def test_base_weights_in_the_file_are_loaded_and_saved_again(tmp_path: Path) -> None:
     weights = {f"{PREFIX}proj.base_layer.weight": torch.eye(8), f"{PREFIX}head.bias": torch.ones(4)}
-    handle = assert_loads_as_in_peft(change_tensors(saved_by_peft(tmp_path), lambda t: t | weights))
+    message = "replaces weights of the base model, as in PEFT: head.bias, proj.weight; restore"
+    with pytest.warns(pk.PLoRAWarning, match=message):
+        handle = assert_loads_as_in_peft(change_tensors(saved_by_peft(tmp_path), lambda t: t | weights))
     pk.save_peft(handle, tmp_path / "again")
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() >= weights.keys()
-    assert_loads_as_in_peft(tmp_path / "again")
+    with pytest.warns(pk.PLoRAWarning, match=message):
+        assert_loads_as_in_peft(tmp_path / "again")
 
 
 def pickled(directory: Path) -> Path:

@@ -1,0 +1,81 @@
+"""The files of a saved base model, held against the digests that were written beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fed.errors import FedError
+from fed.files import digest, digest_of, sync_tree, write_atomically
+
+DIGESTS = "digests.json"
+RENEW = "start the run anew"
+_ADAPTER = "adapter_config.json"  # transformers would put its adapter into the model
+# The kinds of files that transformers reads from a folder; others, such as a note of the user's, change nothing.
+_READ = {".json", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".py", ".jinja", ".txt", ".model"}
+
+
+def write_digests(directory: Path) -> None:
+    """Flush a folder's files to the disk, and then write their digests: a folder that has them is complete."""
+    (directory / DIGESTS).unlink(missing_ok=True)
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    sync_tree(directory)
+    files = {name: digest_of(directory / name) for name in names}
+    content = {"digest": _digest_of_all(files), "files": files}
+    write_atomically(directory / DIGESTS, json.dumps(content, indent=2) + "\n")
+
+
+def check_files(directory: Path, what: str) -> None:
+    """Raise FedError, beginning with `what`, unless the files are those that `write_digests` saw.
+
+    A folder without digests, of an earlier version, is only checked to hold files where files belong.
+    """
+    if not directory.is_dir():
+        raise FedError(f"{what} is missing; {RENEW}")
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.suffix in _READ}
+    for name, path in sorted(found.items()):
+        if not path.is_file():  # reading a named pipe would wait for ever
+            raise FedError(f"{what} is damaged: {name} is not a file; {RENEW}")
+    if DIGESTS not in found:
+        if _ADAPTER in found:
+            raise FedError(f"{what} holds {_ADAPTER}, which was not saved with it; remove that file, or {RENEW}")
+        return
+    files = _listed(directory / DIGESTS, what)
+    for name, wanted in files.items():
+        if not (directory / name).is_file():
+            raise FedError(f"{what} is damaged: {name} is missing; {RENEW}")
+        if digest_of(directory / name) != wanted:
+            raise FedError(f"{what} is damaged: {name} is not as it was saved; {RENEW}")
+    for name in sorted(found.keys() - files.keys() - {DIGESTS}):
+        raise FedError(f"{what} holds {name}, which was not saved with it; remove that file, or {RENEW}")
+
+
+def check_dtypes(model: nn.Module, directory: Path, what: str) -> None:
+    """Raise FedError, naming a weight, if one has another dtype in its file than in the model: it was converted."""
+    from safetensors import safe_open
+
+    own = model.state_dict()
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if name in own and own[name].dtype != (saved := file.get_tensor(name).dtype):
+                    raise FedError(f"{what} is damaged: {name!r} is {saved}, not {own[name].dtype}; {RENEW}")
+
+
+def _listed(path: Path, what: str) -> dict[str, str]:
+    """Return the digests in a file of them by file name."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+        files = content["files"]
+        if content["digest"] == _digest_of_all(files):
+            return dict(files)
+    except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, or no such table
+        pass
+    raise FedError(f"{what} is damaged: {DIGESTS} is not as it was saved; {RENEW}")
+
+
+def _digest_of_all(files: dict[str, str]) -> str:
+    return digest(json.dumps(files, sort_keys=True).encode())

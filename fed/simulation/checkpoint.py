@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fed.config import RunConfig, flat, renamed
+from fed.config import RunConfig, flat, located, renamed, same_setting
 from fed.errors import FedError
 from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors
 from fed.types import Client, RunState, ServerState
@@ -96,12 +96,12 @@ def _remove_others(folder: Path) -> None:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return every setting that must not change when a run is resumed, by dotted name, as JSON values."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")) if key not in _FREE}
+    return {key: value for key, value in flat(located(config.model_dump(mode="json"))) if key not in _FREE}
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     for name in sorted({*saved, *now}):
-        if saved.get(name) != now.get(name):
+        if not same_setting(name, saved.get(name), now.get(name)):
             raise FedError(
                 f"the checkpoint {str(folder)!r} was made with {name} = {saved.get(name)!r}, and the run has "
                 f"{now.get(name)!r}; a run goes on with the settings it began with"

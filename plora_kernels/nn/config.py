@@ -11,6 +11,7 @@ from typing import TypeVar
 from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError
 from plora_kernels.nn.folded_weight import check_original
+from plora_kernels.nn.patterns import check_pattern
 from plora_kernels.selection import check_rank
 
 # PEFT's task types. It refuses any other when the adapter is saved or loaded, which is after the training.
@@ -125,10 +126,7 @@ def _check_names(name: str, value: Sequence[str] | str | None) -> None:
 def _check_expression(name: str, pattern: str) -> None:
     if not isinstance(pattern, str):
         raise ConfigError(f"{name} holds {pattern!r}; names of modules or expressions for them are needed")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from None
+    check_pattern(pattern, name)
 
 
 def _by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:

@@ -191,12 +191,13 @@ def _one_line(error: ValidationError) -> str:
     key = _key(first["loc"])
     if first["type"] == "model_type":
         return f"{key} is {shown(first['input'])}: a table belongs there"
-    # For a key that takes two types there is one error for each; one on the value says more than that it has no type.
     found = [finding for finding in findings if _key(finding["loc"]) == key]
-    precise = [finding for finding in found if not finding["type"].endswith("_type")] or found
-    messages = [finding["msg"] for finding in precise]
+    messages = [finding["msg"] for finding in found]
     if not all(message.startswith(_EXPECTED) for message in messages):
-        return f"{key} is {shown(first['input'])}: {re.sub('^[A-Z][a-z]+ should ', 'it should ', messages[0])}"
+        # One on the value says more than one on the type.
+        first = next((finding for finding in found if not finding["type"].endswith("_type")), first)
+        return f"{key} is {shown(first['input'])}: {re.sub('^[A-Z][a-z]+ should ', 'it should ', first['msg'])}"
+    # For a key that takes two types there is one error for each type.
     expected = " or ".join(text.removeprefix(_EXPECTED) for text in messages)
     return f"{key} is {shown(first['input'])}: it should be {expected}"
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fed.config.fields import Count, CountOrNone, Fraction, FractionOrNone, Name, PathName, Positive, Table
+from fed.config.toml_files import shown
 
 # The columns of each GLUE task that hold the text and, for pairs of texts, the second text.
 GLUE = {
@@ -115,7 +116,7 @@ class DataConfig(Table):
             return value
         known = ", ".join(map(repr, PARTITIONS))
         raise ValueError(
-            f"data.partition is {value!r}: it should be {known} or a partitioner of flwr_datasets, e.g. "
+            f"data.partition is {shown(value)}: it should be {known} or a partitioner of flwr_datasets, e.g. "
             "'ShardPartitioner'"
         )
 
@@ -137,6 +138,9 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
             f"data.rows_per_client is {data.rows_per_client}: it goes with data.partition = 'dirichlet' or 'iid', not "
             f"{data.partition!r}"
         )
+    for option, key in (("num_partitions", "clients.count"), ("partition_by", "data.partition_by")):
+        if option in data.partition_options:
+            raise ValueError(f"data.partition_options.{option} is set by {key}; it should not be given")
     if data.name == "digits":
         _check_digits(data, model)
         return
@@ -155,7 +159,7 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
         raise ValueError("data.task is 'instruction': GLUE takes 'classification'")
     if data.tasks and data.name != "natural-instructions":
         raise ValueError(
-            f"data.tasks is {data.tasks}: only data.name = 'natural-instructions' has tasks to choose from"
+            f"data.tasks is {shown(data.tasks)}: only data.name = 'natural-instructions' has tasks to choose from"
         )
     if data.test_path is not None and data.name != "files":
         raise ValueError(f"data.test_path is {data.test_path!r}: it goes with data.name = 'files'")

@@ -48,7 +48,10 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
 
 def load_saved(path: Path) -> RunConfig:
     """Return the configuration that a run saved in its directory, perhaps with an earlier version's names of keys."""
-    return parse(renamed(_read(path)), where=str(path))
+    try:
+        return parse(renamed(read_toml(path, written=True)), where=str(path))
+    except FileNotFoundError:
+        raise FedError(f"there is no {path}, the configuration that a run saves") from None
 
 
 def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:

@@ -14,6 +14,7 @@ from fed.errors import FedError
 from fed.files import read_text
 
 _MOST_BYTES = 1_000_000  # the settings of 10,000 clients take a tenth of that
+_MOST_WRITTEN = 10 * _MOST_BYTES  # by this program: the same values with each on a line of its own
 _DEEPEST = 10  # tables and lists within each other
 _LARGEST = 2**63 - 1  # of an integer in TOML
 # Many names joined by dots, for which tomllib takes the square of their number: it is asked of no valid key.
@@ -21,13 +22,13 @@ _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+
 _SHOWN = 100  # characters of a value
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, written: bool = False) -> dict[str, Any]:
     """Return the content of a TOML file; see `read_toml_text` and `parse_toml` for what is raised."""
-    return parse_toml(read_toml_text(path), str(path))
+    return parse_toml(read_toml_text(path, written), str(path))
 
 
-def read_toml_text(path: Path) -> str:
-    """Return the text of a TOML file.
+def read_toml_text(path: Path, written: bool = False) -> str:
+    """Return the text of a TOML file, which may be larger if this program has `written` it.
 
     Raises FileNotFoundError if there is none, and FedError if it is no regular file, too large, or not UTF-8.
     """
@@ -36,8 +37,9 @@ def read_toml_text(path: Path) -> str:
             raise FileNotFoundError(path)
         if not path.is_file():  # reading a named pipe or a device might never end
             raise FedError(f"cannot read {path} as a TOML file: it is no regular file")
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise FedError(f"{path} is no configuration: it has {size} bytes, and one has at most {_MOST_BYTES}")
+        most = _MOST_WRITTEN if written else _MOST_BYTES
+        if (size := path.stat().st_size) > most:
+            raise FedError(f"{path} is no configuration: it has {size} bytes, and one has at most {most}")
         return read_text(path)
     except (FileNotFoundError, FedError):
         raise
@@ -63,8 +65,6 @@ def parse_toml_or_none(text: str, what: str) -> dict[str, Any] | None:
 
 
 def _parse(text: str, what: str) -> dict[str, Any]:
-    if len(text) > _MOST_BYTES:
-        raise FedError(f"{what} has {len(text)} characters; a configuration has at most {_MOST_BYTES}")
     if _LONG_KEY.search(text):
         raise FedError(f"{what} joins 50 names or more by dots; no key is as deep")
     try:

@@ -1,4 +1,4 @@
-"""The error that the command line reports to its user, errors of the machine in one line, and the exit statuses."""
+"""The error that the command line reports to its user, errors of the machine, text safe to print, exit statuses."""
 
 from __future__ import annotations
 
@@ -6,12 +6,41 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Exit statuses of a command for unusable input (a FedError), and after Ctrl-C.
-BAD_INPUT, INTERRUPTED = 2, 130
+# Exit statuses of a command for unusable input (a FedError), after Ctrl-C, and if nobody reads its output any more.
+BAD_INPUT, INTERRUPTED, UNREAD = 2, 130, 141
+
+# Characters that command a terminal, reverse or break the line for a reader, or cannot be encoded.
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LINE_END = re.compile(r"\s*[\r\n]+\s*")
 
 
 class FedError(ValueError):
-    """An error in a configuration, data set or model; its message is one line that says what would be right."""
+    """An error in a configuration, data set or model; its message is one line that says what would be right.
+
+    Names and values in the message may come from any file, so characters that are not for print are shown escaped.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(_LINE_END.sub(" ", str(message).strip())))
+
+
+class UnreadError(KeyboardInterrupt):
+    """Standard output is a pipe that was closed at its other end; a command then ends as after Ctrl-C."""
+
+
+def printable(text: str, kept: str = "") -> str:
+    r"""Return text with control characters, those that change its direction, and surrogates shown escaped.
+
+    Characters in `kept`, such as line ends, stay.
+
+    >>> print(printable("name\x1b[2J\n"))
+    name\x1b[2J\n
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in kept else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 # How torch's allocators say that there is no memory, and how Rust libraries say what the system refused.

@@ -5,19 +5,29 @@ TOML table `[train]`.
 """
 
 from fed.config.loader import apply, flat, load, load_saved, parse, preset_names, renamed, settings_of, table, write
-from fed.config.run import CompareConfig, RunConfig
+from fed.config.paths import PATHS, located, same_setting
+from fed.config.run import MOST_RUNS, CompareConfig, RunConfig
+from fed.config.toml_files import bad_character, parse_toml, read_toml_text, shown
 
 __all__ = [
+    "MOST_RUNS",
+    "PATHS",
     "CompareConfig",
     "RunConfig",
     "apply",
+    "bad_character",
     "flat",
     "load",
     "load_saved",
+    "located",
     "parse",
+    "parse_toml",
     "preset_names",
+    "read_toml_text",
     "renamed",
+    "same_setting",
     "settings_of",
+    "shown",
     "table",
     "write",
 ]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fed.config.fields import Count, CountOrNone, Fraction, FractionOrNone, Positive, Table
+from fed.config.fields import Count, CountOrNone, Fraction, FractionOrNone, Name, PathName, Positive, Table
+from fed.config.toml_files import shown
 
 # The columns of each GLUE task that hold the text and, for pairs of texts, the second text.
 GLUE = {
@@ -30,7 +31,7 @@ _TURNED = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert
 class ModelConfig(Table):
     """The base model: a local checkpoint, or without `path` a small ViT, pretrained on unshifted digits."""
 
-    path: str | None = None
+    path: PathName | None = None
     pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 500
     pretrain_learning_rate: Positive = 2e-3
     pretrain_batch_size: Count = 16
@@ -59,25 +60,25 @@ class DataConfig(Table):
     """
 
     name: Literal["digits", "files", "glue", "natural-instructions", "dolly", "hub"] = "digits"
-    path: str | None = None
-    test_path: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    test_split: str | None = None
-    revision: str | None = None
-    tasks: list[str] = []
+    path: PathName | None = None
+    test_path: PathName | None = None
+    subset: Name | None = None
+    split: Name = "train"
+    test_split: Name | None = None
+    revision: Name | None = None
+    tasks: list[Name] = []
     task: Literal["classification", "instruction"] = "classification"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    prompt: Annotated[str, Field(min_length=1)] = PROMPT
-    output: str = "output"
+    text: Name = "text"
+    text_pair: Name | None = None
+    label: Name = "label"
+    prompt: Annotated[str, Field(min_length=1, max_length=100_000)] = PROMPT
+    output: Name = "output"
     max_length: Annotated[int, Field(ge=2, le=32_768)] = 128
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 32
     generated_rows: CountOrNone = 256
     shift: Literal["rotate90", "rotate180", "invert", "none"] = "rotate90"
-    partition: str = "dirichlet"
-    partition_by: str | None = None
+    partition: Name = "dirichlet"
+    partition_by: Name | None = None
     partition_options: dict[str, Any] = {}
     labels_per_client: Count = 2
     rows_per_client: CountOrNone = 0
@@ -86,7 +87,7 @@ class DataConfig(Table):
     test_fraction: Fraction = 0.25
     train_rows: CountOrNone = 0
     test_rows: CountOrNone = 0
-    cache: bool | str = True
+    cache: bool | PathName = True
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +103,8 @@ class DataConfig(Table):
             inferred["shift"] = "none"
         if name in INSTRUCTIONS:
             inferred["task"] = "instruction"
-        if name == "glue" and values.get("subset") in GLUE:
-            subset = values["subset"]
+        subset = values.get("subset")
+        if name == "glue" and isinstance(subset, str) and subset in GLUE:
             inferred["text"], inferred["text_pair"] = GLUE[subset]
             inferred["test_split"] = "validation_matched" if subset == "mnli" else "validation"
         return {**inferred, **values}
@@ -115,7 +116,7 @@ class DataConfig(Table):
             return value
         known = ", ".join(map(repr, PARTITIONS))
         raise ValueError(
-            f"data.partition is {value!r}: it should be {known} or a partitioner of flwr_datasets, e.g. "
+            f"data.partition is {shown(value)}: it should be {known} or a partitioner of flwr_datasets, e.g. "
             "'ShardPartitioner'"
         )
 
@@ -137,6 +138,9 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
             f"data.rows_per_client is {data.rows_per_client}: it goes with data.partition = 'dirichlet' or 'iid', not "
             f"{data.partition!r}"
         )
+    for option, key in (("num_partitions", "clients.count"), ("partition_by", "data.partition_by")):
+        if option in data.partition_options:
+            raise ValueError(f"data.partition_options.{option} is set by {key}; it should not be given")
     if data.name == "digits":
         _check_digits(data, model)
         return
@@ -155,7 +159,7 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
         raise ValueError("data.task is 'instruction': GLUE takes 'classification'")
     if data.tasks and data.name != "natural-instructions":
         raise ValueError(
-            f"data.tasks is {data.tasks}: only data.name = 'natural-instructions' has tasks to choose from"
+            f"data.tasks is {shown(data.tasks)}: only data.name = 'natural-instructions' has tasks to choose from"
         )
     if data.test_path is not None and data.name != "files":
         raise ValueError(f"data.test_path is {data.test_path!r}: it goes with data.name = 'files'")

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, of Linux
+_TINY = 1e-12
+
+
+def _check_not_tiny(value: float) -> float:
+    if value < _TINY:
+        raise PydanticCustomError("tiny", "Input should be at least {least}", {"least": f"{_TINY:g}"})
+    return value
+
+
+def _check_path(path: str) -> str:
+    """Return a path; raise pydantic's error if no file can have it."""
+    if len(path.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
+        raise PydanticCustomError("path", "Input should be a path of at most {most} bytes", {"most": _LONGEST_PATH})
+    if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in path.split("/")):
+        raise PydanticCustomError(
+            "path", "Input should be a path with names of at most {most} bytes", {"most": _LONGEST_NAME}
+        )
+    return path
+
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 FractionOrNone = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
+# Within these limits sums and squares of a few stay finite and above 0 in fp32.
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=10_000)]
+PathName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 
 
 class Table(BaseModel):

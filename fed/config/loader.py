@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from fed.config.paths import located
 from fed.config.run import CompareConfig, RunConfig, _File
+from fed.config.toml_files import bad_character, check_values, parse_toml_or_none, read_toml, shown
 from fed.errors import FedError
-from fed.files import read_text, write_atomically
+from fed.files import write_atomically
 
 PRESETS = Path(__file__).parent / "presets"
 # Keys that earlier versions named otherwise, with their present names; the files of saved runs may hold them.
@@ -24,6 +27,7 @@ _OPEN = ("clients.ranks.", "data.partition_options.")
 # Settings that may differ between runs of the same experiment.
 _APART = ("seed", "tracker")
 _EXPECTED = "Input should be "  # how pydantic begins a message that says what is expected
+_LONGEST_KEY = 200  # characters; longer ones are compared with no known key
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -44,7 +48,10 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
 
 def load_saved(path: Path) -> RunConfig:
     """Return the configuration that a run saved in its directory, perhaps with an earlier version's names of keys."""
-    return parse(renamed(_read(path)), where=str(path))
+    try:
+        return parse(renamed(read_toml(path, written=True)), where=str(path))
+    except FileNotFoundError:
+        raise FedError(f"there is no {path}, the configuration that a run saves") from None
 
 
 def table(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], CompareConfig]:
@@ -61,17 +68,18 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {override!r}")
+            raise FedError(f"--set takes key=value, e.g. train.learning_rate=0.001; got {shown(override)}")
         _require_known(key, "--set")
-        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python passes such bytes on
-            raise FedError(f"--set {key}: its value should be UTF-8 text; it holds other bytes")
+        if bad := bad_character(text):  # half a surrogate pair is how Python passes on bytes that are not UTF-8
+            held = bad if "NUL" in bad else "other bytes"
+            raise FedError(f"--set {key}: its value should be UTF-8 text; it holds {held}")
         *parents, last = key.split(".")
         table = values
         for name in parents:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise FedError(f"--set {override}: {name} is {table!r} in the file, where a table belongs")
-        table[last] = _value(text.strip(), holds_text=_fields().get(key) in (str, str | None))
+                raise FedError(f"--set {shown(override)}: {name} is {shown(table)} in the file, where a table belongs")
+        table[last] = _value(text.strip(), f"--set {key}", holds_text=_is_text(_fields().get(key)))
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:
@@ -83,6 +91,7 @@ def parse(table: dict[str, Any], where: str) -> RunConfig:
 
 
 def _validated(model: type[M], table: dict[str, Any], where: str) -> M:
+    check_values(table, where)
     for key, _ in flat(table):
         _require_known(key, where)
     try:
@@ -92,8 +101,8 @@ def _validated(model: type[M], table: dict[str, Any], where: str) -> M:
 
 
 def write(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as TOML."""
-    write_atomically(path, tomli_w.dumps(config.model_dump(exclude_none=True)))
+    """Write the resolved configuration as TOML; its paths are written absolute, for it may be read from elsewhere."""
+    write_atomically(path, tomli_w.dumps(located(config.model_dump(exclude_none=True))))
 
 
 def preset_names() -> tuple[str, ...]:
@@ -104,24 +113,24 @@ def preset_names() -> tuple[str, ...]:
 def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = PRESETS / f"{source}.toml" if str(source) in preset_names() else Path(source)
     try:
-        return tomllib.loads(read_text(path))
+        return read_toml(path)
     except FileNotFoundError:
         presets = ", ".join(preset_names())
-        raise FedError(f"no preset or file is called {str(source)!r}; presets: {presets}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise FedError(f"{path} is not TOML: {error}") from None
-    except (OSError, ValueError) as error:
-        raise FedError(f"cannot read {path} as a TOML file: {error}") from None
+        raise FedError(f"no preset or file is called {shown(str(source))}; presets: {presets}") from None
 
 
-def _value(text: str, holds_text: bool) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+def _value(text: str, what: str, holds_text: bool) -> Any:
+    if holds_text and not text.startswith(('"', "'")):
         return text
-    if len(parsed) != 1 or (holds_text and not isinstance(parsed["value"], str)):
-        return text
-    return parsed["value"]
+    parsed = parse_toml_or_none(f"value = {text}", what)
+    return text if parsed is None or len(parsed) != 1 else parsed["value"]
+
+
+def _is_text(kind: Any) -> bool:
+    """Say whether a setting of this type is text, or may also be missing."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    plain = {get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds}
+    return plain - {NoneType} == {str}
 
 
 def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
@@ -157,6 +166,8 @@ def _require_known(key: str, where: str) -> None:
         return
     if key in RENAMED:
         raise FedError(f"{where}: {key} is called {RENAMED[key]}")
+    if len(key) > _LONGEST_KEY:
+        raise FedError(f"{where}: unknown key {shown(key)}; no key is as long")
     raise FedError(f"{where}: unknown key {key!r}; the nearest is {_nearest(key, known)!r}")
 
 
@@ -182,12 +193,16 @@ def _one_line(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     key = _key(first["loc"])
     if first["type"] == "model_type":
-        return f"{key} is {first['input']!r}: a table belongs there"
-    messages = [finding["msg"] for finding in findings if _key(finding["loc"]) == key]
+        return f"{key} is {shown(first['input'])}: a table belongs there"
+    found = [finding for finding in findings if _key(finding["loc"]) == key]
+    messages = [finding["msg"] for finding in found]
     if not all(message.startswith(_EXPECTED) for message in messages):
-        return f"{key} is {first['input']!r}: {messages[0]}"
+        # One on the value says more than one on the type.
+        first = next((finding for finding in found if not finding["type"].endswith("_type")), first)
+        return f"{key} is {shown(first['input'])}: {re.sub('^[A-Z][a-z]+ should ', 'it should ', first['msg'])}"
     # For a key that takes two types there is one error for each type.
-    return f"{key} is {first['input']!r}: it should be {' or '.join(text.removeprefix(_EXPECTED) for text in messages)}"
+    expected = " or ".join(text.removeprefix(_EXPECTED) for text in messages)
+    return f"{key} is {shown(first['input'])}: it should be {expected}"
 
 
 def _key(location: Iterable[int | str]) -> str:

@@ -10,8 +10,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fed.config.data import DataConfig, ModelConfig, check_data
-from fed.config.fields import Table
+from fed.config.fields import Name, NotNegative, Table
+from fed.config.toml_files import shown
 from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+MOST_RUNS = 10_000  # of a comparison
 
 
 class RunConfig(Table):
@@ -27,16 +31,16 @@ class RunConfig(Table):
     in which memory is measured is not compiled.
     """
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    method: str = "fed-plora"
+    seed: Seed = 0
+    method: Name = "fed-plora"
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 40
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     tracker: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    checkpoint_every: Annotated[int, Field(ge=0, le=100_000)] = 1
     execution: Literal["sequential", "cohort"] = "sequential"
     clients_per_pass: Annotated[int, Field(ge=0, le=10_000)] = 0
-    cohort_memory_mib: Annotated[float, Field(ge=0)] = 0.0
+    cohort_memory_mib: NotNegative = 0.0
     cohort_compile: bool = False
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -64,8 +68,8 @@ class CompareConfig(Table):
     names the variant that differences are relative to, by default the first.
     """
 
-    methods: list[str] = []
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
+    methods: list[Name] = []
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST_RUNS)] = [0, 1, 2]
     vary: str = ""
     reference: str = ""
 
@@ -84,11 +88,11 @@ def check_clients(config: RunConfig) -> None:
             f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
         )
     if not clients.memory_mib and max(clients.ranks) > rank:
-        raise ValueError(f"clients.ranks is {clients.ranks}: every rank should be at most adapter.rank ({rank})")
+        raise ValueError(f"clients.ranks is {shown(clients.ranks)}: every rank should be at most adapter.rank ({rank})")
     if config.train.client_steps and config.train.local_epochs:
         raise ValueError(
-            f"train.client_steps is {config.train.client_steps} and train.local_epochs {config.train.local_epochs:g}: "
-            "one of the two may be set"
+            f"train.client_steps is {shown(config.train.client_steps)} and train.local_epochs "
+            f"{config.train.local_epochs:g}: one of the two may be set"
         )
 
 
@@ -101,7 +105,7 @@ def check_method(config: RunConfig) -> None:
     dealt = ranks[: config.clients.count]
     if method.equal_ranks and not config.clients.memory_mib and set(dealt) != {rank}:
         raise ValueError(
-            f"clients.ranks is {ranks}: {method.title} needs every rank equal to adapter.rank ({rank}); "
+            f"clients.ranks is {shown(ranks)}: {method.title} needs every rank equal to adapter.rank ({rank}); "
             "mixed ranks take method = 'fed-plora'"
         )
     if config.adapter.selection != AdapterConfig.model_fields["selection"].default and not method.selects:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fed.config.fields import Count, Fraction, NotNegative, Positive, Table
+import plora_kernels as pk
+from fed.config.fields import Count, Fraction, Name, NotNegative, Positive, Table
+from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
+_MOST_CLIENTS = 10_000
+
+
+# Beyond these limits numpy draws no shares that are numbers.
+Concentration = Annotated[float, Field(ge=1e-6, le=1e9)]
 
 
 class ClientsConfig(Table):
@@ -20,11 +28,11 @@ class ClientsConfig(Table):
     `dirichlet_alpha` sets the label skew: the smaller, the more skewed; `"iid"` or `inf` means none.
     """
 
-    count: Annotated[int, Field(ge=1, le=10_000)] = 20
+    count: Annotated[int, Field(ge=1, le=_MOST_CLIENTS)] = 20
     per_round: Count = 10
-    ranks: Annotated[list[Rank], Field(min_length=1)] = [2, 4, 8, 16]
-    memory_mib: list[Positive] = []
-    dirichlet_alpha: Annotated[float, Field(gt=0)] | Literal["iid"] = 0.5
+    ranks: Annotated[list[Rank], Field(min_length=1, max_length=_MOST_CLIENTS)] = [2, 4, 8, 16]
+    memory_mib: Annotated[list[Positive], Field(max_length=_MOST_CLIENTS)] = []
+    dirichlet_alpha: Concentration | Literal["iid"] = 0.5
 
     @model_validator(mode="before")
     @classmethod
@@ -34,15 +42,17 @@ class ClientsConfig(Table):
             return values
         count, resolved = values.get("count", cls.model_fields["count"].default), {}
         drawn, ranks = values.get("per_round"), values.get("ranks")
-        if isinstance(count, int) and isinstance(drawn, float) and 0 < drawn < 1:
+        if not isinstance(count, int) or not 1 <= count <= _MOST_CLIENTS:
+            return values  # to be refused
+        if isinstance(drawn, float) and 0 < drawn < 1:
             resolved["per_round"] = max(1, round(drawn * count))
-        if isinstance(count, int) and isinstance(ranks, dict):
+        if isinstance(ranks, dict):
             resolved["ranks"] = _ranks_by_share(ranks, count)
         return {**values, **resolved}
 
-    @field_validator("dirichlet_alpha")
+    @field_validator("dirichlet_alpha", mode="before")
     @classmethod
-    def _infinite_is_iid(cls, value: float | Literal["iid"]) -> float | Literal["iid"]:
+    def _infinite_is_iid(cls, value: Any) -> Any:
         return "iid" if value == float("inf") else value
 
 
@@ -56,12 +66,21 @@ class AdapterConfig(Table):
     rank: Rank = 16
     alpha: Positive = 32.0
     rank_stabilized: bool = False
-    target_modules: Annotated[list[str], Field(min_length=1)] | str = "all-linear"
+    target_modules: Annotated[list[Name], Field(min_length=1)] | str = "all-linear"
     unselected: Literal["folded", "frozen"] = "folded"
     selection: Literal[
         "random", "shared-random", "first", "round-robin", "largest-norm", "least-visited", "gradient"
     ] = "random"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("target_modules")
+    @classmethod
+    def _can_be_matched(cls, value: list[str] | str) -> list[str] | str:
+        try:
+            pk.PLoRAConfig(target_modules=value)
+        except pk.PLoRAError as error:
+            raise ValueError(f"adapter.{error}") from None
+        return value
 
 
 class TrainConfig(Table):
@@ -77,13 +96,13 @@ class TrainConfig(Table):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 2e-3
-    client_learning_rates: list[Positive] = []
+    client_learning_rates: Annotated[list[Positive], Field(max_length=_MOST_CLIENTS)] = []
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16
     local_steps: Count = 3
-    client_steps: list[Count] = []
-    local_epochs: NotNegative = 0.0
+    client_steps: Annotated[list[Count], Field(max_length=_MOST_CLIENTS)] = []
+    local_epochs: Annotated[float, Field(ge=0, le=100_000)] = 0.0
     head: Literal["train", "personal", "freeze"] = "train"
     weighting: Literal["uniform", "samples"] = "uniform"
     max_grad_norm: NotNegative = 0.0
@@ -127,12 +146,12 @@ def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:
     The ranks alternate as evenly as possible, and the list is the shortest one that repeats. Raises ValueError if
     `shares` does not map ranks to positive shares with a sum of 1.
     """
-    if not all(rank.isdecimal() and 1 <= int(rank) <= 256 for rank in shares):
-        raise ValueError(f"clients.ranks is {shares}: its keys should be ranks from 1 to 256")
-    if not all(isinstance(share, int | float) and share > 0 for share in shares.values()):
-        raise ValueError(f"clients.ranks is {shares}: its shares should be above 0")
-    if abs((total := sum(shares.values())) - 1) > 1e-6:
-        raise ValueError(f"clients.ranks is {shares}: its shares add up to {total:g}; they should add up to 1")
+    if not all(re.fullmatch("[1-9][0-9]{0,2}", rank) and int(rank) <= 256 for rank in shares):
+        raise ValueError(f"clients.ranks is {shown(shares)}: its keys should be ranks from 1 to 256")
+    if not all(type(share) in (int, float) and 0 < share < float("inf") for share in shares.values()):
+        raise ValueError(f"clients.ranks is {shown(shares)}: its shares should be numbers above 0")
+    if abs((total := sum(map(float, shares.values()))) - 1) > 1e-6:
+        raise ValueError(f"clients.ranks is {shown(shares)}: its shares add up to {total:g}; they should add up to 1")
     given = dict.fromkeys(sorted(shares, key=int), 0)
     dealt: list[int] = []
     for number in range(1, count + 1):

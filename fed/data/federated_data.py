@@ -73,7 +73,11 @@ def _digits(config: RunConfig, on_event: Callable[[str], object]) -> FederatedDa
     """Return the digits, split by label into disjoint parts for pretraining, testing, validating and the clients."""
     images, labels, names = load_digits()
     pretrain, rest = split_stratified(labels, config.data.pretrain_fraction, _rng(config, "pretrain"))
+    if len(pretrain) == 0:
+        raise _too_small("data.pretrain_fraction", config.data.pretrain_fraction, labels, "pretrain")
     held_out = _Parts.of(config, labels[rest], taken=config.data.pretrain_fraction)
+    if len(held_out.test) == 0:
+        raise _too_small("data.test_fraction", config.data.test_fraction, labels, "test")
     plain = DenseTable({"pixel_values": images}, torch.from_numpy(labels))
     shifted = replace(plain, inputs={"pixel_values": shift_images(images, config.data.shift)})
     return FederatedData(
@@ -102,10 +106,7 @@ def _text(config: RunConfig, on_event: Callable[[str], object], stage: Stage | N
     parts = _Parts.of(config, strata, first_test=rows.first_test)
     if len(parts.test) == 0:
         repeat = "" if labels is None else ", or data.label a column whose values repeat"
-        raise FedError(
-            f"data.test_fraction is {data.test_fraction}: {len(rows)} rows of {len(np.unique(strata))} labels "
-            f"leave none to test on; it should be larger{repeat}"
-        )
+        raise _too_small("data.test_fraction", data.test_fraction, strata, "test", repeat)
     if labels is None:
         table: Table = text_tables.instruction_table(config, rows, on_event, stage)
     else:
@@ -183,22 +184,32 @@ class _Parts:
         """
         data = config.data
         if first_test is None:
-            test, pool = split_stratified(strata, data.test_fraction / (1 - taken), _rng(config, "test"))
+            test, pool = split_stratified(strata, _of_rest(data.test_fraction, taken), _rng(config, "test"))
             taken += data.test_fraction
         else:
             pool, test = np.arange(first_test), np.arange(first_test, len(strata))
         validation = pool[:0]
         if data.validation_fraction > 0:
-            fraction = data.validation_fraction / (1 - taken)
+            fraction = _of_rest(data.validation_fraction, taken)
             inside, outside = split_stratified(strata[pool], fraction, _rng(config, "validation"))
             if len(inside) == 0:
-                raise FedError(
-                    f"data.validation_fraction is {data.validation_fraction}: {len(pool)} rows of "
-                    f"{len(np.unique(strata[pool]))} labels leave none to validate on; it should be larger"
-                )
+                raise _too_small("data.validation_fraction", data.validation_fraction, strata[pool], "validate")
             validation, pool = pool[inside], pool[outside]
         test = _drawn(config, test, data.test_rows, "test rows")
         return cls(test, validation, _drawn(config, pool, data.train_rows, "train rows"))
+
+
+def _of_rest(fraction: float, taken: float) -> float:
+    """Return a fraction of all rows as one of the rows that are left when the fraction `taken` is taken."""
+    return min(1.0, fraction / (1 - taken)) if taken < 1 else 1.0
+
+
+def _too_small(key: str, fraction: float, strata: Array, purpose: str, repeat: str = "") -> FedError:
+    """Return the error that a fraction of every stratum is less than half a row."""
+    return FedError(
+        f"{key} is {fraction}: {len(strata)} rows of {len(np.unique(strata))} labels leave none to {purpose} on; "
+        f"it should be larger{repeat}"
+    )
 
 
 def _drawn(config: RunConfig, rows: Array, most: int, purpose: str) -> Array:

@@ -36,7 +36,7 @@ def read_jsonl(path: Path, key: str, stage: Stage | None = None) -> Rows:
             row = _parse(text, place)
             if not isinstance(row, dict):
                 raise FedError(f"{place}: holds {row!r:.40}; every line should be a JSON object")
-            if _HALF_ESCAPED.search(text) and (whole := _mend(row, place)) != row:
+            if _HALF_ESCAPED.search(text) and (whole := _mended(row, place)) != row:
                 row = whole
                 mended.append(place)
             rows.append(row)
@@ -66,7 +66,7 @@ def read_json(path: Path, key: str, stage: Stage | None = None) -> Rows:
             raise FedError(f"{place}: holds {row!r:.40}; every row should be a JSON object")
     whole, mended = found, []
     if _HALF_ESCAPED.search(text):
-        whole = [_mend(row, place) for row, place in zip(found, places, strict=True)]
+        whole = [_mended(row, place) for row, place in zip(found, places, strict=True)]
         mended = [place for place, before, after in zip(places, found, whole, strict=True) if before != after]
     return _filled(Rows(whole, places, mended=mended), path, key)
 
@@ -102,7 +102,7 @@ def _parse(text: str, place: str) -> Any:
     except ValueError:
         raise FedError(f"{place}: an integer has too many digits") from None
     except RecursionError:
-        raise FedError(f"{place}: lists or objects are nested too deeply") from None
+        raise _nested_too_deeply(place) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -118,6 +118,19 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
 def mend_text(text: str) -> str:
     """Return a text with every half of a surrogate pair replaced by U+FFFD."""
     return _HALF.sub(_REPLACEMENT, text)
+
+
+def _mended(row: Row, place: str) -> Row:
+    """Return a row without halves of surrogate pairs; raise FedError if it is nested too deeply for that."""
+    try:
+        whole: Row = _mend(row, place)
+    except RecursionError:
+        raise _nested_too_deeply(place) from None
+    return whole
+
+
+def _nested_too_deeply(place: str) -> FedError:
+    return FedError(f"{place}: lists or objects are nested too deeply")
 
 
 def _mend(value: Any, place: str) -> Any:

@@ -120,7 +120,7 @@ def split_stratified(labels: Array, fraction: float, rng: np.random.Generator) -
         rng.permutation(rows := np.flatnonzero(labels == label))[: round(fraction * len(rows))]
         for label in np.unique(labels)
     ]
-    chosen = np.sort(np.concatenate(taken))
+    chosen = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *taken]))
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
 
 

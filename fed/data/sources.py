@@ -48,11 +48,28 @@ def read(config: RunConfig, stage: Stage | None = None) -> Rows:
         rows = read_local(data.path or "", "data.path", stage=stage)
         if data.test_path is None:
             return rows
+        _require_apart(data.path or "", data.test_path)
         test = read_local(data.test_path, "data.test_path", stage=stage)
         return replace(joined([rows, test]), first_test=len(rows))
     if data.name in _RENAMED and data.path is not None and Path(data.path).exists():
         return _of_published(data, stage)
     return _from_library(data)
+
+
+def _require_apart(path: str, test_path: str) -> None:
+    """Raise FedError if a file holds both training and test rows, by whatever names."""
+    trained = {_identity(file): file for file in _files(path, "data.path") if file.exists()}
+    for file in _files(test_path, "data.test_path"):
+        if file.exists() and (other := trained.get(_identity(file))) is not None:
+            raise FedError(
+                f"data.test_path is {test_path!r}: {str(file)!r} is the same file as {str(other)!r} of data.path, so "
+                "the test rows would be trained on; another file, or data.test_fraction instead, would be right"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _of_published(data: DataConfig, stage: Stage | None) -> Rows:
@@ -83,14 +100,9 @@ def read_local(
     macOS writes beside others, nor those in which the library `datasets` describes a data set. Raises FedError, with
     `key` as the name of the setting, if the rows cannot be read.
     """
-    path = Path(name)
-    if not path.exists():
-        raise FedError(f"{key} is {name!r}: there is no such file")
-    if not path.is_dir():
-        return _file(path, key, stage)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and not _is_beside(file.name))
-    if not files:
-        raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_READERS)} file")
+    files = _files(name, key)
+    if not Path(name).is_dir():
+        return _file(files[0], key, stage)
     stems = [mend_text(file.stem) for file in files]
     chosen = set(_of_tasks(stems, asked) if asked else range(len(files))) - set(_of_tasks(stems, left_out, "--without"))
     if not chosen:
@@ -99,11 +111,31 @@ def read_local(
     return joined(replace(piece, rows=[{stem: part, **row} for row in piece.rows]) for part, piece in found)
 
 
+def _files(name: str, key: str) -> list[Path]:
+    """Return a file, or the files of rows in a folder, sorted; raise FedError if there is none."""
+    path = Path(name)
+    try:
+        if not path.exists():
+            raise FedError(f"{key} is {name!r}: there is no such file")
+        if not path.is_dir():
+            return [path]
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS and not _is_beside(file.name))
+    except OSError as error:
+        raise FedError(f"{key} is {name!r}: it cannot be read: {error.strerror}") from None
+    if not files:
+        raise FedError(f"{key} is {name!r}: the folder holds no {', '.join(_READERS)} file")
+    return files
+
+
 def _is_beside(name: str) -> bool:
     return name.startswith(".") or name in _METADATA
 
 
 def _file(path: Path, key: str, stage: Stage | None) -> Rows:
+    if not path.exists():
+        raise FedError(f"{key} is {str(path)!r}: it is a link to a file that does not exist")
+    if not path.is_file():  # reading a named pipe or a device might never end
+        raise FedError(f"{key} is {str(path)!r}: it is no regular file; rows are read from files alone")
     return _READERS.get(path.suffix.lower(), read_jsonl)(path, key, stage)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import tomli_w
 
 from fed import config as configuration
-from fed.config import RunConfig, settings_of
+from fed.config import MOST_RUNS, PATHS, RunConfig, located, same_setting, settings_of, shown
 from fed.errors import FedError
-from fed.experiments.variants import Variant, resolved, variants
-from fed.files import read_text, write_atomically
+from fed.experiments.variants import Variant, count_of, resolved, variants, varied_key
+from fed.files import digest, write_atomically
 
 PLAN = "comparison.toml"
+_DIGEST = re.compile(r'digest = "([0-9a-f]*)"\n')  # the first line of the file
+_LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Request:
 
     `table` is the resolved configuration that all runs share, made from `source` and `settings`. `methods` are names,
     or `name@r` for a run with every client at rank r. `vary` is `key=value,value,…` or empty. `reference` names the
-    variant that the others are compared with; if empty it is the first.
+    variant that the others are compared with; if empty it is the first. Relative paths in `vary` are relative to
+    `directory`, or if that is empty to the working directory.
     """
 
     table: dict[str, Any]
@@ -36,6 +39,7 @@ class Request:
     reference: str = ""
     source: str = ""
     settings: tuple[str, ...] = ()
+    directory: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,18 @@ def request(
 def plan(asked: Request) -> Plan:
     """Resolve every variant with every seed; raise FedError if one is not valid or two are the same."""
     if not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
-        raise FedError(f"--seeds is {','.join(map(str, asked.seeds))!r}: it should name each seed once, e.g. 0,1,2")
+        given = ",".join(map(str, asked.seeds))
+        raise FedError(f"--seeds is {shown(given)}: it should name each seed once, e.g. 0,1,2")
+    if (runs := count_of(asked.methods, asked.vary) * len(asked.seeds)) > MOST_RUNS:
+        raise FedError(f"--methods, --vary and --seeds ask for {runs} runs; a comparison has at most {MOST_RUNS}")
     compared = tuple(variants(asked.table, asked.methods, asked.vary))
     names = [variant.name for variant in compared]
-    for name in names:
-        if names.count(name) > 1:
-            raise FedError(f"{name!r} would be compared with itself: every method and value should be named once")
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
+        raise FedError(f"{twice!r} would be compared with itself: every method and value should be named once")
     if asked.reference and asked.reference not in names:
-        raise FedError(f"--reference is {asked.reference!r}; one of {', '.join(names)} would be right")
+        raise FedError(f"--reference is {shown(asked.reference)}; one of {', '.join(names)} would be right")
     cells = [
-        Cell(variant, seed, resolved(asked.table, (*variant.settings, f"seed={seed}")))
+        Cell(variant, seed, resolved(asked.table, (*variant.settings, f"seed={seed}"), asked.directory))
         for seed in asked.seeds
         for variant in compared
     ]
@@ -128,38 +134,80 @@ def plan(asked: Request) -> Plan:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return the first difference between two sets of settings, among the keys that both have, or None."""
+    """Return the first difference between two sets of settings, among the keys that both have, or None.
+
+    Names of the same path, one relative and one absolute, are no difference.
+    """
     for key in before:
-        if key in now and before[key] != now[key]:
-            return f"{key} = {before[key]!r} there, {now[key]!r} here"
+        if key in now and not same_setting(key, before[key], now[key]):
+            return f"{key} = {shown(before[key])} there, {shown(now[key])} here"
     return None
 
 
 def write(asked: Request, directory: Path) -> None:
-    """Write the request as `comparison.toml`."""
+    """Write the request as `comparison.toml`, with a digest of its text in the first line.
+
+    Its paths are written absolute, for the file may be read from elsewhere.
+    """
     content = asdict(asked)
-    content["config"] = content.pop("table")
-    write_atomically(directory / PLAN, tomli_w.dumps(content))
+    content["config"] = located(content.pop("table"))
+    if varied_key(asked.vary) in PATHS:
+        content["directory"] = str(Path(asked.directory).absolute())
+    text = tomli_w.dumps(content)
+    write_atomically(directory / PLAN, f'digest = "{digest(text.encode())}"\n{text}')
 
 
 def read(directory: Path) -> Request:
-    """Read the request of a comparison from its directory; raise FedError if there is none."""
+    """Read the request of a comparison from its directory; raise FedError if there is none, or it was changed."""
     path = directory / PLAN
     try:
-        content = tomllib.loads(read_text(path))
-        return Request(
-            configuration.renamed(content["config"]),
-            tuple(content["methods"]),
-            tuple(content["seeds"]),
-            content["vary"],
-            content["reference"],
-            content["source"],
-            tuple(content["settings"]),
-        )
+        text = configuration.read_toml_text(path, written=True)
     except FileNotFoundError:
         raise FedError(f"{str(directory)!r} is not a comparison's directory: there is no {PLAN} in it") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FedError(f"{path} is not what a comparison writes: {error}") from None
+    content = configuration.parse_toml(text, str(path))
+    if (given := content.get("digest")) is not None:
+        first = _DIGEST.match(text)
+        if first is None or first[1] != given or digest(text[first.end() :].encode()) != given:
+            raise FedError(
+                f"{path} was changed or damaged: it does not fit its digest; give the compare command again with a new "
+                "--out, or delete the line of the digest if the change is meant"
+            )
+    return _request_of(content, path)
+
+
+def _request_of(content: dict[str, Any], path: Path) -> Request:
+    """Return the request that a comparison's file holds; raise FedError, naming the key, if it is malformed."""
+
+    def of(key: str, fits: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
+        if key not in content and default is not None:
+            return default
+        if key not in content or not fits(content[key]):
+            there = f"{key} is {shown(content[key])}" if key in content else f"{key} is missing"
+            raise FedError(f"{path} is not what a comparison writes: {there}; it should be {expected}")
+        return content[key]
+
+    return Request(
+        configuration.renamed(of("config", lambda value: isinstance(value, dict), "a table of settings")),
+        tuple(of("methods", _are_texts, "a list of names")),
+        tuple(of("seeds", _are_seeds, f"a list of numbers from 0 to {_LARGEST_SEED}")),
+        of("vary", _is_text, "text"),
+        of("reference", _is_text, "text"),
+        of("source", _is_text, "text"),
+        tuple(of("settings", _are_texts, "a list of texts")),
+        of("directory", _is_text, "text", default=""),
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not configuration.bad_character(value)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_seeds(value: object) -> bool:
+    return isinstance(value, list) and all(type(seed) is int and 0 <= seed <= _LARGEST_SEED for seed in value)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -170,8 +218,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise FedError(f"--seeds is {text!r}: it should be numbers such as 0,1,2 or a range such as 0-4")
-        seeds.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise FedError(f"--seeds is {shown(text)}: it should be numbers such as 0,1,2 or a range such as 0-4")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last > _LARGEST_SEED:
+            raise FedError(f"--seeds is {shown(text)}: a seed is at most {_LARGEST_SEED}")
+        if len(seeds) + last - first >= MOST_RUNS:
+            raise FedError(f"--seeds is {shown(text)}: a comparison has at most {MOST_RUNS} runs")
+        seeds.extend(range(first, last + 1))
     return tuple(seeds)

@@ -257,6 +257,7 @@ def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
 
 def _key(config: RunConfig, *tables: str) -> str:
     """Return a short hash of the settings in these tables, the seed and the number of threads."""
-    decisive = {name: getattr(config, name).model_dump(mode="json") for name in tables}
+    located = configuration.located(config.model_dump(mode="json"))
+    decisive = {name: located[name] for name in tables}
     content = json.dumps([config.seed, config.threads, decisive], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

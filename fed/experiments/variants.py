@@ -11,9 +11,11 @@ from typing import Any
 
 from fed import config as configuration
 from fed import methods
-from fed.config import RunConfig
+from fed.config import RunConfig, shown
 from fed.errors import FedError
+from fed.files import digest
 
+_LONGEST_NAME = 200  # characters of a variant's name
 _CLOSING = {"[": "]", "{": "}", '"': '"', "'": "'"}
 
 
@@ -43,13 +45,23 @@ def variants(table: dict[str, Any], named: Sequence[str], vary: str) -> Iterator
         if value is None:
             yield method
             continue
-        shown = f"{key.rpartition('.')[2]} {value}"
+        text = f"{key.rpartition('.')[2]} {value}"
         yield Variant(
-            name=f"{method.name}.{_slug(shown)}",
-            label=shown if len(chosen) == 1 else f"{method.label}, {shown}",
+            name=_short(f"{method.name}.{_slug(text)}"),
+            label=text if len(chosen) == 1 else f"{method.label}, {text}",
             settings=(*method.settings, f"{key}={value}"),
             notes=method.notes,
         )
+
+
+def count_of(named: Sequence[str], vary: str) -> int:
+    """Return how many variants `variants` yields at most."""
+    return len(named) * len(_varied(vary)[1])
+
+
+def varied_key(vary: str) -> str:
+    """Return the key that `vary` names, or "" if it is empty."""
+    return vary.partition("=")[0].strip()
 
 
 def _of_method(table: dict[str, Any], asked: str) -> Variant:
@@ -68,8 +80,8 @@ def _of_method(table: dict[str, Any], asked: str) -> Variant:
         settings.append(f"adapter.selection={usual}")
         notes.append(f"adapter.selection = {selection!r} is for Fed-PLoRA alone: other methods do not select modules")
     R, dealt = config.adapter.rank, set(config.clients.ranks[: config.clients.count])
-    if at and not (text.isdecimal() and 1 <= int(text) <= R):
-        raise FedError(f"--methods holds {asked!r}: after @ there should be a rank from 1 to adapter.rank ({R})")
+    if at and not (re.fullmatch("[0-9]{1,3}", text) and 1 <= int(text) <= R):
+        raise FedError(f"--methods holds {shown(asked)}: after @ there should be a rank from 1 to adapter.rank ({R})")
     mixed = bool(config.clients.memory_mib) or dealt != {R}
     if not at and not (mixed and method.equal_ranks):
         return Variant(name, method.title, tuple(settings), tuple(notes))
@@ -88,13 +100,12 @@ def _varied(vary: str) -> tuple[str, list[str | None]]:
     """Split `key=value,value` into key and values, at commas that are not within brackets or quotes."""
     if not vary:
         return "", [None]
-    key, equals, text = vary.partition("=")
-    key = key.strip()
+    key, (_, equals, text) = varied_key(vary), vary.partition("=")
     if key in ("seed", "method"):
         raise FedError(f"--vary {key} is what --{key}s is for")
     values: list[str | None] = [part.strip() for part in _split(text)]
     if not equals or not all(values):
-        raise FedError(f"--vary takes key=value,value,… e.g. train.local_steps=1,3,9; got {vary!r}")
+        raise FedError(f"--vary takes key=value,value,… e.g. train.local_steps=1,3,9; got {shown(vary)}")
     return key, values
 
 
@@ -112,11 +123,21 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def resolved(table: dict[str, Any], settings: Sequence[str]) -> RunConfig:
-    """Return the configuration of a table with settings applied, without changing the table."""
+def resolved(table: dict[str, Any], settings: Sequence[str], directory: str = "") -> RunConfig:
+    """Return the configuration of a table with settings applied, without changing the table.
+
+    Paths are made absolute if `directory` is given, to which relative ones are relative.
+    """
     changed = copy.deepcopy(table)
     configuration.apply(changed, settings)
+    if directory:
+        changed = configuration.located(changed, directory)
     return configuration.parse(changed, where="--methods or --vary")
+
+
+def _short(name: str) -> str:
+    """Return a directory's name as it is, or if a file system would not take it, its beginning and its digest."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 33]}-{digest(name.encode())}"
 
 
 def _slug(text: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fed.config import RunConfig, flat
+from fed.config import PATHS, RunConfig, flat
 
 # Settings that may change when a run is resumed. Paths may, because inputs are known by their digests.
 _FREE = (
     *("rounds", "threads", "checkpoint_every", "device", "tracker", "server.patience"),
-    *("model.path", "data.path", "data.test_path", "data.cache"),
+    *PATHS,
 )
 
 

@@ -97,7 +97,8 @@ def test_the_request_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     asked = plans.request("digits", ["execution=cohort", "clients_per_pass=3"], ["fed-plora"], (0,))
     plans.write(asked, tmp_path)
     path = tmp_path / "comparison.toml"
-    path.write_text(path.read_text().replace("clients_per_pass = 3", "cohort_size = 3"))
+    earlier = path.read_text().split("\n", 1)[1]  # without the digest
+    path.write_text(earlier.replace("clients_per_pass = 3", "cohort_size = 3"))
     assert plans.read(tmp_path) == asked
     assert plans.plan(plans.read(tmp_path)).cells[0].config.clients_per_pass == 3
 

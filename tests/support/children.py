@@ -71,8 +71,8 @@ def _work_and_exit(work: Callable[[Tell], Any], writer: int) -> NoReturn:
     try:
         send("returned", work(lambda payload: send("told", payload)))
         status = 0
-    except BaseException:
-        send("raised", traceback.format_exc())
+    except BaseException as error:
+        send("raised", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     finally:
         os._exit(status)
 

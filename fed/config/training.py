@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fed.config.fields import Count, Fraction, NotNegative, Positive, Table
+from fed.config.fields import Count, CountOrNone, Fraction, NotNegative, Positive, Table
 
 Rank = Annotated[int, Field(ge=1, le=256)]
 
@@ -91,13 +91,17 @@ class TrainConfig(Table):
 
 
 class ServerConfig(Table):
-    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it."""
+    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it.
+
+    A run ends with an error after `patience` rounds in a row without any usable update; 0: it never does.
+    """
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: Positive = 1e-2
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+    patience: CountOrNone = 10
 
 
 class HetLoRAConfig(Table):

@@ -49,7 +49,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
     },
-    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "patience": 10},
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
     "measure": {"noise": True, "similarity": True, "memory": True, "clients": True},
 }

@@ -160,10 +160,12 @@ class CohortScheduler:
         tried: dict[int, float] = {}
         self._fits(brief[:1])  # warm-up, because the first call is slower
         for size in sorted({min(size, len(brief)) for size in SIZES}):
-            seconds = min(self._seconds(brief[:size]) for _ in range(TRIALS))
-            if seconds == math.inf:
+            seconds: list[float] = []
+            while len(seconds) < TRIALS and math.inf not in seconds:
+                seconds.append(self._seconds(brief[:size]))
+            if math.inf in seconds:
                 break
-            tried[size] = seconds / sum(job.steps for job in brief[:size])
+            tried[size] = min(seconds) / sum(job.steps for job in brief[:size])
             if min(list(tried.values())[-2:]) > ENOUGH * min(tried.values()):
                 break
         if not tried:

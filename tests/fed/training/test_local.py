@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ from fed.errors import FedError
 from fed.models.shared_model import SharedModel, adapted, find_device, started
 from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
-from fed.training.local import Job, batch_rows, make_optimizer, train
+from fed.simulation.rounds import Federation
+from fed.training.local import BatchOrder, Job, batch_rows, make_optimizer, train
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 from tests.support.equality import assert_equal
 from tests.support.tiny_federation import (
@@ -310,6 +312,33 @@ def test_batches_are_whole_epochs_in_a_keyed_order() -> None:
 def test_a_client_with_fewer_samples_than_a_batch_uses_all_of_them_each_step() -> None:
     rows = batch_rows(3, 8, 2, ClientRandom(0, 1, 2))
     assert [sorted(row) for row in rows.tolist()] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_batches_are_drawn_as_they_are_asked_for() -> None:
+    """In any order they are the same, and however many steps there are, no more than two epochs are held."""
+    order, rows = BatchOrder(10, 4, ClientRandom(0, 1, 2)), batch_rows(10, 4, 6, ClientRandom(0, 1, 2))
+    for step in (5, 0, 3, 2, 1, 4, 2):
+        assert torch.equal(order.rows(step), rows[step])
+    tracemalloc.start()
+    far = BatchOrder(1, 16, ClientRandom(0, 1, 2)), BatchOrder(7, 4, ClientRandom(0, 1, 2))
+    shapes = [order.rows(10**6 + step).shape for step in range(50) for order in far]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shapes == [(1,), (4,)] * 50
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_client_that_runs_out_of_memory_alone_is_named(
+    shared: SharedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def train(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fed.simulation.rounds.train", train)
+    federation = Federation(make_config(), make_data(), shared, pytest.fail)
+    with pytest.raises(FedError, match=r"^round 1: client \d runs out of memory in training; a smaller train.batch"):
+        federation.round(federation.beginning())
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,58 @@ def test_a_state_from_which_no_client_can_train_is_not_taken(monkeypatch: pytest
     assert_equal(found[1].state.server.adapter.factors, found[0].state.server.adapter.factors)
 
 
+def test_an_update_whose_aggregate_cannot_be_decomposed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 products of 1e200 are infinite, of which there is no SVD."""
+    flexlora = methods.METHODS["flexlora"]
+
+    def finish(server: ServerState, start: Any, update: Any) -> Any:
+        if update.client.id != BROKEN:
+            return update
+        huge = {
+            matrix: (torch.full_like(A, 1e200), torch.full_like(B, 1e200)) for matrix, (A, B) in update.factors.items()
+        }
+        return replace(update, factors=huge)
+
+    monkeypatch.setitem(methods.METHODS, "flexlora", flexlora._replace(finish=finish))
+    config, said, data = config_of("flexlora", rounds=1), [], make_data()
+    inputs = data.test.table.inputs
+    inputs["inputs"] = inputs["inputs"].double()
+    with adapted(config, TinyClassifier().double(), HEAD) as shared:
+        federation = Federation(config, data, shared, said.append)
+        *_, last = federation.play(federation.beginning())
+    assert last.row["skipped"] == [BROKEN]
+    assert "with it the server's update has no decomposition (" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_a_weight_that_overflows_when_folded_is_no_ones_but_the_largest_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sum of base and update of 1e5 is finite in float32, as it is saved, and infinite in a float16 weight."""
+    flora = methods.METHODS["flora"]
+
+    def finish(server: ServerState, start: Any, update: Any) -> Any:
+        if update.client.id != BROKEN:
+            return update
+        spoilt = {}
+        for matrix, (A, B) in update.factors.items():
+            A, B = torch.zeros_like(A), torch.zeros_like(B)
+            A[0, 0], B[0, 0] = 4e2, 4e2
+            spoilt[matrix] = (A, B)
+        return replace(update, factors=spoilt)
+
+    monkeypatch.setitem(methods.METHODS, "flora", flora._replace(finish=finish))
+    monkeypatch.setattr("fed.simulation.round_metrics.evaluate_held_out", lambda *given: {"accuracy": 1.0, "loss": 1.0})
+    config, said, data = config_of("flora", rounds=1, train={"head": "freeze"}), [], make_data()
+    inputs = data.test.table.inputs
+    inputs["inputs"] = inputs["inputs"].half()
+    with adapted(config, TinyClassifier().half(), ()) as shared:
+        federation = Federation(config, data, shared, said.append)
+        *_, last = federation.play(federation.beginning())
+    assert last.row["skipped"] == [BROKEN]
+    assert "with it the weight of body.first would hold NaN or infinity" in said[0]
+
+
 def test_healthy_rounds_are_aggregated_and_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config, calls = make_config(), []
     with adapted(config, TinyClassifier(), HEAD) as shared:

@@ -27,6 +27,7 @@ def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate) ->
     - every value is finite, and no two tensors share memory, neither among themselves nor with the server or the start;
     - what it keeps are dense tensors by name, and it says that it sends what its method sends.
 
+    >>> from fed.types import Adapter, Client
     >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
     >>> start = ClientStart({"m": (A, B)}, {"m": (0,)}, 1.0, "folded")
     >>> update = ClientUpdate(Client(0, 1, 8), {"m": (A + 1, B[:1] + 1)}, {"m": (0,)}, {}, 1.0, steps=1, loss=0.5)

@@ -156,7 +156,8 @@ class ServerState:
     frozen, because it is then part of the base. `base_delta` is what is folded into the shared base, (N, K) fp32 by
     matrix, for matrices that have something folded in. `fold` is what the last round added to it, and `fold_bytes` the
     size of these additions for every round so far. `visits` counts how often each module was trained, (R,) int64 for
-    every matrix. `moments` are those of the server's optimiser.
+    every matrix. `moments` are those of the server's optimiser. `idle_rounds` counts the last rounds in a row in which
+    no update was usable.
     """
 
     adapter: Adapter
@@ -168,6 +169,7 @@ class ServerState:
     visits: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Tensor] = field(default_factory=dict)
     options: Options = Options()
+    idle_rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class ClientStart:
     `factors` are its modules, A (m, K) and B (N, m), with m = R or fewer if it receives only some. `selected` are the
     indices of the modules it trains, ascending, for every matrix; `unselected` is how it holds the others, "folded" or
     "frozen". `scale` is its s in ΔW = s · B A. `trained` names the factors it trains, "AB", "A" or "B"; the other
-    factor is held fixed. `received` names the factors it downloads; the client has the other one already.
+    factor is held fixed. `received` names the factors it downloads; the client has the other one already. `sends` names
+    the factors that it will send, "" if that is what it trains.
     """
 
     factors: Mapping[str, Factors]
@@ -195,6 +198,7 @@ class ClientStart:
     trained: str = "AB"
     received: str = "AB"
     penalty: TailPenalty | None = None
+    sends: str = ""
 
 
 class Footprint(NamedTuple):
@@ -209,8 +213,8 @@ class Footprint(NamedTuple):
 class ClientUpdate:
     """What a client ends a round with: its trained modules and head, and which part of them it sends to the server.
 
-    `factors` are compact: column j of B (N, r_i) and row j of A (r_i, K) belong to module
-    `selected[matrix][j]`. Modules that it started to train but that are not in `selected` are dropped. `weight` is its
+    `factors` are compact: column j of B (N, r_i) and row j of A (r_i, K) belong to module `selected[matrix][j]`. If its
+    start has a penalty, the client may have dropped the last modules, which are then not in `selected`. `weight` is its
     aggregation weight p_i up to a common factor: 1 (uniform) or its number of samples. `loss` is the mean training loss
     over its `steps` local steps. `sent` names the factors that go to the server; `memory` is what the client keeps.
     """
@@ -241,11 +245,16 @@ class RunState:
 
 @dataclass(frozen=True)
 class ClientResult:
-    """The result of one client's training in a round; `fault` is the reason why its update is unusable, or None."""
+    """The result of one client's training in a round; `fault` is the reason why its update is unusable, or None.
+
+    `steps` and `footprint` are those of the training itself, whatever the update says.
+    """
 
     client: Client
     start: ClientStart
     update: ClientUpdate
+    steps: int
+    footprint: Footprint | None
     start_noise: float | None
     factor_noise: tuple[float, float] | None
     fold_seconds: float

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import plora_kernels as pk
-from fed.config.fields import Count, Fraction, Name, NotNegative, Positive, Rate, Table
+from fed.config.fields import Count, CountOrNone, Fraction, Name, NotNegative, Positive, Rate, Table
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -110,13 +110,17 @@ class TrainConfig(Table):
 
 
 class ServerConfig(Table):
-    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it."""
+    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it.
+
+    A run ends with an error after `patience` rounds in a row without any usable update; 0: it never does.
+    """
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: Rate = 1e-2
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
+    patience: CountOrNone = 10
 
 
 class HetLoRAConfig(Table):

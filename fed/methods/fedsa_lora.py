@@ -28,7 +28,7 @@ def start(server: ServerState, client: Client, rng: ClientRandom) -> ClientStart
         matrix: (A, client.memory[matrix] if matrix in client.memory else torch.zeros_like(B))
         for matrix, (A, B) in whole.factors.items()
     }
-    return replace(whole, factors=own)
+    return replace(whole, factors=own, sends="A")
 
 
 def finish(server: ServerState, begun: ClientStart, update: ClientUpdate) -> ClientUpdate:

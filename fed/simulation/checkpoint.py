@@ -95,6 +95,7 @@ def save(
     facts = {
         "round": number,
         "fold_bytes": state.server.fold_bytes,
+        "idle_rounds": state.server.idle_rounds,
         "last_rounds": [client.last_round for client in state.clients],
         "kept": {client: entry._asdict() for client, entry in sorted(store.entries.items())},
         "settings": fixed_settings(config),
@@ -326,6 +327,7 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
         round=int(facts["round"]),
         base_delta=group(placed, "base_delta"),
         fold_bytes=tuple(facts["fold_bytes"]),
+        idle_rounds=int(facts.get("idle_rounds", 0)),
         visits=group(placed, "visits"),
         moments=group(placed, "moments"),
     )

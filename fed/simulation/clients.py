@@ -25,8 +25,14 @@ def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method
     Client i has rank `clients.ranks[i mod length]`, or, if `clients.memory_mib` is set, the largest rank that fits the
     memory budget at the same position of that list.
 
-    Raises FedError if a budget is too small for rank 1, or the method needs equal ranks and the budgets give others.
+    Raises FedError if a client has no samples, a budget is too small for rank 1, or the method needs equal ranks and
+    the budgets give others.
     """
+    if empty := [index for index, split in enumerate(data.clients) if len(split) == 0]:
+        raise FedError(
+            f"client {empty[0]} of {len(data.clients)} has no samples to train on; fewer clients (clients.count) or "
+            "another data.partition would be right"
+        )
     ranks: Sequence[int] = config.clients.ranks
     if config.clients.memory_mib:
         largest_split = max(data.clients, key=len)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
 from fed.training.local import Job
 from fed.training.memory import peak_bytes
 from fed.types import Client, ClientResult, Metrics, Row, RunState, ServerState
+
+
+class Evaluation(NamedTuple):
+    """A server's metrics on the held-out samples; `right` (n,) bool says which test rows are classified correctly."""
+
+    metrics: dict[str, float]
+    right: Tensor
+
+    def not_finite(self) -> set[str]:
+        """Return the names of the metrics that are not finite."""
+        return {name for name, value in self.metrics.items() if not math.isfinite(value)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,12 @@ class RoundMetrics:
         by_module = agg_noise_module(server, updates) if self.method.by_module else None
         return agg_noise(server, [result.start for result in usable], updates), by_module
 
+    def evaluate(self, server: ServerState) -> Evaluation:
+        """Load a server's state into the model and evaluate it on the held-out samples."""
+        self.shared.load_server(server)
+        right = torch.zeros(len(self.data.test), dtype=torch.bool, device=self.shared.device)
+        return Evaluation(evaluate_held_out(self.shared.model, self.data, right), right)
+
     def row(
         self,
         before: RunState,
@@ -64,17 +81,21 @@ class RoundMetrics:
         noise: float | None = None,
         module_noise: float | None = None,
         clients_per_pass: int | None = None,
+        evaluation: Evaluation | None = None,
     ) -> Row:
-        """Return a round's row. Upload bytes count the usable updates only, download bytes all clients of the round."""
+        """Return a round's row, in which figures that are not finite are None, because JSON has no NaN or infinity.
+
+        `evaluation` is that of the server after the round, which is evaluated here if it is None. Upload bytes count
+        the usable updates only, download bytes all clients of the round.
+        """
         server = after.server
+        metrics, right = evaluation or self.evaluate(server)
         self.shared.load_server(server)
-        right = torch.zeros(len(self.data.test), dtype=torch.bool, device=self.shared.device)
-        metrics = finite(evaluate_held_out(self.shared.model, self.data, right))
         usable = [result for result in results if result.fault is None]
         head_travels = self.config.train.head == "train"
         head = before.server.head if head_travels else {}
         accuracies = self.client_accuracies(after, results, right) if self.config.measure.clients and results else None
-        return {
+        row = {
             "round": server.round,
             **metrics,
             "init_noise": _mean(result.start_noise for result in results),
@@ -93,9 +114,10 @@ class RoundMetrics:
             "client_accuracy": accuracies,
             "worst_accuracy": min(accuracies) if accuracies else None,
             "clients": [result.client.id for result in results],
-            "steps": [result.update.steps for result in results],
+            "steps": [result.steps for result in results],
             "skipped": [result.client.id for result in results if result.fault is not None],
         }
+        return cast("Row", finite(row))
 
     def client_accuracies(self, state: RunState, results: Sequence[ClientResult], right: Tensor) -> list[float] | None:
         """Return the accuracy of each client of the round, evaluated with its own model where models are personal.
@@ -142,7 +164,7 @@ def _factor_noises(results: Sequence[ClientResult]) -> Row:
 
 def _footprint(results: Sequence[ClientResult]) -> Row:
     """Return the mean number of trained parameters and the largest optimiser and activation memory of any client."""
-    taken = [result.update.footprint for result in results if result.update.footprint is not None]
+    taken = [result.footprint for result in results if result.footprint is not None]
     return {
         "trainable_parameters": _mean(float(of_one.trainable_parameters) for of_one in taken),
         "optimizer_bytes": max((of_one.optimizer_bytes for of_one in taken), default=None),
@@ -150,11 +172,20 @@ def _footprint(results: Sequence[ClientResult]) -> Row:
     }
 
 
-def finite(metrics: Mapping[str, float]) -> Metrics:
-    """Return the metrics with None in place of values that are not finite, because JSON has no NaN or infinity."""
-    return cast("Metrics", {name: value if math.isfinite(value) else None for name, value in metrics.items()})
+def finite(figures: Mapping[str, Any]) -> Metrics:
+    """Return the figures with None in place of numbers that are not finite, because JSON has no NaN or infinity."""
+    return cast("Metrics", {name: _finite(value) for name, value in figures.items()})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: Iterator[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    try:
+        return fmean(known) if known else None
+    except (OverflowError, ValueError):  # the sum is too large, or holds both infinities
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,18 +12,25 @@ import torch
 from fed import methods
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
+from fed.errors import FedError
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
+from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable
 from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.communication import stack_bytes
 from fed.simulation.noise import end_factors, factor_noise
-from fed.simulation.round_metrics import RoundMetrics
+from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
+from fed.simulation.update_checks import find_fault, growth, state_fault
 from fed.training.cohort_scheduler import CohortScheduler
-from fed.training.local import Job, find_fault, module_gradients, train
-from fed.training.memory import restart_peak
+from fed.training.local import Job, module_gradients, train
+from fed.training.memory import is_out_of_memory, restart_peak
 from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
+
+# From these sizes on an update's growth, and a loss in nats, are suspicious. In a healthy run they are much smaller, so
+# that the checks of suspicious ones cost it nothing.
+LARGE_GROWTH, LARGE_LOSS = 100.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,17 @@ class Federation:
             clients = tuple(replace(client, head=server.head) for client in clients)
         return RunState(server, clients)
 
+    def measure_cohort_size(self, state: RunState) -> int:
+        """Return the number of clients in a cohort: the configured one, or the fastest for clients of the next round.
+
+        Measuring takes a few training steps and reports the times to `on_event`. It changes neither the state nor the
+        model nor any random numbers. Raises FedError if not even one client fits into memory.
+        """
+        if self.cohorts.size is None:
+            self.shared.base.apply_delta(state.server.base_delta)
+            return self.cohorts.measure(self.jobs(state, drawn(self.config, state.clients, state.server.round + 1)))
+        return self.cohorts.size
+
     def play(self, state: RunState, begun: bool = False) -> Iterator[Round]:
         """Play the remaining rounds and yield each of them, after round 0 unless the run has `begun` with it already.
 
@@ -81,25 +99,56 @@ class Federation:
         self.shared.load_server(state.server)
 
     def round(self, before: RunState) -> Round:
-        """Play the round after the state `before`: draw and train clients, aggregate their updates and measure."""
+        """Play the round after the state `before`: draw and train clients, aggregate their updates and measure.
+
+        Raises FedError if the last `server.patience` rounds had no usable update.
+        """
+        self.check_patience(before.server)
         restart_peak(self.shared.device)
-        results = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
+        trained = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
+        chosen, results = self.aggregate(before, trained)
+        server = idle(before.server) if chosen is None else chosen.server
         usable = [result for result in results if result.fault is None]
-        updates = [result.update for result in usable]
-        server = self.aggregate(before.server, results)
         noise, module_noise = self.metrics.aggregation_noise(server, usable)
         after = self.update_clients(before, server, results)
         size = self.cohorts.size if self.config.execution == "cohort" else None
-        row = self.metrics.row(before, after, results, noise, module_noise, size)
-        return Round(row, after, updates)
+        evaluation = None if chosen is None else chosen.evaluation
+        row = self.metrics.row(before, after, results, noise, module_noise, size, evaluation)
+        return Round(row, after, [result.update for result in usable])
+
+    def check_patience(self, server: ServerState) -> None:
+        """Raise FedError if no update was usable in as many rounds in a row as `server.patience` allows."""
+        patience = self.config.server.patience
+        if patience and server.idle_rounds >= patience:
+            raise FedError(
+                f"no client sent a usable update in {server.idle_rounds} rounds in a row, up to round {server.round}: "
+                f"server.patience is {patience}; a smaller train.learning_rate or other data would be right, or "
+                "server.patience = 0 to go on regardless"
+            )
 
     def train_clients(self, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
         """Train the participating clients from the server's state, one after another or a cohort at a time."""
-        number = state.server.round + 1
-        jobs = [self.job(state, client, ClientRandom(self.config.seed, number, client.id)) for client in clients]
+        jobs = self.jobs(state, clients)
         if self.config.execution == "cohort":
             return self.train_cohorts(state, jobs)
-        return [self.train_sequentially(state, job) for job in jobs]
+        return [self.train_alone(state, job) for job in jobs]
+
+    def jobs(self, state: RunState, clients: Sequence[Client]) -> list[Job]:
+        """Return the clients' local training in the round after `state`."""
+        number = state.server.round + 1
+        return [self.job(state, client, ClientRandom(self.config.seed, number, client.id)) for client in clients]
+
+    def train_alone(self, state: RunState, job: Job) -> ClientResult:
+        """Train one client by itself; raise FedError if there is not enough memory for it."""
+        try:
+            return self.train_sequentially(state, job)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise FedError(
+            f"round {job.rng.round}: client {job.client.id} runs out of memory in training; a smaller train.batch_size "
+            "or train.gradient_checkpointing = true would be right"
+        )
 
     def job(self, state: RunState, client: Client, rng: ClientRandom) -> Job:
         """Return a client's local training in this round.
@@ -152,23 +201,72 @@ class Federation:
         train_seconds: float,
     ) -> ClientResult:
         """Return the result of one client's training, after the method has decided what it sends and what it keeps."""
-        update, number = self.method.finish(state.server, job.start, update), job.client.id
+        number, footprint = job.client.id, update.footprint
+        update = replace(self.method.finish(state.server, job.start, update), client=job.client)
         moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
-        fault = find_fault(update)
-        return ClientResult(job.client, job.start, update, noise, moved, fold_seconds, train_seconds, fault)
+        fault = find_fault(state.server, job.start, update)
+        seconds = fold_seconds, train_seconds
+        return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault)
 
-    def aggregate(self, server: ServerState, results: Sequence[ClientResult]) -> ServerState:
-        """Return the next server state from the usable updates; if there is none, the server keeps its adapter."""
-        number = server.round + 1
-        for result in results:
+    def aggregate(self, before: RunState, trained: Sequence[ClientResult]) -> Aggregated:
+        """Aggregate the usable updates; say which are left out, and why."""
+        number, server = before.server.round + 1, before.server
+        grown = {
+            result.client.id: growth(result.start, result.client.head or server.head, result.update)
+            for result in trained
+            if result.fault is None
+        }
+        aggregated = aggregate_usable(
+            trained, lambda result: grown[result.client.id], lambda results: self.attempt(before, results, grown)
+        )
+        for result in aggregated.results:
             if result.fault is not None:
                 self.on_event(f"round {number}: client {result.client.id} is left out: {result.fault}")
-        updates = [result.update for result in results if result.fault is None]
-        if not updates:
+        if aggregated.chosen is None:
             self.on_event(f"round {number}: no client sent a usable update; the server keeps its state")
-            return replace(server, round=number, fold={}, fold_bytes=(*server.fold_bytes, 0))
-        following = step(server, self.method.aggregate(server, updates), self.config.server)
-        return replace(following, fold_bytes=(*server.fold_bytes, stack_bytes(following.fold)))
+        return aggregated
+
+    def attempt(self, before: RunState, results: Sequence[ClientResult], grown: Mapping[int, float]) -> Candidate:
+        """Return the server's state after aggregating these results, and whether it is usable.
+
+        With a usable state everything is finite, the model's metrics too where they were before; the loss is not large
+        because of an update that grew much more than others; and, if the loss or an update's growth is large, a client
+        can train on from the state. `grown` is every usable update's growth by client.
+        """
+        server, updates = before.server, [result.update for result in results]
+        try:
+            following = step(server, self.method.aggregate(server, updates), self.config.server)
+        except torch.linalg.LinAlgError as error:
+            return Candidate(server, None, f"with it the server's update has no decomposition ({error})")
+        sizes = (*server.fold_bytes, stack_bytes(following.fold))
+        following = replace(following, fold_bytes=sizes, idle_rounds=0)
+        if fault := state_fault(following):
+            return Candidate(following, None, f"with it {fault}")
+        evaluation = self.metrics.evaluate(following)
+        fault = self.evaluation_fault(server, evaluation)
+        calmest = min(grown, key=lambda client: grown[client])
+        largest, loss = max(grown[result.client.id] for result in results), evaluation.metrics["loss"]
+        if fault is None and loss > LARGE_LOSS and largest >= LARGE_GROWTH * grown[calmest]:
+            fault = f"the model's loss would be {loss:.4g}"
+        if fault is None and (loss > LARGE_LOSS or largest >= LARGE_GROWTH):
+            fault = self.training_fault(before, following, calmest)
+        return Candidate(following, evaluation, fault and f"with it {fault}")
+
+    def evaluation_fault(self, server: ServerState, evaluation: Evaluation) -> str | None:
+        """Return what of the state that was just evaluated is not finite but was with `server`, or None."""
+        for matrix, (weight, original) in self.shared.base.changed().items() if self.method.folds else ():
+            if not (weight.isfinite() | ~original.isfinite()).all():
+                return f"the weight of {matrix} would hold NaN or infinity"
+        if lost := evaluation.not_finite():
+            lost -= self.metrics.evaluate(server).not_finite()
+        return f"the model's {min(lost)} would be {evaluation.metrics[min(lost)]}" if lost else None
+
+    def training_fault(self, before: RunState, following: ServerState, client: int) -> str | None:
+        """Return why a client cannot repeat its training of this round from the state `following`, or None."""
+        # The round stays the same, so that the client's data and random numbers do, with which it trained before.
+        server = replace(following, round=before.server.round)
+        (repeated,) = self.train_clients(replace(before, server=server), [before.clients[client]])
+        return repeated.fault and f"client {client} could not train on: {repeated.fault}"
 
     def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
         """Return the state of the run after a round: the new server, and what participating clients keep."""
@@ -197,6 +295,17 @@ class Federation:
         if self.shared.device.type == "cuda":
             torch.cuda.synchronize(self.shared.device)
         return time.perf_counter()
+
+
+def idle(server: ServerState) -> ServerState:
+    """Return the server's state after a round without a usable update: the same adapter, head and base."""
+    return replace(
+        server,
+        round=server.round + 1,
+        fold={},
+        fold_bytes=(*server.fold_bytes, 0),
+        idle_rounds=server.idle_rounds + 1,
+    )
 
 
 def first_state(shared: SharedModel, config: RunConfig) -> ServerState:

@@ -87,10 +87,15 @@ def simulate(
         file: RowFile | None = None
         if resume:
             standing = checkpoint.load(directory, config, state, store, inputs, tell)
-            state, rows = standing.state, standing.rows
-            federation = replace(federation, clients_per_pass=standing.clients_per_pass)
+            state, rows, size = standing.state, standing.rows, standing.clients_per_pass
+            federation = replace(federation, clients_per_pass=size)
             _sweep(directory)
             file = stack.enter_context(closing(RowFile(directory, standing.lines)))
+        elif config.execution == "cohort":
+            size = federation.measure_cohort_size(state)
+        if config.execution == "cohort" and not config.clients_per_pass:
+            # What was measured is a setting from here on, with which another machine makes the same files.
+            config = config.model_copy(update={"clients_per_pass": size})
         for played in federation.play(state, begun=resume):
             state, number = played.state, played.state.server.round
             if file is None:

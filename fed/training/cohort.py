@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import plora_kernels as pk
+from fed import interruption
 from fed.data.tables import IGNORED
 from fed.errors import FedError
 from fed.models.shared_model import SharedModel
 from fed.seeding import torch_seed
-from fed.training.local import Job, batch_rows, ended_with
+from fed.training.local import BatchOrder, Job, ended_with
 from fed.training.losses import client_losses
 from fed.training.memory import SavedTensors, state_bytes
 from fed.training.stacked_head import stacked_head
@@ -69,22 +70,22 @@ def check_independent(model: nn.Module) -> None:
 
 
 class _Plan:
-    """A job with the table rows of its batches, `rows` (steps, b) int64.
+    """A job with the table rows of its batches, of `size` rows each.
 
     The last `unused` rows of each batch are padding, which does not count in the loss.
     """
 
     def __init__(self, job: Job, batch_size: int, full: bool) -> None:
-        """Draw the batches; with `full`, pad them to `batch_size` rows if the client has fewer samples."""
+        """Prepare to draw the batches; with `full`, pad them to `batch_size` rows if the client has fewer samples."""
         self.job = job
-        rows = job.split.rows[batch_rows(len(job.split), batch_size, job.steps, job.rng)]
-        self.unused = batch_size - rows.shape[1] if full else 0
-        self.rows = torch.cat([rows, rows[:, :1].expand(-1, self.unused)], 1) if self.unused else rows
+        self._batches = BatchOrder(len(job.split), batch_size, job.rng)
+        self.unused = batch_size - self._batches.width if full else 0
+        self.size = self._batches.width + self.unused
 
-    @property
-    def size(self) -> int:
-        """Number of rows in a batch, padding included."""
-        return self.rows.shape[1]
+    def rows(self, step: int) -> Tensor:
+        """Return the table rows of a step's batch, (size,) int64."""
+        rows = self.job.split.rows[self._batches.rows(step)]
+        return torch.cat([rows, rows[:1].expand(self.unused)]) if self.unused else rows
 
     @property
     def order(self) -> tuple[int, int]:
@@ -161,6 +162,7 @@ class Cohort:
                 span = CohortSteps(self, count)
                 with span.running():
                     for step in steps:
+                        interruption.check()
                         total[:count] += self.step(span, step, measure and step == 0)
         return total
 
@@ -279,7 +281,7 @@ class CohortSteps:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return all clients' samples of a step as one batch, with the labels of padding set to IGNORED."""
-        batch = self._cohort.table.batch(torch.cat([plan.rows[step] for plan in self._plans]))
+        batch = self._cohort.table.batch(torch.cat([plan.rows(step) for plan in self._plans]))
         if self._unused is not None:
             labels = batch["labels"]
             batch["labels"] = labels.masked_fill(self._unused.view(-1, *[1] * (labels.dim() - 1)), IGNORED)
@@ -296,7 +298,7 @@ class CohortSteps:
             yield
             return
         table = self._cohort.table
-        lengths = [int(table.lengths(plan.rows[step]).max()) for plan in self._plans]
+        lengths = [int(table.lengths(plan.rows(step)).max()) for plan in self._plans]
         rows = pk.RowGroups(self.sizes, lengths)
         seeds = [
             [plan.job.rng.seed_for("lora dropout", step, matrix) for plan in self._plans] for matrix in self._groups

@@ -16,7 +16,7 @@ from fed.models.shared_model import SharedModel
 from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import Job, batch_rows
-from fed.training.memory import MIB, base_bytes, state_bytes
+from fed.training.memory import MIB, base_bytes, is_out_of_memory, state_bytes
 from fed.types import ClientUpdate
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # sizes of cohorts to time
@@ -43,15 +43,50 @@ class CohortScheduler:
     def train(self, jobs: Sequence[Job]) -> list[ClientUpdate]:
         """Train the clients of all jobs and return their updates in order; see `fed.training.cohort.train_together`.
 
-        Raises FedError if a client does not fit into `cohort_memory_mib` even alone.
+        Raises FedError if a client does not fit into `cohort_memory_mib` even alone, or a cohort runs out of memory.
         """
         updates: dict[int, ClientUpdate] = {}
-        config = self._config
         for places in self.divide(jobs):
             cohort = [jobs[place] for place in places]
-            trained = train_together(self._shared, cohort, config.train, config.measure.memory, self._compiled)
-            updates |= zip(places, trained, strict=True)
+            updates |= zip(places, self._train(cohort, self._config.measure.memory), strict=True)
         return [updates[place] for place in range(len(jobs))]
+
+    def _train(self, jobs: Sequence[Job], measure: bool) -> list[ClientUpdate]:
+        """Train one cohort; raise FedError if memory runs out.
+
+        A cohort that is too large is not divided, because clients' updates depend on their cohort by rounding, and
+        the run's files would then depend on the machine's memory.
+        """
+        try:
+            return train_together(self._shared, jobs, self._config.train, measure, self._compiled)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise self._too_large(jobs)
+
+    def _too_large(self, jobs: Sequence[Job]) -> FedError:
+        if len(jobs) > 1:
+            return FedError(
+                f"round {jobs[0].rng.round}: {len(jobs)} clients in one cohort run out of memory; a clients_per_pass "
+                f"below {len(jobs)}, or a cohort_memory_mib below the memory that is free, would be right"
+            )
+        return FedError(
+            f"round {jobs[0].rng.round}: client {jobs[0].client.id} runs out of memory even alone, whatever "
+            "clients_per_pass and cohort_memory_mib are; a smaller train.batch_size or "
+            "train.gradient_checkpointing = true would be right"
+        )
+
+    def measure(self, jobs: Sequence[Job]) -> int:
+        """Return `size`; if it is None, set it to the size with which clients such as these train fastest.
+
+        Nothing is changed but time: the clients' updates are dropped, and the model and its random numbers are as
+        before.
+        """
+        if self.size is None:
+            order, needs, room = self._order(jobs)
+            most = _fitting([needs[place] for place in order], room)
+            self.size = self._fastest([jobs[place] for place in order[:most]])
+        return self.size
 
     def divide(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Yield the indices into `jobs` of each cohort.
@@ -59,20 +94,26 @@ class CohortScheduler:
         Clients with similar numbers of steps and modules go together, so that a cohort stays full for most of its steps
         and pads few modules.
         """
-        order = sorted(range(len(jobs)), key=lambda place: (-jobs[place].steps, -_modules(jobs[place])))
-        budget = self._config.cohort_memory_mib * MIB
-        needs = self._needs(jobs) if budget else [0] * len(jobs)
-        room = budget - base_bytes(self._shared) if budget else 0
-        if self.size is None:
-            most = _fitting([needs[place] for place in order], room)
-            self.size = self._fastest([jobs[place] for place in order[:most]])
+        size = self.measure(jobs)
+        order, needs, room = self._order(jobs)
         cohort: list[int] = []
         for place in order:
-            if cohort and (len(cohort) == self.size or sum(needs[other] for other in (*cohort, place)) > room):
+            if cohort and (len(cohort) == size or sum(needs[other] for other in (*cohort, place)) > room):
                 yield cohort
                 cohort = []
             cohort.append(place)
         yield cohort
+
+    def _order(self, jobs: Sequence[Job]) -> tuple[list[int], list[int], float]:
+        """Return the places of the jobs in the order of training, the bytes that each needs, and the bytes there are.
+
+        Without a limit of memory nothing is needed.
+        """
+        order = sorted(range(len(jobs)), key=lambda place: (-jobs[place].steps, -_modules(jobs[place])))
+        budget = self._config.cohort_memory_mib * MIB
+        if not budget:
+            return order, [0] * len(jobs), 0.0
+        return order, self._needs(jobs), budget - base_bytes(self._shared)
 
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
         """Return each client's bytes: parameters, gradients, optimiser state and the activations of a batch.
@@ -106,7 +147,7 @@ class CohortScheduler:
         if self._compiled is None:  # compiled cohorts pad every batch to `batch_size` samples
             samples = min(samples, len(job.split))
         if samples not in self._token_bytes:
-            (update,) = train_together(self._shared, [job._replace(steps=1)], self._config.train, True, self._compiled)
+            (update,) = self._train([job._replace(steps=1)], measure=True)
             assert update.footprint is not None  # because `measure` is true
             (first,) = batch_rows(len(job.split), samples, 1, job.rng)
             padded = int(job.split.lengths(first).max())
@@ -117,30 +158,42 @@ class CohortScheduler:
         """Return the size, at most `len(jobs)`, with the least time per client and step; report it to `on_event`."""
         brief = [job._replace(steps=min(job.steps, TRIAL_STEPS)) for job in jobs]
         tried: dict[int, float] = {}
-        train_together(self._shared, brief[:1], self._config.train)  # warm-up, because the first call is slower
+        self._fits(brief[:1])  # warm-up, because the first call is slower
         for size in sorted({min(size, len(brief)) for size in SIZES}):
-            try:
-                seconds = min(self._seconds(brief[:size]) for _ in range(TRIALS))
-            except torch.OutOfMemoryError:
-                if not tried:
-                    raise
+            seconds: list[float] = []
+            while len(seconds) < TRIALS and math.inf not in seconds:
+                seconds.append(self._seconds(brief[:size]))
+            if math.inf in seconds:
                 break
-            tried[size] = seconds / sum(job.steps for job in brief[:size])
+            tried[size] = min(seconds) / sum(job.steps for job in brief[:size])
             if min(list(tried.values())[-2:]) > ENOUGH * min(tried.values()):
                 break
+        if not tried:
+            raise self._too_large(brief[:1])
         best = min(tried, key=lambda size: tried[size])
         others = ", ".join(f"{size}: {1e3 * took:.2f}" for size, took in tried.items())
         self._on_event(f"cohorts of {best} clients measure fastest here (ms a client's step: {others})")
         return best
 
     def _seconds(self, jobs: Sequence[Job]) -> float:
+        """Return the time of training a cohort, or infinity if memory runs out."""
         device = self._shared.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        # This waits for the device, because it reads the losses at the end.
-        train_together(self._shared, jobs, self._config.train)
-        return time.perf_counter() - began
+        fits = self._fits(jobs)
+        return time.perf_counter() - began if fits else math.inf
+
+    def _fits(self, jobs: Sequence[Job]) -> bool:
+        """Train a cohort, drop its updates, and return whether memory sufficed for it."""
+        try:
+            # This waits for the device, because it reads the losses at the end.
+            train_together(self._shared, jobs, self._config.train)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
 
 def _modules(job: Job) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fed.training.losses import client_losses
+from fed.training.memory import is_out_of_memory
 
 # Allowed error of a compiled step's loss or gradient, relative to its norm, by its dtype. It is not zero because a
 # compiled step adds in another order; in a float64 model some layers, such as Llama's norms, compute in float32.
@@ -95,7 +96,7 @@ class CompiledLosses:
     def _is_compilers(self, error: Exception) -> bool:
         from torch._dynamo.exc import TorchDynamoException
 
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             return False
         return self._has_compiled or isinstance(error, TorchDynamoException)
 

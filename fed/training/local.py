@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fed import interruption
 from fed.data.tables import Split
 from fed.models.shared_model import SharedModel
 from fed.seeding import ClientRandom, torch_seed
@@ -45,12 +46,14 @@ def train(shared: SharedModel, job: Job, settings: TrainConfig, measure: bool = 
     compact = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in shared.handle.layers.items()}
     parameters = [*trained_factors(compact, job.start.trained), *shared.head.values()]
     optimizer = make_optimizer(parameters, settings, job.learning_rate)
-    order, rng = batch_rows(len(job.split), settings.batch_size, job.steps, job.rng), job.rng
+    order, rng = BatchOrder(len(job.split), settings.batch_size, job.rng), job.rng
     total = torch.zeros((), device=shared.device)
     saved = SavedTensors(shared.model)
     shared.model.train()
     with torch_seed(shared.device, rng.seed, rng.round, rng.client, "dropout"):
-        for step, rows in enumerate(order):
+        for step in range(job.steps):
+            interruption.check()
+            rows = order.rows(step)
             key_dropout(shared, rng, step)
             optimizer.zero_grad()
             with saved.watching(measure and step == 0):
@@ -134,21 +137,6 @@ def module_gradients(
     }
 
 
-def find_fault(update: ClientUpdate) -> str | None:
-    """Return why an update is unusable, a loss or a value that is not finite, or None if it is usable."""
-    if not math.isfinite(update.loss):
-        return f"its training loss is {update.loss}"
-    tensors = {
-        f"{matrix} lora_{side}": factor
-        for matrix, pair in update.factors.items()
-        for side, factor in zip("AB", pair, strict=True)
-    }
-    tensors |= update.head
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    faults = (f"its {name} holds NaN or infinity" for name, fine in zip(tensors, finite, strict=True) if not fine)
-    return next(faults, None)
-
-
 def make_optimizer(
     parameters: Sequence[nn.Parameter], settings: TrainConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
@@ -161,11 +149,34 @@ def make_optimizer(
 
 
 def batch_rows(n_samples: int, batch_size: int, steps: int, rng: ClientRandom) -> Tensor:
-    """Return the sample indices of each batch, (steps, min(batch_size, n_samples)) int64.
+    """Return the sample indices of each batch, (steps, min(batch_size, n_samples)) int64; see `BatchOrder`."""
+    order = BatchOrder(n_samples, batch_size, rng)
+    return torch.stack([order.rows(step) for step in range(steps)])
+
+
+class BatchOrder:
+    """The sample indices of a client's batches in a round, drawn as they are asked for.
 
     They go through one random permutation of the samples after another, so a batch may contain samples of two epochs.
+    However many steps there are, only the permutations of the last batch are held.
     """
-    width = min(batch_size, n_samples)
-    epochs = math.ceil(steps * width / n_samples)
-    order = np.concatenate([rng.permutation(n_samples, "order", epoch) for epoch in range(epochs)])
-    return torch.from_numpy(order[: steps * width]).view(steps, width)
+
+    def __init__(self, n_samples: int, batch_size: int, rng: ClientRandom) -> None:
+        self.width = min(batch_size, n_samples)
+        self._n_samples, self._rng = n_samples, rng
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def rows(self, step: int) -> Tensor:
+        """Return the batch of a step, (width,) int64; it depends on the step only, not on what was asked for before."""
+        epoch, begin = divmod(step * self.width, self._n_samples)
+        last = epoch + (begin + self.width > self._n_samples)  # a batch reaches into the next epoch at most
+        self._epochs = {number: self._epoch(number) for number in range(epoch, last + 1)}
+        rows = self._epochs[epoch][begin : begin + self.width]
+        if last > epoch:
+            rows = np.concatenate([rows, self._epochs[last][: self.width - len(rows)]])
+        return torch.from_numpy(rows)
+
+    def _epoch(self, number: int) -> NDArray[np.int64]:
+        if number in self._epochs:
+            return self._epochs[number]
+        return self._rng.permutation(self._n_samples, "order", number)

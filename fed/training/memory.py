@@ -22,6 +22,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
 MIB = 2**20
+# What torch's allocators say in the RuntimeErrors that they raise, in lower case.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
 STATUS = Path("/proc/self/status")
 
 
@@ -53,6 +55,16 @@ class SavedTensors:
         if storage.data_ptr() not in self._own:
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on any device.
+
+    On a GPU torch raises OutOfMemoryError, on a CPU a plain RuntimeError, and NumPy and Python raise MemoryError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
 
 
 def restart_peak(device: torch.device) -> None:

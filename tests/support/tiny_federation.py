@@ -49,7 +49,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
     },
-    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "patience": 10},
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
     "measure": {"noise": True, "similarity": True, "memory": True, "clients": True},
 }
@@ -61,6 +61,10 @@ class _Table(SimpleNamespace):
     def model_dump(self, mode: str = "python") -> dict[str, Any]:
         """Return the table as nested dictionaries, as pydantic's models do."""
         return {name: value.model_dump() if isinstance(value, _Table) else value for name, value in vars(self).items()}
+
+    def model_copy(self, update: dict[str, Any]) -> _Table:
+        """Return a copy with other values for some keys, as pydantic's models do."""
+        return _Table(**{**vars(self), **update})
 
 
 def make_config(**changes: Any) -> SimpleNamespace:

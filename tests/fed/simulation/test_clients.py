@@ -201,3 +201,18 @@ def test_a_method_that_folds_refuses_a_tied_weight_before_anything_runs(tmp_path
         federation = Federation(config, make_data(), shared, print)
         with pytest.raises(FedError, match=r"method is 'flora', which folds into body.first, whose weight another"):
             federation.beginning()
+
+
+def test_a_client_without_samples_is_named_before_the_run(tmp_path: Path) -> None:
+    data = make_data(sizes=(9, 0, 14, 0))
+    said = "client 1 of 4 has no samples to train on; fewer clients"
+    with pytest.raises(FedError, match=said):
+        simulate(make_config(), data, TinyClassifier(), HEAD, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("execution", ["sequential", "cohort"])
+def test_a_client_of_one_sample_trains(execution: str, tmp_path: Path) -> None:
+    config = make_config(clients={"per_round": 4}, execution=execution, clients_per_pass=4)
+    rows = simulate(config, make_data(sizes=(9, 1, 14, 1)), TinyClassifier(), HEAD, tmp_path)
+    assert [row["skipped"] for row in rows] == [[]] * 4

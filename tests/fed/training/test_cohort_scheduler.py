@@ -16,6 +16,7 @@ from fed.data.tables import Sequences, Split, TextTable
 from fed.errors import FedError
 from fed.models.base_model import head_names
 from fed.models.shared_model import SharedModel, adapted
+from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
 from fed.training import cohort, cohort_scheduler
 from fed.training.cohort import train_together
@@ -130,6 +131,87 @@ def test_measuring_changes_nothing(shared: SharedModel) -> None:
     first = measured.train(jobs)
     given = CohortScheduler(shared, config, pytest.fail, measured.size).train(jobs)
     assert_equal([one.factors for one in first], [one.factors for one in given])
+
+
+NO_ROOM = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+def with_room_for(most: int, monkeypatch: pytest.MonkeyPatch, error: Exception = NO_ROOM) -> list[int]:
+    """Let cohorts of more than `most` clients fail; return the list to which the sizes that are tried will be added."""
+    tried: list[int] = []
+
+    def train(shared: SharedModel, jobs: list[Job], *settings: Any) -> Any:
+        tried.append(len(jobs))
+        if len(jobs) > most:
+            raise error
+        return train_together(shared, jobs, *settings)
+
+    monkeypatch.setattr(cohort_scheduler, "train_together", train)
+    return tried
+
+
+@pytest.mark.parametrize("error", [NO_ROOM, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_sizes_that_do_not_fit_are_not_chosen(
+    shared: SharedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried, said = with_room_for(2, monkeypatch, error), []
+    monkeypatch.setattr(cohort_scheduler, "ENOUGH", 1e9)  # no size is too slow
+    config = make_config(**SIX, execution="cohort")
+    size = CohortScheduler(shared, config, said.append).measure(jobs_of(shared, config))
+    assert tried == [1, 1, 1, 2, 2, 5]
+    assert size in (1, 2)
+    assert re.fullmatch(r"cohorts of \d clients measure fastest here \(ms a client's step: 1: \S+, 2: \S+\)", said[0])
+
+
+def test_other_errors_of_a_trial_are_raised(shared: SharedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room_for(2, monkeypatch, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    config = make_config(**SIX, execution="cohort")
+    monkeypatch.setattr(cohort_scheduler, "ENOUGH", 1e9)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        CohortScheduler(shared, config, pytest.fail).measure(jobs_of(shared, config))
+
+
+@pytest.mark.parametrize(
+    ("most", "size", "said"),
+    [
+        (2, 3, r"round 1: 3 clients in one cohort run out of memory; a clients_per_pass below 3, or a cohort_memory"),
+        (0, 3, r"round 1: 3 clients in one cohort run out of memory"),
+        (0, 1, r"round 1: client \d runs out of memory even alone, .*a smaller train.batch_size"),
+        (0, 0, r"round 1: client \d runs out of memory even alone, .*a smaller train.batch_size"),
+    ],
+)
+def test_a_cohort_that_runs_out_of_memory_says_what_to_set(
+    shared: SharedModel, monkeypatch: pytest.MonkeyPatch, most: int, size: int, said: str
+) -> None:
+    with_room_for(most, monkeypatch)
+    config = make_config(**SIX, execution="cohort", clients_per_pass=size)
+    with pytest.raises(FedError, match=said):
+        CohortScheduler(shared, config, pytest.fail).train(jobs_of(shared, config))
+
+
+@pytest.mark.parametrize("selection", ["random", "gradient"])
+def test_a_size_measured_before_the_first_round_is_the_runs_own(selection: str) -> None:
+    """The run then equals one with this size in its configuration, bit for bit; the model is as it was."""
+    config, said = make_config(**SIX, execution="cohort", adapter={"selection": selection, "dropout": 0.3}), []
+    with adapted(config, TinyClassifier(dropout=0.2), HEAD) as shared:
+        federation = Federation(config, DATA, shared, said.append)
+        state = federation.beginning()
+        before, random = [value.clone() for value in shared.model.state_dict().values()], torch.get_rng_state()
+        size = federation.measure_cohort_size(state)
+        assert_equal(list(shared.model.state_dict().values()), before)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert federation.measure_cohort_size(state) == size
+        measured = list(federation.play(state))
+    assert [re.match(r"cohorts of (\d) clients", line)[1] for line in said] == [str(size)]
+    config.clients_per_pass = size
+    with adapted(config, TinyClassifier(dropout=0.2), HEAD) as shared:
+        federation = Federation(config, DATA, shared, pytest.fail)
+        assert federation.measure_cohort_size(federation.beginning()) == size
+        given = list(federation.play(federation.beginning()))
+    for one, other in zip(measured, given, strict=True):
+        assert_equal(one.state.server.adapter.factors, other.state.server.adapter.factors)
+        assert one.row["loss"] == other.row["loss"]
+        assert one.row["clients_per_pass"] == other.row["clients_per_pass"]
 
 
 def run(directory: Path, resume: bool = False, **changes: Any) -> tuple[list[dict], list[str]]:

@@ -1,7 +1,8 @@
-"""Local training of one client: which parameters change, which must not, and which updates are left out."""
+"""Local training of one client: which parameters change, and which must not."""
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ from fed.errors import FedError
 from fed.models.shared_model import SharedModel, adapted, find_device, started
 from fed.seeding import ClientRandom
 from fed.simulation.noise import start_noise
-from fed.training.local import Job, batch_rows, find_fault, make_optimizer, train
+from fed.simulation.rounds import Federation
+from fed.training.local import BatchOrder, Job, batch_rows, make_optimizer, train
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Factors, ServerState, TailPenalty
 from tests.support.equality import assert_equal
 from tests.support.tiny_federation import (
@@ -312,20 +314,31 @@ def test_a_client_with_fewer_samples_than_a_batch_uses_all_of_them_each_step() -
     assert [sorted(row) for row in rows.tolist()] == [[0, 1, 2], [0, 1, 2]]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"loss": float("nan")}, "its training loss is nan"),
-        ({"loss": float("inf")}, "its training loss is inf"),
-        ({"factors": {"m": (torch.ones(1, 2), torch.tensor([[float("inf")]]))}}, "its m lora_B holds NaN or infinity"),
-        ({"head": {"head.bias": torch.tensor([0.0, float("nan")])}}, "its head.bias holds NaN or infinity"),
-    ],
-)
-def test_what_is_not_finite_is_named(change: dict[str, Any], said: str) -> None:
-    factors = {"m": (torch.ones(1, 2), torch.ones(1, 1))}
-    update = ClientUpdate(CLIENT, factors, {"m": (0,)}, {"head.bias": torch.ones(2)}, 1.0, 1, 0.5)
-    assert find_fault(update) is None
-    assert find_fault(replace(update, **change)) == said
+def test_batches_are_drawn_as_they_are_asked_for() -> None:
+    """In any order they are the same, and however many steps there are, no more than two epochs are held."""
+    order, rows = BatchOrder(10, 4, ClientRandom(0, 1, 2)), batch_rows(10, 4, 6, ClientRandom(0, 1, 2))
+    for step in (5, 0, 3, 2, 1, 4, 2):
+        assert torch.equal(order.rows(step), rows[step])
+    tracemalloc.start()
+    far = BatchOrder(1, 16, ClientRandom(0, 1, 2)), BatchOrder(7, 4, ClientRandom(0, 1, 2))
+    shapes = [order.rows(10**6 + step).shape for step in range(50) for order in far]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shapes == [(1,), (4,)] * 50
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_client_that_runs_out_of_memory_alone_is_named(
+    shared: SharedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def train(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fed.simulation.rounds.train", train)
+    federation = Federation(make_config(), make_data(), shared, pytest.fail)
+    with pytest.raises(FedError, match=r"^round 1: client \d runs out of memory in training; a smaller train.batch"):
+        federation.round(federation.beginning())
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

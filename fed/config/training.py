@@ -153,7 +153,7 @@ def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:
     if not all(re.fullmatch("[1-9][0-9]{0,2}", rank) and int(rank) <= 256 for rank in shares):
         raise ValueError(f"clients.ranks is {shown(shares)}: its keys should be ranks from 1 to 256")
     if not all(type(share) in (int, float) and 0 < share < float("inf") for share in shares.values()):
-        raise ValueError(f"clients.ranks is {shown(shares)}: its shares should be numbers above 0")
+        raise ValueError(f"clients.ranks is {shown(shares)}: its shares should be above 0")
     if abs((total := sum(map(float, shares.values()))) - 1) > 1e-6:
         raise ValueError(f"clients.ranks is {shown(shares)}: its shares add up to {total:g}; they should add up to 1")
     given = dict.fromkeys(sorted(shares, key=int), 0)

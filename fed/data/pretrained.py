@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from fed.errors import FedError
 
 # What architectures call their number of positions, which transformers has one name for in most of them.
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
+# Fields of a configuration that may name a kernel of the Hugging Face Hub.
+_KERNEL_FIELDS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
 _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken"}
 
 
@@ -57,15 +60,30 @@ def require_positions(config: RunConfig) -> Any:
 
     Raises FedError if the model has fewer positions than `data.max_length`.
     """
-    from transformers import AutoConfig
-
     path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its config.json does not load"):
-        architecture = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        architecture = load_architecture(path)
         positions = _positions(architecture, config.data.max_length)
     if positions is not None and config.data.max_length > positions:
         raise FedError(f"data.max_length is {config.data.max_length}: the checkpoint takes at most {positions} tokens")
     return architecture
+
+
+def load_architecture(directory: Path) -> Any:
+    """Return the transformers configuration of a checkpoint.
+
+    Raises FedError if it names code: that of a kernel of the Hugging Face Hub, which transformers would fetch and run.
+    """
+    from transformers import AutoConfig
+
+    parts: list[Any] = [json.loads((directory / "config.json").read_bytes())]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if name.lstrip("_") in _KERNEL_FIELDS and "/" in str(value):
+                raise FedError(f"its config.json has {name} = {value!r}, code that would be fetched and run; remove it")
+            parts.append(value)
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _positions(architecture: Any, wanted: int) -> int | None:

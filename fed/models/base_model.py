@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.data.labels import match_head, quoted
-from fed.data.pretrained import checkpoint_of, failing_as, load_tokenizer, position_padding, quiet, saved_label_names
+from fed.data.pretrained import (
+    checkpoint_of,
+    failing_as,
+    load_architecture,
+    load_tokenizer,
+    position_padding,
+    quiet,
+    saved_label_names,
+)
 from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
-from fed.models.saved_files import RENEW, check_dtypes, check_files, write_digests
+from fed.models.saved_files import RENEW, check_dtypes, check_files, check_sizes, write_digests
 from fed.seeding import permutation, torch_seed
 
 # A callback for pretraining, called after each step with the number of steps done and the step's loss.
@@ -95,22 +103,21 @@ def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
     Raises FedError if a file or a weight is not as it was saved, or if the model's labels are not `label_names`, in
     this order; () allows any. No code in the folder is run.
     """
-    import transformers
-
     what = f"the base model in {str(directory)!r}"
     check_files(directory, what)
     with quiet(), failing_as(f"{what} does not load"):
-        architecture = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        architecture = load_architecture(directory)
         kind = _class_of(architecture)
+        with torch.device("meta"):  # a model without memory for its weights
+            outline = kind(architecture)
+    check_sizes(outline, directory, what)
+    with quiet(), failing_as(f"{what} does not load"):
         model, report = kind.from_pretrained(
             directory,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype="auto",
-            ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
         )
     _check_complete(report, what)
@@ -125,23 +132,25 @@ def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
 
 
 def _class_of(architecture: Any) -> Any:
-    """Return the class of transformers' models that a configuration names."""
+    """Return the class of transformers' models that a configuration names, which takes this configuration."""
     import transformers
 
     names = architecture.architectures
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise FedError(f"its config.json has architectures {names!r}; one class of transformers' models is needed")
-    return kind
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    wanted: Any = kind.config_class if is_model else None  # None for PreTrainedModel itself
+    if wanted is not None and isinstance(architecture, wanted):
+        return kind
+    raise FedError(
+        f"its config.json has architectures {names!r}; one class of transformers for its model_type is needed"
+    )
 
 
 def _check_complete(report: dict[str, Any], what: str) -> None:
     """Raise FedError, naming a weight, if those in the file are not exactly the model's."""
     for name in sorted(report["missing_keys"]):
         raise FedError(f"{what} is damaged: its file has no {name!r}; {RENEW}")
-    for name, saved, wanted in sorted(report["mismatched_keys"], key=str):
-        raise FedError(f"{what} is damaged: {name!r} is {tuple(saved)}, not {tuple(wanted)}; {RENEW}")
     for name in sorted(report["unexpected_keys"]):
         raise FedError(f"{what} is damaged: its file has {name!r}, which is not in the model; {RENEW}")
 
@@ -245,6 +254,7 @@ def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str
     path, tokenizer = checkpoint_of(config), load_tokenizer(config)
     loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
     with loads, torch_seed(_CPU, config.seed, "weights"):
+        load_architecture(path)  # refused if it names code
         model, report = getattr(transformers, kind).from_pretrained(
             path,
             local_files_only=True,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fed.errors import FedError
 from fed.files import digest, digest_of, sync_tree, write_atomically
@@ -53,16 +54,34 @@ def check_files(directory: Path, what: str) -> None:
         raise FedError(f"{what} holds {name}, which was not saved with it; remove that file, or {RENEW}")
 
 
+def check_sizes(outline: nn.Module, directory: Path, what: str) -> None:
+    """Raise FedError, naming a weight, if one has another shape in its file than in a model of the saved kind."""
+    own = outline.state_dict()
+    for name, weight in _weights(directory, what):
+        if name in own and own[name].shape != weight.shape:
+            saved, wanted = tuple(weight.shape), tuple(own[name].shape)
+            raise FedError(f"{what} is damaged: {name!r} is {saved}, not {wanted}; {RENEW}")
+
+
 def check_dtypes(model: nn.Module, directory: Path, what: str) -> None:
     """Raise FedError, naming a weight, if one has another dtype in its file than in the model: it was converted."""
-    from safetensors import safe_open
-
     own = model.state_dict()
+    for name, weight in _weights(directory, what):
+        if name in own and own[name].dtype != weight.dtype:
+            raise FedError(f"{what} is damaged: {name!r} is {weight.dtype}, not {own[name].dtype}; {RENEW}")
+
+
+def _weights(directory: Path, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a folder's files by name; their values are read from the disk only if they are looked at."""
+    from safetensors import SafetensorError, safe_open
+
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                if name in own and own[name].dtype != (saved := file.get_tensor(name).dtype):
-                    raise FedError(f"{what} is damaged: {name!r} is {saved}, not {own[name].dtype}; {RENEW}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no dict
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise FedError(f"{what} is damaged: {path.name}: {error}; {RENEW}") from error
 
 
 def _listed(path: Path, what: str) -> dict[str, str]:

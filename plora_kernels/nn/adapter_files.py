@@ -40,7 +40,7 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     for path in (source / CONFIG_NAME, weights_path(source)):
         if _is_file(path):
             continue
-        what = "is not a file" if os.path.lexists(_without_nul(path)) else "does not exist"
+        what = "is not a file" if os.path.lexists(path) else "does not exist"
         raise ConfigError(f"{shown_path(path)} {what}; a directory with {CONFIG_NAME} and {WEIGHTS_NAME} is needed")
     return source
 
@@ -52,13 +52,10 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _without_nul(path: Path) -> str:
-    return str(path).replace("\0", "")
-
-
 def weights_path(source: Path) -> Path:
     """Return the file of tensors that PEFT reads from the directory: the pickled one only without the other."""
-    pickled = _is_file(source / PICKLED_NAME) and not os.path.lexists(_without_nul(source / WEIGHTS_NAME))
+    # Path.exists would raise an error for a folder that may not be entered.
+    pickled = _is_file(source / PICKLED_NAME) and not os.path.exists(source / WEIGHTS_NAME)  # noqa: PTH110
     return source / (PICKLED_NAME if pickled else WEIGHTS_NAME)
 
 

@@ -83,12 +83,12 @@ class PLoRAConfig:
             check_positive("alpha", alpha)
         check_probability("dropout", self.dropout)
         check_original(self.original)
-        if not self.target_modules:
-            raise ConfigError("target_modules is empty; name modules, or use 'all-linear'")
         if isinstance(self.modules_to_save, str) or self.modules_to_save is None:
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; a list of names is needed")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name))
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty; name modules, or use 'all-linear'")
         if not isinstance(self.target_modules, str) and any(is_all_linear(entry) for entry in self.target_modules):
             raise ConfigError(
                 "target_modules holds 'all-linear' in a list; it stands alone: target_modules='all-linear'"

@@ -94,6 +94,7 @@ def assert_found_elsewhere(folder: Path, kind: str) -> None:
     assert ahead
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_found_by_other_processes_of_code_elsewhere(tmp_path: Path) -> None:
     assert_found_elsewhere(tmp_path, "case")
 

@@ -86,6 +86,7 @@ def test_another_triton_than_the_one_asked_for_is_refused() -> None:
         pytest_sessionstart(session)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["forward", "fold"])
 def test_items_carry_the_measured_figures(content: dict[str, Any], op: str) -> None:
     items = {item["extra_info"]["provider"]: item for item in content["benchmarks"] if item["extra_info"]["op"] == op}
@@ -100,6 +101,7 @@ def test_items_carry_the_measured_figures(content: dict[str, Any], op: str) -> N
     assert len({item["stats"]["rounds"] for item in items.values()}) == 1, "providers were not timed together"
 
 
+@pytest.mark.slow
 def test_the_run_is_described_without_naming_the_host(content: dict[str, Any]) -> None:
     machine = content["machine_info"]
     assert "node" not in machine
@@ -113,6 +115,7 @@ def test_the_run_is_described_without_naming_the_host(content: dict[str, Any]) -
     assert "dirty" in content["commit_info"]
 
 
+@pytest.mark.slow
 def test_a_provider_that_cannot_run_is_listed_with_its_cause(content: dict[str, Any], saved: Path) -> None:
     (missing,) = content["not_available"]
     assert (missing["provider"], missing["op"]) == ("peft-compiled", "forward")

@@ -109,6 +109,7 @@ def test_who_really_ran_is_blamed_for_a_death_ahead(tmp_path: Path, monkeypatch:
     assert "fused" in found
 
 
+@pytest.mark.slow
 def test_a_lost_device_and_a_hang_while_timing_cost_one_provider_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_lost_device_and_a_hang_while_timing_cost_one_provider_each(
     assert list(found) == ["base", "peft", "peft-autocast", "inplace"]
 
 
+@pytest.mark.slow
 def test_a_form_that_hangs_is_wrong_and_the_others_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_run, "perform", hangs_in_a_form)
     monkeypatch.setattr(device_run, "AHEAD_SECONDS", 2.0)
@@ -134,6 +136,7 @@ def test_a_form_that_hangs_is_wrong_and_the_others_are_checked(tmp_path: Path, m
     assert [form for form, status in found.items() if status == "wrong"] == ["folded mask"]
 
 
+@pytest.mark.slow
 def test_at_the_end_of_the_time_a_hang_is_stopped_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_run, "perform", hangs_in_a_form)
     shape = CheckShape("cpu", "bfloat16", 3, 4, 5, 2)
@@ -353,6 +356,7 @@ def steps_hang_in_vmap(work: Simulation, *, defaults: bool = False) -> Any:
     return [{**work.case.facts(), "provider": name, "status": "timed"} for name in known]
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_costs_its_provider_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulations, "perform", steps_hang_in_vmap)
     monkeypatch.setattr(simulations, "SECONDS_EACH", 2.0)

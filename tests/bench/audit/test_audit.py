@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,8 +43,8 @@ def audit(folder: Path, *options: str) -> list[dict]:
     return json.loads(path.read_text())
 
 
-def assert_fits(rows: list[dict]) -> None:
-    for target in TARGETS:
+def assert_fits(rows: list[dict], targets: Iterable[str] = TARGETS) -> None:
+    for target in targets:
         kernels = {row["kernel"] for row in rows if row["target"] == target}
         assert kernels >= {"fold_kernel", "fold_many_kernel", "partial_gradient_kernel", "reduce_gradient_kernel"}, (
             target
@@ -77,10 +78,14 @@ def assert_warpgroup_mma(rows: list[dict]) -> None:
     assert [row for row in chosen if "wgmma" not in row["instructions"]] == []
 
 
-def test_the_usual_shape_fits_every_target(tmp_path: Path) -> None:
-    rows = audit(tmp_path, "--shapes", "1", "--no-designs")
-    assert_fits(rows)
-    assert_warpgroup_mma(rows)
+@pytest.mark.parametrize(
+    "targets", [("sm_90", "gfx942"), pytest.param(("sm_80", "sm_100"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_the_usual_shape_fits(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    rows = audit(tmp_path, "--shapes", "1", "--no-designs", "--targets", *targets)
+    assert_fits(rows, targets)
+    if "sm_90" in targets:
+        assert_warpgroup_mma(rows)
 
 
 @pytest.mark.slow

@@ -113,13 +113,13 @@ def test_clients_have_values_gradients_and_batches_of_their_own() -> None:
     assert all((first[name] - second[name]).abs().max() > 1e-9 for name in first)
 
 
-def test_looking_at_gradients_moves_nothing() -> None:
+@pytest.mark.parametrize("provider", ["peft-loop", *OTHERS])
+def test_looking_at_gradients_moves_nothing(provider: str) -> None:
     problem = make_problem(tiny(), CPU)
-    for make in TRAINERS.values():
-        trainer = make(problem)
-        twice = [trainer.gradients() for _ in range(2)]
-        assert largest_difference(*twice) == 0.0
-        assert largest_difference(trainer.values(), [dict(start) for start in problem.starts]) == 0.0
+    trainer = TRAINERS[provider](problem)
+    twice = [trainer.gradients() for _ in range(2)]
+    assert largest_difference(*twice) == 0.0
+    assert largest_difference(trainer.values(), [dict(start) for start in problem.starts]) == 0.0
 
 
 def test_the_base_does_what_clients_without_modules_do() -> None:

@@ -125,6 +125,15 @@ def test_the_code_would_run_if_it_were_trusted(
     assert trace.exists()
 
 
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_that_would_be_fetched_is_refused(bert: Path, tmp_path: Path, field: str) -> None:
+    path = Path(shutil.copytree(bert, tmp_path / "kernel"))
+    change(path / "config.json", **{field: "someone/kernel"})
+    for loader in ("configuration", "classifier", "saved base"):
+        with pytest.raises(FedError, match=f"has {field} = 'someone/kernel', code that would be fetched and run"):
+            LOADERS[loader](text_config("rows.jsonl", path))
+
+
 class Command:
     """An object whose unpickling runs a command."""
 

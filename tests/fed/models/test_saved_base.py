@@ -140,6 +140,11 @@ def test_architectures_that_are_no_model_of_this_file_are_refused(older: Path, n
     assert_refused(change_config(older, architectures=names), "architectures|is damaged|does not load")
 
 
+def test_a_configuration_of_a_huge_model_takes_no_memory(older: Path) -> None:
+    change_config(older, vocab_size=10**12)
+    assert_refused(older, r"'bert.embeddings.word_embeddings.weight' is \(60, 8\), not \(1000000000000, 8\)")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 5000, '{"model_type": "nothing"}', '{"model_type": 3}'])
 def test_a_configuration_that_is_none_is_one_line(older: Path, text: str) -> None:
     (older / "config.json").write_text(text)

@@ -175,7 +175,7 @@ def stopper(monkeypatch: pytest.MonkeyPatch) -> Stopper:
     return Stopper(monkeypatch)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_any_change_of_its_files_ends_like_one_that_was_not(
     every: int, tmp_path: Path, stopper: Stopper
 ) -> None:

@@ -148,7 +148,10 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
 
 # torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("method", ["fed-plora", "flora", "hetlora", "fedsa-lora"])
+@pytest.mark.parametrize(
+    "method",
+    ["fed-plora", "hetlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flora", "fedsa-lora"))],
+)
 def test_compiled_rounds_are_the_sequential_ones(method: str, traced: list[Any]) -> None:
     settings = {"train": UNLIKE | {"weight_decay": 0.1, "max_grad_norm": 0.3}, "measure": {"memory": False}}
     if method == "hetlora":

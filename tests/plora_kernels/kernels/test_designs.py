@@ -148,8 +148,13 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("measured", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dropout_p", "measured"),
+    [
+        *((0.0, False), (0.3, True)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((0.0, True), (0.3, False))),
+    ],
+)
 def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
     dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,11 +73,11 @@ def test_any_cut_gives_the_gradients(rows: int, form: str | None, design: str, c
         assert set(cuts) == {ROWS[rows]}
 
 
-def test_wide_gradients_of_many_columns_are_whole(cuts: list[int]) -> None:
+@pytest.mark.parametrize("design", ["tile", pytest.param("tile_two_launch", marks=pytest.mark.slow)])
+def test_wide_gradients_of_many_columns_are_whole(design: str, cuts: list[int]) -> None:
     problem = make_problem(70, 200, 136, 5, torch.float32, mask=random_mask(5, 1))
-    for design in ("tile", "tile_two_launch"):
-        with lookup.override_blocks(forced(design)):
-            check(problem)
+    with lookup.override_blocks(forced(design)):
+        check(problem)
     assert set(cuts) == {1}
 
 

@@ -39,6 +39,12 @@ def test_a_task_type_that_peft_does_not_know_is_refused(task: object) -> None:
         ({"exclude_modules": [None]}, "exclude_modules holds None"),
         ({"modules_to_save": [""]}, "modules_to_save holds ''"),
         ({"alpha_pattern": {3: 2.0}}, "alpha_pattern holds 3"),
+        ({"rank_pattern": None}, "rank_pattern is a NoneType; a mapping from names of modules is needed"),
+        ({"alpha_pattern": [("query", 2.0)]}, "alpha_pattern is a list; a mapping from names of modules is needed"),
+        ({"alpha_pattern": {"query": 10**400}}, "alpha is above 1.8e[+]308; a finite number is needed"),
+        ({"target_modules": "(a+)+b"}, r"target_modules holds '\(a\+\)\+b', which can take for ever to match"),
+        ({"exclude_modules": "(.*)*x"}, r"exclude_modules holds '\(\.\*\)\*x', which can take for ever to match"),
+        ({"rank_pattern": {"(a|a)*$": 4}}, "rank_pattern holds .* which can take for ever to match"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

@@ -32,7 +32,9 @@ def test_dropout_drops_the_same_elements_as_one_call_a_group(each_backend: str) 
     assert torch.equal(y != 0, kept)
 
 
-@pytest.mark.parametrize(("share", "form"), FORMS[:3])
+@pytest.mark.parametrize(
+    ("share", "form"), [*(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[:2]), FORMS[2]]
+)
 def test_rows_numbered_as_by_default_drop_the_same(share: float | None, form: str, each_backend: str) -> None:
     sizes = (33, 0, 7, 20)
     problem = draw_grouped(sizes, 24, 40, 17, torch.float32, share=share, unselected=form, dropout_p=0.4)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from fed import config as configuration
-from fed.errors import BAD_INPUT, INTERRUPTED, FedError
+from fed.errors import BAD_INPUT, INTERRUPTED, UNREAD, FedError, UnreadError, printable
 from fed.openmp import wait_passively_if_busy
 
 # The base class of typer's errors about arguments, which typer does not export.
 _UsageError: Any = typer.BadParameter.__base__
 
+
+class _Commands(TyperGroup):
+    """The commands, of which each ends quietly if nobody reads its output any more."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command and return its exit status."""
+        try:
+            return super().invoke(ctx)
+        except UnreadError:
+            return UNREAD
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Federated fine-tuning over clients that afford different LoRA ranks.",
@@ -52,6 +67,8 @@ def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         _fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
+    except SystemExit as end:  # of typer's help, whose reader may have closed the pipe
+        status = UNREAD if isinstance(end.__context__, BrokenPipeError) else end.code
     sys.exit(status)
 
 
@@ -69,7 +86,7 @@ def run(
     from fed import commands
 
     config = configuration.load(source, _settings(settings, more, track))
-    return commands.run(config, out or Path("runs", Path(source).stem), overwrite, centralised)
+    return commands.run(config, _directory(out, source), overwrite, centralised)
 
 
 @app.command()
@@ -105,7 +122,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     numbers = plans.parse_seeds(seeds) if seeds else ()
     asked = plans.request(source, _settings(settings, more, track), names, numbers, vary, reference)
-    return commands.compare(plans.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
+    return commands.compare(plans.plan(asked), _directory(out, source, "compare-"), jobs)
 
 
 @app.command()
@@ -146,11 +163,24 @@ def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The dir
     commands.noise(directory)
 
 
+def _directory(out: Path | None, source: str, prefix: str = "") -> Path:
+    """Return the directory that `--out` names, or one named after the source; raise FedError if none can have it."""
+    if out is None and Path(source).stem in ("", ".."):
+        raise FedError(f"--out is missing: {source!r} has no name that a directory could have")
+    directory = out or Path("runs", f"{prefix}{Path(source).stem}")
+    if bad := configuration.bad_character(str(directory)):
+        raise FedError(f"--out is {configuration.shown(directory)}: it holds {bad}; it should be UTF-8 text")
+    if why := configuration.why_no_path(str(directory)):
+        raise FedError(f"--out is {configuration.shown(directory)}: it should be {why}")
+    return directory
+
+
 def _settings(settings: Sequence[str] | None, more: Sequence[str] | None, track: Sequence[str] | None) -> list[str]:
     trackers = [f"tracker={list(track)!r}"] if track else []
     return [*(settings or ()), *(more or ()), *trackers]
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody reads it
+        print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr, flush=True)
     sys.exit(BAD_INPUT)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
-import signal
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,10 @@ from fed import config as configuration
 from fed.config import RunConfig
 from fed.config.loader import PRESETS
 from fed.data import federated_data
-from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.plan import Plan
+from tests.support.hostile import outcome
 from tests.support.text_data import PETS, write_rows
-
-HANGS_AFTER = 10  # seconds; an input takes some milliseconds
-NOT_FOR_PRINT = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 NUMBERS = [0, 1, -1, 2, 3, 16, 20, 256, 257, 10**4, 10**6, 10**9, 2**31, 2**32, 2**63 - 1, 2**63, -(2**64), 10**400]
 FLOATS = [0.0, -0.0, 0.001, 0.5, 0.999, 1.0, 1e-8, 1e-300, 5e-324, 1e300, 1.7e308, -1e308]
@@ -64,35 +58,6 @@ values = st.recursive(
 changes = st.lists(st.tuples(keys, values), min_size=1, max_size=4)
 presets = [tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(PRESETS.glob("*.toml"))]
 beginnings = st.sampled_from([{}, *presets])
-
-
-@contextmanager
-def watched() -> Iterator[None]:
-    """Fail a test in which something hangs."""
-
-    def fail(*_: object) -> None:
-        raise TimeoutError(f"an input takes more than {HANGS_AFTER} s")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, HANGS_AFTER)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(make: Callable[[], Any]) -> Any:
-    """Return what `make` returns, or None if it raises a FedError of one line; any other exception fails the test."""
-    with watched():
-        try:
-            return make()
-        except FedError as error:
-            message = str(error)
-            assert message
-            assert not NOT_FOR_PRINT.search(message), ascii(message)
-            assert len(message) < 2000
-            return None
 
 
 def changed(table: dict[str, Any], changes: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,7 +107,7 @@ def test_tables(examples: int) -> None:
 
     def check(drawn: tuple[dict[str, Any], list[tuple[str, Any]]]) -> None:
         nonlocal valid
-        found = outcome(lambda: configuration.parse(changed(*drawn), where="here"))
+        found, _ = outcome(lambda: configuration.parse(changed(*drawn), where="here"))
         valid += isinstance(found, RunConfig)
 
     try_all(examples, st.tuples(beginnings, changes), check)
@@ -193,7 +158,7 @@ def test_comparisons(examples: int, tmp_path: Path) -> None:
             numbers = plans.parse_seeds(seeds) if seeds else ()
             return plans.plan(plans.request("digits", given, methods, numbers, varied, reference))
 
-        plan = outcome(make)
+        plan, _ = outcome(make)
         if plan is not None:
             plans.write(plan.request, tmp_path)
             again = plans.plan(plans.read(tmp_path))
@@ -235,9 +200,9 @@ def test_valid_configurations_give_data_or_one_line(examples: int, bert: Path, t
     def check(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
         table, chosen = drawn
         merged = changed({**small, **copy.deepcopy(table)}, list(chosen.items()))
-        config = outcome(lambda: configuration.parse(merged, where="here"))
+        config, _ = outcome(lambda: configuration.parse(merged, where="here"))
         if config is not None:
-            data = outcome(lambda: federated_data.load(config))
+            data, _ = outcome(lambda: federated_data.load(config))
             if data is not None:
                 assert len(data.clients) == config.clients.count
                 assert all(len(split) for split in (*data.clients, data.test))

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from fed import config as configuration
 from fed import interruption
-from fed.errors import BAD_INPUT, INTERRUPTED, FedError, machine_fault
+from fed.errors import BAD_INPUT, INTERRUPTED, UNREAD, FedError, UnreadError, machine_fault, printable
 from fed.openmp import wait_passively_if_busy
 
 # The base class of typer's errors about arguments, which typer does not export.
 _UsageError: Any = typer.BadParameter.__base__
 
+
+class _Commands(TyperGroup):
+    """The commands, of which each ends quietly if nobody reads its output any more."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command and return its exit status."""
+        try:
+            return super().invoke(ctx)
+        except UnreadError:
+            return UNREAD
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Federated fine-tuning over clients that afford different LoRA ranks.",
@@ -53,9 +68,14 @@ def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')}; see {name} --help")
     except (KeyboardInterrupt, typer.Abort) as error:
-        if isinstance(error.__cause__, EOFError):  # which typer takes for the end of what a user types
+        cause = error.__cause__ or error
+        if isinstance(cause, EOFError):  # which typer takes for the end of what a user types
             raise
+        if isinstance(cause, UnreadError):
+            sys.exit(UNREAD)
         _fail("interrupted", INTERRUPTED)
+    except SystemExit as end:  # of typer's help, whose reader may have closed the pipe
+        status = UNREAD if isinstance(end.__context__, BrokenPipeError) else end.code
     except Exception as error:
         if interruption.came():  # a library may make an error of its own of Ctrl-C
             _fail("interrupted", INTERRUPTED)
@@ -79,7 +99,7 @@ def run(
     from fed import commands
 
     config = configuration.load(source, _settings(settings, more, track))
-    return commands.run(config, out or Path("runs", Path(source).stem), overwrite, centralised)
+    return commands.run(config, _directory(out, source), overwrite, centralised)
 
 
 @app.command()
@@ -115,7 +135,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     numbers = plans.parse_seeds(seeds) if seeds else ()
     asked = plans.request(source, _settings(settings, more, track), names, numbers, vary, reference)
-    return commands.compare(plans.plan(asked), out or Path("runs", f"compare-{Path(source).stem}"), jobs)
+    return commands.compare(plans.plan(asked), _directory(out, source, "compare-"), jobs)
 
 
 @app.command()
@@ -156,11 +176,24 @@ def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The dir
     commands.noise(directory)
 
 
+def _directory(out: Path | None, source: str, prefix: str = "") -> Path:
+    """Return the directory that `--out` names, or one named after the source; raise FedError if none can have it."""
+    if out is None and Path(source).stem in ("", ".."):
+        raise FedError(f"--out is missing: {source!r} has no name that a directory could have")
+    directory = out or Path("runs", f"{prefix}{Path(source).stem}")
+    if bad := configuration.bad_character(str(directory)):
+        raise FedError(f"--out is {configuration.shown(directory)}: it holds {bad}; it should be UTF-8 text")
+    if why := configuration.why_no_path(str(directory)):
+        raise FedError(f"--out is {configuration.shown(directory)}: it should be {why}")
+    return directory
+
+
 def _settings(settings: Sequence[str] | None, more: Sequence[str] | None, track: Sequence[str] | None) -> list[str]:
     trackers = [f"tracker={list(track)!r}"] if track else []
     return [*(settings or ()), *(more or ()), *trackers]
 
 
 def _fail(message: str, status: int = BAD_INPUT) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody reads it
+        print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr, flush=True)
     sys.exit(status)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fed.errors import UnreadError, printable
 from fed.experiments.plan import Cell
 from fed.report import tables
 from fed.report.comparison import Comparison
@@ -35,30 +37,50 @@ _SPEED_OVER_SECONDS = 1800.0  # time left is estimated from the last half hour, 
 Advance = Callable[[int, str], None]
 
 
+class _Output(Console):
+    """A console that prints text as it is, and if nobody reads it any more, ends the command."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=stderr)
+
+    def on_broken_pipe(self) -> None:
+        """Discard what is still printed, and raise UnreadError unless it was for standard error."""
+        self.quiet = True
+        with suppress(OSError):  # a file that is not of the operating system
+            discard = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(discard, self.file.fileno())
+            os.close(discard)
+        if not self.stderr:
+            raise UnreadError
+
+
 class Screen:
-    """The output of one command, on standard output and, for warnings, standard error."""
+    """The output of one command, on standard output and, for warnings, standard error.
+
+    Names in it may come from any file, so characters that are not for print are shown escaped.
+    """
 
     def __init__(self) -> None:
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._out = _Output()
+        self._err = _Output(stderr=True)
         self.is_terminal = self._out.is_terminal
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self._out.print(line, markup=False)
+        """Print one line, or several."""
+        self._out.print(printable(line, kept="\n"))
 
     def warn(self, line: str) -> None:
         """Print one line on standard error."""
-        self._err.print(f"warning: {line}", markup=False)
+        self._err.print(printable(f"warning: {line}"))
 
     @contextmanager
     def stage(self, name: str, total: int, every: int = 1) -> Iterator[Advance]:
         """Show the progress of a stage of `total` steps: a bar, or without a terminal a line every `every` steps."""
         if self.is_terminal and total:
-            note, left = TextColumn("{task.fields[note]}"), TextColumn("left")
+            note, left = _plain("{task.fields[note]}"), _plain("left")
             with self.bars(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
-                task = bar.add_task(name, total=total, note="")
-                yield lambda done, note: bar.update(task, completed=done, note=note)
+                task = bar.add_task(printable(name), total=total, note="")
+                yield lambda done, note: bar.update(task, completed=done, note=printable(note))
             return
 
         def advance(done: int, note: str) -> None:
@@ -72,7 +94,7 @@ class Screen:
         """Show a stage whose duration is not known in advance."""
         if self.is_terminal:
             with self.bars(TimeElapsedColumn()) as bar:
-                task = bar.add_task(name, total=None)
+                task = bar.add_task(printable(name), total=None)
                 yield
                 bar.update(task, total=1, completed=1)
         else:
@@ -81,12 +103,12 @@ class Screen:
 
     def bars(self, *columns: ProgressColumn, width: int = 16, **settings: Any) -> Progress:
         """Return progress bars with a name before and these columns behind them; what is said appears above them."""
-        name, bar = TextColumn("{task.description}"), BarColumn(bar_width=width)
+        name, bar = _plain("{task.description}"), BarColumn(bar_width=width)
         return Progress(name, bar, *columns, console=self._out, **settings)
 
     def table(self, lines: Sequence[tuple[str, ...]]) -> None:
         """Print a table, heading first; columns that do not fit the terminal are printed as further tables."""
-        for part in _fitting(lines, self._out.width):
+        for part in _fitting([tuple(map(printable, line)) for line in lines], self._out.width):
             heading, *rest = part
             table = Table(box=None, pad_edge=False)
             table.add_column(heading[0], no_wrap=True)
@@ -120,6 +142,10 @@ class Screen:
             self._out.print()
             for line in sentences:
                 self.say(textwrap.fill(line, self._out.width, subsequent_indent="  "))
+
+
+def _plain(text: str) -> TextColumn:
+    return TextColumn(text, markup=False)
 
 
 def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:
@@ -162,7 +188,7 @@ class ComparisonProgress:
 
     def __enter__(self) -> Self:
         if self._screen.is_terminal and self._rounds:
-            columns = MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True)
+            columns = MofNCompleteColumn(), _plain("{task.fields[note]}"), TimeRemainingColumn(compact=True)
             self._bars = self._screen.bars(*columns, width=12, speed_estimate_period=_SPEED_OVER_SECONDS)
             self._bars.start()
             self._tasks["all"] = self._bars.add_task("all rounds", total=self._rounds, note=f"{self._count()} runs")
@@ -195,7 +221,7 @@ class ComparisonProgress:
         if self._bars is None:
             return
         if cell.label not in self._tasks:
-            self._tasks[cell.label] = self._bars.add_task(cell.label, total=cell.config.rounds, note="")
+            self._tasks[cell.label] = self._bars.add_task(printable(cell.label), total=cell.config.rounds, note="")
         self._bars.update(self._tasks[cell.label], completed=row["round"], note=_reached(row))
         self._bars.update(self._tasks["all"], completed=sum(self._played.values()))
 

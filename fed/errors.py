@@ -11,17 +11,21 @@ BAD_INPUT, INTERRUPTED, UNREAD = 2, 130, 141
 
 # Characters that command a terminal, reverse or break the line for a reader, or cannot be encoded.
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 1503  # characters of a message
 _LINE_END = re.compile(r"\s*[\r\n]+\s*")
 
 
 class FedError(ValueError):
     """An error in a configuration, data set or model; its message is one line that says what would be right.
 
-    Names and values in the message may come from any file, so characters that are not for print are shown escaped.
+    Names and values in the message may come from any file, so characters that are not for print are shown escaped, and
+    a message that would fill the screen is shortened in the middle.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(printable(_LINE_END.sub(" ", str(message).strip())))
+        line = printable(_LINE_END.sub(" ", str(message).strip()))
+        half = (_LONGEST - 3) // 2
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
 class UnreadError(KeyboardInterrupt):

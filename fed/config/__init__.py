@@ -4,6 +4,7 @@ On the command line and in error messages keys are written with dots: `train.lea
 TOML table `[train]`.
 """
 
+from fed.config.fields import why_no_path
 from fed.config.loader import apply, flat, load, load_saved, parse, preset_names, renamed, settings_of, table, write
 from fed.config.paths import PATHS, located, same_setting
 from fed.config.run import MOST_RUNS, CompareConfig, RunConfig
@@ -29,5 +30,6 @@ __all__ = [
     "settings_of",
     "shown",
     "table",
+    "why_no_path",
     "write",
 ]

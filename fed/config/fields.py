@@ -17,14 +17,19 @@ def _check_not_tiny(value: float) -> float:
     return value
 
 
+def why_no_path(path: str) -> str:
+    """Return what a path should be, if it is too long for any file to have, or ""."""
+    if len(path.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
+        return f"a path of at most {_LONGEST_PATH} bytes"
+    if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in path.split("/")):
+        return f"a path with names of at most {_LONGEST_NAME} bytes"
+    return ""
+
+
 def _check_path(path: str) -> str:
     """Return a path; raise pydantic's error if no file can have it."""
-    if len(path.encode("utf-8", "surrogatepass")) > _LONGEST_PATH:
-        raise PydanticCustomError("path", "Input should be a path of at most {most} bytes", {"most": _LONGEST_PATH})
-    if any(len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for name in path.split("/")):
-        raise PydanticCustomError(
-            "path", "Input should be a path with names of at most {most} bytes", {"most": _LONGEST_NAME}
-        )
+    if why := why_no_path(path):
+        raise PydanticCustomError("path", "Input should be {why}", {"why": why})
     return path
 
 

@@ -84,16 +84,17 @@ def check_values(table: dict[str, Any], where: str) -> None:
     Such are integers beyond 64 bits, dates, texts with characters that no file holds, and values that nest too deeply.
     """
     for key, value, depth in _walk(table):
+        name = key if len(key) <= _SHOWN and key.isprintable() else shown(key)
         if depth > _DEEPEST:
-            raise FedError(f"{where}: {shown(key)} is nested too deeply: at most {_DEEPEST} lists or tables may nest")
+            raise FedError(f"{where}: {name} is nested too deeply: at most {_DEEPEST} lists or tables may nest")
         if isinstance(value, int) and abs(value) > _LARGEST:
-            raise FedError(f"{where}: {key} is an integer beyond 64 bits; a smaller one would be right")
+            raise FedError(f"{where}: {name} is an integer beyond 64 bits; a smaller one would be right")
         if isinstance(value, date | time):
-            raise FedError(f"{where}: {key} is {value}, a date or a time; in quotation marks it would be text")
+            raise FedError(f"{where}: {name} is {value}, a date or a time; in quotation marks it would be text")
         if isinstance(value, str) and (bad := bad_character(value)):
-            raise FedError(f"{where}: {shown(key)} is {shown(value)}: it holds {bad}, which it should not")
+            raise FedError(f"{where}: {name} is {shown(value)}: it holds {bad}, which it should not")
         if bad := bad_character(key):
-            raise FedError(f"{where}: the key {shown(key)} holds {bad}, which it should not")
+            raise FedError(f"{where}: the key {name} holds {bad}, which it should not")
 
 
 def bad_character(text: str) -> str:

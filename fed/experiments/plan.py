@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -164,19 +164,22 @@ def read(directory: Path) -> Request:
         text = configuration.read_toml_text(path, written=True)
     except FileNotFoundError:
         raise FedError(f"{str(directory)!r} is not a comparison's directory: there is no {PLAN} in it") from None
-    content = configuration.parse_toml(text, str(path))
-    if (given := content.get("digest")) is not None:
-        first = _DIGEST.match(text)
-        if first is None or first[1] != given or digest(text[first.end() :].encode()) != given:
-            raise FedError(
-                f"{path} was changed or damaged: it does not fit its digest; give the compare command again with a new "
-                "--out, or delete the line of the digest if the change is meant"
-            )
+    first = _DIGEST.match(text)
+    fits = first is None or digest(text[first.end() :].encode()) == first[1]
+    content = configuration.parse_toml(text, str(path)) if fits else {}
+    if not fits or (first is None and "digest" in content):
+        raise FedError(
+            f"{path} was changed or damaged: it does not fit its digest; give the compare command again with a new "
+            "--out, or delete the line of the digest if the change is meant"
+        )
     return _request_of(content, path)
 
 
 def _request_of(content: dict[str, Any], path: Path) -> Request:
     """Return the request that a comparison's file holds; raise FedError, naming the key, if it is malformed."""
+    known = ("digest", "config", *(field.name for field in fields(Request) if field.name != "table"))
+    if unknown := next((key for key in content if key not in known), None):
+        raise FedError(f"{path} is not what a comparison writes: unknown key {shown(unknown)}")
 
     def of(key: str, fits: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
         if key not in content and default is not None:

@@ -10,6 +10,7 @@ from fed import config as configuration
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.plan import Plan, parse_seeds
+from tests.support.hostile import watched
 
 
 def planned(*settings: str, **asked: object) -> Plan:
@@ -156,3 +157,120 @@ def test_a_setting_is_varied_within_the_files_own_method_unless_methods_are_name
     assert plans.request(path).methods == ("flora", "flexlora")
     assert plans.request(path, vary="rounds=1,2").methods == ("hetlora",)
     assert plans.request(path, methods=("flora",), vary="rounds=1,2").methods == ("flora",)
+
+
+def written(directory: Path, asked: plans.Request | None = None) -> Path:
+    """Return the file of a comparison in this directory."""
+    plans.write(asked or plans.request("digits", ["rounds=3"], ["fed-plora"], (0, 5)), directory)
+    return directory / "comparison.toml"
+
+
+def test_a_file_that_was_changed_is_refused_unless_the_digest_is_deleted(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    text = path.read_text()
+    digest, rest = text.split("\n", 1)
+    assert digest.startswith('digest = "')
+    for other in (
+        text.replace("rounds = 3", "rounds = 4"),
+        text[:-5],
+        text + "\n",
+        "\n" + text,
+        text.replace('digest = "', 'digest = "0'),
+        rest.replace("[config]", "digest = 3\n[config]", 1),
+    ):
+        path.write_text(other)
+        with pytest.raises(FedError, match=r"comparison.toml was changed or damaged: .* new --out, or delete the line"):
+            plans.read(tmp_path)
+    path.write_text(rest.replace("rounds = 3", "rounds = 4"))
+    assert plans.plan(plans.read(tmp_path)).cells[0].config.rounds == 4
+    path.write_bytes(text.replace("\n", "\r\n").encode())  # as an editor elsewhere may save it
+    assert plans.plan(plans.read(tmp_path)).cells[0].config.rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "seeds = [\n    0,\n    5,\n]",
+            'seeds = ["0"]',
+            r"seeds is \['0'\]; it should be a list of numbers from 0 to",
+        ),
+        ("seeds = [\n    0,\n    5,\n]", "seeds = [-1]", r"seeds is \[-1\]; it should be a list of numbers"),
+        ("seeds = [\n    0,\n    5,\n]", "seeds = [true]", r"seeds is \[True\]; it should be a list of numbers"),
+        ("seeds = [\n    0,\n    5,\n]", "", r"seeds is missing; it should be a list of numbers"),
+        ("seeds = [\n    0,\n    5,\n]", "seeds = []", r"--seeds is ''"),
+        ('vary = ""', "vary = {a = 1}", r"vary is \{'a': 1\}; it should be text"),
+        ('vary = ""', r'vary = "\u0000"', r"vary is '\\x00'; it should be text"),
+        ('vary = ""', 'vary = "x"', r"--vary takes key=value"),
+        ('reference = ""', "reference = []", r"reference is \[\]; it should be text"),
+        ('source = "digits"', "source = 3", r"source is 3; it should be text"),
+        ('    "fed-plora",\n', "    {a = 1},\n", r"methods is \[\{'a': 1\}\]; it should be a list of names"),
+        ('    "rounds=3",\n', "    [3],\n", r"settings is \[\[3\]\]; it should be a list of texts"),
+        ("[config]", "[other]", r"unknown key 'other'"),
+        ("[config]", "[config]\n[config.data]", r"comparison.toml is not TOML"),
+        ("[config.train]", "[config.trane]", r"unknown key 'trane.optimizer'"),
+        ("rounds = 3", "rounds = 'x'", r"rounds is 'x': it should be a valid integer"),
+    ],
+)
+def test_a_malformed_file_is_one_line(before: str, after: str, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    text = path.read_text().split("\n", 1)[1]
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(FedError, match=message):
+        plans.plan(plans.read(tmp_path))
+
+
+def test_paths_are_the_same_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    given = ["model.path=a", "data.path=a/rows.jsonl", "data.cache=tokens", "data.shift=none", "data.name=files"]
+    asked = plans.request("digits", given, ["fed-plora"], (0,), vary="data.path=a/rows.jsonl,b/rows.jsonl")
+    before = plans.plan(asked)
+    assert [cell.config.data.path for cell in before.cells] == ["a/rows.jsonl", "b/rows.jsonl"]
+    written(tmp_path, asked)
+    monkeypatch.chdir("/")
+    after = plans.plan(plans.read(tmp_path))
+    assert [cell.path for cell in after.cells] == [cell.path for cell in before.cells]
+    assert [cell.config.data.path for cell in after.cells] == [f"{tmp_path}/{name}/rows.jsonl" for name in "ab"]
+    assert (after.cells[0].config.model.path, after.cells[0].config.data.cache) == (
+        str(tmp_path / "a"),
+        str(tmp_path / "tokens"),
+    )
+    written(tmp_path, plans.read(tmp_path))  # again, from elsewhere
+    assert plans.plan(plans.read(tmp_path)) == after
+    monkeypatch.chdir(tmp_path)
+    assert plans.difference(after.common(), before.common()) is None
+    assert plans.difference({"model.path": "a"}, {"model.path": "b"}) == "model.path = 'a' there, 'b' here"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-1000000000", r"a comparison has at most 10000 runs"),
+        ("0-9999,10000", r"a comparison has at most 10000 runs"),
+        ("4294967296", r"a seed is at most 4294967295"),
+        ("9" * 5000, r"it should be numbers such as 0,1,2"),
+    ],
+)
+def test_too_many_or_too_large_seeds_are_refused_at_once(text: str, message: str) -> None:
+    with watched(2), pytest.raises(FedError, match=message) as refused:
+        parse_seeds(text)
+    assert len(str(refused.value)) < 250
+
+
+def test_too_many_runs_are_refused_at_once() -> None:
+    with watched(5), pytest.raises(FedError, match=r"ask for 20000 runs; a comparison has at most 10000"):
+        planned(vary=f"rounds={','.join(map(str, range(1, 20_001)))}")
+
+
+def test_a_long_value_gets_a_directory_that_a_file_system_takes() -> None:
+    long = "x" * 5000
+    plan = planned(vary=f"data.text={long},{long}y,z")
+    names = [variant.name for variant in plan.variants]
+    assert names[2] == "fed-plora.text-z"
+    assert len(set(names)) == 3
+    assert max(map(len, names)) == 200
+    assert [cell.config.data.text for cell in plan.cells] == [long, f"{long}y", "z"]

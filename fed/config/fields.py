@@ -34,6 +34,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
 # Within these limits sums and squares of a few stay finite and above 0 in fp32.
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
+# Large enough for what a broken client might do in a simulation, and finite in fp32.
+Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=10_000)]
 PathName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]

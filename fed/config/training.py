@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import plora_kernels as pk
-from fed.config.fields import Count, Fraction, Name, NotNegative, Positive, Table
+from fed.config.fields import Count, Fraction, Name, NotNegative, Positive, Rate, Table
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -95,8 +95,8 @@ class TrainConfig(Table):
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Positive = 2e-3
-    client_learning_rates: Annotated[list[Positive], Field(max_length=_MOST_CLIENTS)] = []
+    learning_rate: Rate = 2e-3
+    client_learning_rates: Annotated[list[Rate], Field(max_length=_MOST_CLIENTS)] = []
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16
@@ -113,7 +113,7 @@ class ServerConfig(Table):
     """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it."""
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
-    step_size: Positive = 1e-2
+    step_size: Rate = 1e-2
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3

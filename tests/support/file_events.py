@@ -35,14 +35,14 @@ _AUDITED = {
 class FileEvent:
     """One change: its number from 1, what it does ("open", "write", "sync", "rename", …), and the paths it affects.
 
-    A rename has two paths, from and to. "open" is opening for writing, "write" is safetensors writing a whole file.
+    A rename has two paths, from and to. "open" is opening for writing, "write" is safetensors writing a whole file,
+    "sync" and "sync folder" are flushing to the disk.
     """
 
     number: int
     kind: str
     paths: tuple[Path, ...]
     truncates: bool = False
-    descriptor: int | None = None  # of "sync"
 
     def __str__(self) -> str:
         return f"{self.number} {self.kind} {' '.join(path.name for path in self.paths)}"
@@ -67,7 +67,8 @@ class _Watch:
             return serialize_file(tensors, path, *rest, **options)
 
         def sync(descriptor: int) -> None:
-            self._happens("sync", [Path(f"/proc/self/fd/{descriptor}").readlink()], descriptor=descriptor)
+            path = Path(f"/proc/self/fd/{descriptor}").readlink()
+            self._happens("sync folder" if path.is_dir() else "sync", [path])
 
         safetensors.torch.serialize_file = write
         os.fsync = os.fdatasync = sync
@@ -82,20 +83,25 @@ class _Watch:
             places = [(arguments[at], None if folder is None else arguments[folder]) for at, folder in _AUDITED[name]]
             self._happens(name.removeprefix("os."), [_absolute(path, folder) for path, folder in places])
 
-    def _happens(self, kind: str, paths: list[Path], truncates: bool = False, descriptor: int | None = None) -> None:
+    def _happens(self, kind: str, paths: list[Path], truncates: bool = False) -> None:
         if getattr(self._inside, "now", False) or not any(path.is_relative_to(self._root) for path in paths):
             return
         with self._lock:
             self._count += 1
             self._inside.now = True
             try:
-                self._before(FileEvent(self._count, kind, tuple(paths), truncates, descriptor))
+                self._before(FileEvent(self._count, kind, tuple(paths), truncates))
             finally:
                 self._inside.now = False
 
 
 def _absolute(path: Any, folder: int | None) -> Path:
-    """Return a path, which may be relative to the directory of a descriptor (-1: none), without resolving its name."""
+    """Return a path, which may be relative to the directory of a descriptor (-1: none), without resolving its name.
+
+    An open file may be given by its descriptor.
+    """
+    if isinstance(path, int):
+        return Path(f"/proc/self/fd/{path}").readlink()
     below = Path.cwd() if folder is None or folder < 0 else Path(f"/proc/self/fd/{folder}").readlink()
     joined = below / os.fsdecode(path)
     return joined.parent.resolve() / joined.name

@@ -45,9 +45,16 @@ class Case:
             **{"clients": {"ranks": ranks, "per_round": 2}, **self.changes},
         )
 
-    def play(self, directory: Path, resume: bool, on_round: Callable[[Row], object] | None = None) -> list[Row]:
+    def play(
+        self,
+        directory: Path,
+        resume: bool,
+        on_round: Callable[[Row], object] | None = None,
+        on_event: Callable[[str], object] | None = None,
+    ) -> list[Row]:
         """Play the run, or go on with it."""
-        return simulate(self.config(), make_data(), TinyClassifier(), HEAD, directory, on_round, resume=resume)
+        config, data = self.config(), make_data()
+        return simulate(config, data, TinyClassifier(), HEAD, directory, on_round, on_event, resume=resume)
 
     def begin(self, directory: Path) -> None:
         """Make what the run begins with: nothing, or the finished run of fewer rounds."""
@@ -112,7 +119,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def result_of(directory: Path) -> dict[str, Any]:
-    """Return every file of a run, without the lock, what is measured in its rows, and the run's own path.
+    """Return every file of a run, without the lock, what is measured in its rows, the run's path, and their digests.
 
     Files that cannot be read as what they should be are returned as they are.
     """
@@ -130,6 +137,11 @@ def _comparable(name: str, content: bytes) -> Any:
         facts = json.loads(content)
         del facts["base_model_name_or_path"]
         return {**facts, "target_modules": sorted(facts["target_modules"])}
+    if name.endswith(("state.json", "finished.json")):
+        facts = json.loads(content)["facts"]
+        del facts["rows"]  # the digest of rows with times
+        facts.get("files", {}).pop("adapter/adapter_config.json", None)
+        return facts
     return content
 
 

@@ -54,8 +54,9 @@ class Recorder:
     def _before(self, event: FileEvent) -> None:
         self.note(str(event))
         if event.kind == "sync":
-            path = event.paths[0]
-            (self._flush_folder if path.is_dir() else self._flush_content)(path)
+            self._flush_content(event.paths[0])
+        elif event.kind == "sync folder":
+            self._flush_folder(event.paths[0])
 
     def note(self, event: str) -> None:
         """Record what a power loss would leave now."""

@@ -64,12 +64,8 @@ def killed(case: Case, directory: Path, resume: bool, last: int, cut: bool) -> E
 
 def points(events: Sequence[FileEvent], stride: int) -> list[tuple[FileEvent, bool]]:
     """Return every `stride`-th way to die: at each event, and before each flush of a file also with a part of it."""
-    ways = [(event, cut) for event in events for cut in (False, True) if not cut or _cuts(event)]
+    ways = [(event, cut) for event in events for cut in (False, True) if not cut or event.kind == "sync"]
     return ways[stride // 2 :: stride]
-
-
-def _cuts(event: FileEvent) -> bool:
-    return event.kind == "sync" and bool(event.paths[0].suffix)  # folders have none
 
 
 def check(case: Case, folder: Path, stride: int, tally: Tally) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from fed.errors import FedError
 from tests.support.children import Tell, in_child
-from tests.support.command_line import Outcome, rows_of
-from tests.support.commands_in_children import TINY
+from tests.support.command_line import Outcome
+from tests.support.commands_in_children import TINY, command, command_here
 from tests.support.interrupted_runs import CASES, Tally, differences, files_of, result_of
 from tests.support.processes import Process, alive
 
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes in /proc"),
 ]
 
-ROUNDS = 12
+ROUNDS = 8
 INTERRUPTED = 130
 
 
@@ -40,57 +40,47 @@ def results(out: Path) -> dict[str, object]:
 
 
 def finish(out: Path, wanted: dict[str, object], *arguments: str) -> Outcome:
-    """Let a command end a run, and check the run."""
-    with Process(out.parent / "log", *(arguments or ("resume", "--no-centralised", str(out)))) as process:
-        outcome = process.wait()
+    """Let a command end a run, and check the run; it is called in a child, which need not import everything again."""
+    outcome = command(*(arguments or ("resume", "--no-centralised", str(out))))
     if outcome.status == 0:
         differing = differences(results(out), wanted)
         assert not differing, f"it ended, but {differing}"
     return outcome
 
 
-class Whole:
-    """A run that nothing has interrupted, and how many seconds it took."""
-
-    def __init__(self, folder: Path) -> None:
-        began = time.monotonic()
-        with Process(folder / "log", *run_arguments(folder / "whole")) as process:
-            process.until(lambda: process.handles_signals)
-            self.start = time.monotonic() - began
-            outcome = process.wait()
-        assert outcome.status == 0, outcome.err
-        self.seconds = time.monotonic() - began
-        self.results = results(folder / "whole")
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return Whole(tmp_path_factory.mktemp("whole"))
+def whole(tmp_path_factory: pytest.TempPathFactory, undrawn_throughout: None) -> dict[str, object]:
+    """The files of a run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    outcome = command_here(*run_arguments(out))
+    assert outcome.status == 0, outcome.err
+    return results(out)
 
 
-def moment(process: Process, out: Path, whole: Whole, number: int) -> str:
+def moment(process: Process, out: Path, number: int) -> str:
     """Wait for a random moment: by turns at any time, or soon after a random row has been written."""
     draw = random.Random(number)
-    if not process.until(lambda: process.handles_signals, 60):
-        return "its end, without a handler of signals"
-    if number % 2:
-        time.sleep(share := draw.random() * whole.seconds)
+    if number % 3 == 0:
+        time.sleep(share := draw.random() * 8)
         return f"{share:.2f} s"
     last, delay = draw.randrange(ROUNDS), draw.random() * 0.2
-    process.until(
-        lambda: (out / "rounds.jsonl").exists() and len((out / "rounds.jsonl").read_text().split("\n")) > last
-    )
+    process.until(lambda: (out / "rounds.jsonl").exists() and len(rows_so_far(out)) > last)
     time.sleep(delay)
     return f"{delay:.2f} s after row {last}"
 
 
+def rows_so_far(out: Path) -> list[str]:
+    """Return the lines of the rows that are there, without one that is being written."""
+    return (out / "rounds.jsonl").read_text().split("\n")[:-1]
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_a_random_time_goes_on(whole: Whole, tmp_path: Path, tally: Tally) -> None:
+def test_a_run_killed_at_a_random_time_goes_on(whole: dict[str, object], tmp_path: Path, tally: Tally) -> None:
     for number in range(12):
         out = tmp_path / str(number) / "run"
         with tally.fault(f"kill {number}") as came_out:
             with Process(out.parent / "log", *run_arguments(out)) as process:
-                when = moment(process, out, whole, number)
+                when = moment(process, out, number)
                 process.send(signal.SIGKILL)
                 killed = process.wait()
             assert killed.status in (-signal.SIGKILL, 0), killed.err
@@ -98,14 +88,14 @@ def test_a_run_killed_at_a_random_time_goes_on(whole: Whole, tmp_path: Path, tal
     tally.check()
 
 
-def _gone_on(out: Path, whole: Whole, when: str) -> str:
-    resumed = finish(out, whole.results)
+def _gone_on(out: Path, whole: dict[str, object], when: str) -> str:
+    resumed = finish(out, whole)
     if resumed.status == 0:
         return "identical"
     assert re.fullmatch(r"error: .+\n", resumed.err), f"{when}: {resumed.err}"
-    reached = len(rows_of(out)) if (out / "rounds.jsonl").exists() else 0
+    reached = len(rows_so_far(out)) if (out / "rounds.jsonl").exists() else 0
     assert reached <= 1, f"{when}: {reached} rows, but {resumed.err}"
-    again = finish(out, whole.results, *run_arguments(out, "--overwrite"))
+    again = finish(out, whole, *run_arguments(out, "--overwrite"))
     assert again.status == 0, f"{when}: {again.err}"
     return "anew"
 
@@ -113,13 +103,14 @@ def _gone_on(out: Path, whole: Whole, when: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_run_interrupted_at_a_random_time_says_so_and_goes_on(
-    name: str, whole: Whole, tmp_path: Path, tally: Tally
+    name: str, whole: dict[str, object], tmp_path: Path, tally: Tally
 ) -> None:
     for number in range(6):
         out = tmp_path / str(number) / "run"
         with tally.fault(f"{name} {number}") as came_out:
             with Process(out.parent / "log", *run_arguments(out)) as process:
-                when = moment(process, out, whole, number)
+                assert process.until(lambda: process.handles_signals), "it has no handler of SIGTERM"
+                when = moment(process, out, number)
                 process.send(signal.Signals[name])
                 ended = process.wait(30)
             if ended.status == 0:  # the run was over
@@ -134,14 +125,16 @@ def test_a_run_interrupted_at_a_random_time_says_so_and_goes_on(
 def live(out: Path) -> Process:
     """Start a run and stop it, as Ctrl-Z does, after some rounds."""
     process = Process(out.parent / "log", *run_arguments(out))
-    process.until(lambda: (out / "rounds.jsonl").exists() and len(rows_of(out)) > 2)
+    process.until(lambda: (out / "rounds.jsonl").exists() and len(rows_so_far(out)) > 2)
     process.send(signal.SIGSTOP)
     return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("second", ["resume", "overwrite"])
-def test_a_second_process_is_refused_while_the_first_lives(second: str, whole: Whole, tmp_path: Path) -> None:
+def test_a_second_process_is_refused_while_the_first_lives(
+    second: str, whole: dict[str, object], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     arguments = run_arguments(out, "--overwrite", seed=1) if second == "overwrite" else ("resume", str(out))
     with live(out) as first:
@@ -153,12 +146,12 @@ def test_a_second_process_is_refused_while_the_first_lives(second: str, whole: W
         assert files_of(out) == before
         first.send(signal.SIGCONT)
         assert first.wait().status == 0
-    assert not differences(results(out), whole.results)
-    assert finish(out, whole.results).status == 0
+    assert not differences(results(out), whole)
+    assert finish(out, whole).status == 0
 
 
 @pytest.mark.slow
-def test_of_two_that_resume_at_once_one_plays(whole: Whole, tmp_path: Path) -> None:
+def test_of_two_that_resume_at_once_one_plays(whole: dict[str, object], tmp_path: Path) -> None:
     out = tmp_path / "run"
     with live(out) as first:
         first.send(signal.SIGKILL)
@@ -170,7 +163,7 @@ def test_of_two_that_resume_at_once_one_plays(whole: Whole, tmp_path: Path) -> N
         if outcome.status:  # unless the other was over before this one began
             assert re.fullmatch(rf"error: .*\b{played[0]}\b.*\n", outcome.err), outcome.err
     assert played
-    assert not differences({**results(out)} | {"centralised.json": b""}, whole.results | {"centralised.json": b""})
+    assert not differences({**results(out)} | {"centralised.json": b""}, whole | {"centralised.json": b""})
 
 
 def test_a_directory_belongs_to_one_process(tmp_path: Path) -> None:
@@ -216,16 +209,16 @@ def compared(out: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def comparison(tmp_path_factory: pytest.TempPathFactory, undrawn_throughout: None) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("comparison")
-    with Process(folder / "log", *compare_arguments(folder / "whole", 1)) as process:
-        assert process.wait().status == 0
+    outcome = command_here(*compare_arguments(folder / "whole", 1))
+    assert outcome.status == 0, outcome.err
     return compared(folder / "whole")
 
 
 def begun(out: Path, process: Process, rows: int) -> None:
     """Wait until the runs of a comparison have so many rows together."""
-    process.until(lambda: sum(len(rows_of(path.parent)) for path in out.rglob("rounds.jsonl")) >= rows)
+    process.until(lambda: sum(len(rows_so_far(path.parent)) for path in out.rglob("rounds.jsonl")) >= rows)
 
 
 def gone(pids: Sequence[int], seconds: float) -> bool:
@@ -271,8 +264,7 @@ def test_an_interrupted_comparison_calls_no_run_failed(
 
 
 def finish_comparison(out: Path) -> Outcome:
-    with Process(out.parent / "log", "resume", str(out)) as process:
-        return process.wait()
+    return command("resume", str(out))
 
 
 def test_what_a_child_raises_is_raised_here() -> None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fed import methods
 from fed.config import RunConfig
+from fed.errors import FedError
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
 from fed.report.tables import population
@@ -176,13 +177,26 @@ def similarity_panels(directory: Path) -> list[Panel]:
 
 
 def _saved(directory: Path) -> dict[int, dict[str, Array]]:
-    """Return the arrays of every `similarity/round-N.npz`, by round."""
+    """Return the arrays of every `similarity/round-N.npz`, by round; raise FedError for one that is damaged."""
     found = {}
     for path in (directory / FOLDER).glob("round-*.npz"):
         if match := re.fullmatch(r"round-(\d+)\.npz", path.name):
-            with np.load(path) as arrays:
-                found[int(match[1])] = dict(arrays)
+            try:
+                with np.load(path) as arrays:
+                    found[int(match[1])] = _checked(dict(arrays))
+            except Exception as error:  # of a zip file that is damaged, or arrays in it
+                raise FedError(f"{str(path)!r} is damaged; without it the report is made without its maps") from error
     return dict(sorted(found.items()))
+
+
+def _checked(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Return the arrays of a round; raise ValueError unless they are square maps of numbers and the clients' ids."""
+    maps = [arrays[kind.name] for kind in _MAPS]
+    if any(values.ndim != 2 or values.shape[0] != values.shape[1] or values.dtype.kind != "f" for values in maps):
+        raise ValueError("a map of similarity should be a square of numbers")
+    if arrays["ids"].shape != arrays["clients"].shape[:1]:
+        raise ValueError("there should be an id for each client")
+    return arrays
 
 
 def _span(arrays: list[Array], off_diagonal: bool) -> float:

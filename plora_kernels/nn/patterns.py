@@ -60,6 +60,7 @@ def check_pattern(pattern: str, what: str) -> None:
         raise ConfigError(f"{what} holds {_shown(pattern)}, which can take for ever to match: {reason}")
 
 
+@functools.lru_cache(maxsize=1024)  # an adapter's file may name the same one for each layer
 def _why_slow(pattern: str) -> str:
     """Return why matching an expression may take long, or "" if it does not; raise what `re` raises about it."""
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 import plora_kernels as pk
-from fed.config.fields import Count, Fraction, Name, NotNegative, Positive, Table
+from fed.config.fields import Count, Fraction, LearningRate, Name, NotNegative, Positive, Table
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -95,8 +95,8 @@ class TrainConfig(Table):
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Positive = 2e-3
-    client_learning_rates: Annotated[list[Positive], Field(max_length=_MOST_CLIENTS)] = []
+    learning_rate: LearningRate = 2e-3
+    client_learning_rates: Annotated[list[LearningRate], Field(max_length=_MOST_CLIENTS)] = []
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-import plora_kernels as pk
 from fed.config.fields import Count, Fraction, LearningRate, Name, NotNegative, Positive, Table
 from fed.config.toml_files import shown
 
@@ -76,6 +75,8 @@ class AdapterConfig(Table):
     @field_validator("target_modules")
     @classmethod
     def _can_be_matched(cls, value: list[str] | str) -> list[str] | str:
+        import plora_kernels as pk  # it loads torch, before which the command line sets how OpenMP's threads wait
+
         try:
             pk.PLoRAConfig(target_modules=value)
         except pk.PLoRAError as error:

@@ -52,6 +52,6 @@ def command_events(root: Path, *arguments: str) -> list[FileEvent]:
     outcome = command(*arguments, root=root, before=lambda event: os.write(writer, f"{event.kind}\n".encode()))
     os.close(writer)
     with os.fdopen(reader) as file:
-        kinds = file.read().split()
+        kinds = file.read().splitlines()
     assert outcome.status == 0, outcome.err
     return [FileEvent(number, kind, ()) for number, kind in enumerate(kinds, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -26,8 +27,8 @@ def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the counts of all tests."""
-    reports = [report for each in ("passed", "failed") for report in terminalreporter.getreports(each)]
-    for report in reports:
-        for name, value in report.user_properties:
-            if name == "faults" and report.when == "teardown":
-                terminalreporter.write_line(f"faults: {value}")
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "teardown":
+            for name, value in report.user_properties:
+                if name == "faults":
+                    terminalreporter.write_line(f"faults: {value}")

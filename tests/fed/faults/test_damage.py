@@ -41,12 +41,12 @@ def results(directory: Path) -> dict[str, object]:
     return {name: content for name, content in result_of(directory).items() if not name.startswith("checkpoint/")}
 
 
-def resumed(case: Case, directory: Path, wanted: dict[str, object]) -> str:
-    """Go on with a damaged run; return "identical", "refused", or "without a map", which is said then.
+def resumed(case: Case, directory: Path, wanted: dict[str, object], said: list[str]) -> str:
+    """Go on with a damaged run; return "identical", "refused", or "without a map", which is said at some time.
 
     Maps of similarity are pictures alone: the run goes on without one that was damaged.
     """
-    path, said = directory / "rounds.jsonl", list[str]()
+    path = directory / "rounds.jsonl"
     before = path.read_bytes() if path.exists() else None
     rows, line = attempt(lambda: case.play(directory, True, on_event=said.append))
     if rows is None:
@@ -66,16 +66,17 @@ def try_damage(
     case: Case, damage: Damage, directory: Path, wanted: dict[str, object], longer: dict[str, object]
 ) -> str:
     damage.apply(directory)
+    said: list[str] = []
     over, _ = attempt(lambda: ended(directory, case.config()))
     if over:
         differing = differences(results(directory), wanted)
         assert not differing, f"the run counts as finished, but {differing}"
-    outcome = resumed(case, directory, wanted)
+    outcome = resumed(case, directory, wanted, said)
     if outcome == "refused":
         return outcome
     over, line = attempt(lambda: ended(directory, case.config()))
     assert over, f"the run went on to its end and does not count as finished: {line}"
-    further = resumed(replace(case, rounds=case.rounds + MORE), directory, longer)
+    further = resumed(replace(case, rounds=case.rounds + MORE), directory, longer, said)
     return outcome if further != "refused" else f"{outcome}, then refused"
 
 

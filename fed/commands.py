@@ -32,7 +32,8 @@ from fed.report.comparison import collect
 from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate
 from fed.simulation.finished import CENTRALISED, input_digests_of, why_not_finished
-from fed.simulation.inputs import check_same, input_digests
+from fed.simulation.inputs import BASE as BASE_MODEL
+from fed.simulation.inputs import check_same, input_digests, model_digest
 from fed.simulation.run_directory import (
     BASE,
     CONFIG,
@@ -91,6 +92,7 @@ def resume(out: Path, centralised: bool) -> int:
                 raise FedError(f"{str(out)!r} holds no checkpoint to go on from, and {why}; start the run anew")
             if why is None:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
+                _check_base(out)
             if why is not None or wanted:
                 data = datasets.load(_with_own_tokenizer(config, out), screen.warn, screen.stage)
                 with interruption.deferred():
@@ -104,6 +106,12 @@ def resume(out: Path, centralised: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(out, config, screen)
     return _reported(out, screen, began)
+
+
+def _check_base(out: Path) -> None:
+    """Raise FedError unless a finished run's base model is still the one that its adapter belongs to."""
+    before = {name: value for name, value in input_digests_of(out).items() if name == BASE_MODEL}
+    check_same(before, {BASE_MODEL: model_digest(base_model.reopen(out / BASE))}, f"the run in {str(out)!r}")
 
 
 def _with_own_tokenizer(config: RunConfig, out: Path) -> RunConfig:

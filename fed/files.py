@@ -122,6 +122,13 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and flush their names to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    sync([folder.parent for folder in reversed(missing)])
+
+
 def sync(paths: Iterable[Path]) -> None:
     """Flush files and folders to the disk; for a folder that is the names in it, not the content of its files."""
     found = list(paths)

@@ -25,7 +25,7 @@ from fed.experiments import plan as plans
 from fed.experiments import run as running
 from fed.experiments.plan import Cell, Plan
 from fed.experiments.trackers import require
-from fed.files import sync
+from fed.files import make_folder, sync
 from fed.locks import LOCK, held
 from fed.models import base_model
 from fed.simulation import checkpoint
@@ -56,7 +56,7 @@ def open_grid(plan: Plan, directory: Path) -> Iterator[None]:
     if exists and not (directory / plans.PLAN).is_file():
         raise FedError(f"--out is {str(directory)!r}, which exists and is no comparison; give another name")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         with ExitStack() as stack:
             stack.enter_context(held(directory))
             if exists:
@@ -155,7 +155,7 @@ class SharedInputs:
 
         If another process has saved the same base model meanwhile, that one stays.
         """
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         model = running.make_base(config, self.data(config), temporary)
         try:
@@ -173,7 +173,7 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
         data = bench.data(config, partial(tell, cell, "data"))
         with interruption.deferred():
             model, base = bench.base(config, partial(tell, cell, "base"))
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
             with held(directory):
                 resume = last_round(directory) is not None
                 if not resume:

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -31,7 +31,8 @@ from fed.simulation.settings import changed_setting, fixed_settings
 from fed.types import CentralisedRow, Metrics, Row
 
 CONFIG, BASE = "config.toml", "base"
-_NEW, _OLD = ".tmp", ".old"  # the endings of a run's directory before it is in its place, and of one being replaced
+# The endings of a run's directory before it is in its place, of one that is being replaced, and of one that is deleted.
+_NEW, _OLD, _GONE = ".tmp", ".old", ".gone"
 
 
 def require_free(target: Path, overwrite: bool) -> None:
@@ -80,7 +81,7 @@ class RunDirectory:
                 parent.mkdir()
                 self._made.append(parent)
             self.path = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=_NEW, dir=self.target.parent))
-            self._created = True
+            self._name, self._created = self.path, True
             self.path.chmod(0o755)
             self._locks.enter_context(held(self.path))
             self._replaces = self.target.exists()
@@ -105,13 +106,13 @@ class RunDirectory:
         except OSError as error:  # another process has made it meanwhile
             raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
         self.path = self.target
-        sync([self.target.parent])
+        sync([self.target.parent, *(made.parent for made in self._made)])
 
     def commit(self) -> None:
         """Make the run's directory final and delete the one that it replaces."""
         self.kept = True
         if self._aside is not None:
-            shutil.rmtree(self._aside)
+            _delete(self._aside)
             self._aside = None
 
     def __exit__(self, *error: object) -> None:
@@ -121,7 +122,8 @@ class RunDirectory:
 
     def _undo(self) -> None:
         if self._created:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                _delete(self.path if self.path != self.target else self._withdrawn())
         if self._aside is not None:
             self._aside.rename(self.target)
         for parent in reversed(self._made):
@@ -129,29 +131,42 @@ class RunDirectory:
                 parent.rmdir()
         self._locks.close()
 
+    def _withdrawn(self) -> Path:
+        """Move the new run out of its place again, and return where it is."""
+        return self.target.rename(self._name.with_suffix(_NEW))
+
+
+def _delete(directory: Path) -> None:
+    """Delete a directory beside a run; one that is deleted in part is never taken for a run."""
+    gone = directory.with_suffix(_GONE)
+    directory.rename(gone)
+    shutil.rmtree(gone)
+
 
 def recover(target: Path, on_event: Callable[[str], object] | None = None) -> None:
     """Finish or undo what a process left that was killed while it made or replaced the run in `target`.
 
-    A new run without a row is deleted, and the run that it was to replace is at `target` again; once it has a row, the
-    old one is deleted. Directories that another process holds are left alone.
+    A new run without a checkpoint is deleted, and the run that it was to replace is at `target` again; once it has one,
+    the old run is deleted. Directories that another process holds are left alone.
     """
-    left = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    left = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old|gone)")
     if not target.parent.is_dir():
         return
     for path in sorted(target.parent.glob(f".{_escaped(target.name)}.*")):
-        if not left.fullmatch(path.name) or path.is_symlink() or not (path / LOCK).is_file() or is_held(path):
+        if not left.fullmatch(path.name) or path.is_symlink():
             continue
-        if path.suffix == _OLD and not complete_lines(target):
-            if target.exists() and is_held(target):
-                continue
+        if path.suffix == _GONE:
+            shutil.rmtree(path)
+        elif not (path / LOCK).is_file() or is_held(path) or (target.is_dir() and is_held(target)):
+            continue
+        elif path.suffix == _OLD and checkpoint.last_round(target) is None:
             if target.is_dir():
-                shutil.rmtree(target)
+                _delete(target.rename(path.with_suffix(_NEW)))
             path.rename(target)
             if on_event is not None:
-                on_event(f"{target}: a run that was to replace this one ended before its first row; it is put back")
-            continue
-        shutil.rmtree(path)
+                on_event(f"{target}: the run that was to replace this one was killed too early; this one is put back")
+        else:
+            _delete(path)
 
 
 def _escaped(name: str) -> str:

@@ -17,7 +17,7 @@ from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
 from fed.errors import FedError, machine_faults
-from fed.files import naming, replacing
+from fed.files import make_folder, naming, replacing
 from fed.locks import held
 from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
 from fed.simulation import checkpoint, finished
@@ -137,7 +137,7 @@ def _make_ready(
     """Put the run's directory in its place, hold it, and remove what an earlier run left in it."""
     if on_ready is not None:
         on_ready(config)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     stack.enter_context(held(directory))
     finished.unmark(directory)
     checkpoint.clear(directory)

@@ -94,17 +94,23 @@ def test_what_a_killed_process_left_is_deleted_or_put_back(tmp_path: Path) -> No
     assert names(tmp_path) == ["run"]
     assert "old" in names(target)
     assert len(said) == 1
-    # killed before the new run has a row: the old one comes back
+    # killed before the new run has a checkpoint: the old one comes back
     target.rename(aside)
     leave(aside)
-    leave(target)
+    leave(make_run(target, [make_row(0)]))
     recover(target)
     assert "old" in names(target)
     # killed after that: the new run stays
+    target.rename(aside)
     leave(aside)
+    (make_run(leave(target), [make_row(0)]) / "checkpoint" / "round-0").mkdir(parents=True)
     recover(target)
     assert names(tmp_path) == ["run"]
-    assert "old" in names(target)
+    assert "old" not in names(target)
+    # killed while the old run is deleted
+    (tmp_path / ".run.abcd1234.gone").mkdir()
+    recover(target)
+    assert names(tmp_path) == ["run"]
 
 
 def test_directories_of_others_stay(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ Track = Annotated[
     typer.Option(metavar="NAME", help="Send rows to tensorboard, wandb or mlflow as well; repeatable."),
 ]
 Centralised = Annotated[bool, typer.Option(help="Compare with rank-R LoRA on all clients' data together.")]
-Jobs = Annotated[int, typer.Option(min=1, help="How many runs at once, each in a process of its own.")]
+Jobs = Annotated[int, typer.Option(min=1, max=1024, help="How many runs at once, each in a process of its own.")]
 
 
 def main(arguments: list[str] | None = None) -> None:

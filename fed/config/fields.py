@@ -39,10 +39,10 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=1_000_000_000)]
 # Within these limits sums and squares of a few stay finite and above 0 in fp32.
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
-# Large enough for what a broken client might do in a simulation, and finite in fp32.
-Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
+# A rate that makes training diverge is a mistake that a run reports; this much is still a number in fp32.
+LearningRate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False), AfterValidator(_check_not_tiny)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1, max_length=10_000)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 PathName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 
 

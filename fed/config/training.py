@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-import plora_kernels as pk
-from fed.config.fields import Count, CountOrNone, Fraction, Name, NotNegative, Positive, Rate, Table
+from fed.config.fields import Count, CountOrNone, Fraction, LearningRate, Name, NotNegative, Positive, Table
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
@@ -76,6 +75,8 @@ class AdapterConfig(Table):
     @field_validator("target_modules")
     @classmethod
     def _can_be_matched(cls, value: list[str] | str) -> list[str] | str:
+        import plora_kernels as pk  # it loads torch, before which the command line sets how OpenMP's threads wait
+
         try:
             pk.PLoRAConfig(target_modules=value)
         except pk.PLoRAError as error:
@@ -95,8 +96,8 @@ class TrainConfig(Table):
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Rate = 2e-3
-    client_learning_rates: Annotated[list[Rate], Field(max_length=_MOST_CLIENTS)] = []
+    learning_rate: LearningRate = 2e-3
+    client_learning_rates: Annotated[list[LearningRate], Field(max_length=_MOST_CLIENTS)] = []
     weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Count = 16
@@ -116,7 +117,7 @@ class ServerConfig(Table):
     """
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
-    step_size: Rate = 1e-2
+    step_size: LearningRate = 1e-2
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3

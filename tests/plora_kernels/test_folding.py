@@ -294,8 +294,14 @@ def many(dtype: torch.dtype, *, out: bool) -> list[pk.Fold]:
     return folds
 
 
-@pytest.mark.parametrize("out", [False, True], ids=["in place", "out of place"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    [
+        *((torch.float32, False), (torch.float16, True)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((torch.float32, True), (torch.float16, False))),
+    ],
+    ids=str,
+)
 def test_many_folds_are_the_single_ones(dtype: torch.dtype, out: bool, each_backend: str) -> None:
     folds = many(dtype, out=out)
 

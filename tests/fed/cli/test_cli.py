@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -324,3 +326,46 @@ def test_help_says_what_there_is(fed_cli: Call) -> None:
     assert "run" in outcome.out
     assert "report" in outcome.out
     assert fed_cli().status == 2
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Make standard output a pipe that was closed at its other end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as output, redirect_stdout(output):
+        yield
+
+
+def test_a_report_that_nobody_reads_ends_quietly(fed_cli: Call, made: Path) -> None:
+    with unread():
+        assert fed_cli("report", str(made), "--markdown") == Outcome(141, "", "")
+
+
+def test_a_run_that_nobody_watches_stops_and_says_so(fed_cli: Call, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with unread():
+        outcome = fed_cli("run", "digits", "--out", str(out), *SMALL)
+    assert outcome == Outcome(130, "", "warning: interrupted: nothing is left of this run\n")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "a\x1b[2Jb"), r"no preset or file is called 'a\\x1b\[2Jb'"),
+        (("run", "digits", "--\x1b[2J"), r"No such option: --\\x1b\[2J"),
+        (("run", "digits", "\x9b=\u202e"), r"unknown key '\\x9b'"),
+        (("report", "a\x1b\nb"), r"'a\\x1b\\nb' is not a run's directory"),
+        (("run", "digits", "--out", "x" * 300), r"--out is 'x+…: it should be a path with names of at most 255 bytes"),
+        (("run", "digits", "--out", "x/" * 3000), r"--out is '[x/]+…: it should be a path of at most 4095 bytes"),
+        (("run", "digits", "--out", "a\udcff"), r"--out is 'a\\udcff': it holds half a surrogate pair"),
+        (("compare", "digits", "--seeds", "0-1000000000"), r"--seeds is '0-1000000000': .* at most 10000 runs"),
+    ],
+)
+def test_odd_names_are_one_line_without_control_characters(
+    arguments: tuple[str, ...], message: str, fed_cli: Call
+) -> None:
+    outcome = fed_cli(*arguments)
+    assert_refused(outcome, message)
+    assert outcome.err[:-1].isprintable()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from fed.console import Screen, round_note
+from fed.errors import UnreadError
 
 
 def show(screen: Screen) -> None:
@@ -47,3 +50,58 @@ def test_a_rounds_note_names_its_units() -> None:
     row = {"accuracy": 0.8751, "loss": 0.12345, "train_seconds": 1.26}
     assert round_note(row) == "accuracy 87.5 %  loss 0.123  1.3 s"
     assert round_note(row | {"loss": None}) == "accuracy 87.5 %  loss not finite  1.3 s"
+
+
+HOSTILE = "a\x1b[2J\x07\x9b31m\u202e[bold]b[/bold] :smile:"
+SHOWN = r"a\x1b[2J\x07\x9b31m\u202e[bold]b[/bold] :smile:"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_from_files_are_shown_escaped_and_as_they_are(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    else:
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    screen = Screen()
+    screen.say(f"{HOSTILE}\nsecond line")
+    screen.warn(HOSTILE)
+    screen.table([("name", HOSTILE), (HOSTILE, "1")])
+    with screen.stage(HOSTILE, 1) as advance:
+        advance(1, HOSTILE)
+    with screen.wait(HOSTILE):
+        pass
+    out, err = capsys.readouterr()
+    assert out.count(SHOWN) >= 6
+    assert f"{SHOWN}\nsecond line" in out
+    assert err == f"warning: {SHOWN}\n"
+    assert HOSTILE[:4] not in out
+    assert "\u202e" not in out
+    assert "\x9b" not in out
+
+
+def test_a_command_ends_if_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        screen = Screen()
+        with pytest.raises(UnreadError):
+            screen.say("a line")
+        screen.say("another, which nobody misses")
+
+
+def test_a_command_goes_on_if_nobody_reads_its_warnings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr("sys.stderr", unread)
+        screen = Screen()
+        screen.warn("a warning")
+        screen.say("a line")
+    assert capsys.readouterr().out == "a line\n"

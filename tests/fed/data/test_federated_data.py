@@ -316,3 +316,23 @@ def test_answers_left_out_of_a_test_file_leave_the_other_rows_where_they_belong(
         load_data(instruction_config(empty, llama))
     with pytest.raises(FedError, match=r"data.output is 'output': none of the 12 test rows has an answer there"):
         load_data(instruction_config(train, llama, test_path=str(empty)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.test_fraction=0.001"], r"data.test_fraction is 0.001: 1797 rows of 10 labels leave none to test on"),
+        (
+            ["data.pretrain_fraction=0.001"],
+            r"data.pretrain_fraction is 0.001: .* leave none to pretrain on",
+        ),
+        (["data.validation_fraction=0.001"], r"data.validation_fraction is 0.001: .* leave none to validate on"),
+        (["data.test_fraction=5e-324"], r"data.test_fraction is 5e-324: .* leave none to test on"),
+        (["data.pretrain_fraction=0.9999999999999999", "data.test_fraction=1e-17"], r"data.test_fraction is 1e-17"),
+        (["data.test_fraction=0.599"], r"clients.count is 20: \d+ training rows allow at most"),
+        (["data.train_rows=3"], r"clients.count is 20: 3 training rows allow at most 1 clients"),
+    ],
+)
+def test_digits_that_leave_no_rows_are_one_line(changes: list[str], message: str) -> None:
+    with pytest.raises(FedError, match=message):
+        load_data(load("digits", changes))

@@ -124,7 +124,12 @@ def test_one_seed_gives_no_interval(tmp_path: Path) -> None:
     assert "on one seed, which says nothing of chance" in tables.verdicts(found)[0]
 
 
-def test_a_single_variant_is_shown_without_differences(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_single_variant_is_shown_without_differences(
+    drawn: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not drawn:
+        request.getfixturevalue("undrawn")
     found = collect(make_comparison(tmp_path, {"fed-plora": (0.4, 0.5)}))
     assert found.others == []
     publish_comparison(found, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,8 +42,14 @@ OPERATORS = {
 # --------------------------------------------------------------------------------------------- torch's own checks
 
 
+def in_tier(name: str, backend: str, *rest: object) -> Any:
+    """Return a case; interpreted kernels of groups take seconds, and those that number their rows stand for them."""
+    slow = (name, backend) == ("grouped_linear", "triton") and "numbered" not in rest
+    return pytest.param(name, backend, *rest, marks=pytest.mark.slow if slow else ())
+
+
 OPCHECKED = [
-    (name, *one)
+    in_tier(name, *one)
     for name, (_, _, dropout) in OPERATORS.items()
     for one in pairwise(
         ["torch", "triton"],

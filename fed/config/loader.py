@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,6 +134,7 @@ def _is_text(kind: Any) -> bool:
     return plain - {NoneType} == {str}
 
 
+@functools.cache
 def _fields(model: type[BaseModel] = _File, prefix: str = "") -> dict[str, Any]:
     """Return the type of every key by dotted name, tables included."""
     fields: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,11 @@ def make_base(
 
         def after_step(step: int, loss: float) -> None:
             interruption.check()
+            if not math.isfinite(loss):
+                raise FedError(
+                    f"model.pretrain_learning_rate is {config.model.pretrain_learning_rate:g}: the loss of step {step} "
+                    f"is {loss}; a smaller one would be right"
+                )
             if progress is not None:
                 progress(step, loss)
 

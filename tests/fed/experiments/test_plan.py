@@ -268,9 +268,9 @@ def test_too_many_runs_are_refused_at_once() -> None:
 
 def test_a_long_value_gets_a_directory_that_a_file_system_takes() -> None:
     long = "x" * 5000
-    plan = planned(vary=f"data.text={long},{long}y,z")
+    plan = planned(vary=f"data.prompt={long},{long}y,z")
     names = [variant.name for variant in plan.variants]
-    assert names[2] == "fed-plora.text-z"
+    assert names[2] == "fed-plora.prompt-z"
     assert len(set(names)) == 3
     assert max(map(len, names)) == 200
-    assert [cell.config.data.text for cell in plan.cells] == [long, f"{long}y", "z"]
+    assert [cell.config.data.prompt for cell in plan.cells] == [long, f"{long}y", "z"]

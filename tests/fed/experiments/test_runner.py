@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import fed.simulation.simulate
 from fed.cli import main
+from fed.data.digits import load_digits
 from fed.errors import FedError
 from fed.experiments import plan as plans
 from fed.experiments.runner import SharedInputs, check
@@ -201,3 +203,48 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(whole: Path, tmp_pat
     assert fed_cli("resume", str(out), "--jobs", "2").status == 0
     for cell in CELLS:
         assert without_times(out / cell) == without_times(whole / cell)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_runs_are_left_out_by_name_and_healed_or_refused(whole: Path, tmp_path: Path, fed_cli: Call) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out, symlinks=True)
+    flip(out / CELLS[0] / "adapter" / "adapter_model.safetensors", -1)
+    flip(out / CELLS[3] / "rounds.jsonl", 20)
+    reported = fed_cli("report", str(out))
+    assert reported.status == 0
+    assert [line.split(": ")[1] for line in reported.err.splitlines()] == [
+        "Fed-PLoRA, seed 0 is left out",
+        "FedIT (rank 16), seed 1 is left out",
+    ]
+    resumed = fed_cli("resume", str(out))
+    assert resumed.status == 2
+    said = resumed.err.splitlines()[-1]
+    assert said.startswith("error: 1 of 4 runs could not be played: FedIT (rank 16), seed 1: ")
+    assert re.search(r"rounds.jsonl' is damaged: .*; without '.*/runs/fedit/seed-1' it would be played anew$", said)
+    adapter = Path(CELLS[0], "adapter", "adapter_model.safetensors")
+    assert (out / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_runs_of_a_comparison_begin_with_the_same_data_and_base(
+    whole: Path, tmp_path: Path, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out, symlinks=True)
+    shutil.rmtree(out / CELLS[1])
+    images, labels, names = load_digits()
+    with monkeypatch.context() as patched:
+        patched.setattr("fed.data.federated_data.load_digits", lambda: (images.flip(0), labels, names))
+        message = r"'.*/runs/fed-plora/seed-0' began with other inputs: the rows of the data changed since"
+        assert_refused(fed_cli("resume", str(out)), message)
+    base = next((out / "bases").glob("seed-0-*"))
+    flip(base / "model.safetensors", -1)
+    outcome = fed_cli("resume", str(out))
+    assert outcome.status == 2
+    assert re.search(r"FedIT \(rank 16\), seed 0: .*model.safetensors", outcome.err)
+    assert not (out / CELLS[1] / "rounds.jsonl").exists()

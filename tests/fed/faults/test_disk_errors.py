@@ -182,5 +182,5 @@ def test_a_run_goes_on_after_memory_ran_out(name: str, tmp_path: Path, tally: Ta
 
     for number in range(1, 7):
         with tally.fault(f"no memory for client {number}") as came_out:
-            came_out(trial.outcome(trial.play(lambda number=number: run_out(number)), "not enough memory"))
+            came_out(trial.outcome(trial.play(lambda number=number: run_out(number)), "out of memory"))
     tally.check()

@@ -130,7 +130,7 @@ class ClientStore:
     def sync(self) -> None:
         """Flush the files that were written since the last checkpoint to the disk."""
         if self._written:
-            sync([*(path for path in self._written if path.exists()), self.folder])
+            sync([*(path for path in self._written if path.exists()), self.folder, self.folder.parent])
         self._written = []
 
     def checkpointed(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed.files import replacing
+from fed.files import make_folder, replacing
 from fed.types import ClientUpdate
 
 FOLDER = "similarity"
@@ -52,7 +52,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate], rank: int) -> None:
     """Write `similarity/round-N.npz`: within, across, clients, and ids, the clients' ids along the axes of clients."""
     folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     arrays = {name: values.numpy() for name, values in module_similarity(updates, rank).items()}
     ids = np.array([update.client.id for update in updates])
     with replacing(folder / f"round-{number}.npz") as temporary, temporary.open("wb") as file:

@@ -172,9 +172,13 @@ def _kept(out: Path, config: RunConfig) -> str:
 
 def _reported(out: Path, screen: Screen, began: float) -> int:
     """Write the report of a finished run, print its summary and files, and return the exit status."""
-    from fed.report import write
+    try:
+        from fed.report import write
 
-    written = ", ".join(path.name for path in write.publish_run(out))
+        written = ", ".join(path.name for path in write.publish_run(out))
+    except KeyboardInterrupt:
+        screen.warn(f"interrupted: the run in {out} is over; python -m fed report {out} writes its report")
+        return INTERRUPTED
     screen.summarise(read(out))
     screen.say(f"\n{out}:\nconfig.toml, rounds.jsonl, base/, adapter/, {written}")
     screen.say(f"done in {time.perf_counter() - began:.0f} s")

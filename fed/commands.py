@@ -44,6 +44,7 @@ from fed.simulation.run_directory import (
     recover,
     write_centralised,
 )
+from fed.simulation.rows import ROUNDS
 from fed.types import Row
 
 
@@ -61,6 +62,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
 
                 def publish(ready: RunConfig) -> None:
                     configuration.write(ready, directory.path / CONFIG)
+                    (directory.path / ROUNDS).touch()  # by this and the other file --overwrite knows a run
                     directory.publish()
 
                 _play(config, data, model, out, screen, directory.commit, on_ready=publish)

@@ -34,6 +34,7 @@ from fed.simulation.evaluation import evaluate
 from fed.simulation.finished import CENTRALISED, input_digests_of, why_not_finished
 from fed.simulation.inputs import BASE as BASE_MODEL
 from fed.simulation.inputs import check_same, input_digests, model_digest
+from fed.simulation.rows import ROUNDS
 from fed.simulation.run_directory import (
     BASE,
     CONFIG,
@@ -44,7 +45,6 @@ from fed.simulation.run_directory import (
     recover,
     write_centralised,
 )
-from fed.simulation.rows import ROUNDS
 from fed.types import Row
 
 

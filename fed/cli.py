@@ -20,6 +20,10 @@ from fed.openmp import wait_passively_if_busy
 _UsageError: Any = typer.BadParameter.__base__
 
 
+class _Interrupted(Exception):  # noqa: N818 -- it is none
+    """Ctrl-C, as something that typer lets pass: of KeyboardInterrupt it makes an exit status without a word."""
+
+
 class _Commands(TyperGroup):
     """The commands, of which each ends quietly if nobody reads its output any more."""
 
@@ -29,6 +33,8 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UnreadError:
             return UNREAD
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
 
 
 app = typer.Typer(
@@ -67,7 +73,7 @@ def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         _fail(str(error))
     except _UsageError as error:
         _fail(f"{error.format_message().rstrip('.')}; see {name} --help")
-    except (KeyboardInterrupt, typer.Abort) as error:
+    except (KeyboardInterrupt, _Interrupted, typer.Abort) as error:
         cause = error.__cause__ or error
         if isinstance(cause, EOFError):  # which typer takes for the end of what a user types
             raise

@@ -19,7 +19,7 @@ from fed.config import RunConfig
 from fed.console import ComparisonProgress, Screen, round_note
 from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
-from fed.errors import INTERRUPTED, FedError
+from fed.errors import INTERRUPTED, FedError, StoppedError
 from fed.experiments import initialisation_noise, trackers
 from fed.experiments import run as running
 from fed.experiments.parallel import at_once
@@ -31,7 +31,7 @@ from fed.report import tables
 from fed.report.comparison import collect
 from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate
-from fed.simulation.finished import CENTRALISED, input_digests_of, why_not_finished
+from fed.simulation.finished import CENTRALISED, input_digests_of, mark_centralised, why_not_finished
 from fed.simulation.inputs import BASE as BASE_MODEL
 from fed.simulation.inputs import check_same, input_digests, model_digest
 from fed.simulation.rows import ROUNDS
@@ -40,6 +40,7 @@ from fed.simulation.run_directory import (
     CONFIG,
     RunDirectory,
     read,
+    read_centralised,
     read_config,
     read_rows,
     recover,
@@ -74,7 +75,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
         screen.warn("interrupted: nothing is left of this run")
         return INTERRUPTED
     except FedError as error:
-        if not directory.kept:
+        if not directory.kept or isinstance(error, StoppedError):
             raise
         raise FedError(f"{error}; {_kept(out, config)}") from error
     return _reported(out, screen, began)
@@ -101,6 +102,7 @@ def resume(out: Path, centralised: bool) -> int:
                     model = base_model.reopen(out / BASE, data.label_names)
                     if why is not None:
                         _play(config, data, model, out, screen, lambda: None, resume=True)
+                        wanted = centralised and not _keep_centralised(out)
                     else:
                         check_same(input_digests_of(out), input_digests(data, model), f"the run in {str(out)!r}")
                     if wanted:
@@ -108,6 +110,21 @@ def resume(out: Path, centralised: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(out, config, screen)
     return _reported(out, screen, began)
+
+
+def _keep_centralised(out: Path) -> bool:
+    """Return whether there is centralised LoRA for the steps of a run's rounds; if it is for others, it is deleted."""
+    if [row["steps"] for row in read_centralised(out)] == _centralised_steps(out):
+        mark_centralised(out)
+        return True
+    (out / CENTRALISED).unlink(missing_ok=True)
+    return False
+
+
+def _centralised_steps(out: Path) -> list[int]:
+    """Return the local steps of one client, and of all, in a run."""
+    taken = [row["steps"] for row in read_rows(out)[1:]]
+    return sorted({sum(round(fmean(steps)) for steps in taken), sum(map(sum, taken))})
 
 
 def _check_base(out: Path) -> None:
@@ -228,10 +245,8 @@ def _play(
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
     """Train LoRA of rank R on all clients' rows together, for the local steps of one client, and of all, in the run."""
-    taken = [row["steps"] for row in read_rows(out)[1:]]
-    of_one, of_all = sum(round(fmean(steps)) for steps in taken), sum(map(sum, taken))
     reached = []
-    for steps in sorted({of_one, of_all}):
+    for steps in _centralised_steps(out):
         with screen.wait(f"centralised: {steps} steps"):
             reached.append(running.centralised(config, data, model, base_model.head_names(model), steps))
     write_centralised(out, reached)
@@ -243,9 +258,10 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     Raises FedError at the end if any run failed.
     """
     began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
-    told = check(plan.cells, bench, screen.warn, screen.stage)
+    recover(out, screen.warn)
+    left = [cell for cell in plan.cells if not finished(cell, out)]
+    told = check(left, bench, screen.warn, screen.stage)
     with open_grid(plan, out):
-        left = [cell for cell in plan.cells if not finished(cell, out)]
         already = len(plan.cells) - len(left)
         if already:
             screen.say(f"{already} of {len(plan.cells)} runs are finished already")

@@ -28,6 +28,10 @@ class FedError(ValueError):
         super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}")
 
 
+class StoppedError(FedError):
+    """The end of a run that would end there again if it were only resumed; the message says what has to change."""
+
+
 class UnreadError(KeyboardInterrupt):
     """Standard output is a pipe that was closed at its other end; a command then ends as after Ctrl-C."""
 

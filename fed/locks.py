@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fed.errors import FedError
@@ -45,8 +45,9 @@ def held(directory: Path) -> Iterator[None]:
             raise FedError(f"{str(directory)!r} was in use by another process until now; try again")
         _held[key] = threading.get_ident()
         try:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            with suppress(OSError):  # a full disk, on which the number is not known to others
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
             yield
         finally:
             del _held[key]

@@ -34,13 +34,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Start:
     """The result for one way to start clients in one dtype.
 
-    `noise` is the mean of ‖ΔW_i(start) − ΔW_server‖_F over all clients, and `share` is `noise` / ‖ΔW_server‖_F.
+    `noise` is the mean of ‖ΔW_i(start) − ΔW_server‖_F over all clients, and `share` is `noise` / ‖ΔW_server‖_F, or None
+    if the server's ΔW is 0.
     """
 
     name: str
     dtype: str
     noise: float
-    share: float
+    share: float | None
 
 
 def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
@@ -78,7 +79,8 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
             )
             for title, held, start in ways:
                 noise = fmean(_noise(shared, held, start, client, config.seed) for client in state.clients)
-                found.append(Start(title, name, noise, noise / _norm(held)))
+                norm = _norm(held)
+                found.append(Start(title, name, noise, noise / norm if norm else None))
     return found
 
 
@@ -98,8 +100,8 @@ def table(found: Sequence[Start]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _shown(value: float) -> str:
-    return f"{value:.2e}" if value else "0"
+def _shown(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2e}" if value else "0"
 
 
 def _holding(server: ServerState, unselected: str) -> ServerState:

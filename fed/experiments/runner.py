@@ -19,6 +19,7 @@ from fed import interruption
 from fed.config import RunConfig
 from fed.data import federated_data
 from fed.data.federated_data import FederatedData
+from fed.data.pretrained import checkpoint_of
 from fed.data.tokenization import Stage
 from fed.errors import FedError
 from fed.experiments import plan as plans
@@ -32,8 +33,10 @@ from fed.simulation import checkpoint
 from fed.simulation.checkpoint import last_round
 from fed.simulation.finished import input_digests_of
 from fed.simulation.inputs import BASE as BASE_MODEL
-from fed.simulation.inputs import check_same, data_digests, model_digest
+from fed.simulation.inputs import DEALT, check_same, data_digests, folder_digest, model_digest
+from fed.simulation.rows import ROUNDS
 from fed.simulation.run_directory import BASE, CONFIG
+from fed.simulation.sealed import read_sealed, write_sealed
 from fed.simulation.settings import changed_setting, fixed_settings
 from fed.types import Row
 
@@ -42,6 +45,9 @@ from fed.types import Row
 OnEvent = Callable[[Cell, str, Any], object]
 
 BASES = "bases"
+CHECKPOINT = "checkpoint"  # the digest of a folder that base models are made of
+# Settings that change no result, and may differ from those that a comparison began with.
+_FREE = ("checkpoint_every", "server.patience", "data.cache")
 
 
 @contextmanager
@@ -80,7 +86,7 @@ def _require_same(plan: Plan, directory: Path) -> None:
             there = configuration.settings_of(configuration.load_saved(path))
             pairs.append((cell.label, _as_planned(there, cell), configuration.settings_of(cell.config)))
     for what, there, here in pairs:
-        if (differs := plans.difference(there, here)) is not None:
+        if (differs := plans.difference(_lasting(there), _lasting(here))) is not None:
             raise FedError(f"{directory} holds a comparison of other settings ({what}: {differs}); give another --out")
 
 
@@ -89,9 +95,15 @@ def _as_planned(settings: dict[str, Any], cell: Cell) -> dict[str, Any]:
     return {**settings, "clients_per_pass": cell.config.clients_per_pass}
 
 
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that all runs of a comparison share for good."""
+    return {key: value for key, value in settings.items() if key not in _FREE}
+
+
 def finished(cell: Cell, directory: Path) -> bool:
-    """Return whether a run of the comparison is finished, and its result as it was then."""
-    return running.ended(directory / cell.path, cell.config)
+    """Return whether a run of the comparison is finished, and its files as they were then."""
+    path = directory / cell.path
+    return running.ended(path, cell.config) and _holds(cell.config, path / CONFIG)
 
 
 class SharedInputs:
@@ -119,13 +131,21 @@ class SharedInputs:
         if self._data is None or self._data[0] != key:
             self._data = None  # frees the old data before the new data are loaded
             self._data = key, federated_data.load(config, on_event, stage)
-            self._compare(config, ("data", "clients", "model"), data_digests(self._data[1]))
+            digests = data_digests(self._data[1])
+            self._compare(config, ("data", "clients", "model"), digests)
+            del digests[DEALT]  # which alone depends on the seed and the clients
+            self._compare(config, ("data", "model"), digests, any_seed=True)
         return self._data[1]
 
-    def base(self, config: RunConfig, tell: Callable[[str], object]) -> tuple[nn.Module, Path]:
-        """Return the base model of a run and the path it is saved at; it is made only if that does not exist yet."""
-        key = _key(config, "data", "model")
-        path = self.directory / BASES / f"seed-{config.seed}-{key}"
+    def base(self, config: RunConfig, tell: Callable[[str], object], own: Path | None = None) -> tuple[nn.Module, Path]:
+        """Return the base model of a run and the path it is saved at; it is made only if that does not exist yet.
+
+        `own` is the base of a run that has begun: earlier versions called it otherwise.
+        """
+        path = self.directory / BASES / f"seed-{config.seed}-{_key(config, 'data', 'model')}"
+        if own is not None and own.is_dir():
+            path = own.resolve()
+        key = str(path)
         if self._model is None or self._model[0] != key:
             self._model = None
             if path.is_dir():
@@ -137,18 +157,34 @@ class SharedInputs:
             self._compare(config, ("data", "model"), {BASE_MODEL: model_digest(model)})
         return self._model[1], path
 
-    def _compare(self, config: RunConfig, tables: tuple[str, ...], now: Mapping[str, str]) -> None:
-        """Raise FedError if a run with the same settings in these tables started from inputs with other digests."""
-        key = _key(config, *tables)
+    def _compare(
+        self, config: RunConfig, tables: tuple[str, ...], now: Mapping[str, str], any_seed: bool = False
+    ) -> None:
+        """Raise FedError if a run with the same settings in these tables started from inputs with other digests.
+
+        Without `any_seed` only runs of the same seed are compared.
+        """
+        key = _key(config, *tables, with_seed=not any_seed)
         for directory in self.directory.glob("runs/*/seed-*"):
             try:
                 saved = configuration.load_saved(directory / CONFIG)
                 before = input_digests_of(directory) or checkpoint.saved_inputs(directory)
             except FedError:  # a damaged run is named when it is played, or left out when it is reported
                 continue
-            if _key(saved, *tables) != key:
+            if _key(saved, *tables, with_seed=not any_seed) != key:
                 continue
             check_same({name: before[name] for name in now if name in before}, now, f"{str(directory)!r}")
+
+    def compare_checkpoint(self, config: RunConfig) -> None:
+        """Raise FedError if base models of the comparison were made of another content of `model.path`."""
+        if config.model.path is None or not (self.directory / BASES).is_dir():
+            return
+        path = self.directory / BASES / f"checkpoint-{_key(config, 'model', with_seed=False)}.json"
+        now = {CHECKPOINT: folder_digest(checkpoint_of(config))}
+        if path.is_file():
+            check_same(read_sealed(path), now, f"the comparison in {str(self.directory)!r}")
+        else:
+            write_sealed(path, now)
 
     def _made(self, config: RunConfig, path: Path) -> nn.Module:
         """Make a base model and save it under a temporary name, then rename it.
@@ -156,6 +192,7 @@ class SharedInputs:
         If another process has saved the same base model meanwhile, that one stays.
         """
         make_folder(path.parent)
+        self.compare_checkpoint(config)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         model = running.make_base(config, self.data(config), temporary)
         try:
@@ -172,11 +209,13 @@ def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     with running.limits(config.threads):
         data = bench.data(config, partial(tell, cell, "data"))
         with interruption.deferred():
-            model, base = bench.base(config, partial(tell, cell, "base"))
             make_folder(directory)
             with held(directory):
                 resume = last_round(directory) is not None
+                model, base = bench.base(config, partial(tell, cell, "base"), directory / BASE if resume else None)
                 if not resume:
+                    if (directory / ROUNDS).is_file():
+                        tell(cell, "event", "it has no checkpoint to go on from and is played anew")
                     _empty(directory)
                     (directory / BASE).symlink_to(os.path.relpath(base, directory), target_is_directory=True)
                 if not resume or not _holds(config, directory / CONFIG):
@@ -236,6 +275,7 @@ def check(
             continue
         with running.limits(cell.config.threads):
             data, key = bench.data(cell.config, once, stage), _key(cell.config, "data", "model")
+            bench.compare_checkpoint(cell.config)
             if key not in built:
                 built = {key: base_model.build(cell.config, data, once)}
             running.check_adapter(cell.config, built[key])
@@ -255,9 +295,9 @@ def in_turn(cells: Sequence[Cell], bench: SharedInputs, tell: OnEvent) -> None:
             tell(cell, "finished", last)
 
 
-def _key(config: RunConfig, *tables: str) -> str:
-    """Return a short hash of the settings in these tables, the seed and the number of threads."""
+def _key(config: RunConfig, *tables: str, with_seed: bool = True) -> str:
+    """Return a short hash of the settings in these tables, the seed if asked for, and the number of threads."""
     located = configuration.located(config.model_dump(mode="json"))
     decisive = {name: located[name] for name in tables}
-    content = json.dumps([config.seed, config.threads, decisive], sort_keys=True)
+    content = json.dumps([config.seed if with_seed else None, config.threads, decisive], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()

@@ -102,7 +102,7 @@ def save(
         "rows": rows,
         "inputs": dict(inputs),
         "tensors": digest_of(temporary / TENSORS),
-        "similarity": {path.name: digest_of(path) for path in similarity_files(directory)},
+        "similarity": {path.name: digest_of(path) for path in similarity_files(directory, config.rounds)},
     }
     write_sealed(temporary / FACTS, facts)
     store.sync()

@@ -83,7 +83,7 @@ class ClientStore:
         self.entries: dict[int, ClientFile] = {}  # each client's current file; clients that keep nothing have none
         # The entries of the checkpoints that are kept, the older first; before the first one there is none.
         self._checkpoints: list[dict[int, ClientFile]] = []
-        self._written: list[Path] = []  # since the last checkpoint
+        self._written: set[Path] = set()  # since the last checkpoint
         self._digests: dict[str, str] = {}  # of the files, by name
         self._last: tuple[Path, ClientState] | None = None
 
@@ -130,8 +130,8 @@ class ClientStore:
     def sync(self) -> None:
         """Flush the files that were written since the last checkpoint to the disk."""
         if self._written:
-            sync([*(path for path in self._written if path.exists()), self.folder, self.folder.parent])
-        self._written = []
+            sync([*self._written, self.folder, self.folder.parent])
+        self._written = set()
 
     def checkpointed(self) -> None:
         """Record that a checkpoint refers to the current files, and delete those that only older ones refer to."""
@@ -172,9 +172,16 @@ class ClientStore:
                 path.unlink()
 
     def clear(self) -> None:
-        """Delete the clients' files, and then their folder and its parent if they are empty."""
-        for path in self._own_files():
-            path.unlink()
+        """Delete all clients' files, and then their folder and its parent if they are empty."""
+        self._remove(self._own_files())
+
+    def forget(self) -> None:
+        """Delete the files that were written since the last checkpoint, to which no checkpoint refers."""
+        self._remove(self._written)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in list(paths):
+            path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -182,6 +189,7 @@ class ClientStore:
     def _delete(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self._digests.pop(path.name, None)
+        self._written.discard(path)
 
     def _own_files(self) -> list[Path]:
         require_real([self.folder.parent, self.folder])
@@ -203,7 +211,7 @@ class ClientStore:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             raise FedError(f"{str(path)!r}, what a client keeps, cannot be written: {error.strerror}") from None
-        self._written.append(path)
+        self._written.add(path)
         self._digests[path.name] = digest(content)
         return self._digests[path.name]
 
@@ -217,13 +225,13 @@ def require_real(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def client_store(directory: Path, device: torch.device, lasting: bool) -> Iterator[ClientStore]:
-    """Open the store of a run in `directory`; unless it is `lasting`, its files are deleted at the end."""
+    """Open the store of a run in `directory`; unless it is `lasting`, what it has written is deleted at the end."""
     store = ClientStore(directory, device)
     try:
         yield store
     finally:
         if not lasting:
-            store.clear()
+            store.forget()
 
 
 def flat_factors(prefix: str, factors: Mapping[str, Factors]) -> dict[str, Tensor]:

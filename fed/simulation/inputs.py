@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, InstructionTable, Sequences, Table, TextTable
 from fed.errors import FedError
-from fed.files import new_digest
+from fed.files import digest_of, new_digest
 
 ROWS, DEALT, LABELS, TOKENIZER, BASE = "rows", "partition", "labels", "tokenizer", "base model"
 # How messages call them.
@@ -22,6 +23,7 @@ _CALLED = {
     LABELS: "the labels of the data",
     TOKENIZER: "the tokenizer",
     BASE: "the base model",
+    "checkpoint": "the checkpoint at model.path",
 }
 
 
@@ -45,6 +47,12 @@ def model_digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         parts += [name, value]
     return _digest(parts)
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a digest of the names and contents of all files in a folder."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return _digest([[name, digest_of(folder / name)] for name in names])
 
 
 def input_digests(data: FederatedData, model: nn.Module) -> dict[str, str]:
@@ -88,8 +96,8 @@ def _described(tokenizer: Any) -> Any:
     """Return what a tokenizer decodes by: how it encodes is seen in the rows."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     decoder = None if fast is None else json.loads(fast.to_str()).get("decoder")
-    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return [decoder, sorted(tokenizer.get_vocab().items()), special]
+    cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    return [decoder, sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids), cleans]
 
 
 def _digest(parts: Iterable[Any]) -> str:

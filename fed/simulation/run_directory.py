@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -33,13 +34,18 @@ from fed.types import CentralisedRow, Metrics, Row
 CONFIG, BASE = "config.toml", "base"
 # The endings of a run's directory before it is in its place, of one that is being replaced, and of one that is deleted.
 _NEW, _OLD, _GONE = ".tmp", ".old", ".gone"
+_UNBORN = ".unborn"  # a file in a run that is in its place but has not yet replaced the earlier one for good
 
 
 def require_free(target: Path, overwrite: bool) -> None:
     """Raise FedError unless `target` does not exist, or `overwrite` is set and it is empty or a run's directory."""
+    try:
+        place, here = target.resolve(), Path.cwd().resolve()
+    except (OSError, RuntimeError):  # which pathlib raises for links that lead to themselves
+        raise FedError(f"--out is {str(target)!r}, which is no place for a directory; give another name") from None
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FedError(f"--out is {str(target)!r}, which is not a directory; give another name")
-    if target.resolve() in (here := Path.cwd().resolve(), *here.parents):
+    if place in (here, *here.parents):
         raise FedError(f"--out is {str(target)!r}, which holds the working directory; give another name")
     if not target.exists():
         return
@@ -64,6 +70,8 @@ class RunDirectory:
     """
 
     def __init__(self, target: Path, overwrite: bool) -> None:
+        if ".." in target.parts:
+            target = Path(os.path.normpath(target))
         recover(target)
         require_free(target, overwrite)
         self.target = target
@@ -97,23 +105,26 @@ class RunDirectory:
 
     def publish(self) -> None:
         """Move the directory to `target`, which `path` is from now on."""
+        (self.path / _UNBORN).touch()
         sync([self.path])
-        if self._replaces:
-            self._aside = self.path.with_suffix(_OLD)
-            self.target.rename(self._aside)
         try:
+            if self._replaces:
+                self._aside = self.target.rename(self.path.with_suffix(_OLD))
             self.path.rename(self.target)
-        except OSError as error:  # another process has made it meanwhile
+        except OSError as error:  # for example because another process has made it meanwhile
             raise FedError(f"--out is {str(self.target)!r}: it cannot be written: {error.strerror}") from None
         self.path = self.target
         sync([self.target.parent, *(made.parent for made in self._made)])
 
     def commit(self) -> None:
-        """Make the run's directory final and delete the one that it replaces."""
+        """Make the run's directory final and delete the one that it replaces; calling it again changes nothing."""
+        if self.kept:
+            return
         self.kept = True
         if self._aside is not None:
             _delete(self._aside)
             self._aside = None
+        (self.path / _UNBORN).unlink()
 
     def __exit__(self, *error: object) -> None:
         if not self.kept:
@@ -147,7 +158,8 @@ def recover(target: Path, on_event: Callable[[str], object] | None = None) -> No
     """Finish or undo what a process left that was killed while it made or replaced the run in `target`.
 
     A new run without a checkpoint is deleted, and the run that it was to replace is at `target` again; once it has one,
-    the old run is deleted. Directories that another process holds are left alone.
+    the old run is deleted. What another process holds is left alone, and so is a run that was to be replaced if
+    something else is at `target` by now.
     """
     left = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old|gone)")
     if not target.parent.is_dir():
@@ -159,6 +171,9 @@ def recover(target: Path, on_event: Callable[[str], object] | None = None) -> No
             shutil.rmtree(path)
         elif not (path / LOCK).is_file() or is_held(path) or (target.is_dir() and is_held(target)):
             continue
+        elif path.suffix == _OLD and target.exists() and not (target / _UNBORN).exists():
+            if on_event is not None:
+                on_event(f"{path} is a run that was to be replaced, but {target} is not what was to replace it")
         elif path.suffix == _OLD and checkpoint.last_round(target) is None:
             if target.is_dir():
                 _delete(target.rename(path.with_suffix(_NEW)))

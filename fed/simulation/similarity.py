@@ -59,9 +59,10 @@ def save_similarity(directory: Path, number: int, updates: Sequence[ClientUpdate
         np.savez(file, allow_pickle=False, ids=ids, **arrays)
 
 
-def similarity_files(directory: Path) -> list[Path]:
-    """Return a run's files of similarity, sorted by name."""
-    return sorted((directory / FOLDER).glob("round-*.npz"))
+def similarity_files(directory: Path, rounds: int | None = None) -> list[Path]:
+    """Return a run's files of similarity by name; with `rounds`, those of the first and the last round alone."""
+    found = sorted((directory / FOLDER).glob("round-*.npz"))
+    return [path for path in found if rounds is None or path.stem in ("round-1", f"round-{rounds}")]
 
 
 def _unit_modules(update: ClientUpdate, matrix: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,11 @@ from fed.simulation.run_directory import BASE
 from fed.simulation.similarity import save_similarity, similarity_files
 from fed.types import Row, ServerState
 
-_UNFINISHED = re.compile(r".+\.tmp|\.tmp\w{6}")  # files that are written, by this package and by safetensors
+# Files that were being written when a process was killed, by this package and by safetensors.
+_UNFINISHED = re.compile(
+    r"(config\.toml|rounds\.jsonl|base_delta\.safetensors|(finished|centralised)\.json|round-\d+\.npz|report\.html"
+    r"|(report|similarity)\.png)\.tmp|\.tmp[A-Za-z0-9]{6}"
+)
 
 
 def simulate(
@@ -148,9 +152,8 @@ def _make_ready(
 def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server: ServerState) -> None:
     """Save what the run ends with; the mark of an earlier end is removed first, for the files change one by one."""
     finished.unmark(directory)
-    for path in similarity_files(directory):
-        if path.stem not in ("round-1", f"round-{config.rounds}"):  # of a run that is over more rounds now
-            path.unlink()
+    for path in set(similarity_files(directory)) - set(similarity_files(directory, config.rounds)):
+        path.unlink()  # of a run that is over more rounds now
     save_base_delta(directory, server, config.adapter.rank)
     with naming(directory / ADAPTER):
         pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
@@ -160,7 +163,7 @@ def _sweep(directory: Path) -> None:
     """Remove the temporary files and folders that a run leaves whose process was killed."""
     for folder in (directory, directory / finished.SIMILARITY):
         for path in folder.iterdir() if folder.is_dir() else ():
-            if _UNFINISHED.fullmatch(path.name):
+            if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink()
     for path in (directory / ADAPTER).glob(".adapter-*"):
         shutil.rmtree(path)

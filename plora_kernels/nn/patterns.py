@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from plora_kernels.errors import ConfigError
 
-_LONGEST = 50_000  # characters of an expression; a list of all modules of a large model is shorter
+_LONGEST = 50_000  # characters of an expression that repeats something; a list of modules' names may be longer
+_REPEATS = re.compile(r"[*+?{]")
 _MOST_REPEATS = 1000  # in `{m,n}`; names of modules are shorter
 _UNROLLED = 8  # repeats up to this number are taken for that many copies of their content
 _MOST_LETTERS = 500_000  # in ranges such as [a-z], for which `re` takes time if case is ignored
@@ -42,13 +43,13 @@ def check_pattern(pattern: str, what: str) -> None:
       ...
     plora_kernels.errors.ConfigError: target_modules holds '(a+)+b', which can take for ever to match: ...
     """
-    if len(pattern) > _LONGEST:
+    if len(pattern) > _LONGEST and _REPEATS.search(pattern):
         raise ConfigError(
             f"{what} holds {_shown(pattern)}, {len(pattern)} characters; at most {_LONGEST} are allowed: shorten it, "
             "or list the names of the modules"
         )
     try:
-        reason = _why_slow(pattern)
+        reason = _why_slow(pattern) if _REPEATS.search(pattern) else _compiled(pattern)
     except re.error as error:
         why = repr(str(error))[1:-1]  # in it a part of the expression may hold line ends
         raise ConfigError(f"{what} holds {_shown(pattern)}, which is not a regular expression: {why}") from None
@@ -58,6 +59,14 @@ def check_pattern(pattern: str, what: str) -> None:
         reason = "its groups are nested too deeply"
     if reason:
         raise ConfigError(f"{what} holds {_shown(pattern)}, which can take for ever to match: {reason}")
+
+
+def _compiled(pattern: str) -> str:
+    """Compile an expression that repeats nothing, which is never slow; raise what `re` raises about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        re.compile(pattern)
+    return ""
 
 
 @functools.lru_cache(maxsize=1024)  # an adapter's file may name the same one for each layer

@@ -37,7 +37,7 @@ HUGE = f"0x{'f' * 5000}"  # Python writes no integer of so many decimal digits
             "[clients]\ncount = 1000000000\nranks = {4 = 0.5, 8 = 0.5}",
             r"clients.count is 1000000000: it should be less",
         ),
-        ("[clients]\nranks = {4 = true}", r"clients.ranks is \{'4': True\}: its shares should be numbers above 0"),
+        ("[clients]\nranks = {4 = true}", r"clients.ranks is \{'4': True\}: its shares should be above 0"),
         (f"[data]\npath = '{'x' * 300}'", r"data.path is 'x{99}…: it should be a path with names of at most 255 bytes"),
         (f"[model]\npath = '{'x/' * 3000}'", r"model.path is '(x/)+x?…: it should be a path of at most 4095 bytes"),
         ("[data]\npath = ''", r"data.path is '': it should have at least 1 character"),

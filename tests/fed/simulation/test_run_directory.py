@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_the_old_run_is_there_until_the_new_one_is_ready(old: Path) -> None:
         (directory.path / "new").write_text("")
         assert "config.toml" in names(old)
         directory.publish()
-        assert names(old) == [LOCK, "new"]
+        assert "new" in names(old)
         directory.commit()
     assert names(old.parent) == ["run"]
     assert names(old) == ["new"]
@@ -97,13 +98,21 @@ def test_what_a_killed_process_left_is_deleted_or_put_back(tmp_path: Path) -> No
     # killed before the new run has a checkpoint: the old one comes back
     target.rename(aside)
     leave(aside)
-    leave(make_run(target, [make_row(0)]))
+    (leave(make_run(target, [make_row(0)])) / ".unborn").touch()
     recover(target)
     assert "old" in names(target)
-    # killed after that: the new run stays
+    # something else is there by then: both stay
     target.rename(aside)
     leave(aside)
+    (target / "of another program").mkdir(parents=True)
+    recover(target, said.append)
+    assert said[1] == f"{aside} is a run that was to be replaced, but {target} is not what was to replace it"
+    assert names(target) == ["of another program"]
+    assert "old" in names(aside)
+    shutil.rmtree(target)
+    # killed after that: the new run stays
     (make_run(leave(target), [make_row(0)]) / "checkpoint" / "round-0").mkdir(parents=True)
+    (target / ".unborn").touch()
     recover(target)
     assert names(tmp_path) == ["run"]
     assert "old" not in names(target)

@@ -99,7 +99,7 @@ def resume(out: Path, centralised: bool) -> int:
             if why is not None or wanted:
                 data = datasets.load(_with_own_tokenizer(config, out), screen.warn, screen.stage)
                 with interruption.deferred():
-                    model = base_model.reopen(out / BASE, data.label_names)
+                    model = running.reopen_base(out, data.label_names)
                     if why is not None:
                         _play(config, data, model, out, screen, lambda: None, resume=True)
                         wanted = centralised and not _keep_centralised(out)
@@ -130,7 +130,7 @@ def _centralised_steps(out: Path) -> list[int]:
 def _check_base(out: Path) -> None:
     """Raise FedError unless a finished run's base model is still the one that its adapter belongs to."""
     before = {name: value for name, value in input_digests_of(out).items() if name == BASE_MODEL}
-    check_same(before, {BASE_MODEL: model_digest(base_model.reopen(out / BASE))}, f"the run in {str(out)!r}")
+    check_same(before, {BASE_MODEL: model_digest(running.reopen_base(out))}, f"the run in {str(out)!r}")
 
 
 def _with_own_tokenizer(config: RunConfig, out: Path) -> RunConfig:

@@ -15,6 +15,7 @@ import torch
 import plora_kernels as pk
 from fed.data import federated_data
 from fed.errors import FedError
+from fed.experiments import run as running
 from fed.methods import fed_plora, flexlora
 from fed.methods.low_rank import principal_modules, product_norm
 from fed.models import base_model
@@ -24,7 +25,7 @@ from fed.simulation.finished import ADAPTER, input_digests_of, why_not_finished
 from fed.simulation.inputs import check_same, input_digests
 from fed.simulation.noise import start_noise
 from fed.simulation.rounds import Federation
-from fed.simulation.run_directory import BASE, read
+from fed.simulation.run_directory import read
 from fed.types import Client, ClientStart, Options, ServerState, Stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +56,7 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
     config = run.config
     if (why := why_not_finished(directory, config)) is not None:
         raise FedError(f"{str(directory)!r} is not over: {why}; python -m fed resume {directory} continues it")
-    model = base_model.reopen(directory / BASE)
+    model = running.reopen_base(directory)
     loaded, head = federated_data.load(config, on_event), base_model.head_names(model)
     check_same(input_digests_of(directory), input_digests(loaded, model), f"the run in {str(directory)!r}")
     with adapted(config, model, head) as shared:

@@ -20,12 +20,15 @@ from fed.errors import FedError, machine_faults
 from fed.experiments.trackers import tracking
 from fed.models import base_model
 from fed.models.base_model import Progress, head_names
+from fed.models.saved_files import DIGESTS, RENEW, write_digests
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
+from fed.simulation import checkpoint
 from fed.simulation.evaluation import evaluate_held_out
-from fed.simulation.finished import why_not_finished
+from fed.simulation.finished import input_digests_of, why_not_finished
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
+from fed.simulation.run_directory import BASE
 from fed.simulation.simulate import simulate
 from fed.training.local import Job, train
 from fed.training.memory import keep_freed_memory
@@ -63,6 +66,22 @@ def make_base(
         base_model.pretrain(model, data.pretrain, config, after_step)
     base_model.save(model, config, directory)
     return model
+
+
+def reopen_base(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
+    """Load the base model of a run that has begun (`fed.models.base_model.reopen`).
+
+    Raises FedError if the run holds the digest of its base, but the files of that have none. A base that an earlier
+    version saved gets its digests here.
+    """
+    base = directory / BASE
+    if not (base / DIGESTS).is_file():
+        if input_digests_of(directory) or checkpoint.saved_inputs(directory):
+            raise FedError(f"the base model in {str(base)!r} is damaged: {DIGESTS} is missing; {RENEW}")
+        model = base_model.reopen(base, label_names)
+        write_digests(base)
+        return model
+    return base_model.reopen(base, label_names)
 
 
 def check_adapter(config: RunConfig, model: nn.Module) -> None:

@@ -219,7 +219,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory, undrawn_throughout: Non
 
 def begun(out: Path, process: Process, rows: int) -> None:
     """Wait until the runs of a comparison have so many rows together."""
-    process.until(lambda: sum(len(rows_so_far(path.parent)) for path in out.rglob("rounds.jsonl")) >= rows)
+    process.until(lambda: sum(len(rows_so_far(path.parent)) for path in out.glob("runs/*/seed-*/rounds.jsonl")) >= rows)
 
 
 def gone(pids: Sequence[int], seconds: float) -> bool:

@@ -161,12 +161,7 @@ def recover(target: Path, on_event: Callable[[str], object] | None = None) -> No
     the old run is deleted. What another process holds is left alone, and so is a run that was to be replaced if
     something else is at `target` by now.
     """
-    left = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old|gone)")
-    if not target.parent.is_dir():
-        return
-    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.*")):
-        if not left.fullmatch(path.name) or path.is_symlink():
-            continue
+    for path in _beside(target):
         if path.suffix == _GONE:
             shutil.rmtree(path)
         elif not (path / LOCK).is_file() or is_held(path) or (target.is_dir() and is_held(target)):
@@ -182,10 +177,20 @@ def recover(target: Path, on_event: Callable[[str], object] | None = None) -> No
                 on_event(f"{target}: the run that was to replace this one was killed too early; this one is put back")
         else:
             _delete(path)
+    if (target / _UNBORN).is_file() and not is_held(target) and not any(map(_is_aside, _beside(target))):
+        (target / _UNBORN).unlink()  # there is nothing left that the run is to replace
 
 
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+def _beside(target: Path) -> list[Path]:
+    """Return the directories that a process made beside a run's directory, and left if it was killed."""
+    if not target.parent.is_dir():
+        return []
+    made = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old|gone)")
+    return sorted(path for path in target.parent.iterdir() if made.fullmatch(path.name) and not path.is_symlink())
+
+
+def _is_aside(path: Path) -> bool:
+    return path.suffix == _OLD
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,10 @@ def test_what_a_killed_process_left_is_deleted_or_put_back(tmp_path: Path) -> No
     assert "old" not in names(target)
     # killed while the old run is deleted
     (tmp_path / ".run.abcd1234.gone").mkdir()
+    (target / ".unborn").touch()
     recover(target)
     assert names(tmp_path) == ["run"]
+    assert ".unborn" not in names(target)
 
 
 def test_directories_of_others_stay(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def tensor_bytes() -> int:
         warnings.simplefilter("ignore")  # objects of some libraries warn about deprecation when they are inspected
         for found in gc.get_objects():
             if issubclass(type(found), torch.Tensor):
-                storage = found.untyped_storage()
                 try:
+                    storage = found.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-                except RuntimeError:  # a compiler's fake tensor, without memory
+                except RuntimeError:  # a compiler's fake tensor, or a sparse one, which have no memory of this kind
                     continue
     return sum(storages.values())

@@ -21,12 +21,14 @@ ROW_NUMBERS = 16 * 8  # bytes a client: data.rows_per_client, int64
 
 
 def test_live_tensors_are_counted_once() -> None:
+    beside = torch.eye(2).to_sparse()  # it has no storage to count
     before = tensor_bytes()
     held = torch.ones(1000)
     views = [held[:10], held.view(10, 100)]
     assert tensor_bytes() - before == 4000
     del held, views
     assert tensor_bytes() == before
+    assert beside.is_sparse
 
 
 def test_clients_on_disk_cost_their_row_numbers_and_no_more(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from fed.training.local import Job, module_gradients, train
 from fed.training.memory import is_out_of_memory, restart_peak
 from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
 
-# From these sizes on an update's growth, and a loss in nats, are suspicious. In a healthy run they are much smaller, so
-# that the checks of suspicious ones cost it nothing.
+# An update's growth and a loss in nats from which on a new state is checked further. They are far above those of a
+# healthy run, which the further checks thus cost nothing.
 LARGE_GROWTH, LARGE_LOSS = 100.0, 100.0
 
 

@@ -23,7 +23,7 @@ def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate) ->
     - its loss is finite, it took at least one step, and its weight is from `LEAST_WEIGHT` to `MOST_WEIGHT`;
     - it has exactly the modules that the client was to train, or, if the start has a penalty, the first of them that
       remain after pruning; and A (r_i, K) and B (N, r_i) of every matrix have the start's dtype and device;
-    - its head has the server's parameters, with equal shapes, dtypes and devices;
+    - its head has the server's parameters, with equal shapes, dtypes and devices; and nothing requires gradients;
     - every value is finite, and no two tensors share memory, neither among themselves nor with the server or the start;
     - what it keeps are dense tensors by name, and it says that it sends what its method sends.
 
@@ -179,6 +179,8 @@ def _tensor_fault(name: str, found: Any, like: Tensor, shape: Sequence[int]) -> 
         return f"its {name} is {found.dtype}; {like.dtype} would be right"
     if tuple(found.shape) != tuple(shape):
         return f"its {name} is {tuple(found.shape)}; {tuple(shape)} would be right"
+    if found.requires_grad:  # the server's tensors would hold on to the graphs of all rounds
+        return f"its {name} requires gradients; a detached tensor would be right"
     return None
 
 

@@ -136,6 +136,7 @@ MUTATIONS: dict[str, Callable[[ClientUpdate, int], ClientUpdate]] = {
             "that is sparse": Tensor.to_sparse,
             "on another device": lambda tensor: tensor.to("meta"),
             "that is a list": Tensor.tolist,
+            "that requires gradients": lambda tensor: tensor.clone().requires_grad_(),
             "that is missing": lambda tensor: None,
         }.items()
     },

@@ -53,8 +53,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
     """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status."""
     trackers.require(config.tracker)
     began, screen = time.perf_counter(), Screen()
-    recover(out, screen.warn)
-    directory = RunDirectory(out, overwrite)
+    directory = RunDirectory(out, overwrite, screen.warn)
     try:
         with directory, running.limits(config.threads):
             data = datasets.load(config, screen.warn, screen.stage)
@@ -95,8 +94,9 @@ def resume(out: Path, centralised: bool) -> int:
                 raise FedError(f"{str(out)!r} holds no checkpoint to go on from, and {why}; start the run anew")
             if why is None:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
+            if why is None and not wanted:
                 _check_base(out)
-            if why is not None or wanted:
+            else:
                 data = datasets.load(_with_own_tokenizer(config, out), screen.warn, screen.stage)
                 with interruption.deferred():
                     model = running.reopen_base(out, data.label_names)

@@ -18,7 +18,7 @@ ORDER = {
     ),
     "fed": (
         "__main__", "cli", "commands", "console", "report", "experiments", "simulation", "training", "models", "data",
-        "config", "methods", "types", "seeding", "locks", "files", "interruption", "openmp", "errors",
+        "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
     ),
     "bench": (
         "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients",

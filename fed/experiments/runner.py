@@ -29,6 +29,7 @@ from fed.experiments.trackers import require
 from fed.files import make_folder, sync
 from fed.locks import LOCK, held
 from fed.models import base_model
+from fed.sealed import read_sealed, write_sealed
 from fed.simulation import checkpoint
 from fed.simulation.checkpoint import last_round
 from fed.simulation.finished import input_digests_of
@@ -36,7 +37,6 @@ from fed.simulation.inputs import BASE as BASE_MODEL
 from fed.simulation.inputs import DEALT, check_same, data_digests, folder_digest, model_digest
 from fed.simulation.rows import ROUNDS
 from fed.simulation.run_directory import BASE, CONFIG
-from fed.simulation.sealed import read_sealed, write_sealed
 from fed.simulation.settings import changed_setting, fixed_settings
 from fed.types import Row
 

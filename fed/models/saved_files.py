@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from fed.errors import FedError
-from fed.files import digest, digest_of, sync_tree, write_atomically
+from fed.files import digest_of, sync_tree
+from fed.sealed import read_sealed, write_sealed
 
 DIGESTS = "digests.json"
 RENEW = "start the run anew"
@@ -24,9 +23,7 @@ def write_digests(directory: Path) -> None:
     (directory / DIGESTS).unlink(missing_ok=True)
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     sync_tree(directory)
-    files = {name: digest_of(directory / name) for name in names}
-    content = {"digest": _digest_of_all(files), "files": files}
-    write_atomically(directory / DIGESTS, json.dumps(content, indent=2) + "\n")
+    write_sealed(directory / DIGESTS, {name: digest_of(directory / name) for name in names})
 
 
 def check_files(directory: Path, what: str) -> None:
@@ -44,7 +41,10 @@ def check_files(directory: Path, what: str) -> None:
         if _ADAPTER in found:
             raise FedError(f"{what} holds {_ADAPTER}, which was not saved with it; remove that file, or {RENEW}")
         return
-    files = _listed(directory / DIGESTS, what)
+    try:
+        files = read_sealed(directory / DIGESTS)
+    except FedError:
+        raise FedError(f"{what} is damaged: {DIGESTS} is not as it was saved; {RENEW}") from None
     for name, wanted in files.items():
         if not (directory / name).is_file():
             raise FedError(f"{what} is damaged: {name} is missing; {RENEW}")
@@ -82,19 +82,3 @@ def _weights(directory: Path, what: str) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise FedError(f"{what} is damaged: {path.name}: {error}; {RENEW}") from error
-
-
-def _listed(path: Path, what: str) -> dict[str, str]:
-    """Return the digests in a file of them by file name."""
-    try:
-        content: Any = json.loads(path.read_bytes())
-        files = content["files"]
-        if content["digest"] == _digest_of_all(files):
-            return dict(files)
-    except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, or no such table
-        pass
-    raise FedError(f"{what} is damaged: {DIGESTS} is not as it was saved; {RENEW}")
-
-
-def _digest_of_all(files: dict[str, str]) -> str:
-    return digest(json.dumps(files, sort_keys=True).encode())

@@ -27,10 +27,10 @@ from torch import Tensor
 from fed.config import RunConfig, flat, renamed
 from fed.errors import FedError
 from fed.files import digest_of, replacing, sync
+from fed.sealed import read_sealed, write_sealed
 from fed.simulation.client_store import ClientFile, ClientStore, flat_factors, group, group_factors, require_real
 from fed.simulation.inputs import check_same
 from fed.simulation.rows import RowSeal, first_lines, parse_rows, sealed_lines
-from fed.simulation.sealed import read_sealed, write_sealed
 from fed.simulation.settings import changed_setting, fixed_settings
 from fed.simulation.similarity import similarity_files
 from fed.types import Client, Row, RunState, ServerState
@@ -167,7 +167,7 @@ def _readable(directory: Path) -> list[dict[str, Any]]:
     found = []
     for number in sorted(_rounds(directory), reverse=True):
         with suppress(FedError):
-            found.append(read_sealed(directory / FOLDER / _name(number) / FACTS))
+            found.append(read_sealed(directory / FOLDER / _name(number) / FACTS, plain=True))
     return found
 
 
@@ -216,7 +216,7 @@ def _last_whole(directory: Path, store: ClientStore) -> tuple[_Saved, str | None
 def _whole(directory: Path, number: int, store: ClientStore) -> _Saved:
     """Read a checkpoint and the rows up to it; raise FedError if any part of it is damaged or missing."""
     folder = directory / FOLDER / _name(number)
-    facts = read_sealed(folder / FACTS)
+    facts = read_sealed(folder / FACTS, plain=True)
     try:
         if facts["round"] != number:
             raise FedError(f"{str(folder)!r} is damaged: it is the checkpoint of round {facts['round']}")
@@ -256,7 +256,7 @@ def _entries_before(directory: Path, number: int) -> dict[int, dict[int, ClientF
     if before is None:
         return {}
     try:
-        return {before: _entries(read_sealed(directory / FOLDER / _name(before) / FACTS))}
+        return {before: _entries(read_sealed(directory / FOLDER / _name(before) / FACTS, plain=True))}
     except (FedError, *_MALFORMED):
         return {}
 

@@ -12,12 +12,13 @@ from typing import Any
 from fed.config import RunConfig
 from fed.errors import FedError
 from fed.files import digest_of, sync, sync_tree
+from fed.sealed import read_sealed, write_sealed
 from fed.simulation.rows import ROUNDS, RowSeal, sealed_lines
-from fed.simulation.sealed import read_sealed, write_sealed
 from fed.simulation.settings import changed_setting, fixed_settings
+from fed.simulation.similarity import similarity_files
 
 FINISHED = "finished.json"
-ADAPTER, BASE_DELTA, SIMILARITY, CENTRALISED = "adapter", "base_delta.safetensors", "similarity", "centralised.json"
+ADAPTER, BASE_DELTA, CENTRALISED = "adapter", "base_delta.safetensors", "centralised.json"
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -109,6 +110,6 @@ def _changed_file(directory: Path, known: Mapping[str, str]) -> str | None:
 
 def _digests(directory: Path) -> dict[str, str]:
     """Return the digests of the files of a result, by their names in the run's directory."""
-    folders = (directory / ADAPTER, directory / SIMILARITY)
-    paths = [directory / BASE_DELTA, *(path for folder in folders if folder.is_dir() for path in folder.iterdir())]
+    saved = (directory / ADAPTER).iterdir() if (directory / ADAPTER).is_dir() else ()
+    paths = [directory / BASE_DELTA, *saved, *similarity_files(directory)]
     return {str(path.relative_to(directory)): digest_of(path) for path in sorted(paths) if path.is_file()}

@@ -69,10 +69,10 @@ class RunDirectory:
     held against other processes.
     """
 
-    def __init__(self, target: Path, overwrite: bool) -> None:
+    def __init__(self, target: Path, overwrite: bool, on_event: Callable[[str], object] | None = None) -> None:
         if ".." in target.parts:
             target = Path(os.path.normpath(target))
-        recover(target)
+        recover(target, on_event)
         require_free(target, overwrite)
         self.target = target
         self.path = target

@@ -16,7 +16,7 @@ import plora_kernels as pk
 from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.errors import FedError, machine_faults
+from fed.errors import machine_faults
 from fed.files import make_folder, naming, replacing
 from fed.locks import held
 from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
@@ -27,6 +27,7 @@ from fed.simulation.inputs import input_digests
 from fed.simulation.rounds import Federation
 from fed.simulation.rows import RowFile
 from fed.simulation.run_directory import BASE
+from fed.simulation.similarity import FOLDER as SIMILARITY
 from fed.simulation.similarity import save_similarity, similarity_files
 from fed.types import Row, ServerState
 
@@ -77,8 +78,6 @@ def simulate(
     other inputs, if another process works in the directory, and if the machine refuses memory or room on its disk.
     """
     tell, lasting = on_event or _discard, config.checkpoint_every > 0
-    if resume and checkpoint.last_round(directory) is None:
-        raise FedError(f"{str(directory)!r} holds no checkpoint to go on from; start the run anew")
     inputs = input_digests(data, model)
     with interruption.deferred(), machine_faults(), ExitStack() as stack:
         if directory.is_dir():
@@ -161,7 +160,7 @@ def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server
 
 def _sweep(directory: Path) -> None:
     """Remove the temporary files and folders that a run leaves whose process was killed."""
-    for folder in (directory, directory / finished.SIMILARITY):
+    for folder in (directory, directory / SIMILARITY):
         for path in folder.iterdir() if folder.is_dir() else ():
             if _UNFINISHED.fullmatch(path.name) and path.is_file():
                 path.unlink()

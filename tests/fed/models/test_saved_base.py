@@ -159,7 +159,7 @@ def test_a_damaged_file_of_weights_is_one_line(older: Path, content: bytes) -> N
 
 def test_digests_hold_every_file_and_themselves(saved: Path) -> None:
     written = json.loads((saved / "digests.json").read_text())
-    assert written["files"] == {name: digest_of(saved / name) for name in ("config.json", "model.safetensors")}
+    assert written["facts"] == {name: digest_of(saved / name) for name in ("config.json", "model.safetensors")}
     for name in ("config.json", "model.safetensors", "digests.json"):
         damaged = Path(shutil.copytree(saved, saved.with_name(f"{name}-damaged")))
         content = bytearray((damaged / name).read_bytes())

@@ -16,8 +16,8 @@ def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps({"digest": _digest(facts), "facts": facts}) + "\n")
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the values of a file that `write_sealed` wrote, or all of a JSON object without a digest.
+def read_sealed(path: Path, plain: bool = False) -> dict[str, Any]:
+    """Return the values of a file that `write_sealed` wrote; with `plain` also of a JSON object without a digest.
 
     Earlier versions wrote such objects. Raises FedError if the file cannot be read or does not fit its digest.
     """
@@ -27,12 +27,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise FedError(f"{str(path)!r} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise FedError(f"{str(path)!r} is damaged: it holds no JSON object")
-    if content.keys() & {"digest", "facts"}:
-        facts = content.get("facts")
-        if not isinstance(facts, dict) or content.keys() != {"digest", "facts"} or content["digest"] != _digest(facts):
-            raise FedError(f"{str(path)!r} is damaged: it does not fit its digest")
-        return facts
-    return content
+    if plain and not content.keys() & {"digest", "facts"}:
+        return content
+    facts = content.get("facts")
+    if not isinstance(facts, dict) or content.keys() != {"digest", "facts"} or content["digest"] != _digest(facts):
+        raise FedError(f"{str(path)!r} is damaged: it does not fit its digest")
+    return facts
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

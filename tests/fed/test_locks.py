@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -67,6 +68,23 @@ def test_what_a_killed_process_left_holds_nothing(tmp_path: Path) -> None:
     assert not is_held(tmp_path)
     with held(tmp_path):
         assert (tmp_path / LOCK).read_text() == str(os.getpid())
+
+
+def test_a_file_system_without_locks_is_said_and_one_that_fails_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(number: int) -> None:
+        def flock(*arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    fail(errno.ENOLCK)
+    with pytest.warns(UserWarning, match="cannot be locked here: let one process alone work in it"), held(tmp_path):
+        pass
+    fail(errno.EIO)
+    with pytest.raises(FedError, match="cannot be locked: Input/output error"), held(tmp_path):
+        pass
 
 
 def test_what_cannot_be_held_is_one_line(tmp_path: Path) -> None:

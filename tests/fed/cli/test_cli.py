@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,56 @@ def test_a_client_whose_update_is_not_finite_is_left_out_and_named(tmp_path: Pat
     assert outcome.status == 0
     assert re.search(r"warning: round 1: client \d is left out: ", outcome.err)
     assert all(row["skipped"] for row in rows_of(tmp_path / "out")[1:])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_without_usable_updates_ends_and_says_what_lets_it_go_on(tmp_path: Path, fed_cli: Call) -> None:
+    settings = (*SMALL, "rounds=3", "train.optimizer=sgd", "train.learning_rate=1e30", "server.patience=1")
+    outcome = fed_cli("run", "digits", "--out", str(tmp_path / "out"), "--no-centralised", "--set", *settings)
+    assert outcome.status == 2
+    said = outcome.err.splitlines()[-1]
+    assert said.startswith(
+        "error: no client sent a usable update in 1 rounds in a row, up to round 1: server.patience is 1"
+    )
+    assert said.endswith("or server.patience = 0 in the run's config.toml to go on regardless")
+    written = (tmp_path / "out" / "config.toml").read_text()
+    (tmp_path / "out" / "config.toml").write_text(written.replace("patience = 1", "patience = 0"))
+    assert fed_cli("resume", str(tmp_path / "out"), "--no-centralised").status == 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_longer_run_has_centralised_lora_of_its_own_steps(made: Path, tmp_path: Path, fed_cli: Call) -> None:
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    (out / "config.toml").write_text((out / "config.toml").read_text().replace("rounds = 2", "rounds = 3"))
+    assert fed_cli("resume", str(out)).status == 0
+    assert [row["steps"] for row in json.loads((out / "centralised.json").read_text())] == [6, 18]
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    before = (out / "centralised.json").read_bytes()
+    assert fed_cli("resume", str(out)).status == 0
+    assert (out / "centralised.json").read_bytes() == before
+    (out / "centralised.json").write_text(before.decode().replace("6", "7"))
+    assert_refused(fed_cli("report", str(out)), "centralised.json' is damaged; delete it")
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "status", "said"),
+    [
+        (MemoryError(), False, 2, "error: there is not enough memory; smaller batches, cohorts or models"),
+        (OSError(28, "No space left on device", "runs/a"), False, 2, "error: runs/a: No space left on device"),
+        (RuntimeError("error of a library"), True, 130, "error: interrupted"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: Exception, came: bool, status: int, said: str, fed_cli: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fed.commands.noise", fail)
+    monkeypatch.setattr("fed.interruption.came", lambda: came)
+    outcome = fed_cli("noise", "nowhere")
+    assert (outcome.status, outcome.err.startswith(said)) == (status, True)
+    assert len(outcome.err.splitlines()) == 1
 
 
 BAD = {

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 import fed.simulation.simulate
+from fed import config as configuration
 from fed.cli import main
 from fed.data.digits import load_digits
 from fed.errors import FedError
 from fed.experiments import plan as plans
-from fed.experiments.runner import SharedInputs, check
+from fed.experiments.runner import SharedInputs, check, in_turn
 from tests.support.command_line import Call, assert_refused, failing, rows_of, without_times
 from tests.support.text_data import PROMPT, instructions, write_rows
 
@@ -216,6 +217,8 @@ def test_damaged_runs_are_left_out_by_name_and_healed_or_refused(whole: Path, tm
     shutil.copytree(whole, out, symlinks=True)
     flip(out / CELLS[0] / "adapter" / "adapter_model.safetensors", -1)
     flip(out / CELLS[3] / "rounds.jsonl", 20)
+    (out / CELLS[1] / "finished.json").unlink()
+    shutil.rmtree(out / CELLS[1] / "checkpoint")
     reported = fed_cli("report", str(out))
     assert reported.status == 0
     assert [line.split(": ")[1] for line in reported.err.splitlines()] == [
@@ -227,8 +230,11 @@ def test_damaged_runs_are_left_out_by_name_and_healed_or_refused(whole: Path, tm
     said = resumed.err.splitlines()[-1]
     assert said.startswith("error: 1 of 4 runs could not be played: FedIT (rank 16), seed 1: ")
     assert re.search(r"rounds.jsonl' is damaged: .*; without '.*/runs/fedit/seed-1' it would be played anew$", said)
-    adapter = Path(CELLS[0], "adapter", "adapter_model.safetensors")
-    assert (out / adapter).read_bytes() == (whole / adapter).read_bytes()
+    anew = "warning: FedIT (rank 16), seed 0: it has no checkpoint to go on from and is played anew"
+    assert anew in resumed.err.splitlines()
+    for cell in CELLS[:2]:
+        adapter = Path(cell, "adapter", "adapter_model.safetensors")
+        assert (out / adapter).read_bytes() == (whole / adapter).read_bytes()
 
 
 def test_runs_of_a_comparison_begin_with_the_same_data_and_base(
@@ -248,3 +254,39 @@ def test_runs_of_a_comparison_begin_with_the_same_data_and_base(
     assert outcome.status == 2
     assert re.search(r"FedIT \(rank 16\), seed 0: .*model.safetensors", outcome.err)
     assert not (out / CELLS[1] / "rounds.jsonl").exists()
+
+
+def test_a_run_that_has_begun_keeps_its_base_whatever_that_is_called(whole: Path, tmp_path: Path) -> None:
+    config = configuration.load_saved(whole / CELLS[0] / "config.toml")
+    own = tmp_path / "as an earlier version called it"
+    shutil.copytree(whole / CELLS[0] / "base", own)
+    _, path = SharedInputs(tmp_path / "out").base(config, print, own)
+    assert path == own
+    assert not (tmp_path / "out").exists()
+
+
+def test_bases_of_a_comparison_are_made_of_one_checkpoint(bert: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(bert, tmp_path / "bert"))
+    asked = plans.request("digits", ())
+    config = plans.plan(asked).cells[0].config
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(checkpoint)})})
+    bench = SharedInputs(tmp_path / "out")
+    bench.compare_checkpoint(config)  # there are no bases yet
+    (tmp_path / "out" / "bases").mkdir(parents=True)
+    for _ in range(2):
+        bench.compare_checkpoint(config)
+    flip(checkpoint / "model.safetensors", -1)
+    with pytest.raises(FedError, match="began with other inputs: the checkpoint at model.path changed since"):
+        bench.compare_checkpoint(config)
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_is_no_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise FedError("the file ends early")
+
+    told: list[object] = []
+    monkeypatch.setattr("fed.experiments.runner.play", fail)
+    monkeypatch.setattr("fed.interruption.came", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        in_turn(plans.plan(plans.request("digits", ())).cells, None, lambda *event: told.append(event))
+    assert told == []

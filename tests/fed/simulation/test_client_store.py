@@ -215,6 +215,26 @@ def test_a_run_that_cannot_go_on_names_the_file(tmp_path: Path) -> None:
         simulate(longer, make_data(), TinyClassifier(), HEAD, tmp_path, resume=True)
 
 
+def test_what_a_checkpoint_refers_to_stays_when_a_run_goes_on_without_checkpoints(tmp_path: Path) -> None:
+    """Neither a resume that is refused nor one that is interrupted costs the run its last checkpoint."""
+    changes = {"method": "fedsa-lora", "clients": {"ranks": [6], "per_round": 2}, "train": {"head": "personal"}}
+    short, whole, longer = (make_config(rounds=rounds, **changes) for rounds in (2, 4, 4))
+    without = make_config(rounds=4, checkpoint_every=0, **changes)
+    simulate(short, make_data(), TinyClassifier(), HEAD, tmp_path / "run")
+    simulate(whole, make_data(), TinyClassifier(), HEAD, tmp_path / "whole")
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 3:
+            raise StoppedError
+
+    with pytest.raises(FedError, match="began with other inputs"):
+        simulate(without, make_data(seed=1), TinyClassifier(), HEAD, tmp_path / "run", resume=True)
+    with pytest.raises(StoppedError):
+        simulate(without, make_data(), TinyClassifier(), HEAD, tmp_path / "run", stop, resume=True)
+    simulate(longer, make_data(), TinyClassifier(), HEAD, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
 def test_a_run_in_the_place_of_another_takes_nothing_over(tmp_path: Path) -> None:
     simulate(make_config(seed=1), make_data(), TinyClassifier(), HEAD, tmp_path / "again")
     for directory in ("again", "whole"):

@@ -276,7 +276,7 @@ def test_bases_of_a_comparison_are_made_of_one_checkpoint(bert: Path, tmp_path: 
     for _ in range(2):
         bench.compare_checkpoint(config)
     flip(checkpoint / "model.safetensors", -1)
-    with pytest.raises(FedError, match="began with other inputs: the checkpoint at model.path changed since"):
+    with pytest.raises(FedError, match=r"began with other inputs: the checkpoint at model.path changed since"):
         bench.compare_checkpoint(config)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from fed.errors import FedError
 from fed.report.figure import LIGHT
 from fed.report.run_figures import draw_similarity, similarity_panels
 
@@ -65,3 +67,15 @@ def test_other_files_are_left_out(name: str, tmp_path: Path) -> None:
     (tmp_path / "similarity").mkdir()
     (tmp_path / "similarity" / name).write_bytes(b"")
     assert similarity_panels(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [lambda content: b"", lambda content: content[:-9], lambda content: b"?" * 99])
+def test_a_damaged_file_is_named(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    save_round(tmp_path, 1, 0.5)
+    path = tmp_path / "similarity" / "round-1.npz"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(FedError, match=r"round-1.npz' is damaged; without it the report is made without its maps"):
+        similarity_panels(tmp_path)
+    np.savez(path, within=np.ones(3), across=np.ones((2, 2)), clients=np.ones((2, 2)), ids=np.array([0, 1]))
+    with pytest.raises(FedError, match=r"round-1.npz' is damaged"):
+        similarity_panels(tmp_path)

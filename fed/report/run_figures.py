@@ -182,7 +182,7 @@ def _saved(directory: Path) -> dict[int, dict[str, Array]]:
     for path in (directory / FOLDER).glob("round-*.npz"):
         if match := re.fullmatch(r"round-(\d+)\.npz", path.name):
             try:
-                with np.load(path) as arrays:
+                with path.open("rb") as file, np.load(file) as arrays:  # np.load leaves a damaged one open
                     found[int(match[1])] = _checked(dict(arrays))
             except Exception as error:  # of a zip file that is damaged, or arrays in it
                 raise FedError(f"{str(path)!r} is damaged; without it the report is made without its maps") from error

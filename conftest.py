@@ -1,4 +1,4 @@
-"""`--benchmark`, the same as `pytest bench --benchmark-only`, and `--triton`, the version that is to be tested."""
+"""`--benchmark`, as `pytest bench --benchmark-only`; `--triton`, the version to be tested; `--faults`, for counts."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmark suites; the same as `pytest bench --benchmark-only`",
     )
     parser.addoption("--triton", metavar="VERSION", help="refuse to run the tests with any other Triton")
+    parser.addoption("--faults", metavar="FILE", help="write what came of the faults that tests/fed/faults tries")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -29,6 +29,7 @@ from fed.experiments import plan as plans
 from fed.report.tables import markdown_table, summary
 from fed.simulation.run_directory import read
 from tests.bench.saved import saved_run, write_run
+from tests.support import fault_table
 from tests.support.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,3 +293,9 @@ def test_the_index_lists_every_page() -> None:
 
 def test_the_readme_is_read_in_minutes() -> None:
     assert len(text_of(README).splitlines()) <= 120
+
+
+def test_the_guide_shows_the_faults_that_were_tried_and_none_came_out_wrong() -> None:
+    counts = json.loads(fault_table.COUNTS.read_text(encoding="utf-8"))
+    assert between(fault_table.GUIDE, "faults") == fault_table.table(counts)
+    assert not any("WRONG" in outcomes for outcomes in counts.values())

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fed import methods
 from fed.errors import FedError
@@ -104,6 +104,23 @@ class Tally:
     def __str__(self) -> str:
         counts = ", ".join(f"{outcome} {count}" for outcome, count in sorted(self.outcomes.items()))
         return f"tried {self.outcomes.total()}: {counts}"
+
+
+class Prepared(NamedTuple):
+    """A case's directories: what the run begins with and where it is played; and what it ends with if nothing fails."""
+
+    begun: Path
+    directory: Path
+    wanted: dict[str, Any]
+
+
+def prepared(case: Case, folder: Path, directory: Path | None = None) -> Prepared:
+    """Play a case's run to its end in `folder`, and return what faults are compared with."""
+    begun, whole, directory = folder / "begun", folder / "whole", directory or folder / "disk" / "run"
+    directory.parent.mkdir(exist_ok=True)
+    case.begin(begun)
+    case.play(fresh(whole, begun), bool(case.begun))
+    return Prepared(begun, directory, result_of(whole))
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import fed.simulation.rounds
 from tests.support.children import Ending, Tell, in_child
 from tests.support.file_events import FileEvent, watch
-from tests.support.interrupted_runs import CASES, Case, Tally, attempt, differences, fresh, go_on, result_of
+from tests.support.interrupted_runs import CASES, Case, Tally, attempt, differences, fresh, go_on, prepared, result_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -63,12 +63,8 @@ class Trial:
     """A case's directories, and what the run ends with if nothing fails."""
 
     def __init__(self, case: Case, folder: Path, directory: Path | None = None) -> None:
-        self.case, self._begun = case, folder / "begun"
-        self.directory = directory or folder / "disk" / "run"
-        self.directory.parent.mkdir(exist_ok=True)
-        case.begin(self._begun)
-        case.play(fresh(folder / "whole", self._begun), bool(case.begun))
-        self.wanted = result_of(folder / "whole")
+        self.case = case
+        self._begun, self.directory, self.wanted = prepared(case, folder, directory)
 
     def play(self, prepare: Callable[[], object]) -> Ending:
         """Play the run from its beginning in a child."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.children import KILLED, Ending, Tell, die, in_child
 from tests.support.file_events import FileEvent, watch
-from tests.support.interrupted_runs import CASES, Case, Tally, fresh, go_on, result_of
+from tests.support.interrupted_runs import CASES, Case, Tally, fresh, go_on, prepared, result_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -69,11 +69,7 @@ def points(events: Sequence[FileEvent], stride: int) -> list[tuple[FileEvent, bo
 
 
 def check(case: Case, folder: Path, stride: int, tally: Tally) -> None:
-    begun, whole, directory = folder / "begun", folder / "whole", folder / "disk" / "run"
-    directory.parent.mkdir()
-    case.begin(begun)
-    case.play(fresh(whole, begun), bool(case.begun))
-    wanted = result_of(whole)
+    begun, directory, wanted = prepared(case, folder)
     events = events_of(case, fresh(directory, begun), bool(case.begun))
     assert result_of(directory) == wanted
     for event, cut in points(events, stride):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.children import Tell, in_child
-from tests.support.interrupted_runs import CASES, Case, Tally, fresh, go_on, result_of
+from tests.support.interrupted_runs import CASES, Case, Tally, fresh, go_on, prepared
 from tests.support.power_loss import Loss, Recorder, distinct, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -32,11 +32,7 @@ def losses_of(case: Case, directory: Path) -> list[Loss]:
 
 
 def check(case: Case, folder: Path, stride: int, tally: Tally) -> None:
-    begun, whole, directory = folder / "begun", folder / "whole", folder / "disk" / "run"
-    directory.parent.mkdir()
-    case.begin(begun)
-    case.play(fresh(whole, begun), bool(case.begun))
-    wanted = result_of(whole)
+    begun, directory, wanted = prepared(case, folder)
     losses = losses_of(case, fresh(directory, begun))
     for what, told, image in distinct(losses)[stride // 2 :: stride]:
         shutil.rmtree(directory.parent)

@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from plora_kernels.counter_rng import HALF
 from plora_kernels.errors import ConfigError, DeviceError, DTypeError, RankError, SelectionError, ShapeError
 from plora_kernels.selection import (
     INDEX_MULTIPLE,
@@ -33,7 +34,11 @@ UNSELECTED = ("folded", "frozen")
 
 
 def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Raise ShapeError or RankError unless weight (N, K), lora_A (R, K), lora_B (N, R) fit together."""
+    """Raise ShapeError or RankError unless weight (N, K), lora_A (R, K), lora_B (N, R) fit together.
+
+    Raises DTypeError if the weight is quantised.
+    """
+    _check_dense(weight)
     if weight.dim() != 2:
         raise ShapeError(f"weight is {tuple(weight.shape)}; a matrix (N, K) is needed")
     n, k = weight.shape
@@ -45,6 +50,15 @@ def check_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     if tuple(lora_B.shape) != (n, rank):
         raise ShapeError(
             f"lora_B is {tuple(lora_B.shape)}; weight (N={n}, K={k}) and lora_A of rank {rank} need ({n}, {rank})"
+        )
+
+
+def _check_dense(weight: Tensor) -> None:
+    """Raise DTypeError for a weight of bytes: it is quantised, and its shape may be that of its packing."""
+    if weight.dtype.itemsize == 1:
+        raise DTypeError(
+            f"weight is {weight.dtype}; float16, bfloat16, float32 or float64 is needed: a quantised weight takes "
+            "modules in the frozen form of `inject` alone"
         )
 
 
@@ -62,6 +76,36 @@ def check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
             raise DeviceError(f"{name} is on {tensor.device}, {first} on {leader.device}; put them on one device")
         if tensor.dtype != leader.dtype:
             raise DTypeError(f"{name} is {tensor.dtype}, {first} is {leader.dtype}; cast one of them")
+
+
+def may_adapt(factors: torch.dtype, dtype: torch.dtype) -> bool:
+    """Say whether factors of a dtype may stand beside x and W of `dtype`: the same, or float32 beside half precision.
+
+    >>> may_adapt(torch.float32, torch.bfloat16), may_adapt(torch.bfloat16, torch.float32)
+    (True, False)
+    """
+    return factors is dtype or (factors is torch.float32 and dtype in HALF)
+
+
+def check_operands(first: str, tensors: dict[str, Tensor | None], lora_A: Tensor, lora_B: Tensor) -> None:
+    """Do what `check_alike` does, for factors too: A and B share one dtype, perhaps float32 beside half precision.
+
+    Raises:
+        DTypeError: A and B differ, or their dtype is not one that `may_adapt`. DeviceError: they are elsewhere.
+    """
+    check_alike(first, tensors)
+    leader = tensors[first]
+    assert leader is not None
+    kind, device = lora_A.dtype, leader.device
+    if kind is lora_B.dtype and may_adapt(kind, leader.dtype) and lora_A.device == device and lora_B.device == device:
+        return
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor.device != device:
+            raise DeviceError(f"{name} is on {factor.device}, {first} on {device}; put them on one device")
+        if not may_adapt(factor.dtype, leader.dtype):
+            also = " or use float32 factors" if leader.dtype in HALF else ""
+            raise DTypeError(f"{name} is {factor.dtype}, {first} is {leader.dtype}; cast one of them{also}")
+    raise DTypeError(f"lora_A is {lora_A.dtype}, lora_B is {lora_B.dtype}; cast one of them")
 
 
 def index_for(selected: Selection | None, rank: int, device: torch.device, *, invert: bool = False) -> Tensor | None:
@@ -162,6 +206,7 @@ def host_bounds(offsets: Tensor, rows: int) -> list[int]:
 
 def check_group_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int) -> None:
     """Raise ShapeError or RankError unless weight (N, K), lora_A (C, R, K), lora_B (C, N, R) fit C groups."""
+    _check_dense(weight)
     if weight.dim() != 2:
         raise ShapeError(f"weight is {tuple(weight.shape)}; a matrix (N, K) is needed")
     n, k = weight.shape

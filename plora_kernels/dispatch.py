@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ _library = torch.library.Library("plora", "DEF")
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, lora_A, lora_B and bias
 _OPERANDS = "Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B"
+
+
+# Device types without autocast: torch.is_autocast_enabled raises an error for them. The set is computed at import,
+# without touching a device, because torch.compile of torch 2.11 cannot trace is_autocast_available. A device type that
+# is not listed comes from a backend outside torch, possibly renamed later, and is taken to have autocast.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "ipu", "xla", "lazy", "vulkan", "meta")
+_WITHOUT_AUTOCAST = frozenset(kind for kind in _KINDS if not torch.amp.is_autocast_available(kind))
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return the dtype that autocast casts to on a device type, or None if it is off or does not exist there."""
+    if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Return a context in which products keep their dtypes, for a device type, which may have no autocast.
+
+    A forward has cast its operands. A backward that the caller runs inside autocast uses the forward's dtypes.
+    """
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -88,7 +111,8 @@ def define(
         dropout: the schema of dropout's seeds and row numbers.
         run_forward: returns y (M, N) and S of rows x (M, K), given all the arguments.
         run_backward: returns dx, dA and dB of rows dy (M, N), given dy, x, weight, lora_A, lora_B, s, `modules`, scale,
-            frozen, the flags need_x, need_A and need_B, dropout_p and `dropout`.
+            frozen, the flags need_x, need_A and need_B, dropout_p and `dropout`. dx has x's dtype; dA and dB have the
+            factors' dtype, which may be fp32 beside half precision.
         places: returns the number of columns of S for lora_A, the index and frozen.
     """
     scale_at = 5 + modules.count(",") + 1  # among the forward's arguments
@@ -114,7 +138,8 @@ def define(
     def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
         *before, need_bias = arguments[: scale_at + 5]  # from weight to need_bias
         dy_rows, need_x = as_rows(dy), before[-3]
-        d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
+        with without_autocast(dy.device.type):
+            d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
         d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
         return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
 
@@ -123,8 +148,8 @@ def define(
         nothing = (0,)
         return (
             x.new_empty(x.shape if need_x else nothing),
-            x.new_empty(lora_A.shape if need_A else nothing),
-            x.new_empty(lora_B.shape if need_B else nothing),
+            lora_A.new_empty(lora_A.shape) if need_A else x.new_empty(nothing),
+            lora_B.new_empty(lora_B.shape) if need_B else x.new_empty(nothing),
             x.new_empty((dy.shape[-1],) if need_bias else nothing),
         )
 
@@ -209,13 +234,19 @@ def no_double_backward(backward: Callable[[Any, Tensor], tuple[Tensor | None, ..
                 "groups take no batch of gradients (is_grads_batched=True); go through them one by one"
             )
         if not torch.is_grad_enabled():  # autograd enables gradients in a backward only under create_graph=True
-            return backward(ctx, dy)
-        with torch.no_grad():
+            with without_autocast(dy.device.type):
+                return backward(ctx, dy)
+        with torch.no_grad(), without_autocast(dy.device.type):
             gradients = backward(ctx, dy)
-        final: tuple[Tensor | None, ...] = _Final.apply(gradients, dy, *ctx.saved_tensors)
-        return final
+        return final(gradients, dy, *ctx.saved_tensors)
 
     return run
+
+
+def final(gradients: tuple[Tensor | None, ...], *computed_from: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients whose own differentiation raises UnsupportedError, given what they were computed from."""
+    linked: tuple[Tensor | None, ...] = _Final.apply(gradients, *computed_from)
+    return linked
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:

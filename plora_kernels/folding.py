@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels.backend import runs_kernels
-from plora_kernels.checks import check_alike, check_factors, check_number, index_for
+from plora_kernels.checks import check_alike, check_factors, check_number, check_operands, index_for
 from plora_kernels.counter_rng import HALF, ROUNDINGS
 from plora_kernels.errors import ConfigError, DTypeError, ShapeError, StateError
 from plora_kernels.ops.fold import Job, detached, fold_together, independent, run_fold, takes_kernel
@@ -34,7 +34,8 @@ def fold_(
     """Add the unselected modules to the weight in place, W += sign·s·Σ_{j∉selected} b_j a_jᵀ, and return it.
 
     Args:
-        weight: (N, K), changed in place; lora_A (R, K), lora_B (N, R) of the same dtype and device.
+        weight: (N, K), changed in place; lora_A (R, K), lora_B (N, R) of the same device and dtype, or both float32
+            beside a weight of half precision.
         selected: the modules to leave out: a bool mask (R,), indices, `[]` to fold all, None (all selected) to fold
             none.
         scale: s. sign: +1 adds the modules, −1 subtracts them again, up to rounding errors: keep the original weight
@@ -204,7 +205,7 @@ def check_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, sig
     if sign not in (1, -1):
         raise ConfigError(f"sign is {sign!r}; 1 folds and -1 takes out again")
     check_factors(weight, lora_A, lora_B)
-    check_alike("weight", {"weight": weight, "lora_A": lora_A, "lora_B": lora_B})
+    check_operands("weight", {"weight": weight}, lora_A, lora_B)
     return check_number("scale", scale) * sign
 
 

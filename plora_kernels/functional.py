@@ -14,12 +14,12 @@ from torch import Tensor
 
 from plora_kernels.checks import (
     GroupSelections,
-    check_alike,
     check_dropout,
     check_dropout_rows,
     check_factors,
     check_group_factors,
     check_number,
+    check_operands,
     check_unselected,
     group_index,
     group_offsets,
@@ -27,15 +27,11 @@ from plora_kernels.checks import (
     group_seeds,
     index_for,
 )
+from plora_kernels.counter_rng import HALF
+from plora_kernels.dispatch import autocast_dtype
 from plora_kernels.errors import ConfigError, ShapeError, StateError
 from plora_kernels.ops import grouped_linear, linear
 from plora_kernels.selection import Selection
-
-# Device types without autocast: torch.is_autocast_enabled raises an error for them. The set is computed at import,
-# without touching a device, because torch.compile of torch 2.11 cannot trace is_autocast_available. A device type that
-# is not listed comes from a backend outside torch, possibly renamed later, and is taken to have autocast.
-_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "ipu", "xla", "lazy", "vulkan", "meta")
-_WITHOUT_AUTOCAST = frozenset(kind for kind in _KINDS if not torch.amp.is_autocast_available(kind))
 
 
 def plora_linear(
@@ -82,8 +78,11 @@ def plora_linear(
             Integers or a host tensor are validated; a tensor on x's device must rise from 0 to M: the kernels do not
             read it on the host, the torch path does.
 
-    All tensors share one dtype (float16, bfloat16, float32, float64) and one device; under torch.autocast they are
-    cast as for `nn.Linear`. Kernels accumulate in fp32 and round once. Gradients of unselected modules are zero.
+    All tensors share one device and one dtype (float16, bfloat16, float32, float64), except that lora_A and lora_B may
+    both be float32 beside half precision: they are rounded to x's dtype as they enter the products, y and dx have x's
+    dtype, and dA and dB are the float32 sums, of which a CPU keeps 17 bits in bfloat16. Under torch.autocast all are
+    cast as for `nn.Linear`, but float32 factors beside a weight of half precision stay as they are. Kernels accumulate
+    in fp32 and round once. Gradients of unselected modules are zero.
 
     Raises:
         ShapeError, RankError, DTypeError, DeviceError, SelectionError, ConfigError: an argument does not fit.
@@ -182,17 +181,12 @@ def _checked_and_cast(
         raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight, lora_A, lora_B = (_autocast(t, dtype) for t in (x, weight, lora_A, lora_B))
+        if not (weight.dtype in HALF and dtype in HALF and lora_A.dtype is lora_B.dtype is torch.float32):
+            lora_A, lora_B = _autocast(lora_A, dtype), _autocast(lora_B, dtype)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = bias if bias is None else _autocast(bias, dtype)
-    check_alike("x", {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
+    check_operands("x", {"x": x, "weight": weight, "bias": bias}, lora_A, lora_B)
     return x, weight, lora_A, lora_B, bias
-
-
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Return the dtype that autocast casts to on a device type, or None if it is off or does not exist there."""
-    if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

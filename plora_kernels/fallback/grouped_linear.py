@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plora_kernels.counter_rng import keep_mask_of_rows
+from plora_kernels.fallback.linear import CAST_ELEMENTS, sum_parts_, where_kept
 
 
 class EqualGroups(NamedTuple):
@@ -74,10 +75,13 @@ def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tenso
     )
 
 
-def _factors(lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return A and B of the modules that enter y, with B times the groups' own scales if there are any."""
+def _factors(
+    lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scales: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of the modules that enter y in `dtype`, with B times the groups' own scales if there are any."""
     A, B = _gather(lora_A, lora_B, index)
-    return A, B if scales is None else B * scales.to(B.dtype)[:, None, None]
+    scaled = B if scales is None else B * scales.to(B.dtype)[:, None, None]
+    return A.to(dtype), scaled.to(dtype)
 
 
 def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequence[EqualGroups]) -> Tensor:
@@ -138,20 +142,20 @@ def forward(
     rows' numbers in their group's mask.
     """
     applied = None if frozen else index  # the modules that enter y: all if `frozen`
-    A, B = _factors(lora_A, lora_B, applied, scales)
+    A, B = _factors(lora_A, lora_B, applied, scales, x.dtype)
     runs = equal_groups(tuple(bounds))
     y = functional.linear(x, weight, bias)
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
         s = _side_product(x, A.mT, applied, runs)
     else:
-        s = _side_product(torch.where(kept, x, 0.0), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
+        s = _side_product(where_kept(x, kept), A.mT, applied, runs).mul_(1 / (1 - dropout_p))
         if frozen and index is not None:  # dropout applies to the selected modules only
             plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
             for run in runs:
                 run.of(s).copy_(torch.where(run.among(absent)[:, None, :], run.of(plain), run.of(s)))
     for run in runs:
-        _add_product_(run.of(y), run.of(s), run.among(B).mT, scale)
+        add_group_products_(run.of(y), run.of(s), run.among(B).mT, scale)
     return y, s if keep_s else x.new_empty(0)
 
 
@@ -179,7 +183,7 @@ def backward(
     Unselected modules get zeros, and so does a group without rows.
     """
     applied = None if frozen else index
-    A, B = _factors(lora_A, lora_B, applied, scales)
+    A, B = _factors(lora_A, lora_B, applied, scales, dy.dtype)
     runs = equal_groups(tuple(bounds))
     d_x, d_A, d_B = (dy.new_empty(0) for _ in range(3))
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
@@ -189,11 +193,11 @@ def backward(
         absent = _are_absent(index, A.shape[1]) if kept is not None and frozen and index is not None else None
         d_x = _input_gradient(dy, weight, ds, A, runs, scale, factor, kept, absent)
     if ds is not None and need_A:
-        dropped = x if kept is None else torch.where(kept, x, 0.0)
-        d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor)
+        dropped = x if kept is None else where_kept(x, kept)
+        d_A = _factor_gradient(ds, dropped, runs, len(bounds) - 1, factor, lora_A.dtype)
     if need_B:
         # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul, because the long axis stays contiguous.
-        d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale).mT
+        d_B = _factor_gradient(s, dy, runs, len(bounds) - 1, scale, lora_B.dtype).mT
     if need_B and scales is not None:
         d_B = d_B * scales.to(d_B.dtype)[:, None, None]
     if index is not None and frozen and (need_A or need_B):
@@ -208,10 +212,10 @@ def backward(
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return s · left · right, batched. The product applies the scale, which saves a pass over memory."""
-    return _add_product_(left.new_empty(left.shape[0], left.shape[1], right.shape[2]), left, right, scale, beta=0)
+    return add_group_products_(left.new_empty(left.shape[0], left.shape[1], right.shape[2]), left, right, scale, beta=0)
 
 
-def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> Tensor:
+def add_group_products_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> Tensor:
     """Return beta·out + s · left · right, batched and in place."""
     if out.dtype.itemsize >= 4:
         return out.baddbmm_(left, right, beta=beta, alpha=scale)
@@ -221,12 +225,23 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float, beta: 
     return out
 
 
-def _factor_gradient(thin: Tensor, wide: Tensor, runs: Sequence[EqualGroups], groups: int, scale: float) -> Tensor:
-    """Return s·thin_gᵀ wide_g (C, W, D) for thin (M, W) and wide (M, D); a group without rows gets zeros."""
-    out = wide.new_empty(groups, thin.shape[1], wide.shape[1])
+def _factor_gradient(
+    thin: Tensor, wide: Tensor, runs: Sequence[EqualGroups], groups: int, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Return s·thin_gᵀ wide_g (C, W, D) in `dtype` for thin (M, W) and wide (M, D); a group without rows gets zeros."""
+    out = wide.new_empty(groups, thin.shape[1], wide.shape[1], dtype=dtype)
     for run in runs:
-        _add_product_(run.among(out), run.of(thin).mT, run.of(wide), scale, beta=0)
+        write_factor_gradient_(run.among(out), run.of(thin), run.of(wide), scale)
     return out
+
+
+def write_factor_gradient_(out: Tensor, thin: Tensor, wide: Tensor, scale: float) -> None:
+    """Write s·thin_gᵀ wide_g to `out` (c, W, D), perhaps in fp32, for thin (c, m, W) and wide (c, m, D)."""
+    if wide.dtype is out.dtype or wide.numel() <= CAST_ELEMENTS:
+        add_group_products_(out, thin.to(out.dtype).mT, wide.to(out.dtype), scale, beta=0)
+        return
+    for one, of_thin, of_wide in zip(out, thin, wide, strict=True):
+        sum_parts_(one, of_thin, of_wide, scale)
 
 
 def _input_gradient(
@@ -248,13 +263,13 @@ def _input_gradient(
     for run in runs:
         part, out, A_run = run.of(ds), run.of(d_x), run.among(A)
         if kept is None:
-            _add_product_(out, part, A_run, scale)
+            add_group_products_(out, part, A_run, scale)
             continue
         rest = None if absent is None else run.among(absent)[:, None, :]
         low = _scaled_product(part if rest is None else part.masked_fill(rest, 0.0), A_run, factor)
-        low = torch.where(run.of(kept), low, 0.0)
+        low = where_kept(low, run.of(kept))
         if rest is not None:
-            _add_product_(low, part.masked_fill(~rest, 0.0), A_run, scale)
+            add_group_products_(low, part.masked_fill(~rest, 0.0), A_run, scale)
         out.add_(low)
     return d_x
 

@@ -18,12 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from plora_kernels.backend import runs_kernels
+from plora_kernels.counter_rng import HALF
 from plora_kernels.dispatch import as_rows, no_double_backward, shaped_as
-from plora_kernels.fallback.grouped_linear import EqualGroups, equal_groups
+from plora_kernels.fallback.grouped_linear import (
+    EqualGroups,
+    add_group_products_,
+    equal_groups,
+    write_factor_gradient_,
+)
 
 THIN = 2  # on CPU a multiplication in a rank-R product takes so many times as long as one in a product with the weight
 LARGEST = 2**18  # elements of the largest weight W_g that is made for each group
 FEWEST_ROWS = 8  # with fewer rows a group, dB computed from dW_g is less exact than dB computed by itself
+FEW_SUMS = 2**16  # so many elements of half precision, or fewer, are faster added to by one product over casts to fp32
 CALLS = 5_000_000  # multiplications that take as long as the additional calls of rank-R products
 
 
@@ -40,7 +47,7 @@ class Memory(Protocol):
 class GroupLayout(NamedTuple):
     """What does not depend on the values of x: the runs of groups, the scales, and the memory for gradients.
 
-    The scale of group g is s_g = scale·scales[g]; scales are (C, 1, 1) in the tensors' dtype, or None for s_g = scale.
+    The scale of group g is s_g = scale·scales[g]; scales are (C, 1, 1) in the factors' dtype, or None for s_g = scale.
     """
 
     runs: tuple[EqualGroups, ...]
@@ -67,13 +74,14 @@ class GroupLayout(NamedTuple):
 
 
 def supports(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Say whether this file's products may take these operands, whose shapes fit: at least fp32, and no kernels run.
+    """Say whether this file's products may take these operands, whose shapes fit, and no kernels run.
 
-    Half precision is excluded: W_g would lose small updates to rounding, and small batched products are rounded after
-    every step of the sum.
+    They take one dtype of at least fp32, or fp32 factors beside half precision. Factors of half precision are excluded,
+    whose gradients the operator rounds.
     """
-    alike = x.dtype is weight.dtype is lora_A.dtype is lora_B.dtype
-    return alike and x.dtype.itemsize >= 4 and not runs_kernels(x)
+    alike = x.dtype is weight.dtype and lora_A.dtype is lora_B.dtype
+    wide = lora_A.dtype is torch.float32 if x.dtype in HALF else lora_A.dtype is x.dtype and x.dtype.itemsize >= 4
+    return alike and wide and not runs_kernels(x)
 
 
 def serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, dropout_p: float) -> bool:
@@ -101,8 +109,12 @@ class ProductPlan(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, rank: int, layout: GroupLayout, groups: int) -> ProductPlan:
-        """Return the faster of the two plans for x (…, K) of `groups` groups with `rank` modules each."""
-        return cls(layout, group_weights_are_cheaper(math.prod(x.shape[:-1]), groups, weight, rank))
+        """Return the faster of the two plans for x (…, K) of `groups` groups with `rank` modules each.
+
+        In half precision W_g would lose small updates to rounding.
+        """
+        half = x.dtype in HALF
+        return cls(layout, not half and group_weights_are_cheaper(math.prod(x.shape[:-1]), groups, weight, rank))
 
     def apply(self, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         """Return y (…, N) for x (…, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,) or None."""
@@ -144,7 +156,8 @@ def by_factors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
 ) -> Tensor:
     """Return y (…, N) by the base product over all rows and rank-R products for each run, as one autograd node."""
-    y: Tensor = _ByFactors.apply(x, weight, lora_A, lora_B, bias, layout)
+    product = _ByFactors if lora_A.dtype is x.dtype else _ByRoundedFactors
+    y: Tensor = product.apply(x, weight, lora_A, lora_B, bias, layout)
     return y
 
 
@@ -218,6 +231,62 @@ class _ByFactors(torch.autograd.Function):
                 gradient.mul_(layout.scales)
         d_bias = dy_rows.sum(0) if need_bias else None
         return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
+
+
+class _ByRoundedFactors(torch.autograd.Function):
+    """The same for fp32 factors beside half precision: rounded once a call, with gradients that are sums in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
+    ) -> Tensor:
+        rows, A = as_rows(x), lora_A.to(x.dtype)
+        B = (lora_B if layout.scales is None else lora_B * layout.scales).to(x.dtype)
+        y = functional.linear(rows, weight, bias)
+        s = rows.new_empty(rows.shape[0], A.shape[1])  # (M, R)
+        for run in layout.runs:
+            part = run.of(s)
+            torch.bmm(run.of(rows), run.among(A).mT, out=part)
+            _add_rounded_product_(run.of(y), part, run.among(B).mT, layout.scale)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, A, B, s)
+        ctx.layout = layout
+        return shaped_as(x, y)
+
+    @staticmethod
+    @no_double_backward
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, A, B, s = ctx.saved_tensors
+        need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
+        layout, dy_rows, rows = ctx.layout, as_rows(dy), as_rows(x)
+        d_x = dy_rows @ weight if need_x else None
+        d_A = layout.gradient(0, lora_A) if need_A else None
+        d_B = layout.gradient(1, lora_B) if need_B else None
+        ds = torch.empty_like(s)  # (M, R), times the groups' own scales
+        for run in layout.runs:
+            part, dy_part = run.of(ds), run.of(dy_rows)
+            if need_x or need_A:
+                torch.bmm(dy_part, run.among(B), out=part)
+            if d_x is not None:
+                _add_rounded_product_(run.of(d_x), part, run.among(A), layout.scale)
+            if d_A is not None:
+                write_factor_gradient_(run.among(d_A), part, run.of(rows), layout.scale)
+            if d_B is not None:
+                # (Sᵀ dY)ᵀ runs faster than dYᵀ S in the CPU's matmul, because the long axis stays contiguous.
+                turned = d_B.new_empty(run.last - run.first, s.shape[1], dy_rows.shape[1])
+                write_factor_gradient_(turned, run.of(s), dy_part, layout.scale)
+                run.among(d_B).copy_(turned.mT)
+        if d_B is not None and layout.scales is not None:
+            d_B.mul_(layout.scales)
+        d_bias = dy_rows.sum(0) if need_bias else None
+        return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
+
+
+def _add_rounded_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add s · left · right to `out` (c, m, D) of half precision, batched and in place, rounded once."""
+    if out.numel() <= FEW_SUMS:
+        out.copy_(out.float().baddbmm_(left.float(), right.float(), alpha=scale))
+    else:
+        add_group_products_(out, left, right, scale)
 
 
 def _part(rows: Tensor, run: EqualGroups) -> Tensor:

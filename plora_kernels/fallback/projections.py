@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from plora_kernels.fallback import linear
-from plora_kernels.fallback.linear import scaled_product, scatter
+from plora_kernels.fallback.linear import factor_gradient, scatter
 
 
 def forward(
@@ -39,7 +39,7 @@ def input_gradient(
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         d_x.addmm_(dy, weight)
     for ds, lora_A, scale in zip(dss, lora_As, scales, strict=True):
-        d_x.addmm_(ds, lora_A, alpha=scale)
+        d_x.addmm_(ds, lora_A.to(d_x.dtype), alpha=scale)
     return d_x
 
 
@@ -55,12 +55,12 @@ def factor_gradients(
     need_B: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S of one projection; None if not needed."""
-    ds, d_lora_A, d_lora_B = dy @ lora_B, None, None
+    ds, d_lora_A, d_lora_B = dy @ lora_B.to(dy.dtype), None, None
     picked = None if index is None else index.clamp_min(0)
     if need_A:
         thin = ds if picked is None else ds.index_select(1, picked)
-        d_lora_A = scatter(scaled_product(thin.t(), x, scale), index, lora_A.shape[0])
+        d_lora_A = scatter(factor_gradient(thin, x, scale, lora_A.dtype), index, lora_A.shape[0])
     if need_B:
         thin = s if picked is None else s.index_select(1, picked)
-        d_lora_B = scatter(scaled_product(thin.t(), dy, scale), index, lora_A.shape[0]).t().contiguous()
+        d_lora_B = scatter(factor_gradient(thin, dy, scale, lora_B.dtype), index, lora_A.shape[0]).t().contiguous()
     return ds, d_lora_A, d_lora_B

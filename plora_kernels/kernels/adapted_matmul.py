@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from plora_kernels.kernels.launch import Dropout, layer_class
+from plora_kernels.kernels.launch import Dropout, has_wide_factors, layer_class
 from plora_kernels.kernels.persistent_matmul import persistent_matmul, takes_descriptors
 from plora_kernels.kernels.replay import empty
 from plora_kernels.kernels.side_product import side_product
@@ -28,25 +28,33 @@ from plora_kernels.tuning.blocks import (
     SIDE_FIRST,
     SIDE_WITHIN,
     MatmulBlocks,
+    for_wide_factors,
 )
 from plora_kernels.tuning.defaults import pointer_blocks
 from plora_kernels.tuning.lookup import find_blocks
 
 
 def find_matmul_blocks(
-    op: str, inputs: Tensor, main: Tensor, width: int, drop_out: Dropout | None = None, indexed: bool = False
+    op: str,
+    inputs: Tensor,
+    main: Tensor,
+    down: Tensor,
+    width: int,
+    drop_out: Dropout | None = None,
+    indexed: bool = False,
 ) -> MatmulBlocks:
-    """Return the blocks and the design of out = inputs · main, where the side product has `width` columns.
+    """Return the blocks and the design of out = inputs · main, whose side product inputs · down has `width` columns.
 
     `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, if
     torch's own matmuls would have to take modules by an index (`indexed`), or if `drop_out` masks the low-rank part of
     out, the design is one with pointer loads.
     """
     shape, aligned = layer_class(op, inputs, main, width)
-    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    wide = has_wide_factors(inputs, down)
+    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned, wide_factors=wide)
     unfit = blocks.design in PERSISTENT_DESIGNS and not _takes_persistent(inputs, main)
     if drop_out is not None or unfit or (indexed and blocks.design in ALGEBRA_DESIGNS):
-        return _pointer_blocks(inputs, main, width, drop_out)
+        return _pointer_blocks(inputs, main, width, drop_out, wide)
     return blocks
 
 
@@ -67,7 +75,8 @@ def adapted_matmul(
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, side)`: out (M, D_OUT) = in · main + bias + s·side · up, side (M, R) = (in · down) ⊙ m.
 
-    Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None.
+    Shapes: inputs (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), any strides; index int32 or None. down
+    and up have the inputs' dtype, or fp32 and are rounded to it as they enter the products.
     `side` has one column per entry of the index, or per module without one, rounded to the inputs' dtype. If `side` is
     given, it is used and returned. Otherwise the returned one has no elements unless `keep_side` is set or the design
     stores it in memory anyway. `drop_in` drops elements of `in` for the side product, `drop_out` elements of the
@@ -81,8 +90,12 @@ def adapted_matmul(
         # torch's matmul splits K where rows are few, and in float32 it is faster.
         by_torch = by_algebra and drop_in is None
         leads = blocks.dependent and blocks.design in PERSISTENT_DESIGNS
-        side = inputs @ down if by_torch else side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
+        if by_torch:
+            side = inputs @ down.to(inputs.dtype)
+        else:
+            side = side_product(inputs, down, index=index, dropout=drop_in, leads=leads)
     if by_algebra and side is not None:
+        up = up.to(inputs.dtype)  # torch's matmuls take one dtype
         if blocks.design == "algebra_first":
             # Not allocated by `replay.empty`: a call that contains torch's own matmuls is never replayed.
             whole = torch.empty((rows, d_out), dtype=inputs.dtype, device=inputs.device)
@@ -110,7 +123,9 @@ def adapted_matmul(
     return out, side
 
 
-def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None) -> MatmulBlocks:
+def _pointer_blocks(
+    inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None, wide_factors: bool
+) -> MatmulBlocks:
     """Return blocks for pointer loads, used if the blocks found are for another design or for tiles without dropout.
 
     Under dropout a tile has a second accumulator, for the part that will be masked, which takes as many registers as
@@ -119,6 +134,8 @@ def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, dropout: Dropout |
     hardware = lookup.hardware_of(inputs.device)
     shape, aligned = layer_class("forward", inputs, main, width)  # for dX too: its defaults are the same
     blocks = pointer_blocks(shape, hardware, aligned)
+    if wide_factors:
+        blocks = for_wide_factors(blocks, shape, hardware.capability)
     if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
         return blocks
     return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))

@@ -35,12 +35,16 @@ def are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK: tl.const
 
 @triton.jit
 def add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32."""
+    """Return acc + s · side · up: side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), acc (BLOCK_M, BLOCK_N) fp32.
+
+    `up` is in `dtype` or in fp32, of which every element is rounded to `dtype` here.
+    """
     if dtype == tl.float16:
         # side · s may exceed fp16's 65504 where neither side nor the result does, so the scale goes to `up`.
         product = tl.dot(side.to(dtype), (up.to(tl.float32) * scale).to(dtype), acc, input_precision=PRECISION)
     else:
-        product = tl.dot((side * scale).to(dtype), up, acc, input_precision=PRECISION)  # one rounding less than above
+        # One rounding less than above.
+        product = tl.dot((side * scale).to(dtype), up.to(dtype), acc, input_precision=PRECISION)
     return product
 
 
@@ -145,9 +149,10 @@ def multiply(
 ):
     """Run the K loop of a tile; return `(acc, side)`: in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R).
 
-    Both are fp32. Bases point to the tile's first row, first column and first module; rows (BLOCK_M,), columns
-    (BLOCK_N,), depth (BLOCK_K,) and modules (BLOCK_R,) are offsets from there, in 32 bits where that suffices, and the
-    masks `*_ok` say which exist. With SIDE_GIVEN the side product is not computed, and zeros are returned for it.
+    Both are fp32. `down` is in the dtype of `in` or in fp32: its tiles are rounded as they are loaded. Bases point to
+    the tile's first row, first column and first module; rows (BLOCK_M,), columns (BLOCK_N,), depth (BLOCK_K,) and
+    modules (BLOCK_R,) are offsets from there, in 32 bits where that suffices, and the masks `*_ok` say which exist.
+    With SIDE_GIVEN the side product is not computed, and zeros are returned for it.
     """
     in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
     main_offsets = depth[:, None] * stride_wd + columns[None, :] * stride_wo
@@ -155,24 +160,27 @@ def multiply(
     in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
     main_step = tl.full((), BLOCK_K, tl.int64) * stride_wd
     down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
-    # The loop advances an offset of `down`, not its pointer. For narrow matrices Triton 3.6's pipeliner advances and
-    # loads from the pointer once more after the loop, and for AMD GPUs such a loop-carried pointer does not compile.
+    # The loop advances offsets, not pointers. Where some of its loads are pipelined and others are not, Triton 3.6
+    # advances a loop's pointers once more after it, which does not compile for AMD GPUs.
     down_start = tl.full((), 0, tl.int64)
+    in_start, main_start = down_start, down_start
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k
-        a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+        a = tl.load(
+            in_base + in_start + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+        )  # (BLOCK_M, BLOCK_K)
         w = tl.load(
-            main_base + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+            main_base + main_start + main_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
         )  # (BLOCK_K, BLOCK_N)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if not SIDE_GIVEN:
             d = tl.load(
                 down_base + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
             )  # (BLOCK_K, BLOCK_R)
-            side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            side = tl.dot(a, d.to(a.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
             down_start += down_step
-        in_base += in_step
-        main_base += main_step
+        in_start += in_step
+        main_start += main_step
     return acc, side

@@ -15,10 +15,12 @@ from plora_kernels.kernels.launch import (
     constants,
     dot_precision,
     dtype_name,
+    has_wide_factors,
     is_aligned,
     needs_wide_offsets,
     strides,
 )
+from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
 
@@ -55,7 +57,8 @@ def fold_kernel(
 ):
     """Write out = W + s·Σ_j b_j a_jᵀ for one (BLOCK_N, BLOCK_K) tile, summed in fp32 and rounded once.
 
-    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or None. R is the number of
+    weight and out (N, K), possibly the same matrix; a (R, K), b (N, R), index (R,) int32 or None. The factors have the
+    dtype of the weight, or fp32 and enter their products unrounded, by PRECISION. R is the number of
     modules, or of entries of the index, and at most BLOCK_R if ONE_BLOCK. The weight's tiles begin with program
     first_tile, or with the first one for None. They are numbered along K first, so that neighbouring programs complete
     the same rows. `fold_many_kernel` calls this for one of many weights.
@@ -94,18 +97,31 @@ def fold_kernel(
     tl.store(out_base + rows[:, None] * stride_on + columns[None, :] * stride_ok, result, mask=tile_ok)
 
 
+def fold_precision(weight: Tensor, lora_A: Tensor) -> str:
+    """Return tl.dot's input precision for a fold of these factors.
+
+    fp32 factors beside half precision are multiplied as three products of tf32 parts ("tf32x3"), whose error is that of
+    fp32: FMA instructions ("ieee"), the only way on other devices, would take longer than the weight's memory traffic.
+    """
+    if not has_wide_factors(weight, lora_A):
+        return dot_precision(weight.dtype)
+    return "tf32x3" if lookup.hardware_of(weight.device).capability >= 80 else "ieee"
+
+
 def fold(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Tensor | None, scale: float, seed: int | None, out: Tensor
 ) -> None:
     """Write W + s·Σ_j b_j a_jᵀ over the modules named by `index` (None: all) to `out` (N, K), which may be `weight`.
 
-    With a seed the sum is rounded stochastically (fp16, bf16), otherwise to nearest.
+    Factors in fp32 beside a weight in half precision are multiplied in fp32. With a seed the sum is rounded
+    stochastically (fp16, bf16), otherwise to nearest.
     """
     (n, k), width = weight.shape, lora_A.shape[0] if index is None else index.shape[0]
     if weight.numel() == 0:
         return
     shape = ShapeClass("fold", dtype_name(weight.dtype), n, k, n, width)
-    blocks = find_blocks(FoldBlocks, shape, weight.device, is_aligned(weight) and is_aligned(out))
+    aligned, wide = is_aligned(weight) and is_aligned(out), has_wide_factors(weight, lora_A)
+    blocks = find_blocks(FoldBlocks, shape, weight.device, aligned, wide_factors=wide)
     grid = (cdiv(n, blocks.block_n) * cdiv(k, blocks.block_k),)
     with torch.cuda.device_of(weight):
         fold_kernel[grid](
@@ -119,5 +135,5 @@ def fold(
             ONE_BLOCK=width <= blocks.block_r,
             STOCHASTIC=seed is not None,
             WIDE_OFFSETS=needs_wide_offsets(256, weight, out, lora_A, lora_B),
-            PRECISION=dot_precision(weight.dtype),
+            PRECISION=fold_precision(weight, lora_A),
         )

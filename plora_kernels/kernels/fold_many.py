@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plora_kernels.kernels.fold import fold, fold_kernel
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.fold import fold, fold_kernel, fold_precision
+from plora_kernels.kernels.launch import cdiv, constants, dtype_name, has_wide_factors, is_aligned, needs_wide_offsets
 from plora_kernels.selection import to_device
 from plora_kernels.tuning.blocks import FoldBlocks, ShapeClass
 from plora_kernels.tuning.lookup import find_blocks
@@ -39,6 +39,7 @@ def fold_many_kernel(
     COLUMNS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE_FACTORS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -46,16 +47,18 @@ def fold_many_kernel(
     """Fold one tile of one of the table's weights; see `fold_kernel`.
 
     table int64: the first tile of every layer (LAYERS,), then for each layer a row (COLUMNS,) made by `_table_row`.
-    All matrices have the element type of `like`, and all but lora_B are contiguous along K.
+    All matrices have the element type of `like`, with WIDE_FACTORS the factors fp32; all but lora_B are contiguous
+    along K.
     """
     first_tiles = tl.load(table_ptr + tl.arange(0, LAYERS))  # (LAYERS,) int64
     layer = tl.sum((first_tiles <= tl.program_id(0)).to(tl.int32), axis=0) - 1
     row_ptr = table_ptr + LAYERS + layer * COLUMNS
     stride_type = tl.int64 if WIDE_OFFSETS else tl.int32
+    factor_type = tl.pointer_type(tl.float32) if WIDE_FACTORS else like_ptr.dtype
     weight_ptr = tl.load(row_ptr).to(like_ptr.dtype)
     out_ptr = tl.load(row_ptr + 1).to(like_ptr.dtype)
-    a_ptr = tl.load(row_ptr + 2).to(like_ptr.dtype)
-    b_ptr = tl.load(row_ptr + 3).to(like_ptr.dtype)
+    a_ptr = tl.load(row_ptr + 2).to(factor_type)
+    b_ptr = tl.load(row_ptr + 3).to(factor_type)
     index_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.int32))
     N = tl.load(row_ptr + 5).to(tl.int32)
     K = tl.load(row_ptr + 6).to(tl.int32)
@@ -83,9 +86,9 @@ def fold_many_kernel(
 def batches(folds: Sequence[Arguments]) -> list[list[Arguments]]:
     """Return the folds in lists, of which each is one launch of at most MOST_LAYERS folds.
 
-    The folds of a list have the same device, dtype, rounding, alignment and offset width. A list has a single fold if a
-    matrix is not contiguous along K, if there is no index, and during the capture of a CUDA graph, because its replays
-    would copy a table that has been freed on the host.
+    The folds of a list have the same device, dtypes, rounding, alignment and offset width. A list has a single fold if
+    a matrix is not contiguous along K, if there is no index, and during the capture of a CUDA graph, because its
+    replays would copy a table that has been freed on the host.
     """
     alone: list[list[Arguments]] = []
     together: dict[tuple[object, ...], list[Arguments]] = defaultdict(list)
@@ -97,7 +100,8 @@ def batches(folds: Sequence[Arguments]) -> list[list[Arguments]]:
         if capturing or index is None or any(matrix.stride(1) != 1 for matrix in (weight, out, lora_A)):
             alone.append([arguments])
             continue
-        kind = weight.device, weight.dtype, seed is None, _is_aligned(arguments), _is_wide(arguments)
+        dtypes = weight.dtype, lora_A.dtype
+        kind = weight.device, *dtypes, seed is None, _is_aligned(arguments), _is_wide(arguments)
         together[kind].append(arguments)
     firsts = ((group, first) for group in together.values() for first in range(0, len(group), MOST_LAYERS))
     return alone + [group[first : first + MOST_LAYERS] for group, first in firsts]
@@ -125,12 +129,13 @@ def _is_wide(arguments: Arguments) -> bool:
 
 def _launch(group: Sequence[Arguments]) -> None:
     """Fold one list of `batches`: either all folds are aligned or none, and the same for wide offsets."""
-    aligned, wide = _is_aligned(group[0]), _is_wide(group[0])
+    aligned, wide, lora_A = _is_aligned(group[0]), _is_wide(group[0]), group[0][1]
     largest = max((arguments[0] for arguments in group), key=Tensor.numel)
     width = max(_width(arguments) for arguments in group)
     n, k = largest.shape
     shape = ShapeClass("fold", dtype_name(largest.dtype), n, k, n, width)
-    blocks = find_blocks(FoldBlocks, shape, largest.device, aligned)
+    wide_factors = has_wide_factors(largest, lora_A)
+    blocks = find_blocks(FoldBlocks, shape, largest.device, aligned, wide_factors=wide_factors)
     layers = max(16, triton.next_power_of_2(len(group)))
     first_tiles, rows, tiles = [], [], 0
     for arguments in group:
@@ -148,9 +153,10 @@ def _launch(group: Sequence[Arguments]) -> None:
             COLUMNS=COLUMNS,
             ONE_BLOCK=width <= blocks.block_r,
             ALIGNED=aligned,
+            WIDE_FACTORS=wide_factors,
             STOCHASTIC=group[0][5] is not None,
             WIDE_OFFSETS=wide,
-            PRECISION=dot_precision(largest.dtype),
+            PRECISION=fold_precision(largest, lora_A),
         )
 
 

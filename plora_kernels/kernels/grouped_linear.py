@@ -84,7 +84,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return `(dx, dA, dB)`, (M, K), (C, R, K), (C, N, R); a gradient that is not needed has no elements.
 
-    The gradients of unselected modules are zero; s is the side product that the forward kept.
+    The gradients of unselected modules are zero, and those of fp32 factors fp32 sums, not rounded again; s is the side
+    product that the forward kept.
     """
     d_x, d_lora_A, d_lora_B = None, None, None
     groups = _groups(offsets, scales, scale, dy.device)
@@ -99,12 +100,12 @@ def backward(
     elif need_A:
         ds = side_product(dy, lora_B, index=applied, dropout=None, groups=groups)
     if need_A and ds is not None:
-        d_lora_A = make(lora_A.shape, dy.dtype, dy.device)
+        d_lora_A = make(lora_A.shape, lora_A.dtype, dy.device)
         factor_gradient_(
             d_lora_A, ds, x, thin_index=thin_index, out_index=index, scale=1.0, dropout=dropout, groups=groups
         )
     if need_B:
-        d_lora_B = make(lora_B.shape, dy.dtype, dy.device)
+        d_lora_B = make(lora_B.shape, lora_B.dtype, dy.device)
         factor_gradient_(d_lora_B.mT, s, dy, thin_index=thin_index, out_index=index, scale=1.0, groups=groups)
     # A tensor for each missing gradient, because an operator's outputs must not alias.
     return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))

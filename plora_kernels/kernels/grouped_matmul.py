@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from plora_kernels.kernels.grouped_tiles import Groups
-from plora_kernels.kernels.launch import Dropout, layer_class
+from plora_kernels.kernels.launch import Dropout, has_wide_factors, layer_class
 from plora_kernels.kernels.replay import empty
 from plora_kernels.kernels.side_product import side_product
 from plora_kernels.kernels.tile_matmul import tile_matmul
 from plora_kernels.tuning import lookup
-from plora_kernels.tuning.blocks import MatmulBlocks, tile
+from plora_kernels.tuning.blocks import MatmulBlocks, for_wide_factors, tile
 from plora_kernels.tuning.defaults import pointer_blocks
 from plora_kernels.tuning.lookup import find_blocks
 
@@ -29,7 +29,7 @@ MASKED_TILE = 128 * 128
 
 
 def find_grouped_blocks(
-    op: str, inputs: Tensor, main: Tensor, groups: Groups, width: int, drop_out: Dropout | None
+    op: str, inputs: Tensor, main: Tensor, down: Tensor, groups: Groups, width: int, drop_out: Dropout | None
 ) -> MatmulBlocks:
     """Return blocks for out = inputs · main with `width` side columns, with pointer loads and block_m of a mean group.
 
@@ -37,21 +37,27 @@ def find_grouped_blocks(
     `op` is "forward" or "input_gradient". Blocks measured for a design other than "tile" are replaced by the default.
     """
     shape, aligned = layer_class(op, inputs, main, width)
-    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    wide, hardware = has_wide_factors(inputs, down), lookup.hardware_of(inputs.device)
+    blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned, wide_factors=wide)
     if blocks.design != "tile":
-        blocks = pointer_blocks(shape, lookup.hardware_of(inputs.device), aligned)
+        blocks = pointer_blocks(shape, hardware, aligned)
+        if wide:
+            blocks = for_wide_factors(blocks, shape, hardware.capability)
     block_m, block_n = tile(shape.m // max(1, groups.total), blocks.block_m), blocks.block_n
+    block_k, by_number = blocks.block_k, drop_out is not None and drop_out.numbers is not None
     warps, stages = blocks.num_warps, blocks.num_stages
     if inputs.dtype is torch.float32:
         # The group arguments take a few more registers, so a third stage would spill.
         stages = min(stages, 2)
-        if drop_out is not None and drop_out.numbers is not None:
+        if by_number:
             block_n = min(block_n, 32)  # loading the rows' numbers takes a register, and a wider tile would spill
     elif aligned and block_m * block_n < 128 * 128:
         warps = 4
+    if wide and by_number:
+        block_k = min(block_k, 64)  # the same register, beside offsets of fp32 factors: sm_100 would spill
     if drop_out is not None:
         block_n = min(block_n, MASKED_TILE // block_m)
-    return replace(blocks, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
+    return replace(blocks, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
 
 
 def grouped_matmul(
@@ -71,13 +77,14 @@ def grouped_matmul(
     """Return `(out, side)`: out (M, D_OUT) and side (M, W or R).
 
     side has no elements, unless `keep_side` is set or a launch of its own computed it. Shapes: inputs (M, D_IN), main
-    (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides; index (C, W) int32 or None. `drop_in` drops
-    elements of `inputs` for the side product, `drop_out` elements of the low-rank part of out.
+    (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides, both in the inputs' dtype or fp32; index (C, W)
+    int32 or None. `drop_in` drops elements of `inputs` for the side product, `drop_out` elements of the low-rank part
+    of out.
     """
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[2] if index is None else index.shape[1]
     out = empty((rows, d_out), inputs.dtype, inputs.device)
-    blocks = find_grouped_blocks(op, inputs, main, groups, width, drop_out)
+    blocks = find_grouped_blocks(op, inputs, main, down, groups, width, drop_out)
     # The side product is computed first if otherwise every tile would load `inputs` again, for a second block of
     # modules, or hash the dropout mask again.
     given = drop_in is not None or width > blocks.block_r

@@ -107,6 +107,11 @@ def layer_class(op: str, inputs: Tensor, main: Tensor, width: int) -> tuple[Shap
     return ShapeClass(op, dtype_name(inputs.dtype), rows, d_in, d_out, width), aligned
 
 
+def has_wide_factors(inputs: Tensor, factor: Tensor) -> bool:
+    """Say whether a factor is in fp32 beside inputs in half precision."""
+    return factor.dtype is not inputs.dtype
+
+
 def needs_wide_offsets(block: int, *tensors: Tensor) -> bool:
     """Say whether an offset inside a tile of at most block × block elements may exceed 2³¹."""
     return any(2 * block * max(tensor.stride()) >= 2**31 for tensor in tensors)

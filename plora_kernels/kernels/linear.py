@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from plora_kernels.kernels.adapted_matmul import adapted_matmul, find_matmul_blocks
@@ -30,7 +33,8 @@ def forward(
     """Return `(y, s)`: y (M, N) = x Wᵀ + bias + s·((D(x) Aᵀ) ⊙ m) Bᵀ and, if `keep_s`, S (M, W or R) = D(x) Aᵀ.
 
     Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,), index (W,) int32 or None for all modules.
-    S is the side product (`side_product.py`). If `frozen`, all R modules enter y, and the index names those that the
+    The factors may be in fp32 beside half precision: they are rounded to x's dtype as they are loaded. S is the side
+    product (`side_product.py`), in x's dtype. If `frozen`, all R modules enter y, and the index names those that the
     dropout D applies to.
     """
     applied = None if frozen else index
@@ -46,7 +50,12 @@ def forward(
         scale=scale,
         keep_side=keep_s,
         blocks=find_matmul_blocks(
-            "forward", x, main, down.shape[1] if applied is None else applied.shape[0], indexed=applied is not None
+            "forward",
+            x,
+            main,
+            down,
+            down.shape[1] if applied is None else applied.shape[0],
+            indexed=applied is not None,
         ),
     )
     return y, side if keep_s or side.numel() == 0 else empty((0,), x.dtype, x.device)
@@ -73,24 +82,23 @@ def backward(
 
     dx (M, K) = dY W + s·D'((dY B) ⊙ m) A, over all modules if `frozen`; dA (R, K) = s((dY B) ⊙ m)ᵀ D(x);
     dB (N, R) = s dYᵀ(S ⊙ m). Shapes: dy (M, N), x (M, K), s (M, W or R) = S = D(x) Aᵀ as the forward kept it, index
-    (W,) int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' applies the mask of D.
+    (W,) int32 or None. Rows of dA and columns of dB of unselected modules are zero. D' applies the mask of D. dA and dB
+    have the factors' dtype: in fp32 they are the sums, not rounded again.
     """
     d_x = None
     applied = None if frozen else index  # the modules that entered y, and so enter dX: the columns of s and ds
     dropout = Dropout.of_layer(index, frozen, dropout_p, dropout_seed)
     make = empty if index is None else zeros
-    d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
-    d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
+    d_lora_A = make(lora_A.shape, lora_A.dtype, dy.device) if need_A else None
+    d_lora_B = make(lora_B.shape, lora_B.dtype, dy.device) if need_B else None
     width = lora_A.shape[0] if applied is None else applied.shape[0]
     blocks = None
     if need_x:
-        blocks = find_matmul_blocks("input_gradient", dy, weight, width, dropout, indexed=applied is not None)
+        blocks = find_matmul_blocks("input_gradient", dy, weight, lora_B, width, dropout, indexed=applied is not None)
     # The whole layer by torch's own matmuls.
     if blocks is not None and blocks.design in ALGEBRA_DESIGNS and index is None and dropout is None:
         d_x, side = adapted_matmul(dy, weight, lora_B, lora_A, index=None, scale=scale, keep_side=True, blocks=blocks)
-        for gradient, left, right in ((d_lora_A, side.t(), x), (d_lora_B, dy.t(), s)):
-            if gradient is not None:
-                gradient.addmm_(left, right, beta=0, alpha=scale)
+        _gradients_by_torch_(d_lora_A, d_lora_B, dy, x, s, side, scale)
         return _with_empty((d_x, d_lora_A, d_lora_B), dy)
     ds, sums_A, sums_B = None, None, None
     # If dS has its own launch, that launch computes dB from the same read of dY, unless it runs beside that of dX:
@@ -149,6 +157,32 @@ def backward(
         else:
             add_parts_(d_lora_B.t(), sums_B, out_index=index, scale=scale)
     return _with_empty((d_x, d_lora_A, d_lora_B), dy)
+
+
+def _gradients_by_torch_(
+    d_lora_A: Tensor | None, d_lora_B: Tensor | None, dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float
+) -> None:
+    """Write dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S, those that are not None, by torch's own matmuls.
+
+    fp32 gradients of half precision are not rounded. Where torch has no such products, a kernel computes them.
+    """
+    for gradient, left, right in ((d_lora_A, ds.t(), x), (d_lora_B, dy.t(), s)):
+        if gradient is None:
+            continue
+        if gradient.dtype is x.dtype:
+            gradient.addmm_(left, right, beta=0, alpha=scale)
+        elif multiplies_into_fp32(x.device):
+            torch.mm(left, right, out_dtype=gradient.dtype, out=gradient).mul_(scale)
+        elif gradient is d_lora_A:
+            factor_gradient_(gradient, ds, x, thin_index=None, out_index=None, scale=scale)
+        else:
+            factor_gradient_(gradient.t(), s, dy, thin_index=None, out_index=None, scale=scale)
+
+
+@functools.cache
+def multiplies_into_fp32(device: torch.device) -> bool:
+    """Say whether torch multiplies half precision into an unrounded fp32 result: on CUDA from version 2.8 on."""
+    return device.type != "cpu" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def _with_empty(gradients: tuple[Tensor | None, ...], dy: Tensor) -> tuple[Tensor, ...]:

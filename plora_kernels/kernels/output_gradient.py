@@ -20,7 +20,15 @@ from torch import Tensor
 
 from plora_kernels.kernels.device_functions import load_modules
 from plora_kernels.kernels.factor_gradient import factor_gradient_, reduce_partials_, store_sum
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, strides
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    dtype_name,
+    has_wide_factors,
+    is_aligned,
+    strides,
+)
 from plora_kernels.kernels.replay import empty, launch, zeros
 from plora_kernels.kernels.side_product import side_product
 from plora_kernels.tuning import lookup
@@ -71,7 +79,8 @@ def output_gradient_kernel(
     column_ok, place_ok = columns < N, places < R
     modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, tl.int64)
     b_tile = b_ptr + columns[:, None] * stride_bn + modules[None, :] * stride_br
-    b = tl.load(b_tile, mask=column_ok[:, None] & module_ok[None, :], other=0.0)  # (BLOCK_N, BLOCK_R)
+    b = tl.load(b_tile, mask=column_ok[:, None] & module_ok[None, :], other=0.0)
+    b = b.to(dy_ptr.dtype.element_ty)  # (BLOCK_N, BLOCK_R)
 
     first = split.to(tl.int64) * split_rows
     last = tl.minimum(first + split_rows, M)
@@ -116,7 +125,8 @@ def output_gradient_(
     if rows * width * n == 0:
         return zeros((rows, width), dy.dtype, dy.device)
     shape = ShapeClass("output_gradient", dtype_name(dy.dtype), rows, n, width, width)
-    blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy))
+    wide = has_wide_factors(dy, lora_B)
+    blocks = find_blocks(OutputGradientBlocks, shape, dy.device, is_aligned(dy), wide_factors=wide)
     chunks = cdiv(n, blocks.block_n)
     # Bytes per row and chunk: writing and reading fp32 partial sums of dS, against reading dY a second time.
     if 2 * 4 * width > dy.element_size() * blocks.block_n:

@@ -67,7 +67,7 @@ def _side_rows(
     for k in range(0, D_IN, BLOCK_K):
         a = in_desc.load([first_row, k])  # (BLOCK_M, BLOCK_K)
         d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
-        side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+        side = tl.dot(a, d.to(a.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
         down_base += down_step
     return tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
 
@@ -245,7 +245,7 @@ def persistent_matmul_kernel(
             acc = tl.dot(a, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) fp32
             if not SIDE_GIVEN and not SIDE_FIRST:
                 d = tl.load(down_base + down_offsets, mask=(depth < D_IN - k)[:, None] & module_ok[None, :], other=0.0)
-                side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                side = tl.dot(a, d.to(a.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
                 down_base += down_step
 
         # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load

@@ -72,17 +72,18 @@ def projections_input_gradient_kernel(
         weight_base = weight_ptrs[p] + first_column
         weight_offsets = depth[:, None] * K + columns[None, :]
         weight_step = tl.full((), BLOCK_N, tl.int64) * K
+        dy_start, weight_start = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)  # offsets, as in `multiply`
         for n in range(0, widths[p], BLOCK_N):
             depth_ok = depth < widths[p] - n
             dy = tl.load(
-                dy_base + dy_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+                dy_base + dy_start + dy_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
             )  # (BLOCK_M, BLOCK_N)
             w = tl.load(
-                weight_base + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
+                weight_base + weight_start + weight_offsets, mask=depth_ok[:, None] & column_ok[None, :], other=0.0
             )  # (BLOCK_N, BLOCK_K)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)·(BLOCK_N, BLOCK_K), fp32
-            dy_base += dy_step
-            weight_base += weight_step
+            dy_start += dy_step
+            weight_start += weight_step
 
         ds_base = ds_ptrs[p] + first_row * ranks[p]
         ds_offsets = rows[:, None] * ranks[p] + modules[None, :]
@@ -112,7 +113,8 @@ def input_gradient(
 ) -> Tensor:
     """Return dX (M, K) = Σ_p (dY_p W_p + s_p·dS_p A_p), in one launch if the projections `are_joined`.
 
-    Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K); R_p may be 0.
+    Shapes: dy (M, N_p), weight (N_p, K) contiguous, ds (M, R_p) = dY_p B_p, lora_A (R_p, K), in fp32 or the dtype of
+    the others; R_p may be 0.
     """
     rows, k = dys[0].shape[0], weights[0].shape[1]
     widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
@@ -122,7 +124,7 @@ def input_gradient(
     dx = empty((rows, k), dys[0].dtype, dys[0].device)
     if rows == 0:
         return dx
-    blocks = find_projection_blocks("projections_input_gradient", dx, sum(widths), k, max(ranks), aligned)
+    blocks = find_projection_blocks("projections_input_gradient", dx, sum(widths), k, max(ranks), aligned, False)
     with torch.cuda.device_of(dx):
         launch(
             projections_input_gradient_kernel,
@@ -167,7 +169,7 @@ def _input_gradient_by_torch(
             lora_As = [a * scale for a, scale in zip(lora_As, scales, strict=True)]
         else:
             dss = [ds * scale for ds, scale in zip(dss, scales, strict=True)]
-        torch.addmm(dx, torch.cat(tuple(dss), 1), torch.cat(tuple(lora_As)), beta=0, alpha=alpha, out=dx)
+        torch.addmm(dx, torch.cat(tuple(dss), 1), torch.cat(tuple(lora_As)).to(dtype), beta=0, alpha=alpha, out=dx)
     else:
         torch.mm(*products.pop(0), out=dx)
     for dy, weight in products:
@@ -190,11 +192,12 @@ def factor_gradients(
     """Return one projection's `(dS, dA, dB)`: dS (M, R) = dY B, dA (R, K) = s·dSᵀ x and dB (N, R) = s·dYᵀ S.
 
     Shapes: dy (M, N), x (M, K), s (M, R), index int32 or None for all modules. dA and dB are zero for modules that the
-    index does not name, and None if not needed. dS and dB come from one read of dY where `output_gradient_` does so.
+    index does not name, in the factors' dtype, and None if not needed. dS and dB come from one read of dY where
+    `output_gradient_` does so.
     """
     make = empty if index is None else zeros
-    d_lora_A = make(lora_A.shape, dy.dtype, dy.device) if need_A else None
-    d_lora_B = make(lora_B.shape, dy.dtype, dy.device) if need_B else None
+    d_lora_A = make(lora_A.shape, lora_A.dtype, dy.device) if need_A else None
+    d_lora_B = make(lora_B.shape, lora_B.dtype, dy.device) if need_B else None
     if d_lora_B is not None and dy.shape[0] > 0:
         ds = output_gradient_(d_lora_B, dy, lora_B, s, index=None, out_index=index, scale=scale)
     else:

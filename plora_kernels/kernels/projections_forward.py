@@ -20,7 +20,15 @@ from torch import Tensor
 
 from plora_kernels.kernels.adapted_matmul import adapted_matmul, find_matmul_blocks
 from plora_kernels.kernels.device_functions import add_scaled_product, multiply, tile_position
-from plora_kernels.kernels.launch import cdiv, constants, dot_precision, dtype_name, is_aligned, needs_wide_offsets
+from plora_kernels.kernels.launch import (
+    cdiv,
+    constants,
+    dot_precision,
+    dtype_name,
+    has_wide_factors,
+    is_aligned,
+    needs_wide_offsets,
+)
 from plora_kernels.kernels.replay import empty, launch, replayed
 from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import MatmulBlocks, ShapeClass, tile
@@ -121,15 +129,16 @@ def projections_forward_kernel(
     for r0 in range(BLOCK_R, R, BLOCK_R):
         module_ok = modules < R - r0
         a_ptr += tl.full((), BLOCK_R, tl.int64) * K
-        a_start = tl.full((), 0, tl.int64)
-        x_base = x_ptr + first_row * stride_xm
+        x_start, a_start = first_row * stride_xm, tl.full((), 0, tl.int64)  # offsets, as in `multiply`
         side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             depth_ok = depth < K - k
-            x = tl.load(x_base + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)  # (BLOCK_M, BLOCK_K)
+            x = tl.load(
+                x_ptr + x_start + x_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
+            )  # (BLOCK_M, BLOCK_K)
             a = tl.load(a_ptr + a_start + a_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
-            side = tl.dot(x, a, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-            x_base += x_step
+            side = tl.dot(x, a.to(x.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+            x_start += x_step
             a_start += BLOCK_K
         side = tl.where(module_ok[None, :], side, 0.0)
         b = tl.load(b_base + r0 + b_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
@@ -152,14 +161,16 @@ def projections_forward_kernel(
 FEW_ROWS = 1024
 
 
-def find_projection_blocks(op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool) -> MatmulBlocks:
+def find_projection_blocks(
+    op: str, inputs: Tensor, d_in: int, d_out: int, rank: int, aligned: bool, wide_factors: bool
+) -> MatmulBlocks:
     """Return the blocks of projections that share their input; `d_in` and `d_out` are as in `ShapeClass`.
 
-    `op` is "projections_forward" or "projections_input_gradient", `inputs` has the number of rows and the dtype, and
-    `rank` is the largest rank.
+    `op` is "projections_forward" or "projections_input_gradient", `inputs` has the number of rows and the dtype, `rank`
+    is the largest rank, and `wide_factors` says whether main loops load factors in fp32 beside half precision.
     """
     shape = ShapeClass(op, dtype_name(inputs.dtype), inputs.shape[0], d_in, d_out, rank)
-    return find_blocks(MatmulBlocks, shape, inputs.device, aligned)
+    return find_blocks(MatmulBlocks, shape, inputs.device, aligned, wide_factors=wide_factors)
 
 
 def are_joined(rows: int, dtype: torch.dtype, device: torch.device, aligned: bool) -> bool:
@@ -191,7 +202,8 @@ def forward(
     """Return `([y_p], [S_p])`: y_p (M, N_p) = x W_pᵀ + bias_p + s_p·S_p B_pᵀ and S_p (M, R_p) = x A_pᵀ.
 
     Shapes: x (M, K), weight (N_p, K) contiguous, lora_A (R_p, K), lora_B (N_p, R_p), bias (N_p,) or None. R_p may be 0;
-    S_p has no elements unless `keep_s`. It is one launch if they `are_joined`.
+    S_p has no elements unless `keep_s`. The factors, of one dtype, have x's, or fp32 and are rounded to x's as they are
+    loaded. It is one launch if they `are_joined`.
     """
     rows, k = x.shape
     widths, ranks = tuple(w.shape[0] for w in weights), tuple(a.shape[0] for a in lora_As)
@@ -204,7 +216,8 @@ def forward(
     ss = [empty((rows, r) if keep_s else (0,), x.dtype, x.device) for r in ranks]
     if rows == 0:
         return ys, ss
-    blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned)
+    wide = has_wide_factors(x, lora_As[0])
+    blocks = find_projection_blocks("projections_forward", x, k, sum(widths), max(ranks), aligned, wide)
     # Chosen for the sum of widths, so limited here to the widest one.
     blocks = replace(blocks, block_n=tile(max(widths), blocks.block_n))
     grid = (cdiv(rows, blocks.block_m) * sum(cdiv(n, blocks.block_n) for n in widths),)
@@ -248,6 +261,6 @@ def _forward_alone(
         index=None,
         scale=scale,
         keep_side=keep_s,
-        blocks=find_matmul_blocks("forward", x, main, rank),
+        blocks=find_matmul_blocks("forward", x, main, lora_A.t(), rank),
     )
     return y, side if keep_s or side.numel() == 0 else empty((0,), x.dtype, x.device)

@@ -24,6 +24,7 @@ from plora_kernels.kernels.launch import (
     constants,
     dot_precision,
     dtype_name,
+    has_wide_factors,
     is_aligned,
     launches_dependents,
     needs_wide_offsets,
@@ -66,10 +67,10 @@ def side_product_kernel(
 ):
     """Store BLOCK_M rows and BLOCK_R columns of side (M, R) = D(in) · down; R is the number of columns of side.
 
-    in (M, D_IN), down (D_IN, ·), index (R,) int32 or None. With a seed, D drops elements of `in` and scales the rest by
-    keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected` (selected_width,) names. With the table
-    of `grouped_tiles` the tile is one of its rows; down, index, seed and selected have a leading axis (C,), and numbers
-    (M,) may be None.
+    in (M, D_IN), down (D_IN, ·) in the dtype of `in` or in fp32, index (R,) int32 or None. With a seed, D drops
+    elements of `in` and scales the rest by keep_scale; if SELECTED_BLOCK is not 0, only for the modules that `selected`
+    (selected_width,) names. With the table of `grouped_tiles` the tile is one of its rows; down, index, seed and
+    selected have a leading axis (C,), and numbers (M,) may be None.
     """
     if LAUNCHES_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -109,6 +110,7 @@ def side_product_kernel(
             in_base + in_start + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0
         )  # (BLOCK_M, BLOCK_K)
         d = tl.load(down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0)
+        d = d.to(a.dtype)  # (BLOCK_K, BLOCK_R)
         if seed_ptr is not None:
             if SELECTED_BLOCK > 0:
                 whole = tl.dot(a, d, whole, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
@@ -137,27 +139,31 @@ def side_product(
 ) -> Tensor:
     """Return side (M, W) = D(inputs) · down in the inputs' dtype; W is the length of the index, or R without one.
 
-    Shapes: inputs (M, D_IN), down (D_IN, R), index (W,) int32 or None for all modules in order; columns whose index is
-    −1 hold zeros. With groups, rows use their group's part of down (C, D_IN, R) and index (C, W), and dropout's seed is
-    (C,), selected (C, ·). With `leads` the next launch may run beside this one (programmatic dependent launch), which
-    leaves it room on the multiprocessors.
+    Shapes: inputs (M, D_IN), down (D_IN, R) in the inputs' dtype or fp32, index (W,) int32 or None for all modules in
+    order; columns whose index is −1 hold zeros. With groups, rows use their group's part of down (C, D_IN, R) and index
+    (C, W), and dropout's seed is (C,), selected (C, ·). With `leads` the next launch may run beside this one
+    (programmatic dependent launch), which leaves it room on the multiprocessors.
     """
     (rows, d_in), width = inputs.shape, down.shape[-1] if index is None else index.shape[-1]
     side = empty((rows, width), inputs.dtype, inputs.device)
     if side.numel() == 0:
         return side
     shape = ShapeClass("side_product", dtype_name(inputs.dtype), rows, d_in, width, width)
-    blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs))
+    wide = has_wide_factors(inputs, down)
+    blocks = find_blocks(SideBlocks, shape, inputs.device, is_aligned(inputs), wide_factors=wide)
     leads = leads and launches_dependents(inputs.device)
     if leads:
-        blocks = beside_product(blocks, shape.dtype)
+        blocks = beside_product(blocks, shape.dtype, wide_factors=wide)
     # Tiles have no more rows than an average group, rounded up to a power of two.
     if groups is not None:
         blocks = replace(blocks, block_m=tile(rows // max(1, groups.total), blocks.block_m))
+    dropped = DropoutArguments.of(dropout)
+    if wide and dropped.selected_block > 64:
+        # To find modules in a long index takes registers beside the two sums, and with fp32 numbers it would spill.
+        blocks = replace(blocks, block_r=min(blocks.block_r, 32))
     table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
     tiles = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
     one = down if groups is None else down[0]
-    dropped = DropoutArguments.of(dropout)
     with torch.cuda.device_of(inputs):
         launch(
             side_product_kernel,

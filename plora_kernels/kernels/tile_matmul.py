@@ -151,20 +151,20 @@ def tile_matmul_kernel(
                 side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
             else:
                 # For further blocks of modules `in` is loaded again: registers hold only BLOCK_R columns of side.
-                in_base, down_start = in_ptr + first_row * stride_im, tl.full((), 0, tl.int64)
+                in_start, down_start = first_row * stride_im, tl.full((), 0, tl.int64)  # offsets, as in `multiply`
                 in_offsets = rows[:, None] * stride_im + depth[None, :] * stride_id
                 in_step = tl.full((), BLOCK_K, tl.int64) * stride_id
-                down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd  # added to an offset, as in `multiply`
+                down_step = tl.full((), BLOCK_K, tl.int64) * stride_dd
                 down_offsets = depth[:, None] * stride_dd + modules[None, :] * stride_dr
                 side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
                 for k in range(0, D_IN, BLOCK_K):
                     depth_ok = depth < D_IN - k
-                    a = tl.load(in_base + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
+                    a = tl.load(in_ptr + in_start + in_offsets, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
                     d = tl.load(
                         down_ptr + down_start + down_offsets, mask=depth_ok[:, None] & module_ok[None, :], other=0.0
                     )
-                    side = tl.dot(a, d, side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
-                    in_base += in_step
+                    side = tl.dot(a, d.to(a.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
+                    in_start += in_step
                     down_start += down_step
                 side = tl.where(module_ok[None, :], side, 0.0)
                 if STORE_SIDE:

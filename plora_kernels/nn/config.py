@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
+
 from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError
+from plora_kernels.nn.adapter_dtype import check_adapter_dtype
 from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.patterns import check_pattern
 from plora_kernels.selection import check_rank
@@ -38,6 +41,8 @@ class PLoRAConfig:
             "SEQ_CLS" and "TOKEN_CLS", with "qa_outputs" for "QUESTION_ANS".
         rank_pattern, alpha_pattern: as in PEFT: another rank or α for modules whose name ends with the key.
         original: where the original of a folded weight is kept, "device" or "host".
+        adapter_dtype: the factors' dtype: a torch dtype, its name, or "auto": float32 over a weight of half precision,
+            as in PEFT, else the weight's.
         fuse_projections: compute targeted siblings that read one tensor, such as q, k and v or gate and up, together,
             and their joint input gradient too: each in one launch, but on Hopper GPUs with more than 1,024 rows of half
             precision by a product for each layer, which is faster there. The model's structure and results do not
@@ -63,6 +68,7 @@ class PLoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     original: str = "device"
     fuse_projections: bool = False
+    adapter_dtype: torch.dtype | str = "auto"
 
     def rank_of(self, name: str) -> int:
         """Return R for the module of this name."""
@@ -83,6 +89,7 @@ class PLoRAConfig:
             check_positive("alpha", alpha)
         check_probability("dropout", self.dropout)
         check_original(self.original)
+        object.__setattr__(self, "adapter_dtype", check_adapter_dtype(self.adapter_dtype))  # the dataclass is frozen
         if isinstance(self.modules_to_save, str) or self.modules_to_save is None:
             raise ConfigError(f"modules_to_save is {self.modules_to_save!r}; a list of names is needed")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -96,7 +103,7 @@ class PLoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 _check_expression(name, pattern)
-        # A member of PEFT's enumeration counts as its value; the dataclass is frozen.
+        # A member of PEFT's enumeration counts as its value.
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
         if self.task_type is not None:
             check_task_type(self.task_type)

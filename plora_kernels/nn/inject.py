@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from plora_kernels.checks import DTYPES
-from plora_kernels.errors import StateError, TargetError
+from plora_kernels.errors import DTypeError, StateError, TargetError
 from plora_kernels.nn.call_watch import CallWatch
 from plora_kernels.nn.config import PLoRAConfig
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.plain_names import is_compiled
+from plora_kernels.nn.quantized.known import kind_of
+from plora_kernels.nn.quantized.layer import QuantizedPLoRALinear
 from plora_kernels.nn.replaced_parameters import mark_replaced
 from plora_kernels.nn.row_groups import GroupModules
 from plora_kernels.nn.saved_modules import modules_saved_whole
@@ -124,7 +126,7 @@ class Injected:
         self._check_names(groups, "groups")
         for name, layer in self.layers.items():
             layer.refuse_selection("run groups")
-            groups[name].check(layer.weight)
+            layer.check_groups(groups[name])
         before = {name: layer.groups for name, layer in self.layers.items()}
         try:
             for name, layer in self.layers.items():
@@ -166,9 +168,7 @@ class Injected:
         if self._watch is not None:
             self._watch.stop()
         for name, layer in self.layers.items():
-            linear = self._linears[name]
-            # Moving the model or loading a state dict may have replaced the parameters.
-            linear.weight, linear.bias = layer.weight, cast(nn.Parameter, layer.bias)
+            linear = layer.give_base(self._linears[name])
             self.model.set_submodule(name, linear.train(layer.training))
             mark_replaced(layer.lora_A, "restore()")
             mark_replaced(layer.lora_B, "restore()")
@@ -209,17 +209,18 @@ def _write(model: nn.Module, key: str, value: Tensor) -> None:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Within the context, put the layer's name before the message of a StateError."""
+    """Within the context, put the layer's name before the message of a StateError or DTypeError."""
     try:
         yield
-    except StateError as error:
-        raise StateError(f"layer {name!r}: {error}") from None
+    except (StateError, DTypeError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from None
 
 
 def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     """Replace the targeted linears of `model` by `FusedPLoRALinear`, in place, and freeze everything else.
 
-    The layers share the model's own weights; no weight is copied. Afterwards only the adapters and the modules that are
+    Quantised linears of bitsandbytes and torchao become `QuantizedPLoRALinear`, whose modules are never folded. The
+    layers share the model's own weights; no weight is copied. Afterwards only the adapters and the modules that are
     saved whole are trainable: those of `config.modules_to_save` and the head that belongs to `config.task_type`. Until
     they are trained, the model's results are the same as before. If anything is refused or fails, the model is as it
     was.
@@ -227,8 +228,9 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
     The model's first forward pass warns once about adapted layers that it does not call (`PLoRAWarning`).
 
     Raises:
-        TargetError: a target does not exist, is not a plain nn.Linear, or its weight is quantised or read past the
-            layer; or a module to save does not exist.
+        TargetError: a target does not exist, is not a plain nn.Linear or one that is quantised in a known way, or its
+            weight is read past the layer; or a module to save does not exist. DTypeError: a target takes no factors of
+            `config.adapter_dtype`.
         StateError: the model holds adapted layers already, PEFT's or these, is compiled or wrapped for data
             parallelism, or a module that is saved whole shares its weight with another.
 
@@ -250,7 +252,7 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
                 raise StateError(f"module to save {name!r} shares a weight with another module; untie it first")
             if tensor.dtype not in DTYPES:
                 raise StateError(f"module to save {name!r} holds {tensor.dtype}, which cannot be trained")
-    # The cast holds: find_targets has refused everything but a plain nn.Linear.
+    # The cast holds: find_targets has refused everything but nn.Linear and quantised subclasses of it.
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     handle = Injected(model, config, {}, saved, (), linears, required_grad)
@@ -271,12 +273,17 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
 def _build_layers(handle: Injected, uses: Mapping[int, int]) -> None:
     """Make the layers for the handle's linears; the model does not have them yet."""
     config, linears = handle.config, handle._linears
-    handle.projections = tuple(find_siblings(linears)) if config.fuse_projections else ()
+    quantized = {name for name, linear in linears.items() if kind_of(linear) is not None}
+    dense = {name: linear for name, linear in linears.items() if name not in quantized}
+    handle.projections = tuple(find_siblings(dense)) if config.fuse_projections else ()
     siblings = {name for group in handle.projections for name in group}
     for name, linear in linears.items():
-        layer = (SiblingPLoRALinear if name in siblings else FusedPLoRALinear).from_linear(
-            linear, config.rank_of(name), config.alpha_of(name), config.rank_stabilized, config.dropout, config.original
-        )
+        alone = QuantizedPLoRALinear if name in quantized else FusedPLoRALinear
+        with _naming(name):
+            layer = (SiblingPLoRALinear if name in siblings else alone).from_linear(
+                linear, config.rank_of(name), config.alpha_of(name), config.rank_stabilized, config.dropout,
+                config.original, config.adapter_dtype,
+            )  # fmt: skip
         layer.weight_is_tied = uses[storage_of(linear.weight)] > 1
         handle.layers[name] = layer
     for group in handle.projections:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from plora_kernels.checks import check_dropout, check_factors, check_positive, check_probability
 from plora_kernels.folding import fold
 from plora_kernels.functional import linear_with_index, plora_linear
+from plora_kernels.nn.adapter_dtype import adapter_dtype_for, beside
 from plora_kernels.nn.distributed import gathered, refuse_unreduced
 from plora_kernels.nn.folded_weight import check_original
 from plora_kernels.nn.replaceable import check_replaceable
@@ -27,11 +28,12 @@ def adapter_scale(rank: int, alpha: float, rank_stabilized: bool) -> float:
 class FusedPLoRALinear(SelectedModules):
     """Compute y = x Wᵀ + bias + s·Σ_j b_j a_jᵀ x over R one-rank modules, of which a client may train a few.
 
-    Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A` (R, K) and `lora_B` (N, R), trainable, all in one
-    dtype. After `select` the trainable parameters are the compact (r, K) and (N, r) of the selected modules alone, so
-    an optimiser built then cannot change the others (`select` says when they stay the same objects). The others are
-    added to the weight ("folded") or summed without a gradient ("frozen"). `state_dict` always holds weight, bias,
-    lora_A and lora_B in full, the weight unfolded.
+    Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A` (R, K) and `lora_B` (N, R), trainable, in the
+    weight's dtype or, by default, in float32 beside half precision (`adapter_dtype`). After `select` the trainable
+    parameters are the compact (r, K) and (N, r) of the selected modules alone, so an optimiser built then cannot change
+    the others (`select` says when they stay the same objects). The others are added to the weight ("folded") or summed
+    without a gradient ("frozen"). `state_dict` always holds weight, bias, lora_A and lora_B in full, the weight
+    unfolded.
 
     Folding keeps a copy of the original weight, on its device or in host memory (`original`), and always starts from
     it, so `unfold` restores the base bit for bit, however often modules were selected. With "device" the original
@@ -54,6 +56,7 @@ class FusedPLoRALinear(SelectedModules):
     bias: nn.Parameter | None
     dropout_seed: int | Tensor | None
     groups: GroupModules | None = None  # set inside `Injected.grouped`
+    check_base = staticmethod(check_replaceable)
 
     def __init__(
         self,
@@ -68,11 +71,12 @@ class FusedPLoRALinear(SelectedModules):
         original: str = "device",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | str = "auto",
     ) -> None:
-        """Make a layer whose base weight and bias are initialised like those of `nn.Linear`."""
+        """Make a layer whose base weight and bias, of `dtype`, are initialised like those of `nn.Linear`."""
         base = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         super().__init__()
-        self._adapt(base, rank, alpha, rank_stabilized, dropout, original)
+        self._adapt(base, rank, alpha, rank_stabilized, dropout, original, adapter_dtype)
 
     @classmethod
     def from_linear(
@@ -83,6 +87,7 @@ class FusedPLoRALinear(SelectedModules):
         rank_stabilized: bool = False,
         dropout: float = 0.0,
         original: str = "device",
+        adapter_dtype: torch.dtype | str = "auto",
     ) -> FusedPLoRALinear:
         """Return a layer that shares the linear's weight and bias (and freezes them) and adds R modules.
 
@@ -93,34 +98,51 @@ class FusedPLoRALinear(SelectedModules):
             rank: R, 1–256. alpha: α; the scale is α/R, or α/√R if `rank_stabilized`.
             dropout: p of LoRA dropout, applied in training mode to the x of selected modules.
             original: where the original of a folded weight is kept, "device" or "host".
+            adapter_dtype: the factors' dtype: a torch dtype, its name, or "auto": float32 over a weight of half
+                precision, as in PEFT, else the weight's.
 
         Raises:
             TargetError: not a plain nn.Linear. RankError, ConfigError: an argument cannot be used.
+            DTypeError: the weight takes no factors of `adapter_dtype`.
         """
-        check_replaceable(linear, "from_linear got")
+        cls.check_base(linear, "from_linear got")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(linear, rank, alpha, rank_stabilized, dropout, original)
+        layer._adapt(linear, rank, alpha, rank_stabilized, dropout, original, adapter_dtype)
         layer.train(linear.training)
         return layer
 
     def _adapt(
-        self, base: nn.Linear, rank: int, alpha: float, rank_stabilized: bool, dropout: float, original: str
-    ) -> None:
+        self, base: nn.Linear, rank: int, alpha: float, rank_stabilized: bool, dropout: float, original: str,
+        adapter_dtype: torch.dtype | str,
+    ) -> None:  # fmt: skip
         dropout = check_probability("dropout", dropout)
         alpha = check_positive("alpha", alpha)
         check_original(original)
+        factors = self._take_base(base, adapter_dtype)
         self.rank, self.alpha, self.rank_stabilized = check_rank(rank), alpha, bool(rank_stabilized)
         self.scale = adapter_scale(self.rank, alpha, rank_stabilized)
         self.dropout, self.dropout_seed = dropout, None
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
         self.requires_grad_(False)  # freezes the base; the factors do not exist yet
-        self.lora_A = nn.Parameter(base.weight.new_empty(self.rank, self.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_empty(self.out_features, self.rank))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(self.rank, self.in_features, dtype=factors, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.rank, dtype=factors, device=device))
         self._start_unselected()
         self._keep_originals(original)
         self.reset_adapter()
+
+    def give_base(self, linear: nn.Linear) -> nn.Linear:
+        """Return the linear that the layer was made of, with the weight and bias that the layer has now."""
+        # Moving the model or loading a state dict may have replaced the parameters.
+        linear.weight, linear.bias = self.weight, cast(nn.Parameter, self.bias)
+        return linear
+
+    def _take_base(self, base: nn.Linear, adapter_dtype: torch.dtype | str) -> torch.dtype:
+        """Take the base's weight and bias, and return the dtype of the factors beside them."""
+        factors = adapter_dtype_for(adapter_dtype, base.weight.dtype)
+        self.weight, self.bias = cast(nn.Parameter, base.weight), cast(nn.Parameter | None, base.bias)
+        return factors
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -150,6 +172,10 @@ class FusedPLoRALinear(SelectedModules):
         p, seed = self._dropout(x.device)
         return linear_with_index(x, self.weight, lora_A, lora_B, self.bias, index, self.scale, frozen, p, seed)
 
+    def check_groups(self, groups: GroupModules) -> None:
+        """Raise ShapeError or RankError unless the groups' factors fit the layer."""
+        groups.check(self.weight)
+
     def _dropout(self, device: torch.device) -> tuple[float, Tensor | None]:
         """Return the probability and seed of this call's dropout, (0, None) in evaluation."""
         if self.dropout == 0.0 or not self.training:
@@ -165,8 +191,8 @@ class FusedPLoRALinear(SelectedModules):
         """Return a new `nn.Linear` with weight W + s·B A over all modules; the layer is not changed."""
         original = self._original()
         weight = gathered((self.weight if original is None else original).detach().to(self.weight.device))
-        lora_A, lora_B = self.factors()
-        weight = fold(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), selected=[], scale=self.scale)
+        lora_A, lora_B = (beside(weight, factor) for factor in self.factors())
+        weight = fold(weight, lora_A, lora_B, selected=[], scale=self.scale)
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

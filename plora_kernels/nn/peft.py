@@ -16,6 +16,7 @@ from torch import nn
 
 from plora_kernels.errors import ConfigError, PLoRAWarning, StateError, TargetError
 from plora_kernels.nn.adapter_config import shown, shown_path
+from plora_kernels.nn.adapter_dtype import check_adapter_dtype
 from plora_kernels.nn.adapter_files import (
     CONFIG_NAME,
     check_directory,
@@ -192,18 +193,25 @@ def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) ->
         raise TargetError(f"{name!r} is not adapted, but PEFT would adapt it from the saved configuration")
 
 
-def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
+def load_peft(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_dtype: torch.dtype | str = "auto"
+) -> Injected:
     """Inject a saved PEFT LoRA adapter into a plain base model, in place, and return its handle.
 
     Which layers are adapted, their ranks and α, and which modules were saved whole is what PEFT itself makes of the
     configuration; the tensors must be exactly those. Whole modules and embeddings replace the model's own values, of
     which the handle keeps copies for `restore`; so do other weights of the base in the file, as in PEFT, after a
-    warning. A whole module that shares a weight gets its own, after a warning. The factors take the dtype of the weight
-    they belong to. `adapter_model.bin` is read too, nothing but tensors.
+    warning. A whole module that shares a weight gets its own, after a warning. `adapter_model.bin` is read
+    too, nothing but tensors.
+
+    Args:
+        model: the base. directory: what `save_peft` or PEFT wrote.
+        adapter_dtype: the factors' dtype, whatever the file's: a torch dtype, its name, or "auto": float32 over a
+            weight of half precision, as in PEFT (`autocast_adapter_dtype`), else the weight's.
 
     Raises:
         ConfigError: the directory holds no PEFT LoRA adapter, or one with features this package does not support, or
-            with NaN, infinity or numbers above the largest of the model's dtype.
+            with NaN, infinity or numbers above the largest of the model's dtype; or there is no such `adapter_dtype`.
         TargetError, ShapeError, DTypeError, RankError: tensors, configuration and model do not fit each other.
         StateError: the model is compiled or holds adapted layers already. After any error the model is as it was.
 
@@ -219,6 +227,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
         if is_compiled(module):
             where = f"module {name!r}" if name else "the model"
             raise StateError(f"{where} is compiled; load into the plain one, its _orig_mod, and compile afterwards")
+    check_adapter_dtype(adapter_dtype)
     source = check_directory(directory)
     lora = read_config(source, model)
     tensors, path = with_present_names(read_tensors(source, model), model, lora), shown_path(weights_path(source))
@@ -234,7 +243,8 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str]) -> Injected:
             PLoRAWarning,
             stacklevel=2,
         )
-    config = _to_config(lora, layout, [name for name, _ in model.named_modules(remove_duplicate=False)])
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    config = _to_config(lora, layout, names, adapter_dtype)
     with torch.no_grad(), ExitStack() as undo:
         untie(model, layout.whole, undo)
         handle = inject(model, config)
@@ -259,7 +269,7 @@ def _check_plain(lora: Any, layout: Layout, path: str) -> None:
                 warnings.warn(f"{path} has {shown(key)} in {field}, which matches no targeted module", stacklevel=3)
 
 
-def _to_config(lora: Any, layout: Layout, names: Iterable[str]) -> PLoRAConfig:
+def _to_config(lora: Any, layout: Layout, names: Iterable[str], adapter_dtype: torch.dtype | str) -> PLoRAConfig:
     """Return the configuration that injects what PEFT adapts into a model with modules of these names."""
     layers = layout.layers
     first = next(iter(layers.values()))
@@ -276,4 +286,5 @@ def _to_config(lora: Any, layout: Layout, names: Iterable[str]) -> PLoRAConfig:
         task_type=None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type)),
         rank_pattern={_exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         alpha_pattern={_exactly(name): layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        adapter_dtype=adapter_dtype,
     )

@@ -19,6 +19,8 @@ from plora_kernels.errors import TargetError
 from plora_kernels.nn.adapter_config import first_line
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.plain_names import is_compiled, unwrapped
+from plora_kernels.nn.quantized.known import kind_of
+from plora_kernels.nn.quantized.layer import QuantizedPLoRALinear
 from plora_kernels.nn.saved_modules import TASK_HEADS
 
 PREFIX = "base_model.model."
@@ -124,8 +126,9 @@ def _file_key(key: str, layers: Mapping[str, AdaptedLayer]) -> str:
 def outline_of(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree whose tensors hold no memory; all other attributes are the model's own.
 
-    `FusedPLoRALinear` layers are plain linears in it, as in the base model, and modules in `torch.compile`'s wrapper
-    stand for themselves. A deep copy would do the same only for models whose attributes can all be copied.
+    `FusedPLoRALinear` layers and quantised linears are plain linears in it, as in the base model, and modules in
+    `torch.compile`'s wrapper stand for themselves. A deep copy would do the same only for models whose attributes can
+    all be copied.
     """
     outline = _Outliner().module(model)
     if "config" in vars(outline):
@@ -150,9 +153,14 @@ class _Outliner:
             return self.module(unwrapped(module))
         if isinstance(module, torch.jit.ScriptModule):
             return self._bare(module)
-        if isinstance(module, FusedPLoRALinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = self.tensor(module.weight)
+        quantized = isinstance(module, QuantizedPLoRALinear) or kind_of(module) is not None
+        if isinstance(module, FusedPLoRALinear) or quantized:
+            sizes: Any = module
+            # PEFT asks quantised tensors for more than an outline has, and makes the same of a plain linear.
+            dtype = torch.bfloat16 if quantized else None
+            linear = nn.Linear(sizes.in_features, sizes.out_features, sizes.bias is not None, "meta", dtype)
+            if not quantized:
+                linear.weight = self.tensor(sizes.weight)
             return linear
         # Not by copy.copy: modules with parametrizations, as in wav2vec 2.0, and some others refuse that.
         outline: nn.Module = object.__new__(type(module))

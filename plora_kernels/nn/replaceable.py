@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from plora_kernels.checks import DTYPES
 from plora_kernels.errors import TargetError
 
+SUPPORTED = (
+    "quantised weights are supported of bitsandbytes (4 and 8 bits) and torchao (int8 and int4, weight-only) alone: "
+    "pip install plora-kernels[quantized]"
+)
+
 
 def check_replaceable(module: nn.Module, where: str) -> None:
     """Raise TargetError unless a FusedPLoRALinear can replace the module: a plain nn.Linear without hooks.
@@ -20,8 +25,8 @@ def check_replaceable(module: nn.Module, where: str) -> None:
     dtype = unsupported_dtype(module)
     if dtype is not None:
         raise TargetError(
-            f"{where} a {class_name(module)} that holds {dtype}; quantised weights are not supported: load the "
-            "model in bf16, fp16 or fp32"
+            f"{where} a {class_name(module)} that holds {dtype}; {SUPPORTED}; otherwise load the model in bf16, "
+            "fp16 or fp32"
         )
     if type(module) is not nn.Linear:
         raise TargetError(f"{where} a {class_name(module)}; only a plain nn.Linear can be replaced")
@@ -32,19 +37,24 @@ def check_replaceable(module: nn.Module, where: str) -> None:
         kind = "sparse tensor" if type(weight) is nn.Parameter else type(weight).__name__
         raise TargetError(
             f"{where} an nn.Linear whose weight is a {kind}; a plain dense parameter is needed: inject before the "
-            "model is sharded, and do not quantise it"
+            f"model is sharded; if it is quantised, {SUPPORTED}"
         )
     if weight.shape != (module.out_features, module.in_features):
         raise TargetError(
             f"{where} an nn.Linear whose weight is {tuple(weight.shape)} and not (N, K) = "
             f"{(module.out_features, module.in_features)}; inject before the weight is partitioned or packed"
         )
+    check_unhooked(module, where)
+
+
+def check_unhooked(module: nn.Module, where: str, loads_itself: bool = False) -> None:
+    """Raise TargetError if a linear has a forward of its own or hooks; if it `loads_itself`, hooks of that may stay."""
     if "forward" in vars(module):
         raise TargetError(f"{where} an nn.Linear with a forward of its own (accelerate's hooks?); remove it first")
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
         *(module._state_dict_hooks, module._state_dict_pre_hooks),
-        *(module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks),
+        *(() if loads_itself else (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)),
     )
     if any(hooks):
         raise TargetError(f"{where} an nn.Linear with hooks, which would be lost; remove them first")

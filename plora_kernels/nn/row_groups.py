@@ -31,12 +31,15 @@ class RowGroups:
     (2, (0, 10, 15))
     """
 
-    def __init__(self, sizes: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], lengths: Sequence[int] | None = None, numbers: Tensor | None = None
+    ) -> None:
         """Make C ≥ 1 groups of `sizes` samples each; a size may be 0.
 
         `lengths` is for texts that are padded to the longest of all groups: the length of each group's longest text.
         LoRA dropout then numbers a group's rows as if it were padded to that length only, so that its mask does not
-        depend on the other groups.
+        depend on the other groups. `numbers` (rows,) int64 are these numbers themselves, for batches that hold only
+        some of a group's samples, or all of them in one sequence.
 
         Raises ConfigError for no groups, a negative size, or lengths that are not one for each group.
         """
@@ -47,7 +50,9 @@ class RowGroups:
         self.sizes, self.samples = tuple(sizes), sum(sizes)
         self._runs = equal_groups((0, *itertools.accumulate(sizes)))
         # A tensor, because torch.compile would recompile for every new list of lengths.
-        self._numbers = None if lengths is None or len(set(lengths)) == 1 else _numbered(sizes, lengths)
+        self._numbers = numbers
+        if numbers is None and lengths is not None and len(set(lengths)) > 1:
+            self._numbers = _numbered(sizes, lengths)
         self._offsets: dict[tuple[int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
@@ -184,14 +189,15 @@ class GroupModules:
         """Return y (…, N) for x (samples, …, K)."""
         factors = self.lora_A, self.lora_B
         if torch.compiler.is_compiling():
-            if self._is_plain(x, weight):
+            if self._is_plain(x, weight, bias) and self.lora_A.dtype is x.dtype:
                 return grouped_products.traced(x, weight, *factors, bias, self.scale, self.scales, self.rows.product)
         elif not is_watched(x):
             refuse_transforms(x, weight, *factors, bias)
-            key = x.shape, x.dtype, weight.dtype, weight.requires_grad, torch.is_autocast_enabled(x.device.type)
+            autocast, of_bias = torch.is_autocast_enabled(x.device.type), None if bias is None else bias.dtype
+            key = x.shape, x.dtype, weight.dtype, of_bias, weight.requires_grad, autocast
             if key not in self._plans:
                 with torch.inference_mode(False):  # a later call may train with the plan's tensors
-                    self._plans[key] = self._plan(x, weight)
+                    self._plans[key] = self._plan(x, weight, bias)
             plan = self._plans[key]
             if plan is not None:
                 return plan.apply(x, weight, *factors, bias)
@@ -201,18 +207,19 @@ class GroupModules:
             self.dropout_seeds, numbers,
         )  # fmt: skip
 
-    def _is_plain(self, x: Tensor, weight: Tensor) -> bool:
-        """Say whether plain torch products can compute y; for shapes that do not fit the operator raises the error."""
+    def _is_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Say whether plain torch products can compute y; for what does not fit the operator raises the error."""
         fits = x.shape[-1] == weight.shape[1] and math.prod(x.shape[:-1]) % max(self.rows.samples, 1) == 0
+        fits = fits and (bias is None or bias.dtype is x.dtype)
         if not fits or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
             return False
         return grouped_products.serves(x, weight, self.lora_A, self.lora_B, self.index, self.dropout_p)
 
-    def _plan(self, x: Tensor, weight: Tensor) -> ProductPlan | None:
+    def _plan(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> ProductPlan | None:
         """Return the plan of plain torch products for y, or None if the operator has to run."""
-        if not self._is_plain(x, weight):
+        if not self._is_plain(x, weight, bias):
             return None
-        layout = GroupLayout.of(self.rows.bounds(x), self.scale, self.scales, x, self.memory)
+        layout = GroupLayout.of(self.rows.bounds(x), self.scale, self.scales, self.lora_A, self.memory)
         return ProductPlan.of(x, weight, self.lora_A.shape[1], layout, len(self.rows))
 
 

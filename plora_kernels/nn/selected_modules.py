@@ -12,6 +12,7 @@ from torch.utils.weak import TensorWeakRef
 from plora_kernels.checks import check_unselected
 from plora_kernels.errors import ShapeError, StateError
 from plora_kernels.folding import Fold, fold, fold_many_
+from plora_kernels.nn.adapter_dtype import beside
 from plora_kernels.nn.distributed import gathered, is_sharded
 from plora_kernels.nn.folded_weight import FoldedWeight
 from plora_kernels.nn.replaced_parameters import mark_in_use, mark_replaced
@@ -121,8 +122,7 @@ class SelectedModules(FoldedWeight):
         """Keep the original and return the fold of all modules except `indices`, or None if that leaves none."""
         if not complement(indices, self.rank):
             return None
-        dtype = self.weight.dtype
-        lora_A, lora_B = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
+        lora_A, lora_B = (beside(self.weight, factor.detach()) for factor in (self.lora_A, self.lora_B))
         weight, out = self._keep_original()
         return Fold(weight, lora_A, lora_B, indices, self.scale, out=out)
 
@@ -212,14 +212,18 @@ class SelectedModules(FoldedWeight):
             self.full_A = self.full_B = self._set_aside = None
         for parameter in (self.lora_A, self.lora_B):
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.to(self.weight.dtype)  # cast, perhaps, while all R were selected
+            parameter.data = self._beside_weight(parameter.data)  # cast, perhaps, while all R were selected
         self.selected_index, self._selected, self._unselected = None, None, "folded"
+
+    def _beside_weight(self, factor: Tensor) -> Tensor:
+        """Return a factor in a dtype that may stand beside the weight."""
+        return beside(self.weight, factor)
 
     def _folded_anew(self, weight: Tensor) -> Tensor | None:
         if self._selected is None or self.full_A is None or self.full_B is None:
             return None
-        factors = self.full_A.detach().to(weight.dtype), self.full_B.detach().to(weight.dtype)
-        return fold(weight, *factors, self._selected, scale=self._selected_scale)
+        lora_A, lora_B = (beside(weight, factor.detach()) for factor in (self.full_A, self.full_B))
+        return fold(weight, lora_A, lora_B, self._selected, scale=self._selected_scale)
 
     def refuse_selection(self, action: str) -> None:
         """Raise StateError if modules are selected; `action` names in the message what cannot be done then."""
@@ -234,7 +238,7 @@ class SelectedModules(FoldedWeight):
         if self.full_A is None or self.full_B is None or self.selected_index is None:
             return self.lora_A, self.lora_B
         places = self.selected_index[: self.lora_A.shape[0]].long().to(self.full_A.device)
-        # A caller may have cast the trained parameters, for instance to fp32 over a bf16 base.
+        # A caller may have cast the trained parameters.
         lora_A, lora_B = self.lora_A.to(self.full_A.dtype), self.lora_B.to(self.full_B.dtype)
         return self.full_A.index_copy(0, places, lora_A), self.full_B.index_copy(1, places, lora_B)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from plora_kernels.dispatch import is_watched
-from plora_kernels.functional import autocast_dtype
+from plora_kernels.checks import may_adapt
+from plora_kernels.dispatch import autocast_dtype, is_watched
 from plora_kernels.nn.distributed import refuse_unreduced
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.ops.projections import Computed, JointGradient, Projection, attach, forward
@@ -245,12 +245,16 @@ def _may_share(x: Tensor) -> bool:
 
 def _fit_together(x: Tensor, projections: Sequence[Projection]) -> bool:
     """Say whether the projections can be computed together. If they do not fit, the layer runs alone and raises."""
-    tensors = [t for projection in projections for t in projection[:4] if t is not None]
     weights = [projection.weight for projection in projections]
-    dtype, device, k = x.dtype, x.device, x.shape[-1]
+    bases = weights + [projection.bias for projection in projections if projection.bias is not None]
+    factors = [factor for projection in projections for factor in (projection.lora_A, projection.lora_B)]
+    of_factors, dtype, device, k = factors[0].dtype, x.dtype, x.device, x.shape[-1]
     return (
-        not is_watched(x, *tensors)
-        and all(t.dtype is dtype and t.device == device and not t.is_inference() for t in tensors)
+        not is_watched(x, *bases, *factors)
+        and all(t.device == device and not t.is_inference() for t in (*bases, *factors))
+        and all(base.dtype is dtype for base in bases)
+        and may_adapt(of_factors, dtype)
+        and all(factor.dtype is of_factors for factor in factors)
         and all(weight.shape[1] == k and weight.is_contiguous() for weight in weights)
         and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
     )

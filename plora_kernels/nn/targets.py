@@ -12,6 +12,7 @@ from torch import nn
 
 from plora_kernels.errors import PLoRAWarning, TargetError
 from plora_kernels.nn.config import PLoRAConfig, is_all_linear, pattern_matches
+from plora_kernels.nn.quantized.known import check_quantized, kind_of
 from plora_kernels.nn.replaceable import check_replaceable, class_name, unsupported_dtype
 from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.weight_reads import find_weight_reads
@@ -41,7 +42,8 @@ def find_targets(model: nn.Module, config: PLoRAConfig) -> list[str]:
             if name in reads:
                 raise TargetError(f"target module {name!r} cannot be adapted: {reads[name]}; exclude it")
     for name in names:
-        check_replaceable(modules[name], f"target module {name!r} is")
+        check = check_replaceable if kind_of(modules[name]) is None else check_quantized
+        check(modules[name], f"target module {name!r} is")
     aliases = _other_names(model, names)
     if aliases:
         shown = ", ".join(f"{name} is also {other}" for other, name in list(aliases.items())[:3])
@@ -94,18 +96,20 @@ def _named(
 
 
 def _all_linear(model: nn.Module, kept: Mapping[str, nn.Module]) -> list[str]:
-    """Return every plain nn.Linear but the output layer; name the others that PEFT would adapt in one warning."""
+    """Return every linear but the output layer, plain or quantised; name others PEFT would adapt in one warning."""
     head = _output_layer(model)
     candidates = {name: module for name, module in kept.items() if module is not head}
-    reads = find_weight_reads(model, [name for name, module in candidates.items() if type(module) is nn.Linear])
+    quantized = {name for name, module in candidates.items() if kind_of(module) is not None}
+    linears = quantized | {name for name, module in candidates.items() if type(module) is nn.Linear}
+    reads = find_weight_reads(model, [name for name in candidates if name in linears])
     names: list[str] = []
     left_out: dict[str, list[str]] = {}
     for name, module in candidates.items():
-        if unsupported_dtype(module) is not None:
+        if name not in quantized and unsupported_dtype(module) is not None:
             check_replaceable(module, f"target_modules is 'all-linear' and {name!r} is")
         if name in reads:
             left_out.setdefault(reads[name], []).append(name)
-        elif type(module) is nn.Linear:
+        elif name in linears:
             names.append(name)
         elif _is_other_linear(module):
             left_out.setdefault(f"{class_name(module)} instead of a plain nn.Linear", []).append(name)
@@ -137,7 +141,7 @@ def _holds_weights(module: nn.Module) -> bool:
         return False
     name = type(module).__name__.lower()
     least = 2 if "expert" in name or "router" in name else 3
-    shapes = [p.shape for p in module.parameters(recurse=False) if p.is_floating_point()]
+    shapes = [p.shape for p in module.parameters(recurse=False)]  # of integers if they are quantised
     return any(least <= len(shape) <= 3 and min(shape) > 1 for shape in shapes)
 
 

@@ -81,7 +81,7 @@ def linear(
     operands = x, weight, lora_A, lora_B
     if grouped_products.serves(*operands, index, dropout_p) and not is_watched(*operands):
         bounds = tuple(host_bounds(offsets, math.prod(x.shape[:-1])))
-        form = grouped_products.GroupLayout.of(bounds, scale, scales, x)
+        form = grouped_products.GroupLayout.of(bounds, scale, scales, lora_A)
         return grouped_products.ProductPlan.of(x, weight, lora_A.shape[1], form, lora_A.shape[0]).apply(*operands, bias)
     return _call(
         x, weight, lora_A, lora_B, bias, index, offsets, scales, scale, frozen, keeps_s(lora_B), dropout_p,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plora_kernels.backend import fallback_to_torch, runs_kernels
-from plora_kernels.dispatch import as_rows, is_recorded, shaped_as
+from plora_kernels.dispatch import as_rows, is_recorded, shaped_as, without_autocast
 from plora_kernels.fallback import projections as fallback
 
 
@@ -138,7 +138,10 @@ class JointGradient:
             if torch._C._will_engine_execute_node(other):
                 return None
         del self._gatherings[run]
-        return _input_gradient(gathering.parts).view(self._shape) if gathering.parts else None
+        if not gathering.parts:
+            return None
+        with without_autocast(gathering.parts[0].dy.device.type):
+            return _input_gradient(gathering.parts).view(self._shape)
 
 
 class _Attach(torch.autograd.Function):
@@ -178,7 +181,8 @@ class _Attach(torch.autograd.Function):
             else:
                 dy_rows, x_rows = as_rows(dy), as_rows(x)
                 operands = Projection(weight, lora_A, lora_B, None, ctx.scale, index)
-                ds, d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, operands, need_A, need_B)
+                with without_autocast(dy.device.type):
+                    ds, d_lora_A, d_lora_B = _factor_gradients(dy_rows, x_rows, s, operands, need_A, need_B)
                 d_bias = dy_rows.sum(0) if need_bias else None
                 part = _Part(dy_rows, weight, ds, lora_A, ctx.scale)
         if need_x:

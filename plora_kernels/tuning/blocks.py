@@ -124,6 +124,7 @@ class FoldBlocks:
 
 S = TypeVar("S", SideBlocks, GradientBlocks)
 Blocks = MatmulBlocks | SideBlocks | OutputGradientBlocks | GradientBlocks | FoldBlocks
+B = TypeVar("B", bound=Blocks)
 
 KINDS: dict[str, type] = {
     "forward": MatmulBlocks,
@@ -187,15 +188,48 @@ def tile(size: int, most: int) -> int:
     return min(most, max(16, 1 << max(0, size - 1).bit_length()))
 
 
-def beside_product(blocks: S, dtype: str) -> S:
+def beside_product(blocks: S, dtype: str, *, wide_factors: bool = False) -> S:
     """Return blocks of a side product, or of dA and dB, that leave a multiprocessor room for a program of the product.
 
     Their tile is 64×64, with as many stages as the room allows, four at most.
     """
-    itemsize = 4 if dtype == "float32" else 2
-    stages = max(1, min(4, ROOM_BYTES // (itemsize * 64 * (64 + blocks.block_r))))
     size = {"block_k" if isinstance(blocks, SideBlocks) else "block_d": 64}
-    return replace(blocks, block_m=64, num_warps=4, num_stages=stages, **size)
+    blocks = replace(blocks, block_m=64, num_warps=4, num_stages=4, **size)
+    return _with_fewer_stages(blocks, dtype, ROOM_BYTES, wide_factors)
+
+
+def for_wide_factors(blocks: B, shape: ShapeClass, capability: int) -> B:
+    """Return blocks for factors in fp32 beside the half precision of `shape`, given those for factors in that.
+
+    Tiles of factors that a main loop loads take more shared memory, so there may be fewer stages. fp32 numbers take
+    more registers, so a large tile adds fewer of many modules at a time, and a fold, which multiplies each of them in
+    parts, has smaller tiles: 64 columns, if matrix units read from shared memory, else those of an fp32 weight. Where
+    Hopper then adds many ranks at a time to 64×64 elements, a later GPU, whose compiler would spill, adds 16 to
+    64×128. A large tile of B in registers is made smaller and spread over more warps.
+    """
+    from_shared_memory = Hardware(capability, 1).has_tma
+    if isinstance(blocks, FoldBlocks):
+        if from_shared_memory and blocks.block_n >= 64:
+            blocks = replace(blocks, block_n=64)
+            if not Hardware(capability, 1).is_hopper:
+                return replace(blocks, block_k=min(blocks.block_k, 128), block_r=min(blocks.block_r, 16))
+            return replace(blocks, block_k=min(blocks.block_k, 64 if blocks.block_r > 16 else 128))
+        return replace(blocks, block_n=min(blocks.block_n, 32), block_k=min(blocks.block_k, 128), block_r=16)
+    if isinstance(blocks, MatmulBlocks):
+        large, many = (128 * 256, 64) if from_shared_memory else (128 * 128, 32)
+        if blocks.block_m * blocks.block_n >= large and shape.r > many:
+            blocks = replace(blocks, block_r=min(blocks.block_r, 16))
+    if isinstance(blocks, OutputGradientBlocks) and not from_shared_memory and blocks.block_n * blocks.block_r >= 8192:
+        blocks = replace(blocks, block_n=min(blocks.block_n, 128), num_warps=8)
+    return _with_fewer_stages(blocks, shape.dtype, shared_bytes(capability), True)
+
+
+def _with_fewer_stages(blocks: B, dtype: str, limit: int, wide_factors: bool) -> B:
+    """Return blocks with so many stages that they take at most `limit` bytes of shared memory, or with one."""
+    stages = blocks.num_stages
+    while stages > 1 and staged_bytes(replace(blocks, num_stages=stages), dtype, wide_factors=wide_factors) > limit:
+        stages -= 1
+    return replace(blocks, num_stages=stages)
 
 
 def shared_bytes(capability: int) -> int:
@@ -211,27 +245,30 @@ def shared_bytes(capability: int) -> int:
     return 99_000 if capability > 80 else 64_000
 
 
-def staged_bytes(blocks: Blocks, dtype: str) -> int:
+def staged_bytes(blocks: Blocks, dtype: str, *, wide_factors: bool = False) -> int:
     """Return the bytes of the tiles in flight over all pipeline stages: a lower bound of a program's shared memory.
 
-    Persistent designs need in addition half an output tile, which is stored while the next loads arrive.
+    Persistent designs need in addition half an output tile, which is stored while the next loads arrive. With
+    `wide_factors` the factors are fp32 beside a half-precision `dtype`: in flight are then fp32 tiles of them, and one
+    that is rounded.
     """
     itemsize = 4 if dtype == "float32" else 2
+    factors, beside = 0, 0  # elements of a tile of a factor, and of other tiles that are not loaded in stages
     match blocks:
         case MatmulBlocks(design="algebra" | "algebra_first") | FoldBlocks():
             return 0
         case MatmulBlocks():
-            side = blocks.block_r if blocks.design in ("tile", "persistent") else 0
-            elements = blocks.block_k * (blocks.block_m + blocks.block_n + side)
+            elements = blocks.block_k * (blocks.block_m + blocks.block_n)
+            factors = blocks.block_k * blocks.block_r if blocks.design in ("tile", "persistent") else 0
             beside = blocks.block_m * blocks.block_n // 2 if blocks.design in PERSISTENT_DESIGNS else 0
-            return itemsize * (elements * blocks.num_stages + beside)
         case SideBlocks():
-            elements = blocks.block_k * (blocks.block_m + blocks.block_r)
+            elements, factors = blocks.block_k * blocks.block_m, blocks.block_k * blocks.block_r
         case OutputGradientBlocks():
             elements = blocks.block_m * (blocks.block_n + blocks.block_r)
         case GradientBlocks():
             elements = blocks.block_m * (blocks.block_d + blocks.block_r)
-    return itemsize * elements * blocks.num_stages
+    of_factors = 4 * (blocks.num_stages - 1) + itemsize if wide_factors else itemsize * blocks.num_stages
+    return itemsize * (elements * blocks.num_stages + beside) + of_factors * factors
 
 
 def row_splits(rows: int, width: int, programs: int, block_m: int, waves: int, multiprocessors: int) -> int:

@@ -16,7 +16,15 @@ from typing import TypeVar
 import torch
 
 from plora_kernels.errors import ConfigError
-from plora_kernels.tuning.blocks import Blocks, Hardware, ShapeClass, shared_bytes, staged_bytes, tile
+from plora_kernels.tuning.blocks import (
+    Blocks,
+    Hardware,
+    ShapeClass,
+    for_wide_factors,
+    shared_bytes,
+    staged_bytes,
+    tile,
+)
 from plora_kernels.tuning.defaults import default_blocks
 from plora_kernels.tuning.tables import PACKAGED, Entry, Table, device_key, load_table, user_folder
 
@@ -31,14 +39,19 @@ _taken: dict[str, Blocks] | None = None
 _generation = 0
 
 
-def find_blocks(kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool) -> B:
+def find_blocks(
+    kind: type[B], shape: ShapeClass, device: torch.device, aligned: bool, *, wide_factors: bool = False
+) -> B:
     """Return the blocks, of the class `kind`, that a launch of this shape takes on a device.
 
     The first of these: the blocks of `override_blocks`; the nearest entry in the user's table for the device, in the
     packaged table for it, and in the packaged table of the most similar device; the default. Tables are used for
-    aligned shapes only.
+    aligned shapes only. With `wide_factors`, that is factors in fp32 beside the shape's half precision, all of them,
+    which are for factors in that precision, go through `for_wide_factors`.
     """
     blocks = _forced.get(shape.op) or _chosen(shape, device, aligned)
+    if wide_factors:
+        blocks = for_wide_factors(blocks, shape, capability_of(device))
     if _taken is not None:
         _taken[shape.op] = blocks
     if not isinstance(blocks, kind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +18,8 @@ from plora_kernels.tuning import lookup
 from plora_kernels.tuning.blocks import DESIGNS, MatmulBlocks, ShapeClass
 from plora_kernels.tuning.candidates import candidates
 from tests.support.equality import assert_equal
+from tests.support.groups import draw_grouped
+from tests.support.mixed_precision import assert_rounded_once, check_mixed, widened
 from tests.support.numerics import check, in_form, make_problem, run
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +48,17 @@ def first_of(design: str, shape: ShapeClass) -> MatmulBlocks | None:
     return next(same, None)
 
 
+def forced(design: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Return a context in which layers of this size (rows, K, N, R) run a design; skip the test if it is none here."""
+    rows, k, n, rank = size
+    name = str(dtype).removeprefix("torch.")
+    forward = first_of(design, ShapeClass("forward", name, rows, k, n, rank))
+    backward = first_of(design, ShapeClass("input_gradient", name, rows, n, k, rank))
+    if forward is None or backward is None:
+        pytest.skip(f"{design} is no candidate here")
+    return lookup.override_blocks({"forward": forward, "input_gradient": backward})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "size", [(512, 256, 384, 16), (1000, 512, 256, 64), (37, 48, 80, 5), (300, 256, 512, 100)], ids=str
@@ -53,15 +66,46 @@ def first_of(design: str, shape: ShapeClass) -> MatmulBlocks | None:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_designs_are_within_the_bound(design: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     rows, k, n, rank = size
-    name = str(dtype).removeprefix("torch.")
-    forward = first_of(design, ShapeClass("forward", name, rows, k, n, rank))
-    backward = first_of(design, ShapeClass("input_gradient", name, rows, n, k, rank))
-    if forward is None or backward is None:
-        pytest.skip(f"{design} is no candidate here")
-    with lookup.override_blocks({"forward": forward, "input_gradient": backward}):
+    with forced(design, size, dtype):
         for form in ("folded", "frozen"):
             check(make_problem(rows, k, n, rank, dtype, **in_form(form, rank, rank)))
         check(make_problem(rows, k, n, rank, dtype, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(512, 256, 384, 16), (1000, 512, 256, 64), (37, 48, 80, 5)], ids=str)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_designs_take_fp32_factors(design: str, size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    rows, k, n, rank = size
+    with forced(design, size, dtype):
+        for form in (None, "folded", "frozen"):
+            problem = widened(make_problem(rows, k, n, rank, dtype, **in_form(form, rank, rank)))
+            check_mixed(problem)
+            _, _, dA, dB, _ = run(problem)
+            for gradient in (dA, dB):
+                assert not gradient.any() or not torch.equal(gradient.to(dtype).float(), gradient)
+        check_mixed(widened(make_problem(rows, k, n, rank, dtype, dropout_p=0.3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [5, 64])
+def test_groups_take_fp32_factors(rank: int, dtype: torch.dtype) -> None:
+    for share, unselected in ((None, "folded"), (0.5, "frozen")):
+        for p in (0.0, 0.3):
+            options = {"share": share, "unselected": unselected, "dropout_p": p}
+            check_mixed(widened(draw_grouped((300, 0, 37, 512), 256, 384, rank, dtype, **options)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(384, 256, 16), (512, 1024, 64), (29, 50, 5)], ids=str)
+def test_folds_of_fp32_factors_are_rounded_once(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    n, k, rank = size
+    weight = torch.randn(n, k, device="cuda").to(dtype)
+    lora_A, lora_B = torch.randn(rank, k, device="cuda"), torch.randn(n, rank, device="cuda")
+    folded = pk.fold(weight, lora_A, lora_B, [0], scale=0.3)
+    assert_rounded_once(folded, weight, lora_A[1:], lora_B[:, 1:], 0.3)
+    jobs = [pk.Fold(weight.clone(), lora_A, lora_B, [0], 0.3), pk.Fold(weight.clone(), lora_A, lora_B, [0], 0.3)]
+    assert_equal(pk.fold_many_(jobs), [folded, folded])
 
 
 @contextmanager
@@ -96,7 +140,9 @@ def test_every_way_to_overlap_is_within_the_bound() -> None:
             for blocks in overlapping(op, rows, *sizes, rank):
                 with taking(op, blocks):
                     for form in (None, "frozen"):
-                        check(make_problem(rows, k, n, rank, torch.bfloat16, **in_form(form, rank, rank)))
+                        problem = make_problem(rows, k, n, rank, torch.bfloat16, **in_form(form, rank, rank))
+                        check(problem)
+                        check_mixed(widened(problem))
 
 
 def launch_apart(kernel: object, grid: tuple[int, ...], *arguments: object, **named: object) -> None:

@@ -19,6 +19,7 @@ FIELDS = [
     *("round", "accuracy", "loss", "init_noise", "agg_noise", "agg_noise_module"),
     *("factor_noise", "factor_noise_A", "factor_noise_B", "upload_bytes", "download_bytes"),
     *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
+    *("tokens_per_second", "padding_share"),
     *("peak_memory_bytes", "clients_per_pass"),
     *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
 ]

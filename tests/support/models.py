@@ -24,10 +24,10 @@ def tiny_bert(labels: int = 3, **sizes: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(num_labels=labels, **without_dropout, **sizes)).eval()
 
 
-def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
+def tiny_llama(tied: bool = False, **sizes: int) -> LlamaForCausalLM:
     """Return a two-layer Llama."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **heads, **SIZES)).eval()
+    sizes = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)).eval()
 
 
 def tiny_distilbert() -> DistilBertForSequenceClassification:

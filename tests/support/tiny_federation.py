@@ -21,7 +21,7 @@ FEATURES, HIDDEN, WIDTH, LABELS = 7, 11, 5, 3
 HEAD = ("head",)
 MATRICES = ("body.first", "body.second")
 # Endings of the names of fields that are measured and differ from run to run.
-MEASURED = ("_seconds", "peak_memory_bytes")
+MEASURED = ("_seconds", "_per_second", "peak_memory_bytes")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "clients": {"count": 4, "per_round": 3, "ranks": [1, 2, 3, 6], "memory_mib": []},
@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "unselected": "folded",
         "selection": "random",
         "dropout": 0.0,
+        "dtype": "auto",
     },
     "train": {
         "optimizer": "adamw",
@@ -47,11 +48,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head": "train",
         "weighting": "uniform",
         "max_grad_norm": 0.0,
+        "batching": "auto",
         "gradient_checkpointing": False,
     },
     "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "patience": 10},
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
-    "measure": {"noise": True, "similarity": True, "memory": True, "clients": True},
+    "measure": {"noise": True, "similarity": True, "memory": True, "clients": True, "generate": "every"},
 }
 
 

@@ -151,3 +151,52 @@ def test_what_does_not_fit_is_named() -> None:
     loss = layer.plain.linear(inputs(3), layer.weight, None).sum()
     with pytest.raises(pk.ConfigError, match="the groups of layer q have no memory for gradients"):
         pk.group_gradients(loss, {"q": layer.plain})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", ["AB", "A", "B"])
+@pytest.mark.parametrize("own_scales", [False, True])
+@pytest.mark.parametrize("few", [0, 2**16], ids=["one by one", "batched"])
+def test_fp32_factors_beside_half_precision_are_written_once(
+    dtype: torch.dtype, trained: str, own_scales: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results are no further from exact ones than the operator's, and gradients go to the memory without a copy."""
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+    monkeypatch.setattr(grouped_products, "FEW_SUMS", few)
+    sizes = (3, 1, 0, 1)
+    layer = Layer(sizes, 1, [0.5 + g for g in range(4)] if own_scales else 0.7, trained)
+    leaves = [layer.A.detach().float(), layer.B.detach().float()]
+    memory = [None if own is None else torch.full_like(own, torch.nan, dtype=torch.float32) for own in layer.memory]
+    for leaf, own in zip(leaves, memory, strict=True):
+        leaf.requires_grad_(own is not None)
+    scale = layer.groups.scales if own_scales else 0.7
+    groups = pk.GroupModules.of(layer.rows, *leaves, scale=scale, gradients=tuple(memory))
+    x, dy = inputs(5).to(dtype), torch.randn(5, LENGTH, N).to(dtype)
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+
+    def differentiated(of: pk.GroupModules, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        y = of.linear(x, weight.to(dtype), bias.to(dtype))
+        trained = [factor for factor in (of.lora_A, of.lora_B) if factor.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, [x, *trained], dy.to(dtype))]
+
+    found = differentiated(groups, x, dtype)
+    own = [one for one in memory if one is not None]
+    assert [one.data_ptr() for one in found[2:]] == [one.data_ptr() for one in own]
+    assert all(one.dtype is torch.float32 for one in own)
+    monkeypatch.setattr(grouped_products, "serves", lambda *_: False)
+    operators = differentiated(pk.GroupModules.of(layer.rows, *leaves, scale=scale), x, dtype)
+    wide = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    exact = differentiated(pk.GroupModules.of(layer.rows, *wide, scale=scale), x.double(), torch.float64)
+    for one, other, truth in zip(found, operators, exact, strict=True):
+        assert one.dtype is other.dtype
+        assert (one - truth).norm() <= 1.02 * (other - truth).norm()
+
+
+@pytest.mark.usefixtures("without_group_weights")
+def test_a_bias_of_another_dtype_is_refused_by_groups_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+    layer, x = Layer((2, 1), 8), inputs(3)
+    layer.groups.linear(x, layer.weight, layer.bias)
+    with pytest.raises(pk.DTypeError, match=r"bias is torch\.float32, x is torch\.float64"):
+        layer.groups.linear(x, layer.weight, layer.bias.float())

@@ -36,7 +36,7 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that receives the op of every launch whose blocks are looked up; a replay looks up none."""
     found: list[str] = []
     for module in (adapted_matmul, factor_gradient, grouped_matmul, projections_forward, side_product):
-        note_calls(monkeypatch, module, "find_blocks", lambda kind, shape, *rest: shape.op, found)
+        note_calls(monkeypatch, module, "find_blocks", lambda kind, shape, *rest, **named: shape.op, found)
     return found
 
 

@@ -33,10 +33,12 @@ def _started(rank: int, work: Callable[[int], None], file: str) -> None:
         dist.destroy_process_group()
 
 
-def model_of(seed: int, size: int = 16, layers: int = 1) -> tuple[nn.Module, pk.Injected]:
+def model_of(
+    seed: int, size: int = 16, layers: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, pk.Injected]:
     """Return a model whose every layer is adapted, and its handle."""
     torch.manual_seed(seed)
-    model = nn.Sequential(*(nn.Linear(size, size) for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(size, size, dtype=dtype) for _ in range(layers)))
     handle = pk.inject(model, pk.PLoRAConfig(rank=8, target_modules="all-linear"))
     for layer in handle.layers.values():
         nn.init.normal_(layer.lora_B, std=0.1)
@@ -55,7 +57,8 @@ def train(model: nn.Module, rank: int, size: int = 16) -> None:
     """Train for one step on rows of this process's own."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(rank + 1)
-    model(torch.randn(4, size)).square().mean().backward()
+    x = torch.randn(4, size).to(next(model.parameters()).dtype)
+    model(x).float().square().mean().backward()
     optimizer.step()
 
 
@@ -157,6 +160,36 @@ def dist_file_folder() -> str:
     return str(found[0])
 
 
-@pytest.mark.parametrize("work", [data_parallel, sharded], ids=lambda work: work.__name__)
+def in_mixed_precision(rank: int) -> None:
+    """Check fp32 factors over bf16 under both wrappers: as without a wrapper, and alike in all processes."""
+    for form in FORMS:
+        model, handle = model_of(rank, dtype=torch.bfloat16)
+        if form is not None:
+            handle.select([0, 3], form)
+        train(DistributedDataParallel(model), rank)
+        factors = handle.factors()["0"]
+        assert [factor.dtype for factor in factors] == [torch.float32] * 2
+        assert agree(*factors)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    model, handle = model_of(0, layers=2, dtype=torch.bfloat16)
+    before, x = handle.factors()["0"], torch.ones(4, 16).bfloat16()
+    expected = model(x)
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert torch.equal(model(x), expected)
+    train(model, rank)
+    factors = handle.factors()["0"]
+    assert [factor.dtype for factor in factors] == [torch.float32] * 2
+    assert agree(*factors)
+    assert not torch.equal(factors[0], before[0])
+    state = model.state_dict()
+    assert (state["0.weight"].dtype, state["0.lora_A"].dtype) == (torch.bfloat16, torch.float32)
+
+
+WORK = [data_parallel, sharded, pytest.param(in_mixed_precision, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
 def test_layers_in_two_processes(work: Callable[[int], None], tmp_path: Path) -> None:
     in_two_processes(work, tmp_path)

@@ -184,8 +184,8 @@ def test_runs_without_storage() -> None:
 
 @pytest.mark.parametrize("form", ["folded", "frozen"])
 def test_trained_parameters_may_be_cast(form: str) -> None:
-    # As in mixed precision: fp32 adapters over a half-precision base.
-    layer = make(dtype=torch.bfloat16)
+    # As a caller may do who asked for adapters in half precision.
+    layer = make(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
     layer.select([0, 2], form)
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
     x = torch.randn(3, 7)

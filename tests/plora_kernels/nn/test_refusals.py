@@ -90,7 +90,10 @@ def with_state_hook() -> nn.Linear:
 
 REFUSED = {
     "float8": (lambda: of_dtype(torch.float8_e4m3fn), r"a Linear that holds torch\.float8_e4m3fn; quantised weights"),
-    "int8": (lambda: of_dtype(torch.int8), r"a Linear that holds torch\.int8; quantised weights are not supported"),
+    "int8": (
+        lambda: of_dtype(torch.int8),
+        r"a Linear that holds torch\.int8; quantised weights .* \(4 and 8 bits\) .* plora-kernels\[quantized\]",
+    ),
     "complex": (lambda: of_dtype(torch.complex64), r"a Linear that holds torch\.complex64"),
     "bitsandbytes": (Quantised, r"a Quantised that holds torch\.uint8; .* load the model in bf16, fp16 or fp32"),
     "gptq": (Packed, r"a Packed that holds torch\.int32; quantised weights"),

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import plora_kernels as pk
 from plora_kernels import reference
 from plora_kernels.counter_rng import keep_mask, multiplier
+from plora_kernels.fallback.linear import where_kept
 from tests.support.hashing import word_by_hand
 from tests.support.layer_inputs import GROUPS, layer_inputs
 
@@ -184,3 +185,14 @@ def test_a_compiler_traces_the_mask() -> None:
     seed = torch.tensor(3)
     traced = torch.compile(lambda seed: keep_mask(seed, 8, 16, 0.3), backend="eager", fullgraph=True)
     assert torch.equal(traced(seed), keep_mask(seed, 8, 16, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype) -> None:
+    odd = [torch.inf, -torch.inf, torch.nan, -0.0, 1.0, torch.finfo(dtype).tiny / 2, torch.finfo(dtype).max]
+    values = torch.tensor([odd, odd], dtype=dtype).t()  # not contiguous
+    kept = torch.tensor([[True, False]] * len(odd))
+    result = where_kept(values, kept)
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(result.view(words), torch.where(kept, values, 0.0).view(words))  # signs of zeros too
+    assert torch.equal(result[:, 1].view(words), torch.zeros(len(odd), dtype=words))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import plora_kernels as pk
-from plora_kernels.functional import autocast_dtype
+from plora_kernels.dispatch import autocast_dtype
 from tests.support.layer_inputs import GROUPS
 from tests.support.layer_inputs import layer_inputs as inputs
 from tests.support.models import adapted

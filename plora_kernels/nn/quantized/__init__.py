@@ -1,0 +1,1 @@
+"""Adapters over quantised linears of bitsandbytes and torchao, in the frozen form."""

@@ -55,6 +55,7 @@ Track = Annotated[
     typer.Option(metavar="NAME", help="Send rows to tensorboard, wandb or mlflow as well; repeatable."),
 ]
 Centralised = Annotated[bool, typer.Option(help="Compare with rank-R LoRA on all clients' data together.")]
+CopyBase = Annotated[bool, typer.Option("--copy-base", help="Copy the checkpoint, as model.copy_base = true.")]
 Jobs = Annotated[int, typer.Option(min=1, max=1024, help="How many runs at once, each in a process of its own.")]
 
 
@@ -100,11 +101,12 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
     centralised: Centralised = True,
     track: Track = None,
+    copy_base: CopyBase = False,
 ) -> int:
     """Run federated fine-tuning and save its configuration, rounds, base, adapter and report in a directory."""
     from fed import commands
 
-    config = configuration.load(source, _settings(settings, more, track))
+    config = configuration.load(source, _settings(settings, more, track, copy_base))
     return commands.run(config, _directory(out, source), overwrite, centralised)
 
 
@@ -129,6 +131,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/compare-NAME")] = None,
     jobs: Jobs = 1,
     track: Track = None,
+    copy_base: CopyBase = False,
 ) -> int:
     """Run methods, or values of a setting, with the same seeds and compare them.
 
@@ -140,7 +143,7 @@ def compare(
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     numbers = plans.parse_seeds(seeds) if seeds else ()
-    asked = plans.request(source, _settings(settings, more, track), names, numbers, vary, reference)
+    asked = plans.request(source, _settings(settings, more, track, copy_base), names, numbers, vary, reference)
     return commands.compare(plans.plan(asked), _directory(out, source, "compare-"), jobs)
 
 
@@ -194,9 +197,12 @@ def _directory(out: Path | None, source: str, prefix: str = "") -> Path:
     return directory
 
 
-def _settings(settings: Sequence[str] | None, more: Sequence[str] | None, track: Sequence[str] | None) -> list[str]:
+def _settings(
+    settings: Sequence[str] | None, more: Sequence[str] | None, track: Sequence[str] | None, copy_base: bool
+) -> list[str]:
     trackers = [f"tracker={list(track)!r}"] if track else []
-    return [*(settings or ()), *(more or ()), *trackers]
+    copied = ["model.copy_base=true"] if copy_base else []
+    return [*(settings or ()), *(more or ()), *trackers, *copied]
 
 
 def _fail(message: str, status: int = BAD_INPUT) -> NoReturn:

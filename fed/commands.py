@@ -26,7 +26,7 @@ from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
 from fed.locks import held
-from fed.models import base_model
+from fed.models.head import head_names
 from fed.report import tables
 from fed.report.comparison import collect
 from fed.simulation.checkpoint import last_round
@@ -55,7 +55,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
     began, screen = time.perf_counter(), Screen()
     directory = RunDirectory(out, overwrite, screen.warn)
     try:
-        with directory, running.limits(config.threads):
+        with directory, running.limits(config.threads, config.model.matmul_precision):
             data = datasets.load(config, screen.warn, screen.stage)
             with interruption.deferred():
                 model = _base(config, data, directory, screen)
@@ -87,7 +87,7 @@ def resume(out: Path, centralised: bool) -> int:
     config = read_config(out)
     trackers.require(config.tracker)
     try:
-        with held(out), running.limits(config.threads):
+        with held(out), running.limits(config.threads, config.model.matmul_precision):
             why = why_not_finished(out, config)
             wanted = centralised and not (out / CENTRALISED).is_file()
             if why is not None and last_round(out) is None:
@@ -95,11 +95,11 @@ def resume(out: Path, centralised: bool) -> int:
             if why is None:
                 screen.say(f"{out}: all {config.rounds} rounds are there already")
             if why is None and not wanted:
-                _check_base(out)
+                _check_base(out, config)
             else:
                 data = datasets.load(_with_own_tokenizer(config, out), screen.warn, screen.stage)
                 with interruption.deferred():
-                    model = running.reopen_base(out, data.label_names)
+                    model = running.reopen_base(out, config, data.label_names)
                     if why is not None:
                         _play(config, data, model, out, screen, lambda: None, resume=True)
                         wanted = centralised and not _keep_centralised(out)
@@ -127,10 +127,10 @@ def _centralised_steps(out: Path) -> list[int]:
     return sorted({sum(round(fmean(steps)) for steps in taken), sum(map(sum, taken))})
 
 
-def _check_base(out: Path) -> None:
+def _check_base(out: Path, config: RunConfig) -> None:
     """Raise FedError unless a finished run's base model is still the one that its adapter belongs to."""
     before = {name: value for name, value in input_digests_of(out).items() if name == BASE_MODEL}
-    check_same(before, {BASE_MODEL: model_digest(running.reopen_base(out))}, f"the run in {str(out)!r}")
+    check_same(before, {BASE_MODEL: model_digest(running.reopen_base(out, config))}, f"the run in {str(out)!r}")
 
 
 def _with_own_tokenizer(config: RunConfig, out: Path) -> RunConfig:
@@ -168,7 +168,8 @@ def noise(directory: Path) -> None:
     screen = Screen()
     recover(directory, screen.warn)
     run = read(directory)
-    with running.limits(run.config.threads), screen.wait("starting every client in every way"):
+    limits = running.limits(run.config.threads, run.config.model.matmul_precision)
+    with limits, screen.wait("starting every client in every way"):
         found = initialisation_noise.measure(directory, screen.warn)
     screen.table(initialisation_noise.table(found))
     from fed.report import write
@@ -240,7 +241,8 @@ def _play(
             on_row()
             advance(row["round"], round_note(row))
 
-        running.play(config, data, model, directory, on_round, screen.warn, resume, on_ready)
+        progress = screen.inner_progress(advance)
+        running.play(config, data, model, directory, on_round, screen.warn, resume, on_ready, progress)
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:
@@ -248,7 +250,7 @@ def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: P
     reached = []
     for steps in _centralised_steps(out):
         with screen.wait(f"centralised: {steps} steps"):
-            reached.append(running.centralised(config, data, model, base_model.head_names(model), steps))
+            reached.append(running.centralised(config, data, model, head_names(model), steps))
     write_centralised(out, reached)
 
 

@@ -33,8 +33,11 @@ from fed.types import Row
 
 _SPEED_OVER_SECONDS = 1800.0  # time left is estimated from the last half hour, because methods differ in speed
 
+_SAY_EVERY_SECONDS = 30.0
+
 # A callback that is called with the number of steps done and a note on the last one.
 Advance = Callable[[int, str], None]
+ONGOING = -1  # in place of the number of steps done: it is as before
 
 
 class _Output(Console):
@@ -80,7 +83,9 @@ class Screen:
             note, left = _plain("{task.fields[note]}"), _plain("left")
             with self.bars(MofNCompleteColumn(), note, TimeRemainingColumn(compact=True), left) as bar:
                 task = bar.add_task(printable(name), total=total, note="")
-                yield lambda done, note: bar.update(task, completed=done, note=printable(note))
+                yield lambda done, note: bar.update(
+                    task, completed=None if done == ONGOING else done, note=printable(note)
+                )
             return
 
         def advance(done: int, note: str) -> None:
@@ -88,6 +93,23 @@ class Screen:
                 self.say(f"{name} {done:>{len(str(total))}}/{total}  {note}")
 
         yield advance
+
+    def inner_progress(self, advance: Advance) -> Callable[[str, int, int], None]:
+        """Return a callback that shows what is done within a step of a stage: what, how much of it, of how much.
+
+        On a terminal it is the note of the stage's bar, elsewhere a line every half minute.
+        """
+        said = time.monotonic()
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if self.is_terminal:
+                advance(ONGOING, f"{what} {done}/{total}")
+            elif time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                self.say(f"  {what} {done}/{total}")
+
+        return show
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
@@ -163,9 +185,11 @@ def _fitting(lines: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[st
 
 
 def round_note(row: Row) -> str:
-    """Return a short note on a round: accuracy, loss and the clients' training time."""
+    """Return a short note on a round: accuracy, loss, the clients' training time, and for texts tokens a second."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-    return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s"
+    speed, padding = row.get("tokens_per_second"), row.get("padding_share")
+    tokens = "" if speed is None or padding is None else f"  {speed:.0f} tokens/s, {padding:.0%} padding"
+    return f"accuracy {percent(row):>6}  loss {loss}  {row['train_seconds']:.1f} s{tokens}"
 
 
 class ComparisonProgress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from fed.errors import FedError
 
 LOCK = ".lock"
+READS = 20
 # What file systems without locks say.
 _WITHOUT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -37,10 +39,7 @@ def held(directory: Path) -> Iterator[None]:
         if key in _held:
             raise FedError(f"{str(directory)!r} is in use by another thread of this process")
         if not _take(lock, directory):
-            pid = os.pread(lock, 20, 0).decode(errors="replace").strip("\0 ")
-            raise FedError(
-                f"{str(directory)!r} is in use by process {pid or '(unknown)'}; wait until it ends, or end it"
-            )
+            raise FedError(f"{str(directory)!r} is in use by process {_holder(lock)}; wait until it ends, or end it")
         if not _is_there(lock, folder):  # the process that held it has removed it at its end
             raise FedError(f"{str(directory)!r} was in use by another process until now; try again")
         _held[key] = threading.get_ident()
@@ -79,6 +78,31 @@ def _opened(directory: Path, path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _holder(lock: int) -> str:
+    """Return the number of the process that holds a lock, or "(unknown)".
+
+    A process writes it just after it took the lock, so for a second a number that is not there yet, or is that of a
+    process that was killed, is read again.
+    """
+    number = ""
+    for _ in range(READS):
+        number = os.pread(lock, 20, 0).decode(errors="replace").strip("\0 ")
+        if number.isdigit() and _lives(int(number)):
+            break
+        time.sleep(1 / READS)
+    return number or "(unknown)"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _identity(there: os.stat_result) -> tuple[int, int]:

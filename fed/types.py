@@ -13,11 +13,12 @@ from torch import Tensor
 class Metrics(TypedDict, total=False):
     """Metrics on the test set, and under `validation_…` the same on the validation set, if there is one."""
 
-    accuracy: float  # 0 … 1; for instructions the share of generated answers that are exactly right
+    # 0 … 1; for instructions the share of generated answers that are exactly right, None where none are generated
+    accuracy: float | None
     loss: float | None  # mean cross-entropy in nats, over samples or over answer tokens
     rouge_1: float | None  # for instructions only: mean ROUGE-1 and ROUGE-L of the generated answers, 0 … 1
     rouge_l: float | None
-    validation_accuracy: float
+    validation_accuracy: float | None
     validation_loss: float | None
     validation_rouge_1: float | None
     validation_rouge_l: float | None
@@ -54,6 +55,8 @@ class Row(Metrics, total=False):
     activation_bytes: int | None
     fold_seconds: float  # loading and folding the clients' starts and undoing it, sum over clients
     train_seconds: float
+    tokens_per_second: float | None  # trained on, without padding, in a second of training; None if rows are no texts
+    padding_share: float | None  # of the tokens computed in training, 0 … 1
     peak_memory_bytes: int | None
     clients_per_pass: int | None  # number of clients trained together; None if they train one after another
     client_accuracy: list[float] | None  # of each of `clients`, for its own label distribution, with its own model
@@ -217,6 +220,8 @@ class ClientUpdate:
     start has a penalty, the client may have dropped the last modules, which are then not in `selected`. `weight` is its
     aggregation weight p_i up to a common factor: 1 (uniform) or its number of samples. `loss` is the mean training loss
     over its `steps` local steps. `sent` names the factors that go to the server; `memory` is what the client keeps.
+    `tokens` is how many tokens it trained on, and `positions` how many were computed for that, padding included; rows
+    that are no texts count as one each.
     """
 
     client: Client
@@ -229,6 +234,8 @@ class ClientUpdate:
     sent: str = "AB"
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     footprint: Footprint | None = None
+    tokens: int = 0
+    positions: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,36 @@ On the command line and in error messages keys are written with dots: `train.lea
 TOML table `[train]`.
 """
 
+from fed.config.data import CHAT
 from fed.config.fields import why_no_path
-from fed.config.loader import apply, flat, load, load_saved, parse, preset_names, renamed, settings_of, table, write
+from fed.config.loader import (
+    EARLIER,
+    apply,
+    completed,
+    flat,
+    load,
+    load_saved,
+    parse,
+    preset_names,
+    renamed,
+    settings_of,
+    table,
+    write,
+)
 from fed.config.paths import PATHS, located, same_setting
-from fed.config.run import MOST_RUNS, CompareConfig, RunConfig
+from fed.config.run import MOST_RUNS, CompareConfig, RunConfig, quantized_fault
 from fed.config.toml_files import bad_character, parse_toml, read_toml_text, shown
 
 __all__ = [
+    "CHAT",
+    "EARLIER",
     "MOST_RUNS",
     "PATHS",
     "CompareConfig",
     "RunConfig",
     "apply",
     "bad_character",
+    "completed",
     "flat",
     "load",
     "load_saved",
@@ -24,6 +41,7 @@ __all__ = [
     "parse",
     "parse_toml",
     "preset_names",
+    "quantized_fault",
     "read_toml_text",
     "renamed",
     "same_setting",

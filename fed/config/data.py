@@ -22,6 +22,8 @@ GLUE = {
     "wnli": ("sentence1", "sentence2"),
 }
 INSTRUCTIONS = ("natural-instructions", "dolly")
+CHAT = "chat"  # the prompt that the checkpoint's chat template writes
+CHAT_USER = "{instruction}\n\n{input}"
 PROMPT = "{instruction}\n\nInput: {input}\n\nOutput:\n"
 PARTITIONS = ("dirichlet", "iid", "pathological", "natural")
 
@@ -29,9 +31,21 @@ _TURNED = {"rotate90": "turned by 90°", "rotate180": "turned by 180°", "invert
 
 
 class ModelConfig(Table):
-    """The base model: a local checkpoint, or without `path` a small ViT, pretrained on unshifted digits."""
+    """The base model: a local checkpoint, or without `path` a small ViT, pretrained on unshifted digits.
+
+    `dtype` is that of its weights; "auto" is the checkpoint's own, and float32 for the ViT. A classification head is
+    held in float32 over a base in half precision. `quantize` holds the linear layers of a checkpoint in 4 bits ("nf4")
+    or 8 ("int8"), by the library bitsandbytes. `attention` is transformers' `attn_implementation`; "auto" leaves it to
+    transformers. `matmul_precision` is how exact products of float32 matrices are, as torch names it. A run refers to
+    its checkpoint; with `copy_base` its directory holds a copy.
+    """
 
     path: PathName | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    attention: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$", max_length=100)] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    copy_base: bool = False
     pretrain_steps: Annotated[int, Field(ge=1, le=100_000)] = 500
     pretrain_learning_rate: Positive = 2e-3
     pretrain_batch_size: Count = 16
@@ -48,8 +62,9 @@ class DataConfig(Table):
 
     `task` is "classification" of the column `text`, with `text_pair` for pairs, into the values of `label`; or
     "instruction", in which a causal language model learns to answer `prompt` with the column `output`. In `prompt`
-    {column} stands for a row's value, and lines whose columns are all empty are left out. Evaluation generates at most
-    `max_new_tokens` tokens for each of at most `generated_rows` rows (0: all).
+    {column} stands for a row's value, and lines whose columns are all empty are left out. With `prompt` "chat" the
+    checkpoint's chat template writes the prompt, from `chat_system`, if there is one, and `chat_user`. Evaluation
+    generates at most `max_new_tokens` tokens for each of at most `generated_rows` rows (0: all).
 
     `partition` is how rows are divided among clients, by the values of `partition_by` or else by label: "dirichlet"
     (`clients.dirichlet_alpha`), "iid", "pathological" (`labels_per_client`), "natural" (all rows of a value go to one
@@ -72,8 +87,10 @@ class DataConfig(Table):
     text_pair: Name | None = None
     label: Name = "label"
     prompt: Annotated[str, Field(min_length=1, max_length=100_000)] = PROMPT
+    chat_user: Annotated[str, Field(min_length=1, max_length=100_000)] = CHAT_USER
+    chat_system: Annotated[str, Field(max_length=100_000)] = ""
     output: Name = "output"
-    max_length: Annotated[int, Field(ge=2, le=32_768)] = 128
+    max_length: Annotated[int, Field(ge=2, le=1_048_576)] = 128
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 32
     generated_rows: CountOrNone = 256
     shift: Literal["rotate90", "rotate180", "invert", "none"] = "rotate90"
@@ -141,6 +158,14 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
     for option, key in (("num_partitions", "clients.count"), ("partition_by", "data.partition_by")):
         if option in data.partition_options:
             raise ValueError(f"data.partition_options.{option} is set by {key}; it should not be given")
+    chats = data.task == "instruction" and data.prompt == CHAT
+    for key, usual in (("chat_system", ""), ("chat_user", CHAT_USER)):
+        if not chats and (value := getattr(data, key)) != usual:
+            raise ValueError(
+                f"data.{key} is {shown(value)}: it goes with data.task = 'instruction' and data.prompt = {CHAT!r}"
+            )
+    if data.task != "instruction" and data.prompt == CHAT:
+        raise ValueError(f"data.prompt is {CHAT!r}: it goes with data.task = 'instruction'")
     if data.name == "digits":
         _check_digits(data, model)
         return
@@ -176,6 +201,8 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
 
 
 def _check_digits(data: DataConfig, model: ModelConfig) -> None:
+    if model.attention != "auto":
+        raise ValueError(f"model.attention is {model.attention!r}: the embedded ViT takes 'auto'")
     if data.path is not None:
         raise ValueError(f"data.path is {data.path!r}: the digits need no file; data.name should be 'files'")
     if model.path is not None:

@@ -23,6 +23,8 @@ from fed.files import write_atomically
 PRESETS = Path(__file__).parent / "presets"
 # Keys that earlier versions named otherwise, with their present names; the files of saved runs may hold them.
 RENAMED = {"cohort_size": "clients_per_pass"}
+# What settings stood at before they were settings, where that is not their default.
+EARLIER: dict[str, dict[str, Any]] = {"model": {"dtype": "float32"}, "train": {"batching": "padded"}}
 # Tables with arbitrary keys: the share of clients of each rank, and the arguments of a partitioner.
 _OPEN = ("clients.ranks.", "data.partition_options.")
 # Settings that may differ between runs of the same experiment.
@@ -50,7 +52,7 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunCo
 def load_saved(path: Path) -> RunConfig:
     """Return the configuration that a run saved in its directory, perhaps with an earlier version's names of keys."""
     try:
-        return parse(renamed(read_toml(path, written=True)), where=str(path))
+        return parse(completed(read_toml(path, written=True)), where=str(path))
     except FileNotFoundError:
         raise FedError(f"there is no {path}, the configuration that a run saves") from None
 
@@ -161,6 +163,19 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def renamed(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table with keys of earlier versions replaced by their present names."""
     return {RENAMED.get(key, key): value for key, value in table.items()}
+
+
+def completed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested table of a saved run with what earlier versions called otherwise, or did not save.
+
+    >>> completed({"cohort_size": 2, "model": {"pretrain_steps": 9}})
+    {'clients_per_pass': 2, 'model': {'dtype': 'float32', 'pretrain_steps': 9}, 'train': {'batching': 'padded'}}
+    """
+    found = renamed(table)
+    for name, settings in EARLIER.items():
+        if isinstance(inner := found.get(name, {}), dict):
+            found[name] = {**settings, **inner}
+    return found
 
 
 def _require_known(key: str, where: str) -> None:

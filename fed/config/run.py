@@ -5,7 +5,7 @@ The defaults are those of the `digits` preset, except `threads`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,18 @@ class RunConfig(Table):
     hetlora: HetLoRAConfig = HetLoRAConfig()
     measure: MeasureConfig = MeasureConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _infer(cls, values: Any) -> Any:
+        """Hold unselected modules frozen over a quantised base, unless `adapter.unselected` says otherwise."""
+        if not isinstance(values, dict):
+            return values
+        model, adapter = values.get("model"), values.get("adapter", {})
+        quantised = isinstance(model, dict) and model.get("quantize", "none") != "none"
+        if quantised and isinstance(adapter, dict):
+            return {**values, "adapter": {"unselected": "frozen", **adapter}}
+        return values
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.cohort_compile and self.execution != "cohort":
@@ -58,6 +70,8 @@ class RunConfig(Table):
         check_method(self)
         check_clients(self)
         check_data(self.data, self.model)
+        check_quantized(self)
+        check_adapter_dtype(self)
         return self
 
 
@@ -94,6 +108,49 @@ def check_clients(config: RunConfig) -> None:
             f"train.client_steps is {shown(config.train.client_steps)} and train.local_epochs "
             f"{config.train.local_epochs:g}: one of the two may be set"
         )
+
+
+def check_adapter_dtype(config: RunConfig) -> None:
+    """Raise ValueError if AdamW is to keep its moments in float16.
+
+    There the second moment, 0.001 g² after a first gradient g, is 0 for g below 5e-3, and its root divides the step.
+    """
+    if config.adapter.dtype == "float16" and config.train.optimizer == "adamw":
+        raise ValueError(
+            "adapter.dtype is 'float16' and train.optimizer 'adamw': the squares of small gradients are 0 in it, and "
+            "steps have no bound; adapter.dtype = 'auto' or train.optimizer = 'sgd' would be right"
+        )
+
+
+def check_quantized(config: RunConfig) -> None:
+    """Raise ValueError if a base is to be quantised and something would be folded into it, or copied from it."""
+    form = config.model.quantize
+    if form == "none":
+        return
+    if config.model.path is None:
+        raise ValueError(f"model.quantize is {form!r}: the embedded ViT takes 'none'; a checkpoint needs model.path")
+    if fault := quantized_fault(config, f"model.quantize {form!r}"):
+        raise ValueError(fault)
+
+
+def quantized_fault(config: RunConfig, base: str) -> str | None:
+    """Return what a run asks of a quantised base, which `base` names, that none can do; None if there is nothing."""
+    from fed import methods
+
+    method = methods.find(config.method)
+    if config.model.copy_base:
+        return f"model.copy_base is true and {base}: a quantised base is never copied"
+    if config.adapter.unselected == "folded":
+        return (
+            f"adapter.unselected is 'folded' and {base}: nothing can be folded into a quantised base; 'frozen' would "
+            "be right"
+        )
+    if method.folds:
+        return (
+            f"method is {config.method!r} and {base}: {method.title} folds into the base, and nothing can be folded "
+            "into a quantised one; method = 'fed-plora' would be right"
+        )
+    return None
 
 
 def check_method(config: RunConfig) -> None:

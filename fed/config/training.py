@@ -59,7 +59,8 @@ class AdapterConfig(Table):
     """The global LoRA adapter: `rank` modules in each matrix, with scale alpha/rank, or alpha/√rank if rank-stabilised.
 
     `selection` is how Fed-PLoRA chooses the modules that a client trains, and `unselected` how the client holds the
-    others. `dropout` is the LoRA dropout of local training.
+    others. `dropout` is the LoRA dropout of local training. `dtype` is that of the factors; "auto" is float32 over
+    weights in half precision, else the weights' own.
     """
 
     rank: Rank = 16
@@ -71,6 +72,7 @@ class AdapterConfig(Table):
         "random", "shared-random", "first", "round-robin", "largest-norm", "least-visited", "gradient"
     ] = "random"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     @field_validator("target_modules")
     @classmethod
@@ -91,8 +93,11 @@ class TrainConfig(Table):
     `client_learning_rates`, also repeated, replaces `learning_rate`, except in centralised training. The head is
     trained and averaged ("train"), trained and kept by each client ("personal"), or not trained ("freeze").
     `weighting` makes the updates count equally ("uniform") or by the clients' numbers of samples ("samples").
-    `max_grad_norm = 0` turns gradient clipping off. With `gradient_checkpointing` the backward recomputes activations
-    instead of keeping them.
+    `batching` says how texts of unequal length share a batch: padded to the longest one, in parts of similar lengths
+    ("bucketed"), in one sequence without padding ("packed"), or as is fastest ("auto"): packed with flash attention on
+    a GPU and else in parts. Batches stay padded where steps are compiled, and with LoRA dropout where clients train one
+    after another or classify. `max_grad_norm = 0` turns gradient clipping off. With `gradient_checkpointing` the
+    backward recomputes activations instead of keeping them.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -107,6 +112,7 @@ class TrainConfig(Table):
     head: Literal["train", "personal", "freeze"] = "train"
     weighting: Literal["uniform", "samples"] = "uniform"
     max_grad_norm: NotNegative = 0.0
+    batching: Literal["auto", "padded", "bucketed", "packed"] = "auto"
     gradient_checkpointing: bool = False
 
 
@@ -137,12 +143,17 @@ class HetLoRAConfig(Table):
 
 
 class MeasureConfig(Table):
-    """Measurements besides accuracy, loss, bytes and time; each can be switched off to save time."""
+    """Measurements besides accuracy, loss, bytes and time; each can be switched off to save time.
+
+    `generate` is when a language model answers the test prompts: after every round, or only before the first and after
+    the last one ("last"). The loss of the right answers is measured after every round.
+    """
 
     noise: bool = True
     similarity: bool = True
     memory: bool = True
     clients: bool = True
+    generate: Literal["every", "last"] = "every"
 
 
 def _ranks_by_share(shares: dict[str, Any], count: int) -> Any:

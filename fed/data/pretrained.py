@@ -20,9 +20,13 @@ _TOKENIZER_FILES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tik
 
 def load_tokenizer(config: RunConfig) -> Any:
     """Load the checkpoint's tokenizer; if it has no padding token, it pads with its end token."""
+    return tokenizer_in(checkpoint_of(config))
+
+
+def tokenizer_in(path: Path) -> Any:
+    """Load the tokenizer in a folder, as `load_tokenizer` does."""
     from transformers import AutoTokenizer
 
-    path = checkpoint_of(config)
     with quiet(), failing_as(f"model.path is {str(path)!r}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Without tokenizer files transformers makes a tokenizer that has only special tokens.

@@ -27,6 +27,12 @@ class Table(Protocol):
     def lengths(self, rows: Tensor) -> Tensor:
         """Return the number of tokens of each of `rows`, (b,) int64 on the CPU; 1 if rows have no tokens."""
 
+    def counted(self, rows: Tensor) -> Tensor | None:
+        """Return the positions of `batch(rows)` that predict a token of an answer, or None if rows have one label.
+
+        They are the numbers row·L + column, (T,) int64 on the CPU, ascending.
+        """
+
     def to(self, device: torch.device) -> Self:
         """Return the table on another device."""
 
@@ -54,6 +60,10 @@ class DenseTable:
     def lengths(self, rows: Tensor) -> Tensor:
         """Return ones, (b,), because these rows are not padded."""
         return torch.ones(len(rows), dtype=torch.int64)
+
+    def counted(self, rows: Tensor) -> None:
+        """Return None, because these rows have one label each."""
+        return
 
     def to(self, device: torch.device) -> DenseTable:
         """Return the table on another device."""
@@ -132,6 +142,10 @@ class TextTable:
         """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens["input_ids"].lengths(rows)
 
+    def counted(self, rows: Tensor) -> None:
+        """Return None, because these rows have one label each."""
+        return
+
     def to(self, device: torch.device) -> TextTable:
         """Return the table on another device."""
         tokens = {name: sequences.to(device) for name, sequences in self.tokens.items()}
@@ -178,6 +192,30 @@ class InstructionTable:
             "labels": torch.where(answered, input_ids, IGNORED),
         }
 
+    def packed(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return `rows` in one sequence without padding: `input_ids`, `position_ids` and `labels`, (1, Σ L_i) int64.
+
+        Positions begin at 0 in each row, which tells models that it is another text. Labels are the tokens; which of
+        them count is `packed_counted`.
+        """
+        lengths = self.lengths(rows)
+        ends = lengths.cumsum(0)
+        within = torch.arange(int(lengths.sum())) - (ends - lengths).repeat_interleave(lengths)
+        places = (self.tokens.offsets[rows].repeat_interleave(lengths) + within).to(self.device, non_blocking=True)
+        tokens = self.tokens.values[places].long()[None]
+        return {
+            "input_ids": tokens,
+            "position_ids": within[None].to(self.device, non_blocking=True),
+            "labels": tokens,
+        }
+
+    def packed_counted(self, rows: Tensor) -> Tensor:
+        """Return the positions of `packed(rows)` before each answer token, (T,) int64 on the CPU, ascending."""
+        lengths, counted = self.lengths(rows), self.counted(rows)
+        width = int(lengths.max())
+        row = counted // width
+        return counted - row * width + (lengths.cumsum(0) - lengths)[row]
+
     def prompts(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the prompts only, `input_ids` and `attention_mask` (b, L) int64, padded on the left for generation."""
         input_ids, _ = self.tokens.padded(rows, self.tokenizer.pad_token_id)
@@ -192,6 +230,15 @@ class InstructionTable:
     def lengths(self, rows: Tensor) -> Tensor:
         """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.tokens.lengths(rows)
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """Return row·L + column of the positions of `batch(rows)` before each answer token, (T,) int64 on the CPU."""
+        lengths, prompts = self.lengths(rows), self.prompt_lengths[rows]
+        first = prompts.clamp(min=1) - 1  # nothing predicts a row's first token
+        counts = (lengths - 1 - first).clamp(min=0)
+        begun = counts.cumsum(0) - counts
+        starts = torch.arange(len(rows)) * int(lengths.max()) + first - begun
+        return torch.arange(int(counts.sum())) + starts.repeat_interleave(counts)
 
     def to(self, device: torch.device) -> InstructionTable:
         """Return the table on another device."""
@@ -229,13 +276,24 @@ class Split:
         """Return the number of tokens of each of `rows`, (b,) int64 on the CPU."""
         return self.table.lengths(self.rows[rows])
 
-    def batches(self, most_rows: int, most_tokens: int) -> Iterator[Tensor]:
+    def counted(self, rows: Tensor) -> Tensor | None:
+        """Return the positions of `batch(rows)` that predict a token of an answer; see `Table.counted`."""
+        return self.table.counted(self.rows[rows])
+
+    def longest(self, count: int) -> Split:
+        """Return a split of the `count` rows that have most tokens, or of all if there are fewer, longest first."""
+        order = self.lengths(torch.arange(len(self))).argsort(descending=True, stable=True)
+        return Split(self.table, self.rows[order[:count]])
+
+    def batches(self, most_rows: int, most_tokens: int, lengths: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the indices of batches of all rows, longest rows first.
 
         A batch has at most `most_rows` rows and, padding included, `most_tokens` tokens. A row longer than that has a
-        batch of its own. Rows of equal length keep their order.
+        batch of its own. Rows of equal length keep their order. `lengths` (n,) are the rows' numbers of tokens, if not
+        those of `Split.lengths`.
         """
-        lengths, order = self.lengths(torch.arange(len(self))).sort(descending=True, stable=True)
+        own = self.lengths(torch.arange(len(self))) if lengths is None else lengths
+        lengths, order = own.sort(descending=True, stable=True)
         first = 0
         while first < len(self):
             size = max(1, min(most_rows, most_tokens // int(lengths[first])))

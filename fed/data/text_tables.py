@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fed.config import RunConfig
+from fed.config import CHAT, RunConfig
 from fed.data.labels import order_classes, quoted
 from fed.data.partition import Array
 from fed.data.pretrained import require_positions, saved_label_names
 from fed.data.rows import Rows
 from fed.data.tables import InstructionTable, Table, TextTable
-from fed.data.tokenization import Stage, instruction_tokens, text_tokens
+from fed.data.tokenization import Stage, chat_tokens, instruction_tokens, text_tokens
 from fed.errors import FedError
 
 _COLUMN = re.compile(r"\{([^{}\n]+)\}")
@@ -81,12 +81,26 @@ def instruction_table(
     require_positions(config)
     found = rows.column("data.output", data.output, (str, int, list))
     answers = [_answers(value, place, data.output) for value, place in zip(found, rows.places, strict=True)]
-    tokenizer, tokens, prompts, cut = instruction_tokens(
-        config, fill_in(data.prompt, rows), [several[0] for several in answers], on_event, stage
-    )
+    first = [several[0] for several in answers]
+    if data.prompt == CHAT:
+        tokenizer, tokens, prompts, cut = chat_tokens(
+            config, _messages(config, rows), [answer.strip() for answer in first], rows.places, on_event, stage
+        )
+    else:
+        prompted = fill_in(data.prompt, rows)
+        tokenizer, tokens, prompts, cut = instruction_tokens(config, prompted, first, on_event, stage)
     if cut:
         on_event(f"{cut} of {len(rows)} rows have more than data.max_length ({data.max_length}) tokens and are cut")
     return InstructionTable(tokens, prompts, answers, tokenizer, data.max_new_tokens, data.generated_rows)
+
+
+def _messages(config: RunConfig, rows: Rows) -> list[tuple[str | None, str]]:
+    """Return the system message of every row, None if there is none, and the user's message."""
+    system, users = config.data.chat_system, fill_in(config.data.chat_user, rows, "data.chat_user")
+    if _COLUMN.search(system):
+        systems = fill_in(system, rows, "data.chat_system", may_be_empty=True)
+        return [(own if own.strip() else None, user) for own, user in zip(systems, users, strict=True)]
+    return [(system or None, user) for user in users]
 
 
 def leave_out_unanswered(config: RunConfig, rows: Rows, on_event: Callable[[str], object]) -> Rows:
@@ -130,11 +144,12 @@ def leave_out_unanswered(config: RunConfig, rows: Rows, on_event: Callable[[str]
     return answered
 
 
-def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:
+def fill_in(prompt: str, rows: Rows, key: str = "data.prompt", may_be_empty: bool = False) -> list[str]:
     """Return the prompt of every row, with each {column} replaced by the row's value.
 
     A line whose columns are all empty is left out. Raises FedError, with `key` as the name of the setting, if the
-    prompt names no column or one that no row has, a value is not a string, or all columns of a row are empty.
+    prompt names no column or one that no row has, a value is not a string, or, unless it `may_be_empty`, all columns of
+    a row are empty.
     """
     columns = list(dict.fromkeys(_COLUMN.findall(prompt)))
     if not columns:
@@ -145,13 +160,13 @@ def fill_in(prompt: str, rows: Rows, key: str = "data.prompt") -> list[str]:
             raise FedError(f"{key} names {{{column}}}; the columns of {rows.places[0]} are {there}")
     values = [rows.column(key, column, empty=True) for column in columns]
     return [
-        _filled(prompt, dict(zip(columns, found, strict=True)), place)
+        _filled(prompt, dict(zip(columns, found, strict=True)), place, may_be_empty)
         for place, *found in zip(rows.places, *values, strict=True)
     ]
 
 
-def _filled(prompt: str, values: dict[str, str | None], place: str) -> str:
-    if not any(values.values()):
+def _filled(prompt: str, values: dict[str, str | None], place: str, may_be_empty: bool) -> str:
+    if not any(values.values()) and not may_be_empty:
         raise FedError(f"{place}: {', '.join(values)} are empty; a prompt needs one of them")
     lines = []
     for line in prompt.split("\n"):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fed.config import RunConfig
+from fed.data.chat import ChatTemplate
 from fed.data.pretrained import load_tokenizer, tokenizer_files
 from fed.data.tables import Sequences
 from fed.data.token_cache import cached, user_directory
@@ -70,29 +71,101 @@ def instruction_tokens(
     if tokenizer.eos_token_id is None:
         raise FedError(f"model.path is {config.model.path!r}: its tokenizer needs an end token, to end answers with")
 
-    def make() -> dict[str, Tensor]:
-        rows: list[list[int]] = []
-        sizes: list[int] = []
-        cut = 0
-        for chunk in _chunks(len(prompts), stage):
-            asked = tokenizer(list(prompts[chunk])).input_ids
-            answered = tokenizer(list(answers[chunk]), add_special_tokens=False).input_ids
-            for prompt, answer in zip(asked, answered, strict=True):
-                whole = _prompt(tokenizer, prompt)
-                head = _shortened(tokenizer, whole, length - room)
-                row = [*head, *answer, tokenizer.eos_token_id]
-                cut += len(head) < len(whole) or len(row) > length
-                rows.append(row[:length])
-                sizes.append(len(head))
-        return _flat({"tokens": Sequences.of(rows)}) | {"prompts": torch.tensor(sizes), "cut": torch.tensor([cut])}
+    def tokenize(chunk: slice) -> Iterator[_Row]:
+        asked = tokenizer(list(prompts[chunk])).input_ids
+        answered = tokenizer(list(answers[chunk]), add_special_tokens=False).input_ids
+        for prompt, answer in zip(asked, answered, strict=True):
+            whole = _prompt(tokenizer, prompt)
+            yield _Row(whole, _shortened(tokenizer, whole, length - room), [*answer, tokenizer.eos_token_id])
 
     key = {
         **{"what": "instructions", "texts": _hash(prompts), "answers": _hash(answers)},
         **{"length": length, "room": room},
     }
+    return tokenizer, *_answered(config, key, len(prompts), tokenize, on_event, stage)
+
+
+def chat_tokens(
+    config: RunConfig,
+    messages: Sequence[tuple[str | None, str]],
+    answers: Sequence[str],
+    places: Sequence[str],
+    on_event: Callable[[str], object],
+    stage: Stage | None,
+) -> tuple[Any, Sequences, Tensor, int]:
+    """Return what `instruction_tokens` does, for conversations that the checkpoint's chat template writes.
+
+    `messages` are each row's system message, or None, and user message; `places` say where the rows are. A row is the
+    prompt to generate an answer from, the answer, and the token that ends it, which becomes the tokenizer's end token.
+    A prompt that is too long loses the beginning of the user's message.
+    """
+    tokenizer, length, room = load_tokenizer(config), config.data.max_length, config.data.max_new_tokens
+    system, user = messages[0]
+    template = ChatTemplate.of(tokenizer, str(config.model.path), user, system)
+    if not template.ends:
+        on_event("the chat template ends an answer by no token; the tokenizer's end token comes after it")
+    if found := template.special_in(f"{own or ''}\n{text}" for own, text in messages):
+        on_event(
+            f"{len(found)} of {len(messages)} rows have a special token in their messages, which is taken for one of "
+            "the chat template's own"
+        )
+
+    def tokenize(chunk: slice) -> Iterator[_Row]:
+        found = zip(messages[chunk], answers[chunk], places[chunk], strict=True)
+        turns = [template.turn(*message, answer, place) for message, answer, place in found]
+        asked = tokenizer([turn.prompt for turn in turns], add_special_tokens=False).input_ids
+        whole = tokenizer([turn.prompt + turn.answer for turn in turns], add_special_tokens=False).input_ids
+        for turn, prompt, ids, place, (own, _) in zip(turns, asked, whole, places[chunk], messages[chunk], strict=True):
+            row = template.tokens(turn, prompt, ids, place)
+            yield _Row(prompt, template.shortened(own, prompt, length - room, place), row[len(prompt) :])
+
+    key = {
+        **{"what": "conversations", "systems": _hash([own or "" for own, _ in messages])},
+        **{"texts": _hash([text for _, text in messages]), "answers": _hash(answers)},
+        **{"length": length, "room": room},
+    }
+    tokens = _answered(config, key, len(messages), tokenize, on_event, stage)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(template.end)
+    return tokenizer, *tokens
+
+
+class _Row(NamedTuple):
+    """The tokens of a row: its prompt, what is left of that where it is too long, and the answer with what ends it."""
+
+    prompt: list[int]
+    kept: list[int]
+    answer: list[int]
+
+
+def _answered(
+    config: RunConfig,
+    key: Mapping[str, Any],
+    count: int,
+    tokenize: Callable[[slice], Iterator[_Row]],
+    on_event: Callable[[str], object],
+    stage: Stage | None,
+) -> tuple[Sequences, Tensor, int]:
+    """Return the tokens of `count` rows, their numbers of prompt tokens (n,) int64, and how many rows were cut.
+
+    `tokenize` yields the rows of a slice; all are cached under `key`.
+    """
+    length = config.data.max_length
+
+    def make() -> dict[str, Tensor]:
+        rows: list[list[int]] = []
+        sizes: list[int] = []
+        cut = 0
+        for chunk in _chunks(count, stage):
+            for prompt, kept, answer in tokenize(chunk):
+                row = [*kept, *answer]
+                cut += len(kept) < len(prompt) or len(row) > length
+                rows.append(row[:length])
+                sizes.append(len(kept))
+        return _flat({"tokens": Sequences.of(rows)}) | {"prompts": torch.tensor(sizes), "cut": torch.tensor([cut])}
+
     found = _kept(config, key, make, on_event)
     prompt_lengths, cut = found.pop("prompts"), int(found.pop("cut"))
-    return tokenizer, _sequences(found)["tokens"], prompt_lengths, cut
+    return _sequences(found)["tokens"], prompt_lengths, cut
 
 
 def _prompt(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 import plora_kernels as pk
+from fed.config import RunConfig
 from fed.data import federated_data
 from fed.errors import FedError
 from fed.experiments import run as running
 from fed.methods import fed_plora, flexlora
 from fed.methods.low_rank import principal_modules, product_norm
-from fed.models import base_model
+from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation.finished import ADAPTER, input_digests_of, why_not_finished
@@ -56,8 +58,18 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
     config = run.config
     if (why := why_not_finished(directory, config)) is not None:
         raise FedError(f"{str(directory)!r} is not over: {why}; python -m fed resume {directory} continues it")
-    model = running.reopen_base(directory)
-    loaded, head = federated_data.load(config, on_event), base_model.head_names(model)
+    if config.model.quantize != "none":
+        raise FedError(
+            f"{str(directory)!r} has model.quantize = {config.model.quantize!r}: noise is measured in other dtypes, "
+            "which a quantised base has none of; a run with 'none' would be right"
+        )
+    model: Any = running.reopen_base(directory, config)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise FedError(
+            f"{str(directory)!r} is a run over a quantised checkpoint: noise is measured in other dtypes, which a "
+            "quantised base has none of; a run over one that is not would be right"
+        )
+    loaded, head = federated_data.load(config, on_event), head_names(model)
     check_same(input_digests_of(directory), input_digests(loaded, model), f"the run in {str(directory)!r}")
     with adapted(config, model, head) as shared:
         federation = Federation(config, loaded, shared, on_event)
@@ -70,7 +82,7 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
     server = _ended(state.server, pk.load_peft(model, directory / ADAPTER), run.rows[-1]["round"])
     found = []
     for name, dtype in DTYPES.items():
-        with adapted(config, model.to(dtype), head) as shared:
+        with adapted(_with_factors_in(config, name), model.to(dtype), head) as shared:
             plain = _cast(server, dtype)
             ways = (
                 ("Fed-PLoRA, frozen", _holding(plain, "frozen"), fed_plora.start),
@@ -83,6 +95,11 @@ def measure(directory: Path, on_event: Callable[[str], object]) -> list[Start]:
                 norm = _norm(held)
                 found.append(Start(title, name, noise, noise / norm if norm else None))
     return found
+
+
+def _with_factors_in(config: RunConfig, dtype: str) -> RunConfig:
+    """Return the configuration with factors of a dtype, whatever the run's own were."""
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": dtype})})
 
 
 def _ended(beginning: ServerState, handle: pk.Injected, number: int) -> ServerState:

@@ -190,7 +190,7 @@ def _request_of(content: dict[str, Any], path: Path) -> Request:
         return content[key]
 
     return Request(
-        configuration.renamed(of("config", lambda value: isinstance(value, dict), "a table of settings")),
+        configuration.completed(of("config", lambda value: isinstance(value, dict), "a table of settings")),
         tuple(of("methods", _are_texts, "a list of names")),
         tuple(of("seeds", _are_seeds, f"a list of numbers from 0 to {_LARGEST_SEED}")),
         of("vary", _is_text, "text"),

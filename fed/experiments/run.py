@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 import time
@@ -18,13 +19,14 @@ from fed.data.federated_data import FederatedData
 from fed.data.tables import Split
 from fed.errors import FedError, machine_faults
 from fed.experiments.trackers import tracking
-from fed.models import base_model
-from fed.models.base_model import Progress, head_names
+from fed.models import base_model, saved_base
+from fed.models.base_model import Progress
+from fed.models.head import head_names
 from fed.models.saved_files import DIGESTS, RENEW, write_digests
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation import checkpoint
-from fed.simulation.evaluation import evaluate_held_out
+from fed.simulation.evaluation import WorkProgress, evaluate_held_out
 from fed.simulation.finished import input_digests_of, why_not_finished
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
@@ -45,13 +47,13 @@ def make_base(
 ) -> nn.Module:
     """Build the base model, pretrain it if it is the embedded one, and save it to `directory`.
 
-    `on_event` is passed to `fed.models.base_model.build`. The adapter and the device are checked first, so that an
+    `on_event` is passed to `fed.models.base_model.make`. The adapter and the device are checked first, so that an
     error in them does not come after the pretraining.
     """
-    model = base_model.build(config, data, on_event)
+    model, drawn = base_model.make(config, data, on_event)
     check_adapter(config, model)
-    model.cpu()
     if data.pretrain is not None:
+        model.cpu()
 
         def after_step(step: int, loss: float) -> None:
             interruption.check()
@@ -64,12 +66,13 @@ def make_base(
                 progress(step, loss)
 
         base_model.pretrain(model, data.pretrain, config, after_step)
-    base_model.save(model, config, directory)
+        base_model.convert(model, config)
+    saved_base.save(model, config, directory, drawn)
     return model
 
 
-def reopen_base(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
-    """Load the base model of a run that has begun (`fed.models.base_model.reopen`).
+def reopen_base(directory: Path, config: RunConfig, label_names: tuple[str, ...] = ()) -> nn.Module:
+    """Load the base model of a run that has begun (`fed.models.saved_base.reopen`).
 
     Raises FedError if the run holds the digest of its base, but the files of that have none. A base that an earlier
     version saved gets its digests here.
@@ -78,19 +81,29 @@ def reopen_base(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module
     if not (base / DIGESTS).is_file():
         if input_digests_of(directory) or checkpoint.saved_inputs(directory):
             raise FedError(f"the base model in {str(base)!r} is damaged: {DIGESTS} is missing; {RENEW}")
-        model = base_model.reopen(base, label_names)
+        model = saved_base.reopen(base, label_names, config)
         write_digests(base)
         return model
-    return base_model.reopen(base, label_names)
+    return saved_base.reopen(base, label_names, config)
 
 
 def check_adapter(config: RunConfig, model: nn.Module) -> None:
     """Raise an error if the run's adapter does not fit the model, or could not be saved; the model is left unchanged.
 
-    It is saved to a temporary directory, because a layer that PEFT would not adapt is to be known before the run.
+    It is saved to a temporary directory, because a layer that PEFT would not adapt is to be known before the run. The
+    embedded ViT is checked in the dtype that it is converted to after its pretraining.
     """
+    if config.model.path is None:
+        model = copy.deepcopy(model)
+        base_model.convert(model, config)
     with adapted(config, model, head_names(model)) as shared, tempfile.TemporaryDirectory() as directory:
         save_peft(shared.handle, directory)
+        factors = {layer.lora_A.dtype for layer in shared.handle.layers.values()}
+        if config.execution == "cohort" and {value.dtype for value in shared.head.values()} - factors:
+            raise FedError(
+                f"adapter.dtype is {config.adapter.dtype!r} and execution 'cohort', which needs factors and head of "
+                "one dtype; adapter.dtype = 'float32' or execution = 'sequential' would be right"
+            )
 
 
 def play(
@@ -102,10 +115,11 @@ def play(
     on_event: Callable[[str], object],
     resume: bool = False,
     on_ready: Callable[[RunConfig], object] | None = None,
+    on_progress: WorkProgress | None = None,
 ) -> list[Row]:
     """Play the rounds of a run, all or, with `resume`, those after its checkpoint, and return all rows.
 
-    Each new row goes to `on_round` and then to the run's trackers. `on_ready` is passed to `simulate`.
+    Each new row goes to `on_round` and then to the run's trackers. `on_ready` and `on_progress` go to `simulate`.
     """
     with ExitStack() as stack:
         track: Callable[[Row], None] | None = None
@@ -118,7 +132,18 @@ def play(
             track(row)
 
         names = head_names(model)
-        return simulate(config, data, model, names, directory, hand_on, on_event, resume=resume, on_ready=on_ready)
+        return simulate(
+            config,
+            data,
+            model,
+            names,
+            directory,
+            hand_on,
+            on_event,
+            resume=resume,
+            on_ready=on_ready,
+            on_progress=on_progress,
+        )
 
 
 def ended(directory: Path, config: RunConfig) -> bool:
@@ -127,15 +152,16 @@ def ended(directory: Path, config: RunConfig) -> bool:
 
 
 @contextmanager
-def limits(threads: int) -> Iterator[None]:
-    """Within the context, set torch's number of CPU threads (0: keep it).
+def limits(threads: int, matmul_precision: str = "highest") -> Iterator[None]:
+    """Within the context, set torch's number of CPU threads (0: keep it) and the precision of float32 products.
 
     PLoRAErrors and errors of the machine, such as a full disk (`fed.errors.machine_faults`), are raised as FedErrors.
     From then on the process also keeps freed memory for reuse (`fed.training.memory.keep_freed_memory`).
     """
     keep_freed_memory()
-    before = torch.get_num_threads()
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or before)
+    torch.set_float32_matmul_precision(matmul_precision)
     try:
         with machine_faults():
             yield
@@ -143,6 +169,7 @@ def limits(threads: int) -> Iterator[None]:
         raise FedError(str(error)) from error
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def centralised(

@@ -28,7 +28,7 @@ from fed.experiments.plan import Cell, Plan
 from fed.experiments.trackers import require
 from fed.files import make_folder, sync
 from fed.locks import LOCK, held
-from fed.models import base_model
+from fed.models import base_model, saved_base
 from fed.sealed import read_sealed, write_sealed
 from fed.simulation import checkpoint
 from fed.simulation.checkpoint import last_round
@@ -149,7 +149,7 @@ class SharedInputs:
         if self._model is None or self._model[0] != key:
             self._model = None
             if path.is_dir():
-                model = base_model.reopen(path, self.data(config).label_names)
+                model = saved_base.reopen(path, self.data(config).label_names, config)
             else:
                 tell(f"making the base model of seed {config.seed}")
                 model = self._made(config, path)
@@ -206,7 +206,7 @@ class SharedInputs:
 def play(cell: Cell, bench: SharedInputs, tell: OnEvent) -> Row:
     """Play one run of a comparison to its end, from its checkpoint if it has one; return its last row."""
     config, directory = cell.config, bench.directory / cell.path
-    with running.limits(config.threads):
+    with running.limits(config.threads, config.model.matmul_precision):
         data = bench.data(config, partial(tell, cell, "data"))
         with interruption.deferred():
             make_folder(directory)
@@ -273,10 +273,11 @@ def check(
         require(cell.config.tracker)
         if cell.seed != cells[0].seed:
             continue
-        with running.limits(cell.config.threads):
+        with running.limits(cell.config.threads, cell.config.model.matmul_precision):
             data, key = bench.data(cell.config, once, stage), _key(cell.config, "data", "model")
             bench.compare_checkpoint(cell.config)
             if key not in built:
+                built.clear()  # two models are never held at once
                 built = {key: base_model.build(cell.config, data, once)}
             running.check_adapter(cell.config, built[key])
     return said

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fed.config import RunConfig
+from fed.config import RunConfig, quantized_fault
 from fed.data.federated_data import FederatedData
 from fed.data.labels import match_head, quoted
 from fed.data.pretrained import (
@@ -17,13 +16,15 @@ from fed.data.pretrained import (
     failing_as,
     load_architecture,
     load_tokenizer,
-    position_padding,
     quiet,
     saved_label_names,
 )
 from fed.data.tables import InstructionTable, Split, TextTable
 from fed.errors import FedError
-from fed.models.saved_files import RENEW, check_dtypes, check_files, check_sizes, write_digests
+from fed.models import reference
+from fed.models.checkpoint import Form, Loaded, load_weights, pad_as
+from fed.models.devices import find_device, require_dtype
+from fed.models.head import draw, head_parameters, hold_in_float32
 from fed.seeding import permutation, torch_seed
 
 # A callback for pretraining, called after each step with the number of steps done and the step's loss.
@@ -34,31 +35,49 @@ _PADDING_TOLERANCE = 1e-2  # of the largest logit: rounding is far below it
 _CPU = torch.device("cpu")
 
 
-def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], object] | None = None) -> nn.Module:
-    """Return the base model on the CPU, in fp32, before any pretraining.
+class Made(NamedTuple):
+    """A base model, and the names of the weights that the run drew because its checkpoint lacks them."""
 
-    Without `model.path` it is the embedded ViT with randomly initialised weights. Otherwise it is the checkpoint at
-    that path: a causal language model for instructions, else a classifier for the labels `data.label_names`. The
-    checkpoint's head is used if it has these labels in this order (see `fed.data.labels.match_head`); otherwise a new
-    one is initialised from the run's seed. `on_event` receives a line for the user if so, and for other weights that
-    the checkpoint lacks. Raises FedError if there is no usable checkpoint.
+    model: Any
+    drawn: frozenset[str] = frozenset()
+
+
+def build(config: RunConfig, data: FederatedData, on_event: Callable[[str], object] | None = None) -> nn.Module:
+    """Return the base model before any pretraining (`make`)."""
+    model: nn.Module = make(config, data, on_event).model
+    return model
+
+
+def make(config: RunConfig, data: FederatedData, on_event: Callable[[str], object] | None = None) -> Made:
+    """Return the base model before any pretraining, and which of its weights were drawn from the run's seed.
+
+    Without `model.path` it is the embedded ViT with randomly initialised weights, in fp32 on the CPU. Otherwise it is
+    the checkpoint at that path, on the run's device and in the form that `[model]` asks for: a causal language model
+    for instructions, else a classifier for the labels `data.label_names`. The checkpoint's head is used if it has these
+    labels in this order (see `fed.data.labels.match_head`); otherwise a new one is initialised from the run's seed.
+    `on_event` receives a line for the user if so, and for other weights that the checkpoint lacks. Raises FedError if
+    there is no usable checkpoint, or it cannot be held in this form.
     """
     with quiet():
         if config.model.path is None:
-            model: nn.Module = _embedded_vit(config, data)
+            _require_dtype(config)
+            made = Made(_embedded_vit(config, data))
         elif config.data.task == "instruction":
-            model, missing, _ = _loaded(config, "AutoModelForCausalLM")
-            if missing:  # these weights would be random
+            loaded = _loaded(config, "AutoModelForCausalLM")
+            if loaded.missing:  # these weights would be random
                 raise FedError(
                     f"model.path is {config.model.path!r}: instructions need a causal language model; "
-                    f"the checkpoint has no {sorted(missing)[0]}"
+                    f"the checkpoint has no {sorted(loaded.missing)[0]}"
                 )
+            made = Made(loaded.model)
         else:
-            model = _classifier(config, data, on_event or _discard)
-    _check_tokens(config, model, data)
+            made = _classifier(config, data, on_event or _discard)
+    _check_tokens(config, made.model, data)
+    if config.model.attention != "auto":
+        _check_attention(config, made.model, data.test)
     if config.data.task == "classification" and config.model.path is not None:
-        _check_padding(config, model, data.test, on_event or _discard)
-    return model
+        _check_padding(config, made.model, data.test, on_event or _discard)
+    return made
 
 
 def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progress | None = None) -> None:
@@ -85,86 +104,22 @@ def pretrain(model: nn.Module, rows: Split, config: RunConfig, progress: Progres
     model.eval()
 
 
-def save(model: Any, config: RunConfig, directory: Path) -> None:
-    """Save a base model in transformers' format, with the tokenizer of its checkpoint if it came from one.
-
-    The digests of all files come last, once these are on the disk; `reopen` holds the files against them.
-    """
-    with quiet():
-        if config.model.path is not None:
-            load_tokenizer(config).save_pretrained(directory)
-        model.save_pretrained(directory)
-    write_digests(directory)
+def _require_dtype(config: RunConfig) -> None:
+    """Raise FedError if the run's device does not compute in the dtype that the ViT is converted to."""
+    if config.model.dtype not in ("auto", "float32"):
+        dtype = getattr(torch, config.model.dtype)
+        require_dtype(dtype, find_device(config.device), f"model.dtype is {config.model.dtype!r}")
 
 
-def reopen(directory: Path, label_names: tuple[str, ...] = ()) -> nn.Module:
-    """Load a base model that `save` wrote, bit for bit, on the CPU, with the saved dtype and labels.
-
-    Raises FedError if a file or a weight is not as it was saved, or if the model's labels are not `label_names`, in
-    this order; () allows any. No code in the folder is run.
-    """
-    what = f"the base model in {str(directory)!r}"
-    check_files(directory, what)
-    with quiet(), failing_as(f"{what} does not load"):
-        architecture = load_architecture(directory)
-        kind = _class_of(architecture)
-        with torch.device("meta"):  # a model without memory for its weights
-            outline = kind(architecture)
-    check_sizes(outline, directory, what)
-    with quiet(), failing_as(f"{what} does not load"):
-        model, report = kind.from_pretrained(
-            directory,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-        )
-    _check_complete(report, what)
-    check_dtypes(model, directory, what)
-    saved = tuple((architecture.id2label or {}).values())
-    if label_names and saved != label_names:
-        raise FedError(
-            f"{what} has the labels {quoted(saved)}, and the data {quoted(label_names)}; "
-            "model.path and data.path should be as they were when it was made"
-        )
-    return model
-
-
-def _class_of(architecture: Any) -> Any:
-    """Return the class of transformers' models that a configuration names, which takes this configuration."""
-    import transformers
-
-    names = architecture.architectures
-    name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    wanted: Any = kind.config_class if is_model else None  # None for PreTrainedModel itself
-    if wanted is not None and isinstance(architecture, wanted):
-        return kind
-    raise FedError(
-        f"its config.json has architectures {names!r}; one class of transformers for its model_type is needed"
-    )
-
-
-def _check_complete(report: dict[str, Any], what: str) -> None:
-    """Raise FedError, naming a weight, if those in the file are not exactly the model's."""
-    for name in sorted(report["missing_keys"]):
-        raise FedError(f"{what} is damaged: its file has no {name!r}; {RENEW}")
-    for name in sorted(report["unexpected_keys"]):
-        raise FedError(f"{what} is damaged: its file has {name!r}, which is not in the model; {RENEW}")
-
-
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules of the classification head: all children with parameters except the backbone.
-
-    A language model has none, because its output embeddings belong to the frozen base.
-    """
-    backbone = getattr(model, "base_model_prefix", "")
-    output_embeddings = getattr(model, "get_output_embeddings", None)
-    to_tokens = output_embeddings() if callable(output_embeddings) else None
-    children = ((name, child) for name, child in model.named_children() if name != backbone and child is not to_tokens)
-    return tuple(name for name, child in children if any(True for _ in child.parameters()))
+def convert(model: nn.Module, config: RunConfig) -> None:
+    """Convert a pretrained ViT to `model.dtype`, except its head, which is held in fp32."""
+    dtype: torch.dtype = getattr(torch, config.model.dtype.replace("auto", "float32"))
+    head = {name: value.detach().clone() for name, value in model.named_parameters() if name in head_parameters(model)}
+    model.to(dtype)
+    hold_in_float32(model)
+    with torch.no_grad():
+        for name, value in head.items():
+            model.get_parameter(name).copy_(value)
 
 
 def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
@@ -197,25 +152,30 @@ def _batches(rows: int, config: RunConfig) -> Iterator[Tensor]:
         epoch += 1
 
 
-def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str], object]) -> Any:
+def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str], object]) -> Made:
     """Return the checkpoint as a classifier for the labels of the data, with its own head if that has these labels."""
     kind = "AutoModelForSequenceClassification"
     # The loss is always cross-entropy: without its type, transformers would take the one of the saved head's task.
     settings = {**_labels(data), "problem_type": "single_label_classification"}
-    model, missing, resized = _loaded(config, kind, ignore_mismatched_sizes=True, **settings)
+    loaded = _loaded(config, kind, ignore_mismatched_sizes=True, **settings)
+    model, missing, resized = loaded.model, loaded.missing, loaded.resized
     path = f"model.path is {config.model.path!r}"
-    own = {name for head in head_names(model) for name, _ in model.get_submodule(head).named_parameters(prefix=head)}
+    in_half = model.dtype.itemsize < 4
+    hold_in_float32(model)
+    own = head_parameters(model)
     if wrong := sorted(resized.keys() - own):
         raise FedError(f"{path}: the checkpoint does not load: {wrong[0]} {resized[wrong[0]]}")
     if {name for name, _ in model.named_parameters()} - own <= missing:
         raise FedError(f"{path}: the checkpoint does not load: it holds no weight of {type(model).__name__}")
     if lacking := sorted(missing - own):
         on_event(f"{path}: the checkpoint has no {quoted(lacking, 1)}; drawn from the seed")
-    if fault := _head_fault(config, data, own, missing & own, resized.keys() & own):
+    fault = _head_fault(config, data, own, missing & own, resized.keys() & own)
+    if fault:
         on_event(f"{path}: {fault}; the run starts from a new head")
-        if not own <= missing | resized.keys():  # otherwise all of it is new already
-            _draw_head(model, config)
-    return model
+        # Otherwise all of it is new already, but it should not have the steps of half precision.
+        if in_half or not own <= missing | resized.keys():
+            draw(model, config.seed)
+    return Made(model, frozenset(missing - own | (own if fault else set())))
 
 
 def _head_fault(config: RunConfig, data: FederatedData, own: set[str], missing: set[str], resized: set[str]) -> str:
@@ -233,52 +193,34 @@ def _head_fault(config: RunConfig, data: FederatedData, own: set[str], missing: 
     return ""
 
 
-def _draw_head(model: Any, config: RunConfig) -> None:
-    """Initialise the whole head from the run's seed, as the model's class initialises a new one."""
-    with torch_seed(_CPU, config.seed, "head"):
-        for name in head_names(model):
-            # A module may initialise its children in another way than they would themselves, so it comes after them.
-            for module in reversed([*model.get_submodule(name).modules()]):
-                for parameter in module.parameters(recurse=False):
-                    parameter._is_hf_initialized = False  # transformers marks what it has loaded, and leaves it alone
-                model._init_weights(module)
-
-
-def _loaded(config: RunConfig, kind: str, **settings: Any) -> tuple[Any, set[str], dict[str, str]]:
-    """Return the checkpoint as a model of class `kind`, the weights it lacks, and those that it has in other sizes.
-
-    Both are initialised from the run's seed. The sizes are given as text.
-    """
+def _loaded(config: RunConfig, kind: str, **settings: Any) -> Loaded:
+    """Return the checkpoint as a model of class `kind`; weights that it lacks are drawn from the run's seed."""
     import transformers
 
-    path, tokenizer = checkpoint_of(config), load_tokenizer(config)
-    loads = failing_as(f"model.path is {str(path)!r}: the checkpoint does not load")
-    with loads, torch_seed(_CPU, config.seed, "weights"):
-        load_architecture(path)  # refused if it names code
-        model, report = getattr(transformers, kind).from_pretrained(
-            path,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **settings,
+    path, tokenizer, form = checkpoint_of(config), load_tokenizer(config), Form.of(config)
+    if (refers := reference.read(path, f"model.path is {str(path)!r}, and what it holds")) is not None:
+        raise FedError(
+            f"model.path is {str(path)!r}: the base of a run, which refers to a checkpoint; {refers.path!r} would be "
+            "right"
         )
-    _pad_as(model, tokenizer)
-    resized = {name: f"is {tuple(saved)}, not {tuple(wanted)}" for name, saved, wanted in report["mismatched_keys"]}
-    return model, set(report["missing_keys"]), resized
+    what = f"model.path is {str(path)!r}: the checkpoint does not load"
+    with failing_as(what):
+        architecture = load_architecture(path)  # refused if it names code
+    quantized = getattr(architecture, "quantization_config", None) is not None
+    if quantized and (fault := quantized_fault(config, f"model.path {str(path)!r} a quantised checkpoint")):
+        raise FedError(fault)
+    with torch_seed(form.device, config.seed, "weights"):
+        loaded = load_weights(getattr(transformers, kind), path, architecture, form, what, **settings)
+    pad_as(loaded.model, tokenizer)
+    return loaded
 
 
-def _pad_as(model: Any, tokenizer: Any) -> None:
-    """Make the tokenizer's padding token the model's, for decoders take the last token that is no padding.
-
-    A model that numbers positions from its padding token on keeps its own, or the positions would be others once it is
-    saved and loaded; it needs the attention mask alone.
-    """
-    if position_padding(model) is not None:
-        return
-    for settings in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
-        if settings is not None:
-            settings.pad_token_id = tokenizer.pad_token_id
+def _embeddings_of(model: Any) -> Any:
+    """Return the module that makes a model's embeddings of tokens, None for a model of characters, which has none."""
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
@@ -290,10 +232,10 @@ def _check_tokens(config: RunConfig, model: Any, data: FederatedData) -> None:
         tokens, padding = table.tokens.values, table.tokenizer.pad_token_id
     else:
         return
-    try:
-        known = len(model.get_input_embeddings().weight)
-    except (NotImplementedError, AttributeError):  # a model of characters, which has no table of tokens
+    embeddings = _embeddings_of(model)
+    if embeddings is None:
         return
+    known = len(embeddings.weight)
     largest = max(int(tokens.max()), padding)
     if largest >= known:
         token = load_tokenizer(config).convert_ids_to_tokens(largest)
@@ -312,20 +254,53 @@ def _check_padding(config: RunConfig, model: Any, split: Split, on_event: Callab
     path = f"model.path is {config.model.path!r}"
     lengths = split.lengths(torch.arange(len(split)))
     rows = torch.stack([lengths.argmin(), lengths.argmax()])
-    both, alone = ({**split.batch(some), "labels": None} for some in (rows, rows[:1]))
+    both, alone = ({**_on(model.device, split.batch(some)), "labels": None} for some in (rows, rows[:1]))
     takes = failing_as(f"{path}: the model does not take the rows")
     with takes, torch.no_grad(), torch_seed(_CPU, config.seed, "padding"):
         padded, plain = model(**both).logits[0], model(**alone).logits[0]
-    if (padded - plain).abs().max() > _PADDING_TOLERANCE * plain.abs().max():
+    tolerance = max(_PADDING_TOLERANCE, 8 * torch.finfo(model.dtype).eps)
+    if (padded - plain).abs().max() > tolerance * plain.abs().max():
         on_event(
             f"{path}: {type(model).__name__} does not mask padding, so that its answer to a row depends on the other "
             "rows of its batch"
         )
 
 
+def _check_attention(config: RunConfig, model: Any, split: Split) -> None:
+    """Raise FedError unless the attention that is asked for computes here, in a step on the shortest row.
+
+    What there is by name may need a compiler, another dtype or device, or no dropout, which is seen only as it runs.
+    """
+    embeddings = _embeddings_of(model)
+    if embeddings is None:
+        return
+    trained = [value for value in model.parameters() if value.requires_grad]
+    buffers = [(value, value.clone()) for value in model.buffers()]
+    attached = embeddings.register_forward_hook(lambda module, arguments, out: out.detach().requires_grad_())
+    shortest = split.lengths(torch.arange(len(split))).argmin()[None]
+    takes = failing_as(f"model.attention is {config.model.attention!r}: the model does not compute with it here")
+    try:
+        for value in trained:
+            value.requires_grad_(False)  # their gradients would take the memory of the whole model
+        with takes, torch_seed(model.device, config.seed, "attention"):
+            model.train()
+            model(**{**_on(model.device, split.batch(shortest)), "labels": None}).logits.sum().backward()
+    finally:
+        attached.remove()
+        model.eval()
+        for value in trained:
+            value.requires_grad_(True)
+        for value, before in buffers:
+            value.copy_(before)
+
+
 def _labels(data: FederatedData) -> dict[str, Any]:
     names = dict(enumerate(data.label_names))
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _discard(event: str) -> None:

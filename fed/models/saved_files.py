@@ -57,7 +57,7 @@ def check_files(directory: Path, what: str) -> None:
 def check_sizes(outline: nn.Module, directory: Path, what: str) -> None:
     """Raise FedError, naming a weight, if one has another shape in its file than in a model of the saved kind."""
     own = outline.state_dict()
-    for name, weight in _weights(directory, what):
+    for name, weight in weights(directory, what):
         if name in own and own[name].shape != weight.shape:
             saved, wanted = tuple(weight.shape), tuple(own[name].shape)
             raise FedError(f"{what} is damaged: {name!r} is {saved}, not {wanted}; {RENEW}")
@@ -66,12 +66,12 @@ def check_sizes(outline: nn.Module, directory: Path, what: str) -> None:
 def check_dtypes(model: nn.Module, directory: Path, what: str) -> None:
     """Raise FedError, naming a weight, if one has another dtype in its file than in the model: it was converted."""
     own = model.state_dict()
-    for name, weight in _weights(directory, what):
+    for name, weight in weights(directory, what):
         if name in own and own[name].dtype != weight.dtype:
             raise FedError(f"{what} is damaged: {name!r} is {weight.dtype}, not {own[name].dtype}; {RENEW}")
 
 
-def _weights(directory: Path, what: str) -> Iterator[tuple[str, Tensor]]:
+def weights(directory: Path, what: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a folder's files by name; their values are read from the disk only if they are looked at."""
     from safetensors import SafetensorError, safe_open
 

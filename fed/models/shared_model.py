@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import plora_kernels as pk
 from fed.errors import FedError
+from fed.models.devices import find_device
 from fed.models.gradient_checkpointing import recomputing
 from fed.seeding import torch_seed
 from fed.types import ClientStart, Factors, ServerState
@@ -84,8 +85,8 @@ class SharedModel:
             A, B = factors[matrix]
             if layer.rank != A.shape[0]:
                 layer.rank = A.shape[0]
-                layer.lora_A = nn.Parameter(layer.weight.new_empty(A.shape))
-                layer.lora_B = nn.Parameter(layer.weight.new_empty(B.shape))
+                layer.lora_A = nn.Parameter(layer.lora_A.new_empty(A.shape))
+                layer.lora_B = nn.Parameter(layer.lora_B.new_empty(B.shape))
             layer.set_factors(A, B)
             layer.scale = layer.scale if scale is None else scale
         with torch.no_grad():
@@ -122,13 +123,15 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     adapter does not fit the model.
     """
     device = find_device(config.device)
-    model.to(device)
+    if any(value.device.type != device.type for value in model.parameters()):
+        model.to(device)  # libraries of quantisation refuse it, wherever a model is
     trains_head = config.train.head != "freeze"
     settings = pk.PLoRAConfig(
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         rank_stabilized=config.adapter.rank_stabilized,
         dropout=config.adapter.dropout,
+        adapter_dtype=config.adapter.dtype,
         target_modules=config.adapter.target_modules,
         exclude_modules=None if trains_head or not head_names else _within(head_names),
         modules_to_save=tuple(head_names) if trains_head else (),
@@ -173,10 +176,3 @@ def started(
 def _within(modules: Sequence[str]) -> str:
     """Return a regular expression that matches the full names of these modules and of all their submodules."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?"
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device that a configuration names; "auto" is CUDA if available, else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise FedError("device is 'cuda', which is not available here; 'cpu' or 'auto' would be right")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

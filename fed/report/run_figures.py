@@ -62,13 +62,13 @@ def headline(config: RunConfig) -> str:
 
 
 def _accuracy(axes: Axes, theme: Theme, run: Run) -> None:
-    percent = [100 * row["accuracy"] for row in run.rows]
-    rounds = [row["round"] for row in run.rows]
+    known = [(row["round"], 100 * accuracy) for row in run.rows if (accuracy := row["accuracy"]) is not None]
+    rounds, percent = zip(*known, strict=True)  # round 0 is always measured
     blue, vermilion, *_ = theme.colors
     axes.plot(rounds, percent, color=blue, marker="o", markersize=3, label=f"federated: {percent[-1]:.1f} %")
     axes.axhline(percent[0], color=theme.grey, linestyle=":", label=f"unadapted: {percent[0]:.1f} %")
     for row, style in zip(run.centralised, ("--", "-."), strict=False):
-        reached = 100 * row["accuracy"]
+        reached = 100 * (row["accuracy"] or 0.0)  # it is measured in any case
         label = f"centralised LoRA, {row['steps']} steps: {reached:.1f} %"
         axes.axhline(reached, color=vermilion, linestyle=style, label=label)
     axes.set_ylim(0, 100)

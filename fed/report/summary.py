@@ -28,8 +28,9 @@ def _most(rows: Sequence[Row], field: str) -> float | None:
     return max(_known(rows, field), default=None)
 
 
-def _gain(rows: Sequence[Row], field: str) -> float:
-    return float(measured(rows[-1], field) - measured(rows[0], field))
+def _gain(rows: Sequence[Row], field: str) -> float | None:
+    first, last = measured(rows[0], field), measured(rows[-1], field)
+    return None if first is None or last is None else float(last - first)
 
 
 def _known(rows: Sequence[Row], field: str) -> list[float]:
@@ -77,10 +78,15 @@ METRICS = (
     Metric("optimizer_mb", "optimiser", "MB", _most, "optimizer_bytes", 1e-6, phrase="Optimiser state, at most"),
     Metric("activation_mb", "activations", "MB", _most, "activation_bytes", 1e-6, phrase="Activations kept, at most"),
     Metric("train_seconds", "training", "s", _sum, "train_seconds", phrase="Local training in a whole run"),
+    Metric("tokens_per_second", "tokens/s", "", _mean, "tokens_per_second", phrase="Tokens trained on in a second"),
+    Metric("padding_share", "padding", "%", _mean, "padding_share", 100.0, digits=1, phrase="Padding in training"),
     Metric("fold_seconds", "folding", "s", _sum, "fold_seconds"),
 )
 OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
 # Metrics that variants are compared by; they are in per cent, and higher is better.
 SCORES = (ACCURACY, ROUGE)
 NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")
-COST = ("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds")
+COST = (
+    *("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds"),
+    *("tokens_per_second", "padding_share"),
+)

@@ -210,11 +210,11 @@ def summary(run: Run) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [
         (f"test data: {config.data.title}", "accuracy", "gain", "ratio"),
         ("unadapted model", percent(run.rows[0]), "", ""),
-        (federated, percent(run.rows[-1]), f"{reached:+.1f} points", ""),
+        (federated, percent(run.rows[-1]), "" if reached is None else f"{reached:+.1f} points", ""),
     ]
     for row in run.centralised:
-        gain = run.gain_of(row)
-        ratio = f"{reached / gain:.2f}" if gain > 0 else "—"
+        gain = run.gain_of(row) or 0.0  # centralised training is measured in any case, as is round 0
+        ratio = f"{reached / gain:.2f}" if gain > 0 and reached is not None else "—"
         lines.append((f"centralised LoRA, {row['steps']} steps", percent(row), f"{gain:+.1f} points", ratio))
     return lines
 
@@ -226,8 +226,8 @@ def memory_in_use(run: Run) -> str:
 
 
 def percent(row: Metrics) -> str:
-    """Return a row's accuracy as text, in per cent."""
-    return f"{100 * row['accuracy']:.1f} %"
+    """Return a row's accuracy as text, in per cent, or a dash if it was not measured."""
+    return "—" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
 
 
 def local_work(config: RunConfig) -> str:

@@ -15,7 +15,8 @@ from fed.errors import FedError
 from fed.methods import Method
 from fed.models.shared_model import SharedModel
 from fed.seeding import permutation, torch_seed
-from fed.training.memory import MIB, SavedTensors, base_bytes, tensor_bytes
+from fed.training.losses import client_losses
+from fed.training.memory import MIB, SavedTensors, base_bytes, buffer_bytes, tensor_bytes
 from fed.types import Client
 
 
@@ -88,21 +89,25 @@ class Estimate(NamedTuple):
 def estimate(shared: SharedModel, config: RunConfig, split: Split) -> Estimate:
     """Return the memory that training takes as a function of rank, for this model, batch size and optimiser.
 
-    `fixed_bytes`: all weights; the gradient and optimiser state of the head; the activations of one batch, `split`'s
-    first rows, without those of the adapter; and, where Fed-PLoRA holds unselected modules frozen, all R modules.
-    `module_bytes`: Σ_matrices (K + N) · itemsize for the values, as much again for the gradient and for each optimiser
-    state (AdamW 2, SGD with momentum 1), and a module's activations of one batch. Activations are measured at ranks 1
-    and R and taken to grow linearly. Temporary buffers and the allocator's overhead are not counted.
+    `fixed_bytes`: all weights, quantised ones with their scales; the gradient and optimiser state of the head; the
+    activations of one batch, `split`'s longest rows, without those of the adapter; a language model's logits of one
+    slice of tokens, or the largest weight that is dequantised, if that is more; and, where Fed-PLoRA holds unselected
+    modules frozen, all R modules. `module_bytes`: Σ_matrices (K + N) · itemsize of the factors for the values, as much
+    again for the gradient and for each optimiser state (AdamW 2, SGD with momentum 1), and a module's activations of
+    one batch. Activations are measured at ranks 1 and R and taken to grow linearly. Other temporary buffers and the
+    allocator's overhead are not counted.
     """
     train, adapter = config.train, config.adapter
     states = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
     layers = shared.handle.layers.values()
-    width_bytes = sum((layer.in_features + layer.out_features) * layer.weight.element_size() for layer in layers)
+    width_bytes = sum((layer.in_features + layer.out_features) * layer.lora_A.element_size() for layer in layers)
     head = tensor_bytes(shared.head.values()) * (1 + states)
     held = shared.rank * width_bytes if adapter.unselected == "frozen" and config.method == "fed-plora" else 0
     narrow, wide = (_activations(shared, split, train.batch_size, rank) for rank in (1, shared.rank))
     slope = (wide - narrow) // (shared.rank - 1) if shared.rank > 1 else 0
-    return Estimate(base_bytes(shared) + head + held + narrow - slope, width_bytes * (2 + states) + slope)
+    buffers = buffer_bytes(shared, split.table, min(train.batch_size, len(split)))
+    fixed = base_bytes(shared) + head + held + buffers
+    return Estimate(fixed + narrow - slope, width_bytes * (2 + states) + slope)
 
 
 def ranks_within(budgets_mib: Sequence[float], need: Estimate, largest: int) -> list[int]:
@@ -125,8 +130,10 @@ def _activations(shared: SharedModel, split: Split, batch_size: int, rank: int) 
     shared.load({matrix: (A[:rank], B[:, :rank]) for matrix, (A, B) in before.items()}, dict(shared.head))
     saved = SavedTensors(shared.model)
     shared.model.train()
+    longest = split.longest(batch_size)
+    rows = torch.arange(len(longest))
     with saved.watching(True), torch_seed(shared.device, 0, "estimate"):
-        _ = shared.model(**split.batch(torch.arange(min(batch_size, len(split))))).loss
+        _ = client_losses(shared.model, longest.batch(rows), [len(rows)], longest.counted(rows))
         size_bytes = saved.size_bytes
     shared.load(before, dict(shared.head))
     return size_bytes

@@ -45,8 +45,17 @@ def model_digest(model: nn.Module) -> str:
     """Return a digest of a model's class and of the names, types and bits of its weights and buffers."""
     parts: list[Any] = [type(model).__name__]
     for name, value in model.state_dict().items():
-        parts += [name, value]
+        parts += _held(name, value)
     return _digest(parts)
+
+
+def _held(name: str, value: Any) -> list[Any]:
+    """Return a value with its name; of a tensor that is made of others, as torchao's are, these with theirs."""
+    if not isinstance(value, Tensor) or not hasattr(value, "__tensor_flatten__"):
+        return [name, value]
+    names, _ = value.__tensor_flatten__()
+    parts: list[Any] = [name, type(value).__name__, str(value.dtype), [*value.shape]]
+    return parts + [part for inner in names for part in _held(inner, getattr(value, inner))]
 
 
 def folder_digest(folder: Path) -> str:

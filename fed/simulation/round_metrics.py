@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
+from fed.data.tables import DenseTable, InstructionTable
 from fed.methods import Method
 from fed.models.shared_model import SharedModel
 from fed.seeding import ClientRandom
 from fed.simulation.communication import download_bytes, upload_bytes
-from fed.simulation.evaluation import accuracy_for, evaluate, evaluate_held_out, labels_of
+from fed.simulation.evaluation import GENERATED, WorkProgress, accuracy_for, evaluate, evaluate_held_out, labels_of
 from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
 from fed.training.local import Job
 from fed.training.memory import peak_bytes
@@ -46,6 +47,7 @@ class RoundMetrics:
     data: FederatedData
     shared: SharedModel
     method: Method
+    progress: WorkProgress | None = None  # called while answers are generated
 
     def start_noise(self, state: RunState, job: Job) -> float | None:
         """Return a client's initialisation noise, given what is folded into the base now; None if not measured."""
@@ -71,7 +73,21 @@ class RoundMetrics:
         """Load a server's state into the model and evaluate it on the held-out samples."""
         self.shared.load_server(server)
         right = torch.zeros(len(self.data.test), dtype=torch.bool, device=self.shared.device)
-        return Evaluation(evaluate_held_out(self.shared.model, self.data, right), right)
+        metrics = evaluate_held_out(
+            self.shared.model, self.data, right, generate=self.generates(server.round), progress=self.progress
+        )
+        return Evaluation(metrics, right)
+
+    def generates(self, number: int) -> bool:
+        """Return whether answers are generated after round `number`, in tasks that have any."""
+        return self.config.measure.generate == "every" or number in (0, self.config.rounds)
+
+    def not_generated(self, number: int) -> Row:
+        """Return None for each measure of generated answers if there are none after round `number`."""
+        if self.generates(number) or not isinstance(self.data.test.table, InstructionTable):
+            return {}
+        kinds = ("",) if self.data.validation is None else ("", "validation_")
+        return cast("Row", {f"{kind}{name}": None for kind in kinds for name in GENERATED})
 
     def row(
         self,
@@ -97,6 +113,7 @@ class RoundMetrics:
         accuracies = self.client_accuracies(after, results, right) if self.config.measure.clients and results else None
         row = {
             "round": server.round,
+            **self.not_generated(server.round),
             **metrics,
             "init_noise": _mean(result.start_noise for result in results),
             "agg_noise": noise,
@@ -109,6 +126,7 @@ class RoundMetrics:
             **_footprint(results),
             "fold_seconds": sum(result.fold_seconds for result in results),
             "train_seconds": sum(result.train_seconds for result in results),
+            **self.throughput(results),
             "peak_memory_bytes": peak_bytes(self.shared.device) if self.config.measure.memory else None,
             "clients_per_pass": clients_per_pass,
             "client_accuracy": accuracies,
@@ -119,16 +137,24 @@ class RoundMetrics:
         }
         return cast("Row", finite(row))
 
+    def throughput(self, results: Sequence[ClientResult]) -> Row:
+        """Return the tokens trained on in a second of training, and the share of the computed ones that is padding."""
+        tokens, positions = (sum(getattr(one.update, name) for one in results) for name in ("tokens", "positions"))
+        if not positions or isinstance(self.data.test.table, DenseTable):
+            return {"tokens_per_second": None, "padding_share": None}
+        seconds = sum(result.train_seconds for result in results)
+        return {"tokens_per_second": tokens / seconds if seconds else None, "padding_share": 1 - tokens / positions}
+
     def client_accuracies(self, state: RunState, results: Sequence[ClientResult], right: Tensor) -> list[float] | None:
         """Return the accuracy of each client of the round, evaluated with its own model where models are personal.
 
         `right` (n,) is True for test rows that the global model classifies correctly; with personal models it is
         overwritten. Returns None if all clients share one model and there are no labels to weight by, because then
-        every client would have the same accuracy.
+        every client would have the same accuracy, and if no answers are generated in this round.
         """
         personal = self.method.personal or self.config.train.head == "personal"
         wanted = labels_of(self.data.test)
-        if wanted is None and not personal:
+        if wanted is None and not (personal and self.generates(state.server.round)):
             return None
         accuracies = []
         for client in (state.clients[result.client.id] for result in results):

@@ -20,10 +20,13 @@ from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable
 from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.communication import stack_bytes
+from fed.simulation.evaluation import WorkProgress
 from fed.simulation.noise import end_factors, factor_noise
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
-from fed.simulation.update_checks import find_fault, growth, state_fault
+from fed.simulation.update_checks import find_fault, growth, hint_of_overflow, state_fault
+from fed.training.batching import find_way
+from fed.training.cohort import check_cohorts
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.local import Job, module_gradients, train
 from fed.training.memory import is_out_of_memory, restart_peak
@@ -39,7 +42,7 @@ class Federation:
     """A run's configuration, its data, and the one model that all its clients train on.
 
     What clients keep between rounds goes to the `store`, or stays in memory if there is none. `on_event` receives
-    messages about the run.
+    messages about the run, `on_progress` how far the generation of answers is.
     """
 
     config: RunConfig
@@ -48,6 +51,7 @@ class Federation:
     on_event: Callable[[str], object]
     store: ClientStore | None = None
     clients_per_pass: int | None = None  # the fastest number of clients, if measured before the run was interrupted
+    on_progress: WorkProgress | None = None
 
     @cached_property
     def cohorts(self) -> CohortScheduler:
@@ -57,7 +61,7 @@ class Federation:
     @cached_property
     def metrics(self) -> RoundMetrics:
         """The measurements that go into a round's row."""
-        return RoundMetrics(self.config, self.data, self.shared, self.method)
+        return RoundMetrics(self.config, self.data, self.shared, self.method, self.on_progress)
 
     @property
     def method(self) -> methods.Method:
@@ -68,6 +72,9 @@ class Federation:
         """Return the state of the run before its first round; raise FedError if its method cannot run with it."""
         if self.method.folds:
             self.shared.base.check_foldable(self.config.method)
+        find_way(self.config.train, self.shared.model, self.data.test.table)  # refused before anything is trained
+        if self.config.execution == "cohort":
+            check_cohorts(self.shared)
         server = first_state(self.shared, self.config)
         clients = populate(self.config, self.data, self.shared, self.method)
         if self.config.train.head == "personal":
@@ -206,6 +213,8 @@ class Federation:
         update = replace(self.method.finish(state.server, job.start, update), client=job.client)
         moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
         fault = find_fault(state.server, job.start, update)
+        if fault is not None and (dtypes := {own.dtype for own in self.shared.model.parameters()}):
+            fault += hint_of_overflow(update, dtypes)
         seconds = fold_seconds, train_seconds
         return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault)
 

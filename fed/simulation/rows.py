@@ -113,7 +113,7 @@ def _fault(row: Any, number: int) -> str | None:
     if not isinstance(row, dict):
         return "it holds no JSON object"
     for key in _REQUIRED:
-        if not _is_number(row.get(key)):
+        if key not in row or not (_is_number(row[key]) or (key == "accuracy" and row[key] is None)):
             return f"{key!r} is missing or no number"
     if row["round"] != number or not isinstance(row["round"], int):
         return f"round {number} belongs there, and it holds round {row['round']!r}"

@@ -204,9 +204,13 @@ class Run:
     rows: list[Row]
     centralised: list[CentralisedRow]
 
-    def gain_of(self, row: Metrics) -> float:
-        """Return the accuracy of `row` minus that of the unadapted model, in percentage points."""
-        return 100 * float(row["accuracy"] - self.rows[0]["accuracy"])
+    def gain_of(self, row: Metrics) -> float | None:
+        """Return the accuracy of `row` minus that of the unadapted model, in percentage points; None if not measured.
+
+        The accuracy of answers is not measured in every round with `measure.generate = "last"`.
+        """
+        first, reached = self.rows[0]["accuracy"], row["accuracy"]
+        return None if first is None or reached is None else 100 * float(reached - first)
 
 
 def read(directory: Path) -> Run:

@@ -16,12 +16,14 @@ import plora_kernels as pk
 from fed import interruption
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
-from fed.errors import machine_faults
+from fed.errors import FedError, machine_faults
 from fed.files import make_folder, naming, replacing
 from fed.locks import held
+from fed.models.reference import name_of
 from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
 from fed.simulation import checkpoint, finished
 from fed.simulation.client_store import client_store
+from fed.simulation.evaluation import WorkProgress
 from fed.simulation.finished import ADAPTER, BASE_DELTA
 from fed.simulation.inputs import input_digests
 from fed.simulation.rounds import Federation
@@ -49,11 +51,13 @@ def simulate(
     *,
     resume: bool = False,
     on_ready: Callable[[RunConfig], object] | None = None,
+    on_progress: WorkProgress | None = None,
 ) -> list[Row]:
     """Run `config.rounds` federated rounds and return their rows (`fed.types.Row`); row 0 is the unadapted model.
 
     Each row is appended to `directory/rounds.jsonl` at the end of its round and then passed to `on_round`. `on_event`
-    receives messages, for example one for each client whose update cannot be used.
+    receives messages, for example one for each client whose update cannot be used; `on_progress` is called while
+    answers are generated.
 
     At the end the adapter, and the head if it was trained, is saved to `directory/adapter` in PEFT's format. A method
     that folds into the base, or holds more than R modules in a matrix, also leaves
@@ -84,13 +88,14 @@ def simulate(
             stack.enter_context(held(directory))
         shared = stack.enter_context(adapted(config, model, head_names))
         store = stack.enter_context(client_store(directory / checkpoint.FOLDER, shared.device, lasting))
-        federation = Federation(config, data.to(shared.device), shared, tell, store)
+        federation = Federation(config, data.to(shared.device), shared, tell, store, on_progress=on_progress)
         state = federation.beginning()
         rows: list[Row] = []
         file: RowFile | None = None
         if resume:
             standing = checkpoint.load(directory, config, state, store, inputs, tell)
             state, rows, size = standing.state, standing.rows, standing.clients_per_pass
+            _check_ends_with_answers(directory, config, rows)
             federation = replace(federation, clients_per_pass=size)
             _sweep(directory)
             file = stack.enter_context(closing(RowFile(directory, standing.lines)))
@@ -148,6 +153,16 @@ def _make_ready(
         path.unlink()
 
 
+def _check_ends_with_answers(directory: Path, config: RunConfig, rows: Sequence[Row]) -> None:
+    """Raise FedError if the last round was played already, but as one before it, without the answers of a last one."""
+    last = rows[-1]
+    if config.measure.generate == "last" and last["round"] == config.rounds and last["accuracy"] is None:
+        raise FedError(
+            f"rounds is {config.rounds}, and {str(directory)!r} has played that round without generating answers, as "
+            "measure.generate = 'last' says of rounds before the last; more rounds would be right"
+        )
+
+
 def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server: ServerState) -> None:
     """Save what the run ends with; the mark of an earlier end is removed first, for the files change one by one."""
     finished.unmark(directory)
@@ -155,7 +170,7 @@ def _save_result(directory: Path, config: RunConfig, shared: SharedModel, server
         path.unlink()  # of a run that is over more rounds now
     save_base_delta(directory, server, config.adapter.rank)
     with naming(directory / ADAPTER):
-        pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=str(directory / BASE))
+        pk.save_peft(shared.handle, directory / ADAPTER, base_model_name_or_path=name_of(directory / BASE, config))
 
 
 def _sweep(directory: Path) -> None:

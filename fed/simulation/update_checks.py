@@ -45,6 +45,13 @@ def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate) ->
     )
 
 
+def hint_of_overflow(update: ClientUpdate, dtypes: Collection[torch.dtype]) -> str:
+    """Return what to add to the fault of an update that is not finite, if the model computes in one of these dtypes."""
+    if torch.float16 not in dtypes or (_is_finite(update.loss) and _value_fault(update) is None):
+        return ""
+    return "; float16 overflows beyond 65504, so model.dtype = 'bfloat16' may be right"
+
+
 def state_fault(server: ServerState) -> str | None:
     """Return which tensor of a server's state holds NaN or infinity, in words, or None if all are finite."""
     named = {f"the server's {matrix} lora_{side}": own for matrix, side, own in _sides(server.adapter.factors)}
@@ -65,7 +72,7 @@ def growth(start: ClientStart, head: Mapping[str, Tensor], update: ClientUpdate)
 def _figure_fault(start: ClientStart, update: ClientUpdate) -> str | None:
     if not _is_number(update.loss):
         return f"its training loss is {_shown(update.loss)}; a number would be right"
-    if not -float("inf") < update.loss < float("inf"):
+    if not _is_finite(update.loss):
         return f"its training loss is {update.loss}"
     if type(update.steps) is not int or update.steps < 1:
         return f"its number of steps is {_shown(update.steps)}; an integer of at least 1 would be right"
@@ -202,6 +209,10 @@ def _sides(factors: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[str, str,
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and -float("inf") < value < float("inf")
 
 
 def _is_dense(value: Any) -> bool:

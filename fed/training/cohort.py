@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import plora_kernels as pk
 from fed import interruption
-from fed.data.tables import IGNORED
+from fed.data.tables import InstructionTable
 from fed.errors import FedError
 from fed.models.shared_model import SharedModel
 from fed.seeding import torch_seed
-from fed.training.local import BatchOrder, Job, ended_with
+from fed.training.batching import find_way, way_of_cohort
+from fed.training.cohort_steps import CohortSteps, Plan
+from fed.training.local import Job, ended_with
 from fed.training.losses import client_losses
 from fed.training.memory import SavedTensors, state_bytes
-from fed.training.stacked_head import stacked_head
 from fed.training.stacked_optimizer import Stacked, StackedOptimizer
 from fed.types import ClientUpdate, Factors, Footprint
 
@@ -69,28 +68,19 @@ def check_independent(model: nn.Module) -> None:
             )
 
 
-class _Plan:
-    """A job with the table rows of its batches, of `size` rows each.
+def check_cohorts(shared: SharedModel) -> None:
+    """Raise FedError if clients cannot train together on this model: it mixes them, or what is trained has two dtypes.
 
-    The last `unused` rows of each batch are padding, which does not count in the loss.
+    A cohort keeps all that its clients train in one tensor.
     """
-
-    def __init__(self, job: Job, batch_size: int, full: bool) -> None:
-        """Prepare to draw the batches; with `full`, pad them to `batch_size` rows if the client has fewer samples."""
-        self.job = job
-        self._batches = BatchOrder(len(job.split), batch_size, job.rng)
-        self.unused = batch_size - self._batches.width if full else 0
-        self.size = self._batches.width + self.unused
-
-    def rows(self, step: int) -> Tensor:
-        """Return the table rows of a step's batch, (size,) int64."""
-        rows = self.job.split.rows[self._batches.rows(step)]
-        return torch.cat([rows, rows[:1].expand(self.unused)]) if self.unused else rows
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: plans with more steps come first, and among these plans with larger batches."""
-        return -self.job.steps, -self.size
+    check_independent(shared.model)
+    factors = {factor.dtype for pair in shared.handle.factors().values() for factor in pair}
+    if others := {parameter.dtype for parameter in shared.head.values()} - factors:
+        own, head = (str(next(iter(dtypes))).removeprefix("torch.") for dtypes in (factors, others))
+        raise FedError(
+            f"the adapter is {own} and the trained head {head}: a cohort needs one dtype; adapter.dtype = {head!r}, "
+            "train.head = 'freeze' or execution = 'sequential' would be right"
+        )
 
 
 class Cohort:
@@ -103,7 +93,7 @@ class Cohort:
         self, shared: SharedModel, jobs: Sequence[Job], settings: TrainConfig, compiled: CompiledLosses | None = None
     ) -> None:
         # A step is compiled for fixed shapes, so compiled cohorts get the same ones: full batches, at least R modules.
-        plans = [_Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
+        plans = [Plan(job, settings.batch_size, full=compiled is not None) for job in jobs]
         rank = 0 if compiled is None else shared.rank
         self.places = sorted(range(len(jobs)), key=lambda place: plans[place].order)
         self.plans = [plans[place] for place in self.places]
@@ -130,6 +120,10 @@ class Cohort:
         self.optimizer: StackedOptimizer | None = None  # made after the first backward
         self.untrained: Tensor | None = None  # bool, laid out as `stacked.values`: elements that no client trains
         self.saved = SavedTensors(shared.model, (self.stacked.values, *self.fixed.values()))
+        self.drops = any(layer.dropout for layer in shared.handle.layers.values())
+        # The rows' numbers for dropout are known for the layers of language models, which all see every token.
+        whole = compiled is not None or (self.drops and not isinstance(self.table, InstructionTable))
+        self.way = way_of_cohort(find_way(settings, shared.model, self.table, whole), shared.model, self.table)
 
     def _make_optimizer(self, unused: Sequence[str]) -> StackedOptimizer:
         """Return the optimiser, and set `untrained` unless everything is trained.
@@ -168,15 +162,40 @@ class Cohort:
 
     def step(self, span: CohortSteps, step: int, measure: bool = False) -> Tensor:
         """Train the clients of a running span for one step; return their losses before it, (count,)."""
-        with span.seeded(step):  # for the backward too, because gradient checkpointing repeats the forward in it
-            with self.saved.watching(measure):
-                batch = span.batch(step)
-                if self.compiled is None or measure:  # saved tensors cannot be counted in a compiled forward
-                    losses = client_losses(self.shared.model, batch, span.sizes)
-                else:
-                    losses = self.compiled(self.shared.model, batch, span.sizes, span.own_gradients)
-            self._move(losses, span)
-        return losses.detach()
+        parts = span.parts(step)
+        total: Tensor | None = None
+        unused: set[str] = set()
+        for number, part in enumerate(parts):
+            with span.reading(part, step):  # the backward too: gradient checkpointing repeats the forward in it
+                with self.saved.watching(measure):
+                    if self.compiled is None or measure:  # saved tensors cannot be counted in a compiled forward
+                        losses = client_losses(self.shared.model, part.batch, part.sizes, part.counted)
+                    else:
+                        losses = self.compiled(
+                            self.shared.model, part.batch, part.sizes, span.own_gradients, part.counted
+                        )
+                    if part.shares is not None:
+                        losses = losses * part.shares.to(losses, non_blocking=True)
+                penalty = span.penalty() if number == 0 else None
+                own = set(span.differentiate((losses if penalty is None else losses + penalty).sum()))
+            if total is None:
+                total, unused = losses.detach(), own
+            else:
+                total, unused = total + losses.detach(), unused & own
+            if len(parts) > 1:
+                self._sum_gradients(number, len(parts))
+        assert total is not None  # because a batch has at least one part
+        self._move(span, sorted(unused))
+        return total
+
+    def _sum_gradients(self, number: int, parts: int) -> None:
+        """Add the gradients of a part to those of the parts before; after the last one put the sum in their place."""
+        if number == 0:
+            self.sum_of_parts = self.stacked.gradients.clone()
+        else:
+            self.sum_of_parts += self.stacked.gradients
+        if number == parts - 1:
+            self.stacked.gradients.copy_(self.sum_of_parts)
 
     def _spans(self) -> Iterator[tuple[range, int]]:
         """Yield consecutive ranges of steps, each with the number of clients that train in all of its steps."""
@@ -185,12 +204,12 @@ class Cohort:
             yield range(begun, steps), sum(job.steps >= steps for job in self.jobs)
             begun = steps
 
-    def _move(self, losses: Tensor, span: CohortSteps) -> None:
-        """Compute the gradients of each client's loss, clip each client's separately and take the optimiser's step."""
+    def _move(self, span: CohortSteps, unused: Sequence[str]) -> None:
+        """Clip each client's gradients separately and take the optimiser's step.
+
+        The loss does not depend on the parameters `unused`.
+        """
         count, most = len(span.sizes), self.settings.max_grad_norm
-        penalty = span.penalty()
-        objective = (losses if penalty is None else losses + penalty).sum()
-        unused = span.differentiate(objective)
         if self.optimizer is None:  # only the first backward shows which parameters the loss does not depend on
             self.optimizer = self._make_optimizer(unused)
         if self.untrained is not None:
@@ -213,7 +232,8 @@ class Cohort:
             head = {name: ended[f"head/{name}"].clone() for name in self.shared.head}
             own_share = self.saved.size_bytes * plan.size // samples
             taken = self._footprint(factors, head, own_share) if measure else None
-            found[place] = ended_with(plan.job, self.settings, factors, head, loss / plan.job.steps, taken)
+            update = ended_with(plan.job, self.settings, factors, head, loss / plan.job.steps, taken)
+            found[place] = replace(update, tokens=plan.tokens, positions=plan.positions)
         return [found[place] for place in range(len(self.jobs))]
 
     def _footprint(
@@ -223,113 +243,6 @@ class Cohort:
         numbers = sum(map(Tensor.numel, trained))
         state = state_bytes(self.settings, numbers, len(trained), self.stacked.values.element_size())
         return Footprint(numbers, state, activation_bytes)
-
-
-class CohortSteps:
-    """A range of steps of a cohort in which its first `count` clients train."""
-
-    def __init__(self, cohort: Cohort, count: int) -> None:
-        self._cohort, self._plans = cohort, cohort.plans[:count]
-        self.sizes = [plan.size for plan in self._plans]
-        self.trained = cohort.stacked.leaves(count)
-        self.gradients = {name: own[:count] for name, own in cohort.stacked.named(cohort.stacked.gradients).items()}
-        self._leaves = self.trained | {name: stack[:count] for name, stack in cohort.fixed.items()}
-        self._rows = pk.RowGroups(self.sizes)
-        self._unused: Tensor | None = None  # (samples,) bool: which samples of a batch are padding
-        if any(plan.unused for plan in self._plans):
-            unused = [torch.arange(plan.size) >= plan.size - plan.unused for plan in self._plans]
-            self._unused = torch.cat(unused).to(cohort.shared.device)
-        scales = [plan.job.start.scale for plan in self._plans]
-        self._groups = {}
-        for matrix, layer in cohort.shared.handle.layers.items():
-            # Only dropout needs the selection in the layer. Without dropout the gradients of unselected modules are
-            # set to zero after the backward, for all layers at once, which costs less.
-            mask = cohort.masks[matrix] if layer.dropout else None
-            selected = None if mask is None else mask[:count]
-            A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
-            gradients = self.gradients.get(f"A/{matrix}"), self.gradients.get(f"B/{matrix}")
-            self._groups[matrix] = pk.GroupModules.of(self._rows, A, B, selected, scale=scales, gradients=gradients)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within the context, make the model compute with these clients' modules and heads."""
-        shared = self._cohort.shared
-        head = {name.removeprefix("head/"): leaf for name, leaf in self._leaves.items() if name.startswith("head/")}
-        with (
-            shared.handle.grouped(self._groups),
-            stacked_head(shared.model, shared.handle.saved_modules, head, self.sizes),
-        ):
-            yield
-
-    def differentiate(self, loss: Tensor) -> list[str]:
-        """Write the gradients of `loss` to the cohort's `stacked`; return the parameters it does not depend on."""
-        heads = [name for name in self.trained if name.startswith("head/")]
-        found, idle = pk.group_gradients(loss, self._groups, [self.trained[name] for name in heads])
-        unused = [f"{side}/{matrix}" for matrix in idle for side in self._cohort.sides]
-        for name, gradient in zip(heads, found, strict=True):
-            if gradient is None:
-                unused.append(name)
-                self.gradients[name].zero_()
-            else:
-                self.gradients[name].copy_(gradient)
-        return unused
-
-    def own_gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return copies of the gradients of `loss`, (count, …) by name, for all trained parameters it depends on."""
-        unused = self.differentiate(loss)
-        return {name: own.clone() for name, own in self.gradients.items() if name not in unused}
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Return all clients' samples of a step as one batch, with the labels of padding set to IGNORED."""
-        batch = self._cohort.table.batch(torch.cat([plan.rows(step) for plan in self._plans]))
-        if self._unused is not None:
-            labels = batch["labels"]
-            batch["labels"] = labels.masked_fill(self._unused.view(-1, *[1] * (labels.dim() - 1)), IGNORED)
-        return batch
-
-    @contextmanager
-    def seeded(self, step: int) -> Iterator[None]:
-        """Within the context, give every layer with LoRA dropout its clients' seeds for one step.
-
-        Each client's dropout mask is thus the same as when it trains alone.
-        """
-        layers = self._cohort.shared.handle.layers
-        if not any(layer.dropout for layer in layers.values()):
-            yield
-            return
-        table = self._cohort.table
-        lengths = [int(table.lengths(plan.rows(step)).max()) for plan in self._plans]
-        rows = pk.RowGroups(self.sizes, lengths)
-        seeds = [
-            [plan.job.rng.seed_for("lora dropout", step, matrix) for plan in self._plans] for matrix in self._groups
-        ]
-        device_seeds = torch.tensor(seeds).to(self._cohort.shared.device, non_blocking=True)
-        groups = {
-            matrix: replace(self._groups[matrix], rows=rows, dropout_p=layers[matrix].dropout, dropout_seeds=own)
-            for matrix, own in zip(self._groups, device_seeds, strict=True)
-        }
-        with self._cohort.shared.handle.grouped(groups):
-            yield
-
-    def penalty(self) -> Tensor | None:
-        """Return each client's λ Σ_matrices ‖A[first:]‖_F ‖B[:, first:]‖_F, (count,), or None if no client has one.
-
-        The entry of a client without a penalty is 0.
-        """
-        penalties = [plan.job.start.penalty for plan in self._plans]
-        if not any(penalties):
-            return None
-        device, dtype = self._cohort.stacked.values.device, self._cohort.stacked.values.dtype
-        weights = torch.tensor([0.0 if one is None else one.weight for one in penalties], dtype=dtype)
-        firsts = torch.tensor([0 if one is None else one.first for one in penalties])
-        total = torch.zeros(len(penalties), dtype=dtype, device=device)
-        for matrix in self._groups:
-            A, B = self._leaves[f"A/{matrix}"], self._leaves[f"B/{matrix}"]
-            tail = (torch.arange(A.shape[1]) >= firsts[:, None]).to(device, non_blocking=True)  # (count, R)
-            ends = A.masked_fill(~tail[:, :, None], 0.0), B.masked_fill(~tail[:, None], 0.0)
-            size_A, size_B = (torch.linalg.vector_norm(end, dim=(1, 2)) for end in ends)
-            total = total + size_A * size_B
-        return weights.to(device, non_blocking=True) * total
 
 
 def _stack(factors: Sequence[Factors], fewest: int) -> Factors:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fed.config import RunConfig
+from fed.data.tables import Split
 from fed.errors import FedError
 from fed.models.shared_model import SharedModel
 from fed.training.cohort import train_together
 from fed.training.compiled_loss import CompiledLosses
-from fed.training.local import Job, batch_rows
-from fed.training.memory import MIB, base_bytes, is_out_of_memory, state_bytes
+from fed.training.local import Job
+from fed.training.memory import MIB, base_bytes, buffer_bytes, is_out_of_memory, state_bytes
 from fed.types import ClientUpdate
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # sizes of cohorts to time
@@ -51,14 +52,17 @@ class CohortScheduler:
             updates |= zip(places, self._train(cohort, self._config.measure.memory), strict=True)
         return [updates[place] for place in range(len(jobs))]
 
-    def _train(self, jobs: Sequence[Job], measure: bool) -> list[ClientUpdate]:
-        """Train one cohort; raise FedError if memory runs out.
+    def _train(self, jobs: Sequence[Job], measure: bool, batching: str = "") -> list[ClientUpdate]:
+        """Train one cohort, with other `batching` than configured if it is given; raise FedError if memory runs out.
 
         A cohort that is too large is not divided, because clients' updates depend on their cohort by rounding, and
         the run's files would then depend on the machine's memory.
         """
+        settings = self._config.train
+        if batching:
+            settings = settings.model_copy(update={"batching": batching})
         try:
-            return train_together(self._shared, jobs, self._config.train, measure, self._compiled)
+            return train_together(self._shared, jobs, settings, measure, self._compiled)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -113,7 +117,12 @@ class CohortScheduler:
         budget = self._config.cohort_memory_mib * MIB
         if not budget:
             return order, [0] * len(jobs), 0.0
-        return order, self._needs(jobs), budget - base_bytes(self._shared)
+        return order, self._needs(jobs), budget - self._fixed(jobs)
+
+    def _fixed(self, jobs: Sequence[Job]) -> int:
+        """Return the bytes that any cohort needs: the base, and a slice of logits or a weight that is dequantised."""
+        samples = len(jobs) * self._config.train.batch_size
+        return base_bytes(self._shared) + buffer_bytes(self._shared, jobs[0].split.table, samples)
 
     def _needs(self, jobs: Sequence[Job]) -> list[int]:
         """Return each client's bytes: parameters, gradients, optimiser state and the activations of a batch.
@@ -121,7 +130,7 @@ class CohortScheduler:
         Raises FedError if a client does not fit into `cohort_memory_mib` together with the base.
         """
         needs = []
-        longest = max(int(job.split.table.lengths(job.split.rows).max()) for job in jobs)
+        whole = Split.joined([job.split for job in jobs])
         for job in jobs:
             factors = [factor for pair in job.start.factors.values() for factor in pair]
             # A compiled cohort holds at least R modules for each client.
@@ -130,8 +139,8 @@ class CohortScheduler:
             numbers += sum(map(Tensor.numel, job.head.values()))
             width = factors[0].element_size()
             state = state_bytes(self._config.train, numbers, len(factors) + len(job.head), width)
-            needs.append(2 * numbers * width + state + self._activations(job, longest))
-        fixed, budget = base_bytes(self._shared), self._config.cohort_memory_mib * MIB
+            needs.append(2 * numbers * width + state + self._activations(job, whole))
+        fixed, budget = self._fixed(jobs), self._config.cohort_memory_mib * MIB
         for job, need in zip(jobs, needs, strict=True):
             if fixed + need > budget:
                 raise FedError(
@@ -141,17 +150,19 @@ class CohortScheduler:
                 )
         return needs
 
-    def _activations(self, job: Job, longest: int) -> int:
-        """Return the bytes of the activations of a client's batch when it is padded to `longest` tokens."""
+    def _activations(self, job: Job, whole: Split) -> int:
+        """Return the bytes of the activations of a client's batch when it is padded to the longest of all rows."""
         samples = self._config.train.batch_size
         if self._compiled is None:  # compiled cohorts pad every batch to `batch_size` samples
             samples = min(samples, len(job.split))
+        rows = whole.longest(samples)
+        longest = int(rows.lengths(torch.tensor([0])))
         if samples not in self._token_bytes:
-            (update,) = self._train([job._replace(steps=1)], measure=True)
+            # The longest rows, because attention may take memory by the square of their length. Padded, because rows of
+            # equal length are not divided, and then a cohort needs most.
+            (update,) = self._train([job._replace(steps=1, split=rows)], measure=True, batching="padded")
             assert update.footprint is not None  # because `measure` is true
-            (first,) = batch_rows(len(job.split), samples, 1, job.rng)
-            padded = int(job.split.lengths(first).max())
-            self._token_bytes[samples] = update.footprint.activation_bytes / padded
+            self._token_bytes[samples] = update.footprint.activation_bytes / longest
         return math.ceil(self._token_bytes[samples] * longest)
 
     def _fastest(self, jobs: Sequence[Job]) -> int:

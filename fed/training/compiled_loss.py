@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,19 +56,24 @@ class CompiledLosses:
         return lookup_backend("inductor")(graph, inputs)
 
     def __call__(
-        self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], gradients: Gradients
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        sizes: Sequence[int],
+        gradients: Gradients,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Return the clients' losses, as `client_losses` does.
 
         `gradients` must return the gradients of a loss, (C, …) by name, without parameters it does not depend on.
         """
         if self._losses is client_losses:
-            return client_losses(model, batch, sizes)
+            return client_losses(model, batch, sizes, counted)
         device = batch["labels"].device
         before = _random_states(device)
         losses: Tensor | None = None
         try:
-            losses = self._compiled(model, batch, sizes)
+            losses = self._compiled(model, batch, sizes, counted)
             if not self._to_compare:
                 return losses
             self._to_compare -= 1
@@ -79,16 +85,20 @@ class CompiledLosses:
             self._give_up(f"torch cannot compile the cohort's step ({_first_line(error)})")
         else:
             losses = None
-            self._compare(model, batch, sizes, gradients, *found)
+            self._compare(model, batch, sizes, gradients, *found, counted)
         _restore(before, device)
-        return self._compiled(model, batch, sizes)
+        return self._compiled(model, batch, sizes, counted)
 
-    def _compiled(self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int]) -> Tensor:
+    def _compiled(
+        self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], counted: Tensor | None
+    ) -> Tensor:
         from torch._dynamo import config
 
         self._has_compiled = False
-        with config.patch(recompile_limit=SHAPES):
-            losses = self._losses(model, batch, sizes)
+        with config.patch(recompile_limit=SHAPES), warnings.catch_warnings():
+            # What torch says of itself: it looks at the gradients of what a compiled graph takes from a plain one.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            losses = self._losses(model, batch, sizes, counted)
         if self._has_compiled:
             self._to_compare = COMPARED_STEPS
         return losses
@@ -102,11 +112,11 @@ class CompiledLosses:
 
     def _compare(
         self, model: nn.Module, batch: dict[str, Tensor], sizes: Sequence[int], gradients: Gradients,
-        losses: Tensor, found: Mapping[str, Tensor],
+        losses: Tensor, found: Mapping[str, Tensor], counted: Tensor | None,
     ) -> None:  # fmt: skip
         device = batch["labels"].device
         before = _random_states(device)
-        plain = client_losses(model, batch, sizes)
+        plain = client_losses(model, batch, sizes, counted)
         expected = gradients(plain.sum())
         if any(not torch.equal(one, other) for one, other in zip(before, _random_states(device), strict=True)):
             if not self._has_drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from fed import interruption
 from fed.data.tables import Split
 from fed.models.shared_model import SharedModel
 from fed.seeding import ClientRandom, torch_seed
+from fed.training.batching import divide, find_way
 from fed.training.losses import client_losses
 from fed.training.memory import SavedTensors, optimizer_bytes
 from fed.types import Client, ClientStart, ClientUpdate, Factors, Footprint, ServerState, TailPenalty
@@ -48,7 +50,9 @@ def train(shared: SharedModel, job: Job, settings: TrainConfig, measure: bool = 
     optimizer = make_optimizer(parameters, settings, job.learning_rate)
     order, rng = BatchOrder(len(job.split), settings.batch_size, job.rng), job.rng
     total = torch.zeros((), device=shared.device)
-    saved = SavedTensors(shared.model)
+    saved, tokens, positions = SavedTensors(shared.model), 0, 0
+    drops = any(layer.dropout for layer in shared.handle.layers.values())
+    way = find_way(settings, shared.model, job.split.table, whole=drops)
     shared.model.train()
     with torch_seed(shared.device, rng.seed, rng.round, rng.client, "dropout"):
         for step in range(job.steps):
@@ -56,18 +60,28 @@ def train(shared: SharedModel, job: Job, settings: TrainConfig, measure: bool = 
             rows = order.rows(step)
             key_dropout(shared, rng, step)
             optimizer.zero_grad()
-            with saved.watching(measure and step == 0):
-                loss = client_losses(shared.model, job.split.batch(rows), [len(rows)]).sum()
-            (loss if job.start.penalty is None else loss + tail_penalty(compact, job.start.penalty)).backward()
+            if job.start.penalty is not None:
+                tail_penalty(compact, job.start.penalty).backward()
+            losses = []
+            for part in divide(job.split.table, [job.split.rows[rows]], way):
+                with saved.watching(measure and step == 0):
+                    loss = client_losses(shared.model, part.batch, part.sizes, part.counted).sum()
+                    if part.shares is not None:
+                        loss = loss * float(part.shares)
+                loss.backward()
+                losses.append(loss.detach())
+                positions += part.positions[0]
+            total += sum(losses)
+            tokens += int(job.split.lengths(rows).sum())
             if settings.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
-            total += loss.detach()
     optimizer.zero_grad()
     factors = {matrix: (A.detach().clone(), B.detach().clone()) for matrix, (A, B) in compact.items()}
     head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
     taken = Footprint(sum(map(Tensor.numel, parameters)), optimizer_bytes(optimizer), saved.size_bytes)
-    return ended_with(job, settings, factors, head, total.item() / job.steps, taken if measure else None)
+    update = ended_with(job, settings, factors, head, total.item() / job.steps, taken if measure else None)
+    return replace(update, tokens=tokens, positions=positions)
 
 
 def ended_with(
@@ -130,7 +144,8 @@ def module_gradients(
     (rows,) = batch_rows(len(split), batch_size, 1, rng)
     factors = {matrix: (layer.lora_A, layer.lora_B) for matrix, layer in shared.handle.layers.items()}
     flat = [factor for pair in factors.values() for factor in pair]
-    gradients = iter(torch.autograd.grad(client_losses(shared.model, split.batch(rows), [len(rows)]).sum(), flat))
+    losses = client_losses(shared.model, split.batch(rows), [len(rows)], split.counted(rows))
+    gradients = iter(torch.autograd.grad(losses.sum(), flat))
     return {
         matrix: (next(gradients).double().square().sum(1) + next(gradients).double().square().sum(0)).sqrt().cpu()
         for matrix in factors

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fed.training.elementwise import observing
+from fed.training.token_losses import slice_bytes
+
 if TYPE_CHECKING:
+    import plora_kernels as pk
     from fed.config.training import TrainConfig
+    from fed.data.tables import Table
     from fed.models.shared_model import SharedModel
 
 # Parameters of glibc's mallopt: how much free memory stays at the end of the heap, and the size from which a block gets
@@ -28,18 +33,22 @@ STATUS = Path("/proc/self/status")
 
 
 class SavedTensors:
-    """Counter of the bytes that a forward saves for its backward: each storage once, the model's own excluded."""
+    """Counter of the bytes that a forward saves for its backward: each storage once, the model's own excluded.
+
+    Of several forwards, each with its backward after it, the one that saves most counts.
+    """
 
     def __init__(self, model: nn.Module, others: Iterable[Tensor] = ()) -> None:
         """Exclude the model's parameters and buffers, and the storages of `others`."""
         own = (*model.parameters(), *model.buffers(), *others)
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._own = {_storage_of(tensor) for tensor in own}
         self._seen: dict[int, int] = {}
+        self._most = 0
 
     @property
     def size_bytes(self) -> int:
         """The bytes counted so far."""
-        return sum(self._seen.values())
+        return max(self._most, sum(self._seen.values()))
 
     @contextmanager
     def watching(self, on: bool) -> Iterator[None]:
@@ -47,14 +56,19 @@ class SavedTensors:
         if not on:
             yield
             return
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+        self._most, self._seen = self.size_bytes, {}
+        with observing(self._count):
             yield
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
+    def _count(self, tensor: Tensor) -> None:
+        key = _storage_of(tensor)
+        if key not in self._own:
+            self._seen[key] = tensor.untyped_storage().nbytes()
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """Return what tells a storage from others while it exists; its address would be 0 on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -120,7 +134,40 @@ def base_bytes(shared: SharedModel) -> int:
     """Return the bytes of the model's parameters and buffers, head included, without the adapter's A and B."""
     own = {id(factor) for layer in shared.handle.layers.values() for factor in (layer.lora_A, layer.lora_B)}
     everything = (*shared.model.parameters(), *shared.model.buffers())
-    return tensor_bytes(tensor for tensor in everything if id(tensor) not in own)
+    return tensor_bytes(part for tensor in everything if id(tensor) not in own for part in parts_of(tensor))
+
+
+def buffer_bytes(shared: SharedModel, table: Table, samples: int) -> int:
+    """Return the bytes of a step's largest tensors beside those that its forward saves for the backward.
+
+    They are a slice of the logits of `samples` rows, with its logarithms, or the largest weight that is dequantised.
+    """
+    numbers = (layer.in_features * layer.out_features for layer in shared.handle.layers.values() if _is_packed(layer))
+    itemsize = getattr(shared.model, "dtype", torch.float32).itemsize
+    return max(slice_bytes(shared.model, table, samples), max(numbers, default=0) * itemsize)
+
+
+def _is_packed(layer: pk.FusedPLoRALinear) -> bool:
+    """Return whether a layer's weight is quantised: it then consists of other tensors, or has scales beside it."""
+    return any(part is not layer.weight for part in parts_of(layer.weight))
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that a parameter consists of: itself, or of a quantised one its values and their scales.
+
+    torchao's weights are tensors made of others; bitsandbytes' have scales in their `quant_state`, `SCB` or `CB`.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
+    found = {_storage_of(tensor): tensor}
+    states = [vars(tensor)] if hasattr(tensor, "__dict__") else []
+    while states:
+        for name, value in states.pop().items():
+            if name in ("quant_state", "state2") and value is not None:
+                states.append(vars(value))
+            elif isinstance(value, Tensor) and name in ("absmax", "code", "offset", "SCB", "CB"):
+                found.setdefault(_storage_of(value), value)
+    return [*found.values()]
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

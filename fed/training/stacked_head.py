@@ -12,21 +12,39 @@ from torch import Tensor, nn
 import plora_kernels as pk
 
 
+class HeadRows:
+    """How many consecutive samples of the batch each client owns, which the heads of a model share."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.groups = list(sizes), pk.RowGroups(sizes)
+
+    @contextmanager
+    def of(self, sizes: Sequence[int]) -> Iterator[None]:
+        """Within the context, the batch has other numbers of samples."""
+        before = self.sizes, self.groups
+        self.sizes, self.groups = list(sizes), pk.RowGroups(sizes)
+        try:
+            yield
+        finally:
+            self.sizes, self.groups = before
+
+
 class StackedLinear(nn.Module):
-    """Linear layers of C clients, y_c = x_c W_cᵀ + b_c; client c owns `sizes[c]` consecutive samples of x.
+    """Linear layers of C clients, y_c = x_c W_cᵀ + b_c; client c owns `rows.sizes[c]` consecutive samples of x.
 
     x is (samples, …, K), weight (C, N, K) and bias (C, N) or None; gradients flow to all three.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: HeadRows) -> None:
         super().__init__()
         # Kept in a tuple, because wrapping them in nn.Parameter would make other leaves than the caller's.
-        self._operands, self._rows = (weight, bias), pk.RowGroups(sizes)
+        self._operands, self._rows = (weight, bias), rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (samples, …, N)."""
         weight, bias = self._operands
-        return self._rows.product(x, weight.mT, bias)
+        # A head in fp32 may stand over half precision.
+        return self._rows.groups.product(x.to(weight.dtype), weight.mT, bias)
 
 
 class OneByOne(nn.Module):
@@ -36,14 +54,16 @@ class OneByOne(nn.Module):
     one tensor whose first axis counts the samples.
     """
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor], rows: HeadRows) -> None:
         super().__init__()
-        self._module, self._stacks, self._sizes = (module,), dict(parameters), list(sizes)
+        self._module, self._stacks, self._rows = (module,), dict(parameters), rows
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """Return the clients' outputs, concatenated along the first axis."""
-        samples, outputs, start = sum(self._sizes), [], 0
-        for client, size in enumerate(self._sizes):
+        samples, outputs, start = sum(self._rows.sizes), [], 0
+        for client, size in enumerate(self._rows.sizes):
+            if size == 0:  # a part of a batch may lack some clients
+                continue
             rows = slice(start, start + size)
             own = {name: stack[client] for name, stack in self._stacks.items()}
             cut = [_own(value, rows, samples) for value in arguments]
@@ -60,7 +80,7 @@ def _own(value: Any, rows: slice, samples: int) -> Any:
 
 @contextmanager
 def stacked_head(
-    model: nn.Module, modules: Sequence[str], parameters: Mapping[str, Tensor], sizes: Sequence[int]
+    model: nn.Module, modules: Sequence[str], parameters: Mapping[str, Tensor], rows: HeadRows
 ) -> Iterator[None]:
     """Within the context, make the named modules use each client's own parameters, (C, …) by full name.
 
@@ -70,7 +90,7 @@ def stacked_head(
     replaced: dict[str, nn.Module] = {}
     try:
         for name in modules:
-            for path, stand_in in _stand_ins(name, model.get_submodule(name), parameters, sizes):
+            for path, stand_in in _stand_ins(name, model.get_submodule(name), parameters, rows):
                 replaced[path] = model.get_submodule(path)
                 model.set_submodule(path, stand_in)
         yield
@@ -80,7 +100,7 @@ def stacked_head(
 
 
 def _stand_ins(
-    name: str, module: nn.Module, parameters: Mapping[str, Tensor], sizes: Sequence[int]
+    name: str, module: nn.Module, parameters: Mapping[str, Tensor], rows: HeadRows
 ) -> list[tuple[str, nn.Module]]:
     """Return the replacements of a module, or of the linear layers in it, with their full names."""
     holders = [(path, part) for path, part in module.named_modules() if [*part.parameters(recurse=False)]]
@@ -88,10 +108,10 @@ def _stand_ins(
         own = {
             path.removeprefix(f"{name}."): stack for path, stack in parameters.items() if path.startswith(f"{name}.")
         }
-        return [(name, OneByOne(module, own, sizes).train(module.training))]
+        return [(name, OneByOne(module, own, rows).train(module.training))]
     found: list[tuple[str, nn.Module]] = []
     for path, part in holders:
         full = f"{name}.{path}" if path else name
         bias = None if cast(nn.Linear, part).bias is None else parameters[f"{full}.bias"]
-        found.append((full, StackedLinear(parameters[f"{full}.weight"], bias, sizes)))
+        found.append((full, StackedLinear(parameters[f"{full}.weight"], bias, rows)))
     return found

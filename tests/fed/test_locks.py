@@ -27,6 +27,19 @@ except FedError as error:
 """
 
 
+# The holder's number is written while another process waits for it.
+LATER = """
+import sys, time
+from pathlib import Path
+from fed import locks
+wait = time.sleep
+def write(seconds):
+    Path(sys.argv[1], locks.LOCK).write_text(sys.argv[2])
+    wait(seconds)
+locks.time.sleep = write
+"""
+
+
 def other_process(directory: Path) -> str:
     command = [sys.executable, "-c", TRY, str(directory)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -41,6 +54,17 @@ def test_another_process_is_refused_by_name_until_the_end(tmp_path: Path) -> Non
     assert not is_held(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert other_process(tmp_path) == "held"
+
+
+@pytest.mark.parametrize("before", ["", "99999999999", "4194305"])
+def test_the_number_of_a_process_that_has_just_taken_the_lock_is_waited_for(before: str, tmp_path: Path) -> None:
+    """The last two are of no process: larger than a number may be."""
+    with held(tmp_path):
+        (tmp_path / LOCK).write_text(before)
+        assert "is in use by process " + (before or "(unknown)") in other_process(tmp_path)
+        command = [sys.executable, "-c", LATER + TRY, str(tmp_path), str(os.getpid())]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"is in use by process {os.getpid()};" in said
 
 
 def test_a_directory_stays_held_under_another_name(tmp_path: Path) -> None:

@@ -16,7 +16,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fed import config as configuration
 from fed.data.federated_data import load as load_data
@@ -129,9 +134,11 @@ def test_a_local_checkpoint_learns_a_local_jsonl_file(bert: Path, pets: Path, tm
     assert (outcome.status, outcome.err) == (0, "")
     rows = rows_of(out)
     assert rows[-1]["accuracy"] == 1.0 > rows[0]["accuracy"]
-    model = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(out / "base"), out / "adapter"
-    ).eval()
+    # The base has its labels and its tokenizer, and the checkpoint the weights.
+    assert not (out / "base" / "model.safetensors").exists()
+    assert json.loads((out / "base" / "checkpoint.json").read_text())["path"] == str(bert)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, config=AutoConfig.from_pretrained(out / "base"))
+    model = PeftModel.from_pretrained(base, out / "adapter").eval()
     tokens = AutoTokenizer.from_pretrained(out / "base")(["the dog", "a cat"], return_tensors="pt")
     with torch.no_grad():
         found = [model.config.id2label[number] for number in model(**tokens).logits.argmax(-1).tolist()]

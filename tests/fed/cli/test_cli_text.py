@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fed import config as configuration
 from fed.data.federated_data import load as load_data
@@ -64,7 +65,9 @@ def test_a_language_model_learns_to_answer_and_its_adapter_loads_with_plain_peft
     assert last["accuracy"] > 0.6 > 0.2 > first["accuracy"]
     data = load_data(configuration.load(out / "config.toml"))
     assert (len(data.validation), len(data.test)) == (12, 15)
-    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    saved = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(saved["base_model_name_or_path"])  # the checkpoint
+    base.config.pad_token_id = AutoConfig.from_pretrained(out / "base").pad_token_id
     assert evaluate(base, data.test)["loss"] == pytest.approx(first["loss"], rel=1e-6)
     model = PeftModel.from_pretrained(base, out / "adapter")
     found = evaluate(model, data.test)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fed.console import Screen, round_note
+from fed.console import ONGOING, Screen, round_note
 from fed.errors import UnreadError
 
 
@@ -49,6 +49,10 @@ def test_on_a_terminal_there_are_bars_with_the_time_left(
 def test_a_rounds_note_names_its_units() -> None:
     row = {"accuracy": 0.8751, "loss": 0.12345, "train_seconds": 1.26}
     assert round_note(row) == "accuracy 87.5 %  loss 0.123  1.3 s"
+    texts = {"tokens_per_second": 1234.5, "padding_share": 0.0951}
+    assert round_note(row | texts) == "accuracy 87.5 %  loss 0.123  1.3 s  1234 tokens/s, 10% padding"
+    assert round_note(row | dict.fromkeys(texts)) == round_note(row)
+    assert round_note(row | {"accuracy": None}).startswith("accuracy      —  loss")
     assert round_note(row | {"loss": None}) == "accuracy 87.5 %  loss not finite  1.3 s"
 
 
@@ -105,3 +109,36 @@ def test_a_command_goes_on_if_nobody_reads_its_warnings(
         screen.warn("a warning")
         screen.say("a line")
     assert capsys.readouterr().out == "a line\n"
+
+
+def test_progress_within_a_round_is_a_bars_note_or_a_line_every_half_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    clock = [0.0]
+    monkeypatch.setattr("fed.console.time.monotonic", lambda: clock[0])
+    screen, noted = Screen(), list[tuple[int, str]]()
+    show = screen.inner_progress(lambda done, note: noted.append((done, note)))
+    for second in (1, 29, 31, 40, 62):
+        clock[0] = float(second)
+        show("answers", second, 70)
+    assert capsys.readouterr().out.splitlines() == ["  answers 31/70", "  answers 62/70"]
+    assert noted == []
+    screen.is_terminal = True
+    show("answers", 64, 70)
+    assert noted == [(ONGOING, "answers 64/70")]
+
+
+def test_progress_within_a_round_leaves_a_bar_where_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen = Screen()
+    with screen.stage("round", 20) as advance:
+        advance(7, "a round")
+        screen.inner_progress(advance)("answers", 3, 9)
+    out = capsys.readouterr().out
+    assert "7/20" in out
+    assert "answers 3/9" in out
+    assert "-1/20" not in out

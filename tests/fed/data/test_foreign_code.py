@@ -20,7 +20,7 @@ from fed.data import pretrained
 from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
-from fed.models import base_model
+from fed.models import base_model, saved_base
 from tests.support.text_data import text_config
 
 ROOT = Path(__file__).parents[3]
@@ -86,7 +86,7 @@ LOADERS: dict[str, Callable[[RunConfig], Any]] = {
     "language model": lambda config: base_model.build(
         config.model_copy(update={"data": config.data.model_copy(update={"task": "instruction"})}), rows()
     ),
-    "saved base": lambda config: base_model.reopen(Path(str(config.model.path))),
+    "saved base": lambda config: saved_base.reopen(Path(str(config.model.path))),
 }
 
 

@@ -77,6 +77,13 @@ def test_the_command_prints_the_figures_and_leaves_them(played: Path, fed_cli: C
     assert "| Fed-PLoRA, frozen | 0 | 0 | 0 | 0 |" in initialisation_markdown(facts)
 
 
+def test_noise_is_measured_in_both_dtypes_whatever_the_run_had(tmp_path: Path) -> None:
+    half = play(tmp_path / "half", "model.dtype=bfloat16", "adapter.dtype=bfloat16", "rounds=1")
+    found = {(start.name, start.dtype): start.noise for start in measure(half, print)}
+    assert found["Fed-PLoRA, frozen", "float32"] == found["Fed-PLoRA, frozen", "bfloat16"] == 0.0
+    assert 0.0 < found["Fed-PLoRA, folded", "float32"] < 1e-3 * found["Fed-PLoRA, folded", "bfloat16"]
+
+
 def test_what_has_no_such_state_is_refused(tmp_path: Path, fed_cli: Call) -> None:
     assert_refused(fed_cli("noise", str(tmp_path)), "is not a run's directory")
     folding = play(tmp_path / "flora", "method=flora", "rounds=1")

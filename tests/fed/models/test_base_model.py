@@ -28,7 +28,8 @@ from fed.data.federated_data import FederatedData
 from fed.data.federated_data import load as load_data
 from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
-from fed.models import base_model
+from fed.models import base_model, saved_base
+from fed.models.head import head_names
 from fed.simulation.evaluation import evaluate
 from tests.support import text_data as texts
 from tests.support.notes import note_calls
@@ -67,7 +68,7 @@ def test_the_base_learns_upright_digits_and_reloads_with_plain_transformers(
     assert not model.training
     assert evaluate(model, digits.undisturbed)["accuracy"] > 0.6
     assert evaluate(model, digits.test)["accuracy"] < 0.4
-    base_model.save(model, config, tmp_path / "base")
+    saved_base.save(model, config, tmp_path / "base", ())
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "base").eval()
     inputs = digits.test.batch(torch.arange(5))["pixel_values"]
     with torch.no_grad():
@@ -116,16 +117,17 @@ def test_a_checkpoint_keeps_its_head_for_its_labels_and_gets_a_new_one_for_other
 
 def test_a_checkpoint_is_saved_with_its_tokenizer(bert: Path, tmp_path: Path) -> None:
     config = text_config(bert)
-    base_model.save(base_model.build(config, text_data("one", "two")), config, tmp_path / "base")
+    made = base_model.make(config, text_data("one", "two"))
+    saved_base.save(made.model, config, tmp_path / "base", made.drawn)
     again = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert again("a cat").input_ids == AutoTokenizer.from_pretrained(bert)("a cat").input_ids
 
 
 def test_heads_are_found_by_name(bert: Path, config: RunConfig, digits: FederatedData) -> None:
-    assert base_model.head_names(base_model.build(config, digits)) == ("classifier",)
-    assert base_model.head_names(base_model.build(text_config(bert), text_data("one", "two"))) == ("classifier",)
+    assert head_names(base_model.build(config, digits)) == ("classifier",)
+    assert head_names(base_model.build(text_config(bert), text_data("one", "two"))) == ("classifier",)
     distilbert = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=9, dim=8, hidden_dim=8, n_heads=2))
-    assert base_model.head_names(distilbert) == ("pre_classifier", "classifier")
+    assert head_names(distilbert) == ("pre_classifier", "classifier")
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def test_a_decoder_without_a_padding_token_pads_with_its_end_token(llama: Path) 
     assert pretrained.load_tokenizer(config).pad_token == "</s>"
     model = base_model.build(config, text_data("x", "y"))
     assert model.config.pad_token_id == 1
-    assert base_model.head_names(model) == ("score",)
+    assert head_names(model) == ("score",)
 
 
 def test_a_path_that_holds_no_checkpoint_is_refused(tmp_path: Path, bert: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForTokenClassification,
@@ -24,7 +25,8 @@ from fed.config import RunConfig, parse
 from fed.data.federated_data import FederatedData
 from fed.data.federated_data import load as load_data
 from fed.errors import FedError
-from fed.models import base_model
+from fed.models import base_model, saved_base
+from fed.models.head import head_names
 from fed.simulation.evaluation import evaluate
 from tests.support.text_data import PETS, text_config, write_rows
 from tests.support.tiny_bert import make_tiny_bert
@@ -37,7 +39,8 @@ class Told:
         self.lines: list[str] = []
         self.config, self.checkpoint = config, checkpoint
         self.data: FederatedData = load_data(config, self.lines.append)
-        self.model: Any = base_model.build(config, self.data, self.lines.append)
+        self.model: Any
+        self.model, self.drawn = base_model.make(config, self.data, self.lines.append)
 
     def keeps_head(self) -> bool:
         plain = load_file(self.checkpoint / "model.safetensors")
@@ -46,7 +49,7 @@ class Told:
 
 def head_of(model: Any) -> dict[str, torch.Tensor]:
     return {
-        f"{name}.{part}": value for name in base_model.head_names(model)
+        f"{name}.{part}": value for name in head_names(model)
         for part, value in model.get_submodule(name).state_dict().items()
     }  # fmt: skip
 
@@ -279,12 +282,17 @@ def test_label_k_is_the_number_that_the_data_source_gives(
     assert len(told.lines) == (not kept)
 
 
-def test_a_saved_base_keeps_its_labels_and_is_refused_for_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "referred"])
+def test_a_saved_base_keeps_its_labels_and_is_refused_for_others(copied: bool, tmp_path: Path) -> None:
     told = tell(bert_with(tmp_path / "bert", ("LABEL_0", "LABEL_1")), [1, 0])
-    base_model.save(told.model, told.config, tmp_path / "base")
-    again = base_model.reopen(tmp_path / "base", told.data.label_names)
+    model = told.config.model.model_copy(update={"copy_base": copied})
+    saved_base.save(told.model, told.config.model_copy(update={"model": model}), tmp_path / "base", told.drawn)
+    again = saved_base.reopen(tmp_path / "base", told.data.label_names)
     assert torch.equal(again.classifier.weight, told.model.classifier.weight)
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    assert plain.config.id2label == {0: "0", 1: "1"}
+    architecture = AutoConfig.from_pretrained(tmp_path / "base")
+    assert architecture.id2label == {0: "0", 1: "1"}
+    weights = tmp_path / ("base" if copied else "bert")
+    plain = AutoModelForSequenceClassification.from_pretrained(weights, config=architecture)
+    assert torch.equal(plain.bert.pooler.dense.weight, told.model.bert.pooler.dense.weight)
     with pytest.raises(FedError, match=r"has the labels '0', '1', and the data '1', '0'; model.path and data.path sho"):
-        base_model.reopen(tmp_path / "base", ("1", "0"))
+        saved_base.reopen(tmp_path / "base", ("1", "0"))

@@ -13,7 +13,7 @@ from torch import nn
 from fed import methods
 from fed.data.tables import DenseTable, Split
 from fed.errors import FedError
-from fed.models.base_model import head_names
+from fed.models.head import head_names
 from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation.clients import estimate

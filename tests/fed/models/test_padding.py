@@ -36,7 +36,7 @@ from fed.data.federated_data import load as load_data
 from fed.data.pretrained import require_positions
 from fed.data.tables import Split
 from fed.errors import FedError
-from fed.models import base_model
+from fed.models import base_model, saved_base
 from fed.simulation.evaluation import answer
 from tests.support.text_data import instruction_config, instructions, text_config, write_rows
 
@@ -124,13 +124,13 @@ def test_a_row_is_classified_alone_as_in_a_batch(
     save_tokenizer(tmp_path, pad, ends)
     save_model(tmp_path, family, AutoModelForSequenceClassification, pad_token_id=of_model)
     config, data = classified(tmp_path)
-    model = base_model.build(config, data)
+    model, drawn = base_model.make(config, data)
     alone = assert_rows_are_independent(model, data.test)
     assert data.test.table.pad == WORDS.index(pad or "</s>")
     if family != "roberta":  # whose positions would be others
         assert model.config.pad_token_id == data.test.table.pad
-    base_model.save(model, config, tmp_path / "base")
-    again = base_model.reopen(tmp_path / "base", data.label_names)
+    saved_base.save(model, config, tmp_path / "base", drawn)
+    again = saved_base.reopen(tmp_path / "base", data.label_names)
     assert torch.equal(assert_rows_are_independent(again, data.test), alone)
 
 

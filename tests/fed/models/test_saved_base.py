@@ -23,7 +23,7 @@ from transformers import (
 from fed.config import load
 from fed.errors import FedError
 from fed.files import digest_of
-from fed.models import base_model
+from fed.models import saved_base
 from tests.support.models import tiny_bert, tiny_distilbert, tiny_llama
 
 Tensors = dict[str, Tensor]
@@ -34,8 +34,8 @@ WEIGHT = "bert.pooler.dense.weight"
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A saved classifier; each test has its own."""
-    base_model.save(
-        tiny_bert(hidden_size=8, intermediate_size=8, num_hidden_layers=1), load("digits"), tmp_path / "base"
+    saved_base.save(
+        tiny_bert(hidden_size=8, intermediate_size=8, num_hidden_layers=1), load("digits"), tmp_path / "base", ()
     )
     return tmp_path / "base"
 
@@ -49,7 +49,7 @@ def older(saved: Path) -> Path:
 
 def assert_refused(directory: Path, message: str) -> None:
     with pytest.raises(FedError, match=message) as refusal:
-        base_model.reopen(directory)
+        saved_base.reopen(directory)
     assert "\n" not in str(refusal.value)
     assert str(directory) in str(refusal.value)
 
@@ -81,10 +81,10 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 @pytest.mark.parametrize("digests", [True, False])
 def test_a_base_is_reopened_bit_for_bit(tmp_path: Path, name: str, digests: bool) -> None:
     model = MODELS[name]()
-    base_model.save(model, load("digits"), tmp_path)
+    saved_base.save(model, load("digits"), tmp_path, ())
     if not digests:
         (tmp_path / "digests.json").unlink()
-    again = base_model.reopen(tmp_path)
+    again = saved_base.reopen(tmp_path)
     assert type(again) is type(model)
     values = again.state_dict()
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
@@ -93,7 +93,7 @@ def test_a_base_is_reopened_bit_for_bit(tmp_path: Path, name: str, digests: bool
 
 def test_values_that_are_no_numbers_are_kept_as_saved(older: Path) -> None:
     change_weights(older, lambda weights: weights | {WEIGHT: torch.full((8, 8), torch.nan)})
-    model = base_model.reopen(older)
+    model = saved_base.reopen(older)
     assert isinstance(model, BertForSequenceClassification)
     assert model.bert.pooler.dense.weight.isnan().all()
 
@@ -186,7 +186,7 @@ def test_a_file_of_digests_that_is_none_is_refused(saved: Path, content: str) ->
 def test_a_file_that_was_not_saved_is_refused_if_it_would_be_read(saved: Path, name: str) -> None:
     (saved / "NOTES.md").write_text("of the user's own")
     (saved / ".DS_Store").touch()
-    base_model.reopen(saved)
+    saved_base.reopen(saved)
     (saved / name).parent.mkdir(exist_ok=True)
     (saved / name).write_text("{}")
     assert_refused(saved, f"holds {name}, which was not saved with it; remove that file, or start the run anew")
@@ -209,7 +209,7 @@ def test_a_folder_and_files_may_be_links(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(saved, target_is_directory=True)
     (saved / "model.safetensors").rename(tmp_path / "weights")
     (saved / "model.safetensors").symlink_to(tmp_path / "weights")
-    base_model.reopen(tmp_path / "link")
+    saved_base.reopen(tmp_path / "link")
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_saving_again_replaces_the_digests(saved: Path) -> None:
-    base_model.save(tiny_bert(hidden_size=16, intermediate_size=8), load("digits"), saved)
-    base_model.reopen(saved)
+    saved_base.save(tiny_bert(hidden_size=16, intermediate_size=8), load("digits"), saved, ())
+    saved_base.reopen(saved)
 
 
 def test_digests_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +226,8 @@ def test_digests_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     model = tiny_bert(hidden_size=8, intermediate_size=8)
-    base_model.save(model, load("digits"), tmp_path)
+    saved_base.save(model, load("digits"), tmp_path, ())
     monkeypatch.setattr("fed.models.saved_files.sync_tree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        base_model.save(model, load("digits"), tmp_path)
+        saved_base.save(model, load("digits"), tmp_path, ())
     assert not (tmp_path / "digests.json").exists()

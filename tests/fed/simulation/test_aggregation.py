@@ -198,7 +198,9 @@ def test_a_weight_that_overflows_when_folded_is_no_ones_but_the_largest_clients(
 
     monkeypatch.setitem(methods.METHODS, "flora", flora._replace(finish=finish))
     monkeypatch.setattr("fed.simulation.rounds.LARGE_GROWTH", 1e9)  # by which it would be left out before it is tried
-    monkeypatch.setattr("fed.simulation.round_metrics.evaluate_held_out", lambda *given: {"accuracy": 1.0, "loss": 1.0})
+    monkeypatch.setattr(
+        "fed.simulation.round_metrics.evaluate_held_out", lambda *given, **named: {"accuracy": 1.0, "loss": 1.0}
+    )
     config, said, data = config_of("flora", rounds=1, train={"head": "freeze"}), [], make_data()
     inputs = data.test.table.inputs
     inputs["inputs"] = inputs["inputs"].half()
@@ -218,7 +220,7 @@ def test_healthy_rounds_are_aggregated_and_evaluated_once(monkeypatch: pytest.Mo
         monkeypatch.setattr(Federation, "training_fault", pytest.fail)
         monkeypatch.setattr(
             "fed.simulation.round_metrics.evaluate_held_out",
-            lambda *given: calls.append("evaluate") or {"accuracy": 0.5, "loss": 1.0},
+            lambda *given, **named: calls.append("evaluate") or {"accuracy": 0.5, "loss": 1.0},
         )
         list(federation.play(federation.beginning()))
     assert calls == ["evaluate", *["attempt", "evaluate"] * 3]

@@ -11,13 +11,16 @@ import torch
 
 from fed import methods
 from fed.config import load, parse
+from fed.data.tables import DenseTable, Sequences, Split, TextTable
 from fed.errors import FedError
+from fed.models.head import head_names
 from fed.models.shared_model import adapted
 from fed.simulation.clients import Estimate, drawn, estimate, learning_rate, local_steps, populate, ranks_within
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
-from fed.training.memory import peak_bytes, restart_peak
+from fed.training.memory import base_bytes, peak_bytes, restart_peak
 from fed.types import Client
+from tests.support.models import tiny_bert
 from tests.support.tiny_federation import HEAD, TinyClassifier, make_config, make_data
 
 CLIENTS = tuple(Client(number, 1, n_samples=10) for number in range(20))
@@ -153,6 +156,29 @@ def test_the_estimate_by_hand(optimizer: tuple[str, float, int]) -> None:
     with adapted(config, TinyClassifier(), HEAD) as shared:
         frozen = make_config(train={"optimizer": name, "momentum": momentum}, adapter={"unselected": "frozen"})
         assert estimate(shared, frozen, make_data().clients[0]).fixed_bytes == need.fixed_bytes + 6 * 34 * 4
+
+
+def test_the_estimate_is_of_the_longest_texts() -> None:
+    """Rows of 3, 3, 40 and 40 tokens in batches of two: in whatever order they are, the long ones must fit."""
+    config = make_config(adapter={"target_modules": "all-linear"}, train={"batch_size": 2})
+    found = []
+    for lengths in ((3, 3, 40, 40), (40, 40, 3, 3), (40, 40)):
+        rows = Sequences.of([[5] * length for length in lengths])
+        table = TextTable({"input_ids": rows}, torch.zeros(len(lengths), dtype=torch.int64), pad=0)
+        model = tiny_bert()
+        with adapted(config, model, head_names(model)) as shared:
+            found.append(estimate(shared, config, Split.whole(table)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_factors_in_fp32_over_half_precision_are_counted_as_such() -> None:
+    """Values, gradients and two moments of K + N = 34 numbers at 4 bytes; a batch's activations have 2 bytes each."""
+    with adapted(make_config(), TinyClassifier().bfloat16(), HEAD) as shared:
+        inputs = make_data().clients[0].table.inputs["inputs"].bfloat16()
+        split = Split.whole(DenseTable({"inputs": inputs}, make_data().clients[0].table.labels))
+        need = estimate(shared, make_config(), split)
+        assert need.module_bytes == 34 * 4 * 4 + 2 * 4 * 2
+        assert base_bytes(shared) == 2 * (77 + 11 + 55 + 18)
 
 
 def test_the_peak_of_the_process_does_not_fall() -> None:

@@ -11,12 +11,23 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+import plora_kernels as pk
 from fed.config import RunConfig
+from fed.console import round_note
 from fed.data.federated_data import FederatedData
 from fed.data.federated_data import load as load_data
 from fed.data.tables import Split
-from fed.models import base_model
-from fed.simulation.evaluation import answer, evaluate, evaluate_held_out
+from fed.errors import FedError, StoppedError
+from fed.models import base_model, saved_base
+from fed.models.head import head_names
+from fed.report import figure
+from fed.report.run_figures import panels
+from fed.report.tables import summary
+from fed.simulation.evaluation import answer, evaluate, evaluate_held_out, folded_adapters
+from fed.simulation.run_directory import Run
+from fed.simulation.simulate import simulate
+from tests.support.architectures import stir
+from tests.support.equality import assert_equal
 from tests.support.text_data import instruction_config, instructions, write_rows
 
 
@@ -138,6 +149,112 @@ def test_held_out_metrics_name_those_of_validation(model: nn.Module, data: Feder
 def test_the_language_model_has_no_head_to_train_and_keeps_its_tokenizer(
     config: RunConfig, model: Any, tmp_path: Path
 ) -> None:
-    assert base_model.head_names(model) == ()
-    base_model.save(model, config, tmp_path / "base")
+    assert head_names(model) == ()
+    saved_base.save(model, config, tmp_path / "base", ())
     assert AutoTokenizer.from_pretrained(tmp_path / "base")("a cat").input_ids
+
+
+def test_answers_are_generated_with_adapters_folded_and_all_is_as_before(
+    config: RunConfig, data: FederatedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers are folded while answers are made, and the answers are those of layers that are not."""
+    model = base_model.build(config, data)
+    handle = pk.inject(model, pk.PLoRAConfig(rank=3, target_modules="all-linear"))
+    stir(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = answer(model, data.test.table, data.test.rows)
+    seen: list[set[bool]] = []
+    generate = model.generate
+
+    def noting(**arguments: Any) -> Any:
+        seen.append({layer.selected == () for layer in handle.layers.values()})
+        return generate(**arguments)
+
+    monkeypatch.setattr(model, "generate", noting)
+    done: list[tuple[str, int, int]] = []
+    found = evaluate(model, data.test, progress=lambda *step: done.append(step))
+    assert {True} in seen
+    assert all(folded == {True} for folded in seen)
+    exact = [text == right[0] for text, right in zip(plain, answers_of(data.test), strict=True)]
+    assert found["accuracy"] == pytest.approx(sum(exact) / len(exact))
+    assert done[-1] == ("answers", len(data.test), len(data.test))
+    assert_equal(model.state_dict(), before)
+    assert all(layer.selected is None for layer in handle.layers.values())
+
+
+def answers_of(split: Split) -> list[Any]:
+    return [split.table.answers[row] for row in split.rows.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_below_a_weights_rounding_is_not_lost(dtype: torch.dtype) -> None:
+    """Changes of 2⁻⁹ are rounded away in weights of 1 in bfloat16; beside them 512 of them make 1."""
+    model = nn.Sequential(nn.Linear(512, 3, bias=False, dtype=dtype))
+    nn.init.ones_(model[0].weight)
+    handle = pk.inject(model, pk.PLoRAConfig(rank=1, alpha=1.0, target_modules=["0"]))
+    (layer,) = handle.layers.values()
+    layer.set_factors(torch.ones(1, 512), torch.full((3, 1), torch.finfo(torch.bfloat16).eps / 4))
+    x = torch.ones(1, 512, dtype=dtype)
+    x[:, 256:] = -1  # the weights' own part is 0
+    layer.lora_A.data[:, 256:] = -1
+    with folded_adapters(model), torch.no_grad():
+        assert torch.equal(model(x), torch.ones(1, 3, dtype=dtype))
+        assert (layer.selected == ()) is (dtype is torch.float32)
+
+
+def test_a_layer_that_cannot_be_folded_keeps_its_adapter(config: RunConfig, data: FederatedData) -> None:
+    model = base_model.build(config, data)
+    handle = pk.inject(model, pk.PLoRAConfig(rank=3, target_modules="all-linear"))
+    first, *others = handle.layers.values()
+    first.weight_is_tied = True
+    with folded_adapters(model):
+        assert first.selected is None
+        assert all(layer.selected == () for layer in others)
+    handle.select([1], unselected="frozen")
+    with folded_adapters(model):  # a selection that stands is left alone
+        assert all(layer.selected == (1,) for layer in others)
+
+
+def test_answers_of_the_first_and_the_last_round_alone(config: RunConfig, data: FederatedData, tmp_path: Path) -> None:
+    last = config.model_copy(
+        update={
+            "rounds": 3,
+            "measure": config.measure.model_copy(update={"generate": "last", "similarity": False}),
+            "train": config.train.model_copy(update={"local_steps": 1}),
+        }
+    )
+    every = last.model_copy(update={"measure": last.measure.model_copy(update={"generate": "every"})})
+    found, wanted = (
+        simulate(one, data, base_model.build(one, data), (), tmp_path / one.measure.generate) for one in (last, every)
+    )
+    names = [f"{kind}{name}" for kind in ("", "validation_") for name in ("accuracy", "rouge_1", "rouge_l")]
+    for row, other in zip(found, wanted, strict=True):
+        assert row.keys() == other.keys()
+        assert row["loss"] == other["loss"]
+        answered = row["round"] in (0, 3)
+        assert [row[name] for name in names] == [other[name] if answered else None for name in names]
+    run = Run(last, found, [])
+    assert [run.gain_of(row) is None for row in found] == [False, True, True, False]
+    assert round_note(found[1]).startswith("accuracy      —  loss")
+    assert len(figure.sheet(panels(run)[:1])) > 1000
+    assert summary(replace(run, rows=found[:2]))[2][1:3] == ("—", "")
+
+
+def test_a_run_does_not_end_with_a_round_that_was_played_without_answers(
+    config: RunConfig, data: FederatedData, tmp_path: Path
+) -> None:
+    measure = config.measure.model_copy(update={"generate": "last", "similarity": False})
+    train = config.train.model_copy(update={"local_steps": 1})
+    longer = config.model_copy(update={"rounds": 3, "checkpoint_every": 1, "measure": measure, "train": train})
+    shorter = longer.model_copy(update={"rounds": 1})
+
+    def stop(row: Any) -> None:
+        if row["round"] == 1:
+            raise StoppedError("enough")
+
+    with pytest.raises(StoppedError, match="enough"):
+        simulate(longer, data, base_model.build(longer, data), (), tmp_path, stop)
+    with pytest.raises(FedError, match=r"^rounds is 1, and '[^']+' has played that round without generating answers"):
+        simulate(shorter, data, base_model.build(shorter, data), (), tmp_path, resume=True)
+    rows = simulate(longer, data, base_model.build(longer, data), (), tmp_path, resume=True)
+    assert [row["accuracy"] is None for row in rows] == [False, True, True, False]

@@ -10,7 +10,7 @@ import torch
 from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, Sequences, Split, TextTable
 from fed.errors import FedError
-from fed.simulation.inputs import check_same, input_digests
+from fed.simulation.inputs import check_same, input_digests, model_digest
 from tests.support.tiny_federation import TinyClassifier, make_data
 
 
@@ -83,3 +83,15 @@ def test_a_change_is_named() -> None:
     check_same(now, now, "the run")
     with pytest.raises(FedError, match=r"the run began with other inputs: the base model changed since; put back what"):
         check_same({**now, "base model": "other"}, now, "the run")
+
+
+def test_weights_that_are_made_of_several_tensors_are_known_by_all_of_them() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def of(*values: float) -> str:
+        model = torch.nn.Linear(3, 2, bias=False)
+        model.weight = torch.nn.Parameter(TwoTensor(*(torch.full((2, 3), value) for value in values)))
+        return model_digest(model)
+
+    assert of(1.0, 2.0) == of(1.0, 2.0)
+    assert len({of(1.0, 2.0), of(1.0, 3.0), of(2.0, 2.0), of(2.0, 1.0)}) == 4

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fed import methods
+from fed.data.tables import DenseTable, Split
 from fed.models.shared_model import adapted
 from fed.seeding import ClientRandom
 from fed.simulation.rounds import Federation
@@ -352,3 +354,37 @@ def test_a_run_goes_on_without_a_malformed_update(
         assert [line.startswith("round ") and ": client 1 is left out: its " in line for line in said] == [True] * 2
         states.append((tmp_path / str(number) / "adapter" / "adapter_model.safetensors").read_bytes())
     assert states[0] == states[1]
+
+
+class Unbounded(TinyClassifier):
+    """The same layers without anything between them that would bound what overflows."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.body["second"](self.body["first"](inputs))))
+
+
+@pytest.mark.parametrize("execution", ["sequential", "cohort"])
+def test_float16_that_overflows_is_one_clients_fault_with_a_hint(execution: str) -> None:
+    """One client's inputs are beyond float16: it is left out, and the others' round is as without it."""
+    lines: list[str] = []
+    config = make_config(
+        rounds=1, execution=execution, clients_per_pass=4, clients={"per_round": 4}, train={"head": "freeze"}
+    )
+    data = make_data()
+    inputs = data.test.table.inputs["inputs"].clone()
+    inputs[data.clients[1].rows] = 3e4  # the first layer's outputs are beyond 65504
+    table = DenseTable({"inputs": inputs.half()}, data.test.table.labels)
+    data = replace(
+        data, clients=tuple(Split(table, own.rows) for own in data.clients), test=Split(table, data.test.rows)
+    )
+    model = Unbounded().half()
+    model.body["first"].weight.data.fill_(1.0)
+    with adapted(config, model, HEAD) as shared:
+        assert next(iter(shared.handle.layers.values())).lora_A.dtype is torch.float32
+        federation = Federation(config, data, shared, lines.append)
+        *_, last = federation.play(federation.beginning())
+    assert last.row["skipped"] == [1]
+    assert lines == [
+        "round 1: client 1 is left out: its training loss is nan; float16 overflows beyond 65504, so model.dtype = "
+        "'bfloat16' may be right"
+    ]

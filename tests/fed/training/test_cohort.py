@@ -16,7 +16,7 @@ from fed import methods
 from fed.data.federated_data import FederatedData
 from fed.data.tables import DenseTable, InstructionTable, Sequences, Split, TextTable
 from fed.errors import FedError
-from fed.models.base_model import head_names
+from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation.rounds import Federation
@@ -147,7 +147,6 @@ def test_every_method_gives_the_sequential_rounds(method: str, changes: dict[str
 
 
 # torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
     "method",
     ["fed-plora", "hetlora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flora", "fedsa-lora"))],
@@ -219,7 +218,6 @@ def test_texts_of_unequal_length(make: Any, table: type, dropout: float, checkpo
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(("make", "table"), [(tiny_bert, TextTable), (tiny_llama, InstructionTable)])
 def test_compiled_texts_end_where_each_would_alone_and_are_soon_traced_no_more(
     make: Any, table: type, traced: list[Any]
@@ -280,6 +278,26 @@ def test_a_model_that_mixes_samples_is_refused() -> None:
         jobs = jobs_of(shared, config, make_data())
         with pytest.raises(FedError, match="norm is BatchNorm1d: in training it mixes"):
             train_together(shared, jobs, config.train)
+
+
+def test_a_head_of_another_dtype_than_the_factors_is_refused_before_the_first_round() -> None:
+    changes: dict[str, Any] = {"adapter": {"dtype": "bfloat16"}, "execution": "cohort", "clients_per_pass": 2}
+    model = TinyClassifier().bfloat16()
+    model.head.float()
+    message = (
+        r"^the adapter is bfloat16 and the trained head float32: a cohort needs one dtype; adapter.dtype = 'float32', "
+        r"train.head = 'freeze' or execution = 'sequential' would be right$"
+    )
+    with adapted(make_config(**changes), model, HEAD) as shared, pytest.raises(FedError, match=message):
+        Federation(make_config(**changes), make_data(), shared, pytest.fail).beginning()
+    for fine in (
+        changes | {"execution": "sequential"},
+        changes | {"adapter": {}},
+        changes | {"train": {"head": "freeze"}},
+    ):
+        config = make_config(**fine)
+        with adapted(config, model, HEAD) as shared:
+            Federation(config, make_data(), shared, pytest.fail).beginning()
 
 
 def test_the_model_comes_back_as_it_was() -> None:

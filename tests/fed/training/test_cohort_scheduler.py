@@ -14,7 +14,7 @@ import torch
 from fed.data.federated_data import FederatedData
 from fed.data.tables import Sequences, Split, TextTable
 from fed.errors import FedError
-from fed.models.base_model import head_names
+from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
@@ -64,7 +64,7 @@ def test_a_cohort_fits_its_memory(shared: SharedModel) -> None:
     # Weights (7·11 + 11 + 11·5 + 5·3 + 3) fp32; a client's factors 6·(7 + 11 + 11 + 5) and its head 18, their
     # gradients and AdamW's two moments, six step counts, and the activations of its batch.
     assert fixed == 4 * (77 + 11 + 55 + 18)
-    activations = divider._activations(jobs[0], 1)
+    activations = divider._activations(jobs[0], jobs[0].split)
     assert needs[0] == 4 * 4 * (6 * 34 + 18) + 4 * 6 + activations
     room = (fixed + needs[0] + needs[1] + 1) / MIB
     for places in divided(shared, clients_per_pass=6, cohort_memory_mib=room):
@@ -81,8 +81,10 @@ def test_compiled_clients_take_alike(shared: SharedModel) -> None:
     assert plain[1] < plain[3]
 
 
-def test_texts_are_counted_as_long_as_the_longest() -> None:
-    rows = [[1] * (2 if client < 9 else 9) for client in range(18)]  # the second client's are longer
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_texts_are_counted_as_long_as_the_longest(attention: str) -> None:
+    """Eager attention keeps the square of a row's length."""
+    rows = [[1] * (2 if client < 9 else 36) for client in range(18)]  # the second client's are longer
     table = TextTable({"input_ids": Sequences.of(rows)}, torch.arange(18) % 3, pad=0)
     clients = tuple(Split(table, part) for part in torch.arange(18).split(9))
     config = make_config(
@@ -93,11 +95,16 @@ def test_texts_are_counted_as_long_as_the_longest() -> None:
         cohort_memory_mib=1000.0,
     )
     model = tiny_bert()
+    model.set_attn_implementation(attention)
     with adapted(config, model, head_names(model)) as shared:
         data = FederatedData(clients, clients[0], None, None, ("a", "b", "c"))
         jobs = tiny_federation.jobs_of(shared, config, data)
         needs = CohortScheduler(shared, config, pytest.fail)._needs(jobs)
         assert needs[0] == needs[1]
+        whole = Split.joined([job.split for job in jobs])
+        (long,) = train_together(shared, jobs[1:], config.train, measure=True)
+        counted = CohortScheduler(shared, config, pytest.fail)._activations(jobs[0], whole)
+        assert counted == long.footprint.activation_bytes
         (short,) = train_together(shared, jobs[:1], config.train, measure=True)
         taken = sum(
             update.footprint.activation_bytes for update in train_together(shared, jobs, config.train, measure=True)
@@ -232,14 +239,13 @@ def test_a_run_goes_on_with_the_size_it_measured(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 # torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("by", ["weights", "factors", "operator"])
 def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # without torch's cache
     monkeypatch.setattr(grouped_products, "group_weights_are_cheaper", lambda *operands: by == "weights")
     monkeypatch.setattr(CompiledLosses, "_compare", lambda *arguments: None)  # it would mend what is wrong
-    plan = cohort._Plan  # batches are not padded, so that unequal groups are compiled too
-    monkeypatch.setattr(cohort, "_Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))
+    plan = cohort.Plan  # batches are not padded, so that unequal groups are compiled too
+    monkeypatch.setattr(cohort, "Plan", lambda job, batch_size, full: plan(job, batch_size, full=False))
     torch.compiler.reset()
     changes = {**SIX, "adapter": {"dropout": 0.3 if by == "operator" else 0.0}, "measure": {"memory": False}}
     with adapted(make_config(**changes), TinyClassifier(), HEAD) as shared:
@@ -254,7 +260,6 @@ def test_compiled_steps_are_the_same(by: str, monkeypatch: pytest.MonkeyPatch, t
         torch.testing.assert_close(dict(one.head), dict(other.head), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_cohorts_of_one_size_are_compiled_once(shared: SharedModel, traced: list[object]) -> None:
     places = 0, 1, 5, 2, 3, 4  # ranks 1, 2, 2 and batches of 4, 2, 4; then 3, 6, 1 and 4, 4, 4
     config = make_config(**SIX, execution="cohort", clients_per_pass=3, cohort_compile=True, measure={"memory": False})

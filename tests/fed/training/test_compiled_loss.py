@@ -88,7 +88,6 @@ def raising(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
 
 # torch ignores this warning itself where a graph breaks, as it does at this model's namespace.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 class TestCompiledLosses:
     def test_what_is_right_is_compared_for_some_steps_and_used(
         self, batch: dict[str, Tensor], compile_by: By, monkeypatch: pytest.MonkeyPatch

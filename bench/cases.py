@@ -7,13 +7,24 @@ import torch
 from torch import Tensor
 
 Op = Literal[
-    "forward", "forward_backward", "fold", "dropout", "projections_forward", "projections", "fold_out", "fold_many"
+    "forward",
+    "forward_backward",
+    "fold",
+    "dropout",
+    "mixed_forward",
+    "mixed",
+    "projections_forward",
+    "projections",
+    "fold_out",
+    "fold_many",
 ]
 # The passes over one projection, which are measured at every shape; the other ops are measured at fewer.
 MAIN_OPS: tuple[Op, ...] = ("forward", "forward_backward", "fold")
 OPS: tuple[Op, ...] = get_args(Op)
+# A forward, and a forward and backward, of factors in fp32 over a weight in half precision.
+MIXED_OPS: tuple[Op, ...] = ("mixed_forward", "mixed")
 # The ops that compute gradients, and those whose cases have no rows.
-BACKWARD: tuple[Op, ...] = ("forward_backward", "dropout", "projections")
+BACKWARD: tuple[Op, ...] = ("forward_backward", "dropout", "mixed", "projections")
 FOLDS: tuple[Op, ...] = ("fold", "fold_out", "fold_many")
 # The probability of LoRA dropout in op "dropout".
 DROPOUT_P = 0.1
@@ -163,14 +174,17 @@ CPU_WIDEST_K = 2048
 
 
 def cases(device_type: str) -> tuple[Case, ...]:
-    """List a device's cases: bf16 with 8192 rows on a GPU; fp32 with 512 rows, the same K×N, elsewhere."""
+    """List a device's cases: bf16 with 8192 rows on a GPU; fp32 with 512 rows, the same K×N, elsewhere.
+
+    Cases of mixed precision are in bf16 everywhere.
+    """
     m, dtype = (8192, "bfloat16") if device_type == "cuda" else (512, "float32")
     found = []
     for op in OPS:
         for projection in _measured_by(op, device_type):
             wide = op in MAIN_OPS and (projection.model, projection.name) == WIDER_RANKS_AT
             for r in (RANK, *WIDER_RANKS) if wide else (RANK,):
-                found.append(Case(op, projection, 0 if op in FOLDS else m, r, dtype))
+                found.append(Case(op, projection, 0 if op in FOLDS else m, r, "bfloat16" if op in MIXED_OPS else dtype))
     return tuple(found)
 
 
@@ -179,7 +193,7 @@ def _measured_by(op: Op, device_type: str) -> tuple[Projection, ...]:
 
     Passes with rows leave the largest model to GPUs: on a CPU smaller ones show the same ratios.
     """
-    if op in MAIN_OPS:
+    if op in MAIN_OPS or op in MIXED_OPS:
         return PROJECTIONS
     if op == "fold_many":
         return QKVO

@@ -81,6 +81,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     from fed.data import federated_data
     from fed.experiments.run import limits
     from fed.models import base_model
+    from fed.models.head import head_names
     from fed.models.shared_model import adapted
     from fed.simulation import checkpoint
     from fed.simulation.client_store import ClientStore
@@ -93,7 +94,7 @@ def measure_point(point: Point, folder: Path, rounds: int = ROUNDS, settings: Se
     config = load("digits", [*SETTINGS, *counts, f"execution={point.execution}", *settings])
     rows = federated_data.load(config)
     model = base_model.build(config, rows)
-    adapter, kept_below = adapted(config, model, base_model.head_names(model)), tempfile.TemporaryDirectory(dir=folder)
+    adapter, kept_below = adapted(config, model, head_names(model)), tempfile.TemporaryDirectory(dir=folder)
     inputs = input_digests(rows, model)
     with limits(config.threads), adapter as shared, kept_below as name, closing(RowFile(Path(name))) as file:
         directory = Path(name)

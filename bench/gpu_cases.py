@@ -1,6 +1,6 @@
 """The cases of `python -m bench.gpu` in order of importance, because a run may be interrupted."""
 
-from bench.cases import FOLDS, GATE_UP, OPS, PROJECTIONS, QKV, QKVO, Case, Op, Projection, cases, several
+from bench.cases import FOLDS, GATE_UP, MIXED_OPS, OPS, PROJECTIONS, QKV, QKVO, Case, Op, Projection, cases, several
 
 # Square and feed-forward projections of Llama 3.2 1B and Llama 3.1 8B: the shapes the kernels are designed for.
 TABLE = tuple(
@@ -25,6 +25,7 @@ def device_cases(device_type: str) -> tuple[Case, ...]:
         return _tiny_cases()
     found = [Case(op, GATE, TABLE_ROWS, 16, "bfloat16") for op in LINEAR]
     found += [Case("fold", projection, 0, 16, "bfloat16") for projection in TABLE]
+    found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for projection in TABLE for op in MIXED_OPS]
     for r in TABLE_RANKS:
         found += [Case(op, projection, TABLE_ROWS, r, "bfloat16") for projection in TABLE for op in LINEAR]
     found += [Case("forward", projection, m, 16, "bfloat16") for m in DECODE_ROWS for projection in TABLE[:3]]
@@ -51,6 +52,9 @@ def _tiny_cases() -> tuple[Case, ...]:
     """List one small case of every op, and a decode step."""
     over_several: tuple[Op, ...] = ("projections", "projections_forward", "fold_many")
     small = [
-        Case(op, TINY_SEVERAL if op in over_several else TINY, 0 if op in FOLDS else 32, 4, "float32") for op in OPS
+        Case(op, TINY_SEVERAL if op in over_several else TINY, 0 if op in FOLDS else 32, 4, "float32")
+        for op in OPS
+        if op not in MIXED_OPS
     ]
+    small += [Case(op, TINY, 32, 4, "bfloat16") for op in MIXED_OPS]
     return (*small, Case("forward", TINY, 1, 4, "bfloat16"))

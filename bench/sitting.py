@@ -87,7 +87,7 @@ def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
     some = (*common, *workers, "--ops", *MAIN_OPS, "--cases", str(FIRST_CASES if cuda else 2))
     gate = ("--shapes", "4096x4096", "--ranks", "16", "--classes", "6", "--class-seconds", "6")
     tuned = gate if cuda else ("--classes", "2", "--candidates", "2")
-    checks = ("--check-dtypes", "bfloat16", "--check-shapes", "gate")
+    checks = ("--check-dtypes", "bfloat16", "mixed-bfloat16", "--check-shapes", "gate")
     eager = () if cuda else ("--providers", *EAGER)
     return (
         Step("facts", "bench.gpu", (*common, "--no-checks", "--ops", "fold", "--cases", "0"), 20, 32),

@@ -3,7 +3,7 @@
 `python -m bench.audit` runs the operators on tensors without storage, compiles every launch they would make for each
 target and prints registers, spills, shared memory, how many blocks fit on a multiprocessor, and the matrix and copy
 instructions used. It needs Triton and the tools that ship inside it, no GPU and no driver; the interpreter must be off
-(TRITON_INTERPRET unset).
+(TRITON_INTERPRET unset). Cases called "mixed" have float32 factors beside half precision.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, the usual ones first")
-    parser.add_argument("--no-designs", action="store_true", help="leave out designs that are candidates only")
+    parser.add_argument(
+        "--no-designs",
+        action="store_true",
+        help="leave out designs that are candidates only, and tables with mixed precision",
+    )
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes to compile in (0: this one)")
     options = parser.parse_args(arguments)
     if refuse_interpreter():
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [
         *shape_jobs(SHAPES[: options.shapes], options.dtypes, targets),
         *(() if options.no_designs else design_jobs(options.dtypes, targets)),
-        *table_jobs(targets),
+        *table_jobs(targets, mixed=not options.no_designs),
     ]
     rows = audit(jobs, options.workers)
     if options.json:

@@ -37,7 +37,18 @@ FORMS = (
 )
 CUDA_FORMS = ("graph replay", "no synchronisation")
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+# The dtype of x and the weight. The factors have it too, or with MIXED before its name they are float32.
+MIXED = "mixed-"
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    f"{MIXED}bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    f"{MIXED}float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+# A gradient of so many elements has some that half precision does not hold.
+MANY_ELEMENTS = 64
 # tf32 keeps ten bits of the mantissa.
 TF32_EPS = 2.0**-10
 GRADIENTS = ("dx", "dA", "dB", "dbias")
@@ -54,7 +65,10 @@ SIBLINGS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host."""
+    """One layer's tensors: x (M, K), weight (N, K), A (R, K), B (N, R), bias (N,), dy (M, N), mask (R,) on the host.
+
+    A and B have the dtype of the others, or float32.
+    """
 
     x: Tensor
     weight: Tensor
@@ -72,16 +86,16 @@ def draw(shape: CheckShape) -> Inputs:
 
     m, k, n, r = shape.m, shape.k, shape.n, shape.r
 
-    def normal(*size: int, spread: float = 1.0) -> Tensor:
+    def normal(*size: int, spread: float = 1.0, dtype: torch.dtype = DTYPES[shape.dtype]) -> Tensor:
         drawn = torch.randn(size, generator=generator, device=shape.device) * spread
         # An output of one element has no others that show its scale, so its terms must not cancel.
-        return (drawn.abs() if m * n * k == 1 else drawn).to(DTYPES[shape.dtype])
+        return (drawn.abs() if m * n * k == 1 else drawn).to(dtype)
 
     return Inputs(
         x=normal(m, k),
         weight=normal(n, k, spread=k**-0.5),
-        A=normal(r, k, spread=k**-0.5),
-        B=normal(n, r, spread=r**-0.5),
+        A=normal(r, k, spread=k**-0.5, dtype=shape.factors),
+        B=normal(n, r, spread=r**-0.5, dtype=shape.factors),
         bias=normal(n),
         dy=normal(m, n, spread=n**-0.5),
         mask=torch.arange(r) % 3 == 0,
@@ -113,7 +127,10 @@ def fused_siblings(
 ) -> tuple[Siblings, list[pk.FusedPLoRALinear]]:
     """Return linears of one x that `fuse_projections` computes in one launch, and their layers."""
     siblings, names, rank = Siblings(weights), SIBLINGS[len(weights)], factors[0][0].shape[0]
-    config = pk.PLoRAConfig(rank=rank, alpha=scale * rank, target_modules=list(names), fuse_projections=True)
+    config = pk.PLoRAConfig(
+        rank=rank, alpha=scale * rank, target_modules=list(names), fuse_projections=True,
+        adapter_dtype=factors[0][0].dtype,
+    )  # fmt: skip
     handle = pk.inject(siblings, config)
     handle.set_factors(dict(zip(names, factors, strict=True)))
     return siblings, list(handle.layers.values())
@@ -152,10 +169,25 @@ def assert_within_bound(
 ) -> None:
     """Raise WrongResultError if results are further from `wanted(float64)` than `bench.checks.correctness` allows.
 
-    `wanted(dtype)` is the result of plain torch in a dtype; its error in the shape's dtype sets the bound.
+    `wanted(dtype)` is the result of plain torch in a dtype; its error in the shape's dtype sets the bound. Gradients of
+    float32 factors beside half precision must also be float32 and hold more digits than half precision does.
     """
     exact, plain = wanted(torch.float64), wanted(DTYPES[shape.dtype])
     check(form, results, exact, plain, eps=TF32_EPS if shape.dtype == "tf32" else None)
+    if shape.factors is not DTYPES[shape.dtype]:
+        for name in sorted(results.keys() & {"dA", "dB"}):
+            require_unrounded(f"{form}: {name}", results[name], DTYPES[shape.dtype])
+
+
+def require_unrounded(name: str, gradient: Tensor, half: torch.dtype) -> None:
+    """Raise WrongResultError unless a gradient is float32 and was not rounded to `half`."""
+    if gradient.dtype is not torch.float32:
+        raise WrongResultError(f"{name} is {gradient.dtype}; gradients of float32 factors are float32")
+    # A few numbers may fit half precision by chance.
+    if gradient.is_meta or gradient.numel() < MANY_ELEMENTS or not gradient.any():
+        return
+    if torch.equal(gradient.to(half).float(), gradient):
+        raise WrongResultError(f"{name} holds numbers of {half} only; float32 sums are not rounded to that")
 
 
 def require_equal(form: str, first: Results, second: Results) -> None:
@@ -168,7 +200,7 @@ def require_equal(form: str, first: Results, second: Results) -> None:
 
 @dataclass(frozen=True)
 class CheckShape:
-    """One dtype ("tf32" is float32 with tf32 allowed) and shape on one device type; all forms of it.
+    """One of DTYPES ("tf32" is float32 with tf32 allowed) and a shape on one device type; all forms of it.
 
     On "meta" nothing is compared: the forms of a GPU are run for what they launch.
     """
@@ -179,6 +211,11 @@ class CheckShape:
     k: int
     n: int
     r: int
+
+    @property
+    def factors(self) -> torch.dtype:
+        """The dtype of A and B."""
+        return torch.float32 if self.dtype.startswith(MIXED) else DTYPES[self.dtype]
 
     def forms(self) -> tuple[str, ...]:
         """Return the forms to check; designs only on a GPU that has them and for rows aligned to 16."""
@@ -194,4 +231,5 @@ class CheckShape:
 
     def blocks(self, design: str, hardware: Hardware) -> dict[str, Blocks]:
         """Return blocks of a design for the forward and dX of this shape, or none if it does not run."""
-        return design_blocks(design, AuditShape(self.m, self.k, self.n, self.r), self.dtype, hardware)
+        shape = AuditShape(self.m, self.k, self.n, self.r)
+        return design_blocks(design, shape, self.dtype.removeprefix(MIXED), hardware)

@@ -144,8 +144,10 @@ def _check_design(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 def _check_fold(shape: CheckShape, inputs: Inputs, form: str) -> None:
     def wanted(dtype: torch.dtype) -> Results:
-        weight, A, B = (tensor.to(dtype) for tensor in (inputs.weight, inputs.A, inputs.B))
-        return {"weight": reference.fold(weight, A, B, inputs.mask, scale=SCALE)}
+        # float32 factors enter the sum as they are, and the weight is rounded once.
+        wide = shape.factors if dtype is inputs.weight.dtype else dtype
+        weight, A, B = (tensor.to(wide) for tensor in (inputs.weight, inputs.A, inputs.B))
+        return {"weight": reference.fold(weight, A, B, inputs.mask, scale=SCALE).to(dtype)}
 
     # The mask is on the host, so that the number of modules is known without synchronising.
     folded = pk.fold_(inputs.weight.clone(), inputs.A, inputs.B, inputs.mask, scale=SCALE)
@@ -197,7 +199,8 @@ def _check_replay(shape: CheckShape, inputs: Inputs, form: str) -> None:
 
 def _check_no_synchronisation(shape: CheckShape, inputs: Inputs, form: str) -> None:
     """Run forward, backward and a layer's select with synchronising calls refused."""
-    layer = pk.FusedPLoRALinear.from_linear(frozen_linear(inputs.weight.clone()), rank=shape.r)
+    linear = frozen_linear(inputs.weight.clone())
+    layer = pk.FusedPLoRALinear.from_linear(linear, rank=shape.r, adapter_dtype=inputs.A.dtype)
     layer.set_factors(inputs.A, inputs.B)
     _fused(inputs, None, "folded")
     refused = _setting(torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode, "error")

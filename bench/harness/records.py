@@ -36,7 +36,8 @@ Record = Mapping[str, Any]
 def case_key(record: Record) -> tuple[object, ...]:
     """Return what identifies a case; all providers of a case share it."""
     if record["op"] == SIMULATION:
-        return tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
+        sizes = tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
+        return *sizes, record.get("unequal", False)
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 

@@ -26,28 +26,41 @@ def base(case: Case, problem: Problem) -> Provider:
 
 
 def _peft_autocast(case: Case, problem: Problem) -> Provider:
-    if case.torch_dtype not in (torch.bfloat16, torch.float16):
-        raise ProviderUnavailableError(f"autocast computes in half precision; the case is {case.dtype}")
+    """PEFT's layer as it is by default over half precision, with fp32 adapters, under autocast."""
+    _require_half(case, "autocast computes in half precision")
+    return _peft(case, problem, torch.float32, autocast=True)
+
+
+def _peft_default(case: Case, problem: Problem) -> Provider:
+    """PEFT's layer as it is by default over half precision, with fp32 adapters, for which it casts x to fp32."""
+    _require_half(case, "adapters in fp32 are PEFT's default over half precision")
     return _peft(case, problem, torch.float32)
 
 
-def _peft(case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None) -> Provider:
-    """PEFT's layer with adapters in the weight's dtype, or in another one under autocast."""
+def _peft(
+    case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None, *, autocast: bool = False
+) -> Provider:
+    """PEFT's layer with adapters in the weight's dtype, or in another one, under autocast or not."""
     siblings = peft_siblings(case, problem, adapter_dtype=adapter_dtype)
     (layer,) = siblings.children()
     A, B = peft_factors(layer)
 
-    def autocast(x: Tensor) -> tuple[Tensor, ...]:
+    def under_autocast(x: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, dtype=case.torch_dtype):
             return (layer(x),)
 
-    call = autocast if adapter_dtype else lambda x: (layer(x),)
+    call = under_autocast if autocast else lambda x: (layer(x),)
     kept = kept_by_torch(problem, A.dtype) if case.dropout_p else None
     return layer_provider(case, problem, call, named_factors([A], [B]), kept)
 
 
-def _peft_compiled(case: Case, problem: Problem) -> Provider:
-    siblings = peft_siblings(case, problem)
+def _require_half(case: Case, why: str) -> None:
+    if case.torch_dtype.itemsize != 2:
+        raise ProviderUnavailableError(f"{why}; the case is {case.dtype}")
+
+
+def _peft_compiled(case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None) -> Provider:
+    siblings = peft_siblings(case, problem, adapter_dtype=adapter_dtype)
     (layer,) = siblings.children()
     factors = peft_factors(layer)
 
@@ -83,17 +96,31 @@ def _inplace(case: Case, problem: Problem) -> Provider:
     return layer_provider(case, problem, call, factors)
 
 
-def _fused(case: Case, problem: Problem) -> Provider:
-    layer = fused_layer(case, problem)
+def _peft_default_compiled(case: Case, problem: Problem) -> Provider:
+    _require_half(case, "adapters in fp32 are PEFT's default over half precision")
+    return _peft_compiled(case, problem, torch.float32)
+
+
+def _fused_mixed(case: Case, problem: Problem) -> Provider:
+    _require_half(case, "factors in fp32 are apart from their weight's dtype over half precision")
+    return _fused(case, problem, torch.float32)
+
+
+def _fused(case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None) -> Provider:
+    layer = fused_layer(case, problem, adapter_dtype)
     kept = kept_by_layer(problem) if case.dropout_p else None
     return layer_provider(case, problem, lambda x: (layer(x),), named_factors([layer.lora_A], [layer.lora_B]), kept)
 
 
-def fused_layer(case: Case, problem: Problem) -> pk.FusedPLoRALinear:
-    """Return this library's layer over one projection's weight, with its factors."""
-    linear = frozen_linear(problem.weight)
-    alpha = problem.scale * case.r
-    layer = pk.FusedPLoRALinear.from_linear(linear, rank=case.r, alpha=alpha, dropout=case.dropout_p)
+def fused_layer(case: Case, problem: Problem, adapter_dtype: torch.dtype | None = None) -> pk.FusedPLoRALinear:
+    """Return this library's layer over one projection's weight, with its factors, by default in the weight's dtype."""
+    layer = pk.FusedPLoRALinear.from_linear(
+        frozen_linear(problem.weight),
+        rank=case.r,
+        alpha=problem.scale * case.r,
+        dropout=case.dropout_p,
+        adapter_dtype=adapter_dtype or case.torch_dtype,
+    )
     layer.set_factors(problem.A, problem.B)
     return layer
 
@@ -107,6 +134,14 @@ LAYER: dict[str, Maker] = {
     "fused": _fused,
 }
 DROPOUT: dict[str, Maker] = {name: maker for name, maker in LAYER.items() if name != "inplace"}
+MIXED: dict[str, Maker] = {
+    "base": base,
+    "peft": _peft_default,
+    "peft-autocast": _peft_autocast,
+    "peft-compiled": _peft_default_compiled,
+    "fused": _fused,
+    "fused-mixed": _fused_mixed,
+}
 
 
 class InPlaceLinear(torch.autograd.Function):

@@ -2,10 +2,10 @@
 
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--document PATH]… [--keep]`, where RESULTS.json is
 what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has its own section
-between markers, in docs/benchmarks.md. A document with the summary's markers, such as the README, gets the summary of
-all files beside RESULTS.json. A log of `python -m bench.tune` has a table of designs, in docs/kernels.md. Files of
-`python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m bench.report
---history [--png PATH]` shows that.
+between markers, in docs/benchmarks.md, that of its kind or one named as the file is. A document with the summary's
+markers, such as the README, gets the summary of all files beside RESULTS.json. A log of `python -m bench.tune` has a
+table of designs, in docs/kernels.md. Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the
+suites to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -28,9 +28,14 @@ from bench.report.tune_tables import holds_log, tune_markdown
 
 
 def update_documents(given: argparse.Namespace, name: str, section: str, title: str = "") -> None:
-    """Rewrite a result's section, and the summary of the folder's results, in every document with their markers."""
+    """Rewrite a result's section, and the summary of the folder's results, in every document with their markers.
+
+    The section is that of the result file, such as mixed-cpu, if a document has its markers, else the one of its kind.
+    """
+    kind = name
     for document in given.documents:
         text = document.read_text(encoding="utf-8") if document.is_file() else ""
+        name = given.results.stem if markers(given.results.stem)[0] in text else kind
         summarised = markers("summary")[0] in text
         if markers(name)[0] in text or not summarised:  # raises an error for a file with neither
             update_document(document, name, section, given.png, title)

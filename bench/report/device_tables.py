@@ -4,11 +4,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import DROPOUT_P, MAIN_OPS
+from bench.cases import DROPOUT_P, MAIN_OPS, MIXED_OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
 from bench.harness.records import Record, holds_records, load_records
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.runs import OTHER_WAYS, Providers, by_case, facts_of, ratio_of, ratio_text, run_of_device, size_of
+from bench.report.runs import (
+    Providers,
+    by_case,
+    facts_of,
+    other_ways,
+    own_provider,
+    ratio_of,
+    ratio_text,
+    run_of_device,
+    size_of,
+)
 from bench.report.simulation_tables import reading, simulation_table
 from bench.report.titles import TITLES
 
@@ -28,6 +38,8 @@ NOTES = {
     "fold": ", in place; *base* copies W, *peft* is its `merge`.",
     DECODE: ": a forward of one row and of sixteen.",
     "dropout": f", p = {DROPOUT_P:g}, M = {{rows}}: forward + backward in training; *base* has none.",
+    "mixed_forward": ", factors in fp32, M = {rows}; *peft* is PEFT's default, *fused* has factors in bfloat16.",
+    "mixed": ", factors in fp32, M = {rows}: the gradients of x, A and B; *base* has that of x alone.",
     "projections_forward": ": *base* is the plain linears one after another, *fused-apart* this library's layers each "
     "alone, *fused* the same with `fuse_projections`.",
     "projections": ", M = {rows}: gradients of x, every A and B.",
@@ -37,6 +49,7 @@ NOTES = {
 # The terminal's columns of time ÷ base, under these names.
 SUMMARY = {
     "fused": "fused",
+    "fused-mixed": "mixed",
     "fused-apart": "apart",
     "fused-inplace": "place",
     "inplace": "inpl",
@@ -138,7 +151,7 @@ def case_columns(providers: Providers) -> str:
 
 def table_of(record: Record) -> str | None:
     """Return the table that shows a case, or None, because the file holds more than is shown."""
-    if record["op"] not in MAIN_OPS:
+    if record["op"] not in MAIN_OPS and record["op"] not in MIXED_OPS:
         return record["op"]
     shape = (record["k"], record["n"])
     tiny = shape == (TINY.k, TINY.n)
@@ -154,15 +167,17 @@ def table_of(record: Record) -> str | None:
 
 def _table(cases: Sequence[Providers]) -> str:
     names = list(dict.fromkeys(name for providers in cases for name in providers))
-    others = [name for name in OTHER_WAYS if name in names]
+    op = facts_of(cases[0])["op"]
+    own, others = own_provider(op), other_ways(op, names)
     rows = []
     for providers in cases:
         record = facts_of(providers)
         m = f"M {record['m']}, " if record["m"] in DECODE_ROWS else ""
         times = [_time(providers.get(name)) for name in names]
-        ratios = [ratio_text(ratio_of(providers, "fused", name)) for name in ("peft", *others)]
+        ratios = [ratio_text(ratio_of(providers, own, name)) for name in ("peft", *others)]
         rows.append([f"{size_of(record)}, {m}R {record['r']}", *times, *ratios, _hosts(providers)])
-    header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "host peft / fused"]
+    short = own.removeprefix("fused-")
+    header = ["shape", *names, f"{short} ÷ peft", *others.values(), f"host peft / {short}"]
     return markdown_table(header, rows)
 
 
@@ -181,5 +196,6 @@ def _ratio(record: Record | None) -> str:
 
 
 def _hosts(providers: Providers) -> str:
-    hosts = [providers.get(name, {}).get("host_us") for name in ("peft", "fused")]
+    own = own_provider(facts_of(providers)["op"])
+    hosts = [providers.get(name, {}).get("host_us") for name in ("peft", own)]
     return " / ".join(f"{host:.0f}" if isinstance(host, float) else "–" for host in hosts)

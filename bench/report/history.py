@@ -16,7 +16,7 @@ from typing import Any
 from bench.cases import OPS
 from bench.harness.records import Record, ResultsError, write_text
 from bench.report.markdown import markdown_table
-from bench.report.runs import geometric_mean, load_any
+from bench.report.runs import geometric_mean, load_any, own_provider
 from bench.report.titles import TITLES
 from plora_kernels.tuning.tables import device_key
 
@@ -152,7 +152,7 @@ def by_device(runs: Iterable[HistoryEntry]) -> dict[str, list[HistoryEntry]]:
 
 
 def _fused(run: HistoryEntry, op: str) -> dict[tuple[object, ...], Ratio]:
-    return {ratio.shape: ratio for ratio in run.ratios if ratio.op == op and ratio.provider == "fused"}
+    return {ratio.shape: ratio for ratio in run.ratios if ratio.op == op and ratio.provider == own_provider(op)}
 
 
 def _ratio(record: Record) -> Ratio:

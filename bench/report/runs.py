@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OPS
+from bench.cases import MIXED_OPS, OPS
 from bench.harness.records import SIMULATION, Record, ResultsError, case_key, holds_records, load_records, read_json
 
 # The fields that the suites save for a layer, for its figures if it was timed, and for a training step.
 LAYER = ("model", "projection", "m", "k", "n", "r", "dtype", "provider")
 FIGURES = ("time_ms", "iqr_ms", "rounds", "ratio_to_base", "ratio_to_peft", "peak_bytes")
 STEP = ("model", "cohort", "batch", "length", "dtype", "provider", "status")
-# This library's other ways to do the same, and the title of the column that compares *fused* with each.
+# Ways that an op's own provider is compared with besides PEFT's, and the titles of these columns.
 OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
+MIXED_WAYS = {"peft-autocast": "mixed ÷ autocast", "fused": "mixed ÷ fused"}
 Providers = Mapping[str, Record]
 
 
@@ -115,6 +116,18 @@ def by_case(records: Iterable[Record]) -> list[Providers]:
 def facts_of(providers: Providers) -> Record:
     """Return one record of a case, for the fields that all of them share."""
     return next(iter(providers.values()))
+
+
+def own_provider(op: str) -> str:
+    """Return the provider that an op is about: this library, in mixed precision with factors in fp32."""
+    return "fused-mixed" if op in MIXED_OPS else "fused"
+
+
+def other_ways(op: str, names: Iterable[str]) -> dict[str, str]:
+    """Return those among `names` that an op's own provider is compared with besides PEFT, with the columns' titles."""
+    ways = MIXED_WAYS if op in MIXED_OPS else OTHER_WAYS
+    present = set(names)
+    return {name: title for name, title in ways.items() if name in present}
 
 
 def timed(providers: Providers, name: str) -> Record | None:

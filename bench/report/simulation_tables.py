@@ -1,4 +1,4 @@
-"""The table of training steps, from files of the suites or of `python -m bench.gpu`."""
+"""The tables of training steps, from files of the suites or of `python -m bench.gpu`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from bench.harness.records import Record, ResultsError
 from bench.report.markdown import commit_text, markdown_table, versions_text
 from bench.report.runs import Providers, Run, facts_of, load_any
-from bench.simulation.cases import RANK
+from bench.simulation.cases import MODELS, PROMPT_SHARE, RANK, SHORTEST_SHARE
 
 # The cohort size whose figures the table shows; if it was not measured, the largest that was.
 COHORT = 10
 OURS = "cohort"
+LANGUAGE_MODELS = [name for name, shape in MODELS.items() if shape.family == "llama-lm"]
+MIB = 2**20
 NOTES = {
     "base": "*base* is the bare model on the cohort's whole batch, forward and backward to its first layer's input",
     "peft-loop": "*peft-loop* one PEFT model whose adapter and optimiser state are swapped from client to client",
@@ -22,6 +24,14 @@ NOTES = {
     "cohort": "*cohort* the simulator's cohort executor",
     "cohort-compiled": "*cohort-compiled* the same with `cohort_compile`, compiled before it is timed",
 }
+
+LANGUAGE_MODEL_NOTE = (
+    f"Language models: {PROMPT_SHARE:.0%} of every row is a prompt, which does not count in the loss, and nothing but "
+    "the adapter is trained. In half precision its factors are in fp32. Rows of unequal length, ≤, have between "
+    f"{SHORTEST_SHARE:.0%} of the tokens and all; *base* and PEFT pad them to the longest of a batch. Tokens of all "
+    "clients a second without padding, higher is faster; speed ÷ *base*'s and ÷ *peft-loop*'s; what one step allocates "
+    "at most, in MiB."
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,16 @@ class Setting:
     batch: int
     length: int
     dtype: str
+    unequal: bool = False
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.model in LANGUAGE_MODELS
 
     @property
     def label(self) -> str:
-        return f"{self.model}, {self.batch}×{self.length}"
+        dtype = f", {self.dtype}" if self.is_language_model else ""
+        return f"{self.model}, {self.batch}×{'≤' if self.unequal else ''}{self.length}{dtype}"
 
 
 def load_simulation(path: Path) -> Run:
@@ -51,7 +67,8 @@ def by_setting(run: Run) -> dict[Setting, dict[int, dict[str, Record]]]:
     """Return the training steps by setting, cohort size and provider, in the order measured, sizes ascending."""
     found: dict[Setting, dict[int, dict[str, Record]]] = {}
     for record in run.steps:
-        setting = Setting(record["model"], record["batch"], record["length"], record["dtype"])
+        model, batch, length, dtype = (record[name] for name in ("model", "batch", "length", "dtype"))
+        setting = Setting(model, batch, length, dtype, record.get("unequal", False))
         found.setdefault(setting, {}).setdefault(record["cohort"], {})[record["provider"]] = record
     return {setting: dict(sorted(cohorts.items())) for setting, cohorts in found.items()}
 
@@ -70,12 +87,37 @@ def simulation_markdown(run: Run) -> str:
 
 
 def simulation_table(run: Run) -> str:
-    """Return the table alone."""
-    names = _providers(run)
-    header = ["clients·steps/s", "clients", *names]
-    if OURS in names:
-        header.append(f"{OURS} ÷ peft-loop")
-    return markdown_table(header, [_row(setting, records, names) for setting, records in shown(run).items()])
+    """Return the table of classifiers and, if some were measured, that of language models."""
+    rows = shown(run)
+    classifiers = {setting: records for setting, records in rows.items() if not setting.is_language_model}
+    language_models = {setting: records for setting, records in rows.items() if setting.is_language_model}
+    parts = []
+    if classifiers:
+        names = _providers(run)
+        header = ["clients·steps/s", "clients", *names]
+        if OURS in names:
+            header.append(f"{OURS} ÷ peft-loop")
+        cells = [_row(setting, records, names) for setting, records in classifiers.items()]
+        parts.append(markdown_table(header, cells))
+    if language_models:
+        header = ["language model", "clients", "provider", "tokens/s", "÷ base", "÷ peft-loop", "peak MiB"]
+        cells = [row for setting, records in language_models.items() for row in _provider_rows(setting, records)]
+        parts.append(f"{LANGUAGE_MODEL_NOTE}\n\n{markdown_table(header, cells)}")
+    return "\n\n".join(parts)
+
+
+def _provider_rows(setting: Setting, records: Providers) -> list[list[str]]:
+    """Return a row for each provider of a language model: tokens a second, speed relative to others, peak memory."""
+    rows = []
+    for name, record in records.items():
+        if record["status"] == "timed":
+            ratios = [f"{1 / record[key]:.2f}" for key in ("ratio_to_base", "ratio_to_peft_loop")]
+            peak = f"{record['peak_bytes'] / MIB:.0f}" if record.get("peak_bytes") is not None else "–"
+            cells = [f"{record['tokens_per_second']:.0f}", *ratios, peak]
+        else:
+            cells = [str(record["status"]), "–", "–", "–"]
+        rows.append([setting.label, str(record["cohort"]), name, *cells])
+    return rows
 
 
 def _providers(run: Run) -> list[str]:

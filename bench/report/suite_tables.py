@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.cases import DROPOUT_P
+from bench.cases import DROPOUT_P, MIXED_OPS
 from bench.harness.records import Record
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from bench.report.runs import OTHER_WAYS, Providers, Run, facts_of, geometric_mean, ratio_of, ratio_text, size_of, timed
+from bench.report.runs import (
+    Providers,
+    Run,
+    facts_of,
+    geometric_mean,
+    other_ways,
+    own_provider,
+    ratio_of,
+    ratio_text,
+    size_of,
+    timed,
+)
 from bench.report.titles import TITLES
 
 # The suites' providers, in the order of a table's columns.
-PROVIDERS = ("base", "peft", "peft-compiled", "fused-apart", "fused-inplace", "fused")
+PROVIDERS = ("base", "peft", "peft-autocast", "peft-compiled", "fused-apart", "fused-inplace", "fused", "fused-mixed")
 # The text that follows the title of an operator's table.
 NOTES = {
     "forward": "y = x Wᵀ + s (x Aᵀ) Bᵀ without a graph; *base* is x Wᵀ alone.",
     "forward_backward": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
     "fold": "W += s B A in place, caches cold; *base* copies W, *peft* is its `merge`.",
     "dropout": f"Forward + backward in training, p = {DROPOUT_P:g}, another mask at every call; *base* drops nothing.",
+    "mixed_forward": "Factors in fp32 over a weight in bfloat16, without a graph: *peft* is PEFT's default, without "
+    "autocast, *peft-compiled* the same; *fused-mixed* has the same factors, *fused* factors in bfloat16.",
+    "mixed": "The same with the gradients of x, A and B; *base* has the gradient of x alone.",
     "projections_forward": "Every projection of one x without a graph; *base* is the plain linears one after another, "
     "*fused-apart* this library's layers each alone, *fused* the same with `fuse_projections`.",
     "projections": "The same with the gradients of x and of every A and B.",
@@ -33,18 +47,21 @@ MIB = 2**20
 def markdown(run: Run) -> str:
     """Return the run as Markdown: the conditions, then one table per op with geometric means."""
     rows, dtypes = rows_and_dtypes(run)
+    are_mixed = [op in MIXED_OPS for op in run.ops]
+    mixed = ", in mixed precision bfloat16" if any(are_mixed) and not all(are_mixed) else ""
     conditions = (
         f"{run.device_name}, {run.threads} CPU threads, {run.backend} backend; "
         f"{versions_text(run.versions)}; {commit_text(run.commit)}, {run.date[:10]}. "
-        f"M = {rows or '–'} rows, {dtypes}. Medians of interleaved rounds in ms, in "
+        f"M = {rows or '–'} rows, {dtypes}{mixed}. Medians of interleaved rounds in ms, in "
         "brackets time ÷ *base*; peak is what one call allocates at most, in MiB."
     )
     return "\n\n".join([conditions, *(_op_section(run, op) for op in run.ops)]) + "\n"
 
 
 def rows_and_dtypes(run: Run) -> tuple[str, str]:
-    """Return the layers' M and dtypes."""
+    """Return the layers' M and dtypes, those of mixed precision apart if there are others."""
     every = [facts_of(providers) for providers in run.cases()]
+    every = [facts for facts in every if facts["op"] not in MIXED_OPS] or every
     rows, dtypes = ({facts[name] for facts in every if facts[name]} for name in ("m", "dtype"))
     return ", ".join(map(str, sorted(rows))), ", ".join(sorted(dtypes))
 
@@ -76,27 +93,31 @@ def common_rank(run: Run, op: str) -> int:
 def _op_section(run: Run, op: str) -> str:
     cases = run.cases(op)
     names = [name for name in PROVIDERS if any(name in providers for providers in cases)]
-    others = [name for name in OTHER_WAYS if name in names]
-    header = ["shape", *names, "fused ÷ peft", *(OTHER_WAYS[name] for name in others), "peak peft", "peak fused"]
-    rows = [_row(providers, names, others) for providers in cases]
-    rows.append(_mean_row(run, op, names, others))
+    own, others = own_provider(op), other_ways(op, names)
+    header = ["shape", *names, f"{_short(own)} ÷ peft", *others.values(), "peak peft", f"peak {_short(own)}"]
+    rows = [_row(providers, names, own, list(others)) for providers in cases]
+    rows.append(_mean_row(run, op, names, list(others)))
     return f"**{TITLES[op].head}.** {NOTES[op]}\n\n{markdown_table(header, rows)}"
 
 
-def _row(providers: Providers, names: Sequence[str], others: Sequence[str]) -> list[str]:
+def _short(provider: str) -> str:
+    return provider.removeprefix("fused-")
+
+
+def _row(providers: Providers, names: Sequence[str], own: str, others: Sequence[str]) -> list[str]:
     times = [_time(providers.get(name)) for name in names]
-    peft, fused = timed(providers, "peft"), timed(providers, "fused")
-    ratios = [fused["ratio_to_peft"] if fused else None, *(ratio_of(providers, "fused", name) for name in others)]
-    peaks = [f"{record['peak_bytes'] / MIB:.1f}" if record else "–" for record in (peft, fused)]
+    peft, ours = timed(providers, "peft"), timed(providers, own)
+    ratios = [ours["ratio_to_peft"] if ours else None, *(ratio_of(providers, own, name) for name in others)]
+    peaks = [f"{record['peak_bytes'] / MIB:.1f}" if record else "–" for record in (peft, ours)]
     return [case_label(facts_of(providers)), *times, *map(ratio_text, ratios), *peaks]
 
 
 def _mean_row(run: Run, op: str, names: Sequence[str], others: Sequence[str]) -> list[str]:
-    rank = common_rank(run, op)
+    rank, own = common_rank(run, op), own_provider(op)
     means = mean_ratios(run, op, rank)
     cells = [f"({means[name][0]:.2f})" if name in means else "–" for name in names]
-    against = [means["fused"][1] if "fused" in means else None]
-    against += [means["fused"][0] / means[name][0] if {"fused", name} <= means.keys() else None for name in others]
+    against = [means[own][1] if own in means else None]
+    against += [means[own][0] / means[name][0] if {own, name} <= means.keys() else None for name in others]
     return [f"geometric mean, R {rank}", *cells, *map(ratio_text, against), "", ""]
 
 

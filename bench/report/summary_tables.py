@@ -7,15 +7,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from bench.cases import RANK
+from bench.cases import MIXED_OPS, RANK
 from bench.harness.records import holds_records
 from bench.report.device_tables import table_of
 from bench.report.markdown import commit_text, markdown_table
-from bench.report.runs import Run, facts_of, geometric_mean, load_any, load_run, ratio_of, timed
+from bench.report.runs import Run, facts_of, geometric_mean, load_any, load_run, own_provider, ratio_of, timed
 from bench.report.simulation_tables import COHORT, OURS, load_simulation, shown
 
-# The suites' files of a CPU in the folder of results.
-LAYERS, STEPS = "cpu.json", "simulation-cpu.json"
+# The suites' files of a CPU in the folder of results, the last two with what others may lack: layers in mixed
+# precision, and language models.
+LAYERS, STEPS, MIXED, TEXTS = "cpu.json", "simulation-cpu.json", "mixed-cpu.json", "text-cpu.json"
 # Endings of files beside a device's own: measured with default blocks, or set aside by a later sitting.
 BESIDE = ("-defaults", "-before")
 NOT_MEASURED = "not yet measured"
@@ -25,29 +26,32 @@ TITLES = {
     "forward": "a layer's forward",
     "forward_backward": "a layer's forward + backward",
     "dropout": "the same with LoRA dropout",
+    "mixed": "forward + backward, bf16 with fp32 factors",
     "projections": "projections of one input, forward + backward",
     "fold": "folding modules into a weight, in place",
 }
-STEP_TITLE = "a training step of many clients"
+STEP_TITLE, TEXT_TITLE = "a training step of many clients", "the same of language models"
 WIDTH = 120
 
 
 class Measured(NamedTuple):
-    """The results of one machine: time ÷ PEFT's by op, and for training steps."""
+    """The results of one kind of machine: time ÷ PEFT's by op, and for training steps."""
 
     title: str
     conditions: str
     layers: Mapping[str, Sequence[float]]
-    steps: Sequence[float]
+    steps: Sequence[float] = ()
+    texts: Sequence[float] = ()
     models: Sequence[str] = ()
 
 
 def committed_summary(results: Path) -> str:
     """Return the table of a folder's result files, a column for the CPU and one for every GPU, and how to read it."""
     devices = [_of_device(path) for path in sorted(results.glob("*.json")) if _is_device(path)]
-    columns = [_of_cpu(results), *(devices or [Measured("GPU", "", {}, ())])]
+    columns = [_of_cpu(results), *(devices or [Measured("GPU", "", {})])]
     rows = [[title, *(_cell(one.layers.get(op, ()), SHAPES) for one in columns)] for op, title in TITLES.items()]
     rows.append([STEP_TITLE, *(_cell(one.steps, BATCHES) for one in columns)])
+    rows.append([TEXT_TITLE, *(_cell(one.texts, BATCHES) for one in columns)])
     models = ", ".join(dict.fromkeys(model for one in columns for model in one.models))
     projections = f"projections of {models}," if models else "projections"
     reading = (
@@ -62,24 +66,47 @@ def committed_summary(results: Path) -> str:
 
 
 def _of_cpu(results: Path) -> Measured:
-    title, machine, conditions, models = "CPU", "", list[str](), list[str]()
+    title, conditions, models = "CPU", list[str](), list[str]()
     layers: dict[str, list[float]] = {}
-    steps: list[float] = []
+    steps, texts = list[float](), list[float]()
+    machines = list[str]()
+
+    def note(what: str, run: Run) -> None:
+        machine = _machine(run)
+        where = "" if machines[-1:] == [machine] else f"{machine}; "
+        machines.append(machine)
+        conditions.append(f"{what}{where}{_when(run)}")
+
     if (results / LAYERS).is_file():
         run = load_run(results / LAYERS)
-        every = [facts_of(providers) for providers in run.cases()]
+        every = [facts_of(providers) for op in run.ops if op not in MIXED_OPS for providers in run.cases(op)]
         title, models = _titled("CPU", [facts["dtype"] for facts in every]), [facts["model"] for facts in every]
-        for op in TITLES:
-            cases = [providers for providers in run.cases(op) if facts_of(providers)["r"] == RANK]
-            layers[op] = [fused["ratio_to_peft"] for providers in cases if (fused := timed(providers, "fused"))]
-        machine = _machine(run)
-        conditions.append(f"{machine}; {_when(run)}")
+        layers = _of_layers(run)
+        note("", run)
+    if (results / MIXED).is_file():
+        run = load_run(results / MIXED)
+        layers |= {op: ratios for op, ratios in _of_layers(run).items() if ratios}
+        note("mixed precision: ", run)
     if (results / STEPS).is_file():
-        found = load_simulation(results / STEPS)
-        steps, other = _of_steps(found), _machine(found)
-        where = "" if other == machine else f"{other}; "
-        conditions.append(f"training steps: {where}{_when(found)}")
-    return Measured(title, "; ".join(conditions), layers, steps, models)
+        run = load_simulation(results / STEPS)
+        steps, texts = _of_steps(run)
+        note("training steps: ", run)
+    if (results / TEXTS).is_file():
+        run = load_simulation(results / TEXTS)
+        texts = _of_steps(run)[1]
+        dtypes = " and ".join(dict.fromkeys(record["dtype"] for record in run.steps))
+        note(f"language models, in {dtypes}: ", run)
+    return Measured(title, "; ".join(conditions), layers, steps, texts, models)
+
+
+def _of_layers(run: Run) -> dict[str, list[float]]:
+    """Return the time ÷ PEFT's of this library's provider in every case of the usual rank, by op."""
+    found: dict[str, list[float]] = {}
+    for op in TITLES:
+        cases = [providers for providers in run.cases(op) if facts_of(providers)["r"] == RANK]
+        own = own_provider(op)
+        found[op] = [ours["ratio_to_peft"] for providers in cases if (ours := timed(providers, own))]
+    return found
 
 
 def _of_device(path: Path) -> Measured:
@@ -87,23 +114,26 @@ def _of_device(path: Path) -> Measured:
     layers: dict[str, list[float]] = {}
     dtypes, models = list[str](), list[str]()
     for providers in run.cases():
-        record, ratio = facts_of(providers), ratio_of(providers, "fused", "peft")
-        op = table_of(record)
+        record = facts_of(providers)
+        op, ratio = table_of(record), ratio_of(providers, own_provider(record["op"]), "peft")
         if record["r"] == RANK and op in TITLES and ratio is not None:
             layers.setdefault(op, []).append(ratio)
             dtypes.append(record["dtype"])
             models += [record["model"]] if "model" in record else []
-    return Measured(_titled(run.device_name, dtypes), _when(run), layers, _of_steps(run), models)
+    return Measured(_titled(run.device_name, dtypes), _when(run), layers, *_of_steps(run), models)
 
 
 def _is_device(path: Path) -> bool:
     return holds_records(path) and not path.stem.endswith(BESIDE)
 
 
-def _of_steps(run: Run) -> list[float]:
-    """Return the time ÷ the PEFT loop's of every model and batch, at the number of clients its table shows."""
-    ratios = (records.get(OURS, {}).get("ratio_to_peft_loop") for records in shown(run).values())
-    return [ratio for ratio in ratios if ratio]
+def _of_steps(run: Run) -> tuple[list[float], list[float]]:
+    """Return the time ÷ the PEFT loop's of every model and batch, at the clients its table shows; language models'."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for setting, records in shown(run).items():
+        if ratio := records.get(OURS, {}).get("ratio_to_peft_loop"):
+            found[setting.is_language_model].append(ratio)
+    return found
 
 
 def _titled(name: str, dtypes: Sequence[str]) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from bench.simulation.cases import RANK
-from bench.simulation.problem import LEARNING_RATE, WEIGHT_DECAY, Problem, Values
+from bench.simulation.problem import LEARNING_RATE, PADDING, WEIGHT_DECAY, Problem, Values
 from bench.simulation.resident import injected
-from fed.data.tables import DenseTable, Split
+from fed.data.tables import IGNORED, DenseTable, InstructionTable, Sequences, Split
 from fed.models.shared_model import SharedBase, SharedModel
 from fed.seeding import ClientRandom
-from fed.training.cohort import Cohort, CohortSteps
+from fed.training.cohort import Cohort
+from fed.training.cohort_steps import CohortSteps
 from fed.training.compiled_loss import COMPARED_STEPS, CompiledLosses
 from fed.training.local import Job
 from fed.types import Client, ClientStart
@@ -32,13 +33,13 @@ class CohortTrainer:
         self.compiled = compiled
         handle = injected(problem)
         head = {
-            f"{problem.head}.{name}": parameter
-            for name, parameter in handle.model.get_submodule(problem.head).named_parameters()
+            f"{module}.{name}": parameter
+            for module in problem.heads
+            for name, parameter in handle.model.get_submodule(module).named_parameters()
         }
-        device = next(iter(head.values())).device
+        device = next(handle.model.parameters()).device
         self.shared = SharedModel(handle.model, handle, head, device, SharedBase(handle.layers), RANK)
-        self.problem, rows = problem, problem.joined()
-        self.table = DenseTable(rows, rows.pop("labels"))
+        self.problem, self.table = problem, _table(problem.joined())
         self.cohort, self.number = self._make_cohort(list(problem.starts)), 0
         self.span = CohortSteps(self.cohort, len(problem.starts))
         self.running = ExitStack()  # a round enters this once for all its steps
@@ -68,12 +69,12 @@ class CohortTrainer:
         return Cohort(self.shared, jobs, _settings(size), self.compiled)
 
     def _job(self, client: int, values: Values, size: int) -> Job:
-        matrices, head = self.problem.matrices, f"{self.problem.head}."
+        matrices, heads = self.problem.matrices, tuple(f"{name}." for name in self.problem.heads)
         factors = {matrix: (values[f"{matrix}.lora_A"], values[f"{matrix}.lora_B"]) for matrix in matrices}
         return Job(
             Client(client, RANK, size),
             ClientStart(factors, dict.fromkeys(matrices, tuple(range(RANK))), self.problem.scale, "frozen"),
-            {name: value for name, value in values.items() if name.startswith(head)},
+            {name: value for name, value in values.items() if heads and name.startswith(heads)},
             Split(self.table, torch.arange(client * size, (client + 1) * size)),
             STEPS,
             LEARNING_RATE,
@@ -94,6 +95,20 @@ def _refuse(line: str) -> None:
     raise RuntimeError(line)
 
 
+def _table(rows: Values) -> DenseTable | InstructionTable:
+    """Return a cohort's rows as the simulator holds them, texts without padding."""
+    labels = rows.pop("labels")
+    if labels.dim() == 1:
+        return DenseTable(rows, labels)
+    texts, counted = rows["input_ids"], (labels != IGNORED).sum(1).cpu()
+    lengths = (
+        rows["attention_mask"].sum(1).cpu() if "attention_mask" in rows else torch.full_like(counted, texts.shape[1])
+    )
+    tokens = Sequences.of([row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)])
+    padding = SimpleNamespace(pad_token_id=PADDING["input_ids"])
+    return InstructionTable(tokens.to(labels.device), lengths - counted, (), padding, max_new_tokens=1)
+
+
 def _by_client(cohort: Cohort, stacks: Values) -> list[Values]:
     """Return a stack's rows by the problem's names, in the order of the clients."""
     named = {_full_name(name): stack for name, stack in stacks.items()}
@@ -104,7 +119,12 @@ def _by_client(cohort: Cohort, stacks: Values) -> list[Values]:
 def _settings(batch_size: int) -> Any:
     """The training table of a run's configuration, without the libraries that read configurations."""
     return SimpleNamespace(
-        optimizer="adamw", weight_decay=WEIGHT_DECAY, batch_size=batch_size, max_grad_norm=0.0, weighting="uniform"
+        optimizer="adamw",
+        weight_decay=WEIGHT_DECAY,
+        batch_size=batch_size,
+        batching="auto",
+        max_grad_norm=0.0,
+        weighting="uniform",
     )
 
 

@@ -29,8 +29,8 @@ REFERENCES = ("base", "peft-loop")
 PLAN = Plan(seconds_per_provider=0.5, min_rounds=5, max_rounds=40, warmup_rounds=1)
 # If the cohort's fp64 gradients take this long the case is slow, and gets only a few rounds, without a warm-up.
 LONG_SECONDS, LONG_ROUNDS = 3.0, 3
-# On the CPU memory is read from a profile of the step, which costs more than the step. So it is read only for cohorts
-# of this size and batches no larger than this.
+# On the CPU memory is read from a profile of the step, which costs more than the step. So it is read only for language
+# models, and for cohorts of this size and batches no larger than this.
 WEIGHED_COHORT, WEIGHED_TOKENS = 10, 4096
 
 
@@ -69,13 +69,14 @@ def measure(
     exact = peft_loop(problem.in_dtype(torch.float64)).gradients()
     took = time.perf_counter() - began
     steps, peaks, causes = _checked(case, device, problem, names, exact)
+    tokens = _tokens(case, problem)
     if took > LONG_SECONDS:
         plan = replace(plan, min_rounds=LONG_ROUNDS, max_rounds=LONG_ROUNDS, warmup_rounds=0)
 
     def summed_up(seconds: Mapping[str, list[float]]) -> dict[str, Found]:
         found = {name: Found(dict(zip(("status", "cause"), why, strict=True))) for name, why in causes.items()}
         for name, durations in seconds.items():
-            figures = _figures(case, seconds, name) | {"peak_bytes": peaks[name], "status": "timed"}
+            figures = _figures(case, tokens, seconds, name) | {"peak_bytes": peaks[name], "status": "timed"}
             found[name] = Found(figures, durations)
         return {name: replace(found[name], record=_facts(case, device, name) | found[name].record) for name in names}
 
@@ -113,13 +114,20 @@ def _checked(
     return steps, peaks, causes
 
 
-def _figures(case: SimulationCase, seconds: Mapping[str, list[float]], name: str) -> dict[str, object]:
+def _tokens(case: SimulationCase, problem: Problem) -> int:
+    """Return the tokens of the cohort's batch, padding left out."""
+    masks = [batch["attention_mask"] for batch in problem.batches if "attention_mask" in batch]
+    return sum(int(mask.sum()) for mask in masks) or case.tokens
+
+
+def _figures(case: SimulationCase, tokens: int, seconds: Mapping[str, list[float]], name: str) -> dict[str, object]:
     medians = {provider: statistics.median(durations) for provider, durations in seconds.items()}
     return {
         "seconds": medians[name],
         "spread_seconds": median_and_spread(seconds[name])[1],
         "rounds": len(seconds[name]),
         "clients_steps_per_second": case.cohort / medians[name],
+        "tokens_per_second": tokens / medians[name],
         "ratio_to_base": medians[name] / medians["base"],
         "ratio_to_peft_loop": medians[name] / medians["peft-loop"],
     }
@@ -131,7 +139,8 @@ def _facts(case: SimulationCase, device: torch.device, provider: str) -> dict[st
 
 def _peak(case: SimulationCase, device: torch.device, step: Callable[[], None]) -> int | None:
     """Return the peak bytes of one step beyond those before it, or None if they are not read."""
-    if device.type == "cpu" and (case.cohort != WEIGHED_COHORT or case.tokens > WEIGHED_TOKENS):
+    weighed = case.is_language_model or (case.cohort == WEIGHED_COHORT and case.tokens <= WEIGHED_TOKENS)
+    if device.type == "cpu" and not weighed:
         return None
     step()  # the first step makes the optimiser's state
     return peak_bytes(step, device)

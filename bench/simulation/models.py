@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -20,14 +21,14 @@ from transformers import (
 
 from bench.simulation.cases import ModelShape
 
-# The module that is trained in full, by family.
-HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score"}
+# The module that is trained in full, by family; of a language model none is.
+HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score", "llama-lm": None}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @functools.lru_cache(maxsize=1)
 def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a classifier with frozen, drawn weights and no dropout of its own, in training mode.
+    """Return a model with frozen, drawn weights and no dropout of its own, in training mode.
 
     The next case of the same shape gets the same model, because nothing changes it.
     """
@@ -37,9 +38,10 @@ def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> 
     return model.to(dtype).requires_grad_(False).train()
 
 
-def adapted_names(model: nn.Module, head: str) -> tuple[str, ...]:
-    """Return the names of the linear layers that get an adapter: all but the head."""
-    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head)
+def adapted_names(model: nn.Module, head: str | None) -> tuple[str, ...]:
+    """Return the names of the linear layers that get an adapter: all but the head, or a language model's output."""
+    left_out = head or "lm_head"
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != left_out)
 
 
 def sharing_weights(model: nn.Module, apart: Sequence[str]) -> nn.Module:
@@ -69,7 +71,10 @@ def _drawn(shape: ModelShape) -> Any:
             return ViTForImageClassification(ViTConfig(**patches, **NO_DROPOUT, **sizes))
         case "bert":
             return BertForSequenceClassification(BertConfig(vocab_size=shape.vocabulary, **NO_DROPOUT, **sizes))
-        case "llama":
+        case "llama" | "llama-lm":
             words = {"vocab_size": shape.vocabulary, "pad_token_id": 0, "use_cache": False}
             attention = {"num_key_value_heads": shape.key_heads, "attention_dropout": 0.0}
-            return LlamaForSequenceClassification(LlamaConfig(**words, **attention, **sizes))
+            if shape.family == "llama":
+                return LlamaForSequenceClassification(LlamaConfig(**words, **attention, **sizes))
+            del sizes["num_labels"]
+            return LlamaForCausalLM(LlamaConfig(**words, **attention, **sizes, tie_word_embeddings=True))

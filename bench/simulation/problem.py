@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bench.simulation.cases import ALPHA, RANK, SimulationCase
+from bench.simulation.cases import ALPHA, PROMPT_SHARE, RANK, SHORTEST_SHARE, SimulationCase
 from bench.simulation.models import HEADS, adapted_names, build_model
+from fed.data.tables import IGNORED
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 Values = dict[str, Tensor]
 
 
@@ -20,14 +22,14 @@ Values = dict[str, Tensor]
 class Problem:
     """The tensors from which all providers of a case start.
 
-    `matrices` are the adapted linear layers by name and `head` the module that is trained in full. `starts` holds for
-    every client its `<matrix>.lora_A` (R, K), `<matrix>.lora_B` (N, R) and the head's parameters, `batches` the
-    model's keyword arguments, the first dimension of each the client's rows.
+    `matrices` are the adapted linear layers by name and `head` the module that is trained in full, if there is one.
+    `starts` holds for every client its `<matrix>.lora_A` (R, K), `<matrix>.lora_B` (N, R) and the head's parameters,
+    `batches` the model's keyword arguments, the first dimension of each the client's rows.
     """
 
     model: nn.Module
     matrices: tuple[str, ...]
-    head: str
+    head: str | None
     starts: tuple[Values, ...]
     batches: tuple[Values, ...]
 
@@ -35,9 +37,28 @@ class Problem:
     def scale(self) -> float:
         return ALPHA / RANK
 
+    @property
+    def heads(self) -> list[str]:
+        """The modules that are trained in full: the head, or none."""
+        return [] if self.head is None else [self.head]
+
+    def padded(self) -> list[Values]:
+        """Return the clients' batches, texts padded to the longest of all of them."""
+        if "attention_mask" not in self.batches[0]:
+            return list(self.batches)
+        width = max(batch["input_ids"].shape[1] for batch in self.batches)
+        return [
+            {
+                name: nn.functional.pad(value, (0, width - value.shape[1]), value=PADDING[name])
+                for name, value in one.items()
+            }
+            for one in self.batches
+        ]
+
     def joined(self) -> Values:
         """Return the cohort's batch: every client's rows, one client after the other."""
-        return {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
+        batches = self.padded()
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def in_dtype(self, dtype: torch.dtype) -> Problem:
         """Return the same problem in another precision, with a model of its own."""
@@ -55,7 +76,7 @@ def make_problem(case: SimulationCase, device: torch.device, seed: int = 0) -> P
     head = HEADS[case.model.family]
     matrices = adapted_names(model, head)
     generator = torch.Generator(device).manual_seed(seed + 1)
-    starts = tuple(_start(model, matrices, head, generator) for _ in range(case.cohort))
+    starts = tuple(_start(case, model, matrices, head, generator) for _ in range(case.cohort))
     batches = tuple(_batch(case, device, generator) for _ in range(case.cohort))
     return Problem(model, matrices, head, starts, batches)
 
@@ -65,20 +86,29 @@ def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def _start(model: nn.Module, matrices: tuple[str, ...], head: str, generator: torch.Generator) -> Values:
-    values = {}
+def _start(
+    case: SimulationCase, model: nn.Module, matrices: tuple[str, ...], head: str | None, generator: torch.Generator
+) -> Values:
+    values, dtype = {}, case.factor_dtype
     for matrix in matrices:
         weight = model.get_parameter(f"{matrix}.weight")
         n, k = weight.shape
-        values[f"{matrix}.lora_A"] = _normal(weight, (RANK, k), 1 / k, generator)
-        values[f"{matrix}.lora_B"] = _normal(weight, (n, RANK), 1 / (100 * RANK), generator)
-    for name, parameter in model.get_submodule(head).named_parameters():
-        values[f"{head}.{name}"] = parameter + _normal(parameter, tuple(parameter.shape), 1e-4, generator)
+        values[f"{matrix}.lora_A"] = _normal(weight, (RANK, k), 1 / k, generator, dtype)
+        values[f"{matrix}.lora_B"] = _normal(weight, (n, RANK), 1 / (100 * RANK), generator, dtype)
+    if head is not None:
+        for name, parameter in model.get_submodule(head).named_parameters():
+            drawn = _normal(parameter, tuple(parameter.shape), 1e-4, generator, parameter.dtype)
+            values[f"{head}.{name}"] = parameter + drawn
     return values
 
 
 def _batch(case: SimulationCase, device: torch.device, generator: torch.Generator) -> Values:
-    """Return rows of one length, so that no provider needs an attention mask."""
+    """Return rows of one length, so that no provider needs an attention mask, but for texts of unequal length.
+
+    A language model's labels are the tokens after the prompt.
+    """
+    if case.is_language_model:
+        return _texts(case, device, generator)
     labels = torch.randint(case.model.labels, (case.batch,), generator=generator, device=device)
     if case.model.family == "vit":
         images = torch.randn(case.batch, 1, 8, 8, generator=generator, device=device)
@@ -88,9 +118,25 @@ def _batch(case: SimulationCase, device: torch.device, generator: torch.Generato
     return {"input_ids": tokens, "labels": labels}
 
 
-def _normal(like: Tensor, shape: tuple[int, ...], variance: float, generator: torch.Generator) -> Tensor:
+def _texts(case: SimulationCase, device: torch.device, generator: torch.Generator) -> Values:
+    """Return a language model's rows (b, L); those of unequal length are padded on the right to the longest."""
+    lengths = torch.full((case.batch, 1), case.length, device=device)
+    if case.unequal:
+        shortest = int(case.length * SHORTEST_SHARE)
+        lengths = torch.randint(shortest, case.length + 1, (case.batch, 1), generator=generator, device=device)
+    columns = torch.arange(int(lengths.max()), device=device)
+    inside, prompts = columns < lengths, (lengths * PROMPT_SHARE).long()
+    tokens = torch.randint(1, case.model.vocabulary, inside.shape, generator=generator, device=device)
+    tokens = torch.where(inside, tokens, PADDING["input_ids"])
+    batch = {"input_ids": tokens, "labels": torch.where(inside & (columns >= prompts), tokens, IGNORED)}
+    return batch | {"attention_mask": inside.long()} if case.unequal else batch
+
+
+def _normal(
+    like: Tensor, shape: tuple[int, ...], variance: float, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     drawn = torch.randn(shape, generator=generator, device=like.device)
-    return drawn.mul_(variance**0.5).to(like.dtype)
+    return drawn.mul_(variance**0.5).to(dtype)
 
 
 def _cast(values: Values, dtype: torch.dtype) -> Values:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SimulationCase, simulation_cases
+from bench.simulation.cases import BERT_BASE, DIGITS_VIT, SMOLLM2, SimulationCase, simulation_cases
 from bench.simulation.cohort import CohortTrainer, compiled
 from bench.simulation.models import first_block, sharing_weights
 from bench.simulation.problem import Problem, Trainer
@@ -28,14 +28,14 @@ TRAINERS: dict[str, Callable[[Problem], Trainer]] = {
 }
 PROVIDERS = ("base", *TRAINERS)
 # Compiling takes longer than the rest of a case. So for most models, and for all on a GPU, the compiled provider is
-# measured only for a single client and for the usual cohort.
+# measured only for a single client and for the usual cohort; rows of unequal length it would have to pad.
 COMPILED, COMPILED_COHORTS = "cohort-compiled", (1, 10)
 
 
 def providers_of(case: SimulationCase) -> tuple[str, ...]:
     """Return the providers of a case."""
-    at_every_size = case.model in (DIGITS_VIT, BERT_BASE) and case in simulation_cases("cpu")
-    compiles = at_every_size or case.cohort in COMPILED_COHORTS
+    at_every_size = case.model in (DIGITS_VIT, BERT_BASE, SMOLLM2) and case in simulation_cases("cpu")
+    compiles = (at_every_size or case.cohort in COMPILED_COHORTS) and not case.unequal
     return tuple(name for name in PROVIDERS if name != COMPILED or compiles)
 
 
@@ -48,14 +48,18 @@ def make_step(name: str, problem: Problem) -> tuple[Callable[[], None], Trainer 
 
 
 class BareBase:
-    """Runs forward, and backward to the first layer's input: no adapters, and of weights only the head's gradient.
+    """Runs forward, and backward to the first layer's input: no adapters, and of weights only a head's gradient.
 
     Only `step` is used: there are no clients and nothing is trained.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.model = sharing_weights(problem.model, [problem.head])
-        self.head = list(self.model.get_submodule(problem.head).requires_grad_().parameters())
+        self.model = sharing_weights(problem.model, problem.heads)
+        self.head = [
+            parameter
+            for name in problem.heads
+            for parameter in self.model.get_submodule(name).requires_grad_().parameters()
+        ]
         self.batch, self.cohort = problem.joined(), len(problem.batches)
         self.entered: Tensor | None = None
         first_block(self.model).register_forward_pre_hook(self._enter)

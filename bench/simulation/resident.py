@@ -17,6 +17,7 @@ import plora_kernels as pk
 from bench.simulation.cases import ALPHA, RANK
 from bench.simulation.models import sharing_weights
 from bench.simulation.problem import Problem, Values, make_optimizer
+from fed.data.tables import IGNORED
 from fed.training.losses import client_losses
 
 Loss = Callable[[nn.Module, Values], Tensor]
@@ -58,29 +59,37 @@ class ResidentLoop:
 
 
 def peft_model(problem: Problem) -> tuple[nn.Module, Slots]:
-    """Return the model with PEFT's LoRA in it, adapters in the weights' dtype, and the places of its values."""
+    """Return the model with PEFT's LoRA in it, adapters in the dtype of the values, and the places of these."""
     config = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=0.0,
         target_modules=list(problem.matrices),
-        modules_to_save=[problem.head],
+        modules_to_save=problem.heads or None,
     )
-    bare = sharing_weights(problem.model, [problem.head])
+    bare = sharing_weights(problem.model, problem.heads)
     wrapped = get_peft_model(bare, config, autocast_adapter_dtype=False)
     slots = {
         f"{matrix}.{factor}": (getattr(bare.get_submodule(matrix), factor)["default"], "weight")
         for matrix in problem.matrices
         for factor in FACTORS
     }
-    head: Any = bare.get_submodule(problem.head)
-    return wrapped, slots | _head_slots(head.modules_to_save["default"], problem.head)
+    for name in problem.heads:
+        head: Any = bare.get_submodule(name)
+        slots |= _head_slots(head.modules_to_save["default"], name)
+    return wrapped, slots
 
 
 def injected(problem: Problem) -> pk.Injected:
     """Return the model with this library's layers in it."""
-    config = pk.PLoRAConfig(rank=RANK, alpha=ALPHA, target_modules=problem.matrices, modules_to_save=(problem.head,))
-    return pk.inject(sharing_weights(problem.model, [problem.head]), config)
+    config = pk.PLoRAConfig(
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=problem.matrices,
+        modules_to_save=problem.heads,
+        adapter_dtype=problem.starts[0][f"{problem.matrices[0]}.lora_A"].dtype,
+    )
+    return pk.inject(sharing_weights(problem.model, problem.heads), config)
 
 
 def own_loss(model: nn.Module, batch: Values) -> Tensor:
@@ -89,22 +98,34 @@ def own_loss(model: nn.Module, batch: Values) -> Tensor:
     return loss
 
 
+def exact_loss(model: nn.Module, batch: Values) -> Tensor:
+    """Return the same mean loss in the logits' dtype: transformers computes that of tokens in fp32 whatever it is."""
+    if batch["labels"].dim() == 1:
+        return own_loss(model, batch)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+
+
 def simulator_loss(model: nn.Module, batch: Values) -> Tensor:
     """Return the same mean loss as the simulator computes it."""
     return client_losses(model, batch, [len(batch["labels"])]).sum()
 
 
 def peft_loop(problem: Problem) -> ResidentLoop:
-    """Return the loop over PEFT's layers."""
-    return ResidentLoop(*peft_model(problem), problem, own_loss)
+    """Return the loop over PEFT's layers; of a problem in float64, the reference, no part is computed in fp32."""
+    exact = next(problem.model.parameters()).dtype == torch.float64
+    return ResidentLoop(*peft_model(problem), problem, exact_loss if exact else own_loss)
 
 
 def sequential(problem: Problem) -> ResidentLoop:
     """Return the loop over this library's layers: what a step of the simulator's sequential executor computes."""
     handle = injected(problem)
-    slots = {f"{matrix}.{factor}": (layer, factor) for matrix, layer in handle.layers.items() for factor in FACTORS}
-    head = _head_slots(handle.model.get_submodule(problem.head), problem.head)
-    return ResidentLoop(handle.model, slots | head, problem, simulator_loss)
+    slots: dict[str, tuple[nn.Module, str]] = {
+        f"{matrix}.{factor}": (layer, factor) for matrix, layer in handle.layers.items() for factor in FACTORS
+    }
+    for name in problem.heads:
+        slots |= _head_slots(handle.model.get_submodule(name), name)
+    return ResidentLoop(handle.model, slots, problem, simulator_loss)
 
 
 def _head_slots(module: nn.Module, head: str) -> dict[str, tuple[nn.Module, str]]:

@@ -20,7 +20,8 @@ class StackedTrainer:
         full = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.names = {name: full[id(getattr(*slot))] for name, slot in slots.items()}
         self.stacked = {name: nn.Parameter(torch.stack([start[name] for start in problem.starts])) for name in slots}
-        self.batch = {name: torch.stack([batch[name] for batch in problem.batches]) for name in problem.batches[0]}
+        batches = problem.padded()
+        self.batch = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
         self.optimizer = make_optimizer(list(self.stacked.values()))
         self.mapped = vmap(grad(self._loss))
 

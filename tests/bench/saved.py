@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.cases import FOLDS
+from bench.cases import FOLDS, MIXED_OPS
 
 TIMES_MS = {
     ("forward", 16): {"base": 2.0, "peft": 4.0, "peft-compiled": 3.0, "fused": 2.2},
@@ -14,6 +14,15 @@ TIMES_MS = {
 # Bytes beyond those of one projection: for one weight, and for three weights 64, 32 and 32 wide.
 MORE_MS = {
     "dropout": {"base": 2.0, "peft": 5.0, "peft-compiled": 4.0, "fused": 3.0},
+    "mixed_forward": {
+        "base": 2.0,
+        "peft": 8.0,
+        "peft-autocast": 6.0,
+        "peft-compiled": 5.0,
+        "fused": 3.0,
+        "fused-mixed": 3.0,
+    },
+    "mixed": {"base": 4.0, "peft": 20.0, "peft-autocast": 10.0, "fused": 5.0, "fused-mixed": 6.0},
     "projections_forward": {"base": 2.0, "peft": 6.0, "peft-compiled": 4.0, "fused-apart": 4.0, "fused": 3.0},
     "projections": {"base": 4.0, "peft": 12.0, "peft-compiled": 8.0, "fused-apart": 8.0, "fused": 6.0},
     "fold_out": {"base": 1.0, "peft": 8.0, "fused-inplace": 1.6, "fused": 2.0},
@@ -50,7 +59,7 @@ def saved_run_of_every_op() -> dict[str, Any]:
     for op, times in MORE_MS.items():
         for provider in times:
             item = _item(op, "query", 16, provider, times)
-            if op not in ("dropout", "fold_out"):
+            if op not in ("dropout", "fold_out", *MIXED_OPS):
                 item["extra_info"] |= {"projection": "q, k, v", "widths": [64, 32, 32]}
             run["benchmarks"].append(item)
     return run

@@ -8,6 +8,7 @@ import torch
 from bench.cases import (
     FOLDS,
     MAIN_OPS,
+    MIXED_OPS,
     OPS,
     PROJECTIONS,
     RANK,
@@ -54,8 +55,16 @@ def test_names_are_unique_within_an_op(device_type: str) -> None:
 
 
 def test_rows_and_dtype_follow_the_device() -> None:
-    assert {(case.m, case.dtype) for case in cases("cpu") if case.op not in FOLDS} == {(512, "float32")}
-    assert {(case.m, case.dtype) for case in cases("cuda") if case.op not in FOLDS} == {(8192, "bfloat16")}
+    plain = {device: [case for case in cases(device) if case.op not in FOLDS + MIXED_OPS] for device in ("cpu", "cuda")}
+    assert {(case.m, case.dtype) for case in plain["cpu"]} == {(512, "float32")}
+    assert {(case.m, case.dtype) for case in plain["cuda"]} == {(8192, "bfloat16")}
+
+
+@pytest.mark.parametrize(("device_type", "rows"), [("cpu", 512), ("cuda", 8192)])
+def test_mixed_precision_is_measured_at_every_projection_in_half(device_type: str, rows: int) -> None:
+    found = [case for case in cases(device_type) if case.op in MIXED_OPS]
+    assert {(case.m, case.r, case.dtype) for case in found} == {(rows, RANK, "bfloat16")}
+    assert [(case.op, case.projection) for case in found] == [(op, one) for op in MIXED_OPS for one in PROJECTIONS]
 
 
 def test_a_problem_has_the_case_s_shapes_and_a_nonzero_update() -> None:

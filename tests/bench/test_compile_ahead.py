@@ -100,7 +100,7 @@ def test_what_is_compiled_ahead_is_found_by_other_processes_of_code_elsewhere(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed-bfloat16", "float32"])
 def test_what_checks_launch_is_found_too(tmp_path: Path, dtype: str) -> None:
     assert_found_elsewhere(tmp_path, dtype)
 
@@ -169,7 +169,7 @@ def test_a_sitting_s_pieces_are_those_of_its_steps() -> None:
     tried = [work.shape for work in first if isinstance(work, Attempt)]
     assert {shape.op for shape in tried} >= {"forward", "input_gradient", "output_gradient", "factor_gradient"}
     assert {(shape.d_in, shape.d_out, shape.r) for shape in tried if shape.op == "forward"} == gate
-    assert {work.dtype for work in first if isinstance(work, CheckShape)} == {"bfloat16"}
+    assert {work.dtype for work in first if isinstance(work, CheckShape)} == {"bfloat16", "mixed-bfloat16"}
     assert sum(isinstance(work, Warmup) for work in first) == FIRST_CASES
     assert {work.dtype for work in second if isinstance(work, CheckShape)} == set(DTYPES)
     assert sum(isinstance(work, Warmup) for work in second) == len(device_cases("cuda"))

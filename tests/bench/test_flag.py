@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "saved.json"
     options = [
         "-k",
-        "bert-base-query and (forward or fold) and not backward and not out",
+        "bert-base-query and (forward or fold) and not backward and not out and not mixed",
         "--benchmark-max-time=0.01",
         f"--benchmark-json={path}",
     ]

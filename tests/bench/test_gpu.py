@@ -10,7 +10,7 @@ import plora_kernels as pk
 from bench import gpu
 from bench.cases import FOLDS, OPS, Case
 from bench.checks.correctness import WrongResultError, poisoned_outputs
-from bench.checks.inputs import CheckShape, draw
+from bench.checks.inputs import DTYPES, CheckShape, draw
 from bench.checks.operators import check_shapes, run_checks
 from bench.device import run as device_run
 from bench.device import simulations
@@ -32,7 +32,8 @@ from plora_kernels.tuning.blocks import DESIGNS, Hardware
 from tests.test_imports import imports, modules, run_python
 
 CPU = torch.device("cpu")
-QUICK = ["--device", "cpu", "--providers", "base", "peft", "inplace", "fused-apart", "fused-inplace", "fused"]
+OWN = ["fused-apart", "fused-inplace", "fused", "fused-mixed"]
+QUICK = ["--device", "cpu", "--providers", "base", "peft", "peft-autocast", "inplace", *OWN]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
     assert all(name in record for record in records for name in KEYS)
     assert {record["op"] for record in timed} == set(OPS)
     assert Counter(record["provider"] for record in timed) == {
-        **{"base": 9, "peft": 9, "fused": 9},
-        **{"inplace": 6, "fused-apart": 3, "fused-inplace": 1},
+        **{"base": 11, "peft": 11, "fused": 11},
+        **{"inplace": 6, "fused-apart": 3, "fused-inplace": 1, "fused-mixed": 2, "peft-autocast": 3},
     }
     for record in timed:
         assert record["time_ms"] > 0
@@ -66,7 +67,7 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
 
 def test_the_operators_are_checked_in_every_dtype_and_form(results: Path) -> None:
     checks = [record for record in load_records(results)[1] if record["op"] == "check"]
-    assert {record["dtype"] for record in checks} == {"bfloat16", "float16", "float32"}
+    assert {record["dtype"] for record in checks} == {name for name in DTYPES if name != "tf32"}
     assert {record["form"] for record in checks} >= {
         *("all", "folded mask", "frozen mask", "none selected", "fold"),
         *("grouped", "grouped mask dropout", "siblings"),
@@ -94,7 +95,7 @@ def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest
 def test_without_time_it_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path), *QUICK, "--budget-seconds", "0"]) == 0
     shown = capsys.readouterr().out
-    assert "left: forward 64×48 M 32 R 4 float32 (base, peft, inplace, fused); " in shown
+    assert "left: forward 64×48 M 32 R 4 float32 (base, peft, peft-autocast, inplace, fused); " in shown
     assert "digits-vit-2x17-c2-float32 (base, peft-loop, vmap, sequential, cohort); " in shown
     assert "check float32 M 1 K 1 N 1 R 1\n" in shown
     assert "goes on from here" in shown
@@ -190,9 +191,28 @@ def test_an_element_that_is_not_written_is_found() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_the_kernels_pass_their_checks() -> None:
-    records = run_checks(CheckShape("cpu", "float16", 37, 50, 29, 5))
+@pytest.mark.parametrize("dtype", ["float16", "mixed-float16"])
+def test_the_kernels_pass_their_checks(dtype: str) -> None:
+    records = run_checks(CheckShape("cpu", dtype, 37, 50, 29, 5))
     assert {record["status"] for record in records} == {"passed"}
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_that_were_rounded_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from plora_kernels.kernels import linear
+
+    real = linear.backward
+
+    def rounding(*arguments: object) -> tuple[torch.Tensor, ...]:
+        d_x, *gradients = real(*arguments)
+        return d_x, *(gradient.half().to(gradient.dtype) for gradient in gradients)
+
+    shape = CheckShape("cpu", "mixed-float16", 37, 50, 29, 5)
+    for changed in (rounding, lambda *arguments: tuple(one.half() for one in real(*arguments))):
+        monkeypatch.setattr(linear, "backward", changed)
+        (record,) = run_checks(shape, ["all"])
+        assert record["status"] == "wrong"
+        assert "float32" in record["cause"]
 
 
 def test_the_important_cases_come_first_and_each_once() -> None:
@@ -207,7 +227,8 @@ def test_the_important_cases_come_first_and_each_once() -> None:
     assert {c.m for c in cases} >= {0, 1, 16, 8192}
     assert {c.r for c in cases} >= {8, 16, 32, 64, 128, 256}
     assert {c.dtype for c in cases} == {"bfloat16", "float16", "float32"}
-    assert {shape.dtype for shape in check_shapes("cuda")} == {"bfloat16", "float16", "float32", "tf32"}
+    halves = {"bfloat16", "float16", "mixed-bfloat16", "mixed-float16"}
+    assert {shape.dtype for shape in check_shapes("cuda")} == {*halves, "float32", "tf32"}
 
 
 @pytest.mark.parametrize("op", ["forward", "forward_backward"])
@@ -245,11 +266,12 @@ def test_every_op_has_a_section_and_several_projections_their_widths(results: Pa
     in_place = out["fused"]["time_ms"] / out["fused-inplace"]["time_ms"]
     section = text.split("**Fold out of place**")[1].split("**Fold of many")[0]
     assert f"| {out['fused']['ratio_to_peft']:.2f} | {in_place:.2f} | – / – |" in section
+    assert text.count("| mixed ÷ peft | mixed ÷ autocast | mixed ÷ fused | host peft / mixed |") == 2
     apart = next(p["fused-apart"] for p in by_case(records) if "fused-apart" in p)
     assert apart["widths"] == [48, 16, 16]
     assert f"({apart['ratio_to_base']:.2f})" in "".join(lines)
     header, *rows = summary(meta, records).splitlines()
-    assert header.split()[3:] == ["fused", "apart", "place", "inpl", "comp", "peft", "auto", "host", "µs"]
+    assert header.split()[3:] == ["fused", "mixed", "apart", "place", "inpl", "comp", "peft", "auto", "host", "µs"]
     several = next(row for row in rows if row.startswith("projections_forward 32 64 80 4 float32"))
     assert f"{apart['ratio_to_base']:.3f}" in several
 

@@ -67,7 +67,7 @@ def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was
     assert gpu.choose_work(tuned).cases == gpu.choose_work(defaults).cases
     assert len(gpu.choose_work(tuned).cases) == sitting.FIRST_CASES
     assert (tuned.defaults, defaults.defaults) == (False, True)
-    assert {shape.dtype for shape in gpu.choose_work(tuned).first_checks} == {"bfloat16"}
+    assert {shape.dtype for shape in gpu.choose_work(tuned).first_checks} == {"bfloat16", "mixed-bfloat16"}
     assert gpu.choose_work(tuned).last_checks == []
     assert gpu.choose_work(gpu.parse(steps["facts"].arguments)) == state.Work([], [], (), [])
 

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bench.audit import jobs as audit_module
-from bench.audit.jobs import Job, table_jobs
+from bench.audit.jobs import MIXED_SHAPES, SHAPES, Job, design_jobs, shape_jobs, table_jobs
 from bench.audit.machine_code import LIMITS, Usage, is_trap, resident_blocks
 from bench.audit.offline import TARGETS, Launch
 from bench.checks.designs import Shape, design_blocks, design_ways
@@ -134,7 +135,7 @@ def test_a_kernel_that_is_a_trap_is_an_error() -> None:
         return SimpleNamespace(hash="0123456789abcdef", asm={"ptx": f".visible .entry kernel()\n{{\n\t{body}\n}}"})
 
     job = Job(Shape(8192, 4096, 4096, 16), "bfloat16", TARGETS["sm_100"])
-    row = audit_module._row(Launch("a_kernel", compiled("trap;"), 4), job)
+    row = audit_module.row_of(Launch("a_kernel", compiled("trap;"), 4), job)
     assert row.error == "compiles to a trap"
     assert not is_trap(compiled("ret;"))
     assert not is_trap(SimpleNamespace(asm={"amdgcn": "s_trap 2"}))
@@ -173,11 +174,30 @@ def test_the_entries_of_the_tables_are_compiled_for_their_device(tmp_path: Path)
     matmul = MatmulBlocks("tile", 64, 64, 32, 16, 8, 4, 3)
     entries = [
         Entry(ShapeClass("fold", "bfloat16", 512, 256, 512, 8), fold, 1.0),
+        Entry(ShapeClass("fold", "bfloat16", 512, 256, 512, 8), fold, 2.0),
         Entry(ShapeClass("input_gradient", "float16", 37, 512, 256, 16), matmul, 1.0),
     ]
     save_table(tmp_path / "a-gpu.json", entries, {"capability": 90})
     save_table(tmp_path / "b-gpu.json", entries, {"capability": 75})
-    assert list(table_jobs(list(TARGETS.values()), tmp_path)) == [
-        Job(Shape(128, 256, 512, 8), "bfloat16", TARGETS["sm_90"], "a-gpu", (("fold", fold),)),
-        Job(Shape(37, 256, 512, 16), "float16", TARGETS["sm_90"], "a-gpu", (("input_gradient", matmul),)),
+    of_fold = Job(Shape(128, 256, 512, 8), "bfloat16", TARGETS["sm_90"], "a-gpu", (("fold", fold),))
+    of_matmul = Job(Shape(37, 256, 512, 16), "float16", TARGETS["sm_90"], "a-gpu", (("input_gradient", matmul),))
+    found = list(table_jobs(list(TARGETS.values()), tmp_path))
+    # With factors in float32 the same blocks are compiled once.
+    mixed = [replace(job, mixed=True) for job in (of_fold, of_matmul)]
+    assert found == [of_fold, mixed[0], of_fold, of_matmul, mixed[1]]
+    alike = list(table_jobs(list(TARGETS.values()), tmp_path, mixed=False))
+    assert alike == [of_fold, of_fold, of_matmul]
+    assert [job.case for job in found[1:3]] == [
+        "bfloat16 mixed M128 K256 N512 R8 a-gpu",
+        "bfloat16 M128 K256 N512 R8 a-gpu",
     ]
+
+
+def test_what_is_compiled_with_wide_factors() -> None:
+    target = [TARGETS["sm_90"]]
+    shapes = [job for job in shape_jobs(SHAPES, ("bfloat16", "float32"), target) if job.mixed]
+    assert [job.shape for job in shapes] == [shape for shape in SHAPES if shape in MIXED_SHAPES]
+    assert len(shapes) == len(MIXED_SHAPES)
+    assert {job.dtype for job in shapes} == {"bfloat16"}
+    designs = [job.name for job in design_jobs(("bfloat16", "float32"), target) if job.mixed]
+    assert designs == list(KERNEL_DESIGNS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
-from bench.cases import FOLDS, OPS, Case, Op, Projection, make_problem, several
+from bench.cases import FOLDS, MIXED_OPS, OPS, Case, Op, Projection, make_problem, several
 from bench.checks.correctness import WrongResultError, check, references
 from bench.harness.timing import Plan
 from bench.measure import measure_on_device
@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 WITHOUT_COMPILER = "peft-compiled"
 
 
-def tiny(op: Op, dtype: str = "float32") -> Case:
+def tiny(op: Op, dtype: str | None = None) -> Case:
+    """Return a small case, by default in float32 or, for mixed precision, in bfloat16."""
+    dtype = dtype or ("bfloat16" if op in MIXED_OPS else "float32")
     about_several = op in ("projections", "projections_forward", "fold_many")
     projection = several("tiny", "q, k, v", 50, 29, 7, 11) if about_several else Projection("tiny", "query", 50, 29)
     return Case(op, projection, 0 if op in FOLDS else 37, 5, dtype)
@@ -29,7 +31,8 @@ def tiny(op: Op, dtype: str = "float32") -> Case:
 def test_every_provider_but_the_compiled_is_right(op: Op, dtype: str) -> None:
     wanted = [name for name in every_provider(op) if name != WITHOUT_COMPILER]
     records = measure_on_device(tiny(op, dtype), CPU, Plan(0.0, 2), wanted, {})
-    absent = {"peft-autocast"} if dtype == "float32" else set()
+    mixed = {"peft", "peft-autocast", "fused-mixed"} if op in MIXED_OPS else {"peft-autocast"}
+    absent = mixed if dtype == "float32" else set()
     for record in records:
         assert record["status"] == ("not available" if record["provider"] in absent else "timed"), record
     assert [record["provider"] for record in records] == wanted
@@ -39,12 +42,30 @@ def test_every_provider_but_the_compiled_is_right(op: Op, dtype: str) -> None:
 def test_the_suites_have_a_base_peft_and_this_library(op: Op) -> None:
     names = provider_names(op)
     assert names[:2] == ("base", "peft")
+    if op in MIXED_OPS:
+        assert names == ("base", "peft", "peft-autocast", "peft-compiled", "fused", "fused-mixed")
+        return
     assert names[-1] == "fused"
     assert not {"inplace", "peft-autocast"} & set(names)
     assert [name for name in ("base", "peft", "inplace", "fused", "fused-apart") if is_ours(name)] == [
         "fused",
         "fused-apart",
     ]
+
+
+@pytest.mark.parametrize("op", MIXED_OPS)
+def test_mixed_precision_differs_in_the_factors_alone(op: Op) -> None:
+    """PEFT's providers and *fused-mixed* have gradients of A and B in float32, *fused* in the weight's dtype."""
+    case = tiny(op, "bfloat16")
+    problem = make_problem(case, CPU)
+    for name in every_provider(op):
+        if name in ("base", WITHOUT_COMPILER):
+            continue
+        results = make_provider(name, case, problem).results()
+        dtypes = {key: value.dtype for key, value in results.items()}
+        factors = torch.bfloat16 if name == "fused" else torch.float32
+        gradients = {} if op == "mixed_forward" else {"dx": torch.bfloat16, "dA": factors, "dB": factors}
+        assert dtypes == {"y": torch.bfloat16, **gradients}, name
 
 
 @pytest.mark.parametrize("op", ["projections", "projections_forward"])

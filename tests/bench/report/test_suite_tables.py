@@ -61,6 +61,13 @@ def test_the_other_ops_have_sections_of_their_own(tmp_path: Path) -> None:
     assert "training, p = 0.1" in text
     apart = "| shape | base | peft | peft-compiled | fused-apart | fused | fused ÷ peft | fused ÷ apart | peak peft | "
     assert lines.count(apart + "peak fused |") == 2
+    columns = "| shape | base | peft | peft-autocast | fused | fused-mixed | mixed ÷ peft | mixed ÷ autocast | "
+    assert f"{columns}mixed ÷ fused | peak peft | peak mixed |" in lines
+    times = "4 (1.00) | 20 (5.00) | 10 (2.50) | 5 (1.25) | 6 (1.50)"
+    assert f"| tiny query 64×128, R 16 | {times} | 0.30 | 0.60 | 1.20 | 3.0 | 3.0 |" in lines
+    means = "(1.00) | (5.00) | (2.50) | (1.25) | (1.50)"
+    assert f"| geometric mean, R 16 | {means} | 0.30 | 0.60 | 1.20 |  |  |" in lines
+    assert "float32, in mixed precision bfloat16. Medians" in lines[0]
     label = "tiny q, k, v 64×(64+32+32), R 16"
     assert f"| {label} | 2 (1.00) | 6 (3.00) | 4 (2.00) | 4 (2.00) | 3 (1.50) | 0.50 | 0.75 | 3.0 | 3.0 |" in lines
     assert (
@@ -72,7 +79,8 @@ def test_the_other_ops_have_sections_of_their_own(tmp_path: Path) -> None:
 
 def test_a_run_without_the_other_ops_is_shown_as_ever(results: Path, tmp_path: Path) -> None:
     every = markdown(load_run(write_run(tmp_path / "every.json", saved_run_of_every_op())))
-    assert every.startswith(markdown(load_run(results)).strip())
+    older = markdown(load_run(results)).strip()
+    assert every.replace(", in mixed precision bfloat16", "").startswith(older)
     assert "fused ÷ apart" not in markdown(load_run(results))
 
 

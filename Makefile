@@ -16,11 +16,15 @@ OLDEST_TESTS := $(addprefix tests/,bench/audit bench/test_gpu.py bench/tune/test
 	$(addprefix plora_kernels/,kernels/test_designs.py kernels/test_replay.py ops/test_numerics.py \
 	ops/test_grouped_linear.py ops/test_projections.py test_counter_rng.py test_folding.py))
 
+# Likewise the libraries of quantised weights: found by transformers, they print notices at every import.
+QUANTIZED := $(abspath $(VENV))/quantized
+QUANTIZED_READY := $(QUANTIZED)/.ready
+
 # An environment beside the other, with the versions of a GPU machine.
 DEVICE_VENV ?= .venv-device
 DEVICE_PYTHON ?= python3.12
 
-.PHONY: demo test test-slow test-oldest test-device-versions bench bench-simulation lint format clean help
+.PHONY: demo test test-slow test-oldest test-quantized test-device-versions bench bench-simulation lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
@@ -41,6 +45,12 @@ $(OLDEST_READY): constraints-oldest.txt | $(READY)
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints-oldest.txt --target $(OLDEST) triton numpy
 	@touch $@
 
+$(QUANTIZED_READY): constraints-quantized.txt | $(READY)
+	@echo "installing into $(QUANTIZED) (once; a minute)"
+	@rm -rf $(QUANTIZED)
+	@$(BIN)/python -m pip install --quiet --no-deps -c constraints-quantized.txt --target $(QUANTIZED) bitsandbytes torchao
+	@touch $@
+
 demo: $(READY)  ## a federated run on handwritten digits, start to finish
 	$(BIN)/python -m fed run digits --out $(RUN) --overwrite
 
@@ -55,6 +65,9 @@ test-oldest: $(OLDEST_READY)  ## the kernels with the oldest Triton they are hel
 	PYTHONPATH=$(OLDEST) $(PARALLEL) --triton $$(sed -n 's/^triton==//p' constraints-oldest.txt) \
 		-k "not [torch- and not [torch] and not torch_path" $(OLDEST_TESTS)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m bench.audit --targets gfx942 --no-designs  # what it once did not compile
+
+test-quantized: $(QUANTIZED_READY)  ## adapters over quantised weights, with the libraries that make them
+	PYTHONPATH=$(QUANTIZED) $(PARALLEL) --quantized tests/plora_kernels/nn/quantized tests/fed/models/quantized
 
 # By hand, not in CI: torch's build for GPUs and what comes with it are several GB. It needs no GPU.
 test-device-versions:  ## the default tests with the versions of a GPU machine

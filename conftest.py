@@ -1,4 +1,4 @@
-"""`--benchmark`, as `pytest bench --benchmark-only`; `--triton`, the version to be tested; `--faults`, for counts."""
+"""`--benchmark`, as `pytest bench --benchmark-only`, and what tests run with: `--triton`, `--quantized`, `--faults`."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmark suites; the same as `pytest bench --benchmark-only`",
     )
     parser.addoption("--triton", metavar="VERSION", help="refuse to run the tests with any other Triton")
+    parser.addoption("--quantized", action="store_true", help="fail without the quantisation libraries; do not skip")
     parser.addoption("--faults", metavar="FILE", help="write what came of the faults that tests/fed/faults tries")
 
 

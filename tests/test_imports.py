@@ -32,6 +32,8 @@ MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_k
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
     "peft": (*(f"plora_kernels/nn/{name}.py" for name in ("peft", "peft_layout", "adapter_files")), "bench"),
+    "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
+    "torchao": (),
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),

@@ -8,6 +8,7 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from bench.report.suite_tables import markdown as bench_markdown
 from bench.report.summary_tables import NOT_MEASURED, committed_summary
 from bench.report.tune_tables import tune_markdown
 from fed import methods
+from fed.config import load
 from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
 from fed.report.tables import markdown_table, summary
@@ -95,6 +97,8 @@ def test_the_benchmark_tables_are_the_committed_results() -> None:
     page = DOCS / "benchmarks.md"
     assert between(page, "bench") == bench_markdown(load_run(RESULTS / "cpu.json")).strip()
     assert between(page, "simulation") == simulation_markdown(load_run(RESULTS / "simulation-cpu.json")).strip()
+    assert between(page, "mixed-cpu") == bench_markdown(load_run(RESULTS / "mixed-cpu.json")).strip()
+    assert between(page, "text-cpu") == simulation_markdown(load_run(RESULTS / "text-cpu.json")).strip()
     assert between(page, "gpu") == committed_section(RESULTS).strip()
     for log in (RESULTS / "tune").glob("*.json"):
         assert between(DOCS / "kernels.md", f"tune-{log.stem}") == tune_markdown(log).strip()
@@ -113,14 +117,21 @@ def test_the_summary_s_means_are_those_of_the_files_by_hand() -> None:
         mean = torch.tensor(ratios, dtype=torch.float64).log().mean().exp().item()
         return f"**{mean:.2f}** ({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)}"
 
+    def saved(name: str) -> list[dict[str, Any]]:
+        return [item["extra_info"] for item in json.loads(text_of(RESULTS / name))["benchmarks"]]
+
     rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|", between(README, "summary"), re.M))
-    layers = [item["extra_info"] for item in json.loads(text_of(RESULTS / "cpu.json"))["benchmarks"]]
+    layers = saved("cpu.json")
     for op, title in (("forward", "a layer's forward"), ("fold", "folding modules into a weight, in place")):
         of_op = [facts for facts in layers if (facts["op"], facts["provider"], facts["r"]) == (op, "fused", 16)]
         assert rows[title] == f"{cell([facts['ratio_to_peft'] for facts in of_op])} shapes"
-    steps = [item["extra_info"] for item in json.loads(text_of(RESULTS / "simulation-cpu.json"))["benchmarks"]]
+    mixed = [facts for facts in saved("mixed-cpu.json") if (facts["op"], facts["provider"]) == ("mixed", "fused-mixed")]
+    title = "forward + backward, bf16 with fp32 factors"
+    assert rows[title] == f"{cell([facts['ratio_to_peft'] for facts in mixed])} shapes"
+    texts = [facts["ratio_to_peft_loop"] for facts in saved("text-cpu.json") if facts["provider"] == "cohort"]
+    assert rows["the same of language models"] == f"{cell(texts)} batches"
     shown: dict[tuple, dict[int, float]] = {}
-    for facts in steps:
+    for facts in saved("simulation-cpu.json"):
         if facts["provider"] == "cohort":
             key = facts["model"], facts["batch"], facts["length"]
             shown.setdefault(key, {})[facts["cohort"]] = facts["ratio_to_peft_loop"]
@@ -161,12 +172,42 @@ def test_one_command_writes_a_result_s_section_and_the_summary_where_their_marke
     assert text_of(readme) == f"{begin}\n\n{committed_summary(tmp_path)}\n\n{end}\n"
 
 
+def test_a_section_named_as_the_file_comes_before_that_of_its_kind(tmp_path: Path) -> None:
+    results = write_run(tmp_path / "mixed-cpu.json", saved_run())
+    page = tmp_path / "page.md"
+    other = "<!-- bench:begin -->\nold\n<!-- bench:end -->\n"
+    page.write_text(f"{other}<!-- mixed-cpu:begin -->\n<!-- mixed-cpu:end -->\n", encoding="utf-8")
+    assert report([str(results), "--document", str(page)]) == 0
+    assert text_of(page).startswith(other)
+    assert between(page, "mixed-cpu") == bench_markdown(load_run(results)).strip()
+
+
 def test_the_page_of_results_quotes_the_committed_comparisons() -> None:
     folder = DOCS / "results"
     said = "\n".join(text_of(path) for path in folder.glob("*/comparison.md")).splitlines()
     quoted = [line for line in text_of(folder / "README.md").splitlines() if line.startswith("- ")]
     assert quoted
     assert [line for line in quoted if line not in said] == []
+
+
+def test_the_language_model_s_figures_are_those_of_its_run() -> None:
+    folder = DOCS / "results" / "smollm2"
+    rows = [json.loads(line) for line in text_of(folder / "rounds.jsonl").splitlines()]
+    settings = load(str(folder / "smollm2.toml"), ["model.path=x", "data.path=x"])
+    assert len(rows) == settings.rounds + 1
+    table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", text_of(folder / "README.md"), re.M))
+    for number, said in table.items():
+        row = rows[int(number)]
+        exact = "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.0f} %"
+        assert said == f"{exact} | {row['loss']:.2f}"
+    first, last = rows[0], rows[-1]
+    assert {str(first["round"]), str(last["round"])} <= table.keys()
+    said = " ".join(text_of(README).split())
+    assert (
+        f"{100 * last['accuracy']:.0f} of {settings.data.generated_rows} test rows are answered exactly, before it "
+        f"{100 * first['accuracy']:.0f}; the loss of the answers' tokens falls from {first['loss']:.2f} to "
+        f"{last['loss']:.2f}"
+    ) in said
 
 
 @pytest.mark.parametrize("name", ["comparison-digits", "comparison-instructions", "selection-digits"])

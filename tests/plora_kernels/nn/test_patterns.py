@@ -10,6 +10,7 @@ import pytest
 
 from plora_kernels.errors import ConfigError
 from plora_kernels.nn.patterns import check_pattern
+from tests.support.limits import WITHOUT_END
 
 # From the documentation of PEFT and transformers, and from tools that write PEFT's configurations.
 ORDINARY = [
@@ -65,10 +66,10 @@ def test_what_is_ordinary_for_names_of_modules_is_accepted(pattern: str) -> None
 
 @pytest.mark.parametrize("pattern", SLOW)
 def test_an_expression_that_takes_for_ever_is_refused_at_once_in_one_line(pattern: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="can take for ever to match: ") as refused:
         check_pattern(pattern, "target_modules")
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < WITHOUT_END
     assert str(refused.value).startswith("target_modules holds '")
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
@@ -110,5 +111,5 @@ def test_every_accepted_expression_is_matched_fast(tried: int) -> None:
         for name in names:
             began = time.process_time()
             re.fullmatch(pattern, f"{name}!")
-            assert time.process_time() - began < 0.5, (pattern, name)
+            assert time.process_time() - began < WITHOUT_END, (pattern, name)
     assert tried / 4 < accepted < tried

@@ -17,6 +17,9 @@ from plora_kernels.errors import (
 from plora_kernels.folding import Fold, fold, fold_, fold_many_
 from plora_kernels.functional import plora_linear
 from plora_kernels.nn.config import PLoRAConfig
+from plora_kernels.nn.fused_peft.factory import fused_lora_factory
+from plora_kernels.nn.fused_peft.fuse import fuse_peft, unfuse_peft
+from plora_kernels.nn.fused_peft.report import FusionReport
 from plora_kernels.nn.inject import Injected, inject
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft import load_peft, save_peft
@@ -29,6 +32,7 @@ __all__ = [
     "DeviceError",
     "Fold",
     "FusedPLoRALinear",
+    "FusionReport",
     "GroupModules",
     "Injected",
     "PLoRAConfig",
@@ -45,10 +49,13 @@ __all__ = [
     "fold",
     "fold_",
     "fold_many_",
+    "fuse_peft",
+    "fused_lora_factory",
     "group_gradients",
     "inject",
     "load_peft",
     "module_average",
     "plora_linear",
     "save_peft",
+    "unfuse_peft",
 ]

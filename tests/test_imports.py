@@ -31,7 +31,10 @@ MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_k
 # Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
-    "peft": (*(f"plora_kernels/nn/{name}.py" for name in ("peft", "peft_layout", "adapter_files")), "bench"),
+    "peft": (
+        *(f"plora_kernels/nn/{name}" for name in ("peft.py", "peft_layout.py", "adapter_files.py", "fused_peft")),
+        "bench",
+    ),
     "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
     "torchao": (),
     "pydantic": ("fed/config",),
@@ -44,7 +47,8 @@ RESERVED = {
     "mlflow": ("fed/experiments/trackers.py",),
     "sklearn": ("fed/data/digits.py",),
     "transformers": (
-        "fed/models", "fed/data/pretrained.py", "fed/data/tokenization.py", "fed/simulation/evaluation.py", "bench",
+        "fed/models", "fed/data/pretrained.py", "fed/data/tokenization.py", "fed/simulation/evaluation.py",
+        "plora_kernels/nn/fused_peft", "bench",
     ),
     "tokenizers": ("fed/data/tokenization.py",),
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),

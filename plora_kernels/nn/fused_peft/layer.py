@@ -24,6 +24,7 @@ from plora_kernels.nn.fused_peft.conditions import (
     watched_from_outside,
     why_not_fitting,
 )
+from plora_kernels.nn.fused_peft.worth import why_not_worth
 from plora_kernels.selection import MAX_RANK
 
 BASE_MODEL = "__base__"  # PEFT's name in `adapter_names` for rows without an adapter
@@ -125,8 +126,11 @@ def plain_call(layer: Any, x: Any) -> _Call | str:
     found = _parts(layer)
     if isinstance(found, str):
         return found
-    unfitting = why_not_fitting(x, *found)
-    return _Call(*found) if unfitting is None else unfitting
+    base, adapters = found
+    unfitting = why_not_fitting(x, base, adapters)
+    if unfitting is None:
+        unfitting = why_not_worth(x, base.weight, [factor for own in adapters for factor in (own.A, own.B)])
+    return _Call(base, adapters) if unfitting is None else unfitting
 
 
 class _MixedCall:

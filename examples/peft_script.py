@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         base, tokens = small_llama(), list(text.encode())
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(base.to("cuda" if torch.cuda.is_available() else "cpu"), config)
+    base = base.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = get_peft_model(base, config)
     print(pk.fuse_peft(model))  # line two
     rows = rows_of(tokens, options.length)
     losses = train(model, rows, options.steps, options.batch_size, options.learning_rate)

@@ -51,7 +51,8 @@ def fused_model(checkpoint: str | None) -> tuple[Any, pk.FusionReport]:
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    return model, pk.fuse_peft(model)
+    report = pk.fuse_peft(model)
+    return model, report
 
 
 def trainer_of(model: Any, rows: Rows, out: Path, steps: int) -> Trainer:
@@ -68,7 +69,8 @@ def trainer_of(model: Any, rows: Rows, out: Path, steps: int) -> Trainer:
         report_to="none",
         disable_tqdm=True,
     )
-    return Trainer(model=model, args=settings, train_dataset=rows)
+    trainer = Trainer(model=model, args=settings, train_dataset=rows)
+    return trainer
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Tensor]:

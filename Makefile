@@ -24,7 +24,13 @@ QUANTIZED_READY := $(QUANTIZED)/.ready
 DEVICE_VENV ?= .venv-device
 DEVICE_PYTHON ?= python3.12
 
-.PHONY: demo test test-slow test-oldest test-quantized test-device-versions bench bench-simulation lint format clean help
+# The site needs neither torch nor the library: docstrings are read from its source.
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs
+
+.PHONY: demo test test-slow test-oldest test-quantized test-device-versions bench bench-simulation lint format docs \
+	docs-serve clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
@@ -49,6 +55,13 @@ $(QUANTIZED_READY): constraints-quantized.txt | $(READY)
 	@echo "installing into $(QUANTIZED) (once; a minute)"
 	@rm -rf $(QUANTIZED)
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints-quantized.txt --target $(QUANTIZED) bitsandbytes torchao
+	@touch $@
+
+$(DOCS_READY): constraints-docs.txt
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@echo "installing into $(DOCS_VENV) (once; half a minute)"
+	@$(DOCS_VENV)/bin/python -m pip install --quiet -c $(abspath constraints-docs.txt) \
+		mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 demo: $(READY)  ## a federated run on handwritten digits, start to finish
@@ -91,5 +104,12 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(DOCS_READY)  ## the site of docs/, into build/site
+	$(DOCS_VENV)/bin/python -m doctest docs/site/docstrings.py
+	$(MKDOCS) build --quiet --strict
+
+docs-serve: $(DOCS_READY)  ## the same at http://127.0.0.1:8000, built anew when a page changes
+	$(MKDOCS) serve --strict
+
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(DEVICE_VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEVICE_VENV) $(DOCS_VENV) build/site .pytest_cache .mypy_cache .ruff_cache

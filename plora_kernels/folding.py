@@ -140,8 +140,7 @@ def fold_many_(folds: Sequence[Fold], *, rounding: str = "nearest", seed: int | 
     stochastic rounding fold number i uses seed + i. All arguments are checked before anything is written. Folds that
     share memory run in order, one launch each.
 
-    Raises:
-        The errors of `fold_` and `fold`.
+    Raises the errors of `fold_` and `fold`.
 
     >>> weights = [torch.zeros(1, 2), torch.zeros(2, 1)]
     >>> jobs = [Fold(W, torch.ones(1, W.shape[1]), torch.ones(W.shape[0], 1), []) for W in weights]

@@ -1,6 +1,6 @@
-"""CONTRIBUTING's steps work: here a source of data, a provider of a benchmark and an operator are added by them.
+"""The steps of docs/extending.md work: here a source of data, a provider of a benchmark and an operator are added.
 
-A federated method is added in docs/federated.md, whose snippet the tests run.
+A federated method is added in the page itself, whose snippet the tests run.
 """
 
 from __future__ import annotations

@@ -37,14 +37,16 @@ from tests.support.models import tiny_bert, tiny_llama
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, DOCS = ROOT / "README.md", ROOT / "docs"
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # The pages written by hand, but for the tables between markers.
 PAGES = [
     *(README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", RESULTS / "README.md"),
     *sorted(DOCS.glob("*.md")),
+    *sorted((DOCS / "api").glob("*.md")),
     *sorted(DOCS.rglob("README.md")),
 ]
 PAGES = list(dict.fromkeys(PAGES))
-TOP = ("plora_kernels", "fed", "bench", "tests", "docs")
+TOP = ("plora_kernels", "fed", "bench", "tests", "docs", "examples")
 # Files that pages name and commands write; they are not committed.
 MADE = {"bench/results/latest.json", "bench/results/tune", "plora_kernels/tuning/tables"}
 TABLES = r"model|data|clients|adapter|train|server|hetlora|measure|compare"
@@ -269,9 +271,51 @@ def test_the_federated_guide_runs_and_a_run_leaves_what_it_says(ready: dict) -> 
     assert left == set(files) - elsewhere
 
 
+def test_five_minutes_run_and_the_report_begins_as_shown(ready: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    page = DOCS / "quickstart.md"
+    run_python(page, ready)
+    (shown,) = blocks(page, "text")
+    assert shown.removesuffix("…\n") in capsys.readouterr().out
+    assert ready["last"]["round"] == 2
+
+
+def test_the_page_on_extending_runs_a_method_of_its_own(ready: dict) -> None:
+    run_python(DOCS / "extending.md", ready)
+    assert [row["round"] for row in read(Path("runs/last")).rows] == [0, 1, 2]
+
+
 def test_every_page_s_python_is_run() -> None:
-    having = [named(page) for page in PAGES if blocks(page, "python")]
-    assert having == ["README.md", "docs/drop-in.md", "docs/federated.md"]
+    having = {named(page) for page in DOCS.parent.rglob("*.md") if blocks(page, "python") and is_ours(page)}
+    run = ("README", "docs/drop-in", "docs/extending", "docs/federated", "docs/quickstart")
+    assert having == {f"{page}.md" for page in run}
+
+
+def is_ours(page: Path) -> bool:
+    """Say whether a page is of the repository, not of an environment or an output beside it."""
+    return page.relative_to(ROOT).parts[0] in (*TOP, page.name)
+
+
+def test_what_the_differences_on_pages_show_is_in_the_examples() -> None:
+    """A line of an example ends where its code does; "line one" and the like are comments in it."""
+    code = [re.sub(r"  # .*", "", line).strip() for path in EXAMPLES for line in text_of(path).splitlines()]
+    pages = [page for page in PAGES if blocks(page, "diff")]
+    assert [named(page) for page in pages] == ["README.md", "docs/drop-in.md"]
+    for page in pages:
+        for shown in blocks(page, "diff"):
+            assert re.search(r"^\+.*fuse_peft", shown, re.M)
+            assert [line for line in shown.splitlines() if line[1:].strip() not in [*code, ""]] == []
+
+
+def test_the_reference_has_every_public_name_once_and_no_other() -> None:
+    pages = "\n".join(text_of(page) for page in DOCS.glob("api/*.md"))
+    shown = re.findall(r"^::: ([\w.]+)$", pages, re.M)
+    for name in shown:
+        assert pkgutil.resolve_name(name).__doc__, name
+    # Without its heading, `plora_kernels.backend` would be the module of that name.
+    names = [*shown, *re.findall(r"heading: ([\w.]+)", pages)]
+    assert len(names) == len(set(names))
+    public = {name.removeprefix("plora_kernels.") for name in names if re.fullmatch(r"plora_kernels\.\w+", name)}
+    assert public == set(pk.__all__)
 
 
 # -------------------------------------------------------------------------------------------------- what is mentioned
@@ -329,7 +373,10 @@ def test_the_tour_s_names_are_defined_in_the_files_it_opens() -> None:
 def test_the_index_lists_every_page() -> None:
     linked = set(re.findall(r"\]\(([^)]+)\)", text_of(DOCS / "README.md")))
     pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
-    assert pages | {"results/README.md"} <= linked
+    assert pages | {"results/README.md", "api/README.md"} <= linked
+    assert {f"../examples/{path.name}" for path in EXAMPLES} <= linked
+    listed = set(re.findall(r"\]\(([^)]+)\)", text_of(DOCS / "api" / "README.md")))
+    assert {page.name for page in DOCS.glob("api/*.md")} - {"README.md"} <= listed
 
 
 def test_the_readme_is_read_in_minutes() -> None:

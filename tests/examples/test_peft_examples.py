@@ -22,6 +22,12 @@ Example = Callable[[str], Any]
 SCRIPT = EXAMPLES / "peft_script.py"
 
 
+@pytest.fixture(autouse=True)
+def fused_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuse small calls too: with a backend that is forced, no call is too small."""
+    monkeypatch.setenv("PLORA_BACKEND", "torch")
+
+
 def without_the_two_lines() -> str:
     """Return the script as it was before it was fused."""
     lines = SCRIPT.read_text(encoding="utf-8").splitlines(keepends=True)

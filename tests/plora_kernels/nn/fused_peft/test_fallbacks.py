@@ -19,12 +19,6 @@ import plora_kernels as pk
 from tests.support.peft_layers import K, N, computed, fused_calls, layer_of, lora_model, reasons
 
 
-@pytest.fixture(autouse=True)
-def fused_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse small calls too: with a backend that is forced, no call is too small."""
-    monkeypatch.setenv("PLORA_BACKEND", "torch")
-
-
 class Shifting(nn.Module):
     """A module in the place of dropout that is none."""
 

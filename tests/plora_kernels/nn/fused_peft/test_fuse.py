@@ -35,12 +35,6 @@ from tests.support.peft_layers import K, N, computed, fused_calls, layer_of, lor
 TOKENS = torch.tensor([[5, 9, 20, 33, 7], [8, 6, 58, 41, 30]])
 
 
-@pytest.fixture(autouse=True)
-def fused_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse small calls too: with a backend that is forced, no call is too small."""
-    monkeypatch.setenv("PLORA_BACKEND", "torch")
-
-
 def llama(**options: Any) -> Any:
     torch.manual_seed(0)
     options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options}

@@ -24,12 +24,6 @@ from tests.support.architectures import ARCHITECTURES, SIZES, SPECIAL, T5, TOKEN
 from tests.support.peft_layers import assert_as_exact, fused_calls, reasons, stirred
 
 
-@pytest.fixture(autouse=True)
-def fused_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse small calls too: with a backend that is forced, no call is too small."""
-    monkeypatch.setenv("PLORA_BACKEND", "torch")
-
-
 def without_dropout(model: nn.Module) -> nn.Module:
     """Return the model in training mode, with nothing random in it."""
     for module in model.modules():

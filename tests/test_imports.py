@@ -31,7 +31,10 @@ MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_k
 # Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
-    "peft": (*(f"plora_kernels/nn/{name}.py" for name in ("peft", "peft_layout", "adapter_files")), "bench"),
+    "peft": (
+        *(f"plora_kernels/nn/{name}.py" for name in ("peft", "peft_layout", "adapter_files")),
+        "plora_kernels/nn/fused_peft", "bench",
+    ),
     "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
     "torchao": (),
     "pydantic": ("fed/config",),
@@ -45,6 +48,7 @@ RESERVED = {
     "sklearn": ("fed/data/digits.py",),
     "transformers": (
         "fed/models", "fed/data/pretrained.py", "fed/data/tokenization.py", "fed/simulation/evaluation.py", "bench",
+        "plora_kernels/nn/fused_peft/expert_kinds.py",
     ),
     "tokenizers": ("fed/data/tokenization.py",),
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),

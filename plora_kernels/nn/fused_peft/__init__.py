@@ -1,0 +1,1 @@
+"""PEFT's own layers with fused forwards: same parameters, same names, same files."""

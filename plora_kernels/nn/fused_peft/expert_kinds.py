@@ -51,7 +51,9 @@ def kind_of(experts: Any) -> Kind | str:
         return "expert parallelism"
     chosen = experts.config._experts_implementation
     if chosen in (None, "eager"):
-        if not type(experts).__module__.startswith("transformers.models."):
+        # This class's own loop alone computes in fp32 whatever the dtype.
+        wider = type(experts).__name__ == "OpenAIPrivacyFilterExperts"
+        if wider or not type(experts).__module__.startswith("transformers.models."):
             return f"unknown experts: {type(experts).__name__}"
     elif not _is_transformers_own(chosen):
         return f"experts implementation: {chosen}"

@@ -111,7 +111,7 @@ def _why_not_adapter(wrapper: lora.ParamWrapper) -> str | None:
         return "several adapters"
     if not active or active[0] not in wrapper.lora_A:
         return "no active adapter"
-    if active[0] in wrapper.lora_variant:
+    if active[0] in getattr(wrapper, "lora_variant", ()):
         return "a variant of LoRA"
     if not isinstance(wrapper.scaling[active[0]], int | float):
         return "a computed scale"

@@ -28,6 +28,7 @@ from tests.support.experts import (
     BOTH,
     EXPERTS,
     MODELS,
+    Block,
     adapt_experts,
     calls_of,
     fuse,
@@ -258,6 +259,22 @@ def test_generation_gives_the_same_tokens(name: str) -> None:
     fuse(model)
     assert_equal(model.generate(input_ids=TOKENS, **options), expected)
     assert all(set(calls) == {"fused"} for calls in calls_of(model))
+
+
+def test_attention_may_have_adapters_too_and_nothing_need_be_recorded() -> None:
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj", "v_proj"], target_parameters=[f"experts.{name}" for name in BOTH],
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_model("olmoe"), config)
+    expected = gradients(model)
+    fuse(model)
+    found = gradients(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            torch.testing.assert_close(model(input_ids=TOKENS).logits, found[0])
+    assert calls_of(model) == [{"fused": 3}] * 2
 
 
 def test_checkpointing_computes_again_what_it_computed() -> None:
@@ -533,6 +550,20 @@ def test_a_parameter_of_two_dimensions_or_of_a_single_expert_is_left_to_peft() -
     fuse(model)
     assert_equal(model(hidden, 0 * index, weights), expected)
     assert wrappers_of(model)[0]._plora_calls == {"a single expert": 1}
+
+
+def test_a_loop_that_is_wider_than_its_dtype_is_left_to_peft() -> None:
+    from transformers import OpenAIPrivacyFilterConfig
+    from transformers.models.openai_privacy_filter.modeling_openai_privacy_filter import OpenAIPrivacyFilterExperts
+
+    config = OpenAIPrivacyFilterConfig(hidden_size=32, intermediate_size=24, num_local_experts=7)
+    for implementation, expected in (
+        ("eager", "unknown experts: OpenAIPrivacyFilterExperts"),
+        ("grouped_mm", None),
+    ):
+        config._experts_implementation = implementation
+        model = adapt_experts(Block(OpenAIPrivacyFilterExperts(config)))
+        assert why_not_experts(wrappers_of(model)[0]) == expected
 
 
 def test_a_rank_beyond_the_kernels_is_left_to_peft() -> None:

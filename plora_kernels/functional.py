@@ -179,10 +179,10 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | N
     Shapes: x (…, K), weight (C, N, K), any strides, bias (C, N), (N,) or None; offsets (C+1,) from `group_offsets`.
     Errors are those of `plora_linear` with groups.
     """
-    groups, _, k = weight.shape
-    # One module a group that is never read: the index names none.
-    none = weight.new_zeros(())
-    lora_A, lora_B = none.expand(groups, 1, k), none.expand(groups, weight.shape[1], 1)
+    groups, n, k = weight.shape
+    # One module a group that is never read: the index names none. Two tensors, because a call is not replayed
+    # (`kernels/replay.py`) if two arguments share an address.
+    lora_A, lora_B = (weight.new_zeros(()).expand(groups, *sizes) for sizes in ((1, k), (n, 1)))
     index = torch.empty(groups, 0, dtype=torch.int32, device=x.device)
     return grouped_with_index(x, weight, lora_A, lora_B, bias, index, offsets, None, 1.0, False)
 

@@ -130,9 +130,9 @@ def _why_not_weights(experts: Any, kind: Kind, wrappers: list[lora.ParamWrapper]
     if any(type(tensor) is not nn.Parameter for tensor in (*bases, *biases, *factors)):
         return "a tensor that is no plain parameter"
     first = bases[0]
-    if any(base.dim() != 3 or base.shape[0] != first.shape[0] for base in bases):
+    number = experts.num_experts
+    if any(base.dim() != 3 or base.shape[0] != number for base in bases):
         return "weights that are not stacked"
-    number = first.shape[0]
     if number == 1:
         return "a single expert"
     if any(base.requires_grad for base in bases):

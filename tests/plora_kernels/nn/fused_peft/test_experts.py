@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,7 @@ def test_a_compiler_traces_one_graph(name: str) -> None:
         inputs = case.inputs(tokens, torch.float32, seed=tokens)
         torch.testing.assert_close(run_experts(compiled, inputs), run_experts(layer, inputs), rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2  # one graph for the first number of tokens, one for all others
+    assert calls_of(model) == [{"fused": 4}]  # compiled calls are not counted
 
 
 def test_a_compiled_layer_follows_its_adapters() -> None:
@@ -498,6 +500,18 @@ def by_another_implementation(model: nn.Module) -> None:
     wrappers_of(model)[0].get_base_layer().config._experts_implementation = "of_a_test"
 
 
+def of_a_variant(model: nn.Module) -> None:
+    wrappers_of(model)[1].lora_variant["default"] = object()
+
+
+def with_a_computed_scale(model: nn.Module) -> None:
+    wrappers_of(model)[0].scaling["default"] = torch.tensor(2.0)
+
+
+def with_fewer_experts(model: nn.Module) -> None:
+    wrappers_of(model)[0].get_base_layer().num_experts = 6  # the last has no tokens to lose
+
+
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
     (disabled, "adapters disabled"),
     (merged, "adapters merged"),
@@ -507,6 +521,9 @@ CHANGES: list[tuple[Callable[[Any], object], str]] = [
     (hooked_within, "hooks on the experts"),
     (with_a_forward_of_its_own, "hooks on the experts"),
     (trained, "a trainable base weight"),
+    (of_a_variant, "a variant of LoRA"),
+    (with_a_computed_scale, "a computed scale"),
+    (with_fewer_experts, "weights that are not stacked"),
     (parametrized, "parametrized weights"),
     (of_another_class, "a subclass of ParamWrapper"),
     (with_another_forward, "unknown experts: OwnExperts"),
@@ -654,4 +671,4 @@ def test_adapter_names_raise_as_in_peft() -> None:
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         layer(*case.inputs(9, torch.float32), adapter_names=["default"] * 9)
     assert layer._plora_calls == {"adapter_names": 1}
-    assert type(layer) is FusedParamWrapper
+    assert pickle.loads(pickle.dumps(type(layer))) is FusedParamWrapper

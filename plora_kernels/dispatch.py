@@ -100,7 +100,7 @@ def define(
     run_forward: Callable[..., tuple[Tensor, Tensor]],
     run_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     places: Callable[[Tensor, Tensor | None, bool], int],
-    bias_gradient: Callable[..., Tensor],
+    bias_gradient: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Tensor]:
     """Define `plora::name` and `plora::name_backward`, with fakes and autograd, and return a function that calls them.
 
@@ -116,7 +116,7 @@ def define(
             factors' dtype, which may be fp32 beside half precision.
         places: returns the number of columns of S for lora_A, the index and frozen.
         bias_gradient: returns d_bias (N,), or (C, N) if the weight is (C, N, K), given dy_rows (M, N), weight and
-            `modules`.
+            `modules`; None adds up the rows.
     """
     scale_at = 5 + modules.count(",") + 1  # among the forward's arguments
     _library.define(
@@ -143,8 +143,12 @@ def define(
         dy_rows, need_x = as_rows(dy), before[-3]
         with without_autocast(dy.device.type):
             d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
-        # Before `modules` come weight, lora_A, lora_B and s, after them scale, frozen and the flags.
-        d_bias = bias_gradient(dy_rows, before[0], *before[4:-5]) if need_bias else dy_rows.new_empty(0)
+        if not need_bias:
+            d_bias = dy_rows.new_empty(0)
+        elif bias_gradient is None:
+            d_bias = dy_rows.sum(0)
+        else:  # before `modules` come weight, lora_A, lora_B and s, after them scale, frozen and the flags
+            d_bias = bias_gradient(dy_rows, before[0], *before[4:-5])
         return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
 
     def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Gradients:

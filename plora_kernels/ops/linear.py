@@ -42,12 +42,7 @@ def _run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fallback.backward(dy, *arguments)
 
 
-def _bias_gradient(dy: Tensor, *_: Any) -> Tensor:
-    """Return Σ_rows dy, (N,)."""
-    return dy.sum(0)
-
-
-_call = define("linear", "Tensor? index", "Tensor? dropout_seed", _run_forward, _run_backward, _places, _bias_gradient)
+_call = define("linear", "Tensor? index", "Tensor? dropout_seed", _run_forward, _run_backward, _places)
 
 
 def linear(

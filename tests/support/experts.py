@@ -43,6 +43,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "gpt_oss": lambda **more: tf.GptOssForCausalLM(
         tf.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2, **more)
     ),
+    "llama4": lambda **more: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **SIZES,
+            intermediate_size_mlp=24,
+            head_dim=8,
+            num_local_experts=4,
+            interleave_moe_layer_step=1,
+            pad_token_id=0,
+            **more,
+        )
+    ),
 }
 
 

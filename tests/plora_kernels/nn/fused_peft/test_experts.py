@@ -230,7 +230,7 @@ def test_models_give_peft_s_logits_and_gradients(name: str, dtype: torch.dtype) 
     assert found[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_training_gives_the_same_losses(name: str) -> None:
     losses = []
     for fused in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from plora_kernels.nn.fused_peft.experts import FusedParamWrapper
 
 BOTH = ("gate_up_proj", "down_proj")
+FUSED_ONCE = [{"fused": 1}]  # `calls_of` a model with one layer of experts after one call
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -184,3 +186,23 @@ def run_experts(model: nn.Module, inputs: tuple[Tensor, ...], seed: int = 0) -> 
     y = model(*inputs)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, list(leaves_of(model, inputs)), dy)]
+
+
+def assert_as_exact(found: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    """Assert that errors are at most twice PEFT's at the same dtype, or four spacings of the largest number."""
+    for position, (result, unfused, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        assert result.dtype is unfused.dtype
+        floor = 4 * torch.finfo(dtype).eps * truth.abs().max()
+        for norm in (2, float("inf")):
+            error, allowed = ((one.double() - truth).norm(norm) for one in (result, unfused))
+            assert error <= 2 * allowed + floor, (position, norm, error.item(), allowed.item())
+
+
+def in_double(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the results of PEFT's own forward in float64, by the experts' own loop."""
+    exact: Any = copy.deepcopy(model).double()
+    unfuse(exact)
+    experts = wrappers_of(exact)[0].get_base_layer()
+    if hasattr(experts, "config"):
+        experts.config._experts_implementation = "eager"
+    return run_experts(exact, tuple(one.double() if one.is_floating_point() else one for one in inputs))

@@ -14,7 +14,7 @@ OLDEST_READY := $(OLDEST)/.ready
 # Every kernel compiled for every target, then interpreted: results, tiles, rounding, the checks and the tuner.
 OLDEST_TESTS := $(addprefix tests/,bench/audit bench/test_gpu.py bench/tune/test_tune.py \
 	$(addprefix plora_kernels/,kernels/test_designs.py kernels/test_replay.py ops/test_numerics.py \
-	ops/test_grouped_linear.py ops/test_projections.py test_counter_rng.py test_folding.py))
+	ops/test_grouped_linear.py ops/test_grouped_weights.py ops/test_projections.py test_counter_rng.py test_folding.py))
 
 # Likewise the libraries of quantised weights: found by transformers, they print notices at every import.
 QUANTIZED := $(abspath $(VENV))/quantized

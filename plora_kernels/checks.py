@@ -205,11 +205,15 @@ def host_bounds(offsets: Tensor, rows: int) -> list[int]:
 
 
 def check_group_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, groups: int) -> None:
-    """Raise ShapeError or RankError unless weight (N, K), lora_A (C, R, K), lora_B (C, N, R) fit C groups."""
+    """Raise ShapeError or RankError unless weight (N, K) or (C, N, K), A (C, R, K) and B (C, N, R) fit C groups."""
     _check_dense(weight)
-    if weight.dim() != 2:
-        raise ShapeError(f"weight is {tuple(weight.shape)}; a matrix (N, K) is needed")
-    n, k = weight.shape
+    if weight.dim() not in (2, 3):
+        raise ShapeError(
+            f"weight is {tuple(weight.shape)}; a matrix (N, K) is needed, or with {groups} groups ({groups}, N, K)"
+        )
+    if weight.dim() == 3 and weight.shape[0] != groups:
+        raise ShapeError(f"weight is {tuple(weight.shape)}; {groups} groups need ({groups}, N, K) or one matrix (N, K)")
+    n, k = weight.shape[-2:]
     if lora_A.dim() != 3 or lora_A.shape[0] != groups or lora_A.shape[2] != k:
         raise ShapeError(
             f"lora_A is {tuple(lora_A.shape)}; {groups} groups and weight (N={n}, K={k}) need ({groups}, R, {k})"

@@ -100,6 +100,7 @@ def define(
     run_forward: Callable[..., tuple[Tensor, Tensor]],
     run_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     places: Callable[[Tensor, Tensor | None, bool], int],
+    bias_gradient: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Tensor]:
     """Define `plora::name` and `plora::name_backward`, with fakes and autograd, and return a function that calls them.
 
@@ -114,6 +115,8 @@ def define(
             frozen, the flags need_x, need_A and need_B, dropout_p and `dropout`. dx has x's dtype; dA and dB have the
             factors' dtype, which may be fp32 beside half precision.
         places: returns the number of columns of S for lora_A, the index and frozen.
+        bias_gradient: returns d_bias (N,), or (C, N) if the weight is (C, N, K), given dy_rows (M, N), weight and
+            `modules`; None adds up the rows.
     """
     scale_at = 5 + modules.count(",") + 1  # among the forward's arguments
     _library.define(
@@ -133,14 +136,19 @@ def define(
     def fake_forward(x: Tensor, weight: Tensor, lora_A: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         index, frozen, keep_s = arguments[2], *arguments[scale_at - 2 : scale_at]
         s = x.new_empty((math.prod(x.shape[:-1]), places(lora_A, index, frozen)) if keep_s else (0,))
-        return x.new_empty((*x.shape[:-1], weight.shape[0])), s
+        return x.new_empty((*x.shape[:-1], weight.shape[-2])), s
 
     def backward(dy: Tensor, x: Tensor, *arguments: Any) -> Gradients:
         *before, need_bias = arguments[: scale_at + 5]  # from weight to need_bias
         dy_rows, need_x = as_rows(dy), before[-3]
         with without_autocast(dy.device.type):
             d_x, d_lora_A, d_lora_B = run_backward(dy_rows, as_rows(x), *before, *arguments[scale_at + 5 :])
-        d_bias = dy_rows.sum(0) if need_bias else dy_rows.new_empty(0)
+        if not need_bias:
+            d_bias = dy_rows.new_empty(0)
+        elif bias_gradient is None:
+            d_bias = dy_rows.sum(0)
+        else:  # before `modules` come weight, lora_A, lora_B and s, after them scale, frozen and the flags
+            d_bias = bias_gradient(dy_rows, before[0], *before[4:-5])
         return d_x.view(x.shape) if need_x and x.dim() != 2 else d_x, d_lora_A, d_lora_B, d_bias
 
     def fake_backward(dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> Gradients:
@@ -150,7 +158,7 @@ def define(
             x.new_empty(x.shape if need_x else nothing),
             lora_A.new_empty(lora_A.shape) if need_A else x.new_empty(nothing),
             lora_B.new_empty(lora_B.shape) if need_B else x.new_empty(nothing),
-            x.new_empty((dy.shape[-1],) if need_bias else nothing),
+            x.new_empty((*weight.shape[:-2], dy.shape[-1]) if need_bias else nothing),
         )
 
     def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

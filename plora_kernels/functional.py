@@ -56,13 +56,13 @@ def plora_linear(
 
     Args:
         x: (…, K), any leading shape, contiguous or not, possibly empty.
-        weight: (N, K), the frozen base. With `unselected="folded"` the unselected modules were added to it before
-            (`fold_`).
+        weight: (N, K), the frozen base; with groups also (C, N, K), any strides, one base a group, such as the experts
+            of a mixture. With `unselected="folded"` the unselected modules were added to it before (`fold_`).
         lora_A: (R, K) down-projection; lora_B: (N, R) up-projection; 1 ≤ R ≤ 256.
         selected: which modules the caller trains. A bool tensor (R,) is a mask, integers are indices, `[]` selects
             none, None all. Host values are validated; a tensor on another device, or inside torch.compile, is never
             read by the host.
-        bias: (N,) or None.
+        bias: (N,) or None; beside a weight (C, N, K) also (C, N), one a group.
         scale: s, one number for all modules.
         unselected: "folded": unselected modules do not enter y (they sit in the weight). "frozen": they enter y and
             dx, and get no gradient.
@@ -75,6 +75,7 @@ def plora_linear(
         groups: offsets (C+1,) of C groups over the rows of x, flattened: group g has rows groups[g] … groups[g+1]−1,
             perhaps none. Then lora_A is (C, R, K) and lora_B (C, N, R), one adapter a group; selected is a mask (C, R)
             or C selections, scale one number or (C,), dropout_seed (C,), so that the result is that of C calls.
+            With a weight (C, N, K) group g also has its own base weight[g], in y and in dx.
             Integers or a host tensor are validated; a tensor on x's device must rise from 0 to M: the kernels do not
             read it on the host, the torch path does.
 
@@ -100,6 +101,9 @@ def plora_linear(
     >>> lora_A, lora_B = torch.ones(2, 1, 2), torch.tensor([[[1.0]], [[10.0]]])
     >>> plora_linear(x, weight, lora_A, lora_B, groups=[0, 1, 3]).flatten()  # two adapters, for one row and for two
     tensor([ 2., 20., 20.])
+    >>> own = torch.tensor([[[1.0, 1.0]], [[100.0, 100.0]]])  # (C, N, K): a base for each group
+    >>> plora_linear(x, own, lora_A, lora_B, groups=[0, 1, 3]).flatten()
+    tensor([  4., 220., 220.])
     """
     frozen = check_unselected(unselected) == "frozen"
     if groups is not None:
@@ -156,9 +160,10 @@ def grouped_with_index(
 ) -> Tensor:
     """Do what `linear_with_index` does for groups of rows.
 
-    Shapes: index (C, W), offsets (C+1,), scales (C,), which multiply `scale`, or None, dropout_seeds (C,) int64,
-    dropout_rows (M,) int64, the rows' numbers in their group's mask, or None to count them from 0. A caller that runs
-    many layers on the same groups makes these tensors once, by the functions of `plora_kernels.checks`.
+    Shapes: weight (N, K) and bias (N,), or weight (C, N, K) and bias (N,) or (C, N), index (C, W), offsets (C+1,),
+    scales (C,), which multiply `scale`, or None, dropout_seeds (C,) int64, dropout_rows (M,) int64, the rows' numbers
+    in their group's mask, or None to count them from 0. A caller that runs many layers on the same groups makes these
+    tensors once, by the functions of `plora_kernels.checks`.
     """
     x, weight, lora_A, lora_B, bias = _checked_and_cast(x, weight, lora_A, lora_B, bias)
     check_dropout_rows(dropout_rows, math.prod(x.shape[:-1]), x.device)
@@ -168,15 +173,33 @@ def grouped_with_index(
     )  # fmt: skip
 
 
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `y: (…, N)` = x_g W_gᵀ + bias_g for the rows of every group g, differentiable in x and bias: no modules.
+
+    Shapes: x (…, K), weight (C, N, K), any strides, bias (C, N), (N,) or None; offsets (C+1,) from `group_offsets`.
+    Errors are those of `plora_linear` with groups.
+    """
+    groups, n, k = weight.shape
+    # One module a group that is never read: the index names none. Two tensors, because a call is not replayed
+    # (`kernels/replay.py`) if two arguments share an address.
+    lora_A, lora_B = (weight.new_zeros(()).expand(groups, *sizes) for sizes in ((1, k), (n, 1)))
+    index = torch.empty(groups, 0, dtype=torch.int32, device=x.device)
+    return grouped_with_index(x, weight, lora_A, lora_B, bias, index, offsets, None, 1.0, False)
+
+
 def _checked_and_cast(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return the tensors as autocast casts them; raise where x, bias, dtypes or devices do not fit the weight."""
-    n, k = weight.shape
+    n, k = weight.shape[-2:]
     if x.dim() == 0 or x.shape[-1] != k:
         raise ShapeError(f"x is {tuple(x.shape)}; weight (N={n}, K={k}) needs (…, {k})")
     if bias is not None and tuple(bias.shape) != (n,):
-        raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},)")
+        if tuple(bias.shape) != tuple(weight.shape[:-1]):
+            also = f" or {tuple(weight.shape[:-1])}" if weight.dim() == 3 else ""
+            raise ShapeError(f"bias is {tuple(bias.shape)}; weight (N={n}, K={k}) needs ({n},){also}")
+    elif bias is not None and weight.dim() == 3:
+        bias = bias.expand(weight.shape[0], n).contiguous()  # the operator takes a bias for each weight
     if weight.requires_grad and torch.is_grad_enabled():
         raise StateError("weight requires a gradient, but the base is frozen: call weight.requires_grad_(False)")
     dtype = autocast_dtype(x.device.type)

@@ -18,6 +18,7 @@ from bench.audit.offline import NOWHERE, Launch, Target, compiling_for
 from bench.checks.designs import Shape, design_ways
 from bench.harness.machine import settle_compilers
 from bench.harness.processes import one_line, outcomes
+from plora_kernels.functional import grouped_product
 from plora_kernels.nn.quantized.product import FEW_ROWS
 from plora_kernels.ops.side_branch import add_side_branch_
 from plora_kernels.tuning.blocks import DESIGNS, KERNEL_DESIGNS, LAYER_OPS, PROJECTION_OPS, Blocks, ShapeClass
@@ -140,7 +141,10 @@ def run_shape(shape: Shape, dtype: torch.dtype, factors: torch.dtype) -> None:
 
 
 def run_groups(shape: Shape, dtype: torch.dtype, factors: torch.dtype) -> None:
-    """Call the grouped form on four groups of the shape's rows and differentiate it, without dropout and with it."""
+    """Call the grouped form on four groups of the shape's rows and differentiate it, without dropout and with it.
+
+    Then with a weight and a bias for each group, stored in both ways, and so without modules.
+    """
     empty = partial(torch.empty, dtype=dtype, device=NOWHERE)
     of_factors = ((4, shape.r, shape.k), (4, shape.n, shape.r))
     leaves = [empty(shape.m, shape.k), *(empty(*size, dtype=factors) for size in of_factors)]
@@ -154,6 +158,13 @@ def run_groups(shape: Shape, dtype: torch.dtype, factors: torch.dtype) -> None:
         form |= {"unselected": unselected, "dropout_p": p, "dropout_rows": rows}
         y = pk.plora_linear(leaves[0], empty(shape.n, shape.k), *leaves[1:], **form)
         torch.autograd.grad(y, leaves, torch.empty_like(y))
+    bias = empty(4, shape.n).requires_grad_()
+    form |= {"bias": bias, "unselected": "folded", "dropout_p": 0.0, "dropout_rows": None}
+    for weight in (empty(4, shape.n, shape.k), empty(4, shape.k, shape.n).mT):
+        y = pk.plora_linear(leaves[0], weight, *leaves[1:], **form)
+        torch.autograd.grad(y, [*leaves, bias], torch.empty_like(y))
+        y = grouped_product(leaves[0], weight, offsets, bias.detach())
+        torch.autograd.grad(y, leaves[0], torch.empty_like(y))
 
 
 def run_projections(shape: Shape, dtype: torch.dtype, factors: torch.dtype) -> None:

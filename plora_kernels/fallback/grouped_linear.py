@@ -1,9 +1,10 @@
-"""The grouped form in plain torch: C groups of rows share one weight, and each has its own modules.
+"""The grouped form in plain torch: C groups of rows share one weight or have their own, and each has its own modules.
 
     y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        for the rows of every group g
 
-The base matmul runs once over all rows. The groups' products run as batched matmuls over runs of neighbouring groups
-with equally many rows: groups of one size take one call, others one call per run. No rows are padded.
+The base matmul with one weight runs once over all rows. The groups' products run as batched matmuls over runs of
+neighbouring groups with equally many rows: groups of one size take one call, others one call per run. No rows are
+padded.
 """
 
 from __future__ import annotations
@@ -62,6 +63,44 @@ def equal_groups(bounds: tuple[int, ...]) -> tuple[EqualGroups, ...]:
     return tuple(runs)
 
 
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Sequence[EqualGroups]) -> Tensor:
+    """Return x Wᵀ + bias (M, N) for weight (N, K) and bias (N,), or each group's own: (C, N, K) and (C, N)."""
+    if weight.dim() == 2:
+        return functional.linear(x, weight, bias)
+    return _grouped_product(x, weight.mT, bias, runs)
+
+
+def base_gradient(dy: Tensor, weight: Tensor, runs: Sequence[EqualGroups]) -> Tensor:
+    """Return dY W (M, K) for weight (N, K), or for each group's own (C, N, K)."""
+    return dy @ weight if weight.dim() == 2 else _grouped_product(dy, weight, None, runs)
+
+
+def _grouped_product(
+    rows: Tensor, matrices: Tensor, bias: Tensor | None, runs: Sequence[EqualGroups]
+) -> Tensor:  # fmt: skip
+    """Return rows_g · matrices_g + bias_g (M, D_OUT) for rows (M, D_IN), (C, D_IN, D_OUT), and (C, D_OUT) or None."""
+    out = rows.new_empty(rows.shape[0], matrices.shape[2])
+    start, beta = (out.new_zeros(()).expand(matrices.shape[0], out.shape[1]), 0) if bias is None else (bias, 1)
+    for run in runs:
+        if run.size == 0:
+            continue
+        parts, own, starts, products = run.of(rows), run.among(matrices), run.among(start), run.of(out)
+        if out.dtype.itemsize >= 4 and not run.is_alone:
+            torch.baddbmm(starts[:, None, :], parts, own, beta=beta, out=products)
+            continue
+        for one, part, matrix, product in zip(starts, parts, own, products, strict=True):
+            torch.addmm(one, part, matrix, beta=beta, out=product)  # one by one as in `add_group_products_`
+    return out
+
+
+def bias_gradient(dy: Tensor, runs: Sequence[EqualGroups]) -> Tensor:
+    """Return the sums of each group's rows of dy (M, N): (C, N)."""
+    out = dy.new_empty(runs[-1].last, dy.shape[1])
+    for run in runs:
+        torch.sum(run.of(dy), 1, out=run.among(out))
+    return out
+
+
 def _gather(lora_A: Tensor, lora_B: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return every group's indexed modules, A (C, W, K) and B (C, N, W), with zeros where the index is −1."""
     if index is None:
@@ -90,7 +129,7 @@ def _side_product(rows: Tensor, down: Tensor, index: Tensor | None, runs: Sequen
     Columns without a module are set to zero, because their product is NaN for a row that holds infinity.
     """
     side = rows.new_empty(rows.shape[0], down.shape[2])
-    for run in runs:
+    for run in runs if down.shape[2] else ():
         part = run.of(side)
         torch.bmm(run.of(rows), run.among(down), out=part)
         if index is not None:
@@ -137,14 +176,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)`: y (M, N), and s (M, W or R) = D(x_g) A_gᵀ if `keep_s`, else without elements.
 
-    Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None, bounds
-    C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the
-    rows' numbers in their group's mask.
+    Shapes: x (M, K), weight (N, K) and bias (N,), or one a group (C, N, K) and (C, N), lora_A (C, R, K), lora_B
+    (C, N, R), index (C, W) int32 or None, bounds C+1 row numbers, scales (C,) times `scale` or None, dropout_seeds (C,)
+    int64, dropout_rows (M,) int64 or None, the rows' numbers in their group's mask.
     """
     applied = None if frozen else index  # the modules that enter y: all if `frozen`
     A, B = _factors(lora_A, lora_B, applied, scales, x.dtype)
     runs = equal_groups(tuple(bounds))
-    y = functional.linear(x, weight, bias)
+    y = base_product(x, weight, bias, runs)
     kept = _keep(bounds, x.shape[1], index, dropout_p, dropout_seeds, dropout_rows)
     if kept is None:
         s = _side_product(x, A.mT, applied, runs)
@@ -154,7 +193,7 @@ def forward(
             plain, absent = _side_product(x, A.mT, None, runs), _are_absent(index, A.shape[1])
             for run in runs:
                 run.of(s).copy_(torch.where(run.among(absent)[:, None, :], run.of(plain), run.of(s)))
-    for run in runs:
+    for run in runs if s.shape[1] else ():
         add_group_products_(run.of(y), run.of(s), run.among(B).mT, scale)
     return y, s if keep_s else x.new_empty(0)
 
@@ -255,12 +294,12 @@ def _input_gradient(
     kept: Tensor | None,
     absent: Tensor | None,
 ) -> Tensor:
-    """Return dx (M, K) = dY W + s·dS_g A_g; the mask `kept` applies to the part of modules that are not `absent`.
+    """Return dx (M, K) = dY_g W_g + s·dS_g A_g; the mask `kept` applies to the part of modules that are not `absent`.
 
     `absent` is (C, R) bool or None if all modules are selected; `factor` is s without dropout, else s/(1−p).
     """
-    d_x = dy @ weight
-    for run in runs:
+    d_x = base_gradient(dy, weight, runs)
+    for run in runs if ds.shape[1] else ():
         part, out, A_run = run.of(ds), run.of(d_x), run.among(A)
         if kept is None:
             add_group_products_(out, part, A_run, scale)

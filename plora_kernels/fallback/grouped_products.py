@@ -1,6 +1,6 @@
 """The grouped form in plain torch, with few calls, for groups that train every module and have no dropout.
 
-    y_g = x_g Wᵀ + bias + s_g·(x_g A_gᵀ) B_gᵀ        for the rows of every group g
+    y_g = x_g W_gᵀ + bias + s_g·(x_g A_gᵀ) B_gᵀ        for the rows of every group g, W_g its own weight or one of all
 
 Training many small adapters runs mostly this. With few rows, autograd's bookkeeping and extra passes over memory take
 as long as the products. Therefore a product by factors is one node of the graph, the products apply the scales, and
@@ -23,6 +23,9 @@ from plora_kernels.dispatch import as_rows, no_double_backward, shaped_as
 from plora_kernels.fallback.grouped_linear import (
     EqualGroups,
     add_group_products_,
+    base_gradient,
+    base_product,
+    bias_gradient,
     equal_groups,
     write_factor_gradient_,
 )
@@ -68,6 +71,10 @@ class GroupLayout(NamedTuple):
         """Return memory for the gradient of A (0) or B (1)."""
         return torch.empty_like(factor) if self.memory is None else self.memory.place(which)
 
+    def bias_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """Return the sum of dy's rows (N,), or of each group's (C, N) if the weight is (C, N, K)."""
+        return dy.sum(0) if weight.dim() == 2 else bias_gradient(dy, self.runs)
+
     def scaled(self, groups: Tensor, run: EqualGroups) -> Tensor:
         """Return `groups`, a tensor of the groups of a run, times scales[g], but not times `scale`."""
         return groups if self.scales is None else groups * own_part(self.scales, run)
@@ -90,11 +97,13 @@ def serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, index: Ten
 
 
 def group_weights_are_cheaper(rows: int, groups: int, weight: Tensor, rank: int) -> bool:
-    """Say whether W_g = W + s·B_g A_g, made for each group and call, costs less than rank-R products.
+    """Say whether W_g + s·B_g A_g, made for each group and call, costs less than rank-R products: never for own W_g.
 
     For m rows a group, forward and backward need in addition to the base products m·3R(N+K) multiplications by rank-R
     products, or m·NK + 4·NKR by W_g and its gradient. On CPU products of rank R run at half the speed of the others.
     """
+    if weight.dim() == 3:
+        return False
     n, k = weight.shape
     if rows < FEWEST_ROWS * groups or n * k > LARGEST:
         return False
@@ -196,7 +205,7 @@ class _ByFactors(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, layout: GroupLayout
     ) -> Tensor:
         rows = as_rows(x)
-        y = functional.linear(rows, weight, bias)
+        y = base_product(rows, weight, bias, layout.runs)
         s = rows.new_empty(rows.shape[0], lora_A.shape[1])  # (M, R)
         for run in layout.runs:
             part = _part(s, run)
@@ -212,7 +221,7 @@ class _ByFactors(torch.autograd.Function):
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         layout, dy_rows, rows = ctx.layout, as_rows(dy), as_rows(x)
-        d_x = dy_rows @ weight if need_x else None
+        d_x = base_gradient(dy_rows, weight, layout.runs) if need_x else None
         d_A = layout.gradient(0, lora_A) if need_A else None
         d_B = layout.gradient(1, lora_B) if need_B else None
         ds = torch.empty_like(s)  # (M, R)
@@ -229,7 +238,7 @@ class _ByFactors(torch.autograd.Function):
         for gradient in (d_A, d_B):
             if gradient is not None and layout.scales is not None:
                 gradient.mul_(layout.scales)
-        d_bias = dy_rows.sum(0) if need_bias else None
+        d_bias = layout.bias_gradient(dy_rows, weight) if need_bias else None
         return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
 
 
@@ -242,7 +251,7 @@ class _ByRoundedFactors(torch.autograd.Function):
     ) -> Tensor:
         rows, A = as_rows(x), lora_A.to(x.dtype)
         B = (lora_B if layout.scales is None else lora_B * layout.scales).to(x.dtype)
-        y = functional.linear(rows, weight, bias)
+        y = base_product(rows, weight, bias, layout.runs)
         s = rows.new_empty(rows.shape[0], A.shape[1])  # (M, R)
         for run in layout.runs:
             part = run.of(s)
@@ -258,7 +267,7 @@ class _ByRoundedFactors(torch.autograd.Function):
         x, weight, lora_A, lora_B, A, B, s = ctx.saved_tensors
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         layout, dy_rows, rows = ctx.layout, as_rows(dy), as_rows(x)
-        d_x = dy_rows @ weight if need_x else None
+        d_x = base_gradient(dy_rows, weight, layout.runs) if need_x else None
         d_A = layout.gradient(0, lora_A) if need_A else None
         d_B = layout.gradient(1, lora_B) if need_B else None
         ds = torch.empty_like(s)  # (M, R), times the groups' own scales
@@ -277,7 +286,7 @@ class _ByRoundedFactors(torch.autograd.Function):
                 run.among(d_B).copy_(turned.mT)
         if d_B is not None and layout.scales is not None:
             d_B.mul_(layout.scales)
-        d_bias = dy_rows.sum(0) if need_bias else None
+        d_bias = layout.bias_gradient(dy_rows, weight) if need_bias else None
         return None if d_x is None else d_x.view(x.shape), None, d_A, d_B, d_bias, None
 
 

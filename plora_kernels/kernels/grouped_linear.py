@@ -42,14 +42,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y, s)`: y (M, N), and if `keep_s` s (M, W or R) = D(x_g) A_gᵀ.
 
-    Shapes: x (M, K), weight (N, K), lora_A (C, R, K), lora_B (C, N, R), bias (N,), index (C, W) int32 or None for all
-    modules, offsets (C+1,), scales (C,) times `scale` or None, dropout_seeds (C,) int64, dropout_rows (M,) int64 or
-    None, the rows' numbers in their group's mask. If `frozen`, all R modules enter y, and the index names those that
-    the dropout D applies to.
+    Shapes: x (M, K), weight (N, K) and bias (N,), or one a group (C, N, K) and (C, N), lora_A (C, R, K), lora_B
+    (C, N, R), index (C, W) int32 or None for all modules, offsets (C+1,), scales (C,) times `scale` or None,
+    dropout_seeds (C,) int64, dropout_rows (M,) int64 or None, the rows' numbers in their group's mask. If `frozen`, all
+    R modules enter y, and the index names those that the dropout D applies to.
     """
     y, s = grouped_matmul(
         x,
-        weight.t(),
+        weight.mT,
         lora_A.mT,
         lora_B.mT,
         _groups(offsets, scales, scale, x.device),
@@ -109,3 +109,12 @@ def backward(
         factor_gradient_(d_lora_B.mT, s, dy, thin_index=thin_index, out_index=index, scale=1.0, groups=groups)
     # A tensor for each missing gradient, because an operator's outputs must not alias.
     return tuple(empty((0,), dy.dtype, dy.device) if one is None else one for one in (d_x, d_lora_A, d_lora_B))
+
+
+@replayed
+def bias_gradient(dy: Tensor, ones: Tensor, offsets: Tensor) -> Tensor:
+    """Return onesᵀ · dy_g, the sums of each group's rows, (C, N) in dy's dtype, from dy (M, N) and ones (M, 1)."""
+    groups = _groups(offsets, None, 1.0, dy.device)
+    out = empty((groups.total, dy.shape[1]), dy.dtype, dy.device)
+    factor_gradient_(out.unsqueeze(1), ones, dy, thin_index=None, out_index=None, scale=1.0, groups=groups)
+    return out

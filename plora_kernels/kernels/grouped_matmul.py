@@ -1,8 +1,8 @@
-"""The adapted matmul of groups of rows: out_g = in_g · main + bias + s_g·((in_g · down_g) ⊙ m_g) · up_g.
+"""The adapted matmul of groups of rows: out_g = in_g · main_g + bias_g + s_g·((in_g · down_g) ⊙ m_g) · up_g.
 
-This is `adapted_matmul` for groups, for the forward and dX; in · down is the side product (`side_product.py`). All rows
-of a tile belong to one group, and the tile loads that group's modules only. Rows are not padded: the tile at the end of
-a group is masked.
+This is `adapted_matmul` for groups, for the forward and dX; in · down is the side product (`side_product.py`). main and
+bias are shared or each group's own. All rows of a tile belong to one group, and the tile loads that group's matrices
+only. Rows are not padded: the tile at the end of a group is masked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def find_grouped_blocks(
     They are looked up for the rows of all groups together, because all groups share the launch that fills the device.
     `op` is "forward" or "input_gradient". Blocks measured for a design other than "tile" are replaced by the default.
     """
-    shape, aligned = layer_class(op, inputs, main, width)
+    shape, aligned = layer_class(op, inputs, main if main.dim() == 2 else main[0], width)
+    aligned = aligned and (main.dim() == 2 or main.stride(0) % 16 == 0)
     wide, hardware = has_wide_factors(inputs, down), lookup.hardware_of(inputs.device)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned, wide_factors=wide)
     if blocks.design != "tile":
@@ -77,17 +78,17 @@ def grouped_matmul(
     """Return `(out, side)`: out (M, D_OUT) and side (M, W or R).
 
     side has no elements, unless `keep_side` is set or a launch of its own computed it. Shapes: inputs (M, D_IN), main
-    (D_IN, D_OUT), down (C, D_IN, R), up (C, R, D_OUT), any strides, both in the inputs' dtype or fp32; index (C, W)
-    int32 or None. `drop_in` drops elements of `inputs` for the side product, `drop_out` elements of the low-rank part
-    of out.
+    (D_IN, D_OUT) and bias (D_OUT,), or one a group (C, D_IN, D_OUT) and (C, D_OUT), down (C, D_IN, R), up
+    (C, R, D_OUT), any strides, the last two in the inputs' dtype or fp32; index (C, W) int32 or None. `drop_in` drops
+    elements of `inputs` for the side product, `drop_out` elements of the low-rank part of out.
     """
-    (rows, _), d_out = inputs.shape, main.shape[1]
+    (rows, _), d_out = inputs.shape, main.shape[-1]
     width = down.shape[2] if index is None else index.shape[1]
     out = empty((rows, d_out), inputs.dtype, inputs.device)
     blocks = find_grouped_blocks(op, inputs, main, down, groups, width, drop_out)
     # The side product is computed first if otherwise every tile would load `inputs` again, for a second block of
-    # modules, or hash the dropout mask again.
-    given = drop_in is not None or width > blocks.block_r
+    # modules, or hash the dropout mask again. One without columns is given too, which saves the tiles a product.
+    given = drop_in is not None or width > blocks.block_r or (width == 0 and main.dim() == 3)
     if given:
         side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)
     else:

@@ -56,6 +56,7 @@ def tile_matmul_kernel(
     D_OUT,
     R,
     scale,
+    stride_wg,
     stride_dg,
     stride_ug,
     stride_im,
@@ -89,8 +90,9 @@ def tile_matmul_kernel(
     the side product is rounded to the inputs' dtype before it is multiplied by `up`.
 
     For groups of rows M is the number of rows of table (M, 4), which `grouped_tiles` makes, and a tile holds rows of
-    one group. down, up, index, seed and selected have a leading axis (C,); scales (C,) fp32, and numbers, the rows'
-    numbers in their group's mask, may be None. A side product that is not given needs R ≤ BLOCK_R.
+    one group. down, up, index, seed and selected have a leading axis (C,), and so have main and bias if there is a
+    stride_wg; scales (C,) fp32, and numbers, the rows' numbers in their group's mask, may be None. A side product that
+    is not given needs R ≤ BLOCK_R.
     """
     tiles_m = tl.cdiv(M, BLOCK_M) if table_ptr is None else M
     pid_m, pid_n = tile_position(tl.program_id(0), tiles_m, tl.cdiv(D_OUT, BLOCK_N), GROUP_M)
@@ -100,6 +102,8 @@ def tile_matmul_kernel(
         if group < 0:
             return
         down_ptr += group.to(tl.int64) * stride_dg
+        if stride_wg is not None:
+            main_ptr += group.to(tl.int64) * stride_wg
         if index_ptr is not None:
             index_ptr += group * R
         if scales_ptr is not None:
@@ -184,6 +188,8 @@ def tile_matmul_kernel(
         keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
         acc += tl.where(keep, low, 0.0)
     if bias_ptr is not None:
+        if stride_wg is not None:
+            bias_ptr += group.to(tl.int64) * D_OUT
         bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
         acc += bias.to(tl.float32)[None, :]
     out_base = out_ptr + first_row * stride_om + first_column * stride_oo
@@ -212,12 +218,13 @@ def tile_matmul(
 
     See `adapted_matmul` for the shapes; with groups, whose own scales then replace `scale`, see `grouped_matmul`.
     """
-    (rows, d_in), d_out = inputs.shape, main.shape[1]
+    (rows, d_in), d_out = inputs.shape, main.shape[-1]
     width = down.shape[-1] if index is None else index.shape[-1]
     table = None if groups is None else grouped_tiles(groups.offsets, rows, blocks.block_m)
     tiles_m = cdiv(rows, blocks.block_m) if table is None else table.shape[0]
     scales = None if groups is None else groups.scales
     bias = None if bias is None else bias.contiguous()
+    one_main = main if main.dim() == 2 else main[0]
     one_down, one_up = (down, up) if groups is None else (down[0], up[0])
     dropped = DropoutArguments.of(dropout)
     with torch.cuda.device_of(inputs):
@@ -228,13 +235,14 @@ def tile_matmul(
             *dropped,
             *(rows if table is None else tiles_m, d_in, d_out, width),
             scale,
+            None if main.dim() == 2 else main.stride(0),
             *((None, None) if groups is None else (down.stride(0), up.stride(0))),
-            *strides(inputs, main, one_down, one_up, out),
+            *strides(inputs, one_main, one_down, one_up, out),
             width,
             **constants(blocks),
             SELECTED_BLOCK=dropped.selected_block,
             SIDE_GIVEN=side_given,
             STORE_SIDE=keep_side and not side_given,
-            WIDE_OFFSETS=needs_wide_offsets(256, inputs, main, one_down, one_up, out),
+            WIDE_OFFSETS=needs_wide_offsets(256, inputs, one_main, one_down, one_up, out),
             PRECISION=dot_precision(inputs.dtype),
         )

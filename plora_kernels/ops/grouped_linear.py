@@ -1,6 +1,7 @@
-"""`plora::grouped_linear` as a torch operator: C groups of rows, each with its own modules, over one weight.
+"""`plora::grouped_linear` as a torch operator: C groups of rows, each with its own modules, over one weight or C.
 
-    y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        for the rows of every group g
+    y_g = x_g Wᵀ + bias + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ            for the rows of every group g
+    y_g = x_g W_gᵀ + bias_g + s_g·((D(x_g) A_gᵀ) ⊙ m_g) B_gᵀ        if the weight is (C, N, K) and the bias (C, N)
 
 It takes checked tensors, selections as index buffers (C, W) and offsets (C+1,); `plora_kernels.functional` checks them.
 Offsets on the host are validated here, because every call passes through here. The kernels do not read offsets on a
@@ -51,6 +52,18 @@ def _run_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     return fallback.backward(dy, x, *arguments)
 
 
+def _bias_gradient(dy: Tensor, weight: Tensor, index: Tensor | None, offsets: Tensor, scales: Tensor | None) -> Tensor:
+    """Return Σ_rows dy, (N,), or the sums of each group's rows (C, N) if every group has its own weight."""
+    if weight.dim() == 2:
+        return dy.sum(0)
+    if runs_kernels(dy):
+        with fallback_to_torch("the gradient of a grouped bias", dy):
+            from plora_kernels.kernels import grouped_linear as kernels
+
+            return kernels.bias_gradient(dy, dy.new_ones(dy.shape[0], 1), offsets)
+    return fallback.bias_gradient(dy, fallback.equal_groups(tuple(host_bounds(offsets, dy.shape[0]))))
+
+
 _call = define(
     "grouped_linear",
     "Tensor? index, Tensor offsets, Tensor? scales",
@@ -58,6 +71,7 @@ _call = define(
     _run_forward,
     _run_backward,
     _places,
+    _bias_gradient,
 )
 
 

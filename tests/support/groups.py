@@ -26,10 +26,16 @@ FORMS = [(None, "folded"), (0.4, "folded"), (0.4, "frozen"), (0.0, "folded"), (0
 
 @dataclass
 class GroupedProblem:
-    """One problem per group, all with the same weight and bias; scales is one number or one per group."""
+    """One problem per group; scales is one number or one per group.
+
+    All have the same weight and bias unless `own_weights` says that each has its own: (C, N, K) and (C, N). Those are
+    stored as (C, K, N) if `turned`.
+    """
 
     problems: list[Problem]
     scale: float | Sequence[float]
+    own_weights: bool = False
+    turned: bool = False
     bounds: list[int] = field(init=False)
     x: Tensor = field(init=False)
     weight: Tensor = field(init=False)
@@ -44,6 +50,11 @@ class GroupedProblem:
         self.bounds = [0, *itertools.accumulate(problem.x.shape[0] for problem in problems)]
         self.x, self.dy = (torch.cat([getattr(problem, name) for problem in problems]) for name in ("x", "dy"))
         self.weight, self.bias = problems[0].weight, problems[0].bias
+        if self.own_weights:
+            self.weight = torch.stack([problem.weight for problem in problems])
+            self.bias = None if self.bias is None else torch.stack([problem.bias for problem in problems])
+        if self.turned:
+            self.weight = self.weight.mT.contiguous().mT
         self.lora_A = torch.stack([problem.lora_A for problem in problems])
         self.lora_B = torch.stack([problem.lora_B for problem in problems])
 
@@ -58,13 +69,15 @@ class GroupedProblem:
     def reference_results(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return y, dx, dA, dB, dbias of the reference, computed in `dtype` for one group after another."""
         results = [problem.reference_results(dtype) for problem in self.problems]
-        y, dx, d_A, d_B, _ = zip(*results, strict=True)
-        return torch.cat(y), torch.cat(dx), torch.stack(d_A), torch.stack(d_B), self.dy.to(dtype).sum(0)
+        y, dx, d_A, d_B, d_bias = zip(*results, strict=True)
+        of_bias = torch.stack(d_bias) if self.own_weights else self.dy.to(dtype).sum(0)
+        return torch.cat(y), torch.cat(dx), torch.stack(d_A), torch.stack(d_B), of_bias
 
     def variances(self) -> tuple[Tensor, ...]:
         """Return the expected variance of the errors of y, dx, dA, dB, dbias."""
-        y, dx, d_A, d_B, _ = zip(*(problem.variances() for problem in self.problems), strict=True)
-        return torch.cat(y), torch.cat(dx), torch.stack(d_A), torch.stack(d_B), variance_of_rows_sum(self.dy)
+        y, dx, d_A, d_B, d_bias = zip(*(problem.variances() for problem in self.problems), strict=True)
+        of_bias = torch.stack(d_bias) if self.own_weights else variance_of_rows_sum(self.dy)
+        return torch.cat(y), torch.cat(dx), torch.stack(d_A), torch.stack(d_B), of_bias
 
 
 def draw_grouped(
@@ -81,6 +94,8 @@ def draw_grouped(
     dropout_p: float = 0.0,
     seed: int = 0,
     device: str = DEVICE,
+    own_weights: bool = False,
+    turned: bool = False,
 ) -> GroupedProblem:
     """Draw groups of `sizes` rows; each selects about `share` of its modules (None: all)."""
     problems: list[Problem] = []
@@ -89,10 +104,10 @@ def draw_grouped(
         own = scale if isinstance(scale, float) else scale[g]
         options = {"unselected": unselected, "scale": own, "bias": bias, "dropout_p": dropout_p, "device": device}
         problem = make_problem(rows, k, n, rank, dtype, mask=mask, seed=100 * seed + g, **options)
-        if problems:
+        if problems and not own_weights:
             problem.weight, problem.bias = problems[0].weight, problems[0].bias
         problems.append(problem)
-    return GroupedProblem(problems, scale)
+    return GroupedProblem(problems, scale, own_weights, turned)
 
 
 def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
@@ -101,8 +116,9 @@ def run_each_group(problem: GroupedProblem) -> tuple[Tensor, ...]:
     def apart(x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
         parts = []
         for g, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
-            form = problem.problems[g].form() | {"bias": bias}
-            parts.append(pk.plora_linear(x[start:end], problem.weight, lora_A[g], lora_B[g], **form))
+            one = problem.problems[g]
+            form = one.form() | {"bias": bias[g] if problem.own_weights and bias is not None else bias}
+            parts.append(pk.plora_linear(x[start:end], one.weight, lora_A[g], lora_B[g], **form))
         return torch.cat(parts)
 
     return differentiated(problem, apart)

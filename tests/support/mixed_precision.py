@@ -16,7 +16,7 @@ def widened(problem: Any) -> Any:
     """Return a problem of half precision with factors of fp32 that rounding gives those of the problem, or nearly."""
     generator = torch.Generator().manual_seed(problem.lora_A.numel())
     if isinstance(problem, GroupedProblem):
-        return GroupedProblem([widened(one) for one in problem.problems], problem.scale)
+        return replace(problem, problems=[widened(one) for one in problem.problems])
 
     def wide(factor: Tensor) -> Tensor:
         noise = torch.rand(factor.shape, generator=generator).to(factor.device) - 0.5
@@ -28,7 +28,7 @@ def widened(problem: Any) -> Any:
 def rounded(problem: Any) -> Any:
     """Return a problem with its factors rounded to x's dtype."""
     if isinstance(problem, GroupedProblem):
-        return GroupedProblem([rounded(one) for one in problem.problems], problem.scale)
+        return replace(problem, problems=[rounded(one) for one in problem.problems])
     dtype = problem.x.dtype
     return replace(problem, lora_A=problem.lora_A.to(dtype), lora_B=problem.lora_B.to(dtype))
 

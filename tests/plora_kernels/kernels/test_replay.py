@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import plora_kernels as pk
+from plora_kernels.functional import grouped_product
 from plora_kernels.kernels import (
     adapted_matmul,
     factor_gradient,
@@ -121,6 +123,35 @@ def test_groups_are_replayed_with_other_bounds(
     form = {"share": share, "unselected": unselected, "dropout_p": p}
     for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
         check(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
+        if number == 0:
+            assert "forward" in worked_out
+            worked_out.clear()
+    assert worked_out == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_groups_with_weights_of_their_own_are_replayed(p: float, turned: bool, worked_out: list[str]) -> None:
+    form = {"dropout_p": p, "own_weights": True, "turned": turned}
+    for number, sizes in enumerate(((9, 0, 12), (3, 17, 1), (7, 7, 7))):
+        check(draw_grouped(sizes, 20, 24, 5, torch.float32, seed=number, **form))
+        if number == 0:
+            assert "forward" in worked_out
+            worked_out.clear()
+    assert worked_out == []
+
+
+def test_products_of_groups_without_modules_are_replayed(worked_out: list[str]) -> None:
+    for number, sizes in enumerate(((9, 0, 12), (3, 17, 1))):
+        problem = draw_grouped(sizes, 20, 24, 1, torch.float32, seed=number, own_weights=True)
+        x, bias = problem.x.requires_grad_(), problem.bias.requires_grad_()
+        y = grouped_product(x, problem.weight, torch.tensor(problem.bounds, device=DEVICE), bias)
+        y.backward(problem.dy)
+        for group, (start, end) in enumerate(itertools.pairwise(problem.bounds)):
+            own, dy = problem.weight[group], problem.dy[start:end]
+            torch.testing.assert_close(y[start:end], torch.nn.functional.linear(x[start:end], own, bias[group]))
+            torch.testing.assert_close(x.grad[start:end], dy @ own)
+            torch.testing.assert_close(bias.grad[group], dy.sum(0))
         if number == 0:
             assert "forward" in worked_out
             worked_out.clear()

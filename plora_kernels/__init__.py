@@ -17,7 +17,8 @@ from plora_kernels.errors import (
 from plora_kernels.folding import Fold, fold, fold_, fold_many_
 from plora_kernels.functional import plora_linear
 from plora_kernels.nn.config import PLoRAConfig
-from plora_kernels.nn.inject import Injected, inject
+from plora_kernels.nn.inject import inject
+from plora_kernels.nn.injected import Injected
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft import load_peft, save_peft
 from plora_kernels.nn.row_groups import GroupModules, RowGroups, group_gradients

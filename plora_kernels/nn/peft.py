@@ -35,9 +35,10 @@ from plora_kernels.nn.adapter_tensors import (
     untie,
     with_present_names,
 )
-from plora_kernels.nn.config import check_task_type, pattern_matches
+from plora_kernels.nn.config import PLoRAConfig, check_task_type, pattern_matches
 from plora_kernels.nn.embeddings import base_name, embeddings_to_save
-from plora_kernels.nn.inject import Injected, PLoRAConfig, inject
+from plora_kernels.nn.inject import inject
+from plora_kernels.nn.injected import Injected
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
 from plora_kernels.nn.peft_layout import Layout, layout_of
 from plora_kernels.nn.plain_names import is_compiled, plain_names

@@ -317,8 +317,11 @@ class SelectedModules(FoldedWeight):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the layer without the parameters it does not use at the moment."""
-        return self.__dict__ | {"_compact": {}, "_set_aside": None}
+        """Copy and pickle the layer without the parameters it does not use at the moment, and never as disabled.
+
+        The context that enables a disabled layer again does not know its copies.
+        """
+        return {**self.__dict__, "_compact": {}, "_set_aside": None, "disabled": False}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and note if `fully_shard` divides a parameter while modules are selected."""

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from plora_kernels.nn.embeddings import base_name, embeddings_to_save
 from plora_kernels.nn.inject import inject
 from plora_kernels.nn.injected import Injected
 from plora_kernels.nn.linear import FusedPLoRALinear, adapter_scale
-from plora_kernels.nn.peft_layout import Layout, layout_of
+from plora_kernels.nn.peft_layout import Layout, exact_targets, layout_of
 from plora_kernels.nn.plain_names import is_compiled, plain_names
 from plora_kernels.nn.saved_modules import modules_saved_whole
 from plora_kernels.nn.targets import shortened
@@ -92,7 +92,7 @@ def save_peft(
     model, layers = handle.model, handle.layers
     base = os.fspath(base_model_name_or_path) if base_model_name_or_path else base_name(model)
     embeddings = embeddings_to_save(model, base, save_embedding_layers)
-    targets = _exact_targets(layers, plain_names(model).values())
+    targets = exact_targets(layers, plain_names(model).values())
     lora = _to_lora_config(
         handle.config,
         layers,
@@ -166,15 +166,6 @@ def _whole(alpha: float) -> float | int:
 def _exactly(name: str) -> str:
     """Return a pattern key that matches this module alone: PEFT matches keys as expressions with the end of a name."""
     return "^" + re.escape(name)
-
-
-def _exact_targets(targets: Iterable[str], names: Iterable[str]) -> Sequence[str] | str:
-    """Return target modules that name these modules alone: their names, or where those are also ends of others' names
-    (PEFT takes a name in a list for both), a regular expression."""
-    wanted = list(targets)
-    others = set(names) - set(wanted)
-    ends = {name[position + 1 :] for name in others for position, letter in enumerate(name) if letter == "."}
-    return wanted if ends.isdisjoint(wanted) else "|".join(map(re.escape, wanted))
 
 
 def _check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) -> None:
@@ -282,7 +273,7 @@ def _to_config(lora: Any, layout: Layout, names: Iterable[str], adapter_dtype: t
         alpha=alpha,
         rank_stabilized=bool(lora.use_rslora),
         dropout=first.dropout,
-        target_modules=_exact_targets(layers, names),
+        target_modules=exact_targets(layers, names),
         modules_to_save=layout.whole,
         task_type=None if lora.task_type is None else str(getattr(lora.task_type, "value", lora.task_type)),
         rank_pattern={_exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},

@@ -7,8 +7,9 @@ names, patterns, exclusions and the heads of tasks mean here what they mean to t
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,15 @@ def _file_key(key: str, layers: Mapping[str, AdaptedLayer]) -> str:
     """Return the key that a tensor of the plain model has in PEFT's model: adapted layers keep it in `base_layer`."""
     owner, _, leaf = key.rpartition(".")
     return f"{PREFIX}{owner}.base_layer.{leaf}" if owner in layers else f"{PREFIX}{key}"
+
+
+def exact_targets(targets: Iterable[str], names: Iterable[str]) -> Sequence[str] | str:
+    """Return target modules that name these modules alone: their names, or where those are also ends of others' names
+    (PEFT takes a name in a list for both), a regular expression."""
+    wanted = list(targets)
+    others = set(names) - set(wanted)
+    ends = {name[position + 1 :] for name in others for position, letter in enumerate(name) if letter == "."}
+    return wanted if ends.isdisjoint(wanted) else "|".join(map(re.escape, wanted))
 
 
 # ------------------------------------------------------------------------------------------------------ outlines

@@ -20,7 +20,8 @@ from plora_kernels.nn.config import PLoRAConfig
 from plora_kernels.nn.inject import inject
 from plora_kernels.nn.injected import Injected
 from plora_kernels.nn.linear import FusedPLoRALinear
-from plora_kernels.nn.peft import load_peft, save_peft
+from plora_kernels.nn.peft_loading import load_peft
+from plora_kernels.nn.peft_saving import save_peft
 from plora_kernels.nn.row_groups import GroupModules, RowGroups, group_gradients
 from plora_kernels.reference import module_average
 

@@ -28,11 +28,12 @@ ORDER = {
 }  # fmt: skip
 # The other packages that each may import.
 MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_kernels", "fed")}
-PEFT_FILES = ("peft", "peft_layout", "adapter_files", "lora_options")
+PEFT_FILES = ("peft_saving", "peft_layout", "adapter_files", "lora_options")
 # Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
     "peft": (*(f"plora_kernels/nn/{name}.py" for name in PEFT_FILES), "bench"),
+    "huggingface_hub": ("plora_kernels/nn/adapter_source.py",),
     "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
     "torchao": (),
     "pydantic": ("fed/config",),

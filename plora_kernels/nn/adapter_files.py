@@ -32,10 +32,10 @@ PICKLED_NAME = "adapter_model.bin"  # what PEFT wrote before safetensors
 _HEADER_BYTES = 8  # of a safetensors file: the size of the JSON that follows
 
 
-def check_directory(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory as a path; raise ConfigError unless it holds a configuration and a file of tensors."""
+def check_directory(directory: str | os.PathLike[str], inside: str = "") -> Path:
+    """Return a folder, or one inside it, as a path; raise ConfigError unless it holds an adapter's two files."""
     try:
-        source = Path(directory)
+        source = Path(directory) / inside
     except TypeError:
         raise ConfigError(f"directory is {shown(directory)}; a path is needed") from None
     for path in (source / CONFIG_NAME, weights_path(source)):

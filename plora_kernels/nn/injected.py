@@ -106,6 +106,17 @@ class Injected:
         for name, layer in self.layers.items():
             layer.set_factors(*factors[name])
 
+    def set_trainable(self, trainable: bool) -> None:
+        """Have the factors of every layer, and the modules that are saved whole, require gradients or not.
+
+        It holds for selections made later too. Everything else in the model stays as it is.
+        """
+        self._check_present()
+        for layer in self.layers.values():
+            layer.set_trainable(trainable)
+        for name in self.saved_modules:
+            self.model.get_submodule(name).requires_grad_(trainable)
+
     @contextmanager
     def grouped(self, groups: Mapping[str, GroupModules]) -> Iterator[None]:
         """Inside the context, give every group of a batch's samples its own modules: many adapters, one base pass.
@@ -175,11 +186,12 @@ class Injected:
                 layer.disabled = before[name]
 
     def replace_values(self, values: Mapping[str, Tensor]) -> None:
-        """Copy values into tensors of the model, by their keys in its state dict; `restore` puts the present ones back.
+        """Copy values into tensors of the model, by their keys in its state dict; `restore` puts the first ones back.
 
-        The copies of the present values stay on their device.
+        The copies of the values before the first replacement stay on their device.
         """
-        self._originals |= {key: _tensor_of(self.model, key).detach().clone() for key in values}
+        new = values.keys() - self._originals.keys()
+        self._originals |= {key: _tensor_of(self.model, key).detach().clone() for key in new}
         for key, value in values.items():
             _write(self.model, key, value)
 

@@ -16,6 +16,7 @@ from plora_kernels.errors import (
 )
 from plora_kernels.folding import Fold, fold, fold_, fold_many_
 from plora_kernels.functional import plora_linear
+from plora_kernels.nn.adapter_checkpoints import AdapterCheckpoints
 from plora_kernels.nn.config import PLoRAConfig
 from plora_kernels.nn.inject import inject
 from plora_kernels.nn.injected import Injected
@@ -26,6 +27,7 @@ from plora_kernels.nn.row_groups import GroupModules, RowGroups, group_gradients
 from plora_kernels.reference import module_average
 
 __all__ = [
+    "AdapterCheckpoints",
     "ConfigError",
     "DTypeError",
     "DeviceError",

@@ -192,6 +192,10 @@ class Injected:
         """
         new = values.keys() - self._originals.keys()
         self._originals |= {key: _tensor_of(self.model, key).detach().clone() for key in new}
+        self.write_values(values)
+
+    def write_values(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into tensors of the model, by their keys in its state dict; `restore` leaves them there."""
         for key, value in values.items():
             _write(self.model, key, value)
 

@@ -12,7 +12,7 @@ from plora_kernels.errors import PLoRAWarning, StateError
 from plora_kernels.nn.distributed import is_sharded
 from plora_kernels.nn.layer_errors import naming
 from plora_kernels.nn.linear import FusedPLoRALinear
-from plora_kernels.nn.plain_names import plain_names
+from plora_kernels.nn.plain_names import with_plain_names
 from plora_kernels.nn.storages import storage_of
 from plora_kernels.nn.targets import shortened
 
@@ -47,16 +47,12 @@ def merged_state_dict(model: nn.Module, layers: Mapping[str, FusedPLoRALinear]) 
     """
     weights = merged_weights(layers)
     by_layer = {id(layer): weights[name] for name, layer in layers.items()}
-    state, names = model.state_dict(), plain_names(model)
+    state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in by_layer:
             state[f"{name}.weight"] = by_layer[id(module)]
             del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-    for key in list(state):  # all are taken out and put in again, so that their order stays
-        owner, _, leaf = key.rpartition(".")
-        plain = names.get(owner, owner)
-        state[f"{plain}.{leaf}" if plain else leaf] = state.pop(key)
-    return state
+    return with_plain_names(state, model)
 
 
 def tied_layers(model: nn.Module, layers: Mapping[str, FusedPLoRALinear]) -> list[str]:

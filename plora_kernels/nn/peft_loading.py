@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plora_kernels.errors import ConfigError, PLoRAWarning, StateError
+from plora_kernels.errors import ConfigError, PLoRAWarning, StateError, TargetError
 from plora_kernels.nn.adapter_config import shown, shown_path
 from plora_kernels.nn.adapter_dtype import check_adapter_dtype
 from plora_kernels.nn.adapter_files import (
     CONFIG_NAME,
+    check_directory,
     read_config,
     read_tensors,
     weights_path,
@@ -35,9 +36,10 @@ from plora_kernels.nn.adapter_tensors import (
 from plora_kernels.nn.config import PLoRAConfig, pattern_matches
 from plora_kernels.nn.inject import inject
 from plora_kernels.nn.injected import Injected
-from plora_kernels.nn.peft_layout import Layout, exact_targets, exactly, layout_of
-from plora_kernels.nn.plain_names import is_compiled
-from plora_kernels.nn.targets import shortened
+from plora_kernels.nn.layer_errors import naming
+from plora_kernels.nn.peft_layout import Layout, check_as_adapted, exact_targets, exactly, layout_of
+from plora_kernels.nn.plain_names import is_compiled, plain_names
+from plora_kernels.nn.targets import is_within, shortened
 
 
 def load_peft(
@@ -125,6 +127,34 @@ def load_peft(
         handle.set_trainable(False)
         model.eval()
     return handle
+
+
+def load_into(handle: Injected, directory: str | os.PathLike[str]) -> None:
+    """Copy a saved adapter into the adapter that a model has: the same layers, ranks, scales and whole modules.
+
+    Parameters stay the objects they are, so an optimiser goes on with them. A selection is made again on the new
+    values.
+
+    Raises:
+        ConfigError, TargetError, ShapeError, DTypeError: the errors of `load_peft`, or another adapter than the
+            model's. StateError: a weight was changed while modules were folded into it. Nothing is changed.
+    """
+    source = check_directory(directory)
+    for name, layer in handle.layers.items():
+        with naming(name):
+            layer.check_unfoldable()
+    read = _read(source, handle.model)
+    check_as_adapted(handle.layers, read.layout)
+    names = plain_names(handle.model)
+    saved = [names[name] for name in handle.saved_modules]
+    if set(saved) != set(read.layout.whole):
+        theirs, ours = shortened(read.layout.whole) or "none", shortened(saved) or "none"
+        raise TargetError(f"{read.path} is of an adapter with the whole modules {theirs}; the model's has {ours}")
+    with torch.no_grad():
+        handle.replace_values({key: value for key, value in read.others.items() if not is_within(saved, key)})
+        handle.write_values({key: value for key, value in read.others.items() if is_within(saved, key)})
+        for name, (lora_A, lora_B) in read.factors.items():
+            handle.layers[name].replace_factors(lora_A, lora_B)
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,19 @@ class SelectedModules(FoldedWeight):
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
 
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy A (R, K) and B (N, R) into the layer; a selection is undone for that and made again, on the new values.
+
+        The parameter objects stay the same. The errors are those of `set_factors`, but for the selection, and of
+        `unfold`.
+        """
+        selected, unselected, held = self._selected, self._unselected, (self.lora_A, self.lora_B)
+        self.unfold()
+        self.set_factors(lora_A, lora_B)
+        if selected is not None:
+            self.select(selected, unselected)
+        del held  # until here, because the layer refers to compact parameters weakly once it is unfolded
+
     def check_settable(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Raise the StateError or ShapeError that `set_factors` would raise; change nothing."""
         self.refuse_selection("set the factors")

@@ -36,6 +36,7 @@ RESERVED = {
     "huggingface_hub": ("plora_kernels/nn/adapter_source.py",),
     "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
     "torchao": (),
+    "trl": (),
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),

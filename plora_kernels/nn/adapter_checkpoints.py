@@ -80,6 +80,7 @@ class AdapterCheckpoints:
         if self.model is not model.model:
             raise StateError("the trainer put another model in place of the adapted one; leave out its peft_config")
         self._refuse_others()
+        self._refuse_adapted_head()
         self._warn_of_statistics()
 
     def _refuse_others(self) -> None:
@@ -94,6 +95,19 @@ class AdapterCheckpoints:
                 f"{shortened(others)} are trained, but an adapter's files do not hold them: name their modules in "
                 "modules_to_save, or freeze them"
             )
+
+    def _refuse_adapted_head(self) -> None:
+        """Raise StateError if TRL would train an adapter of the output layer, whose weight it reads past the layer."""
+        if all(kind.__module__.partition(".")[0] != "trl" for kind in type(self).__mro__):
+            return
+        model: Any = self.adapter.model
+        head = model.get_output_embeddings()
+        for name, layer in self.adapter.layers.items():
+            if layer is head:
+                raise StateError(
+                    f"{name!r} is adapted, but TRL computes log-probabilities from its weight directly, so that its "
+                    "adapter would have no effect; leave it out of the targets"
+                )
 
     def _warn_of_statistics(self) -> None:
         """Warn of running statistics that change in training and are not in an adapter's files either."""

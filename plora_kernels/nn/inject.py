@@ -61,7 +61,8 @@ def inject(model: nn.Module, config: PLoRAConfig) -> Injected:
                 raise StateError(f"module to save {name!r} holds {tensor.dtype}, which cannot be trained")
     # The cast holds: find_targets has refused everything but nn.Linear and quantised subclasses of it.
     linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
-    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)  # a tied one may have a parameter of its own later
+    required_grad = {name: parameter.requires_grad for name, parameter in named}
     handle = Injected(model, config, {}, saved, (), linears, required_grad)
     try:
         _build_layers(handle, uses)

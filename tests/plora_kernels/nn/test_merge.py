@@ -142,6 +142,7 @@ def test_a_tied_head_gets_its_own_weight_and_is_saved_untied(tmp_path: Path) -> 
     assert found[0].filename == __file__
     assert_equal(model.state_dict(), state)
     torch.testing.assert_close(model(TOKENS).logits, expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)

@@ -38,7 +38,8 @@ class AdapterCheckpoints:
 
     Raises:
         ConfigError: the model is no handle; or the class is not named first.
-        StateError: parameters are trained that an adapter's files do not hold; or the trainer replaced the model.
+        StateError: parameters are trained that an adapter's files do not hold; the trainer replaced the model; TRL
+            would pass over an adapted output layer; or the handle's adapter was taken out.
         UnsupportedError: the model is divided by FSDP or DeepSpeed.
 
     >>> import os, tempfile
@@ -70,6 +71,7 @@ class AdapterCheckpoints:
         if not isinstance(model, Injected):
             kind = type(model).__name__
             raise ConfigError(f"the trainer got a {kind} for a model; give it what inject or load_peft returned")
+        model.check_present()
         self.adapter = model
         above: Any = super()
         with _accepted(model.model):

@@ -63,7 +63,7 @@ class Injected:
             TargetError: the mapping misses a layer or names one that does not exist.
             SelectionError, ShapeError, ConfigError, StateError: see `FusedPLoRALinear.select`.
         """
-        self._check_present()
+        self.check_present()
         if isinstance(selection, Mapping):
             wanted = dict(selection)
             self._check_names(wanted, "selection")
@@ -111,7 +111,7 @@ class Injected:
 
         It holds for selections made later too. Everything else in the model stays as it is.
         """
-        self._check_present()
+        self.check_present()
         for layer in self.layers.values():
             layer.set_trainable(trainable)
         for name in self.saved_modules:
@@ -129,7 +129,7 @@ class Injected:
             TargetError: the mapping misses a layer or names one that does not exist.
             StateError: modules are selected. ShapeError, RankError: factors do not fit their layer.
         """
-        self._check_present()
+        self.check_present()
         self._check_names(groups, "groups")
         for name, layer in self.layers.items():
             layer.refuse_selection("run groups")
@@ -168,7 +168,7 @@ class Injected:
         ...     torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
         True
         """
-        self._check_present()
+        self.check_present()
         others = [key for key in self._originals if not is_within(self.saved_modules, key)]
         changed = [*self.saved_modules, *others]
         if changed and not with_saved_modules:
@@ -214,7 +214,7 @@ class Injected:
             StateError: a weight was changed while it was folded, or one to be put back was resized. The model is left
                 as it is.
         """
-        self._check_present()
+        self.check_present()
         for key, original in self._originals.items():
             if (now := _tensor_of(self.model, key).shape) != original.shape:
                 raise StateError(f"{key!r} was {tuple(original.shape)} and is {tuple(now)} now; resize it back first")
@@ -247,7 +247,7 @@ class Injected:
         >>> type(handle.merge()[0]).__name__
         'Linear'
         """
-        self._check_present()
+        self.check_present()
         weights = merged_weights(self.layers)
         tied = tied_layers(self.model, self.layers)
         self.unfold()
@@ -273,7 +273,7 @@ class Injected:
         >>> list(handle.merged_state_dict())
         ['0.weight', '0.bias']
         """
-        self._check_present()
+        self.check_present()
         merged = merged_state_dict(self.model, self.layers)
         warn_of_untied(
             tied_layers(self.model, self.layers), "set config.tie_word_embeddings = False before saving it", 1
@@ -301,7 +301,8 @@ class Injected:
                 parameter.requires_grad_(self._required_grad[name])
         self._linears.clear()
 
-    def _check_present(self) -> None:
+    def check_present(self) -> None:
+        """Raise StateError if the adapter was taken out of the model."""
         if not self._linears:
             raise StateError("the adapter was taken out by restore() or merge(); inject it again")
 

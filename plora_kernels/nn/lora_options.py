@@ -37,7 +37,7 @@ def options_from_peft(lora: Any, model: nn.Module | None, targets_given: bool) -
     written = {field.name: _plain(getattr(lora, field.name)) for field in dataclasses.fields(lora)}
     check_fields(WHERE, written)
     refuse_other_fields(WHERE, lora, written)
-    if lora.ensure_weight_tying:
+    if getattr(lora, "ensure_weight_tying", False):  # which older versions do not have
         raise ConfigError(f"{WHERE} has ensure_weight_tying = True; only False is supported")
     if custom := getattr(lora, "_custom_modules", None):
         raise ConfigError(f"{WHERE} has layers of its own for {', '.join(kind.__name__ for kind in custom)}")

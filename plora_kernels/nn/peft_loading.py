@@ -137,8 +137,10 @@ def load_into(handle: Injected, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ConfigError, TargetError, ShapeError, DTypeError: the errors of `load_peft`, or another adapter than the
-            model's. StateError: a weight was changed while modules were folded into it. Nothing is changed.
+            model's. StateError: a weight was changed while modules were folded into it, or the adapter was taken out.
+            Nothing is changed.
     """
+    handle.check_present()
     source = check_directory(directory)
     for name, layer in handle.layers.items():
         with naming(name):

@@ -232,6 +232,10 @@ def test_what_an_adapter_s_files_do_not_hold_is_refused_before_training(tmp_path
 def test_what_is_no_handle_or_not_first_is_refused(tmp_path: Path) -> None:
     with pytest.raises(pk.ConfigError, match="the trainer got a LlamaForCausalLM for a model; give it what inject"):
         AdapterTrainer(tiny_llama(), arguments(tmp_path))
+    merged = llama()
+    merged.merge()
+    with pytest.raises(pk.StateError, match=r"taken out by restore\(\) or merge\(\)"):
+        AdapterTrainer(merged, arguments(tmp_path))
     with pytest.raises(pk.ConfigError, match="Second names Trainer before AdapterCheckpoints"):
 
         class Second(Trainer, pk.AdapterCheckpoints):

@@ -252,6 +252,20 @@ def test_what_is_no_handle_or_not_first_is_refused(tmp_path: Path) -> None:
         Mixed(llama(), arguments(tmp_path))
 
 
+@pytest.mark.parametrize("division", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_divided_models_are_refused(tmp_path: Path, division: str) -> None:
+    class Divided(Trainer):
+        def __init__(self, *rest: Any) -> None:
+            super().__init__(*rest)
+            setattr(self, division, True)
+
+    class Mixed(pk.AdapterCheckpoints, Divided):
+        pass
+
+    with pytest.raises(pk.UnsupportedError, match="FSDP and DeepSpeed divide the model"):
+        Mixed(llama(), arguments(tmp_path))
+
+
 def test_another_adapter_is_not_resumed_from_and_nothing_changes(tmp_path: Path) -> None:
     trainer = AdapterTrainer(llama(), arguments(tmp_path / "first", max_steps=3), train_dataset=ROWS)
     trainer.train()

@@ -28,15 +28,15 @@ ORDER = {
 }  # fmt: skip
 # The other packages that each may import.
 MAY_IMPORT = {"plora_kernels": (), "fed": ("plora_kernels",), "bench": ("plora_kernels", "fed")}
+PEFT_FILES = ("peft_saving", "peft_layout", "adapter_files", "lora_options")
 # Libraries, and the only files and folders that may import them.
 RESERVED = {
     "triton": ("plora_kernels/kernels", "bench"),
-    "peft": (
-        *(f"plora_kernels/nn/{name}" for name in ("peft.py", "peft_layout.py", "adapter_files.py", "fused_peft")),
-        "bench",
-    ),
+    "peft": (*(f"plora_kernels/nn/{name}.py" for name in PEFT_FILES), "plora_kernels/nn/fused_peft", "bench"),
+    "huggingface_hub": ("plora_kernels/nn/adapter_source.py",),
     "bitsandbytes": ("plora_kernels/nn/quantized/bitsandbytes.py",),
     "torchao": (),
+    "trl": (),
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),

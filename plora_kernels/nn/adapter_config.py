@@ -6,6 +6,7 @@ as one text means its letters, and any text that is not empty means true.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -48,10 +49,36 @@ def parse_config(path: Path, modules: int) -> dict[str, Any]:
         raise ConfigError(f"{where} is not an adapter's configuration, but {shown(written)}; a JSON object is needed")
     if sum(1 for _ in _levels(written)) > _MOST_NESTED:
         raise ConfigError(f"{where} is not an adapter's configuration: it is nested too deeply")
-    _check_kinds(where, written)
-    _check_counts(where, written, modules)
-    _check_entries(where, written)
+    check_fields(where, written, modules)
     return written
+
+
+def check_fields(where: str, written: Mapping[str, Any], modules: int | None = None) -> None:
+    """Raise ConfigError if a field's value is of another kind than PEFT's; `where` starts the message.
+
+    Without a number of `modules` the number of entries is not held against it.
+    """
+    _check_kinds(where, written)
+    if modules is not None:
+        _check_counts(where, written, modules)
+    _check_entries(where, written)
+
+
+def refuse_other_fields(where: str, lora: Any, written: Mapping[str, Any]) -> None:
+    """Raise ConfigError for fields of a `LoraConfig` that are not understood, unless they have PEFT's default value.
+
+    `written` holds values as the message shows them. A feature that a later version of PEFT brings is refused, never
+    ignored.
+    """
+    fields = {field.name: field for field in dataclasses.fields(lora)}
+    for name in sorted(fields.keys() - UNDERSTOOD):
+        value, default = getattr(lora, name), _default(fields[name])
+        if value != default and (value or default):
+            raise ConfigError(f"{where} has {name} = {shown(written.get(name, value))}; only {default!r} is supported")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def shown(value: object) -> str:
@@ -163,7 +190,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 _NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "peft_type")
 # The fields that are understood, or say nothing of what a saved adapter computes. All others must have their default
-# value: a feature that a later version of PEFT brings is refused, never ignored.
+# value.
 UNDERSTOOD = frozenset(_KINDS)
 
 

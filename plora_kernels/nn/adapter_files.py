@@ -20,6 +20,7 @@ from plora_kernels.nn.adapter_config import (
     UNDERSTOOD,
     first_line,
     parse_config,
+    refuse_other_fields,
     shown,
     shown_path,
     without_repeats,
@@ -31,10 +32,10 @@ PICKLED_NAME = "adapter_model.bin"  # what PEFT wrote before safetensors
 _HEADER_BYTES = 8  # of a safetensors file: the size of the JSON that follows
 
 
-def check_directory(directory: str | os.PathLike[str]) -> Path:
-    """Return the directory as a path; raise ConfigError unless it holds a configuration and a file of tensors."""
+def check_directory(directory: str | os.PathLike[str], inside: str = "") -> Path:
+    """Return a folder, or one inside it, as a path; raise ConfigError unless it holds an adapter's two files."""
     try:
-        source = Path(directory)
+        source = Path(directory) / inside
     except TypeError:
         raise ConfigError(f"directory is {shown(directory)}; a path is needed") from None
     for path in (source / CONFIG_NAME, weights_path(source)):
@@ -136,23 +137,16 @@ def read_config(source: Path, model: nn.Module) -> Any:
     if type(lora) is not LoraConfig:
         kind = getattr(lora.peft_type, "value", lora.peft_type)
         raise ConfigError(f"{where} is the configuration of a {kind} adapter; LoRA is needed")
-    fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for name in sorted(written.keys() - fields.keys() - UNDERSTOOD):
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for name in sorted(written.keys() - known - UNDERSTOOD):
         if written[name]:
             field = name if name.isidentifier() else shown(name)
             raise ConfigError(
                 f"{where} has {field} = {shown(written[name])}, which this version of PEFT does not know; upgrade PEFT"
             )
-    for name in sorted(fields.keys() - UNDERSTOOD):
-        value, default = getattr(lora, name), _default(fields[name])
-        if value != default and (value or default):
-            raise ConfigError(f"{where} has {name} = {shown(written.get(name, value))}; only {default!r} is supported")
+    refuse_other_fields(where, lora, written)
     lora.rank_pattern, lora.alpha_pattern = lora.rank_pattern or {}, lora.alpha_pattern or {}
     return lora
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def write_adapter(

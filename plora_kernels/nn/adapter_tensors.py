@@ -21,7 +21,7 @@ from plora_kernels.nn.adapter_files import CONFIG_NAME, renamed_by_peft
 from plora_kernels.nn.embeddings import embeddings_of
 from plora_kernels.nn.linear import FusedPLoRALinear
 from plora_kernels.nn.peft_layout import PREFIX, AdaptedLayer, Layout
-from plora_kernels.nn.plain_names import plain_names
+from plora_kernels.nn.plain_names import plain_names, with_plain_names
 from plora_kernels.nn.storages import storage_of, storage_uses
 from plora_kernels.selection import MAX_RANK
 
@@ -254,7 +254,7 @@ def check_others(others: Mapping[str, Tensor], model: nn.Module, whole: Iterable
         ConfigError: values that are not finite or do not fit the model's dtype, where the model's are finite; different
             values for tensors that are tied in the model; those of `whole` modules will not be.
     """
-    own = model.state_dict()
+    own = with_plain_names(model.state_dict(), model)
     tied: dict[int, str] = {}
     for key, value in others.items():
         if value.shape != own[key].shape:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, TypeVar
 
 import torch
+from torch import nn
 
 from plora_kernels.checks import check_positive, check_probability
 from plora_kernels.errors import ConfigError
 from plora_kernels.nn.adapter_dtype import check_adapter_dtype
 from plora_kernels.nn.folded_weight import check_original
+from plora_kernels.nn.lora_options import options_from_peft
 from plora_kernels.nn.patterns import check_pattern
 from plora_kernels.selection import check_rank
 
@@ -69,6 +72,37 @@ class PLoRAConfig:
     original: str = "device"
     fuse_projections: bool = False
     adapter_dtype: torch.dtype | str = "auto"
+
+    @classmethod
+    def from_peft(cls, lora_config: Any, model: nn.Module | None = None, **overrides: Any) -> Self:
+        """Return the configuration that injects what PEFT makes of a `LoraConfig`; other arguments replace its own.
+
+        r, lora_alpha, use_rslora, lora_dropout, target_modules, exclude_modules, modules_to_save, rank_pattern,
+        alpha_pattern and task_type are taken over. Where only a model decides which layers are meant, PEFT is asked:
+        for target_modules=None, PEFT's choice for the model's type, and for layers_to_transform with layers_pattern.
+        `inference_mode` says nothing here: what `inject` adapts can be trained.
+
+        Args:
+            lora_config: a `peft.LoraConfig`. model: the one to be adapted, which is not changed.
+            overrides: fields of `PLoRAConfig`, such as `adapter_dtype`; `target_modules` replaces the layers that the
+                LoraConfig chooses altogether.
+
+        Raises:
+            ConfigError: a field has a value that is not supported, such as use_dora=True; the model is needed and not
+                given; or an override is not a field. TargetError: PEFT refuses the configuration for the model.
+            RankError: a rank above 256.
+
+        >>> from peft import LoraConfig
+        >>> lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        >>> PLoRAConfig.from_peft(lora, adapter_dtype="bfloat16").rank
+        8
+        """
+        known = [each.name for each in fields(cls)]
+        for name in overrides:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+                raise ConfigError(f"{name!r} is not a field of PLoRAConfig; the nearest are {', '.join(near)}")
+        return cls(**{**options_from_peft(lora_config, model, "target_modules" in overrides), **overrides})
 
     def rank_of(self, name: str) -> int:
         """Return R for the module of this name."""

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from plora_kernels.checks import check_dropout, check_factors, check_positive, check_probability
 from plora_kernels.folding import fold
@@ -56,6 +57,7 @@ class FusedPLoRALinear(SelectedModules):
     bias: nn.Parameter | None
     dropout_seed: int | Tensor | None
     groups: GroupModules | None = None  # set inside `Injected.grouped`
+    disabled: bool = False  # set inside `Injected.disable`
     check_base = staticmethod(check_replaceable)
 
     def __init__(
@@ -155,6 +157,8 @@ class FusedPLoRALinear(SelectedModules):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K); inside `Injected.grouped` every group of samples uses its own modules."""
+        if self.disabled:
+            return self._base(x)
         if self.groups is not None:
             groups = self.groups if self.training else self.groups.without_dropout()
             return groups.linear(x, self.weight, self.bias)
@@ -172,6 +176,14 @@ class FusedPLoRALinear(SelectedModules):
         p, seed = self._dropout(x.device)
         return linear_with_index(x, self.weight, lora_A, lora_B, self.bias, index, self.scale, frozen, p, seed)
 
+    def _base(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias (…, N) as the base's `nn.Linear` computes it, W being the original of a folded weight."""
+        original = self._original()
+        # One that is kept in host memory comes for this call alone; the weight in use is not written to, because a
+        # graph made outside may still need it.
+        weight = self.weight if original is None else original.to(self.weight)
+        return functional.linear(x, weight, self.bias)
+
     def check_groups(self, groups: GroupModules) -> None:
         """Raise ShapeError or RankError unless the groups' factors fit the layer."""
         groups.check(self.weight)
@@ -187,12 +199,24 @@ class FusedPLoRALinear(SelectedModules):
         return self.dropout, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """Return a new `nn.Linear` with weight W + s·B A over all modules; the layer is not changed."""
+    def merged_weight(self) -> Tensor:
+        """Return W + s·B A (N, K) over all modules in new memory; the layer is not changed."""
         original = self._original()
         weight = gathered((self.weight if original is None else original).detach().to(self.weight.device))
         lora_A, lora_B = (beside(weight, factor) for factor in self.factors())
-        weight = fold(weight, lora_A, lora_B, selected=[], scale=self.scale)
+        return fold(weight, lora_A, lora_B, selected=[], scale=self.scale)
+
+    def take_merged(self, weight: Tensor, own: bool) -> None:
+        """Take a merged weight (N, K): in memory of the present parameter, or in one of its `own` if that is tied."""
+        if own:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self._give_memory(weight)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """Return a new `nn.Linear` with weight W + s·B A over all modules; the layer is not changed."""
+        weight = self.merged_weight()
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

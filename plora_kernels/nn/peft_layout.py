@@ -7,8 +7,10 @@ names, patterns, exclusions and the heads of tasks mean here what they mean to t
 from __future__ import annotations
 
 import copy
+import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,37 @@ def _file_key(key: str, layers: Mapping[str, AdaptedLayer]) -> str:
     """Return the key that a tensor of the plain model has in PEFT's model: adapted layers keep it in `base_layer`."""
     owner, _, leaf = key.rpartition(".")
     return f"{PREFIX}{owner}.base_layer.{leaf}" if owner in layers else f"{PREFIX}{key}"
+
+
+def exactly(name: str) -> str:
+    """Return a pattern key that matches this module alone: PEFT matches keys as expressions with the end of a name."""
+    return "^" + re.escape(name)
+
+
+def exact_targets(targets: Iterable[str], names: Iterable[str]) -> Sequence[str] | str:
+    """Return target modules that name these modules alone: their names, or where those are also ends of others' names
+    (PEFT takes a name in a list for both), a regular expression."""
+    wanted = list(targets)
+    others = set(names) - set(wanted)
+    ends = {name[position + 1 :] for name in others for position, letter in enumerate(name) if letter == "."}
+    return wanted if ends.isdisjoint(wanted) else "|".join(map(re.escape, wanted))
+
+
+def check_as_adapted(layers: Mapping[str, FusedPLoRALinear], layout: Layout) -> None:
+    """Raise TargetError unless PEFT adapts the same layers, with the same ranks and scales."""
+    for name, layer in layers.items():
+        theirs = layout.layers.get(name)
+        if theirs is None:
+            experts = ", ".join(map(repr, layout.parameters[:2]))
+            why = f": it would adapt the stacked experts {experts} instead, so leave it out" if experts else ""
+            raise TargetError(f"{name!r} is adapted, but PEFT would not adapt it from the saved configuration{why}")
+        if theirs.rank != layer.rank or not math.isclose(theirs.scale, layer.scale, rel_tol=1e-9):
+            raise TargetError(
+                f"{name!r} has rank {layer.rank} and scale {layer.scale:g}, but PEFT would give it rank {theirs.rank} "
+                f"and scale {theirs.scale:g}"
+            )
+    for name in layout.layers.keys() - layers.keys():
+        raise TargetError(f"{name!r} is not adapted, but PEFT would adapt it from the saved configuration")
 
 
 # ------------------------------------------------------------------------------------------------------ outlines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 COMPILED = "_orig_mod"  # the attribute in which torch.compile's wrapper holds its module
@@ -32,3 +34,13 @@ def plain_names(model: nn.Module) -> dict[str, str]:
         else:
             names[name] = f"{names[parent]}.{last}" if names.get(parent) else last
     return names
+
+
+def with_plain_names(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a model's state dict with the keys that it has without `torch.compile`'s wrappers, in the same order."""
+    names = plain_names(model)
+    for key in list(state):  # all are taken out and put in again, so that their order stays
+        owner, _, leaf = key.rpartition(".")
+        plain = names.get(owner, owner)
+        state[f"{plain}.{leaf}" if plain else leaf] = state.pop(key)
+    return state

@@ -42,6 +42,7 @@ class SelectedModules(FoldedWeight):
     full_B: nn.Parameter | None
     selected_index: Tensor | None
     weight_is_tied: bool
+    trainable: bool = True  # whether the factors in use require gradients
 
     def _start_unselected(self) -> None:
         """Start with all R modules trained; `lora_A` and `lora_B` exist."""
@@ -86,6 +87,12 @@ class SelectedModules(FoldedWeight):
         indices = host_indices(indices_or_mask, self.rank)
         self.check_selectable(unselected, len(indices))
         select_in_all([self], [indices], unselected)
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Have the factors in use, and those that `select` and `unfold` bring into use, require gradients or not."""
+        self.trainable = trainable
+        self.lora_A.requires_grad_(trainable)
+        self.lora_B.requires_grad_(trainable)
 
     def check_selectable(self, unselected: str, size: int | None = None) -> None:
         """Raise the ConfigError or StateError that `select` of `size` modules would raise; change nothing."""
@@ -148,8 +155,8 @@ class SelectedModules(FoldedWeight):
             for parameter in full:
                 mark_replaced(parameter, "select()")
         else:
-            self.lora_A.requires_grad_(True)
-            self.lora_B.requires_grad_(True)
+            self.lora_A.requires_grad_(self.trainable)
+            self.lora_B.requires_grad_(self.trainable)
         self._selected, self._unselected, self._selected_scale = indices, unselected, self.scale
 
     def _used_before(self, size: int, full: Pair) -> Pair | None:
@@ -162,14 +169,13 @@ class SelectedModules(FoldedWeight):
         for old, now, shape in zip(found, full, wanted, strict=True):
             if old is None or (tuple(old.shape), old.dtype, old.device) != (shape, now.dtype, now.device):
                 return None
-        lora_A, lora_B = (cast(nn.Parameter, parameter).requires_grad_(True) for parameter in found)
+        lora_A, lora_B = (cast(nn.Parameter, parameter).requires_grad_(self.trainable) for parameter in found)
         return lora_A, lora_B  # type: ignore[return-value]
 
-    @staticmethod
-    def _written(found: Pair | None, values: tuple[Tensor, Tensor]) -> Pair:
+    def _written(self, found: Pair | None, values: tuple[Tensor, Tensor]) -> Pair:
         """Return parameters with these values: the `found` ones, written to, or new ones."""
         if found is None:
-            return nn.Parameter(values[0]), nn.Parameter(values[1])
+            return nn.Parameter(values[0], self.trainable), nn.Parameter(values[1], self.trainable)
         for parameter, value in zip(found, values, strict=True):
             parameter.copy_(value)
             parameter.grad = None  # it belongs to the modules before
@@ -211,7 +217,7 @@ class SelectedModules(FoldedWeight):
             self.lora_A, self.lora_B = full
             self.full_A = self.full_B = self._set_aside = None
         for parameter in (self.lora_A, self.lora_B):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(self.trainable)
             parameter.data = self._beside_weight(parameter.data)  # cast, perhaps, while all R were selected
         self.selected_index, self._selected, self._unselected = None, None, "folded"
 
@@ -271,6 +277,19 @@ class SelectedModules(FoldedWeight):
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
 
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy A (R, K) and B (N, R) into the layer; a selection is undone for that and made again, on the new values.
+
+        The parameter objects stay the same. The errors are those of `set_factors`, but for the selection, and of
+        `unfold`.
+        """
+        selected, unselected, held = self._selected, self._unselected, (self.lora_A, self.lora_B)
+        self.unfold()
+        self.set_factors(lora_A, lora_B)
+        if selected is not None:
+            self.select(selected, unselected)
+        del held  # until here, because the layer refers to compact parameters weakly once it is unfolded
+
     def check_settable(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Raise the StateError or ShapeError that `set_factors` would raise; change nothing."""
         self.refuse_selection("set the factors")
@@ -317,8 +336,11 @@ class SelectedModules(FoldedWeight):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the layer without the parameters it does not use at the moment."""
-        return self.__dict__ | {"_compact": {}, "_set_aside": None}
+        """Copy and pickle the layer without the parameters it does not use at the moment, and never as disabled.
+
+        The context that enables a disabled layer again does not know its copies.
+        """
+        return {**self.__dict__, "_compact": {}, "_set_aside": None, "disabled": False}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and note if `fully_shard` divides a parameter while modules are selected."""

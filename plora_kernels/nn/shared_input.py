@@ -172,7 +172,7 @@ class SiblingPLoRALinear(FusedPLoRALinear):
     Parameters, state dict, selection and results are those of `FusedPLoRALinear`; every layer keeps its own rank,
     scale, bias and selection. Layers run alone inside torch.compile, under an autocast that casts, in inference mode
     (whose tensors have no version counter), on tensor subclasses, if a weight is not contiguous, while one of them uses
-    dropout, because each has its own mask, and while they run groups (`Injected.grouped`).
+    dropout, because each has its own mask, and while they run groups (`Injected.grouped`) or are disabled.
     """
 
     shared: SharedInput
@@ -188,7 +188,7 @@ class SiblingPLoRALinear(FusedPLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K)."""
-        alone = torch.compiler.is_compiling() or self.groups is not None
+        alone = torch.compiler.is_compiling() or self.groups is not None or self.disabled
         if not alone:
             refuse_unreduced(self.lora_A, self.lora_B)
         y = None if alone else self.shared.compute(self, x)

@@ -69,6 +69,8 @@ class QuantizedPLoRALinear(FusedPLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (…, N) for x (…, K); inside `Injected.grouped` every group of samples uses its own modules."""
+        if self.disabled:
+            return self._base(x)
         if self.groups is not None:
             return self._of_groups(x, self.groups if self.training else self.groups.without_dropout())
         if not torch.compiler.is_compiling():
@@ -93,6 +95,14 @@ class QuantizedPLoRALinear(FusedPLoRALinear):
         )
         return multiply(call, x, groups.lora_A, groups.lora_B)
 
+    def _base(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias (…, N) by the product that the layer uses with its modules, of the dequantised weight.
+
+        The quantised module itself is not called: it might repack its weight for good.
+        """
+        zeros = self.lora_A.new_zeros(1, self.in_features), self.lora_B.new_zeros(self.out_features, 1)
+        return multiply(Call("linear", self.base_layer, self.kind, (None,), self.scale, 0.0, (None,)), x, *zeros)
+
     def check_groups(self, groups: GroupModules) -> None:
         """Raise ShapeError or RankError unless the groups' factors fit the layer."""
         check_group_factors(self._outline(), groups.lora_A, groups.lora_B, len(groups.rows))
@@ -110,8 +120,8 @@ class QuantizedPLoRALinear(FusedPLoRALinear):
             self._refuse_folding("modules cannot be folded into it: select with unselected='frozen'")
         super().check_selectable(unselected, size)
 
-    def merge(self) -> NoReturn:
-        """Raise StateError: the modules of a quantised layer stay beside its weight."""
+    def merged_weight(self) -> NoReturn:
+        """Raise StateError, as `merge` does: the modules of a quantised layer stay beside its weight."""
         self._refuse_folding(
             "its modules cannot be merged into it: keep the adapter beside it (the frozen form), or load the adapter "
             "into the model in bf16, fp16 or fp32 and merge there"

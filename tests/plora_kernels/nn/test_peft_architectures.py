@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageClassification,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -127,23 +126,6 @@ def test_layers_that_peft_takes_for_stacked_experts_are_refused_with_the_reason(
     with pytest.raises(pk.TargetError, match=message):
         pk.save_peft(handle, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_auto_peft_models_open_the_folder(tmp_path: Path) -> None:
-    for name, auto, opener, task in (
-        ("llama", AutoModelForCausalLM, AutoPeftModelForCausalLM, "CAUSAL_LM"),
-        ("llama", AutoModelForCausalLM, AutoPeftModel, None),
-        ("vit", AutoModelForImageClassification, AutoPeftModel, None),
-    ):
-        architecture = ARCHITECTURES[name]
-        architecture.model().save_pretrained(tmp_path / name)
-        model = auto.from_pretrained(tmp_path / name).eval()
-        config = pk.PLoRAConfig(rank=2, target_modules=r".*(q_proj|query)", task_type=task)
-        handle = pk.inject(model, config)
-        stir(model)
-        pk.save_peft(handle, tmp_path / f"{name}-{task}")
-        opened = opener.from_pretrained(tmp_path / f"{name}-{task}").eval()
-        torch.testing.assert_close(architecture.output(opened), architecture.output(model))
 
 
 def test_the_base_is_the_one_given_or_the_one_the_model_was_loaded_from(tmp_path: Path) -> None:

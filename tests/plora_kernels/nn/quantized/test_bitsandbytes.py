@@ -276,3 +276,48 @@ def test_the_candidate_kernel_decodes_the_library_s_nf4(bnb: Any) -> None:
     packed, scales = linear.weight.data.view(96, 64), absmax.view(96, 2)
     y = nf4_matmul(x, packed, scales, state.code, side, lora_B, 1.0, block_m=16, block_n=32)
     torch.testing.assert_close(y, x @ weight_of(bnb, linear).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' and the library's own
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_trainer_takes_it_and_resumes_from_its_adapter(bnb: Any, tmp_path: Any, bits: int) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+
+    class AdapterTrainer(pk.AdapterCheckpoints, Trainer):
+        pass
+
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": (ids := torch.arange(12) * (row + 3) % 60), "labels": ids} for row in range(4)]
+    losses = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-1")):
+        torch.manual_seed(0)
+        config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+        handle = pk.inject(model, pk.PLoRAConfig(rank=4, target_modules="all-linear"))
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=3, save_steps=1, logging_steps=1, learning_rate=0.05, report_to=[],
+            disable_tqdm=True, use_cpu=True, per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer = AdapterTrainer(handle, args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert not model._hf_peft_config_loaded
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+def bits_of(value: object) -> object:
+    """Return a tensor's bits, or what else a state dict holds; packed weights that pass for numbers may be NaN."""
+    return value.reshape(-1).view(torch.uint8).tolist() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_it_computes_with_the_dequantised_weight_and_nothing_is_repacked(bnb: Any, kind: str) -> None:
+    linear = linear_of(bnb, kind, torch.float32)
+    x, before = torch.randn(40, 128), {key: bits_of(value) for key, value in linear.state_dict().items()}
+    expected = x @ weight_of(bnb, linear).T + linear.bias.float()
+    handle = pk.inject(nn.Sequential(linear).eval(), pk.PLoRAConfig(rank=4, target_modules=["0"]))
+    nn.init.normal_(handle.layers["0"].lora_B)
+    with handle.disable(), torch.no_grad():
+        torch.testing.assert_close(handle.model(x), expected)
+    assert {key: bits_of(value) for key, value in handle.restore()[0].state_dict().items()} == before

@@ -143,6 +143,8 @@ def test_a_tied_head_gets_its_own_weight_and_is_saved_untied(tmp_path: Path) -> 
     assert_equal(model.state_dict(), state)
     torch.testing.assert_close(model(TOKENS).logits, expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    model.tie_weights()  # as transformers does after it changes embeddings
+    assert_equal(model.state_dict(), state)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)

@@ -41,7 +41,7 @@ def fused_lora_factory(target: nn.Module, adapter_name: str, config: Any, **opti
         return None
     if type(base.weight) is not nn.Parameter:  # torchao's weights are tensors of a class of their own
         return None
-    unknown = why_unknown()
+    unknown = why_unknown(lora.Linear)
     if unknown is not None:
         warnings.warn(f"{unknown}; fused_lora_factory leaves every layer to PEFT", PLoRAWarning, stacklevel=2)
         return None

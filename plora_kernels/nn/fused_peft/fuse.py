@@ -19,8 +19,8 @@ def fuse_peft(model: nn.Module) -> FusionReport:
 
     Nothing but the time changes: the same parameters, names, state dict, optimiser and file formats, so that a
     `PeftModel`, a `Trainer`, a checkpoint or `disable_adapter`, `merge_and_unload` and several adapters go on as
-    before. Each `peft.tuners.lora.Linear` gets a fused forward; whether a call is a plain one is decided at every
-    call, and PEFT's own forward computes those that are not.
+    before. Each `peft.tuners.lora.Linear`, and each `ParamWrapper` of stacked experts, gets a fused forward; whether a
+    call is a plain one is decided at every call, and PEFT's own forward computes those that are not.
 
     Over a base in half precision fp32 adapters are rounded to its dtype as they enter the products, and LoRA dropout
     draws other masks than PEFT's from the same generator. Otherwise results are PEFT's up to the rounding of a sum.
@@ -33,7 +33,7 @@ def fuse_peft(model: nn.Module) -> FusionReport:
         TargetError: the model has no LoRA layer of PEFT.
 
     Warns:
-        PLoRAWarning: the installed PEFT has a LoRA layer that is not known; every layer stays PEFT's own.
+        PLoRAWarning: the installed PEFT has a kind of LoRA layer that is not known; all of that kind stay PEFT's own.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
@@ -45,15 +45,17 @@ def fuse_peft(model: nn.Module) -> FusionReport:
     _check_has_layers(model)
     from plora_kernels.nn.fused_peft.known_versions import why_unknown
 
-    unknown = why_unknown()
-    if unknown is not None:
-        warnings.warn(f"{unknown}; fuse_peft leaves every layer to PEFT's own forward", PLoRAWarning, stacklevel=2)
-    else:
-        classes = _fused_classes()
-        for module in model.modules():
-            fused = classes.get(type(module))
-            if fused is not None:
-                module.__class__ = fused
+    classes, unknown = _fused_classes(), list[str]()
+    found = [module for module in model.modules() if type(module) in classes]
+    for kind in dict.fromkeys(map(type, found)):
+        reason = why_unknown(kind)
+        if reason is not None:
+            unknown.append(reason)
+            del classes[kind]
+    if unknown:
+        warnings.warn(f"{'; '.join(unknown)}; fuse_peft leaves these layers to PEFT", PLoRAWarning, stacklevel=2)
+    for module in found:
+        module.__class__ = classes.get(type(module), type(module))
     return FusionReport(model, _read)
 
 
@@ -85,9 +87,10 @@ def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Return the fused class for each of PEFT's classes. Subclasses of these, for quantised weights, stay PEFT's."""
     from peft.tuners import lora
 
+    from plora_kernels.nn.fused_peft.experts import FusedParamWrapper
     from plora_kernels.nn.fused_peft.layer import FusedLoraLinear
 
-    return {lora.Linear: FusedLoraLinear}
+    return {lora.Linear: FusedLoraLinear, lora.ParamWrapper: FusedParamWrapper}
 
 
 def _check_has_layers(model: nn.Module) -> None:
@@ -127,6 +130,7 @@ def _peft_name(layer: nn.Module) -> str:
 
 def _why(layer: Any) -> str | None:
     """Return why PEFT's forward would compute a call of the layer now, or None."""
+    from plora_kernels.nn.fused_peft.experts import FusedParamWrapper, why_not_experts
     from plora_kernels.nn.fused_peft.known_versions import why_unknown
     from plora_kernels.nn.fused_peft.layer import FusedLoraLinear, why_not
 
@@ -134,6 +138,8 @@ def _why(layer: Any) -> str | None:
         return "it has a forward of its own"
     if type(layer) is FusedLoraLinear:
         return why_not(layer)
+    if type(layer) is FusedParamWrapper:
+        return why_not_experts(layer)
     if type(layer) in _fused_classes():
-        return why_unknown() or "not fused: call fuse_peft again"
+        return why_unknown(type(layer)) or "not fused: call fuse_peft again"
     return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused form"

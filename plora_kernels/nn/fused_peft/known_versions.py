@@ -15,28 +15,35 @@ import peft
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# Digests of `code_of` and the versions they were read in. In each, the fused forward was compared with PEFT's.
-KNOWN = {
-    "90cd7371d00aa073": "0.17",
-    "566edf4d0a1be110": "0.18 to 0.21",
+# Digests of the code that each fused class replaces, and the versions it was read in. The fused forwards were compared
+# with PEFT's in each of them.
+KNOWN: dict[type, dict[str | None, str]] = {
+    lora.Linear: {"66a841f454c090d1": "0.17", "9df6a922ee3d28a4": "0.18 to 0.21"},
+    lora.ParamWrapper: {"48887ac33ac85962": "0.19 to 0.21"},
 }
 _READ_BY_FORWARD = ("merged", "disable_adapters", "active_adapter", "active_adapters")
 
 
-def why_unknown() -> str | None:
-    """Return None if the installed PEFT's LoRA layer is a known one, else what is unknown, with the version."""
-    digest = _digest(lora.Linear.forward)
-    if digest in KNOWN:
+def why_unknown(kind: Any) -> str | None:
+    """Return None if a class of the installed PEFT's LoRA layers is a known one, else what is unknown.
+
+    >>> why_unknown(lora.Linear) is None
+    True
+    """
+    if _digest(kind, kind.forward) in KNOWN[kind]:
         return None
-    return f"the LoRA layer of PEFT {peft.__version__} looks otherwise than those known"
+    return f"lora.{kind.__name__} of PEFT {peft.__version__} looks otherwise than those known"
 
 
-@functools.lru_cache(maxsize=8)  # a patched forward is another object
-def _digest(forward: Callable[..., Any]) -> str | None:
-    """Return a digest of all that PEFT's LoRA forward is made of, or None where the source is not at hand."""
-    functions = [forward, lora.LoraLayer._check_forward_args, lora.LoraLayer._mixed_batch_forward]
-    functions += [BaseTunerLayer._cast_input_dtype]
+@functools.lru_cache(maxsize=16)  # a patched forward is another object
+def _digest(kind: Any, forward: Callable[..., Any]) -> str | None:
+    """Return a digest of all that a class's forward is made of, or None where the source is not at hand."""
+    functions = [forward, kind._check_forward_args]
     functions += [vars(BaseTunerLayer)[name].fget for name in _READ_BY_FORWARD]
+    if kind is lora.Linear:
+        functions += [lora.LoraLayer._mixed_batch_forward, BaseTunerLayer._cast_input_dtype]
+    else:
+        functions.append(kind.get_delta_weight)  # how the factors of all experts are stored
     try:
         code = [code_of(function) for function in functions]
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):
@@ -49,7 +56,7 @@ def code_of(function: Callable[..., Any]) -> str:
     """Return a function's code without comments, docstrings, messages and layout, which say nothing of what it does.
 
     >>> code_of(why_unknown).split()[:4]
-    ['def', 'why_unknown', '(', ')']
+    ['def', 'why_unknown', '(', 'kind']
     """
     words, depth = list[str](), 0
     for word in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):

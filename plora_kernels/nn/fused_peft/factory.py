@@ -10,7 +10,7 @@ from torch import nn
 from plora_kernels.errors import PLoRAWarning
 
 
-def fused_lora_factory(target: nn.Module, adapter_name: str, config: Any, **options: Any) -> nn.Module | None:
+def fused_lora_factory(target: nn.Module, adapter_name: str, config: Any = None, **options: Any) -> nn.Module | None:
     """Return PEFT's LoRA layer for a linear with a fused forward, or None to leave the module to PEFT.
 
     It is for `LoraConfig._register_custom_module`, by which PEFT asks it for the layer of every target of a registered
@@ -45,7 +45,15 @@ def fused_lora_factory(target: nn.Module, adapter_name: str, config: Any, **opti
     if unknown is not None:
         warnings.warn(f"{unknown}; fused_lora_factory leaves every layer to PEFT", PLoRAWarning, stacklevel=2)
         return None
-    made: nn.Module | None = lora.dispatch_default(target, adapter_name, config=config, **options)
+    made: nn.Module | None
+    if config is not None:
+        made = lora.dispatch_default(target, adapter_name, config=config, **options)
+    else:  # PEFT before 0.19 passes the configuration's values alone
+        options.pop("parameter_name", None)
+        transposed = type(base) is Conv1D
+        if options.get("fan_in_fan_out") is not transposed or options.get("init_lora_weights") == "loftq":
+            return None  # PEFT corrects the first in the configuration, and reads more of it for the second
+        made = lora.Linear(target, adapter_name, is_target_conv_1d_layer=transposed, **options)
     if type(made) is lora.Linear:
         made.__class__ = FusedLoraLinear
     return made

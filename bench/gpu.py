@@ -127,7 +127,9 @@ def _conclude(run: Run, work: Work) -> int:
         print("left: " + "; ".join(missing))
         print("the same command goes on from here")
     for record in wrong:
-        sizes = " ".join(f"{name} {record[name]}" for name in ("m", "k", "n", "r", "dtype"))
+        is_step = record["op"] in (SIMULATION, MODEL)
+        names = ("model", "batch", "length", "dtype") if is_step else ("m", "k", "n", "r", "dtype")
+        sizes = " ".join(f"{name} {record[name]}" for name in names)
         what = record.get("form") or record["provider"]
         print(f"WRONG {record['op']} {sizes}, {what}: {record['cause']}")
     return 1 if wrong else 0

@@ -176,6 +176,19 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     assert shown.splitlines()[-1].startswith("WRONG check m 37 k 50 n 29 r 5 dtype float32, folds agree")
 
 
+def test_a_wrong_whole_model_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = pk.FusedPLoRALinear.forward
+    monkeypatch.setattr(pk.FusedPLoRALinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", MODEL, "--no-checks"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].startswith("WRONG model model tiny-bert batch 2 length 8 dtype float32, inject: inject: ")
+    statuses = {(one["model"], one["provider"]): one["status"] for one in load_records(tmp_path / "cpu.json")[1]}
+    assert [key for key, status in statuses.items() if status == "wrong"] == [("tiny-bert", "inject")]
+    assert statuses["tiny-bert", "fuse-peft"] == "timed"
+
+
 def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:
     absent = {"pydantic", "datasets", "flwr", "hypothesis", "ruff", "typer", "rich", "tomli_w", "sklearn", "scipy"}
     for path in (path for name, path in modules().items() if not name.startswith("fed")):

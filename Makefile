@@ -29,8 +29,8 @@ DOCS_VENV ?= .venv-docs
 DOCS_READY := $(DOCS_VENV)/.ready
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs
 
-.PHONY: demo test test-slow test-oldest test-quantized test-device-versions bench bench-simulation lint format docs \
-	docs-serve clean help
+.PHONY: demo test test-slow test-oldest test-quantized test-device-versions bench bench-simulation bench-models lint format \
+	docs docs-serve clean help
 .DEFAULT_GOAL := help
 
 help:  ## show what there is
@@ -86,7 +86,7 @@ test-quantized: $(QUANTIZED_READY)  ## adapters over quantised weights, with the
 test-device-versions:  ## the default tests with the versions of a GPU machine
 	$(MAKE) test VENV=$(DEVICE_VENV) PYTHON=$(DEVICE_PYTHON) CONSTRAINTS=constraints-device.txt
 
-bench: $(READY)  ## fused against PEFT, torch.compile'd PEFT and the bare matmul
+bench: $(READY)  ## layers and whole models against PEFT, torch.compile'd PEFT and the bare base
 	$(BIN)/python -m pytest bench --benchmark-only -k "not simulation" --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json --keep
 
@@ -94,6 +94,10 @@ bench-simulation: $(READY)  ## training steps of many clients, against a PEFT lo
 	$(BIN)/python -m pytest bench --benchmark-only -k simulation --benchmark-json=bench/results/simulation-cpu.json
 	$(BIN)/python -m bench.report bench/results/simulation-cpu.json --png docs/bench-simulation.png \
 		--document docs/benchmarks.md --document README.md
+
+bench-models: $(READY)  ## a training step of whole models, of PEFT's, this library's and the bare one
+	$(BIN)/python -m pytest bench --benchmark-only -k models --benchmark-json=bench/results/models-cpu.json
+	$(BIN)/python -m bench.report bench/results/models-cpu.json --document docs/benchmarks.md --document README.md
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/python -m ruff check .

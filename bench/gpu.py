@@ -2,10 +2,10 @@
 
 `python -m bench.gpu --out DIR` writes DIR/<device>.json. First it checks the operators against fp64 in bfloat16 at the
 shapes that are timed first, then it times every provider of every case, the most important first, then training steps
-of many clients, and with the time left it checks all other dtypes and shapes. The file is written after each, so an
-interrupted run continues where it stopped. Times are the device's: flushing the cache keeps the device busy while the
-host launches, and the host's time per call is recorded as host_us. A training step is timed with its launches, from an
-idle device to an idle device.
+of many clients, last those of whole models, and with the time left it checks all other dtypes and shapes. The file is
+written after each, so an interrupted run continues where it stopped. Times are the device's: flushing the cache keeps
+the device busy while the host launches, and the host's time per call is recorded as host_us. A training step is timed
+with its launches, from an idle device to an idle device.
 """
 
 import argparse
@@ -36,8 +36,9 @@ from bench.harness.machine import (
 )
 from bench.harness.options import add_device_options, at_least, exit_status, sizes
 from bench.harness.processes import end_on_termination, leave
-from bench.harness.records import SIMULATION, case_key, open_records
+from bench.harness.records import MODEL, SIMULATION, case_key, open_records
 from bench.harness.timing import Plan
+from bench.models.cases import device_models
 from bench.providers.registry import PROVIDERS
 from bench.report.device_tables import summary
 from bench.simulation.measure import device_simulations
@@ -71,7 +72,8 @@ def choose_work(options: argparse.Namespace) -> Work:
     cases = {case_key(case.facts()): case for case in device_cases(options.device) if case.op in options.ops}
     simulations = device_simulations(options.device) if SIMULATION in options.ops else ()
     first, last = choose_checks(options)
-    return Work(first, list(cases.values())[: options.cases], simulations, last)
+    models = device_models(options.device) if MODEL in options.ops else ()
+    return Work(first, list(cases.values())[: options.cases], simulations, last, models)
 
 
 def choose_plan(most_rounds: int | None) -> Plan:
@@ -125,7 +127,9 @@ def _conclude(run: Run, work: Work) -> int:
         print("left: " + "; ".join(missing))
         print("the same command goes on from here")
     for record in wrong:
-        sizes = " ".join(f"{name} {record[name]}" for name in ("m", "k", "n", "r", "dtype"))
+        is_step = record["op"] in (SIMULATION, MODEL)
+        names = ("model", "batch", "length", "dtype") if is_step else ("m", "k", "n", "r", "dtype")
+        sizes = " ".join(f"{name} {record[name]}" for name in names)
         what = record.get("form") or record["provider"]
         print(f"WRONG {record['op']} {sizes}, {what}: {record['cause']}")
     return 1 if wrong else 0
@@ -141,7 +145,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where <device>.json goes")
     add_device_options(parser, seconds=480.0, fresh="start over instead of going on")
-    parser.add_argument("--ops", nargs="+", default=[*OPS, SIMULATION], choices=[*OPS, SIMULATION])
+    every = [*OPS, SIMULATION, MODEL]
+    parser.add_argument("--ops", nargs="+", default=every, choices=every, help="model: whole models' training steps")
     parser.add_argument("--cases", type=partial(at_least, 0), metavar="N", help="time only the first N cases")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--rounds", type=partial(at_least, 2), metavar="N", help="time no more than N rounds a case")

@@ -21,9 +21,9 @@ ORDER = {
         "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
     ),
     "bench": (
-        "test_layers", "test_simulation", "conftest", "compile_ahead", "sitting", "gpu", "clients",
-        "tune", "device", "report", "audit", "measure", "simulation", "providers", "checks", "harness", "gpu_cases",
-        "cases",
+        "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "clients",
+        "tune", "device", "report", "audit", "models", "measure", "simulation", "providers", "checks", "harness",
+        "gpu_cases", "cases",
     ),
 }  # fmt: skip
 # The other packages that each may import.

@@ -19,6 +19,8 @@ from bench.report.clients_tables import clients_markdown
 from bench.report.command import main as report
 from bench.report.device_tables import committed_section
 from bench.report.markdown import markers
+from bench.report.model_tables import NOT_MEASURED as NO_MODELS
+from bench.report.model_tables import load_models, model_markdown
 from bench.report.runs import load_run
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown as bench_markdown
@@ -101,6 +103,8 @@ def test_the_benchmark_tables_are_the_committed_results() -> None:
     assert between(page, "simulation") == simulation_markdown(load_run(RESULTS / "simulation-cpu.json")).strip()
     assert between(page, "mixed-cpu") == bench_markdown(load_run(RESULTS / "mixed-cpu.json")).strip()
     assert between(page, "text-cpu") == simulation_markdown(load_run(RESULTS / "text-cpu.json")).strip()
+    models = RESULTS / "models-cpu.json"
+    assert between(page, "models") == (model_markdown(load_models(models)).strip() if models.is_file() else NO_MODELS)
     assert between(page, "gpu") == committed_section(RESULTS).strip()
     for log in (RESULTS / "tune").glob("*.json"):
         assert between(DOCS / "kernels.md", f"tune-{log.stem}") == tune_markdown(log).strip()

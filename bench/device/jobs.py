@@ -17,6 +17,7 @@ from bench.checks.inputs import CheckShape
 from bench.checks.operators import run_checks
 from bench.harness.timing import Plan
 from bench.measure import Warmup, measure_on_device, warm_up
+from bench.models.measure import ModelStep, train_model
 from bench.simulation.measure import Simulation, simulate
 from plora_kernels.tuning import lookup
 
@@ -40,7 +41,7 @@ class Timing:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def perform(work: Check | Warmup | Timing | Simulation, *, defaults: bool = False) -> Any:
+def perform(work: Check | Warmup | Timing | Simulation | ModelStep, *, defaults: bool = False) -> Any:
     """Do one piece of work, with blocks from the tables or with the default ones, and return its result."""
     # Compiling runs in as many processes as there are cores already.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -55,6 +56,8 @@ def perform(work: Check | Warmup | Timing | Simulation, *, defaults: bool = Fals
                     return measure_on_device(work.case, torch.device(device), work.plan, work.providers, work.failed)
                 case Simulation():
                     return simulate(work)
+                case ModelStep():
+                    return train_model(work)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other processes need the memory

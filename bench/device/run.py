@@ -12,7 +12,7 @@ from functools import partial
 from bench.cases import Case
 from bench.checks.operators import check_record
 from bench.device.jobs import Check, Timing, perform
-from bench.device.simulations import time_simulations
+from bench.device.simulations import time_models, time_simulations
 from bench.device.state import LEAST_SECONDS, Run, Work, check_title, title, unchecked
 from bench.harness.processes import Outcome, Workers
 from bench.harness.records import Record, case_key
@@ -33,8 +33,11 @@ COMPILED = "peft-compiled"
 
 
 def do(run: Run, work: Work) -> None:
-    """Check what is timed first, time, measure training steps, check the rest: each until its time is up."""
-    steps = any(run.missing_steps(case) for case in work.simulations)
+    """Check what is timed first, time, measure training steps, check the rest: each until its time is up.
+
+    Whole models are the last that is timed.
+    """
+    steps = any(run.missing_steps(case) for case in work.steps)
     cases_end = run.end - (SIMULATION_SHARE * (run.end - run.started) if steps else 0.0)
     answer = partial(perform, defaults=run.defaults)
     ahead, timer = Workers(answer, run.workers, AHEAD_SECONDS), Workers(answer, min(run.workers, 1), TIMING_SECONDS)
@@ -51,6 +54,7 @@ def do(run: Run, work: Work) -> None:
         prepare(run, ahead, checks, _ahead_end(cases_end))
     # Training steps need the memory that other processes hold.
     time_simulations(run, work.simulations)
+    time_models(run, work.models)
     rest = unchecked(run, [*work.first_checks, *work.last_checks])
     with Workers(answer, min(run.workers, len(rest)), AHEAD_SECONDS) as workers:
         prepare(run, workers, rest, run.end)

@@ -11,6 +11,8 @@ from bench.device.jobs import Check
 from bench.harness.records import RecordFile, case_key
 from bench.harness.timing import Plan
 from bench.measure import chosen_providers
+from bench.models.cases import ModelCase
+from bench.models.providers import providers_of as model_providers
 from bench.simulation.cases import SimulationCase
 from bench.simulation.providers import providers_of
 
@@ -20,12 +22,18 @@ LEAST_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Work:
-    """All work of a run, in order."""
+    """All work of a run, in order, but that whole models come after the steps of many clients."""
 
     first_checks: Sequence[CheckShape]
     cases: Sequence[Case]
     simulations: Sequence[SimulationCase]
     last_checks: Sequence[CheckShape]
+    models: Sequence[ModelCase] = ()
+
+    @property
+    def steps(self) -> list[SimulationCase | ModelCase]:
+        """Return the cases of training steps in the order they are timed in."""
+        return [*self.simulations, *self.models]
 
 
 @dataclass
@@ -55,18 +63,19 @@ class Run:
         done = self.file.done()
         return tuple(form for form in shape.forms() if case_key(check_record(shape, form)) not in done)
 
-    def missing_steps(self, case: SimulationCase) -> tuple[str, ...]:
+    def missing_steps(self, case: SimulationCase | ModelCase) -> tuple[str, ...]:
         """Return the providers of a training step that have no record: none if the base could not run."""
         known = self.file.of_case(case.facts())
         if "base" in known and known["base"]["status"] != "timed":
             return ()
-        return tuple(name for name in providers_of(case) if name not in known)
+        names = model_providers(case) if isinstance(case, ModelCase) else providers_of(case)
+        return tuple(name for name in names if name not in known)
 
 
 def left(run: Run, work: Work) -> list[str]:
     """Describe what has no record yet."""
     found = [f"{title(case)} ({', '.join(names)})" for case in work.cases if (names := run.missing(case))]
-    found += [f"{case.name} ({', '.join(names)})" for case in work.simulations if (names := run.missing_steps(case))]
+    found += [f"{case.name} ({', '.join(names)})" for case in work.steps if (names := run.missing_steps(case))]
     checks = unchecked(run, [*work.first_checks, *work.last_checks])
     return found + [f"check {check_title(check.shape)}" for check in checks]
 

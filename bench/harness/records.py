@@ -4,7 +4,8 @@ The first record has op "meta": the device, versions, the code, ceilings. Every 
 provider was not timed its figures are null, and `status` is "wrong" or "not available" instead of "timed"; checks,
 which have no figures, are "passed" or "wrong". Several projections of one input have `widths`, whose sum is n. This
 library's providers have `blocks`, by op: the designs and sizes its kernels took. Training steps, op "simulation", have
-no matrix and no time_ms, but the seconds that a step of all clients of a cohort takes.
+no matrix and no time_ms, but the seconds that a step of all clients of a cohort takes; so have those of whole models,
+op "model".
 
 A case's providers may have been timed in several runs, or in several loops of one run. Each provider has one record a
 case; a provider that has none yet is timed in a new loop, together with *base* and *peft*, whose records stay as they
@@ -27,6 +28,8 @@ from fed.files import write_atomically
 
 # The op of training steps, which have keys of their own.
 SIMULATION = "simulation"
+# The op of a whole model's training step, likewise.
+MODEL = "model"
 KEYS = ("op", "m", "k", "n", "r", "dtype", "provider", "time_ms", "ratio_to_base")
 # Fields of the meta record that must be equal for new records to be added to a file.
 SAME = ("device", "device_name", "versions", "source")
@@ -38,6 +41,8 @@ def case_key(record: Record) -> tuple[object, ...]:
     if record["op"] == SIMULATION:
         sizes = tuple(record[name] for name in ("op", "model", "cohort", "batch", "length", "dtype"))
         return *sizes, record.get("unequal", False)
+    if record["op"] == MODEL:
+        return tuple(record[name] for name in ("op", "model", "batch", "length", "dtype"))
     return tuple(record.get(name) for name in ("op", "m", "k", "n", "r", "dtype", "form"))
 
 

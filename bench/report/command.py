@@ -1,11 +1,11 @@
 """Turn saved benchmark results into a Markdown table and a picture, and put both into documents.
 
 `python -m bench.report RESULTS.json [--markdown PATH] [--png PATH] [--document PATH]… [--keep]`, where RESULTS.json is
-what the suites save, of layers or of training steps, or what `python -m bench.gpu` writes: each has its own section
-between markers, in docs/benchmarks.md, that of its kind or one named as the file is. A document with the summary's
-markers, such as the README, gets the summary of all files beside RESULTS.json. A log of `python -m bench.tune` has a
-table of designs, in docs/kernels.md. Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the
-suites to the history; `python -m bench.report --history [--png PATH]` shows that.
+what the suites save, of layers, of training steps or of whole models, or what `python -m bench.gpu` writes: each has
+its own section between markers, in docs/benchmarks.md, that of its kind or one named as the file is. A document with
+the summary's markers, such as the README, gets the summary of all files beside RESULTS.json. A log of `python -m
+bench.tune` has a table of designs, in docs/kernels.md. Files of `python -m bench.clients` are tabulated too. `--keep`
+adds a run of the suites to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from bench.report.device_tables import committed_section, device_markdown
 from bench.report.figures import draw, draw_history, draw_simulation
 from bench.report.history import HISTORY, history_markdown, keep, load_history
 from bench.report.markdown import markers, update_document
-from bench.report.runs import load_run, suites_command
+from bench.report.model_tables import model_markdown
+from bench.report.runs import Run, load_run, suites_command
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown
 from bench.report.summary_tables import committed_summary
@@ -44,8 +45,13 @@ def update_documents(given: argparse.Namespace, name: str, section: str, title: 
 
 
 def report_suites(given: argparse.Namespace) -> str:
-    """Report a file of the suites, of layers or of training steps; return the table."""
+    """Report a file of the suites; return the table.
+
+    Documents get what the file is about: layers if it holds any, else steps of many clients, else of whole models.
+    """
     run = load_run(given.results)
+    if run.models and not run.ops and not run.steps:
+        return report_models(given, run)
     steps = bool(run.steps) and not run.ops
     if steps and given.keep:
         raise ResultsError(f"{given.results} holds training steps; the history keeps ratios of layers")
@@ -56,6 +62,15 @@ def report_suites(given: argparse.Namespace) -> str:
         update_documents(given, "simulation", text, "What a client's step costs in a cohort")
     else:
         update_documents(given, "bench", text, "Time of each provider divided by the base matmul's")
+    return f"{text}\n{model_markdown(run)}" if run.models else text
+
+
+def report_models(given: argparse.Namespace, run: Run) -> str:
+    """Report a file of whole models; return the tables."""
+    if given.keep or given.png:
+        raise ResultsError(f"{given.results} holds whole models, which have tables alone: no --keep, no --png")
+    text = model_markdown(run)
+    update_documents(given, "models", text)
     return text
 
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import DROPOUT_P, MAIN_OPS, MIXED_OPS
+from bench.cases import DROPOUT_P, MAIN_OPS, MIXED_OPS, OPS
 from bench.gpu_cases import DECODE_ROWS, TABLE, TABLE_RANKS, TABLE_ROWS, TINY
-from bench.harness.records import Record, holds_records, load_records
+from bench.harness.records import MODEL, SIMULATION, Record, holds_records, load_records
 from bench.report.markdown import commit_text, markdown_table, versions_text
+from bench.report.model_tables import model_reading, model_table
 from bench.report.runs import (
     Providers,
     by_case,
@@ -31,6 +32,7 @@ is known yet of their speed or of bfloat16 on a device."""
 # A forward of few rows has a section of its own.
 DECODE = "decode"
 HEADS = {name: title.head for name, title in TITLES.items()} | {DECODE: "Decode"}
+HEADS |= {SIMULATION: "Training steps", MODEL: "Whole models"}
 # The sections in order, and the text that follows each heading.
 NOTES = {
     "forward": ", M = {rows}.",
@@ -74,6 +76,8 @@ def device_markdown(meta: Mapping[str, Any], records: Sequence[Record]) -> str:
     run = run_of_device(meta, records)
     if run.steps:
         parts.append(f"**Training steps of many clients.** {reading(run)}\n\n{simulation_table(run)}")
+    if run.models:
+        parts.append(f"**Whole models.** {model_reading(run)}\n\n{model_table(run)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,8 +126,8 @@ def _of_other_commits(records: Sequence[Record]) -> str:
     found: dict[str, dict[str, None]] = {}
     for record in records:
         if "commit" in record:
-            shared = record["provider"] in (UNTUNED, "peft-compiled", "peft-autocast")
-            what = f"*{record['provider']}*" if shared else HEADS.get(record["op"], "training steps").lower()
+            shared = record["op"] in OPS and record["provider"] in (UNTUNED, "peft-compiled", "peft-autocast")
+            what = f"*{record['provider']}*" if shared else HEADS[record["op"]].lower()
             found.setdefault(record["commit"], {})[what] = None
     each = [f"{commit_text(commit)}: {', '.join(names)}" for commit, names in found.items()]
     return f" Measured before the rest, at {'; '.join(each)}." if each else ""

@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import MIXED_OPS, OPS
-from bench.harness.records import SIMULATION, Record, ResultsError, case_key, holds_records, load_records, read_json
+from bench.harness.records import (
+    MODEL,
+    SIMULATION,
+    Record,
+    ResultsError,
+    case_key,
+    holds_records,
+    load_records,
+    read_json,
+)
 
-# The fields that the suites save for a layer, for its figures if it was timed, and for a training step.
+# The fields that the suites save for a layer, for its figures if it was timed, for a training step of many clients and
+# for one of a whole model.
 LAYER = ("model", "projection", "m", "k", "n", "r", "dtype", "provider")
 FIGURES = ("time_ms", "iqr_ms", "rounds", "ratio_to_base", "ratio_to_peft", "peak_bytes")
 STEP = ("model", "cohort", "batch", "length", "dtype", "provider", "status")
+WHOLE = ("model", "batch", "length", "dtype", "provider", "status")
 # Ways that an op's own provider is compared with besides PEFT's, and the titles of these columns.
 OTHER_WAYS = {"fused-apart": "fused ÷ apart", "fused-inplace": "fused ÷ in place"}
 MIXED_WAYS = {"peft-autocast": "mixed ÷ autocast", "fused": "mixed ÷ fused"}
@@ -45,6 +56,11 @@ class Run:
     def steps(self) -> tuple[Record, ...]:
         """Return the records of training steps."""
         return tuple(record for record in self.records if record["op"] == SIMULATION)
+
+    @property
+    def models(self) -> tuple[Record, ...]:
+        """Return the records of whole models' training steps."""
+        return tuple(record for record in self.records if record["op"] == MODEL)
 
     def cases(self, op: str | None = None) -> list[Providers]:
         """Return the layers' records by case and provider, of one op or of all, in the order measured."""
@@ -84,8 +100,9 @@ def suites_command(path: Path) -> str:
 
 def _checked(records: Iterable[Record], status: str, of_layer: Sequence[str]) -> Iterator[Record]:
     """Yield records, each with a status; raise KeyError for a field that one of a layer or a training step lacks."""
+    of_op = dict.fromkeys(OPS, (*LAYER, *of_layer)) | {SIMULATION: STEP, MODEL: WHOLE}
     for record in records:
-        needed = STEP if record["op"] == SIMULATION else (*LAYER, *of_layer) if record["op"] in OPS else ()
+        needed = of_op.get(record["op"], ())
         missing = [name for name in needed if name not in record]
         if missing:
             raise KeyError(missing[0])

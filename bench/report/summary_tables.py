@@ -11,17 +11,19 @@ from bench.cases import MIXED_OPS, RANK
 from bench.harness.records import holds_records
 from bench.report.device_tables import table_of
 from bench.report.markdown import commit_text, markdown_table
+from bench.report.model_tables import load_models, step_ratios
 from bench.report.runs import Run, facts_of, geometric_mean, load_any, load_run, own_provider, ratio_of, timed
 from bench.report.simulation_tables import COHORT, OURS, load_simulation, shown
 
-# The suites' files of a CPU in the folder of results, the last two with what others may lack: layers in mixed
-# precision, and language models.
+# The suites' files of a CPU in the folder of results, the last three with what others may lack: layers in mixed
+# precision, language models, and whole models.
 LAYERS, STEPS, MIXED, TEXTS = "cpu.json", "simulation-cpu.json", "mixed-cpu.json", "text-cpu.json"
+MODELS = "models-cpu.json"
 # Endings of files beside a device's own: measured with default blocks, or set aside by a later sitting.
 BESIDE = ("-defaults", "-before")
 NOT_MEASURED = "not yet measured"
 # The names of what a mean is over, singular and plural.
-SHAPES, BATCHES = ("shape", "shapes"), ("batch", "batches")
+SHAPES, BATCHES, CASES = ("shape", "shapes"), ("batch", "batches"), ("case", "cases")
 TITLES = {
     "forward": "a layer's forward",
     "forward_backward": "a layer's forward + backward",
@@ -31,11 +33,12 @@ TITLES = {
     "fold": "folding modules into a weight, in place",
 }
 STEP_TITLE, TEXT_TITLE = "a training step of many clients", "the same of language models"
+MODEL_TITLE = "a training step of one whole PEFT model, after `fuse_peft`"
 WIDTH = 120
 
 
 class Measured(NamedTuple):
-    """The results of one kind of machine: time ÷ PEFT's by op, and for training steps."""
+    """The results of one kind of machine: time ÷ PEFT's by op, for training steps and for those of whole models."""
 
     title: str
     conditions: str
@@ -43,6 +46,7 @@ class Measured(NamedTuple):
     steps: Sequence[float] = ()
     texts: Sequence[float] = ()
     models: Sequence[str] = ()
+    wholes: Sequence[float] = ()
 
 
 def committed_summary(results: Path) -> str:
@@ -52,13 +56,17 @@ def committed_summary(results: Path) -> str:
     rows = [[title, *(_cell(one.layers.get(op, ()), SHAPES) for one in columns)] for op, title in TITLES.items()]
     rows.append([STEP_TITLE, *(_cell(one.steps, BATCHES) for one in columns)])
     rows.append([TEXT_TITLE, *(_cell(one.texts, BATCHES) for one in columns)])
+    wholes = ""
+    if any(one.wholes for one in columns):
+        rows.append([MODEL_TITLE, *(_cell(one.wholes, CASES) for one in columns)])
+        wholes = " A whole model: eager against eager, over models, batches and dtypes."
     models = ", ".join(dict.fromkeys(model for one in columns for model in one.models))
     projections = f"projections of {models}," if models else "projections"
     reading = (
         "Time divided by PEFT's, below 1 is faster: geometric means, in brackets the least and the greatest. Layers "
         f"and folds: over {projections} at R {RANK}. Training steps: clients in one pass "
         "against one PEFT model whose adapter and optimiser state are swapped from client to client, over models and "
-        f"batches, each at {COHORT} clients or, where that was not measured, at the most that were."
+        f"batches, each at {COHORT} clients or, where that was not measured, at the most that were.{wholes}"
     )
     where = " ".join(f"{one.title}: {one.conditions}." for one in columns if one.conditions)
     table = markdown_table(["time ÷ PEFT's", *(one.title for one in columns)], rows)
@@ -68,7 +76,7 @@ def committed_summary(results: Path) -> str:
 def _of_cpu(results: Path) -> Measured:
     title, conditions, models = "CPU", list[str](), list[str]()
     layers: dict[str, list[float]] = {}
-    steps, texts = list[float](), list[float]()
+    steps, texts, wholes = list[float](), list[float](), list[float]()
     machines = list[str]()
 
     def note(what: str, run: Run) -> None:
@@ -96,7 +104,12 @@ def _of_cpu(results: Path) -> Measured:
         texts = _of_steps(run)[1]
         dtypes = " and ".join(dict.fromkeys(record["dtype"] for record in run.steps))
         note(f"language models, in {dtypes}: ", run)
-    return Measured(title, "; ".join(conditions), layers, steps, texts, models)
+    if (results / MODELS).is_file():
+        run = load_models(results / MODELS)
+        wholes = step_ratios(run)
+        dtypes = " and ".join(dict.fromkeys(record["dtype"] for record in run.models))
+        note(f"whole models, in {dtypes}: ", run)
+    return Measured(title, "; ".join(conditions), layers, steps, texts, models, wholes)
 
 
 def _of_layers(run: Run) -> dict[str, list[float]]:
@@ -120,7 +133,7 @@ def _of_device(path: Path) -> Measured:
             layers.setdefault(op, []).append(ratio)
             dtypes.append(record["dtype"])
             models += [record["model"]] if "model" in record else []
-    return Measured(_titled(run.device_name, dtypes), _when(run), layers, *_of_steps(run), models)
+    return Measured(_titled(run.device_name, dtypes), _when(run), layers, *_of_steps(run), models, step_ratios(run))
 
 
 def _is_device(path: Path) -> bool:

@@ -18,11 +18,12 @@ COHORTS = (1, 2, 5, 10, 20, 50)
 class ModelShape:
     """A transformer's sizes. `vocabulary` counts tokens; an image model's is 0, and its images have one size.
 
-    The family "llama-lm" is a causal language model with tied embeddings, `labels` 0, whose adapter alone is trained.
+    The families "llama-lm" and "gpt2" are causal language models with tied embeddings, `labels` 0, whose adapter alone
+    is trained.
     """
 
     name: str
-    family: Literal["vit", "bert", "llama", "llama-lm"]
+    family: Literal["vit", "bert", "llama", "llama-lm", "gpt2"]
     layers: int
     width: int
     inner: int

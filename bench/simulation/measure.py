@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -212,7 +213,32 @@ def simulate(work: Simulation) -> list[Record]:
     return [one.record for one in found.values()]
 
 
-def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
+class StepCase(Protocol):
+    """What a case of training steps says of itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    def facts(self) -> dict[str, object]: ...
+
+
+class StepWork(Protocol):
+    """A case of training steps sent to a process, as `Simulation` is."""
+
+    @property
+    def case(self) -> StepCase: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def providers(self) -> tuple[str, ...]: ...
+
+    @property
+    def failed(self) -> Mapping[str, str]: ...
+
+
+def simulation_records(work: StepWork, outcome: Outcome) -> list[Record]:
     """Return a record per wanted provider, from the result of a process or, if it was stopped, from its notes.
 
     Without either, the providers that the others are divided by did not run: then there is one record, of the base,
@@ -228,12 +254,12 @@ def simulation_records(work: Simulation, outcome: Outcome) -> list[Record]:
     return [named[name] for name in work.providers if name in named]
 
 
-def blamed(outcome: Outcome) -> str | None:
-    """Return the provider that ran alone when its process was stopped, if one did."""
+def blamed(outcome: Outcome, references: Sequence[str] = REFERENCES) -> str | None:
+    """Return the provider that ran alone when its process was stopped, if one did that others are not divided by."""
     last = None if outcome.cut else outcome.last_note
-    return last if isinstance(last, str) and last not in REFERENCES else None
+    return last if isinstance(last, str) and last not in references else None
 
 
-def _lost(work: Simulation, provider: str, cause: str | None) -> Record:
+def _lost(work: StepWork, provider: str, cause: str | None) -> Record:
     facts = {**work.case.facts(), "device": work.device, "provider": provider}
     return blank(**facts, status="not available", cause=cause)

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -22,7 +24,7 @@ from transformers import (
 from bench.simulation.cases import ModelShape
 
 # The module that is trained in full, by family; of a language model none is.
-HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score", "llama-lm": None}
+HEADS = {"vit": "classifier", "bert": "classifier", "llama": "score", "llama-lm": None, "gpt2": None}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -51,9 +53,14 @@ def sharing_weights(model: nn.Module, apart: Sequence[str]) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if id(tensor) not in own})
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return a transformer's layers."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
 def first_block(model: nn.Module) -> nn.Module:
     """Return the first of a transformer's layers."""
-    return next(module[0] for module in model.modules() if isinstance(module, nn.ModuleList))
+    return layers_of(model)[0]
 
 
 def _drawn(shape: ModelShape) -> Any:
@@ -78,3 +85,13 @@ def _drawn(shape: ModelShape) -> Any:
                 return LlamaForSequenceClassification(LlamaConfig(**words, **attention, **sizes))
             del sizes["num_labels"]
             return LlamaForCausalLM(LlamaConfig(**words, **attention, **sizes, tie_word_embeddings=True))
+        case "gpt2":
+            words = {"vocab_size": shape.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+            no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            del sizes["num_labels"]
+            sizes["n_inner"] = sizes.pop("intermediate_size")
+            model = GPT2LMHeadModel(GPT2Config(**words, **no_dropout, **sizes))
+            # The same loss by its name: transformers finds none for this class, and says so in the log at the first
+            # step, which torch.compile cannot trace.
+            model.loss_type = "ForCausalLM"
+            return model

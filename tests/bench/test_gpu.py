@@ -16,9 +16,10 @@ from bench.device import run as device_run
 from bench.device import simulations
 from bench.gpu_cases import GATE, TABLE, TABLE_RANKS, TABLE_ROWS, TINY, device_cases
 from bench.harness import machine
-from bench.harness.records import KEYS, SIMULATION, RecordFile, case_key, load_records
+from bench.harness.records import KEYS, MODEL, SIMULATION, RecordFile, case_key, load_records
 from bench.harness.timing import Plan
 from bench.measure import measure_on_device
+from bench.models.providers import EAGER
 from bench.providers.registry import every_provider
 from bench.report.command import main
 from bench.report.device_tables import committed_section, device_markdown, summary
@@ -49,7 +50,7 @@ def test_every_record_has_the_keys_and_every_case_its_providers(results: Path) -
     meta, records = load_records(results)
     assert set(meta) >= {"device_name", "versions", "commit", "source", "ceilings", "date"}
     assert meta["ceilings"]["copy_gbps"] > 0
-    timed = [record for record in records if record["status"] == "timed" and record["op"] != SIMULATION]
+    timed = [record for record in records if record["status"] == "timed" and record["op"] in OPS]
     assert all(name in record for record in records for name in KEYS)
     assert {record["op"] for record in timed} == set(OPS)
     assert Counter(record["provider"] for record in timed) == {
@@ -84,6 +85,21 @@ def test_training_steps_of_many_clients_are_measured_and_shown(results: Path) ->
     assert "| digits-vit, 2×17 | 2 |" in device_markdown(meta, records)
 
 
+def test_whole_models_are_measured_and_shown(results: Path) -> None:
+    meta, records = load_records(results)
+    steps = [record for record in records if record["op"] == MODEL]
+    assert [(record["model"], record["provider"]) for record in steps] == [
+        (model, provider) for model in ("tiny-bert", "tiny-gpt2") for provider in EAGER
+    ]
+    absent = [record for record in steps if record["status"] != "timed"]
+    assert [(record["model"], record["provider"]) for record in absent] == [("tiny-gpt2", "inject")]
+    assert "Conv1D" in absent[0]["cause"]
+    text = device_markdown(meta, records)
+    assert "**Whole models.** One training step of one model" in text
+    assert text.count("| tiny-gpt2, 2×8, float32 |") == 2
+    assert f"- *inject* of tiny-gpt2: not available: {absent[0]['cause']}." in text
+
+
 def test_a_second_call_measures_nothing_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_records(results)
     for module, name in ((gpu, "ceilings"), (device_run, "perform"), (simulations, "perform")):
@@ -97,6 +113,7 @@ def test_without_time_it_says_what_is_left(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "left: forward 64×48 M 32 R 4 float32 (base, peft, peft-autocast, inplace, fused); " in shown
     assert "digits-vit-2x17-c2-float32 (base, peft-loop, vmap, sequential, cohort); " in shown
+    assert "tiny-gpt2-2x8-float32 (base, peft, fuse-peft, inject); " in shown
     assert "check float32 M 1 K 1 N 1 R 1\n" in shown
     assert "goes on from here" in shown
     assert load_records(tmp_path / "cpu.json")[1] == []
@@ -157,6 +174,19 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     shown = capsys.readouterr().out
     assert "WRONG fold: fold: weight is off by" in shown
     assert shown.splitlines()[-1].startswith("WRONG check m 37 k 50 n 29 r 5 dtype float32, folds agree")
+
+
+def test_a_wrong_whole_model_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = pk.FusedPLoRALinear.forward
+    monkeypatch.setattr(pk.FusedPLoRALinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    assert gpu.main(["--out", str(tmp_path), *QUICK, "--ops", MODEL, "--no-checks"]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].startswith("WRONG model model tiny-bert batch 2 length 8 dtype float32, inject: inject: ")
+    statuses = {(one["model"], one["provider"]): one["status"] for one in load_records(tmp_path / "cpu.json")[1]}
+    assert [key for key, status in statuses.items() if status == "wrong"] == [("tiny-bert", "inject")]
+    assert statuses["tiny-bert", "fuse-peft"] == "timed"
 
 
 def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:

@@ -33,6 +33,9 @@ from bench.harness.processes import LostProcessError, Outcome, note, outcomes
 from bench.harness.records import SIMULATION, RecordFile, load_records
 from bench.harness.timing import Plan
 from bench.measure import Warmup, untimed
+from bench.models.cases import TINY_MODELS, ModelCase
+from bench.models.measure import ModelStep, train_model
+from bench.models.providers import EAGER, PROVIDERS
 from bench.simulation.cases import DIGITS_VIT, SimulationCase
 from bench.simulation.measure import Simulation, blamed, simulate, simulation_records
 from bench.simulation.providers import COMPILED as COMPILED_STEPS
@@ -44,6 +47,7 @@ from plora_kernels.tuning.tables import Entry, Table
 FORWARD = Case("forward", TINY, 32, 4, "float32")
 QUICK = ["--device", "cpu", "--rounds", "2", "--providers", "base", "peft", "inplace", "fused"]
 STEP = SimulationCase(DIGITS_VIT, 2, 17, 10, "float32")
+WHOLE = ModelCase(TINY_MODELS[0], 2, 8, "float32")
 
 
 def a_run(tmp_path: Path, workers: int = 0, providers: Sequence[str] = gpu.PROVIDERS, seconds: float = 60.0) -> Run:
@@ -152,14 +156,14 @@ def jobs_of(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Return a list that receives all work; none is done."""
     seen: list[object] = []
 
-    def record(work: Check | Timing | Simulation, *, defaults: bool) -> Any:
+    def record(work: Check | Timing | Simulation | ModelStep, *, defaults: bool) -> Any:
         seen.append(work)
         if isinstance(work, Check):
             return [operators.check_record(work.shape, form) | {"status": "passed"} for form in work.forms]
         if isinstance(work, Timing):
             return timed(work.case, work.providers)
-        assert isinstance(work, Simulation)
-        names = dict.fromkeys(["base", "peft-loop", *work.providers])
+        assert isinstance(work, Simulation | ModelStep)
+        names = dict.fromkeys(["base", "peft-loop" if isinstance(work, Simulation) else "peft", *work.providers])
         return [{**work.case.facts(), "provider": name, "status": "timed"} for name in names]
 
     for module in (device_run, simulations):
@@ -176,18 +180,23 @@ def test_the_order_is_first_checks_eager_compiled_steps_and_then_the_rest(
     first, last = (CheckShape("cpu", name, 3, 4, 5, 2) for name in ("bfloat16", "float16"))
     steps = [STEP, SimulationCase(DIGITS_VIT, 2, 17, 5, "float32")]
     run = a_run(tmp_path)
-    device_run.do(run, Work([first], [FORWARD, other, alike], steps, [last]))
+    work = Work([first], [FORWARD, other, alike], steps, [last], [WHOLE, replace(WHOLE, dtype="bfloat16")])
+    device_run.do(run, work)
     timings = [(work.case, "peft-compiled" in work.providers) for work in seen if isinstance(work, Timing)]
     assert timings == [(case, compiled) for compiled in (False, True) for case in (FORWARD, alike, other)]
     simulated = [(work.case.cohort, work.providers) for work in seen if isinstance(work, Simulation)]
     eager = ("base", "peft-loop", "vmap", "sequential", "cohort")
     assert simulated == [(10, eager), (5, eager), (10, (COMPILED_STEPS,))]
     kinds = [type(work) for work in seen]
-    assert kinds == [Check, *[Timing] * 6, *[Simulation] * 3, Check]
+    assert kinds == [Check, *[Timing] * 6, *[Simulation] * 3, *[ModelStep] * 10, Check]
+    trained = [(work.case.dtype, work.providers) for work in seen if isinstance(work, ModelStep)]
+    dtypes = ("float32", "bfloat16")
+    assert trained[:2] == [(dtype, EAGER) for dtype in dtypes]
+    assert trained[2:] == [(dtype, (name,)) for dtype in dtypes for name in PROVIDERS[len(EAGER) :]]
     assert (seen[0].shape, seen[-1].shape) == (first, last)  # type: ignore[attr-defined]
     keys = [(records.case_key(record), record["provider"]) for record in run.file.records]
     assert len(set(keys)) == len(keys)
-    assert left(run, Work([first], [FORWARD, other, alike], steps, [last])) == []
+    assert left(run, work) == []
 
 
 def test_only_missing_providers_are_timed_again_and_against_the_base_of_their_loop(tmp_path: Path) -> None:
@@ -367,6 +376,46 @@ def test_a_step_that_hangs_costs_its_provider_alone(tmp_path: Path, monkeypatch:
     assert run.missing_steps(STEP) == ()
 
 
+def models_hang_in_inject(work: ModelStep, *, defaults: bool = False) -> Any:
+    """Whole models that hang in *inject*, and in the compiled PEFT."""
+    names = dict.fromkeys(["base", "peft", *work.providers])
+    for name in names:
+        note(name)
+        if name in ("inject", "peft-compiled") and name not in work.failed:
+            time.sleep(600.0)
+    known = [name for name in names if name not in work.failed]
+    return [{**work.case.facts(), "provider": name, "status": "timed"} for name in known]
+
+
+@pytest.mark.slow
+def test_a_model_that_hangs_costs_its_provider_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulations, "perform", models_hang_in_inject)
+    monkeypatch.setattr(simulations, "MODEL_SECONDS", 2.0)
+    run = a_run(tmp_path, workers=1)
+    simulations.time_models(run, [WHOLE])
+    found = of_provider(run)
+    why = "not done after 2 s; its process was stopped"
+    assert found.pop("inject") == found.pop("peft-compiled") == ("not available", why)
+    assert set(found) == set(PROVIDERS) - {"inject", "peft-compiled"}
+    assert {status for status, _ in found.values()} == {"timed"}
+    assert run.missing_steps(WHOLE) == ()
+
+
+def test_whole_models_note_who_runs_and_what_is_known_after_every_round() -> None:
+    case = replace(WHOLE, compiled=False)
+    work = ModelStep(case, "cpu", ("base", "fuse-peft", "inject"), {"fuse-peft": "it ended"})
+    ((_, outcome),) = outcomes(train_model, [work], workers=0, seconds_each=60.0)
+    assert [told for told in outcome.notes if isinstance(told, str)] == ["base", "peft", "inject"]
+    lists = [told for told in outcome.notes if isinstance(told, list)]
+    assert lists[-1] == outcome.value
+    kept = simulation_records(work, Outcome(error="not done after 9 s", notes=outcome.notes))
+    assert [(record["provider"], record["status"]) for record in kept] == [
+        ("base", "timed"),
+        ("fuse-peft", "not available"),
+        ("inject", "timed"),
+    ]
+
+
 def test_who_is_blamed_for_a_step() -> None:
     for notes, cut, expected in (
         ((), False, None),
@@ -376,6 +425,8 @@ def test_who_is_blamed_for_a_step() -> None:
         (("vmap", None), False, None),
     ):
         assert blamed(Outcome(error="ended", notes=notes, cut=cut)) == expected
+    of_models = Outcome(error="ended", notes=("base", "peft"))
+    assert (blamed(of_models), blamed(of_models, ("base", "peft"))) == ("peft", None)
     nothing = simulation_records(Simulation(STEP, "cpu", ("base", "vmap")), Outcome(error="ended"))
     assert [(record["provider"], record["cause"]) for record in nothing] == [("base", "ended")]
 

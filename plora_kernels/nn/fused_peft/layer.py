@@ -24,7 +24,7 @@ from plora_kernels.nn.fused_peft.conditions import (
     watched_from_outside,
     why_not_fitting,
 )
-from plora_kernels.nn.fused_peft.worth import why_not_worth
+from plora_kernels.nn.fused_peft.worth import FEW, is_small
 from plora_kernels.selection import MAX_RANK
 
 BASE_MODEL = "__base__"  # PEFT's name in `adapter_names` for rows without an adapter
@@ -44,6 +44,9 @@ class FusedLoraLinear(lora.Linear):
         if type(self) is not FusedLoraLinear:
             # Other code, such as accelerate's hooks, may hold this method after `unfuse_peft` changed the class.
             return lora.Linear.forward(self, x, *args, **kwargs)
+        if not args and not kwargs and is_small(self, x):
+            count(self, FEW)
+            return lora.Linear.forward(self, x)
         names = kwargs.get("adapter_names")
         # PEFT passes the arguments it knows as None if they are not used.
         unknown = args or any(value is not None for key, value in kwargs.items() if key != "adapter_names")
@@ -128,8 +131,6 @@ def plain_call(layer: Any, x: Any) -> _Call | str:
         return found
     base, adapters = found
     unfitting = why_not_fitting(x, base, adapters)
-    if unfitting is None:
-        unfitting = why_not_worth(x, base.weight, [factor for own in adapters for factor in (own.A, own.B)])
     return _Call(base, adapters) if unfitting is None else unfitting
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plora_kernels.counter_rng import HALF
 from plora_kernels.dispatch import autocast_dtype
+
+FEW = "few rows, for which it is faster on a CPU"
 
 # What the fused form saves is passes over y and dX; what it costs is a Function of Python and, in half precision,
 # rounding factors and a second product for their fp32 gradients, whatever the rows are. The two are even at about these
@@ -19,21 +21,35 @@ FEWEST_OF_FORWARD = 1 << 16, 1 << 17
 FEWEST_OF_BOTH = 1 << 18, 1 << 20
 # PEFT casts x to fp32 for fp32 factors, which fusing saves too.
 FEWEST_OF_BOTH_WITH_CASTS = 1 << 18
+# Elements of y and x below which a call is small in any case, and above which in none.
+_ALWAYS, _NEVER = 1 << 15, 1 << 20
 
 
-def why_not_worth(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """Return why a call takes less time in PEFT's forward, or None; `factors` are those that enter it.
+def is_small(layer: Any, x: Any) -> bool:
+    """Say whether a call of a LoRA layer takes less time in PEFT's forward and backward.
 
-    With a backend forced by PLORA_BACKEND every call that can be fused is, and so it is inside torch.compile.
+    It is asked before anything else, and looks at no more than it must: for one row the question itself takes time.
+    With a backend forced by PLORA_BACKEND no call is small, and so it is inside torch.compile.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or "PLORA_BACKEND" in os.environ:
-        return None
-    (n, k), rows = weight.shape, x.shape[:-1].numel()
-    cast = autocast_dtype("cpu")
+    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    n, k = layer.out_features, layer.in_features
+    rows, left = divmod(x.numel(), k or 1)
+    elements = rows * (n + k)
+    if elements >= _NEVER or not elements or left:
+        return False
+    return (elements < _ALWAYS or _is_small(layer, x, rows)) and "PLORA_BACKEND" not in os.environ
+
+
+def _is_small(layer: Any, x: Tensor, rows: int) -> bool:
+    first = next(iter(layer._modules["lora_A"]._modules.values()), None)
+    factor = None if first is None else first._parameters.get("weight")
+    if factor is None:
+        return False
+    cast, n = autocast_dtype("cpu"), layer.out_features
     half = (x.dtype if cast is None else cast) in HALF
-    if torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors)):
-        casts = half and cast is None and factors[0].dtype is torch.float32
-        few = rows * (n + k) < (FEWEST_OF_BOTH_WITH_CASTS if casts else FEWEST_OF_BOTH[half])
-    else:
-        few = rows * n < FEWEST_OF_FORWARD[half]
-    return "few rows, for which it is faster on a CPU" if few else None
+    if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
+        casts = half and cast is None and factor.dtype is torch.float32
+        fewest = FEWEST_OF_BOTH_WITH_CASTS if casts else FEWEST_OF_BOTH[half]
+        return bool(rows * (n + layer.in_features) < fewest)
+    return bool(rows * n < FEWEST_OF_FORWARD[half])

@@ -26,7 +26,7 @@ def fused_lora_factory(target: nn.Module, adapter_name: str, config: Any = None,
     >>> from peft import LoraConfig, get_peft_model
     >>> config = LoraConfig(r=2, target_modules=["0"])
     >>> config._register_custom_module({nn.Linear: fused_lora_factory})
-    >>> type(get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]).__name__
+    >>> type(get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]).__qualname__
     'FusedLoraLinear'
     """
     from peft.tuners.lora import layer as lora

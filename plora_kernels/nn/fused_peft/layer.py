@@ -65,6 +65,10 @@ class FusedLoraLinear(lora.Linear):
         return call.run(x)
 
 
+# Code that prints or asks for the name of the class, PEFT's included, finds the one it knows.
+FusedLoraLinear.__name__ = lora.Linear.__name__
+
+
 def why_not(layer: Any) -> str | None:
     """Return why a call of the layer would not be fused, as far as it can be told without an input, or None."""
     found = _parts(layer)

@@ -54,6 +54,7 @@ def test_nothing_but_the_class_changes() -> None:
     assert [name for name, _ in model.named_modules()] == modules
     assert all(isinstance(module, lora.Linear) for module in model.modules() if isinstance(module, lora.LoraLayer))
     torch.testing.assert_close(dict(model.state_dict()), states, rtol=0, atol=0)
+    assert str(model) == str(llama())
     model(TOKENS)
     assert pk.unfuse_peft(model) == 4
     assert not any(type(module) is FusedLoraLinear for module in model.modules())

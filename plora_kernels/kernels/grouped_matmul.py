@@ -50,6 +50,9 @@ def find_grouped_blocks(
     if inputs.dtype is torch.float32:
         # The group arguments take a few more registers, so a third stage would spill.
         stages = min(stages, 2)
+        if main.dim() == 3 and block_m * block_n >= 64 * 64:
+            # The offset of a group's own matrix takes another register, so larger tiles would spill.
+            block_m, block_n = (32 if width > blocks.block_r else block_m, 32) if aligned else (32, block_n)
         if by_number:
             block_n = min(block_n, 32)  # loading the rows' numbers takes a register, and a wider tile would spill
     elif aligned and block_m * block_n < 128 * 128:

@@ -11,11 +11,9 @@ import torch
 import transformers as tf
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
@@ -151,27 +149,33 @@ EXPERTS = {
     "qwen2_moe": ExpertsCase(Qwen2MoeExperts, _sized(tf.Qwen2MoeConfig, moe_intermediate_size=24, num_experts=7), 7),
     "mixtral": ExpertsCase(MixtralExperts, _sized(tf.MixtralConfig, intermediate_size=24, num_local_experts=7), 7),
     "gpt_oss": ExpertsCase(GptOssExperts, _sized(tf.GptOssConfig, intermediate_size=24, num_local_experts=7), 7),
-    "aria": ExpertsCase(AriaExperts, _sized(tf.AriaTextConfig, intermediate_size=24, moe_num_experts=7), 7),
     "nemotron_h": ExpertsCase(
         NemotronHExperts,
         _sized(tf.NemotronHConfig, moe_intermediate_size=24, n_routed_experts=7, moe_latent_size=None),
         7,
         ("up_proj", "down_proj"),
     ),
-    "muse_spark": ExpertsCase(
-        MuseSparkExperts,
-        _sized(
-            tf.MuseSparkTextConfig,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            moe_hidden_size=32,
-            moe_intermediate_size=24,
-            num_local_experts=7,
-        ),
-        7,
-    ),
     "llama4": ExpertsCase(Llama4TextExperts, _sized(tf.Llama4TextConfig, intermediate_size=24, num_local_experts=7), 7),
 }
+if hasattr(tf, "MuseSparkTextConfig"):  # newer than the transformers of `constraints-device.txt`, as Aria's form is
+    from transformers.models.aria.modeling_aria import AriaExperts
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+
+    EXPERTS |= {
+        "aria": ExpertsCase(AriaExperts, _sized(tf.AriaTextConfig, intermediate_size=24, moe_num_experts=7), 7),
+        "muse_spark": ExpertsCase(
+            MuseSparkExperts,
+            _sized(
+                tf.MuseSparkTextConfig,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                moe_hidden_size=32,
+                moe_intermediate_size=24,
+                num_local_experts=7,
+            ),
+            7,
+        ),
+    }
 
 
 def leaves_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:

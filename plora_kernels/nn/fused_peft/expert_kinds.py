@@ -19,6 +19,7 @@ _ROUTED, _EQUALLY_FED = "routed", "equally fed"
 _LLAMA4 = "transformers.models.llama4.modeling_llama4"
 # What transformers calls implementations that compute the same by other products, besides the model's own ("eager").
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+_SETTINGS = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 class Kind(NamedTuple):
@@ -45,9 +46,10 @@ def kind_of(experts: Any) -> Kind | str:
     form = _form_of(type(experts))
     if form == _EQUALLY_FED:
         return Kind("gate_up_proj", "down_proj", True, False, False, False)
-    if form != _ROUTED:
+    # An older decorator may not have set all of them.
+    if form != _ROUTED or not all(hasattr(experts, name) for name in _SETTINGS):
         return f"unknown experts: {type(experts).__name__}"
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):
         return "expert parallelism"
     chosen = experts.config._experts_implementation
     if chosen in (None, "eager"):
@@ -59,6 +61,11 @@ def kind_of(experts: Any) -> Kind | str:
         return f"experts implementation: {chosen}"
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     return Kind(up, "down_proj", experts.is_transposed, experts.has_bias, True, chosen == "grouped_mm")
+
+
+def norm_of(experts: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what an experts module applies to the rows of its second product, or None."""
+    return experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
 
 
 def gate_of(experts: Any, kind: Kind) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_modules
 from plora_kernels.checks import DTYPES, may_adapt
 from plora_kernels.dispatch import autocast_dtype
 from plora_kernels.nn.fused_peft.calls import count
-from plora_kernels.nn.fused_peft.expert_kinds import Kind, gate_of, kind_of
+from plora_kernels.nn.fused_peft.expert_kinds import Kind, gate_of, kind_of, norm_of
 from plora_kernels.nn.fused_peft.expert_products import Stack, equally_fed_experts, routed_experts
 from plora_kernels.selection import MAX_RANK
 
@@ -64,8 +64,7 @@ class FusedParamWrapper(lora.ParamWrapper):
         if not kind.is_routed:
             return equally_fed_experts(x, up, down, gate_of(experts, kind))
         index, weights = (*args, *(kwargs[name] for name in _ARGUMENTS[len(args) :]))
-        after = experts.post_expert_norm if experts.has_post_expert_norm else None
-        return routed_experts(x, index, weights, up, down, gate_of(experts, kind), after)
+        return routed_experts(x, index, weights, up, down, gate_of(experts, kind), norm_of(experts))
 
 
 # PEFT finds the wrapper of a parameter by the name of its class, when it adds another adapter.

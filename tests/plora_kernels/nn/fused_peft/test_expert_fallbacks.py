@@ -96,6 +96,10 @@ def in_parallel(model: nn.Module) -> None:
     wrappers_of(model)[0].get_base_layer()._is_expert_parallel = True
 
 
+def of_an_older_decorator(model: nn.Module) -> None:
+    del wrappers_of(model)[0].get_base_layer().has_gate
+
+
 def by_another_implementation(model: nn.Module) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
@@ -111,8 +115,8 @@ def with_a_computed_scale(model: nn.Module) -> None:
     wrappers_of(model)[0].scaling["default"] = torch.tensor(2.0)
 
 
-def with_fewer_experts(model: nn.Module) -> None:
-    wrappers_of(model)[0].get_base_layer().num_experts = 6  # the last has no tokens to lose
+def with_missing_experts(model: nn.Module) -> None:
+    wrappers_of(model)[0].get_base_layer().num_experts = 8  # the last has no tokens, and so is not missed
 
 
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
@@ -126,12 +130,13 @@ CHANGES: list[tuple[Callable[[Any], object], str]] = [
     (trained, "a trainable base weight"),
     (of_a_variant, "a variant of LoRA"),
     (with_a_computed_scale, "a computed scale"),
-    (with_fewer_experts, "weights that are not stacked"),
+    (with_missing_experts, "weights that are not stacked"),
     (parametrized, "parametrized weights"),
     (of_another_class, "a subclass of ParamWrapper"),
     (with_another_forward, "unknown experts: OwnExperts"),
     (mixed, "a mixture of dtypes"),
     (in_parallel, "expert parallelism"),
+    (of_an_older_decorator, "unknown experts: Qwen2MoeExperts"),
     (by_another_implementation, "experts implementation: of_a_test"),
 ]
 

@@ -82,6 +82,7 @@ def test_few_tokens(name: str, tokens: int) -> None:
     assert calls_of(model) == FUSED_ONCE
 
 
+@pytest.mark.skipif("muse_spark" not in EXPERTS, reason="experts of older transformers take no such index")
 def test_an_index_beyond_the_experts_names_none() -> None:
     case = EXPERTS["qwen2_moe"]
     model = adapt_experts(case.block("eager"), case.names)

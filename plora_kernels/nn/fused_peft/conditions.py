@@ -59,7 +59,7 @@ def base_of(layer: Any) -> Base | str:
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D and (kind.__module__, kind.__name__) != _FALCON:
         return f"its base is a {kind.__name__}"
-    altered = _altered(base, "its base")
+    altered = why_altered(base, "its base")
     if altered is not None:
         return altered
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -94,7 +94,7 @@ def _adapter(layer: Any, name: str) -> Adapter | str:
     for module, what in ((down, "lora_A"), (up, "lora_B")):
         if type(module) is not nn.Linear:
             return f"its {what} is a {type(module).__name__}"
-        altered = _altered(module, f"its {what}")
+        altered = why_altered(module, f"its {what}")
         if altered is not None:
             return altered
     A, B, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
@@ -116,10 +116,10 @@ def _adapter(layer: Any, name: str) -> Adapter | str:
 def _active_dropout(module: Any) -> float | str:
     """Return the probability with which a module drops elements now, or why it is no plain dropout."""
     if type(module) is nn.Identity:
-        return _altered(module, "its dropout") or 0.0
+        return why_altered(module, "its dropout") or 0.0
     if type(module) is not nn.Dropout:
         return f"its dropout is a {type(module).__name__}"
-    altered = _altered(module, "its dropout")
+    altered = why_altered(module, "its dropout")
     if altered is not None:
         return altered
     if not module.training or module.p == 0:
@@ -129,7 +129,7 @@ def _active_dropout(module: Any) -> float | str:
     return float(module.p) if module.p < 1 else "its dropout drops everything"
 
 
-def _altered(module: Any, what: str) -> str | None:
+def why_altered(module: Any, what: str) -> str | None:
     """Return why calling a module does more than its class's forward, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{what} has hooks"

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_modules
 
 from plora_kernels.checks import DTYPES, may_adapt
 from plora_kernels.dispatch import autocast_dtype
 from plora_kernels.nn.fused_peft.calls import count
+from plora_kernels.nn.fused_peft.conditions import NO_ADAPTER, watched_from_outside, why_altered
 from plora_kernels.nn.fused_peft.expert_kinds import Kind, gate_of, kind_of, norm_of
 from plora_kernels.nn.fused_peft.expert_products import Stack, equally_fed_experts, routed_experts
 from plora_kernels.selection import MAX_RANK
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ARGUMENTS = ("top_k_index", "top_k_weights")
 
 
@@ -50,12 +48,16 @@ class FusedParamWrapper(lora.ParamWrapper):
         x is (T, H), the index (T, k) integers from 0 to E (E: no expert), the weights (T, k); the result is (T, H) in
         x's dtype. Experts of Llama 4 take x (E·T, H) alone, T rows for each expert.
         """
+        if type(self) is not FusedParamWrapper:
+            # Other code, such as accelerate's hooks, may hold this method after `unfuse_peft` changed the class.
+            own: Tensor = lora.ParamWrapper.forward(self, x, *args, **kwargs)
+            return own
         reason = why_not_experts(self)
         if reason is None:
             reason = _why_not_call(self, x, args, kwargs)
         count(self, reason)
         if reason is not None:
-            unfused: Tensor = super().forward(x, *args, **kwargs)
+            unfused: Tensor = lora.ParamWrapper.forward(self, x, *args, **kwargs)
             return unfused
         experts, wrappers = _experts_of(self), {wrapper.parameter_name: wrapper for wrapper in _chain(self)}
         kind = kind_of(experts)
@@ -90,7 +92,7 @@ def why_not_experts(layer: lora.ParamWrapper) -> str | None:
     others = [name for name in names if name not in (kind.up, kind.down)]
     if others:
         return f"adapted parameter: {others[0]}"
-    if any(_is_hooked(module) for module in (*wrappers[1:], experts)):
+    if any(why_altered(module, "") is not None for module in (*wrappers[1:], experts)):
         return "hooks on the experts"
     for wrapper in wrappers:
         reason = _why_not_adapter(wrapper)
@@ -102,14 +104,14 @@ def why_not_experts(layer: lora.ParamWrapper) -> str | None:
 def _why_not_adapter(wrapper: lora.ParamWrapper) -> str | None:
     """Return why the state of a wrapper's adapters is not plain: exactly one active, not merged, without variants."""
     if wrapper.disable_adapters:
-        return "adapters disabled"
+        return "its adapters are disabled"
     if wrapper.merged:
-        return "adapters merged"
+        return "its adapters are merged"
     active = wrapper.active_adapters
     if len(active) > 1:
         return "several adapters"
     if not active or active[0] not in wrapper.lora_A:
-        return "no active adapter"
+        return NO_ADAPTER
     if active[0] in getattr(wrapper, "lora_variant", ()):
         return "a variant of LoRA"
     if not isinstance(wrapper.scaling[active[0]], int | float):
@@ -177,26 +179,13 @@ def _why_not_call(layer: lora.ParamWrapper, x: Any, args: tuple[Any, ...], kwarg
         return "a mixture of dtypes"
     if kind.is_routed and not (_is_index(tensors[1]) and tensors[2].is_floating_point()):
         return "a mixture of dtypes"
-    return _why_not_mode()
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return watched_from_outside()
 
 
 def _is_index(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32)
-
-
-def _why_not_mode() -> str | None:
-    """Return why torch is in a mode that the fused products do not run in."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    if torch_modules._has_any_global_hook():
-        return "global hooks"
-    return None
 
 
 def _chain(layer: nn.Module) -> Iterator[lora.ParamWrapper]:
@@ -211,11 +200,6 @@ def _experts_of(layer: nn.Module) -> Any:
     while isinstance(layer, lora.ParamWrapper):
         layer = layer.base_layer
     return layer
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Say whether something runs when a module is called that does not if its parameters are used instead."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _stack(experts: Any, kind: Kind, name: str, wrapper: lora.ParamWrapper | None) -> Stack:

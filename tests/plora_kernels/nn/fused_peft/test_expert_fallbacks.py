@@ -120,10 +120,10 @@ def with_missing_experts(model: nn.Module) -> None:
 
 
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
-    (disabled, "adapters disabled"),
-    (merged, "adapters merged"),
+    (disabled, "its adapters are disabled"),
+    (merged, "its adapters are merged"),
     (several, "several adapters"),
-    (inactive, "no active adapter"),
+    (inactive, "no active adapter in this layer"),
     (hooked, "hooks on the experts"),
     (hooked_within, "hooks on the experts"),
     (with_a_forward_of_its_own, "hooks on the experts"),
@@ -257,7 +257,7 @@ def test_transforms_and_forward_mode_run_peft_s_forward() -> None:
     assert_equal(*tangents)
     with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):  # PEFT's forward takes no transforms
         torch.func.grad(total)(hidden)
-    assert wrappers_of(model)[0]._plora_calls == {"torch.func": 1, "forward-mode differentiation": 1}
+    assert wrappers_of(model)[0]._plora_calls == {"torch.func transforms": 1, "forward-mode differentiation": 1}
 
 
 def test_double_backward_raises() -> None:

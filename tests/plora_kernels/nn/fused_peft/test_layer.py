@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import plora_kernels as pk
@@ -224,6 +225,18 @@ def test_small_calls_are_pefts_unless_a_backend_is_forced(monkeypatch: pytest.Mo
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     model(torch.randn(1, K, dtype=torch.bfloat16))
     assert reasons(model) == set()
+
+
+def test_small_calls_are_pefts_inside_a_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model()
+    pk.fuse_peft(model)
+    for forced, fused in ((None, 0), ("torch", 1)):
+        monkeypatch.delenv("PLORA_BACKEND") if forced is None else monkeypatch.setenv("PLORA_BACKEND", forced)
+        torch._dynamo.reset()
+        backend = EagerAndRecordGraphs()
+        torch.compile(model, fullgraph=True, backend=backend)(torch.randn(3, K))
+        nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
+        assert sum("plora.linear" in str(node.target) for node in nodes) == fused
 
 
 def test_dropout_draws_from_torchs_generator_and_again_when_recomputed() -> None:

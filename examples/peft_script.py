@@ -65,8 +65,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     text = options.text.read_text(encoding="utf-8")
     if options.model:
-        base = AutoModelForCausalLM.from_pretrained(options.model)
-        tokens = AutoTokenizer.from_pretrained(options.model)(text).input_ids
+        base = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        tokens = tokenizer(text).input_ids
     else:
         base, tokens = small_llama(), list(text.encode())
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")

@@ -83,8 +83,9 @@ def settings_of(model: Path, data: Path, rounds: int) -> config.RunConfig:
 
 def answer(run: Path, base: Path, prompt: str) -> str:
     """Return the answer of a run's model, loaded with plain transformers and PEFT and then fused."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "base")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "base", trust_remote_code=False)
+    plain = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+    model = PeftModel.from_pretrained(plain, str(run / "adapter"))
     print(repr(pk.fuse_peft(model)))
     tokens = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():

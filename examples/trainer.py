@@ -47,7 +47,10 @@ def small_llama() -> LlamaForCausalLM:
 
 def fused_model(checkpoint: str | None) -> tuple[Any, pk.FusionReport]:
     """Return a PEFT model over the base, its LoRA layers fused, and their report; A is drawn from a fixed seed."""
-    base = AutoModelForCausalLM.from_pretrained(checkpoint) if checkpoint else small_llama()
+    if checkpoint:
+        base = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
+    else:
+        base = small_llama()
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
@@ -87,7 +90,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     options = parser.parse_args(arguments)
 
     text = options.text.read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(options.model)(text).input_ids if options.model else list(text.encode())
+    tokens = list(text.encode())
+    if options.model:
+        tokens = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)(text).input_ids
     rows = Rows(tokens, options.length)
 
     model, report = fused_model(options.model)

@@ -57,8 +57,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     disable_progress_bars()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(options.model) if options.model else byte_tokenizer()
-    base = AutoModelForCausalLM.from_pretrained(options.model) if options.model else small_llama(tokenizer)
+    if options.model:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
+    else:
+        tokenizer = byte_tokenizer()
+        base = small_llama(tokenizer)
     rows = load_dataset("json", data_files=options.data, split="train") if options.data else echoes()
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(

@@ -47,10 +47,8 @@ def small_llama() -> LlamaForCausalLM:
 
 def fused_model(checkpoint: str | None) -> tuple[Any, pk.FusionReport]:
     """Return a PEFT model over the base, its LoRA layers fused, and their report; A is drawn from a fixed seed."""
-    if checkpoint:
-        base = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False)
-    else:
-        base = small_llama()
+    load = AutoModelForCausalLM.from_pretrained
+    base = load(checkpoint, trust_remote_code=False) if checkpoint else small_llama()
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)

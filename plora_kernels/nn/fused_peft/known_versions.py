@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 # with PEFT's in each of them.
 KNOWN: dict[type, dict[str | None, str]] = {
     lora.Linear: {"66a841f454c090d1": "0.17", "9df6a922ee3d28a4": "0.18 to 0.21"},
-    lora.ParamWrapper: {"48887ac33ac85962": "0.19 to 0.21"},
+    lora.ParamWrapper: {"d73591d0108087d0": "0.19 and 0.20", "0a31c57119964b2b": "0.21"},
 }
 _READ_BY_FORWARD = ("merged", "disable_adapters", "active_adapter", "active_adapters")
 
@@ -30,26 +30,33 @@ def why_unknown(kind: Any) -> str | None:
     >>> why_unknown(lora.Linear) is None
     True
     """
-    if _digest(kind, kind.forward) in KNOWN[kind]:
+    if _digest(kind) in KNOWN[kind]:
         return None
     return f"lora.{kind.__name__} of PEFT {peft.__version__} looks otherwise than those known"
 
 
-@functools.lru_cache(maxsize=16)  # a patched forward is another object
-def _digest(kind: Any, forward: Callable[..., Any]) -> str | None:
+def _digest(kind: Any) -> str | None:
     """Return a digest of all that a class's forward is made of, or None where the source is not at hand."""
-    functions = [forward, kind._check_forward_args]
+    functions = [kind.forward, kind._check_forward_args]
     functions += [vars(BaseTunerLayer)[name].fget for name in _READ_BY_FORWARD]
     if kind is lora.Linear:
         functions += [lora.LoraLayer._mixed_batch_forward, BaseTunerLayer._cast_input_dtype]
     else:
-        functions.append(kind.get_delta_weight)  # how the factors of all experts are stored
+        # How the factors of all experts are stored, and what is done with the weights that they make.
+        functions += [kind.get_delta_weight, inspect.unwrap(kind._activate_lora)]
+        proxies = (getattr(lora, name, None) for name in ("_LoraParameterProxy", "_LoraFactorsProxy"))
+        functions += [proxy.forward for proxy in proxies if proxy is not None]
     try:
-        code = [code_of(function) for function in functions]
+        code = [_known_code(function) for function in functions]
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         return None
     code.append(repr(getattr(lora, "VARIANT_KWARG_KEYS", None)))
     return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=64)  # a function that was patched is another object
+def _known_code(function: Callable[..., Any]) -> str:
+    return code_of(function)
 
 
 def code_of(function: Callable[..., Any]) -> str:

@@ -406,3 +406,14 @@ def test_reasons_of_single_calls_do_not_stay() -> None:
     assert reasons(model) == {"its adapters are disabled"}
     pk.unfuse_peft(model)
     assert reasons(model) == set()
+
+
+def test_patched_code_beside_the_forward_is_unknown_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other code may watch how PEFT makes the weights of experts; it would wait for that in vain."""
+    proxy = lora.layer._LoraParameterProxy
+    own = proxy.forward
+    monkeypatch.setattr(proxy, "forward", lambda self, W: own(self, W))
+    assert known_versions.why_unknown(lora.Linear) is None
+    assert "lora.ParamWrapper of PEFT" in (known_versions.why_unknown(lora.ParamWrapper) or "")
+    monkeypatch.undo()
+    assert known_versions.why_unknown(lora.ParamWrapper) is None

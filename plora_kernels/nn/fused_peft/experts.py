@@ -20,6 +20,7 @@ from plora_kernels.nn.fused_peft.calls import count
 from plora_kernels.nn.fused_peft.conditions import NO_ADAPTER, watched_from_outside, why_altered
 from plora_kernels.nn.fused_peft.expert_kinds import Kind, gate_of, kind_of, norm_of
 from plora_kernels.nn.fused_peft.expert_products import Stack, equally_fed_experts, routed_experts
+from plora_kernels.nn.fused_peft.known_versions import why_unknown
 from plora_kernels.selection import MAX_RANK
 
 _ARGUMENTS = ("top_k_index", "top_k_weights")
@@ -79,6 +80,9 @@ def why_not_experts(layer: lora.ParamWrapper) -> str | None:
     It looks at the wrapper, those inside it, and the experts: nothing here depends on a call's arguments.
     """
     experts, wrappers = _experts_of(layer), list(_chain(layer))
+    unknown = _why_unknown()
+    if unknown is not None:
+        return unknown
     if any(not isinstance(one, FusedParamWrapper) and type(one) is not lora.ParamWrapper for one in wrappers):
         return "a subclass of ParamWrapper"
     if "parametrizations" in experts._modules:
@@ -99,6 +103,12 @@ def why_not_experts(layer: lora.ParamWrapper) -> str | None:
         if reason is not None:
             return reason
     return _why_not_weights(experts, kind, wrappers)
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace the reading of code
+def _why_unknown() -> str | None:
+    """Return why PEFT's code is no longer what it was when the layer was fused: other code may have patched it."""
+    return why_unknown(lora.ParamWrapper)
 
 
 def _why_not_adapter(wrapper: lora.ParamWrapper) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from bench.cases import cases
+from bench.models.cases import model_cases
+from bench.models.providers import PROVIDERS
 from bench.providers.registry import provider_names
 from bench.report.runs import load_run
 from bench.report.suite_tables import markdown
@@ -46,6 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     every = sum(len(provider_names(case.op)) for case in cases("cpu"))
     every += sum(len(providers_of(case)) for case in simulation_cases("cpu"))
+    every += len(model_cases("cpu")) * len(PROVIDERS)
     assert f"collected {every} items / {every - 7} deselected / 7 selected" in finished.stdout
     assert "6 passed, 1 skipped" in finished.stdout
     assert "warning" not in finished.stdout.lower()

@@ -71,16 +71,14 @@ def unfuse_peft(model: nn.Module) -> int:
     >>> unfuse_peft(model)
     1
     """
-    fused = []
-    if "peft" in sys.modules:
-        classes = {fused: own for own, fused in _fused_classes().items()}
-        fused = [module for module in model.modules() if type(module) in classes]
-    if not fused:
+    own = {fused: own for own, fused in _fused_classes().items()} if "peft" in sys.modules else {}
+    found = [module for module in model.modules() if type(module) in own]
+    if not found:
         raise StateError("no LoRA layer of the model is fused; fuse_peft(model) fuses them")
-    for module in fused:
-        module.__class__ = classes[type(module)]
+    for module in found:
+        module.__class__ = own[type(module)]
         forget_calls(module)
-    return len(fused)
+    return len(found)
 
 
 def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:

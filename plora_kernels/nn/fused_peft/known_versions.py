@@ -16,10 +16,10 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 # Digests of the code that each fused class replaces, and the versions it was read in. The fused forwards were compared
-# with PEFT's in each of them.
+# with PEFT's under 0.17.1, 0.18.1, 0.20.0 and 0.21.2, those of experts under the last two.
 KNOWN: dict[type, dict[str | None, str]] = {
-    lora.Linear: {"66a841f454c090d1": "0.17", "9df6a922ee3d28a4": "0.18 to 0.21"},
-    lora.ParamWrapper: {"d73591d0108087d0": "0.19 and 0.20", "0a31c57119964b2b": "0.21"},
+    lora.Linear: {"66a841f454c090d1": "0.17", "9df6a922ee3d28a4": "0.18 to 0.21.2"},
+    lora.ParamWrapper: {"d73591d0108087d0": "0.19 and 0.20", "0a31c57119964b2b": "0.21.0 to 0.21.2"},
 }
 _READ_BY_FORWARD = ("merged", "disable_adapters", "active_adapter", "active_adapters")
 

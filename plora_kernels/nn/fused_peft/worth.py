@@ -22,7 +22,7 @@ FEWEST_OF_BOTH = 1 << 18, 1 << 20
 # PEFT casts x to fp32 for fp32 factors, which fusing saves too.
 FEWEST_OF_BOTH_WITH_CASTS = 1 << 18
 # Elements of y and x below which a call is small in any case, and above which in none.
-_ALWAYS, _NEVER = 1 << 15, 1 << 20
+_ALWAYS, _NEVER = 1 << 15, FEWEST_OF_BOTH[True]
 
 
 def is_small(layer: Any, x: Any) -> bool:

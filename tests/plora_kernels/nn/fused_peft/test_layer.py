@@ -251,3 +251,11 @@ def test_dropout_draws_from_torchs_generator_and_again_when_recomputed() -> None
     torch.testing.assert_close(again, first)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (first, again)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora_only"])
+@pytest.mark.parametrize("base", ["linear", "Conv1D"])
+def test_biases_of_the_base_are_trained_where_peft_trains_them(base: str, kind: str) -> None:
+    model = lora_model(base, bias=kind)
+    assert layer_of(model).base_layer.bias.requires_grad
+    check(model, torch.randn(4, 3, K), torch.float32)

@@ -54,6 +54,12 @@ Track = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Send rows to tensorboard, wandb or mlflow as well; repeatable."),
 ]
+Flower = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", help="Train on machines behind Flower's SuperLink at HOST:PORT; http://… without TLS."
+    ),
+]
 Centralised = Annotated[bool, typer.Option(help="Compare with rank-R LoRA on all clients' data together.")]
 CopyBase = Annotated[bool, typer.Option("--copy-base", help="Copy the checkpoint, as model.copy_base = true.")]
 Jobs = Annotated[int, typer.Option(min=1, max=1024, help="How many runs at once, each in a process of its own.")]
@@ -102,12 +108,19 @@ def run(
     centralised: Centralised = True,
     track: Track = None,
     copy_base: CopyBase = False,
+    flower: Flower = "",
 ) -> int:
-    """Run federated fine-tuning and save its configuration, rounds, base, adapter and report in a directory."""
+    """Run federated fine-tuning and save its configuration, rounds, base, adapter and report in a directory.
+
+    With --flower, or engine.name = "flower", the clients train on the machines that Flower connects.
+    """
+    config = configuration.load(source, [*_settings(settings, more, track, copy_base), *_engine(flower)])
+    directory = _directory(out, source)
+    if config.engine.name == "flower":
+        return _flower().run(config, directory, overwrite, centralised)
     from fed import commands
 
-    config = configuration.load(source, _settings(settings, more, track, copy_base))
-    return commands.run(config, _directory(out, source), overwrite, centralised)
+    return commands.run(config, directory, overwrite, centralised)
 
 
 @app.command()
@@ -152,13 +165,19 @@ def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's or a comparison's directory.")],
     jobs: Jobs = 1,
     centralised: Centralised = True,
+    flower: Flower = "",
 ) -> int:
-    """Continue an interrupted run or comparison; its files will be the same as without the interruption."""
+    """Continue an interrupted run or comparison; its files will be the same as without the interruption.
+
+    A run that began over Flower goes on over Flower, unless --flower local is given.
+    """
     from fed import commands
     from fed.experiments import plan as plans
 
     if (directory / plans.PLAN).is_file():
         return commands.compare(plans.plan(plans.read(directory)), directory, jobs)
+    if flower != "local" and (engine := commands.engine_of(directory, _engine(flower))).name == "flower":
+        return _flower().resume(engine, directory, centralised)
     return commands.resume(directory, centralised)
 
 
@@ -195,6 +214,22 @@ def _directory(out: Path | None, source: str, prefix: str = "") -> Path:
     if why := configuration.why_no_path(str(directory)):
         raise FedError(f"--out is {configuration.shown(directory)}: it should be {why}")
     return directory
+
+
+def _engine(flower: str) -> list[str]:
+    """Return the settings that `--flower ADDRESS` stands for."""
+    return ["engine.name=flower", f"engine.address={flower}"] if flower else []
+
+
+def _flower() -> Any:
+    """Return the module that hands runs to Flower; raise FedError if that is not installed."""
+    try:
+        from fed.flower import submit
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "flwr":
+            raise
+        raise FedError("engine.name is 'flower', which needs Flower: pip install 'plora-kernels[flower]'") from None
+    return submit
 
 
 def _settings(

@@ -16,6 +16,7 @@ from torch import nn
 from fed import config as configuration
 from fed import interruption
 from fed.config import RunConfig
+from fed.config.engine import EngineConfig
 from fed.console import ComparisonProgress, Screen, round_note
 from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
@@ -31,6 +32,7 @@ from fed.report import tables
 from fed.report.comparison import collect
 from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate
+from fed.simulation.executor import Executor
 from fed.simulation.finished import CENTRALISED, input_digests_of, mark_centralised, why_not_finished
 from fed.simulation.inputs import BASE as BASE_MODEL
 from fed.simulation.inputs import check_same, input_digests, model_digest
@@ -48,9 +50,17 @@ from fed.simulation.run_directory import (
 )
 from fed.types import Row
 
+# What makes the executor of a run's clients, given what returns the run's directory, and what takes messages.
+MakeExecutor = Callable[[Callable[[], Path], Callable[[str], object]], Executor]
 
-def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int:
-    """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status."""
+
+def run(
+    config: RunConfig, out: Path, overwrite: bool, centralised: bool, make_executor: MakeExecutor | None = None
+) -> int:
+    """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status.
+
+    With `make_executor` the clients train elsewhere.
+    """
     trackers.require(config.tracker)
     began, screen = time.perf_counter(), Screen()
     directory = RunDirectory(out, overwrite, screen.warn)
@@ -65,7 +75,8 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
                     (directory.path / ROUNDS).touch()  # by this and the other file --overwrite knows a run
                     directory.publish()
 
-                _play(config, data, model, out, screen, directory.commit, on_ready=publish)
+                executor = make_executor and make_executor(lambda: directory.path, screen.warn)
+                _play(config, data, model, out, screen, directory.commit, on_ready=publish, executor=executor)
                 if centralised:
                     _centralise(config, data, model, out, screen)
     except KeyboardInterrupt:
@@ -80,7 +91,7 @@ def run(config: RunConfig, out: Path, overwrite: bool, centralised: bool) -> int
     return _reported(out, screen, began)
 
 
-def resume(out: Path, centralised: bool) -> int:
+def resume(out: Path, centralised: bool, make_executor: MakeExecutor | None = None) -> int:
     """Continue a run from its last checkpoint, train centralised LoRA if missing, report; return the exit status."""
     began, screen = time.perf_counter(), Screen()
     recover(out, screen.warn)
@@ -101,7 +112,8 @@ def resume(out: Path, centralised: bool) -> int:
                 with interruption.deferred():
                     model = running.reopen_base(out, config, data.label_names)
                     if why is not None:
-                        _play(config, data, model, out, screen, lambda: None, resume=True)
+                        executor = make_executor and make_executor(lambda: out, screen.warn)
+                        _play(config, data, model, out, screen, lambda: None, resume=True, executor=executor)
                         wanted = centralised and not _keep_centralised(out)
                     else:
                         check_same(input_digests_of(out), input_digests(data, model), f"the run in {str(out)!r}")
@@ -110,6 +122,14 @@ def resume(out: Path, centralised: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted(out, config, screen)
     return _reported(out, screen, began)
+
+
+def engine_of(out: Path, settings: Sequence[str] = ()) -> EngineConfig:
+    """Return where the clients of a run train, as its directory says and `settings`, `engine.key=value`, change it."""
+    recover(out)
+    table = read_config(out).model_dump(exclude_none=True)
+    configuration.apply(table, settings)
+    return configuration.parse(table, where=str(out / CONFIG)).engine
 
 
 def _keep_centralised(out: Path) -> bool:
@@ -231,6 +251,7 @@ def _play(
     on_row: Callable[[], object],
     resume: bool = False,
     on_ready: Callable[[RunConfig], object] | None = None,
+    executor: Executor | None = None,
 ) -> None:
     """Play all rounds, or with `resume` the remaining ones; `on_row` is called, without arguments, for each new row."""
     rows = [len(split) for split in data.clients]
@@ -242,7 +263,7 @@ def _play(
             advance(row["round"], round_note(row))
 
         progress = screen.inner_progress(advance)
-        running.play(config, data, model, directory, on_round, screen.warn, resume, on_ready, progress)
+        running.play(config, data, model, directory, on_round, screen.warn, resume, on_ready, progress, executor)
 
 
 def _centralise(config: RunConfig, data: FederatedData, model: nn.Module, out: Path, screen: Screen) -> None:

@@ -64,6 +64,7 @@ class Row(Metrics, total=False):
     clients: list[int]  # ids of the participating clients
     steps: list[int]  # local steps of each of `clients`
     skipped: list[int]  # ids of clients whose update could not be used
+    late: list[int]  # ids of drawn clients that did not answer in time, on other machines
 
 
 def measured(row: Row, field: str) -> Any:

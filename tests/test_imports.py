@@ -17,8 +17,8 @@ ORDER = {
         "tile_tables", "selection", "tuning", "counter_rng", "errors",
     ),
     "fed": (
-        "__main__", "cli", "commands", "console", "report", "experiments", "simulation", "training", "models", "data",
-        "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
+        "__main__", "cli", "flower", "commands", "console", "report", "experiments", "simulation", "training", "models",
+        "data", "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
     ),
     "bench": (
         "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "clients",

@@ -41,7 +41,7 @@ class ModelConfig(Table):
     """
 
     path: PathName | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     quantize: Literal["none", "nf4", "int8"] = "none"
     attention: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$", max_length=100)] = "auto"
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

@@ -10,7 +10,7 @@ from typing import Any
 
 # Their dotted names. What exists on this machine is a path, else perhaps the name of a data set on the hub; a cache
 # need not exist yet.
-PATHS = ("data.path", "data.test_path", "model.path", "data.cache")
+PATHS = ("data.path", "data.test_path", "model.path", "data.cache", "engine.root_certificates")
 
 
 def located(table: Mapping[str, Any], directory: str | os.PathLike[str] = "") -> dict[str, Any]:

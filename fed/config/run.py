@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from fed.config.data import DataConfig, ModelConfig, check_data
+from fed.config.engine import EngineConfig
 from fed.config.fields import Name, NotNegative, Table
 from fed.config.toml_files import shown
 from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
@@ -50,6 +51,7 @@ class RunConfig(Table):
     server: ServerConfig = ServerConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     measure: MeasureConfig = MeasureConfig()
+    engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="before")
     @classmethod

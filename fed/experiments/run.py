@@ -27,6 +27,7 @@ from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation import checkpoint
 from fed.simulation.evaluation import WorkProgress, evaluate_held_out
+from fed.simulation.executor import Executor
 from fed.simulation.finished import input_digests_of, why_not_finished
 from fed.simulation.round_metrics import finite
 from fed.simulation.rounds import first_state
@@ -116,10 +117,12 @@ def play(
     resume: bool = False,
     on_ready: Callable[[RunConfig], object] | None = None,
     on_progress: WorkProgress | None = None,
+    executor: Executor | None = None,
 ) -> list[Row]:
     """Play the rounds of a run, all or, with `resume`, those after its checkpoint, and return all rows.
 
-    Each new row goes to `on_round` and then to the run's trackers. `on_ready` and `on_progress` go to `simulate`.
+    Each new row goes to `on_round` and then to the run's trackers. `on_ready`, `on_progress` and `executor` go to
+    `simulate`.
     """
     with ExitStack() as stack:
         track: Callable[[Row], None] | None = None
@@ -143,6 +146,7 @@ def play(
             resume=resume,
             on_ready=on_ready,
             on_progress=on_progress,
+            executor=executor,
         )
 
 

@@ -95,7 +95,7 @@ class ClientStore:
         fields = tuple(field for field in ClientState._fields if getattr(kept, field))
         before = self.entries.pop(client, None)
         if fields:
-            self.entries[client] = ClientFile(number, fields, self._write(self._path(client, number), _flat(kept)))
+            self.entries[client] = ClientFile(number, fields, self._write(self._path(client, number), flat_state(kept)))
         if before is not None and all(checkpoint.get(client) != before for checkpoint in self._checkpoints):
             self._delete(self._path(client, before.round))
         return self.stored(client)
@@ -124,7 +124,7 @@ class ClientStore:
                     f"{str(path)!r}, what client {client} kept after round {number}, cannot be read: {error}; "
                     "start the run anew"
                 ) from None
-            self._last = path, _kept(tensors)
+            self._last = path, state_of(tensors)
         return self._last[1]
 
     def sync(self) -> None:
@@ -255,10 +255,12 @@ def group_factors(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Facto
     return {matrix: (A, up[matrix]) for matrix, A in group(tensors, f"{prefix}/A").items()}
 
 
-def _flat(kept: ClientState) -> dict[str, Tensor]:
+def flat_state(kept: ClientState) -> dict[str, Tensor]:
+    """Return every tensor of what a client keeps by name: `memory/NAME`, `head/NAME`, `ends/A/MATRIX`, …"""
     named = {f"{field}/{name}": value for field in ("memory", "head") for name, value in getattr(kept, field).items()}
     return named | flat_factors("ends", kept.ends)
 
 
-def _kept(tensors: Mapping[str, Any]) -> ClientState:
+def state_of(tensors: Mapping[str, Any]) -> ClientState:
+    """Return what a client keeps from the tensors that `flat_state` named: its inverse."""
     return ClientState(group(tensors, "memory"), group(tensors, "head"), group_factors(tensors, "ends"))

@@ -16,8 +16,8 @@ from fed.errors import FedError
 from fed.files import digest_of, new_digest
 
 ROWS, DEALT, LABELS, TOKENIZER, BASE = "rows", "partition", "labels", "tokenizer", "base model"
-# How messages call them.
-_CALLED = {
+# What messages name them.
+CALLED = {
     ROWS: "the rows of the data",
     DEALT: "which rows are for testing and which are each client's",
     LABELS: "the labels of the data",
@@ -77,7 +77,7 @@ def check_same(before: Mapping[str, str], now: Mapping[str, str], what: str) -> 
     for name, value in before.items():
         if now.get(name, value) != value:
             raise FedError(
-                f"{what} began with other inputs: {_CALLED.get(name, name)} changed since; put back what was there "
+                f"{what} began with other inputs: {CALLED.get(name, name)} changed since; put back what was there "
                 "then, or start anew"
             )
 

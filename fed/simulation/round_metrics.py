@@ -98,6 +98,7 @@ class RoundMetrics:
         module_noise: float | None = None,
         clients_per_pass: int | None = None,
         evaluation: Evaluation | None = None,
+        late: Sequence[int] = (),
     ) -> Row:
         """Return a round's row, in which figures that are not finite are None, because JSON has no NaN or infinity.
 
@@ -134,6 +135,7 @@ class RoundMetrics:
             "clients": [result.client.id for result in results],
             "steps": [result.steps for result in results],
             "skipped": [result.client.id for result in results if result.fault is not None],
+            "late": list(late),
         }
         return cast("Row", finite(row))
 

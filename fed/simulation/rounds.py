@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.communication import stack_bytes
 from fed.simulation.evaluation import WorkProgress
+from fed.simulation.executor import Executor
 from fed.simulation.noise import end_factors, factor_noise
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
@@ -42,7 +43,8 @@ class Federation:
     """A run's configuration, its data, and the one model that all its clients train on.
 
     What clients keep between rounds goes to the `store`, or stays in memory if there is none. `on_event` receives
-    messages about the run, `on_progress` how far the generation of answers is.
+    messages about the run, `on_progress` how far the generation of answers is. With an `executor` the clients train
+    elsewhere (`fed.simulation.executor`), on the same `inputs`, of which these are the digests.
     """
 
     config: RunConfig
@@ -52,6 +54,8 @@ class Federation:
     store: ClientStore | None = None
     clients_per_pass: int | None = None  # the fastest number of clients, if measured before the run was interrupted
     on_progress: WorkProgress | None = None
+    executor: Executor | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def cohorts(self) -> CohortScheduler:
@@ -76,7 +80,9 @@ class Federation:
         if self.config.execution == "cohort":
             check_cohorts(self.shared)
         server = first_state(self.shared, self.config)
-        clients = populate(self.config, self.data, self.shared, self.method)
+        clients = None if self.executor is None else self.executor.clients(self)
+        if clients is None:
+            clients = populate(self.config, self.data, self.shared, self.method)
         if self.config.train.head == "personal":
             clients = tuple(replace(client, head=server.head) for client in clients)
         return RunState(server, clients)
@@ -113,15 +119,14 @@ class Federation:
         """
         self.check_patience(before.server)
         restart_peak(self.shared.device)
-        trained = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
+        trained, late = self.train_clients(before, drawn(self.config, before.clients, before.server.round + 1))
         chosen, results = self.aggregate(before, trained)
         server = idle(before.server) if chosen is None else chosen.server
         usable = [result for result in results if result.fault is None]
         noise, module_noise = self.metrics.aggregation_noise(server, usable)
         after = self.update_clients(before, server, results)
-        size = self.cohorts.size if self.config.execution == "cohort" else None
         evaluation = None if chosen is None else chosen.evaluation
-        row = self.metrics.row(before, after, results, noise, module_noise, size, evaluation)
+        row = self.metrics.row(before, after, results, noise, module_noise, self.cohort_size, evaluation, late)
         return Round(row, after, [result.update for result in usable])
 
     def check_patience(self, server: ServerState) -> None:
@@ -134,8 +139,23 @@ class Federation:
                 "right, or server.patience = 0 in the run's config.toml to go on regardless"
             )
 
-    def train_clients(self, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
-        """Train the participating clients from the server's state, one after another or a cohort at a time."""
+    @property
+    def cohort_size(self) -> int | None:
+        """The number of clients in a cohort; None if clients train one after another, or machines choose it."""
+        if self.config.execution != "cohort":
+            return None
+        return self.cohorts.size if self.executor is None else self.config.clients_per_pass or None
+
+    def train_clients(self, state: RunState, clients: Sequence[Client]) -> tuple[list[ClientResult], list[int]]:
+        """Train the participating clients; return the results, and the ids of clients that gave none in time."""
+        if self.executor is None:
+            return self.train_here(state, clients), []
+        results = self.executor.train(self, state, clients)
+        answered = {result.client.id for result in results}
+        return results, [client.id for client in clients if client.id not in answered]
+
+    def train_here(self, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
+        """Train clients from the server's state in this process, one after another or a cohort at a time."""
         jobs = self.jobs(state, clients)
         if self.config.execution == "cohort":
             return self.train_cohorts(state, jobs)
@@ -159,12 +179,12 @@ class Federation:
         )
 
     def job(self, state: RunState, client: Client, rng: ClientRandom) -> Job:
-        """Return a client's local training in this round.
+        """Return a client's local training in this round; a client that has gradients keeps them.
 
         In a cohort unselected modules are held frozen: clients with different modules cannot fold them into one base.
         """
         server, split = state.server, self.data.clients[client.id]
-        if self.method.selects and self.config.adapter.selection == "gradient":
+        if self.method.selects and self.config.adapter.selection == "gradient" and not client.gradients:
             gradients = module_gradients(self.shared, server, split, self.config.train.batch_size, rng)
             client = replace(client, gradients=gradients)
         start = self.method.start(server, client, rng)
@@ -209,14 +229,27 @@ class Federation:
         train_seconds: float,
     ) -> ClientResult:
         """Return the result of one client's training, after the method has decided what it sends and what it keeps."""
-        number, footprint = job.client.id, update.footprint
         update = replace(self.method.finish(state.server, job.start, update), client=job.client)
-        moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
+        ends = state.ends.get(job.client.id)
+        moved = None if ends is None else factor_noise(job.start.factors, ends)
+        return self.checked(state, job, update, noise, moved, fold_seconds, train_seconds)
+
+    def checked(
+        self,
+        state: RunState,
+        job: Job,
+        update: ClientUpdate,
+        noise: float | None,
+        moved: tuple[float, float] | None,
+        fold_seconds: float,
+        train_seconds: float,
+    ) -> ClientResult:
+        """Return a client's result with what makes its update unusable, if anything does; `moved` is factor noise."""
         fault = find_fault(state.server, job.start, update)
         if fault is not None and (dtypes := {own.dtype for own in self.shared.model.parameters()}):
             fault += hint_of_overflow(update, dtypes)
         seconds = fold_seconds, train_seconds
-        return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault)
+        return ClientResult(job.client, job.start, update, job.steps, update.footprint, noise, moved, *seconds, fault)
 
     def aggregate(self, before: RunState, trained: Sequence[ClientResult]) -> Aggregated:
         """Aggregate the usable updates; say which are left out, and why."""
@@ -276,8 +309,10 @@ class Federation:
         """Return why a client cannot repeat its training of this round from the state `following`, or None."""
         # The round stays the same, so that the client's data and random numbers do, with which it trained before.
         server = replace(following, round=before.server.round)
-        (repeated,) = self.train_clients(replace(before, server=server), [before.clients[client]])
-        return repeated.fault and f"client {client} could not train on: {repeated.fault}"
+        results, _ = self.train_clients(replace(before, server=server), [before.clients[client]])
+        if not results:
+            return f"client {client} did not answer whether it could train on"
+        return results[0].fault and f"client {client} could not train on: {results[0].fault}"
 
     def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
         """Return the state of the run after a round: the new server, and what participating clients keep."""
@@ -294,12 +329,16 @@ class Federation:
 
     def kept(self, result: ClientResult, number: int) -> ClientState:
         """Return what a client keeps after round `number`; if there is a store, it is written there and read lazily."""
+        kept = self.state_to_keep(result)
+        return kept if self.store is None else self.store.keep(result.client.id, number, kept)
+
+    def state_to_keep(self, result: ClientResult) -> ClientState:
+        """Return what a client keeps of a round: its method's memory, its own head, and, for noise, how it ended."""
         update, ends = result.update, {}
         head = update.head if self.config.train.head == "personal" else {}
         if self.config.measure.noise:
             ends = {matrix: end_factors(result.start, update, matrix) for matrix in update.factors}
-        kept = ClientState(update.memory, head, ends)
-        return kept if self.store is None else self.store.keep(result.client.id, number, kept)
+        return ClientState(update.memory, head, ends)
 
     def now(self) -> float:
         """Return the time in seconds, after waiting for all work queued on the device."""

@@ -24,6 +24,7 @@ from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
 from fed.simulation import checkpoint, finished
 from fed.simulation.client_store import client_store
 from fed.simulation.evaluation import WorkProgress
+from fed.simulation.executor import Executor
 from fed.simulation.finished import ADAPTER, BASE_DELTA
 from fed.simulation.inputs import input_digests
 from fed.simulation.rounds import Federation
@@ -52,6 +53,7 @@ def simulate(
     resume: bool = False,
     on_ready: Callable[[RunConfig], object] | None = None,
     on_progress: WorkProgress | None = None,
+    executor: Executor | None = None,
 ) -> list[Row]:
     """Run `config.rounds` federated rounds and return their rows (`fed.types.Row`); row 0 is the unadapted model.
 
@@ -76,6 +78,8 @@ def simulate(
     that all files equal those of an uninterrupted run except for times and peak memory. The returned rows are those of
     the whole run; `on_round` receives only the new ones.
 
+    With an `executor` the clients train elsewhere, on other machines for example.
+
     Ctrl-C takes effect between two steps of a client. The directory is held against other processes meanwhile.
 
     Raises FedError with `resume` if there is no checkpoint to go on from, or it was made with another configuration or
@@ -88,7 +92,9 @@ def simulate(
             stack.enter_context(held(directory))
         shared = stack.enter_context(adapted(config, model, head_names))
         store = stack.enter_context(client_store(directory / checkpoint.FOLDER, shared.device, lasting))
-        federation = Federation(config, data.to(shared.device), shared, tell, store, on_progress=on_progress)
+        federation = Federation(
+            config, data.to(shared.device), shared, tell, store, None, on_progress, executor, inputs
+        )
         state = federation.beginning()
         rows: list[Row] = []
         file: RowFile | None = None
@@ -99,9 +105,9 @@ def simulate(
             federation = replace(federation, clients_per_pass=size)
             _sweep(directory)
             file = stack.enter_context(closing(RowFile(directory, standing.lines)))
-        elif config.execution == "cohort":
+        elif config.execution == "cohort" and executor is None:
             size = federation.measure_cohort_size(state)
-        if config.execution == "cohort" and not config.clients_per_pass:
+        if config.execution == "cohort" and executor is None and not config.clients_per_pass:
             # What was measured is a setting from here on, with which another machine makes the same files.
             config = config.model_copy(update={"clients_per_pass": size})
         for played in federation.play(state, begun=resume):

@@ -1,0 +1,99 @@
+"""The ClientApp: hands each message to this machine's trainer, and keeps a copy of what clients keep in the context.
+
+Flower imports this file for every message, so it loads neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fed.flower import frames
+from fed.flower.protocol import JOIN, TRAIN
+from fed.flower.trainer import KEY, LOG, SOCKET
+
+START_SECONDS = 120.0  # for Python to start and open the socket
+
+app = ClientApp()
+
+
+@app.query()
+def join(message: Message, context: Context) -> Message:
+    """Let this machine join a run."""
+    return _handed_over(JOIN, message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients of a message; what they keep on this machine stays in the context, too."""
+    for name, record in context.state.items():
+        if name.startswith("kept-") and isinstance(record, ArrayRecord) and name not in message.content:
+            message.content[name] = record
+    reply = _handed_over(TRAIN, message, context)
+    for name in [name for name in reply.content if name.startswith("kept-")]:
+        client = name.partition(".")[0]
+        for older in sorted((own for own in context.state if own.partition(".")[0] == client), key=_round)[:-1]:
+            del context.state[older]
+        context.state[name] = reply.content.pop(name)
+    return reply
+
+
+def _round(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _handed_over(kind: str, message: Message, context: Context) -> Message:
+    with _connection(_folder(context)) as connection:
+        frames.send(connection, kind, dict(context.node_config), message.content)
+        outcome, facts, content = frames.receive(connection)
+    if outcome == "error":
+        raise RuntimeError(f"the trainer failed: {facts['reason']}")
+    return Message(content, reply_to=message)
+
+
+def _connection(folder: Path) -> Connection:
+    """Return a connection to the trainer, which is started if it is not there."""
+    key = folder / KEY
+    if (folder / SOCKET).exists():
+        try:
+            return Client(str(folder / SOCKET), "AF_UNIX", authkey=key.read_bytes())
+        except OSError:  # it ended without removing its socket
+            (folder / SOCKET).unlink(missing_ok=True)
+    with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(32))
+    with (folder / LOG).open("ab") as log:
+        command = [sys.executable, "-m", "fed.flower.trainer", str(folder), str(os.getppid())]
+        trainer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    began = time.monotonic()
+    while time.monotonic() - began < START_SECONDS and trainer.poll() is None:
+        if (folder / SOCKET).exists():
+            try:
+                return Client(str(folder / SOCKET), "AF_UNIX", authkey=key.read_bytes())
+            except ConnectionRefusedError:  # it does not listen yet
+                pass
+        time.sleep(0.02)
+    trainer.kill()
+    raise RuntimeError(f"the trainer did not start; its log ends with: {(folder / LOG).read_text()[-2000:]}")
+
+
+def _folder(context: Context) -> Path:
+    """Return the folder of this SuperNode's trainer, which only its user may enter."""
+    # One of a SuperNode: its id is new whenever it starts, unless it has a key, and its SuperExec's number is always.
+    own = hashlib.blake2b(f"{context.node_id} {os.getppid()}".encode(), digest_size=8).hexdigest()
+    users = Path(tempfile.gettempdir()) / f"plora-fed-{os.getuid()}"
+    users.mkdir(mode=0o700, exist_ok=True)
+    if users.is_symlink() or users.stat().st_uid != os.getuid() or users.stat().st_mode & 0o077:
+        raise RuntimeError(f"{users} should be a folder that only this user may enter")
+    folder = users / own
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

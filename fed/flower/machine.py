@@ -1,0 +1,275 @@
+"""A machine's part of a run: it joins with the same data and base, and trains the clients that it is sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+
+from fed import config as configuration
+from fed.config import RunConfig
+from fed.data import federated_data as datasets
+from fed.data.federated_data import FederatedData
+from fed.errors import FedError
+from fed.experiments import run as running
+from fed.flower.kept import KeptStates
+from fed.flower.protocol import versions, why_other_version
+from fed.flower.records import (
+    FACTS,
+    Answer,
+    answer_records,
+    facts_of,
+    facts_record,
+    server_of,
+    tensors_of,
+)
+from fed.models import saved_base
+from fed.models.head import head_names
+from fed.models.shared_model import SharedModel, adapted
+from fed.simulation.client_store import ClientState, group
+from fed.simulation.clients import estimate, ranks_within
+from fed.simulation.inputs import BASE, CALLED, LABELS, TOKENIZER, input_digests
+from fed.simulation.rounds import Federation
+from fed.simulation.run_directory import BASE as BASE_FOLDER
+from fed.types import Client, ClientResult, RunState
+
+# What a SuperNode's config may say, beside what Flower itself reads.
+OPTIONS = (
+    "partition-id",
+    "num-partitions",
+    "rank",
+    "memory-mib",
+    "device",
+    "threads",
+    "model",
+    "data",
+    "rows",
+    "state",
+)
+
+
+@dataclass
+class Machine:
+    """A machine that has joined a run: the run's data and base, its one model, and what is folded into that."""
+
+    key: str
+    config: RunConfig
+    federation: Federation
+    kept: KeptStates
+    stack: ExitStack
+    base_delta: Mapping[str, torch.Tensor]
+    base_round: int = -1  # the last round that folded something into it
+
+    def close(self) -> None:
+        """Restore the model and give the run's resources back."""
+        self.stack.close()
+
+
+def join(
+    content: RecordDict, node: Mapping[str, Any], folder: Path, tell: Callable[[str], object]
+) -> tuple[Machine | None, RecordDict]:
+    """Load what a run needs, as its server's message says, and return the machine with the reply.
+
+    `node` is the SuperNode's config, `folder` an empty directory of this machine. Whatever is not as it is on the
+    server, such as the version, the data or the base, is a reason to refuse: then there is no machine, and the reply
+    says why.
+    """
+    stack = ExitStack()
+    try:
+        machine, facts = _joined(content, node, folder, tell, stack)
+    except (FedError, ValueError) as error:
+        stack.close()
+        return None, RecordDict({FACTS: facts_record({"refused": str(error), "versions": versions()})})
+    except BaseException:
+        stack.close()
+        raise
+    return machine, RecordDict({FACTS: facts_record(facts)})
+
+
+def _joined(
+    content: RecordDict, node: Mapping[str, Any], folder: Path, tell: Callable[[str], object], stack: ExitStack
+) -> tuple[Machine, dict[str, Any]]:
+    facts = facts_of(content)
+    own = versions()
+    if why := why_other_version(facts["versions"], own):
+        raise FedError(why.replace("it has", "the run's server has").replace("the server", "this machine"))
+    if unknown := sorted(node.keys() - {*OPTIONS}):
+        raise FedError(f"its node config has {unknown[0]!r}; of {', '.join(OPTIONS)} some would be right")
+    config = _config(facts["settings"], node)
+    base = folder / BASE_FOLDER
+    _write_base(content, base)
+    running_limits = running.limits(config.threads, config.model.matmul_precision)
+    stack.enter_context(running_limits)
+    data = datasets.load(_reading(config, base, node), tell)
+    model = saved_base.reopen(base, data.label_names, config)
+    _check_inputs(facts["inputs"], input_digests(data, model), own_rows="rows" in node)
+    shared = stack.enter_context(adapted(config, model, head_names(model)))
+    data = data.to(shared.device)
+    client = None
+    if config.engine.mode == "deployment":
+        client = _client(config, data, shared, node)
+        if "rows" in node:
+            data = replace(data, clients=_at(client["id"], data))
+    federation = Federation(config, data, shared, tell)
+    if config.execution == "cohort":
+        from fed.training.cohort import check_cohorts
+
+        check_cohorts(shared)
+    place = Path(str(node["state"])) if "state" in node else folder / "kept"
+    machine = Machine(facts["run"], config, federation, KeptStates(place / facts["run"], shared.device), stack, {})
+    device = str(shared.device)
+    return machine, {
+        "run": facts["run"],
+        "versions": own,
+        "client": client,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _config(settings: str, node: Mapping[str, Any]) -> RunConfig:
+    """Return the run's configuration with what is this machine's own: paths, device and threads."""
+    table = configuration.parse_toml(settings, "the run's settings")
+    places = {"model": ("model", "path"), "data": ("data", "path")}
+    for name, (section, key) in places.items():
+        if name in node:
+            table.setdefault(section, {})[key] = str(node[name])
+    for name in ("device", "threads"):
+        if name in node:
+            table[name] = node[name]
+    return configuration.parse(table, where="the run's settings")
+
+
+def _reading(config: RunConfig, base: Path, node: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration to read rows with: by the tokenizer and labels of the base, perhaps this node's rows."""
+    if config.model.path is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(base)})})
+    if "rows" not in node:
+        return config
+    if config.model.path is None:
+        raise FedError("its node config has rows, and the run's data are images; a run of text would be right")
+    rows = str(node["rows"])
+    own = {"name": "files", "path": rows, "test_path": rows, "partition": "iid", "partition_by": None, "train_rows": 0}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=own),
+            "clients": config.clients.model_copy(update={"count": 1, "per_round": 1}),
+        }
+    )
+
+
+def _write_base(content: RecordDict, base: Path) -> None:
+    base.mkdir(parents=True)
+    for name, value in tensors_of(content.get("base"), "base").items():
+        if Path(name).name != name:
+            raise FedError(f"the run's base has a file {name!r}")
+        (base / name).write_bytes(value.numpy().tobytes())
+
+
+def _check_inputs(wanted: Mapping[str, str], found: Mapping[str, str], own_rows: bool) -> None:
+    """Raise FedError if this machine's data or base are not the run's; its own rows need only the same labels."""
+    for name in (LABELS, TOKENIZER, BASE) if own_rows else wanted:
+        if name in wanted and found.get(name) != wanted[name]:
+            raise FedError(f"{CALLED[name]} on this machine differs from what the run's server has")
+
+
+def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, int]:
+    """Return which client this node is: its id, its rank and its number of rows."""
+    number = node.get("partition-id")
+    if type(number) is not int or not 0 <= number < config.clients.count:
+        raise FedError(
+            f"its node config has partition-id = {number!r}; in a deployment of {config.clients.count} clients an "
+            f"integer from 0 to {config.clients.count - 1} would be right"
+        )
+    split = data.clients[0 if "rows" in node else number]
+    if len(split) == 0:
+        raise FedError(f"client {number} has no rows to train on; other data would be right")
+    rank = node.get("rank", config.clients.ranks[number % len(config.clients.ranks)])
+    if "memory-mib" in node and "rank" not in node:
+        (rank,) = ranks_within([float(node["memory-mib"])], estimate(shared, config, split), shared.rank)
+    if type(rank) is not int or not 1 <= rank <= shared.rank:
+        raise FedError(f"its node config has rank = {rank!r}; an integer from 1 to {shared.rank} would be right")
+    return {"id": number, "rank": rank, "rows": len(split)}
+
+
+def _at(number: int, data: FederatedData) -> tuple[Any, ...]:
+    """Return the clients' rows of a run of which this machine has those of one client alone."""
+    (own,) = data.clients
+    nothing = type(own)(own.table, own.rows[:0])
+    return (*[nothing] * number, own)
+
+
+def train(machine: Machine, content: RecordDict) -> RecordDict:
+    """Train the clients of a message from the server's state in it, and return the reply."""
+    facts = facts_of(content)
+    if facts["run"] != machine.key:
+        return RecordDict({FACTS: facts_record({"lacks": "the run"})})
+    began = time.perf_counter()
+    federation = machine.federation
+    device = federation.shared.device
+    if facts["base_before"] not in (None, machine.base_round):
+        return RecordDict({FACTS: facts_record({"lacks": "the base"})})
+    server = server_of(content, device, machine.base_delta)
+    machine.base_delta, machine.base_round = server.base_delta, facts["base_round"]
+    clients, ends = [], {}
+    for known in facts["clients"]:
+        client = Client(known["id"], known["rank"], known["n_samples"], last_round=known["last_round"])
+        if facts["keeps"]:
+            copy = content.get(f"kept-{client.id}.round-{client.last_round}")
+            own = machine.kept.read(client.id, client.last_round, copy)
+            if own is None:
+                return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
+            client = replace(client, memory=own.memory, head=own.head)
+            if own.ends:
+                ends[client.id] = own.ends
+        elif (held := content.get(f"kept-{client.id}")) is not None:
+            tensors = {name: value.to(device) for name, value in tensors_of(held, f"kept-{client.id}").items()}
+            client = replace(client, memory=group(tensors, "memory"), head=group(tensors, "head"))
+        clients.append(client)
+    state = RunState(server, (), ends)
+    records: dict[str, Any] = {}
+    for client, result in _results(federation, state, clients):
+        if isinstance(result, str):
+            records |= answer_records(client.id, Answer(None, fault=result))
+            continue
+        update = result.update
+        if facts["keeps"]:
+            own = ClientState(*federation.state_to_keep(result))
+            number = server.round + 1
+            records[f"kept-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
+            if federation.method.personal:
+                update = replace(update, memory={})
+        answer = Answer(
+            update,
+            result.start_noise,
+            result.factor_noise,
+            result.fold_seconds,
+            result.train_seconds,
+            result.client.gradients,
+        )
+        records |= answer_records(client.id, answer, result.start.trained)
+    reply = {name: facts[name] for name in ("run", "round", "nonce")}
+    reply["clients"] = [client.id for client in clients]
+    reply["seconds"] = time.perf_counter() - began
+    return RecordDict({FACTS: facts_record(reply), **records})
+
+
+def _results(
+    federation: Federation, state: RunState, clients: Sequence[Client]
+) -> list[tuple[Client, ClientResult | str]]:
+    """Train clients, in cohorts together and else each by itself; in place of a result there may be what failed."""
+    together = [list(clients)] if federation.config.execution == "cohort" else [[client] for client in clients]
+    found: list[tuple[Client, ClientResult | str]] = []
+    for group_of_clients in together:
+        try:
+            results: list[ClientResult | str] = [*federation.train_here(state, group_of_clients)]
+        except FedError as error:  # for example for want of memory
+            results = [str(error)] * len(group_of_clients)
+        found += zip(group_of_clients, results, strict=True)
+    return found

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Triton 3.9 requires this setting; earlier versions always used fused multiply-add.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# Flower reads these when it is imported or started; tests reach no network.
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 from plora_kernels.tuning.lookup import forget_tables
 from tests.support.notes import note_calls

@@ -52,6 +52,7 @@ RESERVED = {
     ),
     "tokenizers": ("fed/data/tokenization.py",),
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
+    "flwr": ("fed/flower",),
     "flwr_datasets": ("fed/data/partition.py",),
     "pyarrow": ("fed/data/hf_datasets.py",),
 }  # fmt: skip
@@ -222,7 +223,7 @@ before, default = torch.get_rng_state(), torch.get_default_dtype()
 linear = torch.nn.Linear.forward
 import plora_kernels, fed, bench
 libraries = {"triton", "peft", "transformers", "pydantic", "typer", "matplotlib", "sklearn", "datasets"}
-heavy = {*libraries, "flwr_datasets"} & set(sys.modules)
+heavy = {*libraries, "flwr", "flwr_datasets"} & set(sys.modules)
 assert not heavy, heavy
 assert torch.equal(before, torch.get_rng_state()) and torch.get_default_dtype() is default
 assert torch.nn.Linear.forward is linear and not torch.cuda.is_initialized()

@@ -86,6 +86,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def parent(pid: int) -> int | None:
+    """Return the process that a process came from; None if it has ended."""
+    return _facts(pid).get("PPid")
+
+
 def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 

@@ -32,10 +32,10 @@ from fed.report import tables
 from fed.report.comparison import collect
 from fed.simulation.checkpoint import last_round
 from fed.simulation.evaluation import evaluate
-from fed.simulation.executor import Executor
 from fed.simulation.finished import CENTRALISED, input_digests_of, mark_centralised, why_not_finished
 from fed.simulation.inputs import BASE as BASE_MODEL
 from fed.simulation.inputs import check_same, input_digests, model_digest
+from fed.simulation.rounds import Executor
 from fed.simulation.rows import ROUNDS
 from fed.simulation.run_directory import (
     BASE,

@@ -27,10 +27,9 @@ from fed.models.shared_model import adapted, started
 from fed.seeding import ClientRandom
 from fed.simulation import checkpoint
 from fed.simulation.evaluation import WorkProgress, evaluate_held_out
-from fed.simulation.executor import Executor
 from fed.simulation.finished import input_digests_of, why_not_finished
 from fed.simulation.round_metrics import finite
-from fed.simulation.rounds import first_state
+from fed.simulation.rounds import Executor, first_state
 from fed.simulation.run_directory import BASE
 from fed.simulation.simulate import simulate
 from fed.training.local import Job, train

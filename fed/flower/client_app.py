@@ -15,7 +15,7 @@ import time
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed.flower import frames
@@ -23,6 +23,8 @@ from fed.flower.protocol import JOIN, TRAIN
 from fed.flower.trainer import KEY, LOG, SOCKET
 
 START_SECONDS = 120.0  # for Python to start and open the socket
+
+_KEPT = "own-"  # begins the names of records that stay on the machine
 
 app = ClientApp()
 
@@ -36,16 +38,27 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients of a message; what they keep on this machine stays in the context, too."""
-    for name, record in context.state.items():
-        if name.startswith("kept-") and isinstance(record, ArrayRecord) and name not in message.content:
-            message.content[name] = record
+    with_kept(message.content, context)
     reply = _handed_over(TRAIN, message, context)
-    for name in [name for name in reply.content if name.startswith("kept-")]:
-        client = name.partition(".")[0]
-        for older in sorted((own for own in context.state if own.partition(".")[0] == client), key=_round)[:-1]:
-            del context.state[older]
-        context.state[name] = reply.content.pop(name)
+    keep(reply.content, context)
     return reply
+
+
+def with_kept(content: RecordDict, context: Context) -> None:
+    """Add to a message what the clients of this machine kept, in case the trainer's folder has lost it."""
+    for name, record in context.state.items():
+        if name.startswith(_KEPT) and isinstance(record, ArrayRecord) and name not in content:
+            content[name] = record
+
+
+def keep(content: RecordDict, context: Context) -> None:
+    """Move what clients keep from a reply to the context, which holds that of a client's last two rounds."""
+    for name in [name for name in content if name.startswith(_KEPT)]:
+        client = name.partition(".")[0]
+        earlier = [own for own in context.state if own.partition(".")[0] == client and own != name]
+        for older in sorted(earlier, key=_round)[:-1]:
+            del context.state[older]
+        context.state[name] = content.pop(name)
 
 
 def _round(name: str) -> int:

@@ -53,7 +53,7 @@ def divide(steps: Sequence[int], speeds: Sequence[float | None]) -> list[list[in
     machine ends after at most 4/3 of the shortest possible time on machines of equal speed. It is deterministic.
 
     >>> divide([4, 4, 2, 2], [2.0, 1.0])
-    [[0, 2, 3], [1]]
+    [[0, 1], [2, 3]]
     """
     known = [speed for speed in speeds if speed]
     usual = sum(known) / len(known) if known else 1.0

@@ -221,7 +221,7 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     for known in facts["clients"]:
         client = Client(known["id"], known["rank"], known["n_samples"], last_round=known["last_round"])
         if facts["keeps"]:
-            copy = content.get(f"kept-{client.id}.round-{client.last_round}")
+            copy = content.get(f"own-{client.id}.round-{client.last_round}")
             own = machine.kept.read(client.id, client.last_round, copy)
             if own is None:
                 return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
@@ -242,7 +242,7 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if facts["keeps"]:
             own = ClientState(*federation.state_to_keep(result))
             number = server.round + 1
-            records[f"kept-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
+            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
             if federation.method.personal:
                 update = replace(update, memory={})
         answer = Answer(

@@ -1,4 +1,4 @@
-"""The training of a run's clients on the machines that Flower connects (`fed.simulation.executor.Executor`)."""
+"""The training of a run's clients on the machines that Flower connects (`fed.simulation.rounds.Executor`)."""
 
 from __future__ import annotations
 

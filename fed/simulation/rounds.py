@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -21,7 +22,6 @@ from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.communication import stack_bytes
 from fed.simulation.evaluation import WorkProgress
-from fed.simulation.executor import Executor
 from fed.simulation.noise import end_factors, factor_noise
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
@@ -38,13 +38,29 @@ from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Roun
 LARGE_GROWTH, LARGE_LOSS = 100.0, 100.0
 
 
+class Executor(Protocol):
+    """The training of a run's clients on other machines; `Federation` does everything else of a round."""
+
+    def clients(self, federation: Federation) -> tuple[Client, ...] | None:
+        """Return all clients as they are before the first round; None if the configuration says which there are."""
+
+    def train(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
+        """Train the clients in the round after `state`; return the checked results of those that answered in time.
+
+        The results come in the order of the clients.
+        """
+
+    def close(self) -> None:
+        """End what the executor began, whether the run is over or has failed."""
+
+
 @dataclass(frozen=True)
 class Federation:
     """A run's configuration, its data, and the one model that all its clients train on.
 
     What clients keep between rounds goes to the `store`, or stays in memory if there is none. `on_event` receives
     messages about the run, `on_progress` how far the generation of answers is. With an `executor` the clients train
-    elsewhere (`fed.simulation.executor`), on the same `inputs`, of which these are the digests.
+    elsewhere, on the same `inputs`, of which these are the digests.
     """
 
     config: RunConfig

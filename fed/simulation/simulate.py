@@ -24,10 +24,9 @@ from fed.models.shared_model import SharedModel, adapted, delta_beyond_rank
 from fed.simulation import checkpoint, finished
 from fed.simulation.client_store import client_store
 from fed.simulation.evaluation import WorkProgress
-from fed.simulation.executor import Executor
 from fed.simulation.finished import ADAPTER, BASE_DELTA
 from fed.simulation.inputs import input_digests
-from fed.simulation.rounds import Federation
+from fed.simulation.rounds import Executor, Federation
 from fed.simulation.rows import RowFile
 from fed.simulation.run_directory import BASE
 from fed.simulation.similarity import FOLDER as SIMILARITY

@@ -35,7 +35,7 @@ from fed.models.shared_model import SharedModel, adapted
 from fed.simulation.client_store import ClientState, group
 from fed.simulation.clients import estimate, ranks_within
 from fed.simulation.inputs import BASE, CALLED, LABELS, TOKENIZER, input_digests
-from fed.simulation.rounds import Federation
+from fed.simulation.rounds import Federation, first_state
 from fed.simulation.run_directory import BASE as BASE_FOLDER
 from fed.types import Client, ClientResult, RunState
 
@@ -64,6 +64,7 @@ class Machine:
     kept: KeptStates
     stack: ExitStack
     base_delta: Mapping[str, torch.Tensor]
+    first_head: Mapping[str, torch.Tensor]  # which clients with heads of their own begin with
     base_round: int = -1  # the last round that folded something into it
 
     def close(self) -> None:
@@ -122,7 +123,9 @@ def _joined(
 
         check_cohorts(shared)
     place = Path(str(node["state"])) if "state" in node else folder / "kept"
-    machine = Machine(facts["run"], config, federation, KeptStates(place / facts["run"], shared.device), stack, {})
+    kept = KeptStates(place / facts["run"], shared.device)
+    first_head = first_state(shared, config).head if config.train.head == "personal" else {}
+    machine = Machine(facts["run"], config, federation, kept, stack, {}, first_head)
     device = str(shared.device)
     return machine, {
         "run": facts["run"],
@@ -225,7 +228,7 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
             own = machine.kept.read(client.id, client.last_round, copy)
             if own is None:
                 return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
-            client = replace(client, memory=own.memory, head=own.head)
+            client = replace(client, memory=own.memory, head=own.head or machine.first_head)
             if own.ends:
                 ends[client.id] = own.ends
         elif (held := content.get(f"kept-{client.id}")) is not None:

@@ -95,9 +95,10 @@ class Stack(NamedTuple):
 class Options:
     """The settings of methods, the same in every round.
 
-    `selection` names a strategy of `fed.methods.selection`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
-    `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once its last modules shrink under a penalty λ
-    (`hetlora_penalty`).
+    `selection` names a strategy of `fed.methods.selection`. `aggregation` names the rule by which methods combine
+    modules and head, "mean" or one of `fed.methods.robust`, with its `trim` or `byzantine_share`. HETLoRA:
+    `hetlora_weighting` is "norm" or "run"; with `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once
+    its last modules shrink under a penalty λ (`hetlora_penalty`).
     """
 
     selection: str = "random"
@@ -105,6 +106,9 @@ class Options:
     hetlora_prune: bool = False
     hetlora_decay: float = 0.99
     hetlora_penalty: float = 1e-3
+    aggregation: str = "mean"
+    trim: float = 0.2
+    byzantine_share: float = 0.2
 
 
 @dataclass(frozen=True)

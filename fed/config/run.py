@@ -68,6 +68,7 @@ class RunConfig(Table):
         if self.cohort_compile and self.execution != "cohort":
             raise ValueError(f"cohort_compile is true, but execution is {self.execution!r}; 'cohort' would be right")
         check_method(self)
+        check_aggregation(self)
         check_clients(self)
         check_data(self.data, self.model)
         check_quantized(self)
@@ -151,6 +152,27 @@ def quantized_fault(config: RunConfig, base: str) -> str | None:
             "into a quantised one; method = 'fed-plora' would be right"
         )
     return None
+
+
+def check_aggregation(config: RunConfig) -> None:
+    """Raise ValueError if the server's rule needs updates that are averaged module by module, or of equal weight."""
+    from fed import methods
+
+    method, rule = methods.find(config.method), config.server.aggregation
+    if rule == "mean":
+        return
+    if not method.by_module:
+        others = ", ".join(repr(name) for name, other in methods.METHODS.items() if other.by_module)
+        raise ValueError(
+            f"server.aggregation is {rule!r}: {method.title} does not average module by module, so there is nothing to "
+            f"take a {rule} of; it takes 'mean'; other rules take method = one of {others}"
+        )
+    if rule == "krum" and config.train.weighting != "uniform":
+        raise ValueError(
+            f"server.aggregation is 'krum' and train.weighting {config.train.weighting!r}: Krum picks the update of "
+            "one client, so there is nothing to weigh; train.weighting = 'uniform' would be right, or 'median' or "
+            "'trimmed-mean', which take weights"
+        )
 
 
 def check_method(config: RunConfig) -> None:

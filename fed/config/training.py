@@ -117,10 +117,20 @@ class TrainConfig(Table):
 
 
 class ServerConfig(Table):
-    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it.
+    """What the server makes of the updates, and its optimiser.
 
-    A run ends with an error after `patience` rounds in a row without any usable update; 0: it never does.
+    `aggregation` is how modules, and the head, of the clients that trained them become one: their "mean", or a rule
+    that a minority of hostile clients cannot move far (`fed.methods.robust`): "median"; "trimmed-mean", without the
+    share `trim` of the values from each end; "krum", the update nearest to its neighbours where the share
+    `byzantine_share` of clients may be hostile.
+
+    "fedavg" takes the outcome as it is, "fedadam" a step of Adam towards it. A run ends with an error after `patience`
+    rounds in a row without any usable update; 0: it never does.
     """
+
+    aggregation: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    byzantine_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: LearningRate = 1e-2

@@ -322,8 +322,11 @@ def idle(server: ServerState) -> ServerState:
 def first_state(shared: SharedModel, config: RunConfig) -> ServerState:
     """Return the server before the first round: the newly initialised adapter (B = 0) and the model's head."""
     scale = next(iter(shared.handle.layers.values())).scale
-    adapter, hetlora = config.adapter, config.hetlora
+    adapter, hetlora, rule = config.adapter, config.hetlora, config.server
     head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
-    options = Options(adapter.selection, hetlora.weighting, hetlora.prune, hetlora.decay, hetlora.penalty)
+    options = Options(
+        *(adapter.selection, hetlora.weighting, hetlora.prune, hetlora.decay, hetlora.penalty),
+        *(rule.aggregation, rule.trim, rule.byzantine_share),
+    )
     factors = Adapter(shared.handle.factors(), scale, adapter.unselected, shared.rank, adapter.rank_stabilized)
     return ServerState(factors, head, options=options)

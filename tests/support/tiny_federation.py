@@ -51,7 +51,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "batching": "auto",
         "gradient_checkpointing": False,
     },
-    "server": {"optimizer": "fedavg", "step_size": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "patience": 10},
+    "server": {
+        "aggregation": "mean",
+        "trim": 0.2,
+        "byzantine_share": 0.2,
+        "optimizer": "fedavg",
+        "step_size": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "tau": 1e-3,
+        "patience": 10,
+    },
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
     "measure": {"noise": True, "similarity": True, "memory": True, "clients": True, "generate": "every"},
 }

@@ -64,6 +64,8 @@ class Row(Metrics, total=False):
     clients: list[int]  # ids of the participating clients
     steps: list[int]  # local steps of each of `clients`
     skipped: list[int]  # ids of clients whose update could not be used
+    faults: list[str]  # the reason for each of `skipped`, in its order
+    clipped: list[int]  # ids of clients whose update was clipped to `server.max_update_norm` before it was used
 
 
 def measured(row: Row, field: str) -> Any:
@@ -242,23 +244,33 @@ class ClientUpdate:
     positions: int = 0
 
 
+class Sent(NamedTuple):
+    """What is remembered of an update (`fed.simulation.replays`): its fingerprint and the round it was trained from."""
+
+    version: int
+    fingerprint: int
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of a run between rounds: the server, the clients by id, and the factors each client last ended with.
 
-    `ends` is used only to measure noise, and stays empty if noise is not measured.
+    `ends` is used only to measure noise, and stays empty if noise is not measured. `sent` is what is remembered of
+    each client's last usable updates.
     """
 
     server: ServerState
     clients: tuple[Client, ...]
     ends: Mapping[int, Mapping[str, Factors]] = field(default_factory=dict)
+    sent: Mapping[int, tuple[Sent, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClientResult:
     """The result of one client's training in a round; `fault` is the reason why its update is unusable, or None.
 
-    `steps` and `footprint` are those of the training itself, whatever the update says.
+    `steps` and `footprint` are those of the training itself, whatever the update says. `sent` is what is remembered of
+    the update, and `clipped` says that the server took less of it than the client sent, which is in `update`.
     """
 
     client: Client
@@ -271,6 +283,8 @@ class ClientResult:
     fold_seconds: float
     train_seconds: float
     fault: str | None
+    sent: Sent | None = None
+    clipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ def check_clients(config: RunConfig) -> None:
         raise ValueError(
             f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
         )
+    if config.server.min_updates > clients.per_round:
+        raise ValueError(
+            f"server.min_updates is {config.server.min_updates}: it should be at most clients.per_round "
+            f"({clients.per_round})"
+        )
     if not clients.memory_mib and max(clients.ranks) > rank:
         raise ValueError(f"clients.ranks is {shown(clients.ranks)}: every rank should be at most adapter.rank ({rank})")
     if config.train.client_steps and config.train.local_epochs:
@@ -155,10 +160,15 @@ def quantized_fault(config: RunConfig, base: str) -> str | None:
 
 
 def check_aggregation(config: RunConfig) -> None:
-    """Raise ValueError if the server's rule needs updates that are averaged module by module, or of equal weight."""
+    """Raise ValueError if the method, or the weights, do not go with the server's rule or its clipping."""
     from fed import methods
 
     method, rule = methods.find(config.method), config.server.aggregation
+    if config.server.max_update_norm and method.personal:
+        raise ValueError(
+            f"server.max_update_norm is {config.server.max_update_norm:g}: {method.title}'s clients keep B, so the "
+            "server does not know how far b_j a_jᵀ moved; it takes 0, and server.aggregation = 'median' would be right"
+        )
     if rule == "mean":
         return
     if not method.by_module:

@@ -122,15 +122,19 @@ class ServerConfig(Table):
     `aggregation` is how modules, and the head, of the clients that trained them become one: their "mean", or a rule
     that a minority of hostile clients cannot move far (`fed.methods.robust`): "median"; "trimmed-mean", without the
     share `trim` of the values from each end; "krum", the update nearest to its neighbours where the share
-    `byzantine_share` of clients may be hostile.
+    `byzantine_share` of clients may be hostile. `max_update_norm` above 0 first clips what each client changed, module
+    by module, and of the head (`fed.simulation.clipping`). With fewer than `min_updates` usable updates the server
+    keeps its state.
 
     "fedavg" takes the outcome as it is, "fedadam" a step of Adam towards it. A run ends with an error after `patience`
-    rounds in a row without any usable update; 0: it never does.
+    rounds in a row in which the server kept its state; 0: it never does.
     """
 
     aggregation: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
     trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     byzantine_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    max_update_norm: NotNegative = 0.0
+    min_updates: Count = 1
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: LearningRate = 1e-2

@@ -134,6 +134,8 @@ class RoundMetrics:
             "clients": [result.client.id for result in results],
             "steps": [result.steps for result in results],
             "skipped": [result.client.id for result in results if result.fault is not None],
+            "faults": [result.fault for result in results if result.fault is not None],
+            "clipped": [result.client.id for result in results if result.fault is None and result.clipped],
         }
         return cast("Row", finite(row))
 

@@ -16,21 +16,23 @@ from fed.data.federated_data import FederatedData
 from fed.errors import FedError, StoppedError
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
-from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable
+from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable, enough, told
 from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
+from fed.simulation.clipping import clip_usable
 from fed.simulation.communication import stack_bytes
 from fed.simulation.evaluation import WorkProgress
 from fed.simulation.noise import end_factors, factor_noise
+from fed.simulation.replays import fingerprint, remembered, replay_fault, version
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
-from fed.simulation.update_checks import find_fault, growth, hint_of_overflow, state_fault
+from fed.simulation.update_checks import asked_of, find_fault, growth, hint_of_overflow, state_fault
 from fed.training.batching import find_way
 from fed.training.cohort import check_cohorts
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.local import Job, module_gradients, train
 from fed.training.memory import is_out_of_memory, restart_peak
-from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
+from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, Sent, ServerState
 
 # An update's growth and a loss in nats from which on a new state is checked further. They are far above those of a
 # healthy run, which the further checks thus cost nothing.
@@ -109,7 +111,7 @@ class Federation:
     def round(self, before: RunState) -> Round:
         """Play the round after the state `before`: draw and train clients, aggregate their updates and measure.
 
-        Raises FedError if the last `server.patience` rounds had no usable update.
+        Raises FedError if the server kept its state in the last `server.patience` rounds.
         """
         self.check_patience(before.server)
         restart_peak(self.shared.device)
@@ -125,11 +127,12 @@ class Federation:
         return Round(row, after, [result.update for result in usable])
 
     def check_patience(self, server: ServerState) -> None:
-        """Raise FedError if no update was usable in as many rounds in a row as `server.patience` allows."""
-        patience = self.config.server.patience
+        """Raise FedError if too few updates were usable in as many rounds in a row as `server.patience` allows."""
+        patience, least = self.config.server.patience, self.config.server.min_updates
         if patience and server.idle_rounds >= patience:
+            few = "no client" if least == 1 else f"fewer clients than server.min_updates ({least})"
             raise StoppedError(
-                f"no client sent a usable update in {server.idle_rounds} rounds in a row, up to round {server.round}: "
+                f"{few} sent a usable update in {server.idle_rounds} rounds in a row, up to round {server.round}: "
                 f"server.patience is {patience}; a new run with a smaller train.learning_rate or other data would be "
                 "right, or server.patience = 0 in the run's config.toml to go on regardless"
             )
@@ -212,29 +215,36 @@ class Federation:
         number, footprint = job.client.id, update.footprint
         update = replace(self.method.finish(state.server, job.start, update), client=job.client)
         moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
-        fault = find_fault(state.server, job.start, update)
-        if fault is not None and (dtypes := {own.dtype for own in self.shared.model.parameters()}):
+        fault, sent = find_fault(state.server, job.start, update, asked_of(job, self.config.train)), None
+        if fault is None:
+            sent = Sent(version(state.server), fingerprint(job.start, update))
+            fault = replay_fault(state, job.start, job.head, update, sent)
+        elif dtypes := {own.dtype for own in self.shared.model.parameters()}:
             fault += hint_of_overflow(update, dtypes)
         seconds = fold_seconds, train_seconds
-        return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault)
+        return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault, sent)
 
     def aggregate(self, before: RunState, trained: Sequence[ClientResult]) -> Aggregated:
-        """Aggregate the usable updates; say which are left out, and why."""
+        """Aggregate the usable updates if there are enough; say which are left out, and why, and which are clipped."""
         number, server = before.server.round + 1, before.server
+        trained = enough(trained, self.config.server.min_updates)
+        head = server.head if self.config.train.head == "train" else {}  # a personal head is not sent
+        taken = clip_usable(trained, head, self.config.server.max_update_norm)
         grown = {
             result.client.id: growth(result.start, result.client.head or server.head, result.update)
             for result in trained
             if result.fault is None
         }
         aggregated = aggregate_usable(
-            trained, lambda result: grown[result.client.id], lambda results: self.attempt(before, results, grown)
+            trained,
+            lambda result: grown[result.client.id],
+            lambda results: self.attempt(before, [taken.get(result.client.id, result) for result in results], grown),
         )
-        for result in aggregated.results:
-            if result.fault is not None:
-                self.on_event(f"round {number}: client {result.client.id} is left out: {result.fault}")
-        if aggregated.chosen is None:
-            self.on_event(f"round {number}: no client sent a usable update; the server keeps its state")
-        return aggregated
+        results = enough(aggregated.results, self.config.server.min_updates)
+        results = [replace(result, clipped=result.client.id in taken) for result in results]
+        for line in told(results, self.config.server.max_update_norm):
+            self.on_event(f"round {number}: {line}")
+        return Aggregated(None if all(result.fault for result in results) else aggregated.chosen, results)
 
     def attempt(self, before: RunState, results: Sequence[ClientResult], grown: Mapping[int, float]) -> Candidate:
         """Return the server's state after aggregating these results, and whether it is usable.
@@ -254,7 +264,8 @@ class Federation:
             return Candidate(following, None, f"with it {fault}")
         calmest = min(grown, key=lambda client: grown[client])
         largest = max(grown[result.client.id] for result in results)
-        if math.isfinite(grown[calmest]) and largest >= LARGE_GROWTH * grown[calmest]:
+        # Of a client that sends next to nothing all others would seem to grow, so it is compared with 1, no growth.
+        if math.isfinite(grown[calmest]) and largest >= LARGE_GROWTH * max(grown[calmest], 1.0):
             # The loss would not show it: behind a norm layer and a frozen head it is about that of chance.
             return Candidate(following, None, f"it grew {largest:.3g}-fold, client {calmest} {grown[calmest]:.3g}-fold")
         evaluation = self.metrics.evaluate(following)
@@ -281,7 +292,7 @@ class Federation:
 
     def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
         """Return the state of the run after a round: the new server, and what participating clients keep."""
-        clients, ends = list(before.clients), dict(before.ends)
+        clients, ends, sent = list(before.clients), dict(before.ends), dict(before.sent)
         for result in results:
             client = before.clients[result.client.id]
             if result.fault is None:
@@ -289,8 +300,10 @@ class Federation:
                 client = replace(client, memory=kept.memory, head=kept.head)
                 if kept.ends:
                     ends[client.id] = kept.ends
+                if result.sent is not None:
+                    sent[client.id] = remembered(sent.get(client.id, ()), result.sent)
             clients[client.id] = replace(client, last_round=server.round)
-        return RunState(server, tuple(clients), ends)
+        return RunState(server, tuple(clients), ends, sent)
 
     def kept(self, result: ClientResult, number: int) -> ClientState:
         """Return what a client keeps after round `number`; if there is a store, it is written there and read lazily."""

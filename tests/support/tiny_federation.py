@@ -55,6 +55,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "aggregation": "mean",
         "trim": 0.2,
         "byzantine_share": 0.2,
+        "max_update_norm": 0.0,
+        "min_updates": 1,
         "optimizer": "fedavg",
         "step_size": 1e-2,
         "beta1": 0.9,

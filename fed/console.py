@@ -26,6 +26,7 @@ from fed.errors import UnreadError, printable
 from fed.experiments.plan import Cell
 from fed.report import tables
 from fed.report.comparison import Comparison
+from fed.report.left_out import left_out_table
 from fed.report.summary import COST, NOISE, OUTCOME
 from fed.report.tables import percent, summary
 from fed.simulation.run_directory import Run
@@ -142,9 +143,14 @@ class Screen:
             self._out.print(table)
 
     def summarise(self, run: Run) -> None:
-        """Print a run's accuracy before and after, its gain, and for comparison the gain of centralised LoRA."""
+        """Print a run's accuracy before and after, its gain, and for comparison the gain of centralised LoRA.
+
+        Updates that were left out or clipped follow, counted by reason.
+        """
         config = run.config
         self.table(summary(run))
+        if lines := left_out_table(run.rows):
+            self.table(lines)
         if run.centralised:
             self.say(
                 f"ratio: the federated gain over that of rank-{config.adapter.rank} LoRA trained on all clients'\n"

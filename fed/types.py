@@ -66,6 +66,7 @@ class Row(Metrics, total=False):
     skipped: list[int]  # ids of clients whose update could not be used
     faults: list[str]  # the reason for each of `skipped`, in its order
     clipped: list[int]  # ids of clients whose update was clipped to `server.max_update_norm` before it was used
+    attackers: list[int]  # ids of the round's clients that attack, if any do in this run
 
 
 def measured(row: Row, field: str) -> Any:

@@ -12,7 +12,15 @@ from pydantic import Field, model_validator
 from fed.config.data import DataConfig, ModelConfig, check_data
 from fed.config.fields import Name, NotNegative, Table
 from fed.config.toml_files import shown
-from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
+from fed.config.training import (
+    AdapterConfig,
+    AttackConfig,
+    ClientsConfig,
+    HetLoRAConfig,
+    MeasureConfig,
+    ServerConfig,
+    TrainConfig,
+)
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MOST_RUNS = 10_000  # of a comparison
@@ -48,6 +56,7 @@ class RunConfig(Table):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    attack: AttackConfig = AttackConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     measure: MeasureConfig = MeasureConfig()
 
@@ -69,6 +78,7 @@ class RunConfig(Table):
             raise ValueError(f"cohort_compile is true, but execution is {self.execution!r}; 'cohort' would be right")
         check_method(self)
         check_aggregation(self)
+        check_attack(self)
         check_clients(self)
         check_data(self.data, self.model)
         check_quantized(self)
@@ -182,6 +192,25 @@ def check_aggregation(config: RunConfig) -> None:
             f"server.aggregation is 'krum' and train.weighting {config.train.weighting!r}: Krum picks the update of "
             "one client, so there is nothing to weigh; train.weighting = 'uniform' would be right, or 'median' or "
             "'trimmed-mean', which take weights"
+        )
+
+
+def check_attack(config: RunConfig) -> None:
+    """Raise ValueError if nobody would attack, or labels are to be turned that are not there or that others have."""
+    attack, data = config.attack, config.data
+    if attack.kind != "none" and round(attack.share * config.clients.count) == 0:
+        raise ValueError(
+            f"attack.share is {attack.share:g}: of {config.clients.count} clients none would attack; it should be "
+            f"at least {1 / config.clients.count:.2g}"
+        )
+    if attack.kind == "label-flip" and data.task != "classification":
+        raise ValueError(
+            f"attack.kind is 'label-flip' and data.task {data.task!r}: there are no labels; 'sign-flip' would be right"
+        )
+    if attack.kind == "label-flip" and data.rows_per_client:
+        raise ValueError(
+            f"attack.kind is 'label-flip' and data.rows_per_client {data.rows_per_client}: clients share rows, so "
+            "honest ones would have turned labels too; 'sign-flip' or data.rows_per_client = 0 would be right"
         )
 
 

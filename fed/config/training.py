@@ -1,4 +1,4 @@
-"""The configuration's tables `[clients]`, `[adapter]`, `[train]`, `[server]`, `[hetlora]` and `[measure]`."""
+"""The configuration's tables on clients, adapter, training and server, attacks, HETLoRA and what is measured."""
 
 from __future__ import annotations
 
@@ -142,6 +142,17 @@ class ServerConfig(Table):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
     patience: CountOrNone = 10
+
+
+class AttackConfig(Table):
+    """A simulated attack (`fed.simulation.attacks`): the `share` of all clients that attack, and of which kind.
+
+    `factor` is how much longer the step of a "scale" or a "sign-flip" is than the one that was trained.
+    """
+
+    kind: Literal["none", "label-flip", "scale", "sign-flip", "nan", "shape", "replay"] = "none"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.3
+    factor: Positive = 10.0
 
 
 class HetLoRAConfig(Table):

@@ -17,6 +17,7 @@ from fed.data.tables import DenseTable, InstructionTable
 from fed.methods import Method
 from fed.models.shared_model import SharedModel
 from fed.seeding import ClientRandom
+from fed.simulation.attacks import attackers
 from fed.simulation.communication import download_bytes, upload_bytes
 from fed.simulation.evaluation import GENERATED, WorkProgress, accuracy_for, evaluate, evaluate_held_out, labels_of
 from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
@@ -137,6 +138,8 @@ class RoundMetrics:
             "faults": [result.fault for result in results if result.fault is not None],
             "clipped": [result.client.id for result in results if result.fault is None and result.clipped],
         }
+        if self.config.attack.kind != "none":
+            row["attackers"] = sorted(attackers(self.config).intersection(result.client.id for result in results))
         return cast("Row", finite(row))
 
     def throughput(self, results: Sequence[ClientResult]) -> Row:

@@ -13,10 +13,12 @@ import torch
 from fed import methods
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
+from fed.data.tables import Split
 from fed.errors import FedError, StoppedError
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
 from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable, enough, told
+from fed.simulation.attacks import attacked, attackers, training_splits
 from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
 from fed.simulation.clipping import clip_usable
@@ -64,6 +66,11 @@ class Federation:
     def metrics(self) -> RoundMetrics:
         """The measurements that go into a round's row."""
         return RoundMetrics(self.config, self.data, self.shared, self.method, self.on_progress)
+
+    @cached_property
+    def splits(self) -> tuple[Split, ...]:
+        """The rows that each client trains on."""
+        return training_splits(self.config, self.data)
 
     @property
     def method(self) -> methods.Method:
@@ -166,7 +173,7 @@ class Federation:
 
         In a cohort unselected modules are held frozen: clients with different modules cannot fold them into one base.
         """
-        server, split = state.server, self.data.clients[client.id]
+        server, split = state.server, self.splits[client.id]
         if self.method.selects and self.config.adapter.selection == "gradient":
             gradients = module_gradients(self.shared, server, split, self.config.train.batch_size, rng)
             client = replace(client, gradients=gradients)
@@ -214,6 +221,8 @@ class Federation:
         """Return the result of one client's training, after the method has decided what it sends and what it keeps."""
         number, footprint = job.client.id, update.footprint
         update = replace(self.method.finish(state.server, job.start, update), client=job.client)
+        if number in attackers(self.config):
+            update = attacked(self.config.attack, job, update)
         moved = factor_noise(job.start.factors, state.ends[number]) if number in state.ends else None
         fault, sent = find_fault(state.server, job.start, update, asked_of(job, self.config.train)), None
         if fault is None:

@@ -64,6 +64,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tau": 1e-3,
         "patience": 10,
     },
+    "attack": {"kind": "none", "share": 0.3, "factor": 10.0},
     "hetlora": {"weighting": "norm", "prune": False, "decay": 0.99, "penalty": 1e-3},
     "measure": {"noise": True, "similarity": True, "memory": True, "clients": True, "generate": "every"},
 }

@@ -202,10 +202,14 @@ class ComparisonProgress:
     """A context manager that shows the progress of a comparison; `on_event` takes the events of its runs.
 
     `failures` holds a line for each run that failed. `told` are messages about the data that were shown before: runs
-    share their data, so each message is shown once.
+    share their data, so each message is shown once. A `quiet` one does not show what is said of updates that are left
+    out or clipped, where attacks make many.
     """
 
-    def __init__(self, screen: Screen, cells: list[Cell], already: int, told: Iterable[str] = ()) -> None:
+    def __init__(
+        self, screen: Screen, cells: list[Cell], already: int, told: Iterable[str] = (), quiet: bool = False
+    ) -> None:
+        self._quiet = quiet
         self.failures: list[str] = []
         self._told = set(told)
         self._screen = screen
@@ -242,7 +246,8 @@ class ComparisonProgress:
                 self._told.add(payload)
                 self._warn(f"{cell.label}: {payload}")
         elif kind == "event":
-            self._warn(f"{cell.label}: {payload}")
+            if not self._quiet:
+                self._warn(f"{cell.label}: {payload}")
         else:
             self._end(cell, payload, failed=kind == "failed")
 

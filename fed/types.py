@@ -66,6 +66,9 @@ class Row(Metrics, total=False):
     skipped: list[int]  # ids of clients whose update could not be used
     faults: list[str]  # the reason for each of `skipped`, in its order
     clipped: list[int]  # ids of clients whose update was clipped to `server.max_update_norm` before it was used
+    noise_std: float | None  # standard deviation of the noise in the server's sums, with `privacy.clip`
+    epsilon: float | None  # what the rounds so far have spent of privacy at `delta`; None: without a bound
+    delta: float
     attackers: list[int]  # ids of the round's clients that attack, if any do in this run
 
 

@@ -53,6 +53,7 @@ RESERVED = {
     "tokenizers": ("fed/data/tokenization.py",),
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
     "flwr_datasets": ("fed/data/partition.py",),
+    "dp_accounting": ("fed/simulation/privacy_accounting.py",),
     "pyarrow": ("fed/data/hf_datasets.py",),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from fed.config.training import (
     ClientsConfig,
     HetLoRAConfig,
     MeasureConfig,
+    PrivacyConfig,
     ServerConfig,
     TrainConfig,
 )
@@ -56,6 +57,7 @@ class RunConfig(Table):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     attack: AttackConfig = AttackConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     measure: MeasureConfig = MeasureConfig()
@@ -79,6 +81,7 @@ class RunConfig(Table):
         check_method(self)
         check_aggregation(self)
         check_attack(self)
+        check_privacy(self)
         check_clients(self)
         check_data(self.data, self.model)
         check_quantized(self)
@@ -212,6 +215,50 @@ def check_attack(config: RunConfig) -> None:
             f"attack.kind is 'label-flip' and data.rows_per_client {data.rows_per_client}: clients share rows, so "
             "honest ones would have turned labels too; 'sign-flip' or data.rows_per_client = 0 would be right"
         )
+
+
+def check_privacy(config: RunConfig) -> None:
+    """Raise ValueError if the noise is not defined, or something in the run would break what it guarantees."""
+    privacy = config.privacy
+    if not privacy.clip:
+        if privacy.noise_multiplier or privacy.target_epsilon:
+            raise ValueError(
+                "privacy.clip is 0.0, and noise is asked for; the largest norm of an update would be right"
+            )
+        return
+    if bool(privacy.noise_multiplier) == bool(privacy.target_epsilon):
+        raise ValueError(
+            f"privacy.noise_multiplier is {privacy.noise_multiplier:g} and privacy.target_epsilon "
+            f"{privacy.target_epsilon:g}: one of the two should be above 0"
+        )
+    if privacy.target_epsilon and privacy.target_rounds < config.rounds:
+        raise ValueError(
+            f"privacy.target_rounds is {privacy.target_rounds} and rounds {config.rounds}: the noise for "
+            "privacy.target_epsilon has to last for all rounds, so it should be at least that"
+        )
+    if privacy.secret_noise and config.checkpoint_every > 1:
+        raise ValueError(
+            f"checkpoint_every is {config.checkpoint_every} and privacy.secret_noise true: rounds that are played "
+            "again would spend more than is counted; 1 would be right, or 0"
+        )
+    wanted: tuple[tuple[str, object, tuple[object, ...], str], ...] = (
+        ("method", config.method, ("fed-plora",), "the sensitivity of other methods is another"),
+        (
+            "adapter.selection",
+            config.adapter.selection,
+            ("random", "shared-random", "first"),
+            "what a client trains, and how often it is trained, has to be known without data",
+        ),
+        ("train.weighting", config.train.weighting, ("uniform",), "numbers of samples are data"),
+        ("train.head", config.train.head, ("train", "freeze"), "the mean of personal heads would be without noise"),
+        ("server.aggregation", config.server.aggregation, ("mean",), "the sensitivity of other rules is another"),
+        ("server.min_updates", config.server.min_updates, (1,), "how many updates are usable depends on data"),
+        ("clients.memory_mib", config.clients.memory_mib, ([],), "the ranks that fit depend on clients' rows"),
+    )
+    for key, value, allowed, why in wanted:
+        if value not in allowed:
+            right = " or ".join(map(repr, allowed))
+            raise ValueError(f"{key} is {value!r} and privacy.clip {privacy.clip:g}: {why}; {right} would be right")
 
 
 def check_method(config: RunConfig) -> None:

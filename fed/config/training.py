@@ -1,4 +1,4 @@
-"""The configuration's tables on clients, adapter, training and server, attacks, HETLoRA and what is measured."""
+"""The configuration's tables on clients, adapter, training, server, privacy, attacks, HETLoRA and measurements."""
 
 from __future__ import annotations
 
@@ -142,6 +142,24 @@ class ServerConfig(Table):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
     patience: CountOrNone = 10
+
+
+class PrivacyConfig(Table):
+    """Central differential privacy of Fed-PLoRA (`fed.simulation.privacy`); `clip` = 0 turns it off.
+
+    `clip` is the largest L2 norm of what a client changes in all, and noise of `noise_multiplier` times that is added
+    to the server's sums. `target_epsilon` above 0 in place of it looks for the noise that spends this much in
+    `target_rounds` rounds, at `delta`. `sampling` says whether who is drawn is "public", as the seed tells, or
+    "secret". `secret_noise` takes the operating system's randomness, so that the run cannot be repeated.
+    """
+
+    clip: NotNegative = 0.0
+    noise_multiplier: NotNegative = 0.0
+    target_epsilon: NotNegative = 0.0
+    target_rounds: CountOrNone = 0
+    delta: Fraction = 1e-5
+    sampling: Literal["public", "secret"] = "public"
+    secret_noise: bool = False
 
 
 class AttackConfig(Table):

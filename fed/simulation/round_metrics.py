@@ -99,8 +99,11 @@ class RoundMetrics:
         module_noise: float | None = None,
         clients_per_pass: int | None = None,
         evaluation: Evaluation | None = None,
+        spent: Row | None = None,
     ) -> Row:
         """Return a round's row, in which figures that are not finite are None, because JSON has no NaN or infinity.
+
+        `spent` is what the row says of privacy.
 
         `evaluation` is that of the server after the round, which is evaluated here if it is None. Upload bytes count
         the usable updates only, download bytes all clients of the round.
@@ -138,6 +141,7 @@ class RoundMetrics:
             "faults": [result.fault for result in results if result.fault is not None],
             "clipped": [result.client.id for result in results if result.fault is None and result.clipped],
         }
+        row |= spent or {}
         if self.config.attack.kind != "none":
             row["attackers"] = sorted(attackers(self.config).intersection(result.client.id for result in results))
         return cast("Row", finite(row))

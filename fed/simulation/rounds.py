@@ -25,6 +25,7 @@ from fed.simulation.clipping import clip_usable
 from fed.simulation.communication import stack_bytes
 from fed.simulation.evaluation import WorkProgress
 from fed.simulation.noise import end_factors, factor_noise
+from fed.simulation.privacy import PrivateServer
 from fed.simulation.replays import fingerprint, remembered, replay_fault, version
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
@@ -72,6 +73,13 @@ class Federation:
         """The rows that each client trains on."""
         return training_splits(self.config, self.data)
 
+    @cached_property
+    def private(self) -> PrivateServer | None:
+        """The private aggregation, if there is to be any."""
+        if not self.config.privacy.clip:
+            return None
+        return PrivateServer.of(self.config, populate(self.config, self.data, self.shared, self.method))
+
     @property
     def method(self) -> methods.Method:
         """The aggregation method of the run."""
@@ -85,6 +93,7 @@ class Federation:
         if self.config.execution == "cohort":
             check_cohorts(self.shared)
         server = first_state(self.shared, self.config)
+        _ = self.private  # refused before anything is trained
         clients = populate(self.config, self.data, self.shared, self.method)
         if self.config.train.head == "personal":
             clients = tuple(replace(client, head=server.head) for client in clients)
@@ -130,7 +139,8 @@ class Federation:
         after = self.update_clients(before, server, results)
         size = self.cohorts.size if self.config.execution == "cohort" else None
         evaluation = None if chosen is None else chosen.evaluation
-        row = self.metrics.row(before, after, results, noise, module_noise, size, evaluation)
+        spent = None if self.private is None else self.private.spent(server.round)
+        row = self.metrics.row(before, after, results, noise, module_noise, size, evaluation, spent)
         return Round(row, after, [result.update for result in usable])
 
     def check_patience(self, server: ServerState) -> None:
@@ -236,6 +246,12 @@ class Federation:
     def aggregate(self, before: RunState, trained: Sequence[ClientResult]) -> Aggregated:
         """Aggregate the usable updates if there are enough; say which are left out, and why, and which are clipped."""
         number, server = before.server.round + 1, before.server
+        if self.private is not None:  # no update may decide on another's
+            for line in told(trained, 0.0):
+                self.on_event(f"round {number}: {line}")
+            following = step(server, self.private.aggregate(server, trained), self.config.server)
+            following = replace(following, fold_bytes=(*server.fold_bytes, 0), idle_rounds=0)
+            return Aggregated(Candidate(following, None, None), list(trained))
         trained = enough(trained, self.config.server.min_updates)
         head = server.head if self.config.train.head == "train" else {}  # a personal head is not sent
         taken = clip_usable(trained, head, self.config.server.max_update_norm)

@@ -1,4 +1,4 @@
-"""The command line: `python -m fed run`, `compare`, `resume`, `report` and `noise`."""
+"""The command line: `python -m fed run`, `compare`, `resume`, `report`, `attacks` and `noise`."""
 
 from __future__ import annotations
 
@@ -190,6 +190,31 @@ def report(
     from fed import commands
 
     commands.report(directory, as_markdown)
+
+
+@app.command()
+def attacks(
+    source: Source,
+    more: More = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.", show_default="the file's")
+    ] = "",
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/attacks-NAME")] = None,
+    jobs: Jobs = 1,
+) -> int:
+    """Play every simulated attack against every defence, with the same seeds, and show what each costs.
+
+    attack.share and attack.factor say who attacks and how hard, server.max_update_norm to what updates are clipped; the
+    rules of aggregation are told the share. The same command continues after an interruption.
+    """
+    from fed import commands
+    from fed.experiments import attack_grid
+    from fed.experiments import plan as plans
+
+    numbers = plans.parse_seeds(seeds) if seeds else ()
+    grid = attack_grid.grid(source, _settings(settings, more, None, False), numbers)
+    return commands.attacks(grid, _directory(out, source, "attacks-"), jobs)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands behind the command line: run, resume and compare, which return the exit status, report and noise.
+"""The commands behind the command line: run, resume, compare, attacks, which return the exit status, report, noise.
 
 Each imports `fed.report.write` itself, once there is something to write: it loads matplotlib, whose 30 MB would
 otherwise count in the peak memory of the rounds.
@@ -23,9 +23,11 @@ from fed.data.federated_data import FederatedData
 from fed.errors import INTERRUPTED, FedError, StoppedError
 from fed.experiments import initialisation_noise, trackers
 from fed.experiments import run as running
+from fed.experiments.attack_grid import Grid, outcomes
 from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
+from fed.files import make_folder
 from fed.locks import held
 from fed.models.head import head_names
 from fed.report import tables
@@ -313,5 +315,35 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     return 0
 
 
-def _failed(failures: Sequence[str], plan: Plan) -> str:
+def attacks(grid: Grid, out: Path, jobs: int) -> int:
+    """Play the runs of a grid of attacks that are not finished, then print and write it; return the exit status.
+
+    Raises FedError if any run failed.
+    """
+    began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
+    left = [cell for cell in grid.cells if not finished(cell, out)]
+    told = check(left, bench, screen.warn, screen.stage)
+    make_folder(out)
+    with held(out):
+        board = ComparisonProgress(screen, left, len(grid.cells) - len(left), told, quiet=True)
+        try:
+            with board:
+                in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)
+        except KeyboardInterrupt:
+            screen.warn(f"interrupted: finished runs are kept in {out}; the same command continues")
+            return INTERRUPTED
+        if board.failures:
+            raise FedError(_failed(board.failures, grid))
+        from fed.report import attacks as report_of
+
+        found = outcomes(grid, out)
+        screen.table(report_of.accuracy_table(grid, found))
+        screen.table(report_of.rejected_table(found))
+        written = report_of.publish(grid, found, out)
+    screen.say(f"\n{out}:\n{', '.join(path.name for path in written)}")
+    screen.say(f"done in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _failed(failures: Sequence[str], plan: Plan | Grid) -> str:
     return f"{len(failures)} of {len(plan.cells)} runs could not be played: {failures[0]}"

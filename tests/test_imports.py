@@ -54,6 +54,7 @@ RESERVED = {
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
     "flwr": ("fed/flower",),
     "flwr_datasets": ("fed/data/partition.py",),
+    "dp_accounting": ("fed/simulation/privacy_accounting.py",),
     "pyarrow": ("fed/data/hf_datasets.py",),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ from fed.simulation.inputs import check_same
 from fed.simulation.rows import RowSeal, first_lines, parse_rows, sealed_lines
 from fed.simulation.settings import changed_setting, fixed_settings
 from fed.simulation.similarity import similarity_files
-from fed.types import Client, Row, RunState, ServerState
+from fed.types import Client, Row, RunState, Sent, ServerState
 
 FOLDER, TENSORS, FACTS = "checkpoint", "state.safetensors", "state.json"
 _OWN = re.compile(r"round-(\d+)(\.tmp)?")
@@ -96,6 +96,7 @@ def save(
         "round": number,
         "fold_bytes": state.server.fold_bytes,
         "idle_rounds": state.server.idle_rounds,
+        "sent": dict(sorted(state.sent.items())),
         "last_rounds": [client.last_round for client in state.clients],
         "kept": {client: entry._asdict() for client, entry in sorted(store.entries.items())},
         "settings": fixed_settings(config),
@@ -338,4 +339,5 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
             client = replace(client, memory=kept.memory, head=kept.head)
         clients.append(replace(client, last_round=int(seen)))
     ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
-    return RunState(server, tuple(clients), ends)
+    sent = {int(client): tuple(Sent(*one) for one in known) for client, known in facts.get("sent", {}).items()}
+    return RunState(server, tuple(clients), ends, sent)

@@ -1,4 +1,4 @@
-"""The commands behind the command line: run, resume, compare, attacks, which return the exit status, report, noise.
+"""The commands behind the command line; run, resume, compare and attacks return the exit status.
 
 Each imports `fed.report.write` itself, once there is something to write: it loads matplotlib, whose 30 MB would
 otherwise count in the peak memory of the rounds.
@@ -7,7 +7,8 @@ otherwise count in the peak memory of the rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,6 +25,10 @@ from fed.errors import INTERRUPTED, FedError, StoppedError
 from fed.experiments import initialisation_noise, trackers
 from fed.experiments import run as running
 from fed.experiments.attack_grid import Grid, outcomes
+from fed.experiments.costs import estimate as cost_estimate
+from fed.experiments.costs import tables as cost_tables
+from fed.experiments.costs.timing import Speeds
+from fed.experiments.costs.workload import workload
 from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
@@ -198,6 +203,38 @@ def noise(directory: Path) -> None:
 
     written = write.publish_initialisation(run, found, directory)
     screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
+
+
+def estimate(
+    config: RunConfig,
+    rows: Mapping[str, int | None],
+    machines: Sequence[int],
+    clients: Sequence[int],
+    measured: tuple[float | None, float | None, float | None],
+) -> None:
+    """Print what a run costs. `rows` are arguments of `fed.experiments.costs.workload.workload`.
+
+    `measured` are clients trained in a second on one machine, the server's seconds a round, and its network in Mbit/s.
+    """
+    screen, (per_second, server_seconds, mbit) = Screen(), measured
+    with running.limits(config.threads):
+        found = cost_estimate.costs(config, workload(config, **rows), clients)
+    speeds = None
+    if per_second is not None:
+        speeds = Speeds(per_second, server_seconds or 0.0, (mbit or 0.0) * 1e6 / 8)
+        if server_seconds is None:
+            speeds = replace(speeds, server_seconds=found.server_seconds(speeds))
+    for table in (
+        cost_tables.model_table,
+        cost_tables.client_table,
+        cost_tables.server_table,
+        cost_tables.clients_table,
+    ):
+        screen.table(table(found))
+    if speeds is not None:
+        screen.table(cost_tables.time_table(found, speeds, machines))
+    for line in cost_tables.notes(found, speeds):
+        screen.say(f"\n{line}")
 
 
 def _interrupted(out: Path, config: RunConfig, screen: Screen) -> int:

@@ -11,7 +11,7 @@ from fed.config.fields import Count, CountOrNone, Fraction, LearningRate, Name, 
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
-_MOST_CLIENTS = 10_000
+_MOST_CLIENTS = 1_000_000
 
 
 # Beyond these limits numpy draws no shares that are numbers.

@@ -94,7 +94,8 @@ def save(
         save_file(tensors, unnamed)
     facts = {
         "round": number,
-        "fold_bytes": state.server.fold_bytes,
+        # Of a method that folds nothing they are a 0 for each round, which need no text.
+        "fold_bytes": state.server.fold_bytes if any(state.server.fold_bytes) else (),
         "idle_rounds": state.server.idle_rounds,
         "sent": dict(sorted(state.sent.items())),
         "last_rounds": [client.last_round for client in state.clients],
@@ -327,7 +328,7 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
         head={name: head[name] for name in first.head},
         round=int(facts["round"]),
         base_delta=group(placed, "base_delta"),
-        fold_bytes=tuple(facts["fold_bytes"]),
+        fold_bytes=tuple(facts["fold_bytes"]) or (0,) * int(facts["round"]),
         idle_rounds=int(facts.get("idle_rounds", 0)),
         visits=group(placed, "visits"),
         moments=group(placed, "moments"),

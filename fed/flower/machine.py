@@ -121,7 +121,8 @@ def _joined(
         from fed.training.cohort import check_cohorts
 
         check_cohorts(shared)
-    place = Path(str(node["state"])) if "state" in node else folder / "kept"
+    # Beside the run's folder, because a machine that joins again has another one.
+    place = Path(str(node["state"])) if "state" in node else folder.parent / "kept"
     machine = Machine(facts["run"], config, federation, KeptStates(place / facts["run"], shared.device), stack, {})
     device = str(shared.device)
     return machine, {
@@ -242,7 +243,8 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if facts["keeps"]:
             own = ClientState(*federation.state_to_keep(result))
             number = server.round + 1
-            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
+            since = _goes_back_to(machine.config, server.round)
+            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, since, own)
             if federation.method.personal:
                 update = replace(update, memory={})
         answer = Answer(
@@ -258,6 +260,13 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     reply["clients"] = [client.id for client in clients]
     reply["seconds"] = time.perf_counter() - began
     return RecordDict({FACTS: facts_record(reply), **records})
+
+
+def _goes_back_to(config: RunConfig, played: int) -> int:
+    """Return the round of the last checkpoint but one, after `played` rounds: a server that finds the last damaged
+    goes on from there. Without checkpoints it never goes back."""
+    every = config.checkpoint_every
+    return max(0, (played // every - 1) * every) if every else played
 
 
 def _results(

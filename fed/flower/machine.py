@@ -18,17 +18,10 @@ from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
 from fed.errors import FedError
 from fed.experiments import run as running
+from fed.flower.answers import Answer, answer_records
 from fed.flower.kept import KeptStates
 from fed.flower.protocol import versions, why_other_version
-from fed.flower.records import (
-    FACTS,
-    Answer,
-    answer_records,
-    facts_of,
-    facts_record,
-    server_of,
-    tensors_of,
-)
+from fed.flower.records import FACTS, facts_of, facts_record, server_of, tensors_of
 from fed.models import saved_base
 from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted
@@ -122,7 +115,8 @@ def _joined(
         from fed.training.cohort import check_cohorts
 
         check_cohorts(shared)
-    place = Path(str(node["state"])) if "state" in node else folder / "kept"
+    # Beside the run's folder, because a machine that joins again has another one.
+    place = Path(str(node["state"])) if "state" in node else folder.parent / "kept"
     kept = KeptStates(place / facts["run"], shared.device)
     first_head = first_state(shared, config).head if config.train.head == "personal" else {}
     machine = Machine(facts["run"], config, federation, kept, stack, {}, first_head)
@@ -182,8 +176,8 @@ def _check_inputs(wanted: Mapping[str, str], found: Mapping[str, str], own_rows:
             raise FedError(f"{CALLED[name]} on this machine differs from what the run's server has")
 
 
-def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, int]:
-    """Return which client this node is: its id, its rank and its number of rows."""
+def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which client this node is: its id, its rank, its number of rows, and whether it alone has these."""
     number = node.get("partition-id")
     if type(number) is not int or not 0 <= number < config.clients.count:
         raise FedError(
@@ -198,7 +192,7 @@ def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: M
         (rank,) = ranks_within([float(node["memory-mib"])], estimate(shared, config, split), shared.rank)
     if type(rank) is not int or not 1 <= rank <= shared.rank:
         raise FedError(f"its node config has rank = {rank!r}; an integer from 1 to {shared.rank} would be right")
-    return {"id": number, "rank": rank, "rows": len(split)}
+    return {"id": number, "rank": rank, "rows": len(split), "own_rows": "rows" in node}
 
 
 def _at(number: int, data: FederatedData) -> tuple[Any, ...]:
@@ -222,10 +216,10 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     machine.base_delta, machine.base_round = server.base_delta, facts["base_round"]
     clients, ends = [], {}
     for known in facts["clients"]:
-        client = Client(known["id"], known["rank"], known["n_samples"], last_round=known["last_round"])
+        client = Client(**known)
         if facts["keeps"]:
-            copy = content.get(f"own-{client.id}.round-{client.last_round}")
-            own = machine.kept.read(client.id, client.last_round, copy)
+            copy = content.get(f"own-{client.id}.round-{client.kept_round}")
+            own = machine.kept.read(client.id, client.kept_round, copy)
             if own is None:
                 return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
             client = replace(client, memory=own.memory, head=own.head or machine.first_head)
@@ -241,15 +235,14 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if isinstance(result, str):
             records |= answer_records(client.id, Answer(None, fault=result))
             continue
-        update = result.update
-        if facts["keeps"]:
+        if facts["keeps"] and not facts["trial"]:
             own = ClientState(*federation.state_to_keep(result))
-            number = server.round + 1
-            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
-            if federation.method.personal:
-                update = replace(update, memory={})
+            number, before = server.round + 1, client.kept_round
+            since = _goes_back_to(machine.config, server.round)
+            record = machine.kept.write(client.id, number, before, since, own)
+            records[f"own-{client.id}.round-{number}.from-{before}"] = record
         answer = Answer(
-            update,
+            result.update,
             result.start_noise,
             result.factor_noise,
             result.fold_seconds,
@@ -261,6 +254,15 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     reply["clients"] = [client.id for client in clients]
     reply["seconds"] = time.perf_counter() - began
     return RecordDict({FACTS: facts_record(reply), **records})
+
+
+def _goes_back_to(config: RunConfig, played: int) -> int:
+    """Return the round that a server goes back to at the farthest after `played` rounds, to play on from there.
+
+    It is that of the last checkpoint but one, in case the last is damaged; without checkpoints it never goes back.
+    """
+    every = config.checkpoint_every
+    return max(0, (played // every - 1) * every) if every else played
 
 
 def _results(

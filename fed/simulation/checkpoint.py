@@ -99,6 +99,7 @@ def save(
         "idle_rounds": state.server.idle_rounds,
         "sent": dict(sorted(state.sent.items())),
         "last_rounds": [client.last_round for client in state.clients],
+        "kept_rounds": {c.id: c.kept_round for c in state.clients if c.kept_round != c.last_round},
         "kept": {client: entry._asdict() for client, entry in sorted(store.entries.items())},
         "settings": fixed_settings(config),
         "rows": rows,
@@ -334,11 +335,13 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
         moments=group(placed, "moments"),
     )
     clients: list[Client] = []
+    kept_rounds = facts.get("kept_rounds", {})  # where they are not the last rounds; an earlier version had none
     for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True):
         if client.id in store.entries:
             kept = store.stored(client.id)
             client = replace(client, memory=kept.memory, head=kept.head)
-        clients.append(replace(client, last_round=int(seen)))
+        number = int(kept_rounds.get(str(client.id), seen))
+        clients.append(replace(client, last_round=int(seen), kept_round=number))
     ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
     sent = {int(client): tuple(Sent(*one) for one in known) for client, known in facts.get("sent", {}).items()}
     return RunState(server, tuple(clients), ends, sent)

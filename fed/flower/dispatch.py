@@ -48,6 +48,13 @@ class Sent:
     lost: bool = False  # the machine is gone, or failed without the clients being the reason
     until: float = field(default=math.inf)
 
+    def take(self, reply: Message) -> None:
+        """Take the reply to the message: its content, or the error in its place."""
+        if reply.has_error():
+            self.fault, self.lost = f"its machine failed: {reply.error.reason or reply.error.code}", True
+        else:
+            self.content = reply.content
+
 
 def divide(steps: Sequence[int], speeds: Sequence[float | None]) -> list[list[int]]:
     """Return which clients each machine trains, as places in `steps`, so that all end at about the same time.
@@ -143,10 +150,7 @@ class Post:
         one = self._under_way.pop(reply.metadata.reply_to_message_id, None)
         if one is None:
             return None
-        if reply.has_error():
-            one.fault, one.lost = f"its machine failed: {reply.error.reason or reply.error.code}", True
-        else:
-            one.content = reply.content
+        one.take(reply)
         return one
 
     def _gone(self, connected: set[int]) -> list[Sent]:

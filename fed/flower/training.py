@@ -89,12 +89,13 @@ class FlowerTraining:
 
         What happens when a machine is lost is in `RoundInPlay`.
         """
-        play = RoundInPlay(_Round(self, federation, state), federation.config.engine, clients, self._absent)
+        play = self.begin(federation, state, clients)
         self._post.exchange(play)
         return [play.found[client.id] for client in clients if client.id in play.found]
 
-    def close(self) -> None:
-        """End what the executor began; the machines end theirs with Flower's run."""
+    def begin(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> RoundInPlay:
+        """Return the training of clients in the round after `state`, of which nothing is sent yet."""
+        return RoundInPlay(_Round(self, federation, state), federation.config.engine, clients, self._absent)
 
     # Machines.
 

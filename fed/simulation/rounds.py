@@ -55,9 +55,6 @@ class Executor(Protocol):
         The results come in the order of the clients.
         """
 
-    def close(self) -> None:
-        """End what the executor began, whether the run is over or has failed."""
-
 
 @dataclass(frozen=True)
 class Federation:

@@ -139,8 +139,9 @@ class Client:
     """One client: `rank` is its budget r_i, the number of one-rank modules it can train in each matrix.
 
     `memory` is what its method lets it keep between rounds, empty before its first round. `head` is its own head if
-    heads are personal, else empty. `last_round` is the round it last took part in, or 0. `gradients` holds a gradient
-    norm for each module, (R,) for every matrix, if modules are selected by gradients.
+    heads are personal, else empty. `last_round` is the round it last took part in, or 0, and `kept_round` the last one
+    with a usable update, after which it kept `memory` and `head`. `gradients` holds a gradient norm for each module,
+    (R,) for every matrix, if modules are selected by gradients.
     """
 
     id: int
@@ -149,6 +150,7 @@ class Client:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     last_round: int = 0
+    kept_round: int = 0
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -12,8 +12,10 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed import interruption
+from fed.errors import printable
 
 POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
+NO_ROUND = -1  # the base of a machine is as after no round that the server's was
 LOOK_SECONDS = 5.0  # between two looks whether machines are still connected
 
 
@@ -29,7 +31,7 @@ class Node:
     facts: dict[str, Any]
     client: int | None = None
     speed: float | None = None
-    base_round: int = -1
+    base_round: int = NO_ROUND
 
 
 @dataclass
@@ -118,7 +120,8 @@ def _answered(waiting: dict[str, Sent], reply: Message) -> Sent | None:
     if one is None:
         return None
     if reply.has_error():
-        one.fault, one.lost = f"its machine failed: {reply.error.reason or reply.error.code}", True
+        reason = printable(str(reply.error.reason or reply.error.code))[:400]
+        one.fault, one.lost = f"its machine failed: {reason}", True
     else:
         one.content = reply.content
     return one

@@ -21,8 +21,8 @@ _NAME = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
 class KeptStates:
     """The states of the clients of a machine after the rounds they took part in, in `folder`.
 
-    The state before a client's last round stays until it has a later one, because a server that was stopped plays the
-    round again.
+    The state from which a client trained last stays, because the server may refuse the update, or be stopped and play
+    the round again.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:

@@ -18,17 +18,10 @@ from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
 from fed.errors import FedError
 from fed.experiments import run as running
+from fed.flower.answers import Answer, answer_records
 from fed.flower.kept import KeptStates
 from fed.flower.protocol import versions, why_other_version
-from fed.flower.records import (
-    FACTS,
-    Answer,
-    answer_records,
-    facts_of,
-    facts_record,
-    server_of,
-    tensors_of,
-)
+from fed.flower.records import FACTS, facts_of, facts_record, server_of, tensors_of
 from fed.models import saved_base
 from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted
@@ -222,10 +215,10 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     machine.base_delta, machine.base_round = server.base_delta, facts["base_round"]
     clients, ends = [], {}
     for known in facts["clients"]:
-        client = Client(known["id"], known["rank"], known["n_samples"], last_round=known["last_round"])
+        client = Client(**known)
         if facts["keeps"]:
-            copy = content.get(f"own-{client.id}.round-{client.last_round}")
-            own = machine.kept.read(client.id, client.last_round, copy)
+            copy = content.get(f"own-{client.id}.round-{client.kept_round}")
+            own = machine.kept.read(client.id, client.kept_round, copy)
             if own is None:
                 return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
             client = replace(client, memory=own.memory, head=own.head or machine.first_head)
@@ -241,15 +234,14 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if isinstance(result, str):
             records |= answer_records(client.id, Answer(None, fault=result))
             continue
-        update = result.update
-        if facts["keeps"]:
+        if facts["keeps"] and not facts["trial"]:
             own = ClientState(*federation.state_to_keep(result))
-            number = server.round + 1
-            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, client.last_round, own)
-            if federation.method.personal:
-                update = replace(update, memory={})
+            number, before = server.round + 1, client.kept_round
+            records[f"own-{client.id}.round-{number}.from-{before}"] = machine.kept.write(
+                client.id, number, before, own
+            )
         answer = Answer(
-            update,
+            result.update,
             result.start_noise,
             result.factor_noise,
             result.fold_seconds,

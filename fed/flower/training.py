@@ -4,45 +4,34 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import tomli_w
-import torch
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed import interruption
 from fed.errors import FedError, printable
-from fed.files import make_folder
-from fed.flower.dispatch import Node, Sent, divide, exchange
-from fed.flower.protocol import JOIN, TRAIN, versions, why_other_version
+from fed.flower.dispatch import NO_ROUND, Node, Sent, divide, exchange
+from fed.flower.joining import invitation, key_of, why_not
+from fed.flower.protocol import JOIN, TRAIN, versions
 from fed.flower.records import (
     ADDED,
     FACTS,
     KNOWN,
     WHOLE,
     RecordError,
-    answer_of,
     arrays_of,
     client_tensors,
     facts_of,
     facts_record,
     server_records,
-    with_fixed,
 )
-from fed.sealed import read_sealed, write_sealed
-from fed.seeding import ClientRandom
+from fed.flower.replies import Asked, reply_of, why_lacking
 from fed.simulation.clients import local_steps
-from fed.simulation.noise import factor_noise
 from fed.simulation.rounds import Federation
-from fed.simulation.run_directory import BASE
 from fed.types import Client, ClientResult, RunState
 
-STATE = "flower.json"  # in a run's directory: the key by which machines know the run again
 JOIN_SECONDS = 3600.0  # for a machine to load data and base
 
 
@@ -104,11 +93,11 @@ class FlowerTraining:
         def on_end(one: _Round) -> Iterable[Sent]:
             missing = one.clients
             if one.content is not None:
-                if lacks := self._lacks(one, federation):
+                if lacks := why_lacking(one.content):
                     return self._joined_again(one, lacks, federation, state)
-                answered = self._results(one, federation, state)
-                found.update({result.client.id: result for result in answered})
-                missing = [client for client in one.clients if client.id not in found]
+                for result in self._results(one, federation, state):
+                    found.setdefault(result.client.id, result)
+                missing = []
             if one.lost:
                 self._nodes.pop(one.node.number, None)
             if not missing or not one.lost or federation.config.engine.mode == "deployment":
@@ -169,10 +158,12 @@ class FlowerTraining:
         if one.content is not None:
             try:
                 node.facts = facts_of(one.content)
-                why = self._why_not(node, federation)
+                why = why_not(node.facts, federation, self._key, self._nodes.values())
             except RecordError as error:
                 why = str(error)
         if why is None:
+            if federation.config.engine.mode == "deployment":
+                node.client = node.facts["client"]["id"]
             self._nodes[node.number] = node
             if (other := node.facts["versions"].get("torch")) != versions()["torch"]:
                 self._tell(f"SuperNode {node.number} has torch {printable(str(other))[:40]}: it may round otherwise")
@@ -181,47 +172,11 @@ class FlowerTraining:
             self._refused.add(node.number)
         self._tell(f"SuperNode {node.number} does not take part: {printable(why)[:800]}")
 
-    def _why_not(self, node: Node, federation: Federation) -> str | None:
-        facts = node.facts
-        if why := why_other_version(versions(), facts.get("versions")):
-            return why
-        if "refused" in facts:
-            return str(facts["refused"])
-        if facts.get("run") != self._key:
-            return "it has joined another run"
-        if federation.config.engine.mode == "simulation":
-            return None
-        client, most = facts.get("client"), federation.config.adapter.rank
-        numbers: list[Any] = [client.get(name) for name in ("id", "rank", "rows")] if isinstance(client, dict) else []
-        if len(numbers) != 3 or any(type(number) is not int for number in numbers):
-            return "it does not say which client it is"
-        number, rank, rows = map(int, numbers)
-        if not (0 <= number < federation.config.clients.count and 1 <= rank <= most and 1 <= rows < 2**40):
-            return f"it says that it is client {number} of rank {rank} with {rows} rows, which cannot be"
-        if federation.method.equal_ranks and rank != most:
-            return f"its rank is {rank}; {federation.method.title} needs every rank to be adapter.rank ({most})"
-        if others := [own for own in self._nodes.values() if own.client == number]:
-            return f"its partition-id is {number}, as that of SuperNode {others[0].number}; each has one of its own"
-        node.client = number
-        return None
-
     def _invitation(self, federation: Federation) -> RecordDict:
-        """Return what a machine needs to join: the settings, the digests of all inputs, and the saved base."""
+        """Return what a machine needs to join; the run's key is known from then on."""
         if self._joining is None:
-            directory = self._directory()
-            self._key = _key_of(directory)
-            settings = federation.config.model_dump(exclude_none=True, mode="json")
-            facts = {
-                "run": self._key,
-                "versions": versions(),
-                "settings": tomli_w.dumps(settings),
-                "inputs": dict(federation.inputs),
-            }
-            base = {
-                path.name: torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())
-                for path in sorted((directory / BASE).iterdir())
-            }
-            self._joining = RecordDict({FACTS: facts_record(facts), "base": arrays_of(base)})
+            self._key = key_of(self._directory())
+            self._joining = invitation(federation, self._key, self._directory())
         return self._joining
 
     # Rounds.
@@ -245,18 +200,26 @@ class FlowerTraining:
         ]
 
     def _round(self, federation: Federation, state: RunState, clients: Sequence[Client], node: Node) -> _Round:
-        number, keeps = state.server.round + 1, federation.config.engine.mode == "deployment"
-        base, before = _base_for(node, state)
-        nonce = secrets.token_hex(16)
+        keeps, trial = federation.config.engine.mode == "deployment", _is_trial(state)
+        base, before = (WHOLE, None) if trial else _base_for(node, state)
+        base_round = NO_ROUND if trial else _base_round(state)
+        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients))
         facts = {
-            "run": self._key,
-            "round": number,
-            "nonce": nonce,
+            "run": asked.run,
+            "round": asked.round,
+            "nonce": asked.nonce,
             "keeps": keeps,
+            "trial": trial,
             "base_before": before,
-            "base_round": _base_round(state),
+            "base_round": base_round,
             "clients": [
-                {"id": own.id, "rank": own.rank, "n_samples": own.n_samples, "last_round": own.last_round}
+                {
+                    "id": own.id,
+                    "rank": own.rank,
+                    "n_samples": own.n_samples,
+                    "last_round": own.last_round,
+                    "kept_round": own.kept_round,
+                }
                 for own in clients
             ],
         }
@@ -267,17 +230,8 @@ class FlowerTraining:
             for own in clients:
                 if tensors := client_tensors(own):
                     content[f"kept-{own.id}"] = arrays_of(tensors)
-        message = self._message(content, node.number, TRAIN, str(number))
-        return _Round(node, message, clients=list(clients), nonce=nonce)
-
-    def _lacks(self, one: _Round, federation: Federation) -> str:
-        """Return what a machine said that it lacks to train, or ""."""
-        assert one.content is not None
-        try:
-            facts = facts_of(one.content)
-        except RecordError:
-            return ""
-        return str(facts["lacks"])[:200] if "lacks" in facts else ""
+        message = self._message(content, node.number, TRAIN, str(asked.round))
+        return _Round(node, message, asked, base_round)
 
     def _joined_again(self, one: _Round, lacks: str, federation: Federation, state: RunState) -> Iterable[Sent]:
         """Let a machine join again that has lost the run, and return its message anew; else its clients are lost."""
@@ -293,54 +247,13 @@ class FlowerTraining:
         return ()
 
     def _results(self, one: _Round, federation: Federation, state: RunState) -> list[ClientResult]:
-        """Return the checked results of a reply; say of which clients there is none, and why."""
-        content, number = one.content, state.server.round + 1
-        assert content is not None
-        try:
-            facts = facts_of(content)
-            self._check_reply(facts, one, number)
-        except RecordError as error:
-            one.fault = f"its reply cannot be used: {error}"
-            return []
-        steps = sum(local_steps(federation.config, client) for client in one.clients)
-        if isinstance(seconds := facts.get("seconds"), int | float) and 0 < seconds < 1e9:
-            one.node.speed = steps / seconds
-        one.node.base_round = _base_round(state)
-        found = []
-        for client in one.clients:
-            try:
-                found.append(self._result(content, client, federation, state))
-            except RecordError as error:
-                self._tell(f"round {number}: client {client.id} is left out: {error}")
-        return found
-
-    def _check_reply(self, facts: Mapping[str, Any], one: _Round, number: int) -> None:
-        """Raise RecordError unless a reply is to this message: not an earlier round's, and not sent before."""
-        if facts.get("run") != self._key:
-            raise RecordError("it is of another run")
-        if facts.get("round") != number:
-            raise RecordError(f"it is of round {str(facts.get('round'))[:20]}, and this is round {number}")
-        if facts.get("nonce") != one.nonce:
-            raise RecordError("it answers another message of this round, or was sent before")
-
-    def _result(self, content: RecordDict, client: Client, federation: Federation, state: RunState) -> ClientResult:
-        """Return the checked result of one client; raise RecordError if its part of the reply is not whole."""
-        config, number = federation.config, state.server.round + 1
-        deployed, device = config.engine.mode == "deployment", federation.shared.device
-        rng = ClientRandom(config.seed, number, client.id)
-        gradients: Mapping[str, torch.Tensor] = {}
-        if federation.method.selects and config.adapter.selection == "gradient":
-            gradients = _gradients(answer_of(content, client, device).gradients, state, client)
-        job = federation.job(state, replace(client, gradients=gradients), rng)
-        answer = answer_of(content, client, device, job.start.trained)
-        if answer.update is None:
-            raise RecordError(f"its machine could not train it: {answer.fault}")
-        update = replace(with_fixed(answer.update, job.start), client=job.client)
-        ends, moved = state.ends.get(client.id), answer.factor_noise if deployed and config.measure.noise else None
-        if ends is not None and not deployed:
-            moved = factor_noise(job.start.factors, ends)
-        noise = answer.noise if config.measure.noise else None
-        return federation.checked(state, job, update, noise, moved, answer.fold_seconds, answer.train_seconds)
+        """Return the checked results of a reply, one for each of its clients."""
+        assert one.content is not None
+        reply = reply_of(one.content, one.asked, federation, state)
+        if reply.answers:
+            one.node.base_round = one.base_round
+            one.node.speed = reply.speed or one.node.speed
+        return reply.results
 
     def _tell_lost(self, state: RunState, clients: Iterable[Client], why: str | None) -> None:
         for client in clients:
@@ -350,11 +263,24 @@ class FlowerTraining:
 
 
 class _Round(Sent):
-    """A message of a round, with the clients that it has trained and the number that its reply must repeat."""
+    """A message of a round: what it asks, and the round whose base the machine has once it has answered."""
 
-    def __init__(self, node: Node, message: Message, clients: list[Client], nonce: str) -> None:
+    def __init__(self, node: Node, message: Message, asked: Asked, base_round: int) -> None:
         super().__init__(node, message)
-        self.clients, self.nonce, self.again = clients, nonce, False
+        self.asked, self.base_round, self.again = asked, base_round, False
+
+    @property
+    def clients(self) -> Sequence[Client]:
+        """The clients that it has trained."""
+        return self.asked.clients
+
+
+def _is_trial(state: RunState) -> bool:
+    """Return whether the server only tries this state, to see whether a client can train from it.
+
+    It then is a later state under the number of an earlier round (`fed.simulation.rounds.Federation.training_fault`).
+    """
+    return len(state.server.fold_bytes) > state.server.round
 
 
 def _base_round(state: RunState, before: int | None = None) -> int:
@@ -371,21 +297,3 @@ def _base_for(node: Node, state: RunState) -> tuple[str, int | None]:
     if state.server.fold and state.server.round == last and node.base_round == _base_round(state, before=last):
         return ADDED, node.base_round
     return WHOLE, None
-
-
-def _gradients(found: Mapping[str, torch.Tensor], state: RunState, client: Client) -> Mapping[str, torch.Tensor]:
-    """Return a client's gradient norms, by which it selected its modules; raise RecordError unless they can be."""
-    for matrix, (A, _) in state.server.adapter.factors.items():
-        own = found.get(matrix)
-        if own is None or own.shape != A.shape[:1] or own.dtype != torch.float64 or not own.isfinite().all():
-            raise RecordError(f"its gradients of {matrix} are not {A.shape[0]} numbers of float64")
-    return {matrix: own.cpu() for matrix, own in found.items()}
-
-
-def _key_of(directory: Path) -> str:
-    """Return the key by which machines know a run again; it is made once."""
-    path = directory / STATE
-    if not path.is_file():
-        make_folder(directory)
-        write_sealed(path, {"run": secrets.token_hex(16)})
-    return str(read_sealed(path)["run"])

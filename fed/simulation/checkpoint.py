@@ -97,6 +97,7 @@ def save(
         "fold_bytes": state.server.fold_bytes,
         "idle_rounds": state.server.idle_rounds,
         "last_rounds": [client.last_round for client in state.clients],
+        "kept_rounds": [client.kept_round for client in state.clients],
         "kept": {client: entry._asdict() for client, entry in sorted(store.entries.items())},
         "settings": fixed_settings(config),
         "rows": rows,
@@ -332,10 +333,11 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
         moments=group(placed, "moments"),
     )
     clients: list[Client] = []
-    for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True):
+    kept_rounds = facts.get("kept_rounds", facts["last_rounds"])  # an earlier version did not tell them apart
+    for client, seen, number in zip(beginning.clients, facts["last_rounds"], kept_rounds, strict=True):
         if client.id in store.entries:
             kept = store.stored(client.id)
             client = replace(client, memory=kept.memory, head=kept.head)
-        clients.append(replace(client, last_round=int(seen)))
+        clients.append(replace(client, last_round=int(seen), kept_round=int(number)))
     ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
     return RunState(server, tuple(clients), ends)

@@ -337,7 +337,7 @@ class Federation:
             client = before.clients[result.client.id]
             if result.fault is None:
                 kept = self.kept(result, server.round)
-                client = replace(client, memory=kept.memory, head=kept.head)
+                client = replace(client, memory=kept.memory, head=kept.head, kept_round=server.round)
                 if kept.ends:
                     ends[client.id] = kept.ends
             clients[client.id] = replace(client, last_round=server.round)

@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed import interruption
+from fed.errors import printable
 
 POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
 NO_ROUND = -1  # the base of a machine is as after no round that the server's was
@@ -51,7 +52,8 @@ class Sent:
     def take(self, reply: Message) -> None:
         """Take the reply to the message: its content, or the error in its place."""
         if reply.has_error():
-            self.fault, self.lost = f"its machine failed: {reply.error.reason or reply.error.code}", True
+            reason = printable(str(reply.error.reason or reply.error.code))[:400]
+            self.fault, self.lost = f"its machine failed: {reason}", True
         else:
             self.content = reply.content
 

@@ -15,7 +15,7 @@ import pytest
 from tests.support.command_line import Outcome
 from tests.support.flower_app import write_app
 from tests.support.flower_control import Control, until
-from tests.support.flower_network import BIN, ROOT, free_port
+from tests.support.flower_network import BIN, ROOT, WAIT_SECONDS, free_port
 from tests.support.marked_processes import MarkedProcess, MarkedProcesses
 
 PAGE = ROOT / "docs" / "flower.md"
@@ -125,7 +125,7 @@ def test_the_way_to_several_machines(reader: Reader) -> None:
     assert (reply["city"], reply["rank"]) == ("Lund", 4)
 
     reader.type("flwr supernode unregister", ("NUMBER", str(number)))
-    assert node.wait(30) == 0, node.tail()
+    assert node.wait(WAIT_SECONDS) == 0, node.tail()
     assert control.nodes()[number] == "unregistered"
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support.flower_app import write_app
 from tests.support.flower_control import Control
 from tests.support.flower_keys import make_certificates, make_key, public_pem
-from tests.support.flower_network import FlowerNetwork, SuperNode, free_port
+from tests.support.flower_network import WAIT_SECONDS, FlowerNetwork, SuperNode, free_port
 from tests.support.path_proxy import PathProxy
 
 REFUSED = 1  # the exit status of a SuperNode that is not let in
@@ -34,7 +34,7 @@ def authenticated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerNe
 
 def refusal(node: SuperNode) -> str:
     """Return what a SuperNode wrote that must have ended because it was refused."""
-    assert node.running.wait(30) == REFUSED, node.running.tail()
+    assert node.running.wait(WAIT_SECONDS) == REFUSED, node.running.tail()
     return node.running.text()
 
 
@@ -97,7 +97,7 @@ def test_a_key_that_is_removed_is_refused_from_then_on(authenticated: FlowerNetw
     authenticated.wait_online([node])
     authenticated.control.unregister(node_id)
     # The connected node learns it when it next asks for work, and ends as if it had been asked to.
-    assert node.running.wait(30) == 0, node.running.tail()
+    assert node.running.wait(WAIT_SECONDS) == 0, node.running.tail()
     authenticated.start_node(node)
     assert "[code: 2004] Failed to activate SuperNode" in refusal(node)
     assert authenticated.control.nodes()[node_id] == "unregistered"

@@ -116,6 +116,6 @@ def _conditions(saved: Mapping[str, Any]) -> str:
 
 def _keeping(saved: Mapping[str, Any]) -> str:
     return (
-        f"The preset `digits` with `{' '.join(saved['settings'])}`; clients that keep files have taken part before, and "
+        f"The preset `digits` with `{' '.join(saved['settings'])}`; clients that keep files took part before, and "
         f"have `{' '.join(saved['keeping'])}`."
     )

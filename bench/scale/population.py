@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-
 from bench.clients import with_past
 from fed.config import load
 from fed.data import federated_data

@@ -9,6 +9,8 @@ from typing import Any
 
 from bench.harness.records import ResultsError
 from bench.report.markdown import commit_text, markdown_table, versions_text
+from fed.experiments.costs.tables import seconds, sized
+from fed.methods import METHODS
 
 KIND = "scale"
 KIB = 1024
@@ -28,11 +30,33 @@ def scale_markdown(path: Path) -> str:
     saved = load_scale(path)
     try:
         parts = [_conditions(saved), checks_table(saved), lines_table(saved), _keeping(saved), servers_table(saved)]
+        parts += [_growth(saved)]
     except KeyError as error:
         raise ResultsError(
             f"{path} has no {error.args[0]!r}; `python -m bench.scale` of this version saves it"
         ) from None
-    return "\n\n".join([*parts, _growth(saved)]) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def projected_markdown(path: Path) -> str:
+    """Return the table of what the model says of many clients; raise ResultsError if the file lacks a field."""
+    rows = []
+    for one in load_scale(path)["projected"]:
+        rows.append(
+            (
+                one["model"],
+                METHODS[one["method"]].title,
+                f"{one['clients']:,}",
+                f"{one['per_round']:,}",
+                *(sized(one[f"{name}_bytes"], "B") for name in ("round", "updates", "population", "text", "disk")),
+                *(seconds(value) for value in one["train_seconds"]),
+                seconds(one["network_seconds"]),
+                seconds(one["server_seconds"] + one["population_seconds"]),
+            )
+        )
+    titles = ("model", "method", "clients", "a round", "bytes a round", "updates held", "clients, in memory")
+    rest = ("checkpoint's text", "clients, on disk", "training on 1", "on 8", "on 64", "network", "server")
+    return markdown_table((*titles, *rest), rows)
 
 
 def checks_table(saved: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The command line of `python -m bench.scale`: it writes `scale.json`, of which `python -m bench.report` makes tables.
 
-Each part is measured in a process of its own, with one thread. A quarter of an hour on a CPU.
+Each part is measured in a process of its own, with one thread. A quarter of an hour on a CPU that is idle otherwise.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def check_in_one_thread(size: Size) -> dict[str, list[dict[str, Any]]]:
 
 def measured(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
     """Return the result of each piece of work, in order; raise ResultsError for one that fails."""
-    found = {}
-    for item, outcome in outcomes(work, items, workers=workers, seconds_each=SECONDS_EACH):
+    found: dict[int, Any] = {}
+    for place, outcome in outcomes(work, items, workers=workers, seconds_each=SECONDS_EACH):
         if outcome.error is not None:
-            raise ResultsError(f"{item} was not measured: {outcome.error}")
-        print(item, file=sys.stderr)
-        found[item] = outcome.value
-    return [found[item] for item in items]
+            raise ResultsError(f"{items[place]} was not measured: {outcome.error}")
+        print(items[place], file=sys.stderr)
+        found[place] = outcome.value
+    return [found[place] for place in range(len(items))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compared": [one for part in checked for one in part["compared"]],
         "lines": [one for part in checked for one in part["lines"]],
         "servers": servers,
-        "projected": project(checked[0]["lines"][0], servers),
+        "projected": project(checked[0]["lines"][0], servers),  # the first size is the embedded ViT
     }
     write_text(given.out / "scale.json", json.dumps(found, indent=1) + "\n")
     return 0

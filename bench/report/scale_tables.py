@@ -134,7 +134,7 @@ def _conditions(saved: Mapping[str, Any]) -> str:
     machine = saved["machine"]
     return (
         f"{machine['device_name']}, one thread; {versions_text(machine['versions'])}; {commit_text(saved['commit'])}, "
-        f"{saved['date'][:10]}. Seconds of lines are the processor's, the medians of three."
+        f"{saved['date'][:10]}. Seconds are the processor's, not the clock's."
     )
 
 

@@ -47,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Server:
-    """Seconds at the start of a run and in every round outside of training, and bytes, for so many clients.
+    """Processor seconds at the start of a run and in every round outside of training, and bytes, for so many clients.
 
     `dealing_seconds` are those of dealing out rows, `digest_seconds` of taking the inputs' digests, `first_seconds` of
     making the first state; then those of drawing a round's clients, of the next state of all clients, and of a
@@ -74,19 +74,19 @@ def measure(point: Point) -> Server:
     few = config.model_copy(update={"clients": config.clients.model_copy(update={"count": 10})})
     with limits(1), TemporaryDirectory() as name:
         federated_data.load(few)  # what is imported for it is not of the clients
-        before, began = resident_bytes(), time.perf_counter()
+        before, began = resident_bytes(), time.process_time()
         data = federated_data.load(config)
-        dealing = time.perf_counter() - began
+        dealing = time.process_time() - began
         model = base_model.build(config, data)
-        began = time.perf_counter()
+        began = time.process_time()
         inputs = input_digests(data, model)
-        digesting = time.perf_counter() - began
+        digesting = time.process_time() - began
         with adapted(config, model, head_names(model)) as shared, closing(RowFile(Path(name))) as file:
             store = ClientStore(Path(name) / checkpoint.FOLDER, shared.device)
             federation = Federation(config, data.to(shared.device), shared, print, store)
-            began = time.perf_counter()
+            began = time.process_time()
             state = federation.beginning()
-            first = time.perf_counter() - began
+            first = time.process_time() - began
             if point.keep:
                 state = with_past(federation, state)
             grown = resident_bytes() - before
@@ -95,9 +95,9 @@ def measure(point: Point) -> Server:
                 played = federation.round(state)
                 state = played.state
                 file.append({**played.row, "round": state.server.round})
-                began = time.perf_counter()
+                began = time.process_time()
                 checkpoint.save(Path(name), config, state, store, file.seal, inputs)
-                saving.append(time.perf_counter() - began)
+                saving.append(time.process_time() - began)
             last = Path(name) / checkpoint.FOLDER / f"round-{state.server.round}"
             sizes = [(last / part).stat().st_size for part in (checkpoint.FACTS, checkpoint.TENSORS)]
             updating = _seconds(lambda: federation.update_clients(state, state.server, []))
@@ -117,7 +117,7 @@ def resident_bytes() -> int:
 def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
     taken = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     return median(taken)

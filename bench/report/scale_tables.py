@@ -119,12 +119,12 @@ def _growth(saved: Mapping[str, Any]) -> str:
     lines = []
     for keep, title in ((False, "A client"), (True, "A client that keeps a file")):
         own = [one for one in saved["servers"] if one["keep"] == keep]
-        most = max(one["clients"] for one in own)
+        least, most = (chosen(one["clients"] for one in own) for chosen in (min, max))
         memory, text = per_client(own, "client_bytes"), per_client(own, "text_bytes")
         draw, update, saving = (1e6 * per_client(own, f"{name}_seconds") for name in ("draw", "update", "checkpoint"))
         lines.append(
-            f"{title} adds, between 100 and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} bytes to "
-            f"every checkpoint, and to every round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
+            f"{title} adds, between {least:,} and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} bytes "
+            f"to every checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
             f"{saving:.1f} µs of its checkpoint."
         )
     return "\n".join(lines)
@@ -134,7 +134,7 @@ def _conditions(saved: Mapping[str, Any]) -> str:
     machine = saved["machine"]
     return (
         f"{machine['device_name']}, one thread; {versions_text(machine['versions'])}; {commit_text(saved['commit'])}, "
-        f"{saved['date'][:10]}. Seconds are the processor's, not the clock's."
+        f"{saved['date'][:10]}. Seconds of training are the processor's, a server's the clock's."
     )
 
 

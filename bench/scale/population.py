@@ -31,9 +31,8 @@ SETTINGS = (
     "train.local_steps=1",
     "measure.noise=false",
     "measure.clients=false",
-    "clients.ranks=[16]",
 )
-KEEPING = ("method=fedsa-lora", "train.head=personal")
+KEEPING = ("method=fedsa-lora", "train.head=personal", "clients.ranks=[16]")
 ROUNDS = 3
 
 
@@ -47,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Server:
-    """Processor seconds at the start of a run and in every round outside of training, and bytes, for so many clients.
+    """Seconds at the start of a run and in every round outside of training, and bytes, for so many clients.
 
     `dealing_seconds` are those of dealing out rows, `digest_seconds` of taking the inputs' digests, `first_seconds` of
     making the first state; then those of drawing a round's clients, of the next state of all clients, and of a
@@ -74,19 +73,19 @@ def measure(point: Point) -> Server:
     few = config.model_copy(update={"clients": config.clients.model_copy(update={"count": 10})})
     with limits(1), TemporaryDirectory() as name:
         federated_data.load(few)  # what is imported for it is not of the clients
-        before, began = resident_bytes(), time.process_time()
+        before, began = resident_bytes(), time.perf_counter()
         data = federated_data.load(config)
-        dealing = time.process_time() - began
+        dealing = time.perf_counter() - began
         model = base_model.build(config, data)
-        began = time.process_time()
+        began = time.perf_counter()
         inputs = input_digests(data, model)
-        digesting = time.process_time() - began
+        digesting = time.perf_counter() - began
         with adapted(config, model, head_names(model)) as shared, closing(RowFile(Path(name))) as file:
             store = ClientStore(Path(name) / checkpoint.FOLDER, shared.device)
             federation = Federation(config, data.to(shared.device), shared, print, store)
-            began = time.process_time()
+            began = time.perf_counter()
             state = federation.beginning()
-            first = time.process_time() - began
+            first = time.perf_counter() - began
             if point.keep:
                 state = with_past(federation, state)
             grown = resident_bytes() - before
@@ -95,9 +94,9 @@ def measure(point: Point) -> Server:
                 played = federation.round(state)
                 state = played.state
                 file.append({**played.row, "round": state.server.round})
-                began = time.process_time()
+                began = time.perf_counter()
                 checkpoint.save(Path(name), config, state, store, file.seal, inputs)
-                saving.append(time.process_time() - began)
+                saving.append(time.perf_counter() - began)
             last = Path(name) / checkpoint.FOLDER / f"round-{state.server.round}"
             sizes = [(last / part).stat().st_size for part in (checkpoint.FACTS, checkpoint.TENSORS)]
             updating = _seconds(lambda: federation.update_clients(state, state.server, []))
@@ -117,7 +116,7 @@ def resident_bytes() -> int:
 def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
     taken = []
     for _ in range(repeats):
-        began = time.process_time()
+        began = time.perf_counter()
         run()
-        taken.append(time.process_time() - began)
+        taken.append(time.perf_counter() - began)
     return median(taken)

@@ -124,7 +124,7 @@ def _growth(saved: Mapping[str, Any]) -> str:
         draw, update, saving = (1e6 * per_client(own, f"{name}_seconds") for name in ("draw", "update", "checkpoint"))
         lines.append(
             f"{title} adds, between {least:,} and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} bytes "
-            f"to every checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
+            f"to a checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
             f"{saving:.1f} µs of its checkpoint."
         )
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from bench.report.markdown import markers
 from bench.report.model_tables import NOT_MEASURED as NO_MODELS
 from bench.report.model_tables import load_models, model_markdown
 from bench.report.runs import load_run
+from bench.report.scale_tables import projected_markdown, scale_markdown
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown as bench_markdown
 from bench.report.summary_tables import NOT_MEASURED, committed_summary
@@ -112,6 +113,12 @@ def test_the_benchmark_tables_are_the_committed_results() -> None:
 
 def test_the_table_of_clients_is_the_committed_result() -> None:
     assert text_of(RESULTS / "clients-cpu.md") == clients_markdown(RESULTS / "clients-cpu.json")
+
+
+def test_the_tables_of_costs_are_the_committed_result() -> None:
+    page, results = DOCS / "scale.md", DOCS / "results" / "scale.json"
+    assert between(page, "scale") == scale_markdown(results).strip()
+    assert between(page, "scale-projected") == projected_markdown(results).strip()
 
 
 def test_the_summary_is_made_of_the_committed_results() -> None:

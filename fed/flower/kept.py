@@ -43,18 +43,19 @@ class KeptStates:
                 return None
         return state_of({name: value.to(self._device) for name, value in tensors.items()})
 
-    def write(self, client: int, number: int, since: int, kept: ClientState) -> ArrayRecord:
+    def write(self, client: int, number: int, before: int, since: int, kept: ClientState) -> ArrayRecord:
         """Write what a client keeps after round `number`, and return it as a record for the SuperNode's context.
 
-        The server goes back to the end of round `since` at the farthest: what the client kept by then stays, and all
-        that is later, and what is older is deleted.
+        What it kept after round `before`, from which it trained, stays. The server goes back to the end of round
+        `since` at the farthest: what the client kept by then stays as well, and all that is later.
         """
         tensors = {name: value.detach().cpu().contiguous() for name, value in flat_state(kept).items()}
         make_folder(self._folder)
         write_atomically(self._path(client, number), save(tensors))
         found = [_NAME.fullmatch(path.name) for path in self._folder.glob(f"client-{client}.round-*.safetensors")]
         there = [int(own[2]) for own in found if own]
-        for old in sorted(round_ for round_ in there if round_ <= since)[:-1]:
+        first = min(before, max((own for own in there if own <= since), default=0))
+        for old in (own for own in there if own < first):
             self._path(client, old).unlink()
         return arrays_of(tensors)
 

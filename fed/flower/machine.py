@@ -244,7 +244,9 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
             own = ClientState(*federation.state_to_keep(result))
             number = server.round + 1
             since = _goes_back_to(machine.config, server.round)
-            records[f"own-{client.id}.round-{number}"] = machine.kept.write(client.id, number, since, own)
+            records[f"own-{client.id}.round-{number}"] = machine.kept.write(
+                client.id, number, client.last_round, since, own
+            )
             if federation.method.personal:
                 update = replace(update, memory={})
         answer = Answer(
@@ -263,8 +265,10 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
 
 
 def _goes_back_to(config: RunConfig, played: int) -> int:
-    """Return the round of the last checkpoint but one, after `played` rounds: a server that finds the last damaged
-    goes on from there. Without checkpoints it never goes back."""
+    """Return the round that a server goes back to at the farthest after `played` rounds, to play on from there.
+
+    It is that of the last checkpoint but one, in case the last is damaged; without checkpoints it never goes back.
+    """
     every = config.checkpoint_every
     return max(0, (played // every - 1) * every) if every else played
 

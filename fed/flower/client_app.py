@@ -52,17 +52,18 @@ def with_kept(content: RecordDict, context: Context) -> None:
 
 
 def keep(content: RecordDict, context: Context) -> None:
-    """Move what clients keep from a reply to the context, which holds that of a client's last two rounds."""
+    """Move what clients keep from a reply to the context, and delete what they kept before.
+
+    `own-CLIENT.round-NUMBER.from-BEFORE` of a reply, kept after round NUMBER, becomes `own-CLIENT.round-NUMBER`; that
+    of round BEFORE, from which the client trained, stays, because the server may refuse the update.
+    """
     for name in [name for name in content if name.startswith(_KEPT)]:
-        client = name.partition(".")[0]
-        earlier = [own for own in context.state if own.partition(".")[0] == client and own != name]
-        for older in sorted(earlier, key=_round)[:-1]:
-            del context.state[older]
-        context.state[name] = content.pop(name)
-
-
-def _round(name: str) -> int:
-    return int(name.rpartition("-")[2])
+        kept, _, before = name.partition(".from-")
+        client = kept.partition(".")[0]
+        for own in [own for own in context.state if own.partition(".")[0] == client]:
+            if own not in (kept, f"{client}.round-{before}"):
+                del context.state[own]
+        context.state[kept] = content.pop(name)
 
 
 def _handed_over(kind: str, message: Message, context: Context) -> Message:

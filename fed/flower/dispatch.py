@@ -12,8 +12,10 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed import interruption
+from fed.errors import printable
 
 POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
+NO_ROUND = -1  # the base of a machine is as after no round that the server's was
 # Between two looks which machines are connected: while messages are under way, and while only machines are waited for.
 LOOK_SECONDS, WAIT_SECONDS = 2.0, 1.0
 
@@ -30,7 +32,7 @@ class Node:
     facts: dict[str, Any]
     client: int | None = None
     speed: float | None = None
-    base_round: int = -1
+    base_round: int = NO_ROUND
 
 
 @dataclass
@@ -46,6 +48,14 @@ class Sent:
     fault: str | None = None
     lost: bool = False  # the machine is gone, or failed without the clients being the reason
     until: float = field(default=math.inf)
+
+    def take(self, reply: Message) -> None:
+        """Take the reply to the message: its content, or the error in its place."""
+        if reply.has_error():
+            reason = printable(str(reply.error.reason or reply.error.code))[:400]
+            self.fault, self.lost = f"its machine failed: {reason}", True
+        else:
+            self.content = reply.content
 
 
 def divide(steps: Sequence[int], speeds: Sequence[float | None]) -> list[list[int]]:
@@ -142,10 +152,7 @@ class Post:
         one = self._under_way.pop(reply.metadata.reply_to_message_id, None)
         if one is None:
             return None
-        if reply.has_error():
-            one.fault, one.lost = f"its machine failed: {reply.error.reason or reply.error.code}", True
-        else:
-            one.content = reply.content
+        one.take(reply)
         return one
 
     def _gone(self, connected: set[int]) -> list[Sent]:

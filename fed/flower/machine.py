@@ -18,24 +18,17 @@ from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
 from fed.errors import FedError
 from fed.experiments import run as running
+from fed.flower.answers import Answer, answer_records
 from fed.flower.kept import KeptStates
 from fed.flower.protocol import versions, why_other_version
-from fed.flower.records import (
-    FACTS,
-    Answer,
-    answer_records,
-    facts_of,
-    facts_record,
-    server_of,
-    tensors_of,
-)
+from fed.flower.records import FACTS, facts_of, facts_record, server_of, tensors_of
 from fed.models import saved_base
 from fed.models.head import head_names
 from fed.models.shared_model import SharedModel, adapted
 from fed.simulation.client_store import ClientState, group
 from fed.simulation.clients import estimate, ranks_within
 from fed.simulation.inputs import BASE, CALLED, LABELS, TOKENIZER, input_digests
-from fed.simulation.rounds import Federation
+from fed.simulation.rounds import Federation, first_state
 from fed.simulation.run_directory import BASE as BASE_FOLDER
 from fed.types import Client, ClientResult, RunState
 
@@ -64,6 +57,7 @@ class Machine:
     kept: KeptStates
     stack: ExitStack
     base_delta: Mapping[str, torch.Tensor]
+    first_head: Mapping[str, torch.Tensor]  # which clients with heads of their own begin with
     base_round: int = -1  # the last round that folded something into it
 
     def close(self) -> None:
@@ -123,7 +117,9 @@ def _joined(
         check_cohorts(shared)
     # Beside the run's folder, because a machine that joins again has another one.
     place = Path(str(node["state"])) if "state" in node else folder.parent / "kept"
-    machine = Machine(facts["run"], config, federation, KeptStates(place / facts["run"], shared.device), stack, {})
+    kept = KeptStates(place / facts["run"], shared.device)
+    first_head = first_state(shared, config).head if config.train.head == "personal" else {}
+    machine = Machine(facts["run"], config, federation, kept, stack, {}, first_head)
     device = str(shared.device)
     return machine, {
         "run": facts["run"],
@@ -180,8 +176,8 @@ def _check_inputs(wanted: Mapping[str, str], found: Mapping[str, str], own_rows:
             raise FedError(f"{CALLED[name]} on this machine differs from what the run's server has")
 
 
-def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, int]:
-    """Return which client this node is: its id, its rank and its number of rows."""
+def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which client this node is: its id, its rank, its number of rows, and whether it alone has these."""
     number = node.get("partition-id")
     if type(number) is not int or not 0 <= number < config.clients.count:
         raise FedError(
@@ -196,7 +192,7 @@ def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: M
         (rank,) = ranks_within([float(node["memory-mib"])], estimate(shared, config, split), shared.rank)
     if type(rank) is not int or not 1 <= rank <= shared.rank:
         raise FedError(f"its node config has rank = {rank!r}; an integer from 1 to {shared.rank} would be right")
-    return {"id": number, "rank": rank, "rows": len(split)}
+    return {"id": number, "rank": rank, "rows": len(split), "own_rows": "rows" in node}
 
 
 def _at(number: int, data: FederatedData) -> tuple[Any, ...]:
@@ -220,13 +216,13 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     machine.base_delta, machine.base_round = server.base_delta, facts["base_round"]
     clients, ends = [], {}
     for known in facts["clients"]:
-        client = Client(known["id"], known["rank"], known["n_samples"], last_round=known["last_round"])
+        client = Client(**known)
         if facts["keeps"]:
-            copy = content.get(f"own-{client.id}.round-{client.last_round}")
-            own = machine.kept.read(client.id, client.last_round, copy)
+            copy = content.get(f"own-{client.id}.round-{client.kept_round}")
+            own = machine.kept.read(client.id, client.kept_round, copy)
             if own is None:
                 return RecordDict({FACTS: facts_record({"lacks": f"what client {client.id} kept"})})
-            client = replace(client, memory=own.memory, head=own.head)
+            client = replace(client, memory=own.memory, head=own.head or machine.first_head)
             if own.ends:
                 ends[client.id] = own.ends
         elif (held := content.get(f"kept-{client.id}")) is not None:
@@ -239,18 +235,14 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if isinstance(result, str):
             records |= answer_records(client.id, Answer(None, fault=result))
             continue
-        update = result.update
-        if facts["keeps"]:
+        if facts["keeps"] and not facts["trial"]:
             own = ClientState(*federation.state_to_keep(result))
-            number = server.round + 1
+            number, before = server.round + 1, client.kept_round
             since = _goes_back_to(machine.config, server.round)
-            records[f"own-{client.id}.round-{number}"] = machine.kept.write(
-                client.id, number, client.last_round, since, own
-            )
-            if federation.method.personal:
-                update = replace(update, memory={})
+            record = machine.kept.write(client.id, number, before, since, own)
+            records[f"own-{client.id}.round-{number}.from-{before}"] = record
         answer = Answer(
-            update,
+            result.update,
             result.start_noise,
             result.factor_noise,
             result.fold_seconds,

@@ -12,6 +12,7 @@ from flwr.app import Message
 
 from fed.config.engine import EngineConfig
 from fed.flower.dispatch import Node, Sent, divide
+from fed.flower.replies import Asked
 from fed.types import Client, ClientResult
 
 # So often a client is sent in a round: one that ends its machine each time must not end all machines.
@@ -19,11 +20,16 @@ ATTEMPTS = 4
 
 
 class RoundMessage(Sent):
-    """A message of a round, with the clients that it has trained and the number that its reply must repeat."""
+    """A message of a round: what it asks, and the round whose base the machine has once it has answered."""
 
-    def __init__(self, node: Node, message: Message, clients: list[Client], nonce: str) -> None:
+    def __init__(self, node: Node, message: Message, asked: Asked, base_round: int) -> None:
         super().__init__(node, message)
-        self.clients, self.nonce = clients, nonce
+        self.asked, self.base_round = asked, base_round
+
+    @property
+    def clients(self) -> Sequence[Client]:
+        """The clients that it has trained."""
+        return self.asked.clients
 
 
 class Machines(Protocol):
@@ -53,7 +59,7 @@ class Machines(Protocol):
         """Return what a machine said that it lacks to train, or ""."""
 
     def results(self, one: RoundMessage) -> list[ClientResult]:
-        """Return the checked results of a reply; say of which clients there is none, and why."""
+        """Return the checked results of a reply, one for each of its clients."""
 
     def steps(self, client: Client) -> int:
         """Return how many local steps a client takes."""
@@ -101,10 +107,8 @@ class RoundInPlay:
             return
         self._under_way -= {client.id for client in one.clients}
         if one.content is not None and not (lacks := self._machines.lacks(one)):
-            answered = self._machines.results(one)
-            self.found.update({result.client.id: result for result in answered})
-            if one.fault is not None:
-                self._tell_lost(one.clients, one.fault)
+            for result in self._machines.results(one):
+                self.found.setdefault(result.client.id, result)
             return
         if one.content is not None:
             one.fault = f"its machine lacks {lacks}"

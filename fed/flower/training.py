@@ -5,46 +5,37 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import tomli_w
-import torch
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed.errors import FedError, printable
-from fed.files import make_folder
-from fed.flower.dispatch import Node, Post, Sent
-from fed.flower.protocol import JOIN, TRAIN, versions, why_other_version
+from fed.flower.dispatch import NO_ROUND, Node, Post, Sent
+from fed.flower.joining import STATE, invitation, key_of, why_not
+from fed.flower.protocol import JOIN, TRAIN, versions
 from fed.flower.records import (
     ADDED,
     FACTS,
     KNOWN,
     WHOLE,
     RecordError,
-    answer_of,
     arrays_of,
     client_tensors,
     facts_of,
     facts_record,
     server_records,
-    with_fixed,
 )
+from fed.flower.replies import Asked, reply_of, why_lacking
 from fed.flower.round_in_play import RoundInPlay, RoundMessage
 from fed.sealed import read_sealed, write_sealed
-from fed.seeding import ClientRandom
 from fed.simulation.checkpoint import last_round
 from fed.simulation.clients import local_steps
-from fed.simulation.noise import factor_noise
 from fed.simulation.rounds import Federation
-from fed.simulation.run_directory import BASE
 from fed.types import Client, ClientResult, RunState
 
-STATE = "flower.json"  # in a run's directory: the key by which machines know the run again
 JOIN_SECONDS = 3600.0  # for a machine to load data and base
+_TOLD = ("id", "rank", "n_samples", "last_round", "kept_round")  # what a machine is told of a client
 
 
 class FlowerTraining:
@@ -98,12 +89,13 @@ class FlowerTraining:
 
         What happens when a machine is lost is in `RoundInPlay`.
         """
-        play = RoundInPlay(_Round(self, federation, state), federation.config.engine, clients, self._absent)
+        play = self.begin(federation, state, clients)
         self._post.exchange(play)
         return [play.found[client.id] for client in clients if client.id in play.found]
 
-    def close(self) -> None:
-        """End what the executor began; the machines end theirs with Flower's run."""
+    def begin(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> RoundInPlay:
+        """Return the training of clients in the round after `state`, of which nothing is sent yet."""
+        return RoundInPlay(_Round(self, federation, state), federation.config.engine, clients, self._absent)
 
     # Machines.
 
@@ -136,7 +128,7 @@ class FlowerTraining:
         if one.content is not None:
             try:
                 node.facts = facts_of(one.content)
-                why = self._why_not(node, federation)
+                why = why_not(node.facts, federation, self._key) or self._why_second(node, federation)
             except RecordError as error:
                 why = str(error)
         if why is None:
@@ -148,52 +140,27 @@ class FlowerTraining:
             self._refused.add(node.number)
         self.tell(f"SuperNode {node.number} does not take part: {printable(why)[:800]}")
 
-    def _why_not(self, node: Node, federation: Federation) -> str | None:
-        facts = node.facts
-        if why := why_other_version(versions(), facts.get("versions")):
-            return why
-        if "refused" in facts:
-            return str(facts["refused"])
-        if facts.get("run") != self._key:
-            return "it has joined another run"
+    def _why_second(self, node: Node, federation: Federation) -> str | None:
+        """Note which client a machine is, in a deployment; return why it cannot be if another one is that already."""
         if federation.config.engine.mode == "simulation":
             return None
-        client, most = facts.get("client"), federation.config.adapter.rank
-        numbers: list[Any] = [client.get(name) for name in ("id", "rank", "rows")] if isinstance(client, dict) else []
-        if len(numbers) != 3 or any(type(number) is not int for number in numbers):
-            return "it does not say which client it is"
-        number, rank, rows = map(int, numbers)
-        if not (0 <= number < federation.config.clients.count and 1 <= rank <= most and 1 <= rows < 2**40):
-            return f"it says that it is client {number} of rank {rank} with {rows} rows, which cannot be"
-        if federation.method.equal_ranks and rank != most:
-            return f"its rank is {rank}; {federation.method.title} needs every rank to be adapter.rank ({most})"
-        if others := [own for own in self.nodes.values() if own.client == number]:
-            # A SuperNode that was killed counts as connected for a minute, while another may stand in for it already.
-            self._second[node.number] = others[0].number
-            return (
-                f"its partition-id is {number}, as that of SuperNode {others[0].number}; each has one of its own, and "
-                "it is asked again once that one is gone"
-            )
-        node.client = number
+        client = node.facts["client"]["id"]
+        for other in self.nodes.values():
+            if other.client == client:
+                # A SuperNode that was killed counts as connected for a minute, while another may stand in for it.
+                self._second[node.number] = other.number
+                return (
+                    f"its partition-id is {client}, as that of SuperNode {other.number}; each has one of its own, and "
+                    "it is asked again once that one is gone"
+                )
+        node.client = client
         return None
 
     def _invitation(self, federation: Federation) -> RecordDict:
-        """Return what a machine needs to join: the settings, the digests of all inputs, and the saved base."""
+        """Return what a machine needs to join; the run's key is known from then on."""
         if self._joining is None:
-            directory = self._directory()
-            self._key = _key_of(directory)
-            settings = federation.config.model_dump(exclude_none=True, mode="json")
-            facts = {
-                "run": self._key,
-                "versions": versions(),
-                "settings": tomli_w.dumps(settings),
-                "inputs": dict(federation.inputs),
-            }
-            base = {
-                path.name: torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())
-                for path in sorted((directory / BASE).iterdir())
-            }
-            self._joining = RecordDict({FACTS: facts_record(facts), "base": arrays_of(base)})
+            self._key = key_of(self._directory())
+            self._joining = invitation(federation, self._key, self._directory())
         return self._joining
 
     # Rounds.
@@ -203,20 +170,20 @@ class FlowerTraining:
 
     def write(self, federation: Federation, state: RunState, clients: Sequence[Client], node: Node) -> RoundMessage:
         """Return the message that has clients trained by a machine."""
-        number, keeps = state.server.round + 1, federation.config.engine.mode == "deployment"
-        base, before = _base_for(node, state)
-        nonce = secrets.token_hex(16)
+        keeps, trial = federation.config.engine.mode == "deployment", _is_trial(state)
+        base, before = (WHOLE, None) if trial else _base_for(node, state)
+        base_round = NO_ROUND if trial else _base_round(state)
+        own_rows = bool(keeps and node.facts["client"].get("own_rows"))
+        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients), own_rows)
         facts = {
-            "run": self._key,
-            "round": number,
-            "nonce": nonce,
+            "run": asked.run,
+            "round": asked.round,
+            "nonce": asked.nonce,
             "keeps": keeps,
+            "trial": trial,
             "base_before": before,
-            "base_round": _base_round(state),
-            "clients": [
-                {"id": own.id, "rank": own.rank, "n_samples": own.n_samples, "last_round": own.last_round}
-                for own in clients
-            ],
+            "base_round": base_round,
+            "clients": [{name: getattr(own, name) for name in _TOLD} for own in clients],
         }
         content = RecordDict({FACTS: facts_record(facts)})
         for name, record in server_records(state.server, base).items():
@@ -225,58 +192,17 @@ class FlowerTraining:
             for own in clients:
                 if tensors := client_tensors(own):
                     content[f"kept-{own.id}"] = arrays_of(tensors)
-        message = self._message(content, node.number, TRAIN, str(number))
-        return RoundMessage(node, message, clients=list(clients), nonce=nonce)
+        message = self._message(content, node.number, TRAIN, str(asked.round))
+        return RoundMessage(node, message, asked, base_round)
 
     def results(self, one: RoundMessage, federation: Federation, state: RunState) -> list[ClientResult]:
-        """Return the checked results of a reply; say of which clients there is none, and why."""
-        content, number = one.content, state.server.round + 1
-        assert content is not None
-        try:
-            facts = facts_of(content)
-            self._check_reply(facts, one, number)
-        except RecordError as error:
-            one.fault = f"its reply cannot be used: {error}"
-            return []
-        steps = sum(local_steps(federation.config, client) for client in one.clients)
-        if isinstance(seconds := facts.get("seconds"), int | float) and 0 < seconds < 1e9:
-            one.node.speed = steps / seconds
-        one.node.base_round = _base_round(state)
-        found = []
-        for client in one.clients:
-            try:
-                found.append(self._result(content, client, federation, state))
-            except RecordError as error:
-                self.tell(f"round {number}: client {client.id} is left out: {error}")
-        return found
-
-    def _check_reply(self, facts: Mapping[str, Any], one: RoundMessage, number: int) -> None:
-        """Raise RecordError unless a reply is to this message: not an earlier round's, and not sent before."""
-        if facts.get("run") != self._key:
-            raise RecordError("it is of another run")
-        if facts.get("round") != number:
-            raise RecordError(f"it is of round {str(facts.get('round'))[:20]}, and this is round {number}")
-        if facts.get("nonce") != one.nonce:
-            raise RecordError("it answers another message of this round, or was sent before")
-
-    def _result(self, content: RecordDict, client: Client, federation: Federation, state: RunState) -> ClientResult:
-        """Return the checked result of one client; raise RecordError if its part of the reply is not whole."""
-        config, number = federation.config, state.server.round + 1
-        deployed, device = config.engine.mode == "deployment", federation.shared.device
-        rng = ClientRandom(config.seed, number, client.id)
-        gradients: Mapping[str, torch.Tensor] = {}
-        if federation.method.selects and config.adapter.selection == "gradient":
-            gradients = _gradients(answer_of(content, client, device).gradients, state, client)
-        job = federation.job(state, replace(client, gradients=gradients), rng)
-        answer = answer_of(content, client, device, job.start.trained)
-        if answer.update is None:
-            raise RecordError(f"its machine could not train it: {answer.fault}")
-        update = replace(with_fixed(answer.update, job.start), client=job.client)
-        ends, moved = state.ends.get(client.id), answer.factor_noise if deployed and config.measure.noise else None
-        if ends is not None and not deployed:
-            moved = factor_noise(job.start.factors, ends)
-        noise = answer.noise if config.measure.noise else None
-        return federation.checked(state, job, update, noise, moved, answer.fold_seconds, answer.train_seconds)
+        """Return the checked results of a reply, one for each of its clients."""
+        assert one.content is not None
+        reply = reply_of(one.content, one.asked, federation, state)
+        if reply.answers:
+            one.node.base_round = one.base_round
+            one.node.speed = reply.speed or one.node.speed
+        return reply.results
 
     def _begun(self) -> list[dict[str, int]] | None:
         """Return the clients that a deployment began with; None if it begins now."""
@@ -342,11 +268,7 @@ class _Round:
 
     def lacks(self, one: RoundMessage) -> str:
         assert one.content is not None
-        try:
-            facts = facts_of(one.content)
-        except RecordError:
-            return ""
-        return printable(str(facts["lacks"]))[:200] if "lacks" in facts else ""
+        return why_lacking(one.content)
 
     def results(self, one: RoundMessage) -> list[ClientResult]:
         return self._training.results(one, self._federation, self._state)
@@ -356,6 +278,14 @@ class _Round:
 
     def tell(self, message: str) -> None:
         self._training.tell(f"round {self._state.server.round + 1}: {message}")
+
+
+def _is_trial(state: RunState) -> bool:
+    """Return whether the server only tries this state, to see whether a client can train from it.
+
+    It then is a later state under the number of an earlier round (`fed.simulation.rounds.Federation.training_fault`).
+    """
+    return len(state.server.fold_bytes) > state.server.round
 
 
 def _base_round(state: RunState, before: int | None = None) -> int:
@@ -372,21 +302,3 @@ def _base_for(node: Node, state: RunState) -> tuple[str, int | None]:
     if state.server.fold and state.server.round == last and node.base_round == _base_round(state, before=last):
         return ADDED, node.base_round
     return WHOLE, None
-
-
-def _gradients(found: Mapping[str, torch.Tensor], state: RunState, client: Client) -> Mapping[str, torch.Tensor]:
-    """Return a client's gradient norms, by which it selected its modules; raise RecordError unless they can be."""
-    for matrix, (A, _) in state.server.adapter.factors.items():
-        own = found.get(matrix)
-        if own is None or own.shape != A.shape[:1] or own.dtype != torch.float64 or not own.isfinite().all():
-            raise RecordError(f"its gradients of {matrix} are not {A.shape[0]} numbers of float64")
-    return {matrix: own.cpu() for matrix, own in found.items()}
-
-
-def _key_of(directory: Path) -> str:
-    """Return the key by which machines know a run again; it is made once."""
-    path = directory / STATE
-    if not path.is_file():
-        make_folder(directory)
-        write_sealed(path, {"run": secrets.token_hex(16)})
-    return str(read_sealed(path)["run"])

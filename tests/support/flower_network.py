@@ -67,13 +67,14 @@ class SuperNode:
     """What a SuperNode is started with, and its latest process.
 
     config: its node configuration. key: a private key's file. trust: the options that say which SuperLink it accepts.
-    node_id: the latest one; known for a registered key, or once the node is connected.
+    superlink: the HOST:PORT it connects to. port: where its own processes ask it for work.
     """
 
     name: str
     config: Mapping[str, object]
     key: Path | None
     trust: Sequence[str]
+    superlink: str
     home: Path
     port: int = field(default_factory=free_port)
     process: MarkedProcess | None = None
@@ -170,23 +171,29 @@ class FlowerNetwork:
         return self.superlink
 
     def add_node(
-        self, config: Mapping[str, object] | None = None, *, key: Path | None = None, trust: Sequence[str] | None = None
+        self,
+        config: Mapping[str, object] | None = None,
+        *,
+        key: Path | None = None,
+        trust: Sequence[str] | None = None,
+        superlink: str | None = None,
     ) -> SuperNode:
         """Start another SuperNode and return it without waiting; by default it trusts this network's authority.
 
         key: the private key it proves itself by (`make_key`). trust: instead of `--root-certificates FILE`.
+        superlink: HOST:PORT, if not the SuperLink's own.
         """
         if trust is None:
             trust = ["--root-certificates", str(self.certificates.authority)] if self.certificates else ["--insecure"]
         name = f"node-{len(self.nodes)}"
-        node = SuperNode(name, config or {}, key, trust, self.folder / name)
+        node = SuperNode(name, config or {}, key, trust, superlink or self.address, self.folder / name)
         self.nodes.append(node)
         self.start_node(node)
         return node
 
     def start_node(self, node: SuperNode) -> None:
         """Start a SuperNode, or start it again, without waiting."""
-        options = ["--superlink", self.address, "--port", str(node.port), *node.trust]
+        options = ["--superlink", node.superlink, "--port", str(node.port), *node.trust]
         options += ["--node-config", toml_pairs(node.config)] if node.config else []
         options += ["--auth-supernode-private-key", str(node.key)] if node.key else []
         node.process = self._start(self._node_command, options, node.home)
@@ -249,6 +256,11 @@ class FlowerNetwork:
             check=False,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def stop(self, node: SuperNode) -> None:
+        """Ask a SuperNode to end, as Ctrl-C does, and wait: the SuperLink then knows at once that it is offline."""
+        node.running.send(signal.SIGTERM)
+        node.running.wait(WAIT_SECONDS)
 
     def running_processes(self) -> dict[int, list[str]]:
         """Return the commands of all processes of the network by their numbers, also of those that others started."""

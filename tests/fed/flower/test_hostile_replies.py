@@ -1,0 +1,95 @@
+"""Replies that are broken or hostile, thousands of them: what can be used is used, the rest is left out by name."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fed import config as configuration
+from fed.config import RunConfig
+from tests.support.hostile import watched
+from tests.support.recorded_grid import Played, RecordedRound, mean_of, named, recorded_round
+from tests.support.reply_mutations import tampered
+
+SETTINGS = [
+    *("rounds=3", "clients.count=4", "clients.per_round=3", "clients.ranks=[1, 2, 4, 3]", "adapter.rank=4"),
+    *("model.dtype=float64", "model.pretrain_steps=5", "data.train_rows=80", "data.test_rows=20", "threads=1"),
+    "engine.wait=5",
+    *("train.local_steps=1", "measure.noise=false", "measure.clients=false", "measure.memory=false"),
+]
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u202e]")
+
+
+def config_of(mode: str, *more: str) -> RunConfig:
+    return configuration.load("digits", [*SETTINGS, f"engine.mode={mode}", *more])
+
+
+@pytest.fixture(scope="module", params=["simulation", "deployment"])
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordedRound]:
+    nodes = [{}, {}] if request.param == "simulation" else [{"partition-id": number} for number in range(4)]
+    with recorded_round(config_of(request.param), nodes, tmp_path_factory.mktemp(request.param)) as own:
+        yield own
+
+
+def check(recorded: RecordedRound, played: Played) -> None:
+    """Check that a round used some updates exactly, and says of each other client why it has none."""
+    row = played.round.row
+    assert sorted([*row["clients"], *row["late"]]) == recorded.drawn
+    assert set(row["skipped"]) <= set(row["clients"])
+    for client in (*row["skipped"], *row["late"]):
+        reasons = [
+            line for line in played.told if re.match(rf"round 2: client {client} (is left out|gave no update): .", line)
+        ]
+        assert len(reasons) == 1, (client, played.told)
+    for line in played.told:
+        assert not _UNPRINTABLE.search(line), ascii(line)
+        assert len(line) < 1000
+    expected = mean_of(recorded.before.server, {client: played.content_of(client) for client in played.used})
+    found = named(played.round.state.server)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+def fuzz(recorded: RecordedRound, random: Random) -> Played:
+    """Play the round with one machine's reply tampered with, check it, and return it."""
+    hit = random.choice(list(recorded.grid.nodes))
+    with watched(30):
+        played = recorded.play(
+            lambda number, reply: tampered(random, reply, recorded.earlier) if number == hit else [reply]
+        )
+    check(recorded, played)
+    return played
+
+
+def test_an_honest_round_uses_every_update(recorded: RecordedRound) -> None:
+    played = recorded.play()
+    check(recorded, played)
+    assert len(played.used) == 3
+    assert played.round.row["skipped"] == played.round.row["late"] == []
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(random=st.randoms(use_true_random=False))
+def test_tampered_replies_are_used_or_left_out_by_name(recorded: RecordedRound, random: Random) -> None:
+    fuzz(recorded, random)
+
+
+@pytest.mark.slow
+def test_thousands_of_tampered_replies_change_nothing_else(recorded: RecordedRound) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = {"used": 0, "left out": 0, "late": 0}
+    for seed in range(3000):
+        row = fuzz(recorded, Random(seed)).round.row
+        outcomes["late"] += bool(row["late"])
+        outcomes["left out"] += bool(row["skipped"])
+        outcomes["used"] += len(row["clients"]) - len(row["skipped"]) == 3
+    assert min(outcomes["used"], outcomes["left out"]) > 300, outcomes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

@@ -1,4 +1,4 @@
-"""The command line: `python -m fed run`, `compare`, `resume`, `report` and `noise`."""
+"""The command line: `python -m fed run`, `compare`, `resume`, `report`, `attacks`, `noise` and `estimate`."""
 
 from __future__ import annotations
 
@@ -193,6 +193,31 @@ def report(
 
 
 @app.command()
+def attacks(
+    source: Source,
+    more: More = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="0,1,2", help="Seeds, as numbers or a range such as 0-4.", show_default="the file's")
+    ] = "",
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The directory.", show_default="runs/attacks-NAME")] = None,
+    jobs: Jobs = 1,
+) -> int:
+    """Play every simulated attack against every defence, with the same seeds, and show what each costs.
+
+    attack.share and attack.factor say who attacks and how hard, server.max_update_norm to what updates are clipped; the
+    rules of aggregation are told the share. The same command continues after an interruption.
+    """
+    from fed import commands
+    from fed.experiments import attack_grid
+    from fed.experiments import plan as plans
+
+    numbers = plans.parse_seeds(seeds) if seeds else ()
+    grid = attack_grid.grid(source, _settings(settings, more, None, False), numbers)
+    return commands.attacks(grid, _directory(out, source, "attacks-"), jobs)
+
+
+@app.command()
 def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a Fed-PLoRA run.")]) -> None:
     """Measure how far clients would start from the server after a run, for several ways to start them.
 
@@ -202,6 +227,78 @@ def noise(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The dir
     from fed import commands
 
     commands.noise(directory)
+
+
+@app.command()
+def estimate(
+    source: Source,
+    more: More = None,
+    settings: Settings = None,
+    machines: Annotated[
+        str,
+        typer.Option(metavar="1,8,64", help="Numbers of machines; with --clients-per-second.", show_default="1,8,64"),
+    ] = "",
+    clients: Annotated[str, typer.Option(metavar="100,1000,…", help="Other numbers of clients.")] = "",
+    clients_per_second: Annotated[
+        float | None, typer.Option(help="How many clients' rounds one machine trains in a second, as measured.")
+    ] = None,
+    server_seconds: Annotated[
+        float | None,
+        typer.Option(help="The server's own seconds a round, as measured.", show_default="at a machine's speed"),
+    ] = None,
+    server_mbit: Annotated[float | None, typer.Option(help="The server's network in Mbit/s.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, max=1_048_576, help="Tokens of a text.", show_default="data.max_length")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_048_576, help="How many of them are the answer.", show_default="data.max_new_tokens"),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000_000, help="Rows of a client.", show_default="from [data]")
+    ] = None,
+    test_rows: Annotated[
+        int | None, typer.Option(min=0, max=1_000_000_000, help="Rows to test on.", show_default="from [data]")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Labels of the data.", show_default="the checkpoint's")
+    ] = None,
+) -> None:
+    """Say what a run would cost: compute, memory, bytes, time and disk. Nothing is trained, and no weight is read.
+
+    A checkpoint's config.json is enough. With --clients, what changes with their number is shown for others too; with
+    --clients-per-second also the time of a round on machines.
+    """
+    from fed import commands
+
+    config = configuration.load(source, _settings(settings, more, None, False))
+    rates = {
+        "--clients-per-second": clients_per_second,
+        "--server-seconds": server_seconds,
+        "--server-mbit": server_mbit,
+    }
+    for name, value in rates.items():
+        if value is not None and not (0 <= value <= 1e12 and (value or name == "--server-seconds")):
+            raise FedError(f"{name} is {value:g}: it should be a number above 0")
+    if clients_per_second is None and (given := [name for name, value in rates.items() if value is not None]):
+        raise FedError(f"--clients-per-second is missing: {given[0]} goes with it")
+    if clients_per_second is None and machines:
+        raise FedError("--clients-per-second is missing: the time on machines follows from that of one")
+    commands.estimate(
+        config,
+        {"tokens": tokens, "answer": answer_tokens, "client_rows": rows, "test_rows": test_rows, "labels": labels},
+        _numbers("--machines", machines or "1,8,64"),
+        _numbers("--clients", clients),
+        (clients_per_second, server_seconds, server_mbit),
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Return the numbers in a list such as 1,8,64; raise FedError for anything else."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdecimal() and 1 <= int(part) <= 10**9 for part in parts):
+        raise FedError(f"{option} is {text!r}: it should be numbers from 1 to 1000000000, such as 1,8,64")
+    return [*dict.fromkeys(map(int, parts))]
 
 
 def _directory(out: Path | None, source: str, prefix: str = "") -> Path:

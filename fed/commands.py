@@ -1,4 +1,4 @@
-"""The commands behind the command line: run, resume and compare, which return the exit status, report and noise.
+"""The commands behind the command line; run, resume, compare and attacks return the exit status.
 
 Each imports `fed.report.write` itself, once there is something to write: it loads matplotlib, whose 30 MB would
 otherwise count in the peak memory of the rounds.
@@ -7,7 +7,8 @@ otherwise count in the peak memory of the rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -23,9 +24,15 @@ from fed.data.federated_data import FederatedData
 from fed.errors import INTERRUPTED, FedError, StoppedError
 from fed.experiments import initialisation_noise, trackers
 from fed.experiments import run as running
+from fed.experiments.attack_grid import Grid, outcomes
+from fed.experiments.costs import estimate as cost_estimate
+from fed.experiments.costs import tables as cost_tables
+from fed.experiments.costs.timing import Speeds
+from fed.experiments.costs.workload import workload
 from fed.experiments.parallel import at_once
 from fed.experiments.plan import PLAN, Plan
 from fed.experiments.runner import SharedInputs, check, finished, in_turn, open_grid
+from fed.files import make_folder
 from fed.locks import held
 from fed.models.head import head_names
 from fed.report import tables
@@ -198,6 +205,38 @@ def noise(directory: Path) -> None:
     screen.say(f"\n{directory}:\n{', '.join(path.name for path in written)}")
 
 
+def estimate(
+    config: RunConfig,
+    rows: Mapping[str, int | None],
+    machines: Sequence[int],
+    clients: Sequence[int],
+    measured: tuple[float | None, float | None, float | None],
+) -> None:
+    """Print what a run costs. `rows` are arguments of `fed.experiments.costs.workload.workload`.
+
+    `measured` are clients trained in a second on one machine, the server's seconds a round, and its network in Mbit/s.
+    """
+    screen, (per_second, server_seconds, mbit) = Screen(), measured
+    with running.limits(config.threads):
+        found = cost_estimate.costs(config, workload(config, **rows), clients)
+    speeds = None
+    if per_second is not None:
+        speeds = Speeds(per_second, server_seconds or 0.0, (mbit or 0.0) * 1e6 / 8)
+        if server_seconds is None:
+            speeds = replace(speeds, server_seconds=found.server_seconds(speeds))
+    for table in (
+        cost_tables.model_table,
+        cost_tables.client_table,
+        cost_tables.server_table,
+        cost_tables.clients_table,
+    ):
+        screen.table(table(found))
+    if speeds is not None:
+        screen.table(cost_tables.time_table(found, speeds, machines))
+    for line in cost_tables.notes(found, speeds):
+        screen.say(f"\n{line}")
+
+
 def _interrupted(out: Path, config: RunConfig, screen: Screen) -> int:
     screen.warn(f"interrupted: {_kept(out, config)}")
     return INTERRUPTED
@@ -313,5 +352,35 @@ def compare(plan: Plan, out: Path, jobs: int) -> int:
     return 0
 
 
-def _failed(failures: Sequence[str], plan: Plan) -> str:
+def attacks(grid: Grid, out: Path, jobs: int) -> int:
+    """Play the runs of a grid of attacks that are not finished, then print and write it; return the exit status.
+
+    Raises FedError if any run failed.
+    """
+    began, screen, bench = time.perf_counter(), Screen(), SharedInputs(out)
+    left = [cell for cell in grid.cells if not finished(cell, out)]
+    told = check(left, bench, screen.warn, screen.stage)
+    make_folder(out)
+    with held(out):
+        board = ComparisonProgress(screen, left, len(grid.cells) - len(left), told, quiet=True)
+        try:
+            with board:
+                in_turn(left, bench, board.on_event) if jobs == 1 else at_once(left, jobs, out, board.on_event)
+        except KeyboardInterrupt:
+            screen.warn(f"interrupted: finished runs are kept in {out}; the same command continues")
+            return INTERRUPTED
+        if board.failures:
+            raise FedError(_failed(board.failures, grid))
+        from fed.report import attacks as report_of
+
+        found = outcomes(grid, out)
+        screen.table(report_of.accuracy_table(grid, found))
+        screen.table(report_of.rejected_table(found))
+        written = report_of.publish(grid, found, out)
+    screen.say(f"\n{out}:\n{', '.join(path.name for path in written)}")
+    screen.say(f"done in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _failed(failures: Sequence[str], plan: Plan | Grid) -> str:
     return f"{len(failures)} of {len(plan.cells)} runs could not be played: {failures[0]}"

@@ -26,6 +26,7 @@ from fed.errors import UnreadError, printable
 from fed.experiments.plan import Cell
 from fed.report import tables
 from fed.report.comparison import Comparison
+from fed.report.left_out import left_out_table
 from fed.report.summary import COST, NOISE, OUTCOME
 from fed.report.tables import percent, summary
 from fed.simulation.run_directory import Run
@@ -142,9 +143,14 @@ class Screen:
             self._out.print(table)
 
     def summarise(self, run: Run) -> None:
-        """Print a run's accuracy before and after, its gain, and for comparison the gain of centralised LoRA."""
+        """Print a run's accuracy before and after, its gain, and for comparison the gain of centralised LoRA.
+
+        Updates that were left out or clipped follow, counted by reason.
+        """
         config = run.config
         self.table(summary(run))
+        if lines := left_out_table(run.rows):
+            self.table(lines)
         if run.centralised:
             self.say(
                 f"ratio: the federated gain over that of rank-{config.adapter.rank} LoRA trained on all clients'\n"
@@ -196,10 +202,14 @@ class ComparisonProgress:
     """A context manager that shows the progress of a comparison; `on_event` takes the events of its runs.
 
     `failures` holds a line for each run that failed. `told` are messages about the data that were shown before: runs
-    share their data, so each message is shown once.
+    share their data, so each message is shown once. A `quiet` one does not show what is said of updates that are left
+    out or clipped, where attacks make many.
     """
 
-    def __init__(self, screen: Screen, cells: list[Cell], already: int, told: Iterable[str] = ()) -> None:
+    def __init__(
+        self, screen: Screen, cells: list[Cell], already: int, told: Iterable[str] = (), quiet: bool = False
+    ) -> None:
+        self._quiet = quiet
         self.failures: list[str] = []
         self._told = set(told)
         self._screen = screen
@@ -236,7 +246,8 @@ class ComparisonProgress:
                 self._told.add(payload)
                 self._warn(f"{cell.label}: {payload}")
         elif kind == "event":
-            self._warn(f"{cell.label}: {payload}")
+            if not self._quiet:
+                self._warn(f"{cell.label}: {payload}")
         else:
             self._end(cell, payload, failed=kind == "failed")
 

@@ -33,6 +33,12 @@ def uniform(size: int, *key: int | str) -> NDArray[np.float64]:
     return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def standard_normal(size: int, *key: int | str) -> NDArray[np.float64]:
+    """Return `size` independent standard normal numbers, fp64: by Box and Muller, of two uniform numbers each."""
+    radius, angle = uniform(2 * size, *key).reshape(2, size)
+    return np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
+
+
 @dataclass(frozen=True)
 class ClientRandom:
     """The random streams of one client in one round, a separate one for each purpose."""

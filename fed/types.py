@@ -64,7 +64,13 @@ class Row(Metrics, total=False):
     clients: list[int]  # ids of the participating clients
     steps: list[int]  # local steps of each of `clients`
     skipped: list[int]  # ids of clients whose update could not be used
+    faults: list[str]  # the reason for each of `skipped`, in its order
+    clipped: list[int]  # ids of clients whose update was clipped to `server.max_update_norm` before it was used
     late: list[int]  # ids of drawn clients that did not answer in time, on other machines
+    noise_std: float | None  # standard deviation of the noise in the server's sums, with `privacy.clip`
+    epsilon: float | None  # what the rounds so far have spent of privacy at `delta`; None: without a bound
+    delta: float
+    attackers: list[int]  # ids of the round's clients that attack, if any do in this run
 
 
 def measured(row: Row, field: str) -> Any:
@@ -96,9 +102,10 @@ class Stack(NamedTuple):
 class Options:
     """The settings of methods, the same in every round.
 
-    `selection` names a strategy of `fed.methods.selection`. HETLoRA: `hetlora_weighting` is "norm" or "run"; with
-    `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once its last modules shrink under a penalty λ
-    (`hetlora_penalty`).
+    `selection` names a strategy of `fed.methods.selection`. `aggregation` names the rule by which methods combine
+    modules and head, "mean" or one of `fed.methods.robust`, with its `trim` or `byzantine_share`. HETLoRA:
+    `hetlora_weighting` is "norm" or "run"; with `hetlora_prune` a client cuts its rank r to γr (`hetlora_decay`) once
+    its last modules shrink under a penalty λ (`hetlora_penalty`).
     """
 
     selection: str = "random"
@@ -106,6 +113,9 @@ class Options:
     hetlora_prune: bool = False
     hetlora_decay: float = 0.99
     hetlora_penalty: float = 1e-3
+    aggregation: str = "mean"
+    trim: float = 0.2
+    byzantine_share: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -241,23 +251,33 @@ class ClientUpdate:
     positions: int = 0
 
 
+class Sent(NamedTuple):
+    """What is remembered of an update (`fed.simulation.replays`): its fingerprint and the round it was trained from."""
+
+    version: int
+    fingerprint: int
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of a run between rounds: the server, the clients by id, and the factors each client last ended with.
 
-    `ends` is used only to measure noise, and stays empty if noise is not measured.
+    `ends` is used only to measure noise, and stays empty if noise is not measured. `sent` is what is remembered of
+    each client's last usable updates.
     """
 
     server: ServerState
     clients: tuple[Client, ...]
     ends: Mapping[int, Mapping[str, Factors]] = field(default_factory=dict)
+    sent: Mapping[int, tuple[Sent, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClientResult:
     """The result of one client's training in a round; `fault` is the reason why its update is unusable, or None.
 
-    `steps` and `footprint` are those of the training itself, whatever the update says.
+    `steps` and `footprint` are those of the training itself, whatever the update says. `sent` is what is remembered of
+    the update, and `clipped` says that the server took less of it than the client sent, which is in `update`.
     """
 
     client: Client
@@ -270,6 +290,8 @@ class ClientResult:
     fold_seconds: float
     train_seconds: float
     fault: str | None
+    sent: Sent | None = None
+    clipped: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ ORDER = {
         "data", "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
     ),
     "bench": (
-        "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "clients",
-        "tune", "device", "report", "audit", "models", "measure", "simulation", "providers", "checks", "harness",
+        "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "scale",
+        "clients", "tune", "device", "report", "audit", "models", "measure", "simulation", "providers", "checks", "harness",
         "gpu_cases", "cases",
     ),
 }  # fmt: skip
@@ -40,7 +40,7 @@ RESERVED = {
     "pydantic": ("fed/config",),
     "typer": ("fed/cli.py",),
     "rich": ("fed/cli.py", "fed/console.py"),
-    "matplotlib": ("fed/report", "bench/report/figures.py"),
+    "matplotlib": ("fed/report", "bench/report/figures.py", "bench/report/scale_figures.py"),
     "scipy": ("fed/report/comparison.py",),
     "tensorboard": ("fed/experiments/trackers.py",),
     "wandb": ("fed/experiments/trackers.py",),
@@ -54,6 +54,7 @@ RESERVED = {
     "datasets": ("fed/data/hf_datasets.py", "fed/data/partition.py"),
     "flwr": ("fed/flower",),
     "flwr_datasets": ("fed/data/partition.py",),
+    "dp_accounting": ("fed/simulation/privacy_accounting.py",),
     "pyarrow": ("fed/data/hf_datasets.py",),
 }  # fmt: skip
 

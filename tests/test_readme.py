@@ -51,7 +51,7 @@ PAGES = list(dict.fromkeys(PAGES))
 TOP = ("plora_kernels", "fed", "bench", "tests", "docs", "examples")
 # Files that pages name and commands write; they are not committed.
 MADE = {"bench/results/latest.json", "bench/results/tune", "plora_kernels/tuning/tables"}
-TABLES = r"model|data|clients|adapter|train|server|hetlora|measure|compare"
+TABLES = r"model|data|clients|adapter|train|server|privacy|attack|hetlora|measure|compare"
 
 
 def text_of(page: Path) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -130,10 +130,11 @@ def _value(text: str, what: str, holds_text: bool) -> Any:
 
 
 def _is_text(kind: Any) -> bool:
-    """Say whether a setting of this type is text, or may also be missing."""
+    """Say whether a setting of this type is text, one of several texts, or may also be missing."""
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
     plain = {get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds}
-    return plain - {NoneType} == {str}
+    named = {type(value) for each in plain if get_origin(each) is Literal for value in get_args(each)}
+    return {each for each in plain if get_origin(each) is not Literal} - {NoneType} | named == {str}
 
 
 @functools.cache

@@ -13,7 +13,16 @@ from fed.config.data import DataConfig, ModelConfig, check_data
 from fed.config.engine import EngineConfig
 from fed.config.fields import Name, NotNegative, Table
 from fed.config.toml_files import shown
-from fed.config.training import AdapterConfig, ClientsConfig, HetLoRAConfig, MeasureConfig, ServerConfig, TrainConfig
+from fed.config.training import (
+    AdapterConfig,
+    AttackConfig,
+    ClientsConfig,
+    HetLoRAConfig,
+    MeasureConfig,
+    PrivacyConfig,
+    ServerConfig,
+    TrainConfig,
+)
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MOST_RUNS = 10_000  # of a comparison
@@ -49,6 +58,8 @@ class RunConfig(Table):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    attack: AttackConfig = AttackConfig()
     hetlora: HetLoRAConfig = HetLoRAConfig()
     measure: MeasureConfig = MeasureConfig()
     engine: EngineConfig = EngineConfig()
@@ -70,6 +81,9 @@ class RunConfig(Table):
         if self.cohort_compile and self.execution != "cohort":
             raise ValueError(f"cohort_compile is true, but execution is {self.execution!r}; 'cohort' would be right")
         check_method(self)
+        check_aggregation(self)
+        check_attack(self)
+        check_privacy(self)
         check_clients(self)
         check_data(self.data, self.model)
         check_quantized(self)
@@ -102,6 +116,11 @@ def check_clients(config: RunConfig) -> None:
     if clients.per_round > clients.count:
         raise ValueError(
             f"clients.per_round is {clients.per_round}: it should be at most clients.count ({clients.count})"
+        )
+    if config.server.min_updates > clients.per_round:
+        raise ValueError(
+            f"server.min_updates is {config.server.min_updates}: it should be at most clients.per_round "
+            f"({clients.per_round})"
         )
     if not clients.memory_mib and max(clients.ranks) > rank:
         raise ValueError(f"clients.ranks is {shown(clients.ranks)}: every rank should be at most adapter.rank ({rank})")
@@ -153,6 +172,95 @@ def quantized_fault(config: RunConfig, base: str) -> str | None:
             "into a quantised one; method = 'fed-plora' would be right"
         )
     return None
+
+
+def check_aggregation(config: RunConfig) -> None:
+    """Raise ValueError if the method, or the weights, do not go with the server's rule or its clipping."""
+    from fed import methods
+
+    method, rule = methods.find(config.method), config.server.aggregation
+    if config.server.max_update_norm and method.personal:
+        raise ValueError(
+            f"server.max_update_norm is {config.server.max_update_norm:g}: {method.title}'s clients keep B, so the "
+            "server does not know how far b_j a_jᵀ moved; it takes 0, and server.aggregation = 'median' would be right"
+        )
+    if rule == "mean":
+        return
+    if not method.by_module:
+        others = ", ".join(repr(name) for name, other in methods.METHODS.items() if other.by_module)
+        raise ValueError(
+            f"server.aggregation is {rule!r}: {method.title} does not average module by module, so there is nothing to "
+            f"take a {rule} of; it takes 'mean'; other rules take method = one of {others}"
+        )
+    if rule == "krum" and config.train.weighting != "uniform":
+        raise ValueError(
+            f"server.aggregation is 'krum' and train.weighting {config.train.weighting!r}: Krum picks the update of "
+            "one client, so there is nothing to weigh; train.weighting = 'uniform' would be right, or 'median' or "
+            "'trimmed-mean', which take weights"
+        )
+
+
+def check_attack(config: RunConfig) -> None:
+    """Raise ValueError if nobody would attack, or labels are to be turned that are not there or that others have."""
+    attack, data = config.attack, config.data
+    if attack.kind != "none" and round(attack.share * config.clients.count) == 0:
+        raise ValueError(
+            f"attack.share is {attack.share:g}: of {config.clients.count} clients none would attack; it should be "
+            f"at least {1 / config.clients.count:.2g}"
+        )
+    if attack.kind == "label-flip" and data.task != "classification":
+        raise ValueError(
+            f"attack.kind is 'label-flip' and data.task {data.task!r}: there are no labels; 'sign-flip' would be right"
+        )
+    if attack.kind == "label-flip" and data.rows_per_client:
+        raise ValueError(
+            f"attack.kind is 'label-flip' and data.rows_per_client {data.rows_per_client}: clients share rows, so "
+            "honest ones would have turned labels too; 'sign-flip' or data.rows_per_client = 0 would be right"
+        )
+
+
+def check_privacy(config: RunConfig) -> None:
+    """Raise ValueError if the noise is not defined, or something in the run would break what it guarantees."""
+    privacy = config.privacy
+    if not privacy.clip:
+        if privacy.noise_multiplier or privacy.target_epsilon:
+            raise ValueError(
+                "privacy.clip is 0.0, and noise is asked for; the largest norm of an update would be right"
+            )
+        return
+    if bool(privacy.noise_multiplier) == bool(privacy.target_epsilon):
+        raise ValueError(
+            f"privacy.noise_multiplier is {privacy.noise_multiplier:g} and privacy.target_epsilon "
+            f"{privacy.target_epsilon:g}: one of the two should be above 0"
+        )
+    if privacy.target_epsilon and privacy.target_rounds < config.rounds:
+        raise ValueError(
+            f"privacy.target_rounds is {privacy.target_rounds} and rounds {config.rounds}: the noise for "
+            "privacy.target_epsilon has to last for all rounds, so it should be at least that"
+        )
+    if privacy.secret_noise and config.checkpoint_every > 1:
+        raise ValueError(
+            f"checkpoint_every is {config.checkpoint_every} and privacy.secret_noise true: rounds that are played "
+            "again would spend more than is counted; 1 would be right, or 0"
+        )
+    wanted: tuple[tuple[str, object, tuple[object, ...], str], ...] = (
+        ("method", config.method, ("fed-plora",), "the sensitivity of other methods is another"),
+        (
+            "adapter.selection",
+            config.adapter.selection,
+            ("random", "shared-random", "first"),
+            "what a client trains, and how often it is trained, has to be known without data",
+        ),
+        ("train.weighting", config.train.weighting, ("uniform",), "numbers of samples are data"),
+        ("train.head", config.train.head, ("train", "freeze"), "the mean of personal heads would be without noise"),
+        ("server.aggregation", config.server.aggregation, ("mean",), "the sensitivity of other rules is another"),
+        ("server.min_updates", config.server.min_updates, (1,), "how many updates are usable depends on data"),
+        ("clients.memory_mib", config.clients.memory_mib, ([],), "the ranks that fit depend on clients' rows"),
+    )
+    for key, value, allowed, why in wanted:
+        if value not in allowed:
+            right = " or ".join(map(repr, allowed))
+            raise ValueError(f"{key} is {value!r} and privacy.clip {privacy.clip:g}: {why}; {right} would be right")
 
 
 def check_method(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""The configuration's tables `[clients]`, `[adapter]`, `[train]`, `[server]`, `[hetlora]` and `[measure]`."""
+"""The configuration's tables on clients, adapter, training, server, privacy, attacks, HETLoRA and measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fed.config.fields import Count, CountOrNone, Fraction, LearningRate, Name, 
 from fed.config.toml_files import shown
 
 Rank = Annotated[int, Field(ge=1, le=256)]
-_MOST_CLIENTS = 10_000
+_MOST_CLIENTS = 1_000_000
 
 
 # Beyond these limits numpy draws no shares that are numbers.
@@ -117,10 +117,24 @@ class TrainConfig(Table):
 
 
 class ServerConfig(Table):
-    """The server's optimiser: "fedavg" takes the method's average as it is, "fedadam" a step of Adam towards it.
+    """What the server makes of the updates, and its optimiser.
 
-    A run ends with an error after `patience` rounds in a row without any usable update; 0: it never does.
+    `aggregation` is how modules, and the head, of the clients that trained them become one: their "mean", or a rule
+    that a minority of hostile clients cannot move far (`fed.methods.robust`): "median"; "trimmed-mean", without the
+    share `trim` of the values from each end; "krum", the update nearest to its neighbours where the share
+    `byzantine_share` of clients may be hostile. `max_update_norm` above 0 first clips what each client changed, module
+    by module, and of the head (`fed.simulation.clipping`). With fewer than `min_updates` usable updates the server
+    keeps its state.
+
+    "fedavg" takes the outcome as it is, "fedadam" a step of Adam towards it. A run ends with an error after `patience`
+    rounds in a row in which the server kept its state; 0: it never does.
     """
+
+    aggregation: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    byzantine_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    max_update_norm: NotNegative = 0.0
+    min_updates: Count = 1
 
     optimizer: Literal["fedavg", "fedadam"] = "fedavg"
     step_size: LearningRate = 1e-2
@@ -128,6 +142,35 @@ class ServerConfig(Table):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3
     patience: CountOrNone = 10
+
+
+class PrivacyConfig(Table):
+    """Central differential privacy of Fed-PLoRA (`fed.simulation.privacy`); `clip` = 0 turns it off.
+
+    `clip` is the largest L2 norm of what a client changes in all, and noise of `noise_multiplier` times that is added
+    to the server's sums. `target_epsilon` above 0 in place of it looks for the noise that spends this much in
+    `target_rounds` rounds, at `delta`. `sampling` says whether who is drawn is "public", as the seed tells, or
+    "secret". `secret_noise` takes the operating system's randomness, so that the run cannot be repeated.
+    """
+
+    clip: NotNegative = 0.0
+    noise_multiplier: NotNegative = 0.0
+    target_epsilon: NotNegative = 0.0
+    target_rounds: CountOrNone = 0
+    delta: Fraction = 1e-5
+    sampling: Literal["public", "secret"] = "public"
+    secret_noise: bool = False
+
+
+class AttackConfig(Table):
+    """A simulated attack (`fed.simulation.attacks`): the `share` of all clients that attack, and of which kind.
+
+    `factor` is how much longer the step of a "scale" or a "sign-flip" is than the one that was trained.
+    """
+
+    kind: Literal["none", "label-flip", "scale", "sign-flip", "nan", "shape", "replay"] = "none"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.3
+    factor: Positive = 10.0
 
 
 class HetLoRAConfig(Table):

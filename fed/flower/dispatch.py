@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -16,7 +16,8 @@ from fed.errors import printable
 
 POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
 NO_ROUND = -1  # the base of a machine is as after no round that the server's was
-LOOK_SECONDS = 5.0  # between two looks whether machines are still connected
+# Between two looks which machines are connected: while messages are under way, and while only machines are waited for.
+LOOK_SECONDS, WAIT_SECONDS = 2.0, 1.0
 
 
 @dataclass
@@ -36,14 +37,25 @@ class Node:
 
 @dataclass
 class Sent:
-    """A message under way, or what came of it: a reply's content, or the reason why there is none."""
+    """A message under way, or what came of it: a reply's content, or the reason why there is none.
+
+    From the moment `until` on, in seconds of `time.monotonic`, it is late and no longer waited for.
+    """
 
     node: Node
     message: Message
     content: RecordDict | None = None
     fault: str | None = None
     lost: bool = False  # the machine is gone, or failed without the clients being the reason
-    seconds: float = field(default=0.0)
+    until: float = field(default=math.inf)
+
+    def take(self, reply: Message) -> None:
+        """Take the reply to the message: its content, or the error in its place."""
+        if reply.has_error():
+            reason = printable(str(reply.error.reason or reply.error.code))[:400]
+            self.fault, self.lost = f"its machine failed: {reason}", True
+        else:
+            self.content = reply.content
 
 
 def divide(steps: Sequence[int], speeds: Sequence[float | None]) -> list[list[int]]:
@@ -69,74 +81,88 @@ def divide(steps: Sequence[int], speeds: Sequence[float | None]) -> list[list[in
     return [sorted(places) for places in dealt]
 
 
-def exchange(
-    grid: Grid, sent: Sequence[Sent], deadline: float, on_end: Callable[[Sent], Iterable[Sent]] | None = None
-) -> None:
-    """Send messages and wait until each has a reply, or a reason why it has none.
+class Play(Protocol):
+    """What messages are sent for."""
 
-    A machine that is no longer connected is `lost`. After `deadline` seconds, 0 for no limit, those still under way
-    are late. `on_end` is called for each message that has ended, and may return messages to send in its place.
-    """
-    waiting = _pushed(grid, sent)
-    for unsent in sent:
-        if unsent.fault is not None and on_end is not None:
-            waiting |= _pushed(grid, list(on_end(unsent)))
-    began = looked = time.monotonic()
-    pause, longest = POLL_SECONDS
-    while waiting:
-        interruption.check()
-        ended = [_answered(waiting, reply) for reply in grid.pull_messages(list(waiting))]
-        now = time.monotonic()
-        if now - looked >= LOOK_SECONDS:
-            looked = now
-            ended += _gone(waiting, set(grid.get_node_ids()))
-        if deadline and now - began >= deadline:
-            ended += _late(waiting, deadline)
-            on_end = None
-        for one in filter(None, ended):
-            one.seconds = time.monotonic() - began
-            if on_end is not None:
-                waiting |= _pushed(grid, list(on_end(one)))
-        if waiting:
-            pause = POLL_SECONDS[0] if any(ended) else min(longest, pause * 1.2)
-            time.sleep(min(pause, max(0.01, began + deadline - now) if deadline else math.inf))
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to wait for; if there is not, the exchange ends."""
+
+    def looked(self, connected: set[int]) -> Iterable[Sent]:
+        """Take the numbers of the machines that are connected, and return messages to send."""
+
+    def ended(self, one: Sent) -> None:
+        """Take a message that has a reply, or a reason why it has none; a look follows."""
 
 
-def _pushed(grid: Grid, sent: Sequence[Sent]) -> dict[str, Sent]:
-    """Send messages, one at a time because they may be large; return them by the numbers that replies refer to."""
-    waiting = {}
-    for one in sent:
-        (number,) = list(grid.push_messages([one.message])) or [""]
+class Post:
+    """The messages that are under way on a grid, from one exchange to the next."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._under_way: dict[str, Sent] = {}
+
+    def exchange(self, play: Play) -> None:
+        """Send what a play wants sent, and give it what comes of that, until it waits for nothing more.
+
+        A machine that is no longer connected is `lost`. What is under way then stays so until the next exchange.
+        """
+        looked = -math.inf
+        pause, longest = POLL_SECONDS
+        while True:
+            interruption.check()
+            now = time.monotonic()
+            ended = [*self._answers(), *self._late(now)]
+            sent = False
+            if ended or now - looked >= (LOOK_SECONDS if self._under_way else WAIT_SECONDS):
+                looked = now
+                connected = set(self._grid.get_node_ids())
+                ended += self._gone(connected)
+                for one in ended:
+                    play.ended(one)
+                for one in play.looked(connected):
+                    if self._push(one):
+                        sent = True
+                    else:
+                        play.ended(one)
+                        looked = -math.inf
+            if not play.waits:
+                return
+            pause = POLL_SECONDS[0] if ended else min(longest, pause * 1.2)
+            if not sent:
+                time.sleep(pause)
+
+    def _push(self, one: Sent) -> bool:
+        """Send a message by itself, because it may be large; return whether it was taken."""
+        (number,) = list(self._grid.push_messages([one.message])) or [""]
         if not number:
             one.fault, one.lost = "the SuperLink did not take the message", True
-        else:
-            waiting[str(number)] = one
-    return waiting
+            return False
+        self._under_way[str(number)] = one
+        return True
 
+    def _answers(self) -> list[Sent]:
+        if not self._under_way:
+            return []
+        found = [self._answered(reply) for reply in self._grid.pull_messages(list(self._under_way))]
+        return [one for one in found if one is not None]
 
-def _answered(waiting: dict[str, Sent], reply: Message) -> Sent | None:
-    """Return what a reply answers; None if that is answered already or was never asked."""
-    one = waiting.pop(reply.metadata.reply_to_message_id, None)
-    if one is None:
-        return None
-    if reply.has_error():
-        reason = printable(str(reply.error.reason or reply.error.code))[:400]
-        one.fault, one.lost = f"its machine failed: {reason}", True
-    else:
-        one.content = reply.content
-    return one
+    def _answered(self, reply: Message) -> Sent | None:
+        """Return what a reply answers; None if that is answered already or was never asked."""
+        one = self._under_way.pop(reply.metadata.reply_to_message_id, None)
+        if one is None:
+            return None
+        one.take(reply)
+        return one
 
+    def _gone(self, connected: set[int]) -> list[Sent]:
+        lost = [number for number, one in self._under_way.items() if one.node.number not in connected]
+        for number in lost:
+            self._under_way[number].fault, self._under_way[number].lost = "its machine is no longer connected", True
+        return [self._under_way.pop(number) for number in lost]
 
-def _gone(waiting: dict[str, Sent], connected: set[int]) -> list[Sent]:
-    lost = [number for number, one in waiting.items() if one.node.number not in connected]
-    for number in lost:
-        waiting[number].fault, waiting[number].lost = "its machine is no longer connected", True
-    return [waiting.pop(number) for number in lost]
-
-
-def _late(waiting: dict[str, Sent], deadline: float) -> list[Sent]:
-    late = list(waiting.values())
-    waiting.clear()
-    for one in late:
-        one.fault = f"it did not answer within engine.deadline ({deadline:g} s)"
-    return late
+    def _late(self, now: float) -> list[Sent]:
+        late = [number for number, one in self._under_way.items() if now >= one.until]
+        for number in late:
+            self._under_way[number].fault = "it did not answer in time"
+        return [self._under_way.pop(number) for number in late]

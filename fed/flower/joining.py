@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from flwr.app import RecordDict
 
 from fed.files import make_folder
-from fed.flower.dispatch import Node
 from fed.flower.protocol import versions, why_other_version
 from fed.flower.records import FACTS, arrays_of, facts_record
 from fed.sealed import read_sealed, write_sealed
@@ -49,8 +48,8 @@ def invitation(federation: Federation, key: str, directory: Path) -> RecordDict:
     return RecordDict({FACTS: facts_record(facts), "base": arrays_of(base)})
 
 
-def why_not(facts: Mapping[str, Any], federation: Federation, key: str, others: Iterable[Node]) -> str | None:
-    """Return in words why a machine that said `facts` of itself cannot take part beside the others, or None.
+def why_not(facts: Mapping[str, Any], federation: Federation, key: str) -> str | None:
+    """Return in words why a machine that said `facts` of itself cannot take part, or None.
 
     In a deployment `facts["client"]` says which client it is: its id, its rank and its number of rows.
     """
@@ -71,6 +70,4 @@ def why_not(facts: Mapping[str, Any], federation: Federation, key: str, others: 
         return f"it says that it is client {number} of rank {rank} with {rows} rows, which cannot be"
     if federation.method.equal_ranks and rank != most:
         return f"its rank is {rank}; {federation.method.title} needs every rank to be adapter.rank ({most})"
-    if taken := [own for own in others if own.client == number]:
-        return f"its partition-id is {number}, as that of SuperNode {taken[0].number}; each has one of its own"
     return None

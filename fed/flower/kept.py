@@ -21,8 +21,7 @@ _NAME = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors")
 class KeptStates:
     """The states of the clients of a machine after the rounds they took part in, in `folder`.
 
-    The state from which a client trained last stays, because the server may refuse the update, or be stopped and play
-    the round again.
+    Those stay from which a server that was stopped may have rounds played again.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -44,18 +43,20 @@ class KeptStates:
                 return None
         return state_of({name: value.to(self._device) for name, value in tensors.items()})
 
-    def write(self, client: int, number: int, before: int, kept: ClientState) -> ArrayRecord:
+    def write(self, client: int, number: int, before: int, since: int, kept: ClientState) -> ArrayRecord:
         """Write what a client keeps after round `number`, and return it as a record for the SuperNode's context.
 
-        What it kept after round `before`, from which it trained, stays, and what is older is deleted.
+        What it kept after round `before`, from which it trained, stays. The server goes back to the end of round
+        `since` at the farthest: what the client kept by then stays as well, and all that is later.
         """
         tensors = {name: value.detach().cpu().contiguous() for name, value in flat_state(kept).items()}
         make_folder(self._folder)
         write_atomically(self._path(client, number), save(tensors))
-        for path in self._folder.glob(f"client-{client}.round-*.safetensors"):
-            found = _NAME.fullmatch(path.name)
-            if found and int(found[2]) not in (before, number):
-                path.unlink()
+        found = [_NAME.fullmatch(path.name) for path in self._folder.glob(f"client-{client}.round-*.safetensors")]
+        there = [int(own[2]) for own in found if own]
+        first = min(before, max((own for own in there if own <= since), default=0))
+        for old in (own for own in there if own < first):
+            self._path(client, old).unlink()
         return arrays_of(tensors)
 
     def _path(self, client: int, number: int) -> Path:

@@ -115,7 +115,8 @@ def _joined(
         from fed.training.cohort import check_cohorts
 
         check_cohorts(shared)
-    place = Path(str(node["state"])) if "state" in node else folder / "kept"
+    # Beside the run's folder, because a machine that joins again has another one.
+    place = Path(str(node["state"])) if "state" in node else folder.parent / "kept"
     kept = KeptStates(place / facts["run"], shared.device)
     first_head = first_state(shared, config).head if config.train.head == "personal" else {}
     machine = Machine(facts["run"], config, federation, kept, stack, {}, first_head)
@@ -175,8 +176,8 @@ def _check_inputs(wanted: Mapping[str, str], found: Mapping[str, str], own_rows:
             raise FedError(f"{CALLED[name]} on this machine differs from what the run's server has")
 
 
-def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, int]:
-    """Return which client this node is: its id, its rank and its number of rows."""
+def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which client this node is: its id, its rank, its number of rows, and whether it alone has these."""
     number = node.get("partition-id")
     if type(number) is not int or not 0 <= number < config.clients.count:
         raise FedError(
@@ -191,7 +192,7 @@ def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: M
         (rank,) = ranks_within([float(node["memory-mib"])], estimate(shared, config, split), shared.rank)
     if type(rank) is not int or not 1 <= rank <= shared.rank:
         raise FedError(f"its node config has rank = {rank!r}; an integer from 1 to {shared.rank} would be right")
-    return {"id": number, "rank": rank, "rows": len(split)}
+    return {"id": number, "rank": rank, "rows": len(split), "own_rows": "rows" in node}
 
 
 def _at(number: int, data: FederatedData) -> tuple[Any, ...]:
@@ -237,9 +238,9 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
         if facts["keeps"] and not facts["trial"]:
             own = ClientState(*federation.state_to_keep(result))
             number, before = server.round + 1, client.kept_round
-            records[f"own-{client.id}.round-{number}.from-{before}"] = machine.kept.write(
-                client.id, number, before, own
-            )
+            since = _goes_back_to(machine.config, server.round)
+            record = machine.kept.write(client.id, number, before, since, own)
+            records[f"own-{client.id}.round-{number}.from-{before}"] = record
         answer = Answer(
             result.update,
             result.start_noise,
@@ -253,6 +254,15 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
     reply["clients"] = [client.id for client in clients]
     reply["seconds"] = time.perf_counter() - began
     return RecordDict({FACTS: facts_record(reply), **records})
+
+
+def _goes_back_to(config: RunConfig, played: int) -> int:
+    """Return the round that a server goes back to at the farthest after `played` rounds, to play on from there.
+
+    It is that of the last checkpoint but one, in case the last is damaged; without checkpoints it never goes back.
+    """
+    every = config.checkpoint_every
+    return max(0, (played // every - 1) * every) if every else played
 
 
 def _results(

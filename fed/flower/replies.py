@@ -20,7 +20,9 @@ from fed.seeding import ClientRandom
 from fed.simulation.clients import local_steps
 from fed.simulation.noise import factor_noise
 from fed.simulation.rounds import Federation
-from fed.training.local import Job
+from fed.simulation.update_checks import MOST_POSITIONS
+from fed.simulation.update_checks import Asked as Counts
+from fed.training.local import Job, weight_of
 from fed.types import Client, ClientResult, ClientUpdate, RunState
 
 LEAST_SECONDS, MOST_SECONDS = 1e-6, 1e9  # of a machine's work on a message, beyond which it is not believed
@@ -29,12 +31,16 @@ _LONGEST = 400  # characters of a fault
 
 @dataclass(frozen=True)
 class Asked:
-    """What a message asked of a machine; `nonce` is a random number that the reply to it repeats."""
+    """What a message asked of a machine; `nonce` is a random number that the reply to it repeats.
+
+    With `own_rows` the machine trains on rows that the server does not have.
+    """
 
     run: str
     round: int
     nonce: str
     clients: Sequence[Client]
+    own_rows: bool = False
 
 
 def why_lacking(content: RecordDict) -> str:
@@ -69,7 +75,7 @@ def reply_of(content: RecordDict, asked: Asked, federation: Federation, state: R
     results = []
     for client in asked.clients:
         try:
-            results.append(_result(content, client, federation, state))
+            results.append(_result(content, client, asked, federation, state))
         except RecordError as error:
             results.append(left_out(federation, state, client, str(error)))
     seconds, steps = facts.get("seconds"), sum(local_steps(federation.config, client) for client in asked.clients)
@@ -99,7 +105,7 @@ def _check(facts: Mapping[str, Any], asked: Asked) -> None:
         raise RecordError("it answers another message of this round, or was sent before")
 
 
-def _result(content: RecordDict, client: Client, federation: Federation, state: RunState) -> ClientResult:
+def _result(content: RecordDict, client: Client, asked: Asked, federation: Federation, state: RunState) -> ClientResult:
     """Return the checked result of one client; raise RecordError if its part of the reply is not whole."""
     config, method = federation.config, federation.method
     deployed, device = config.engine.mode == "deployment", federation.shared.device
@@ -114,7 +120,11 @@ def _result(content: RecordDict, client: Client, federation: Federation, state: 
     if ends is not None and not deployed:
         moved = factor_noise(job.start.factors, ends)
     noise = answer.noise if config.measure.noise else None
-    result = federation.checked(state, job, update, noise, moved, answer.fold_seconds, answer.train_seconds)
+    counts = None
+    if asked.own_rows:  # how long they are is not known here
+        counts = Counts(job.steps, weight_of(job.client, config.train), 0, MOST_POSITIONS)
+    seconds = answer.fold_seconds, answer.train_seconds
+    result = federation.checked(state, job, update, noise, moved, *seconds, counts)
     if result.fault is not None:
         return replace(result, fault=_line(result.fault))
     # What a client keeps follows from its update; it is not left to a message to say.

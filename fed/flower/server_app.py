@@ -30,29 +30,16 @@ OPTIONS = {
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Play the run that the run config names; raise FedError if it cannot be played, for Flower to show."""
-    from fed import commands
     from fed import config as configuration
     from fed.errors import FedError
+    from fed.flower.strategy import FederatedRun
 
     asked: dict[str, Any] = {**OPTIONS, **context.run_config}
     if not asked["out"]:
         raise FedError("out is empty: the path of a directory for the run would be right")
-    out = Path(str(asked["out"]))
-    if asked["resume"]:
-        status = commands.resume(out, bool(asked["centralised"]), _engine(grid))
+    if asked["settings"]:
+        config = configuration.parse(json.loads(str(asked["settings"])), where="the run's settings")
     else:
-        if asked["settings"]:
-            config = configuration.parse(json.loads(str(asked["settings"])), where="the run's settings")
-        else:
-            config = configuration.load(str(asked["config"]), str(asked["set"]).split())
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "flower"})})
-        status = commands.run(config, out, bool(asked["overwrite"]), bool(asked["centralised"]), _engine(grid))
-    if status:
-        raise FedError(f"the run in {out} ended early, with status {status}")
-
-
-def _engine(grid: Grid) -> Any:
-    """Return what makes the run's executor, given its directory and where messages go."""
-    from fed.flower.training import FlowerTraining
-
-    return lambda directory, on_event: FlowerTraining(grid, directory, on_event)
+        config = configuration.load(str(asked["config"]), str(asked["set"]).split())
+    flags = {name: bool(asked[name]) for name in ("overwrite", "centralised", "resume")}
+    FederatedRun(config, Path(str(asked["out"])), **flags).start(grid)

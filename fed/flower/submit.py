@@ -20,7 +20,9 @@ from fed.errors import INTERRUPTED, FedError, printable
 
 APP = Path(__file__).parent  # its pyproject.toml is the Flower app
 _CONNECTION = "superlink"
-_NOISE = re.compile(r"\x1b\[[0-9;]*m|^(INFO|WARNING|DEBUG|ERROR) *:\s{0,12}")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"^(INFO|WARNING|DEBUG|ERROR) *:\s{0,12}")
+_BOXED = re.compile(r"^│ *(.*?) *│$", re.MULTILINE)  # how flwr shows an error
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -46,6 +48,8 @@ def resume(engine: EngineConfig, out: Path, centralised: bool) -> int:
 def _played(engine: EngineConfig, asked: Mapping[str, Any], out: Path) -> int:
     if not engine.address:
         raise FedError("engine.address is empty: the SuperLink's HOST:PORT would be right")
+    if engine.root_certificates is not None and not Path(engine.root_certificates).is_file():
+        raise FedError(f"engine.root_certificates is {str(engine.root_certificates)!r}: there is no such file")
     with tempfile.TemporaryDirectory(prefix="plora-flower-") as name:
         home, settings, app = Path(name) / "home", Path(name) / "run.toml", Path(name) / "federation"
         for folder in (home, app):
@@ -87,7 +91,7 @@ def _follow(arguments: list[str], environment: dict[str, str], engine: EngineCon
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            shown = printable(_NOISE.sub("", line.rstrip()))
+            shown = printable(_LEVEL.sub("", _COLOUR.sub("", line.rstrip())))
             if number is None and (found := _STARTED.search(shown)):
                 number = found[1]
             elif number is not None:
@@ -104,8 +108,13 @@ def _follow(arguments: list[str], environment: dict[str, str], engine: EngineCon
     finally:
         process.stdout.close()
     if number is None:
-        raise FedError(f"the SuperLink at {engine.address} did not take the run: {' '.join(tail.split())[-600:]}")
+        said = " ".join(_BOXED.findall(tail)) or tail
+        raise FedError(f"the SuperLink at {engine.address} did not take the run: {' '.join(said.split())[-600:]}")
     status = _status(number, environment)
+    if status == "unknown":
+        raise FedError(
+            f"the SuperLink at {engine.address} no longer answers; once it does, python -m fed resume {out} continues"
+        )
     if status != "finished:completed":
         raise FedError(f"the run ended as {status!r} at the SuperLink; what it said is above")
     return 0

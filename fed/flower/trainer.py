@@ -47,6 +47,8 @@ class Trainer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        for path in folder.glob("run-*"):  # of a trainer that was killed
+            shutil.rmtree(path, ignore_errors=True)
         self._machine: Any = None
         self._joined = 0
         self.called = time.monotonic()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fed import interruption
 from fed.errors import FedError, printable
-from fed.flower.dispatch import NO_ROUND, Node, Sent, divide, exchange
-from fed.flower.joining import invitation, key_of, why_not
+from fed.flower.dispatch import NO_ROUND, Node, Post, Sent
+from fed.flower.joining import STATE, invitation, key_of, why_not
 from fed.flower.protocol import JOIN, TRAIN, versions
 from fed.flower.records import (
     ADDED,
@@ -28,11 +27,15 @@ from fed.flower.records import (
     server_records,
 )
 from fed.flower.replies import Asked, reply_of, why_lacking
+from fed.flower.round_in_play import RoundInPlay, RoundMessage
+from fed.sealed import read_sealed, write_sealed
+from fed.simulation.checkpoint import last_round
 from fed.simulation.clients import local_steps
 from fed.simulation.rounds import Federation
 from fed.types import Client, ClientResult, RunState
 
 JOIN_SECONDS = 3600.0  # for a machine to load data and base
+_TOLD = ("id", "rank", "n_samples", "last_round", "kept_round")  # what a machine is told of a client
 
 
 class FlowerTraining:
@@ -43,9 +46,12 @@ class FlowerTraining:
     """
 
     def __init__(self, grid: Grid, directory: Callable[[], Path], on_event: Callable[[str], object]) -> None:
-        self._grid, self._directory, self._tell = grid, directory, on_event
-        self._nodes: dict[int, Node] = {}
+        self._post, self._directory, self.tell = Post(grid), directory, on_event
+        self.nodes: dict[int, Node] = {}
+        self._invited: dict[int, Sent] = {}
         self._refused: set[int] = set()
+        self._second: dict[int, int] = {}  # a machine that says it is the client that another one is, and that one
+        self._absent: dict[int, float] = {}
         self._key = ""
         self._joining: RecordDict | None = None
 
@@ -54,123 +60,101 @@ class FlowerTraining:
     def clients(self, federation: Federation) -> tuple[Client, ...] | None:
         """Wait for the machines; in a deployment return the clients that they are.
 
-        Raises FedError if fewer than `engine.nodes` machines, or in a deployment than `clients.count`, joined within
-        `engine.wait` seconds.
+        A run that goes on has the clients that it began with, and waits for `engine.nodes` machines alone: the rounds
+        wait for those that they need. Raises FedError if fewer than `engine.nodes` machines, or at the beginning of a
+        deployment than `clients.count`, joined within `engine.wait` seconds.
         """
         engine = federation.config.engine
         deployed = engine.mode == "deployment"
-        wanted = max(engine.nodes, federation.config.clients.count if deployed else 1)
-        began = time.monotonic()
-        told = -1
-        while len(self._look_around(federation)) < wanted:
-            interruption.check()
-            if time.monotonic() - began >= engine.wait:
-                what = f"clients.count is {wanted}" if deployed else f"engine.nodes is {wanted}"
-                raise FedError(
-                    f"{what}, and {len(self._nodes)} SuperNodes have joined after engine.wait = {engine.wait} s; more "
-                    "of them, or a longer wait, would be right"
-                )
-            if told != len(self._nodes):
-                told = len(self._nodes)
-                self._tell(f"{told} of {wanted} SuperNodes have joined; waiting for more")
-            time.sleep(1)
+        begun = self._begun() if deployed else None
+        wanted = max(engine.nodes, federation.config.clients.count if deployed and begun is None else 1)
+        gathering = _Gathering(self, federation, wanted)
+        self._post.exchange(gathering)
+        if len(self.nodes) < wanted:
+            what = f"clients.count is {wanted}" if wanted > engine.nodes else f"engine.nodes is {wanted}"
+            raise FedError(
+                f"{what}, and {len(self.nodes)} SuperNodes have joined after engine.wait = {engine.wait} s; more "
+                "of them, or a longer wait, would be right"
+            )
         if not deployed:
             return None
-        said = sorted((node.facts["client"] for node in self._nodes.values()), key=lambda own: int(own["id"]))
+        said = begun or sorted((node.facts["client"] for node in self.nodes.values()), key=lambda own: int(own["id"]))
+        if begun is None:
+            own = [{name: client[name] for name in ("id", "rank", "rows")} for client in said]
+            write_sealed(self._directory() / STATE, {"run": self._key, "clients": own})
         return tuple(Client(own["id"], own["rank"], own["rows"]) for own in said)
 
     def train(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
-        """Train the clients on the machines that are connected; return the results of those that answered in time.
+        """Train the clients on the machines; return the results of those that answered in time.
 
-        In a simulation the clients of a machine that is lost are sent to another one, once.
+        What happens when a machine is lost is in `RoundInPlay`.
         """
-        deadline = federation.config.engine.deadline
-        began = time.monotonic()
-        found: dict[int, ClientResult] = {}
-        tried_again: set[int] = set()
-        jobs = {client.id: client for client in clients}
+        play = self.begin(federation, state, clients)
+        self._post.exchange(play)
+        return [play.found[client.id] for client in clients if client.id in play.found]
 
-        def on_end(one: _Round) -> Iterable[Sent]:
-            missing = one.clients
-            if one.content is not None:
-                if lacks := why_lacking(one.content):
-                    return self._joined_again(one, lacks, federation, state)
-                for result in self._results(one, federation, state):
-                    found.setdefault(result.client.id, result)
-                missing = []
-            if one.lost:
-                self._nodes.pop(one.node.number, None)
-            if not missing or not one.lost or federation.config.engine.mode == "deployment":
-                self._tell_lost(state, missing, one.fault)
-                return ()
-            again = [client for client in missing if client.id not in tried_again]
-            self._tell_lost(state, [client for client in missing if client.id in tried_again], one.fault)
-            tried_again.update(client.id for client in again)
-            nodes = self._look_around(federation)
-            if again and nodes:
-                where = ", ".join(str(client.id) for client in again[:8]) + (", …" if len(again) > 8 else "")
-                self._tell(f"round {state.server.round + 1}: {one.fault}; clients {where} are sent elsewhere")
-                return self._messages(federation, state, again, nodes)
-            self._tell_lost(state, again, one.fault)
-            return ()
-
-        nodes = self._look_around(federation)
-        while not nodes and time.monotonic() - began < federation.config.engine.wait:
-            interruption.check()
-            time.sleep(1)
-            nodes = self._look_around(federation)
-        if not nodes:
-            self._tell(f"round {state.server.round + 1}: no SuperNode is connected")
-            return []
-        sent = self._messages(federation, state, clients, nodes)
-        reached = {client.id for one in sent for client in one.clients}
-        self._tell_lost(state, [own for own in clients if own.id not in reached], "its SuperNode is not connected")
-        exchange(self._grid, sent, deadline, on_end)  # type: ignore[arg-type]
-        for one in sent:
-            if one.fault is not None and not one.lost and "deadline" in one.fault:
-                self._tell_lost(state, [own for own in one.clients if own.id not in found], one.fault)
-        return [found[number] for number in jobs if number in found]
-
-    def close(self) -> None:
-        """End what the executor began; the machines end theirs with Flower's run."""
+    def begin(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> RoundInPlay:
+        """Return the training of clients in the round after `state`, of which nothing is sent yet."""
+        return RoundInPlay(_Round(self, federation, state), federation.config.engine, clients, self._absent)
 
     # Machines.
 
-    def _look_around(self, federation: Federation) -> list[Node]:
-        """Return the machines that are connected and have joined; those that are new are asked to."""
-        connected = set(self._grid.get_node_ids())
-        for gone in self._nodes.keys() - connected:
-            del self._nodes[gone]
-        new = sorted(connected - self._nodes.keys() - self._refused)
-        if new:
-            asked = [
-                Sent(Node(number, {}), self._message(self._invitation(federation), number, JOIN)) for number in new
-            ]
-            exchange(self._grid, asked, JOIN_SECONDS)
-            for one in asked:
-                self._admit(one, federation)
-        return [self._nodes[number] for number in sorted(self._nodes)]
+    def look(self, connected: Collection[int], federation: Federation) -> list[Sent]:
+        """Forget the machines that are gone, and return invitations for those that are new."""
+        for gone in self.nodes.keys() - connected:
+            del self.nodes[gone]
+        self._second = {number: first for number, first in self._second.items() if first in self.nodes}
+        known = self.nodes.keys() | self._refused | self._invited.keys() | self._second.keys()
+        new = sorted(set(connected) - known)
+        for number in new:
+            message = self._message(self._invitation(federation), number, JOIN)
+            self._invited[number] = Sent(Node(number, {}), message, until=time.monotonic() + JOIN_SECONDS)
+        return [self._invited[number] for number in new]
 
-    def _admit(self, one: Sent, federation: Federation) -> None:
+    @property
+    def joining(self) -> bool:
+        """Whether a machine was invited and has not answered yet."""
+        return bool(self._invited)
+
+    def lose(self, node: Node) -> None:
+        """Forget a machine, which is invited again if it is still connected."""
+        self.nodes.pop(node.number, None)
+
+    def admit(self, one: Sent, federation: Federation) -> None:
         """Take a machine that answered into the run, or say why it is not."""
         node = one.node
+        del self._invited[node.number]
         why = one.fault
         if one.content is not None:
             try:
                 node.facts = facts_of(one.content)
-                why = why_not(node.facts, federation, self._key, self._nodes.values())
+                why = why_not(node.facts, federation, self._key) or self._why_second(node, federation)
             except RecordError as error:
                 why = str(error)
         if why is None:
-            if federation.config.engine.mode == "deployment":
-                node.client = node.facts["client"]["id"]
-            self._nodes[node.number] = node
+            self.nodes[node.number] = node
             if (other := node.facts["versions"].get("torch")) != versions()["torch"]:
-                self._tell(f"SuperNode {node.number} has torch {printable(str(other))[:40]}: it may round otherwise")
+                self.tell(f"SuperNode {node.number} has torch {printable(str(other))[:40]}: it may round otherwise")
             return
-        if not one.lost:
+        if not one.lost and node.number not in self._second:
             self._refused.add(node.number)
-        self._tell(f"SuperNode {node.number} does not take part: {printable(why)[:800]}")
+        self.tell(f"SuperNode {node.number} does not take part: {printable(why)[:800]}")
+
+    def _why_second(self, node: Node, federation: Federation) -> str | None:
+        """Note which client a machine is, in a deployment; return why it cannot be if another one is that already."""
+        if federation.config.engine.mode == "simulation":
+            return None
+        client = node.facts["client"]["id"]
+        for other in self.nodes.values():
+            if other.client == client:
+                # A SuperNode that was killed counts as connected for a minute, while another may stand in for it.
+                self._second[node.number] = other.number
+                return (
+                    f"its partition-id is {client}, as that of SuperNode {other.number}; each has one of its own, and "
+                    "it is asked again once that one is gone"
+                )
+        node.client = client
+        return None
 
     def _invitation(self, federation: Federation) -> RecordDict:
         """Return what a machine needs to join; the run's key is known from then on."""
@@ -184,26 +168,13 @@ class FlowerTraining:
     def _message(self, content: RecordDict, number: int, kind: str, group: str = "join") -> Message:
         return Message(content, number, kind, group_id=group)
 
-    def _messages(
-        self, federation: Federation, state: RunState, clients: Sequence[Client], nodes: Sequence[Node]
-    ) -> list[_Round]:
-        """Return the messages that have clients trained, each with its clients."""
-        if federation.config.engine.mode == "deployment":
-            own = {node.client: node for node in nodes}
-            return [self._round(federation, state, [one], own[one.id]) for one in clients if one.id in own]
-        steps = [local_steps(federation.config, client) for client in clients]
-        dealt = zip(nodes, divide(steps, [node.speed for node in nodes]), strict=True)
-        return [
-            self._round(federation, state, [clients[place] for place in places], node)
-            for node, places in dealt
-            if places
-        ]
-
-    def _round(self, federation: Federation, state: RunState, clients: Sequence[Client], node: Node) -> _Round:
+    def write(self, federation: Federation, state: RunState, clients: Sequence[Client], node: Node) -> RoundMessage:
+        """Return the message that has clients trained by a machine."""
         keeps, trial = federation.config.engine.mode == "deployment", _is_trial(state)
         base, before = (WHOLE, None) if trial else _base_for(node, state)
         base_round = NO_ROUND if trial else _base_round(state)
-        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients))
+        own_rows = bool(keeps and node.facts["client"].get("own_rows"))
+        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients), own_rows)
         facts = {
             "run": asked.run,
             "round": asked.round,
@@ -212,16 +183,7 @@ class FlowerTraining:
             "trial": trial,
             "base_before": before,
             "base_round": base_round,
-            "clients": [
-                {
-                    "id": own.id,
-                    "rank": own.rank,
-                    "n_samples": own.n_samples,
-                    "last_round": own.last_round,
-                    "kept_round": own.kept_round,
-                }
-                for own in clients
-            ],
+            "clients": [{name: getattr(own, name) for name in _TOLD} for own in clients],
         }
         content = RecordDict({FACTS: facts_record(facts)})
         for name, record in server_records(state.server, base).items():
@@ -231,22 +193,9 @@ class FlowerTraining:
                 if tensors := client_tensors(own):
                     content[f"kept-{own.id}"] = arrays_of(tensors)
         message = self._message(content, node.number, TRAIN, str(asked.round))
-        return _Round(node, message, asked, base_round)
+        return RoundMessage(node, message, asked, base_round)
 
-    def _joined_again(self, one: _Round, lacks: str, federation: Federation, state: RunState) -> Iterable[Sent]:
-        """Let a machine join again that has lost the run, and return its message anew; else its clients are lost."""
-        node = one.node
-        if lacks in ("the run", "the base") and not one.again:
-            self._nodes.pop(node.number, None)
-            for fresh in self._look_around(federation):
-                if fresh.number == node.number:
-                    again = self._round(federation, state, one.clients, fresh)
-                    again.again = True
-                    return [again]
-        self._tell_lost(state, one.clients, f"its machine lacks {printable(lacks)}")
-        return ()
-
-    def _results(self, one: _Round, federation: Federation, state: RunState) -> list[ClientResult]:
+    def results(self, one: RoundMessage, federation: Federation, state: RunState) -> list[ClientResult]:
         """Return the checked results of a reply, one for each of its clients."""
         assert one.content is not None
         reply = reply_of(one.content, one.asked, federation, state)
@@ -255,24 +204,80 @@ class FlowerTraining:
             one.node.speed = reply.speed or one.node.speed
         return reply.results
 
-    def _tell_lost(self, state: RunState, clients: Iterable[Client], why: str | None) -> None:
-        for client in clients:
-            self._tell(
-                f"round {state.server.round + 1}: client {client.id} gave no update: {why or 'it did not answer'}"
-            )
+    def _begun(self) -> list[dict[str, int]] | None:
+        """Return the clients that a deployment began with; None if it begins now."""
+        directory = self._directory()
+        path = directory / STATE
+        if last_round(directory) is None or not path.is_file():
+            return None
+        found: list[dict[str, int]] | None = read_sealed(path).get("clients")
+        return found
 
 
-class _Round(Sent):
-    """A message of a round: what it asks, and the round whose base the machine has once it has answered."""
+class _Gathering:
+    """The wait for the machines of a run (`fed.flower.dispatch.Play`)."""
 
-    def __init__(self, node: Node, message: Message, asked: Asked, base_round: int) -> None:
-        super().__init__(node, message)
-        self.asked, self.base_round, self.again = asked, base_round, False
+    def __init__(self, training: FlowerTraining, federation: Federation, wanted: int) -> None:
+        self._training, self._federation, self._wanted = training, federation, wanted
+        self._until = time.monotonic() + federation.config.engine.wait
+        self._told = -1
 
     @property
-    def clients(self) -> Sequence[Client]:
-        """The clients that it has trained."""
-        return self.asked.clients
+    def waits(self) -> bool:
+        """Whether more machines are wanted, and there is time or one that was invited may still join."""
+        return len(self._training.nodes) < self._wanted and (time.monotonic() < self._until or self._training.joining)
+
+    def looked(self, connected: set[int]) -> list[Sent]:
+        """Return invitations for new machines."""
+        count = len(self._training.nodes)
+        if count < self._wanted and count != self._told:
+            self._told = count
+            self._training.tell(f"{count} of {self._wanted} SuperNodes have joined; waiting for more")
+        return self._training.look(connected, self._federation)
+
+    def ended(self, one: Sent) -> None:
+        """Take a machine's answer."""
+        self._training.admit(one, self._federation)
+
+
+class _Round:
+    """The machines as the round after `state` needs them (`fed.flower.round_in_play.Machines`)."""
+
+    def __init__(self, training: FlowerTraining, federation: Federation, state: RunState) -> None:
+        self._training, self._federation, self._state = training, federation, state
+
+    @property
+    def nodes(self) -> Mapping[int, Node]:
+        return self._training.nodes
+
+    @property
+    def joining(self) -> bool:
+        return self._training.joining
+
+    def look(self, connected: Collection[int]) -> list[Sent]:
+        return self._training.look(connected, self._federation)
+
+    def lose(self, node: Node) -> None:
+        self._training.lose(node)
+
+    def admit(self, one: Sent) -> None:
+        self._training.admit(one, self._federation)
+
+    def write(self, clients: Sequence[Client], node: Node) -> RoundMessage:
+        return self._training.write(self._federation, self._state, clients, node)
+
+    def lacks(self, one: RoundMessage) -> str:
+        assert one.content is not None
+        return why_lacking(one.content)
+
+    def results(self, one: RoundMessage) -> list[ClientResult]:
+        return self._training.results(one, self._federation, self._state)
+
+    def steps(self, client: Client) -> int:
+        return local_steps(self._federation.config, client)
+
+    def tell(self, message: str) -> None:
+        self._training.tell(f"round {self._state.server.round + 1}: {message}")
 
 
 def _is_trial(state: RunState) -> bool:

@@ -24,10 +24,11 @@ class Method(NamedTuple):
     them changes its arguments.
 
     `equal_ranks`: every client's rank must be R. `by_module`: updates are averaged module by module, so that
-    `agg_noise_module` has a meaning. `moves_factors`: the server's factors change gradually from round to round, so
-    that the server's optimiser can be applied to them. `personal`: clients' models differ after aggregation. `folds`:
-    the method adds to the base's weights, or holds more than R modules in a matrix, of which the rest is folded into
-    the base. `selects`: clients train the modules that `adapter.selection` chooses.
+    `agg_noise_module` has a meaning, and by `fed.methods.average.next_state`, which goes by `server.aggregation`.
+    `moves_factors`: the server's factors change gradually from round to round, so that the server's optimiser can be
+    applied to them. `personal`: clients' models differ after aggregation. `folds`: the method adds to the base's
+    weights, or holds more than R modules in a matrix, of which the rest is folded into the base. `selects`: clients
+    train the modules that `adapter.selection` chooses.
     """
 
     title: str

@@ -1,4 +1,7 @@
-"""Weighted means for the aggregation of methods; all sums are computed in fp64 and rounded once."""
+"""Weighted means for the aggregation of methods, or what the server's rule makes in their place (`fed.methods.robust`).
+
+All sums are computed in fp64 and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 import plora_kernels as pk
+from fed.methods.robust import MEAN, robust_head, robust_modules
 from fed.types import Adapter, ClientUpdate, Factors, ServerState
 
 
@@ -52,18 +56,23 @@ def visit_counts(server: ServerState, updates: Sequence[ClientUpdate]) -> dict[s
 
 
 def next_round(server: ServerState, updates: Sequence[ClientUpdate], adapter: Adapter) -> ServerState:
-    """Return the server after this round: with this adapter, and with the head averaged."""
-    return replace(server, adapter=adapter, head=head_means(server, updates), round=server.round + 1)
+    """Return the server after this round: with this adapter, and with the head averaged, or combined by its rule."""
+    combined = head_means if server.options.aggregation == MEAN else robust_head
+    return replace(server, adapter=adapter, head=combined(server, updates), round=server.round + 1)
 
 
 def next_state(server: ServerState, updates: Sequence[ClientUpdate], sides: str = "AB") -> ServerState:
     """Return the next server state: modules and head averaged over the clients that trained them.
 
-    `sides` names the factors that were trained, "AB", "A" or "B"; the other factor is kept bit for bit.
+    `sides` names the factors that were trained, "AB", "A" or "B"; the other factor is kept bit for bit. If the server
+    has another rule than the mean (`Options.aggregation`), that takes its place.
     """
-    factors = {}
-    for matrix, mean in module_means(server, updates).items():
-        A, B = server.adapter.factors[matrix]
-        factors[matrix] = (mean[0] if "A" in sides else A, mean[1] if "B" in sides else B)
+    factors: dict[str, Factors] = {}
+    if server.options.aggregation != MEAN:
+        factors = robust_modules(server, updates, sides)
+    else:
+        for matrix, mean in module_means(server, updates).items():
+            A, B = server.adapter.factors[matrix]
+            factors[matrix] = (mean[0] if "A" in sides else A, mean[1] if "B" in sides else B)
     following = next_round(server, updates, replace(server.adapter, factors=factors))
     return replace(following, visits=visit_counts(server, updates))

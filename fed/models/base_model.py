@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def make(config: RunConfig, data: FederatedData, on_event: Callable[[str], objec
     with quiet():
         if config.model.path is None:
             _require_dtype(config)
-            made = Made(_embedded_vit(config, data))
+            made = Made(embedded_vit(config, data.label_names))
         elif config.data.task == "instruction":
             loaded = _loaded(config, "AutoModelForCausalLM")
             if loaded.missing:  # these weights would be random
@@ -122,7 +122,7 @@ def convert(model: nn.Module, config: RunConfig) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
+def embedded_vit(config: RunConfig, label_names: Sequence[str]) -> Any:
     """Return a ViT for 8×8 grey images, 16 patches of 2×2 and 4 layers of width 64, initialised from the run's seed."""
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -137,7 +137,7 @@ def _embedded_vit(config: RunConfig, data: FederatedData) -> Any:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
-        **_labels(data),
+        **_labels(label_names),
     )
     with torch_seed(_CPU, config.seed, "weights"):
         return ViTForImageClassification(architecture)
@@ -156,7 +156,7 @@ def _classifier(config: RunConfig, data: FederatedData, on_event: Callable[[str]
     """Return the checkpoint as a classifier for the labels of the data, with its own head if that has these labels."""
     kind = "AutoModelForSequenceClassification"
     # The loss is always cross-entropy: without its type, transformers would take the one of the saved head's task.
-    settings = {**_labels(data), "problem_type": "single_label_classification"}
+    settings = {**_labels(data.label_names), "problem_type": "single_label_classification"}
     loaded = _loaded(config, kind, ignore_mismatched_sizes=True, **settings)
     model, missing, resized = loaded.model, loaded.missing, loaded.resized
     path = f"model.path is {config.model.path!r}"
@@ -294,8 +294,8 @@ def _check_attention(config: RunConfig, model: Any, split: Split) -> None:
             value.copy_(before)
 
 
-def _labels(data: FederatedData) -> dict[str, Any]:
-    names = dict(enumerate(data.label_names))
+def _labels(label_names: Sequence[str]) -> dict[str, Any]:
+    names = dict(enumerate(label_names))
     return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 

@@ -85,7 +85,7 @@ def _options(kind: Any, path: Path, architecture: Any, form: Form) -> dict[str, 
         raise FedError(f"model.quantize is {form.quantize!r}: the checkpoint is quantised already; 'none' takes it so")
     if own is not None:
         _require_library(_method_of(own), f"model.path is {str(path)!r}, a quantised checkpoint")
-    dtype = _dtype(path, architecture, form)
+    dtype = saved_dtype(path, architecture, form)
     require_dtype(dtype, form.device, f"model.dtype is {form.dtype!r}")
     options: dict[str, Any] = {"dtype": dtype}
     if form.attention != "auto":
@@ -129,7 +129,7 @@ def pad_as(model: Any, tokenizer: Any) -> None:
             settings.pad_token_id = tokenizer.pad_token_id
 
 
-def _dtype(path: Path, architecture: Any, form: Form) -> torch.dtype:
+def saved_dtype(path: Path, architecture: Any, form: Form) -> torch.dtype:
     """Return the dtype to load weights in: that of the form, or the one the checkpoint names, or its first weight's."""
     if form.dtype != "auto":
         return getattr(torch, form.dtype)

@@ -113,6 +113,32 @@ def delta_beyond_rank(server: ServerState, rank: int) -> Mapping[str, Tensor]:
     return total
 
 
+def adapter_settings(config: RunConfig, head_names: Sequence[str]) -> pk.PLoRAConfig:
+    """Return the settings of a run's adapter; the modules of the head are trained whole, or, frozen, left alone."""
+    trains_head = config.train.head != "freeze"
+    return pk.PLoRAConfig(
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        rank_stabilized=config.adapter.rank_stabilized,
+        dropout=config.adapter.dropout,
+        adapter_dtype=config.adapter.dtype,
+        target_modules=config.adapter.target_modules,
+        exclude_modules=None if trains_head or not head_names else _within(head_names),
+        modules_to_save=tuple(head_names) if trains_head else (),
+    )
+
+
+def shared_with(handle: pk.Injected, model: nn.Module, device: torch.device) -> SharedModel:
+    """Return the shared model of an adapter that was injected into a model on this device."""
+    head = {
+        f"{module}.{name}": parameter
+        for module in handle.saved_modules
+        for name, parameter in model.get_submodule(module).named_parameters()
+    }
+    rank = next(iter(handle.layers.values())).rank
+    return SharedModel(model, handle, head, device, SharedBase(handle.layers), rank)
+
+
 @contextmanager
 def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> Iterator[SharedModel]:
     """Within the context, give the model a new adapter, initialised from the run's seed.
@@ -125,26 +151,10 @@ def adapted(config: RunConfig, model: nn.Module, head_names: Sequence[str]) -> I
     device = find_device(config.device)
     if any(value.device.type != device.type for value in model.parameters()):
         model.to(device)  # libraries of quantisation refuse it, wherever a model is
-    trains_head = config.train.head != "freeze"
-    settings = pk.PLoRAConfig(
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        rank_stabilized=config.adapter.rank_stabilized,
-        dropout=config.adapter.dropout,
-        adapter_dtype=config.adapter.dtype,
-        target_modules=config.adapter.target_modules,
-        exclude_modules=None if trains_head or not head_names else _within(head_names),
-        modules_to_save=tuple(head_names) if trains_head else (),
-    )
     with torch_seed(device, config.seed, "adapter"):
-        handle = pk.inject(model, settings)
-    head = {
-        f"{module}.{name}": parameter
-        for module in handle.saved_modules
-        for name, parameter in model.get_submodule(module).named_parameters()
-    }
-    shared = SharedModel(model, handle, head, device, SharedBase(handle.layers), config.adapter.rank)
-    original = {name: parameter.detach().clone() for name, parameter in head.items()}
+        handle = pk.inject(model, adapter_settings(config, head_names))
+    shared = shared_with(handle, model, device)
+    original = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
     try:
         for layer in handle.layers.values():
             layer.check_selectable(config.adapter.unselected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from fed.config import RunConfig
 from fed.errors import FedError
 from fed.files import write_atomically
 from fed.report.figure import Panel, Theme, over_rounds, sheet
+from fed.report.left_out import counts, ordered
 from fed.report.tables import population
 from fed.simulation.run_directory import Run, read
 from fed.types import Row, measured
@@ -53,6 +55,9 @@ def panels(run: Run) -> list[Panel]:
         found.append(Panel("Accuracy client by client over the rounds.", partial(_clients, rows=run.rows)))
     if any(row.get(field) for row in run.rows for field, *_ in _MEMORY):
         found.append(Panel("Memory of a client's training in every round.", partial(_memory, rows=run.rows[1:])))
+    if any(map(counts, run.rows)):
+        drawn = partial(_left_out, rows=run.rows[1:])
+        found.append(Panel("Updates left out or clipped in every round, by reason.", drawn))
     return found
 
 
@@ -120,6 +125,18 @@ def _memory(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
             axes.plot(*zip(*points, strict=True), **theme.line(number), label=label)
     axes.set_ylim(bottom=0)
     over_rounds(axes, _last_round(rows), "Memory of local training", "megabytes")
+
+
+def _left_out(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
+    """Draw the numbers of updates that were left out for each kind of reason, and clipped, as lines with marks."""
+    rounds, found = [row["round"] for row in rows], [counts(row) for row in rows]
+    for number, kind in enumerate(ordered(sum(found, Counter()))):
+        of_rounds = [of_one[kind] for of_one in found]
+        label = f"{kind}: {sum(of_rounds)} in all"
+        axes.plot(rounds, of_rounds, **theme.line(number), marker="o", markersize=3, label=label)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    over_rounds(axes, _last_round(rows), "Updates left out or clipped", "updates in a round")
 
 
 def _last_round(rows: Sequence[Row]) -> int:

@@ -33,6 +33,11 @@ def _gain(rows: Sequence[Row], field: str) -> float | None:
     return None if first is None or last is None else float(last - first)
 
 
+def _count(rows: Sequence[Row], field: str) -> float | None:
+    """Return the length of all lists of a field together, or None if there is nothing in them."""
+    return float(sum(len(measured(row, field) or ()) for row in rows)) or None
+
+
 def _known(rows: Sequence[Row], field: str) -> list[float]:
     return [value for row in rows if (value := measured(row, field)) is not None]
 
@@ -81,6 +86,8 @@ METRICS = (
     Metric("tokens_per_second", "tokens/s", "", _mean, "tokens_per_second", phrase="Tokens trained on in a second"),
     Metric("padding_share", "padding", "%", _mean, "padding_share", 100.0, digits=1, phrase="Padding in training"),
     Metric("fold_seconds", "folding", "s", _sum, "fold_seconds"),
+    Metric("left_out", "left out", "", _count, "skipped", digits=0, phrase="Updates left out in a whole run"),
+    Metric("clipped", "clipped", "", _count, "clipped", digits=0, phrase="Updates clipped in a whole run"),
 )
 OUTCOME = ("accuracy", "gain", "rouge_1", "rouge_l", "worst_accuracy", "loss")
 # Metrics that variants are compared by; they are in per cent, and higher is better.
@@ -88,5 +95,5 @@ SCORES = (ACCURACY, ROUGE)
 NOISE = ("init_noise", "agg_noise", "agg_noise_module", "factor_noise")
 COST = (
     *("upload_mb", "download_mb", "trainable_parameters", "optimizer_mb", "activation_mb", "train_seconds"),
-    *("tokens_per_second", "padding_share"),
+    *("tokens_per_second", "padding_share", "left_out", "clipped"),
 )

@@ -14,6 +14,7 @@ from fed.files import write_atomically
 from fed.report import comparison_figures, run_figures, tables
 from fed.report.comparison import Comparison, as_json
 from fed.report.html import Section, page
+from fed.report.left_out import left_out_table
 from fed.report.run_figures import similarity_panels
 from fed.report.summary import COST, NOISE, OUTCOME
 from fed.report.tables import memory_in_use, population, summary
@@ -29,6 +30,7 @@ def publish_run(directory: Path) -> list[Path]:
     sections = [
         Section("Result", tables=[summary(run)]),
         Section("Over the rounds", panels=run_figures.panels(run)),
+        *([Section("Updates left out or clipped", tables=[lines])] if (lines := left_out_table(run.rows)) else []),
         *([Section("Cosines between modules", panels=maps)] if (maps := similarity_panels(directory)) else []),
         Section("Settings", code=f"seed = {run.config.seed}\n{settings}"),
     ]

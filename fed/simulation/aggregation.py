@@ -1,4 +1,4 @@
-"""Aggregation that leaves out updates with which the server's state would be unusable."""
+"""Aggregation that leaves out updates with which the server's state would be unusable, and needs some that are left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from fed.simulation.round_metrics import Evaluation
 from fed.types import ClientResult, ServerState
+
+TOO_FEW = "too few updates are usable"
 
 
 class Candidate(NamedTuple):
@@ -67,3 +69,35 @@ def aggregate_usable(
         chosen,
         [replace(result, fault=reasons.get(place, result.fault)) for place, result in enumerate(results)],
     )
+
+
+def enough(results: Sequence[ClientResult], least: int) -> list[ClientResult]:
+    """Return the results, with a fault for each of the usable ones if there are fewer than `least` of them."""
+    usable = sum(result.fault is None for result in results)
+    if usable >= least:
+        return list(results)
+    fault = f"{TOO_FEW}: {usable} of {least} that server.min_updates asks for"
+    return [replace(result, fault=result.fault or fault) for result in results]
+
+
+def told(results: Sequence[ClientResult], most: float) -> list[str]:
+    """Return what is to be said of a round's updates: each that is left out, and how many are clipped or too few.
+
+    `most` is the norm to which updates are clipped.
+    """
+    few = next((result.fault for result in results if result.fault and result.fault.startswith(TOO_FEW)), None)
+    lines = [
+        f"client {result.client.id} is left out: {result.fault}"
+        for result in results
+        if result.fault is not None and result.fault != few
+    ]
+    clipped = [result.client.id for result in results if result.fault is None and result.clipped]
+    if clipped:
+        named = f"{', '.join(map(str, clipped[:8]))}{', …' if len(clipped) > 8 else ''}"
+        lines.append(
+            f"{len(clipped)} of {len(results)} updates are clipped to server.max_update_norm = "
+            f"{most:g}: of client {named}"
+        )
+    if all(result.fault is not None for result in results):
+        lines.append(f"{few or 'no client sent a usable update'}; the server keeps its state")
+    return lines

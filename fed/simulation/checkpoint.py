@@ -33,7 +33,7 @@ from fed.simulation.inputs import check_same
 from fed.simulation.rows import RowSeal, first_lines, parse_rows, sealed_lines
 from fed.simulation.settings import changed_setting, fixed_settings
 from fed.simulation.similarity import similarity_files
-from fed.types import Client, Row, RunState, ServerState
+from fed.types import Client, Row, RunState, Sent, ServerState
 
 FOLDER, TENSORS, FACTS = "checkpoint", "state.safetensors", "state.json"
 _OWN = re.compile(r"round-(\d+)(\.tmp)?")
@@ -94,10 +94,12 @@ def save(
         save_file(tensors, unnamed)
     facts = {
         "round": number,
-        "fold_bytes": state.server.fold_bytes,
+        # Of a method that folds nothing they are a 0 for each round, which need no text.
+        "fold_bytes": state.server.fold_bytes if any(state.server.fold_bytes) else (),
         "idle_rounds": state.server.idle_rounds,
+        "sent": dict(sorted(state.sent.items())),
         "last_rounds": [client.last_round for client in state.clients],
-        "kept_rounds": [client.kept_round for client in state.clients],
+        "kept_rounds": {c.id: c.kept_round for c in state.clients if c.kept_round != c.last_round},
         "kept": {client: entry._asdict() for client, entry in sorted(store.entries.items())},
         "settings": fixed_settings(config),
         "rows": rows,
@@ -327,17 +329,19 @@ def _state(beginning: RunState, found: _Saved, store: ClientStore) -> RunState:
         head={name: head[name] for name in first.head},
         round=int(facts["round"]),
         base_delta=group(placed, "base_delta"),
-        fold_bytes=tuple(facts["fold_bytes"]),
+        fold_bytes=tuple(facts["fold_bytes"]) or (0,) * int(facts["round"]),
         idle_rounds=int(facts.get("idle_rounds", 0)),
         visits=group(placed, "visits"),
         moments=group(placed, "moments"),
     )
     clients: list[Client] = []
-    kept_rounds = facts.get("kept_rounds", facts["last_rounds"])  # an earlier version did not tell them apart
-    for client, seen, number in zip(beginning.clients, facts["last_rounds"], kept_rounds, strict=True):
+    kept_rounds = facts.get("kept_rounds", {})  # where they are not the last rounds; an earlier version had none
+    for client, seen in zip(beginning.clients, facts["last_rounds"], strict=True):
         if client.id in store.entries:
             kept = store.stored(client.id)
             client = replace(client, memory=kept.memory, head=kept.head)
-        clients.append(replace(client, last_round=int(seen), kept_round=int(number)))
+        number = int(kept_rounds.get(str(client.id), seen))
+        clients.append(replace(client, last_round=int(seen), kept_round=number))
     ends = {client: store.stored(client).ends for client, entry in store.entries.items() if "ends" in entry.fields}
-    return RunState(server, tuple(clients), ends)
+    sent = {int(client): tuple(Sent(*one) for one in known) for client, known in facts.get("sent", {}).items()}
+    return RunState(server, tuple(clients), ends, sent)

@@ -135,10 +135,12 @@ class ClientStore:
 
     def checkpointed(self) -> None:
         """Record that a checkpoint refers to the current files, and delete those that only older ones refer to."""
-        superseded = self._names(self._checkpoints[:-1])
+        superseded = self._checkpoints[:-1]
         self._checkpoints = [*self._checkpoints[-1:], dict(self.entries)]
-        for name in superseded - self._names(self._checkpoints):
-            self._delete(self.folder / name)
+        for client, entry in ((client, entry) for entries in superseded for client, entry in entries.items()):
+            # Rounds are compared, not names of files: there may be a million, of which a round changes a few.
+            if not any(client in kept and kept[client].round == entry.round for kept in self._checkpoints):
+                self._delete(self._path(client, entry.round))
 
     def check(self, number: int, entries: Mapping[int, ClientFile]) -> None:
         """Raise FedError if a file that a checkpoint of round `number` refers to is missing or damaged."""
@@ -194,9 +196,6 @@ class ClientStore:
     def _own_files(self) -> list[Path]:
         require_real([self.folder.parent, self.folder])
         return [path for path in self.folder.glob("client-*") if _OWN.fullmatch(path.name)]
-
-    def _names(self, checkpoints: Iterable[Mapping[int, ClientFile]]) -> set[str]:
-        return {self._path(client, entry.round).name for entries in checkpoints for client, entry in entries.items()}
 
     def _path(self, client: int, number: int) -> Path:
         return self.folder / f"client-{client}.round-{number}.safetensors"

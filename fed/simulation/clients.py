@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from fed.seeding import permutation, torch_seed
 from fed.training.losses import client_losses
 from fed.training.memory import MIB, SavedTensors, base_bytes, buffer_bytes, tensor_bytes
 from fed.types import Client
+
+C = TypeVar("C")
 
 
 def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method: Method) -> tuple[Client, ...]:
@@ -48,7 +50,7 @@ def populate(config: RunConfig, data: FederatedData, shared: SharedModel, method
     return clients
 
 
-def drawn(config: RunConfig, clients: Sequence[Client], number: int) -> list[Client]:
+def drawn(config: RunConfig, clients: Sequence[C], number: int) -> list[C]:
     """Return the participating clients of round `number`, drawn without replacement and sorted by id."""
     order = permutation(len(clients), config.seed, number, "clients")
     return [clients[index] for index in sorted(order[: config.clients.per_round].tolist())]

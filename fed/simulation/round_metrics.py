@@ -17,6 +17,7 @@ from fed.data.tables import DenseTable, InstructionTable
 from fed.methods import Method
 from fed.models.shared_model import SharedModel
 from fed.seeding import ClientRandom
+from fed.simulation.attacks import attackers
 from fed.simulation.communication import download_bytes, upload_bytes
 from fed.simulation.evaluation import GENERATED, WorkProgress, accuracy_for, evaluate, evaluate_held_out, labels_of
 from fed.simulation.noise import agg_noise, agg_noise_module, start_noise
@@ -99,8 +100,11 @@ class RoundMetrics:
         clients_per_pass: int | None = None,
         evaluation: Evaluation | None = None,
         late: Sequence[int] = (),
+        spent: Row | None = None,
     ) -> Row:
         """Return a round's row, in which figures that are not finite are None, because JSON has no NaN or infinity.
+
+        `spent` is what the row says of privacy.
 
         `evaluation` is that of the server after the round, which is evaluated here if it is None. Upload bytes count
         the usable updates only, download bytes all clients of the round.
@@ -135,8 +139,13 @@ class RoundMetrics:
             "clients": [result.client.id for result in results],
             "steps": [result.steps for result in results],
             "skipped": [result.client.id for result in results if result.fault is not None],
+            "faults": [result.fault for result in results if result.fault is not None],
+            "clipped": [result.client.id for result in results if result.fault is None and result.clipped],
             "late": list(late),
         }
+        row |= spent or {}
+        if self.config.attack.kind != "none":
+            row["attackers"] = sorted(attackers(self.config).intersection(result.client.id for result in results))
         return cast("Row", finite(row))
 
     def throughput(self, results: Sequence[ClientResult]) -> Row:

@@ -14,24 +14,29 @@ import torch
 from fed import methods
 from fed.config import RunConfig
 from fed.data.federated_data import FederatedData
+from fed.data.tables import Split
 from fed.errors import FedError, StoppedError
 from fed.models.shared_model import SharedModel, started
 from fed.seeding import ClientRandom
-from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable
+from fed.simulation.aggregation import Aggregated, Candidate, aggregate_usable, enough, told
+from fed.simulation.attacks import attacked, attackers, training_splits
 from fed.simulation.client_store import ClientState, ClientStore
 from fed.simulation.clients import drawn, learning_rate, local_steps, populate
+from fed.simulation.clipping import clip_usable
 from fed.simulation.communication import stack_bytes
 from fed.simulation.evaluation import WorkProgress
 from fed.simulation.noise import end_factors, factor_noise
+from fed.simulation.privacy import PrivateServer
+from fed.simulation.replays import fingerprint, remembered, replay_fault, version
 from fed.simulation.round_metrics import Evaluation, RoundMetrics
 from fed.simulation.server_optimizer import step
-from fed.simulation.update_checks import find_fault, growth, hint_of_overflow, state_fault
+from fed.simulation.update_checks import Asked, asked_of, find_fault, growth, hint_of_overflow, state_fault
 from fed.training.batching import find_way
 from fed.training.cohort import check_cohorts
 from fed.training.cohort_scheduler import CohortScheduler
 from fed.training.local import Job, module_gradients, train
 from fed.training.memory import is_out_of_memory, restart_peak
-from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, ServerState
+from fed.types import Adapter, Client, ClientResult, ClientUpdate, Options, Round, RunState, Sent, ServerState
 
 # An update's growth and a loss in nats from which on a new state is checked further. They are far above those of a
 # healthy run, which the further checks thus cost nothing.
@@ -49,9 +54,6 @@ class Executor(Protocol):
 
         The results come in the order of the clients.
         """
-
-    def close(self) -> None:
-        """End what the executor began, whether the run is over or has failed."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,24 @@ class Federation:
         """The measurements that go into a round's row."""
         return RoundMetrics(self.config, self.data, self.shared, self.method, self.on_progress)
 
+    @cached_property
+    def splits(self) -> tuple[Split, ...]:
+        """The rows that each client trains on."""
+        return training_splits(self.config, self.data)
+
+    @cached_property
+    def private(self) -> PrivateServer | None:
+        """The private aggregation, if there is to be any."""
+        if not self.config.privacy.clip:
+            return None
+        return PrivateServer.of(self.config, self.population)
+
+    @cached_property
+    def population(self) -> tuple[Client, ...]:
+        """All clients before the first round, as the configuration says, or the machines that are clients."""
+        clients = None if self.executor is None else self.executor.clients(self)
+        return populate(self.config, self.data, self.shared, self.method) if clients is None else clients
+
     @property
     def method(self) -> methods.Method:
         """The aggregation method of the run."""
@@ -96,9 +116,8 @@ class Federation:
         if self.config.execution == "cohort":
             check_cohorts(self.shared)
         server = first_state(self.shared, self.config)
-        clients = None if self.executor is None else self.executor.clients(self)
-        if clients is None:
-            clients = populate(self.config, self.data, self.shared, self.method)
+        clients = self.population
+        _ = self.private  # refused before anything is trained
         if self.config.train.head == "personal":
             clients = tuple(replace(client, head=server.head) for client in clients)
         return RunState(server, clients)
@@ -131,7 +150,7 @@ class Federation:
     def round(self, before: RunState) -> Round:
         """Play the round after the state `before`: draw and train clients, aggregate their updates and measure.
 
-        Raises FedError if the last `server.patience` rounds had no usable update.
+        Raises FedError if the server kept its state in the last `server.patience` rounds.
         """
         self.check_patience(before.server)
         restart_peak(self.shared.device)
@@ -142,15 +161,18 @@ class Federation:
         noise, module_noise = self.metrics.aggregation_noise(server, usable)
         after = self.update_clients(before, server, results)
         evaluation = None if chosen is None else chosen.evaluation
-        row = self.metrics.row(before, after, results, noise, module_noise, self.cohort_size, evaluation, late)
+        spent = None if self.private is None else self.private.spent(server.round)
+        size = self.cohort_size
+        row = self.metrics.row(before, after, results, noise, module_noise, size, evaluation, late, spent)
         return Round(row, after, [result.update for result in usable])
 
     def check_patience(self, server: ServerState) -> None:
-        """Raise FedError if no update was usable in as many rounds in a row as `server.patience` allows."""
-        patience = self.config.server.patience
+        """Raise FedError if too few updates were usable in as many rounds in a row as `server.patience` allows."""
+        patience, least = self.config.server.patience, self.config.server.min_updates
         if patience and server.idle_rounds >= patience:
+            few = "no client" if least == 1 else f"fewer clients than server.min_updates ({least})"
             raise StoppedError(
-                f"no client sent a usable update in {server.idle_rounds} rounds in a row, up to round {server.round}: "
+                f"{few} sent a usable update in {server.idle_rounds} rounds in a row, up to round {server.round}: "
                 f"server.patience is {patience}; a new run with a smaller train.learning_rate or other data would be "
                 "right, or server.patience = 0 in the run's config.toml to go on regardless"
             )
@@ -199,7 +221,7 @@ class Federation:
 
         In a cohort unselected modules are held frozen: clients with different modules cannot fold them into one base.
         """
-        server, split = state.server, self.data.clients[client.id]
+        server, split = state.server, self.splits[client.id]
         if self.method.selects and self.config.adapter.selection == "gradient" and not client.gradients:
             gradients = module_gradients(self.shared, server, split, self.config.train.batch_size, rng)
             client = replace(client, gradients=gradients)
@@ -246,6 +268,8 @@ class Federation:
     ) -> ClientResult:
         """Return the result of one client's training, after the method has decided what it sends and what it keeps."""
         update = replace(self.method.finish(state.server, job.start, update), client=job.client)
+        if job.client.id in attackers(self.config):
+            update = attacked(self.config.attack, job, update)
         ends = state.ends.get(job.client.id)
         moved = None if ends is None else factor_noise(job.start.factors, ends)
         return self.checked(state, job, update, noise, moved, fold_seconds, train_seconds)
@@ -259,31 +283,49 @@ class Federation:
         moved: tuple[float, float] | None,
         fold_seconds: float,
         train_seconds: float,
+        asked: Asked | None = None,
     ) -> ClientResult:
-        """Return a client's result with what makes its update unusable, if anything does; `moved` is factor noise."""
-        fault = find_fault(state.server, job.start, update)
-        if fault is not None and (dtypes := {own.dtype for own in self.shared.model.parameters()}):
+        """Return a client's result with what makes its update unusable, if anything does.
+
+        `moved` is the factor noise; `asked` is what the update must say, if its job does not tell.
+        """
+        footprint = update.footprint
+        fault, sent = find_fault(state.server, job.start, update, asked or asked_of(job, self.config.train)), None
+        if fault is None:
+            sent = Sent(version(state.server), fingerprint(job.start, update))
+            fault = replay_fault(state, job.start, job.head, update, sent)
+        elif dtypes := {own.dtype for own in self.shared.model.parameters()}:
             fault += hint_of_overflow(update, dtypes)
         seconds = fold_seconds, train_seconds
-        return ClientResult(job.client, job.start, update, job.steps, update.footprint, noise, moved, *seconds, fault)
+        return ClientResult(job.client, job.start, update, job.steps, footprint, noise, moved, *seconds, fault, sent)
 
     def aggregate(self, before: RunState, trained: Sequence[ClientResult]) -> Aggregated:
-        """Aggregate the usable updates; say which are left out, and why."""
+        """Aggregate the usable updates if there are enough; say which are left out, and why, and which are clipped."""
         number, server = before.server.round + 1, before.server
+        if self.private is not None:  # no update may decide on another's
+            for line in told(trained, 0.0):
+                self.on_event(f"round {number}: {line}")
+            following = step(server, self.private.aggregate(server, trained), self.config.server)
+            following = replace(following, fold_bytes=(*server.fold_bytes, 0), idle_rounds=0)
+            return Aggregated(Candidate(following, None, None), list(trained))
+        trained = enough(trained, self.config.server.min_updates)
+        head = server.head if self.config.train.head == "train" else {}  # a personal head is not sent
+        taken = clip_usable(trained, head, self.config.server.max_update_norm)
         grown = {
             result.client.id: growth(result.start, result.client.head or server.head, result.update)
             for result in trained
             if result.fault is None
         }
         aggregated = aggregate_usable(
-            trained, lambda result: grown[result.client.id], lambda results: self.attempt(before, results, grown)
+            trained,
+            lambda result: grown[result.client.id],
+            lambda results: self.attempt(before, [taken.get(result.client.id, result) for result in results], grown),
         )
-        for result in aggregated.results:
-            if result.fault is not None:
-                self.on_event(f"round {number}: client {result.client.id} is left out: {result.fault}")
-        if aggregated.chosen is None:
-            self.on_event(f"round {number}: no client sent a usable update; the server keeps its state")
-        return aggregated
+        results = enough(aggregated.results, self.config.server.min_updates)
+        results = [replace(result, clipped=result.client.id in taken) for result in results]
+        for line in told(results, self.config.server.max_update_norm):
+            self.on_event(f"round {number}: {line}")
+        return Aggregated(None if all(result.fault for result in results) else aggregated.chosen, results)
 
     def attempt(self, before: RunState, results: Sequence[ClientResult], grown: Mapping[int, float]) -> Candidate:
         """Return the server's state after aggregating these results, and whether it is usable.
@@ -303,7 +345,8 @@ class Federation:
             return Candidate(following, None, f"with it {fault}")
         calmest = min(grown, key=lambda client: grown[client])
         largest = max(grown[result.client.id] for result in results)
-        if math.isfinite(grown[calmest]) and largest >= LARGE_GROWTH * grown[calmest]:
+        # Of a client that sends next to nothing all others would seem to grow, so it is compared with 1, no growth.
+        if math.isfinite(grown[calmest]) and largest >= LARGE_GROWTH * max(grown[calmest], 1.0):
             # The loss would not show it: behind a norm layer and a frozen head it is about that of chance.
             return Candidate(following, None, f"it grew {largest:.3g}-fold, client {calmest} {grown[calmest]:.3g}-fold")
         evaluation = self.metrics.evaluate(following)
@@ -332,7 +375,7 @@ class Federation:
 
     def update_clients(self, before: RunState, server: ServerState, results: Sequence[ClientResult]) -> RunState:
         """Return the state of the run after a round: the new server, and what participating clients keep."""
-        clients, ends = list(before.clients), dict(before.ends)
+        clients, ends, sent = list(before.clients), dict(before.ends), dict(before.sent)
         for result in results:
             client = before.clients[result.client.id]
             if result.fault is None:
@@ -340,8 +383,10 @@ class Federation:
                 client = replace(client, memory=kept.memory, head=kept.head, kept_round=server.round)
                 if kept.ends:
                     ends[client.id] = kept.ends
+                if result.sent is not None:
+                    sent[client.id] = remembered(sent.get(client.id, ()), result.sent)
             clients[client.id] = replace(client, last_round=server.round)
-        return RunState(server, tuple(clients), ends)
+        return RunState(server, tuple(clients), ends, sent)
 
     def kept(self, result: ClientResult, number: int) -> ClientState:
         """Return what a client keeps after round `number`; if there is a store, it is written there and read lazily."""
@@ -377,8 +422,11 @@ def idle(server: ServerState) -> ServerState:
 def first_state(shared: SharedModel, config: RunConfig) -> ServerState:
     """Return the server before the first round: the newly initialised adapter (B = 0) and the model's head."""
     scale = next(iter(shared.handle.layers.values())).scale
-    adapter, hetlora = config.adapter, config.hetlora
+    adapter, hetlora, rule = config.adapter, config.hetlora, config.server
     head = {name: parameter.detach().clone() for name, parameter in shared.head.items()}
-    options = Options(adapter.selection, hetlora.weighting, hetlora.prune, hetlora.decay, hetlora.penalty)
+    options = Options(
+        *(adapter.selection, hetlora.weighting, hetlora.prune, hetlora.decay, hetlora.penalty),
+        *(rule.aggregation, rule.trim, rule.byzantine_share),
+    )
     factors = Adapter(shared.handle.factors(), scale, adapter.unselected, shared.rank, adapter.rank_stabilized)
     return ServerState(factors, head, options=options)

@@ -17,6 +17,7 @@ from fed.types import Row
 
 ROUNDS = "rounds.jsonl"
 _REQUIRED = ("round", "accuracy")
+_TEXTS = ("faults",)  # lists of texts; all other values are numbers, or lists of them
 
 
 class RowSeal(NamedTuple):
@@ -119,6 +120,10 @@ def _fault(row: Any, number: int) -> str | None:
         return f"round {number} belongs there, and it holds round {row['round']!r}"
     for key, value in row.items():
         values = value if isinstance(value, list) else [] if value is None else [value]
+        if key in _TEXTS:
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                return f"{key!r} holds {value!r:.40}, no list of texts"
+            continue
         if not all(map(_is_number, values)):
             return f"{key!r} holds {value!r:.40}, no number"
     return None

@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fed.config.training import TrainConfig
+from fed.training.local import Job, weight_of
 from fed.types import ClientStart, ClientUpdate, ServerState
 
 # Limits of an update's weight. Weights are 1 or numbers of samples; beyond these limits their shares would be rounded.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-9, 1e15
+MOST_POSITIONS = 10**15
 
 
-def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate) -> str | None:
+class Asked(NamedTuple):
+    """What an update must say of a job: its steps, its weight, and how many tokens it can have trained on."""
+
+    steps: int
+    weight: float
+    least_tokens: int
+    most_tokens: int
+
+
+def asked_of(job: Job, settings: TrainConfig) -> Asked:
+    """Return what the update of a job must say; of its tokens the bounds, by the client's shortest and longest row."""
+    lengths = job.split.lengths(torch.arange(len(job.split)))
+    rows = job.steps * min(settings.batch_size, len(job.split))
+    return Asked(job.steps, weight_of(job.client, settings), rows * int(lengths.min()), rows * int(lengths.max()))
+
+
+def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate, asked: Asked | None = None) -> str | None:
     """Return in words why an update cannot be aggregated, or None if it can.
 
-    `server` is the state before the round, and `start` what the client started the round with. An update is usable if
+    `server` is the state before the round, `start` what the client started the round with, and `asked` what its job
+    lets the server expect of steps, weight and tokens, if known. An update is usable if
 
     - its loss is finite, it took at least one step, and its weight is from `LEAST_WEIGHT` to `MOST_WEIGHT`;
+    - with `asked`, steps and weight are as there, tokens within its bounds, and no more of them than positions;
     - it has exactly the modules that the client was to train, or, if the start has a penalty, the first of them that
       remain after pruning; and A (r_i, K) and B (N, r_i) of every matrix have the start's dtype and device;
+    - a factor that the client was to hold fixed is the start's, bit for bit;
     - its head has the server's parameters, with equal shapes, dtypes and devices; and nothing requires gradients;
     - every value is finite, and no two tensors share memory, neither among themselves nor with the server or the start;
     - what it keeps are dense tensors by name, and it says that it sends what its method sends.
@@ -36,10 +58,12 @@ def find_fault(server: ServerState, start: ClientStart, update: ClientUpdate) ->
     """
     return (
         _figure_fault(start, update)
+        or (asked and _count_fault(asked, update))
         or _selection_fault(start, update)
         or _factor_fault(start, update)
         or _head_fault(server, update)
         or _memory_fault(update)
+        or _fixed_fault(start, update)
         or _value_fault(update)
         or _sharing_fault(server, start, update)
     )
@@ -86,6 +110,22 @@ def _figure_fault(start: ClientStart, update: ClientUpdate) -> str | None:
     return None
 
 
+def _count_fault(asked: Asked, update: ClientUpdate) -> str | None:
+    if update.steps != asked.steps:
+        return f"it says that it took {update.steps} steps; {asked.steps} would be right"
+    if update.weight != asked.weight:
+        return f"its weight is {update.weight:g}; {asked.weight:g} would be right"
+    least, most = asked.least_tokens, asked.most_tokens
+    if type(update.tokens) is not int or not least <= update.tokens <= most:
+        return f"it says that it trained on {_shown(update.tokens)} tokens; {least} to {most} would be right"
+    if type(update.positions) is not int or not update.tokens <= update.positions <= MOST_POSITIONS:
+        return (
+            f"it says that it computed {_shown(update.positions)} tokens, padding included; at least {update.tokens} "
+            "would be right"
+        )
+    return None
+
+
 def _selection_fault(start: ClientStart, update: ClientUpdate) -> str | None:
     if fault := _names_fault("selection", update.selected, start.selected):
         return fault
@@ -114,6 +154,18 @@ def _factor_fault(start: ClientStart, update: ClientUpdate) -> str | None:
             if fault := _tensor_fault(f"{matrix} lora_{side}", own, like, shape):
                 return fault
     return None
+
+
+def _fixed_fault(start: ClientStart, update: ClientUpdate) -> str | None:
+    fixed = [side for side in "AB" if side not in start.trained]
+    named = {}
+    for matrix, side, own in _sides(update.factors):
+        if side in fixed:
+            begun, chosen = start.factors[matrix]["AB".index(side)], list(update.selected[matrix])
+            named[f"{matrix} lora_{side}"] = (own == (begun[chosen] if side == "A" else begun[:, chosen])).all()
+    same = torch.stack(list(named.values())).tolist() if named else []
+    name = next((name for name, fine in zip(named, same, strict=True) if not fine), None)
+    return None if name is None else f"its {name} was to be held fixed, and is not what the client started with"
 
 
 def _head_fault(server: ServerState, update: ClientUpdate) -> str | None:

@@ -98,12 +98,17 @@ def ended_with(
         factors=factors,
         selected=job.start.selected,
         head=head,
-        weight=float(job.client.n_samples) if settings.weighting == "samples" else 1.0,
+        weight=weight_of(job.client, settings),
         steps=job.steps,
         loss=loss,
         sent=job.start.trained,
         footprint=footprint,
     )
+
+
+def weight_of(client: Client, settings: TrainConfig) -> float:
+    """Return a client's aggregation weight p_i up to a common factor: 1, or its number of samples."""
+    return float(client.n_samples) if settings.weighting == "samples" else 1.0
 
 
 def key_dropout(shared: SharedModel, rng: ClientRandom, step: int) -> None:

@@ -21,7 +21,7 @@ FIELDS = [
     *("trainable_parameters", "optimizer_bytes", "activation_bytes", "fold_seconds", "train_seconds"),
     *("tokens_per_second", "padding_share"),
     *("peak_memory_bytes", "clients_per_pass"),
-    *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped"),
+    *("client_accuracy", "worst_accuracy", "clients", "steps", "skipped", "faults", "clipped", "late"),
 ]
 
 

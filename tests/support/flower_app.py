@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
+# The run's settings: the file that replies go to, how many nodes to wait for, and for how long.
+SETTINGS: dict[str, object] = {"replies": "", "nodes": 0, "seconds": 60.0}
 PROJECT = """
 [project]
 name = "{name}"
@@ -20,9 +24,7 @@ serverapp = "{name}.server:app"
 clientapp = "{name}.client:app"
 
 [tool.flwr.app.config]
-replies = ""
-nodes = 0
-seconds = 60.0
+{settings}
 """
 
 # Asks each node once, and writes what came back as JSON to the file `replies`.
@@ -81,11 +83,22 @@ def query(message: Message, context: Context) -> Message:
 """
 
 
-def write_app(folder: Path, name: str = "echo", server: str = SERVER, client: str = CLIENT) -> Path:
-    """Write a Flower app `name` of two modules into a folder, and return the folder."""
+def write_app(
+    folder: Path,
+    name: str = "echo",
+    server: str = SERVER,
+    client: str = CLIENT,
+    settings: Mapping[str, object] | None = None,
+) -> Path:
+    """Write a Flower app `name` of two modules into a folder, and return the folder.
+
+    settings: the run's, and their defaults; a run may change those that are named here or in SETTINGS.
+    """
     package = folder / name
     package.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(PROJECT.format(name=name))
+    # The JSON of text, numbers and booleans is TOML as well.
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in (SETTINGS | dict(settings or {})).items())
+    (folder / "pyproject.toml").write_text(PROJECT.format(name=name, settings=lines))
     for module, code in (("__init__", ""), ("server", server), ("client", client)):
         (package / f"{module}.py").write_text(code)
     return folder

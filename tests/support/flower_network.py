@@ -30,6 +30,17 @@ OFFLINE = {
     "NO_PROXY": "*",
     "no_proxy": "*",
 }
+# A SuperNode without work sleeps for 3 seconds, a literal in Flower; this is one that sleeps for its first argument.
+QUICK_NODE = """
+import sys, time, types
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli import flower_supernode
+idle = float(sys.argv.pop(1))
+clock = types.SimpleNamespace(**vars(time))
+clock.sleep = lambda seconds: time.sleep(min(seconds, idle))
+start_client_internal.time = clock
+sys.exit(flower_supernode())
+"""
 # Ports below those that Linux hands out to outgoing connections.
 PORTS = (20000, 32000)
 WAIT_SECONDS = 60.0
@@ -56,13 +67,14 @@ class SuperNode:
     """What a SuperNode is started with, and its latest process.
 
     config: its node configuration. key: a private key's file. trust: the options that say which SuperLink it accepts.
-    node_id: the latest one; known for a registered key, or once the node is connected.
+    superlink: the HOST:PORT it connects to. port: where its own processes ask it for work.
     """
 
     name: str
     config: Mapping[str, object]
     key: Path | None
     trust: Sequence[str]
+    superlink: str
     home: Path
     port: int = field(default_factory=free_port)
     process: MarkedProcess | None = None
@@ -80,6 +92,7 @@ class FlowerNetwork:
     node_configs: a SuperNode is started for each, and waited for. tls: HTTPS, with the certificate of a new authority.
     authentication: only SuperNodes with registered keys are let in; it implies HTTPS. database: the SuperLink keeps its
     state in a file, which outlives it. poll_seconds: how often a SuperExec asks for work (Flower's default is 1).
+    idle_seconds: how often a SuperNode does that has none (Flower's is 3, which None leaves).
     environment: more variables for all processes.
     """
 
@@ -92,6 +105,7 @@ class FlowerNetwork:
         authentication: bool = False,
         database: bool = False,
         poll_seconds: float = 0.05,
+        idle_seconds: float | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +114,9 @@ class FlowerNetwork:
         self.nodes: list[SuperNode] = []
         self.superlink: MarkedProcess | None = None
         self._configs, self._authentication, self._database = node_configs, authentication, database
+        self._node_command = [str(BIN / "flower-supernode")]
+        if idle_seconds is not None:
+            self._node_command = [sys.executable, "-c", QUICK_NODE, str(idle_seconds)]
         hidden = ("FORCE_COLOR", "TTY_COMPATIBLE")
         self._environment = {name: value for name, value in os.environ.items() if name not in hidden}
         self._environment |= OFFLINE | {
@@ -141,7 +158,7 @@ class FlowerNetwork:
             options += ["--ssl-keyfile", str(made.key)]
         options += ["--enable-supernode-auth"] if self._authentication else []
         options += ["--database", str(self.folder / "superlink.db")] if self._database else []
-        self.superlink = self._start("flower-superlink", options, self.folder / "superlink")
+        self.superlink = self._start([str(BIN / "flower-superlink")], options, self.folder / "superlink")
         # A process that has ended will never answer.
         until(lambda: self.link.status is not None or self.control.answers(), WAIT_SECONDS)
         answers = self.link.status is None and self.control.answers()
@@ -154,26 +171,32 @@ class FlowerNetwork:
         return self.superlink
 
     def add_node(
-        self, config: Mapping[str, object] | None = None, *, key: Path | None = None, trust: Sequence[str] | None = None
+        self,
+        config: Mapping[str, object] | None = None,
+        *,
+        key: Path | None = None,
+        trust: Sequence[str] | None = None,
+        superlink: str | None = None,
     ) -> SuperNode:
         """Start another SuperNode and return it without waiting; by default it trusts this network's authority.
 
         key: the private key it proves itself by (`make_key`). trust: instead of `--root-certificates FILE`.
+        superlink: HOST:PORT, if not the SuperLink's own.
         """
         if trust is None:
             trust = ["--root-certificates", str(self.certificates.authority)] if self.certificates else ["--insecure"]
         name = f"node-{len(self.nodes)}"
-        node = SuperNode(name, config or {}, key, trust, self.folder / name)
+        node = SuperNode(name, config or {}, key, trust, superlink or self.address, self.folder / name)
         self.nodes.append(node)
         self.start_node(node)
         return node
 
     def start_node(self, node: SuperNode) -> None:
         """Start a SuperNode, or start it again, without waiting."""
-        options = ["--superlink", self.address, "--port", str(node.port), *node.trust]
+        options = ["--superlink", node.superlink, "--port", str(node.port), *node.trust]
         options += ["--node-config", toml_pairs(node.config)] if node.config else []
         options += ["--auth-supernode-private-key", str(node.key)] if node.key else []
-        node.process = self._start("flower-supernode", options, node.home)
+        node.process = self._start(self._node_command, options, node.home)
 
     def register(self, key: Path) -> int:
         """Register the public half of a node's key and return the node's id."""
@@ -234,6 +257,19 @@ class FlowerNetwork:
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
+    def stop(self, node: SuperNode) -> None:
+        """Ask a SuperNode to end, as Ctrl-C does, and wait: the SuperLink then knows at once that it is offline."""
+        node.running.send(signal.SIGTERM)
+        node.running.wait(WAIT_SECONDS)
+
+    def running_processes(self) -> dict[int, list[str]]:
+        """Return the commands of all processes of the network by their numbers, also of those that others started."""
+        found = {}
+        for pid in self._processes.pids():
+            with suppress(OSError):  # it has ended
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+        return found
+
     def kill(self, process: MarkedProcess) -> None:
         """Kill a SuperLink or SuperNode as a failing machine would: with all that it has started."""
         family = self._processes.family(process.pid)
@@ -249,8 +285,8 @@ class FlowerNetwork:
             process.tail(hidden=("/v1/control/list-", "ControlServicer.List")) for process in self._processes.started
         )
 
-    def _start(self, command: str, options: Sequence[str], home: Path) -> MarkedProcess:
+    def _start(self, command: Sequence[str], options: Sequence[str], home: Path) -> MarkedProcess:
         home.mkdir(exist_ok=True)
         environment = self._environment | {"FLWR_HOME": str(home / "flwr")}
         log = home / f"log-{len(list(home.glob('log-*.txt')))}.txt"
-        return self._processes.start(home.name, [str(BIN / command), *options], log, home, environment)
+        return self._processes.start(home.name, [*command, *options], log, home, environment)

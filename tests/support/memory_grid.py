@@ -117,7 +117,8 @@ class MemoryGrid(Grid):
         raise NotImplementedError
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
+        """Send messages and return the replies to them."""
+        return self.pull_messages(self.push_messages(messages))
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError

@@ -100,7 +100,7 @@ class RecordedRound:
             assert node.machine is not None
             client = None
             if federation.config.engine.mode == "deployment":
-                client = federation.executor._nodes[number].facts["client"]  # type: ignore[union-attr]
+                client = federation.executor.nodes[number].facts["client"]  # type: ignore[union-attr]
             facts = {"run": self._facts["run"], "versions": versions(), "client": client}
             self._joins[number] = RecordDict({FACTS: ConfigRecord({"json": json.dumps(facts)})})
             node.answer = self._answerer(number)  # type: ignore[method-assign]
@@ -132,7 +132,7 @@ class RecordedRound:
         """Play the round, with replies tampered with, as if no other had been played since it was recorded."""
         training = self.federation.executor
         assert isinstance(training, FlowerTraining)
-        for node in training._nodes.values():
+        for node in training.nodes.values():
             node.speed = None
         self.told.clear()
         replies: list[tuple[list[int], str, list[RecordDict]]] = []

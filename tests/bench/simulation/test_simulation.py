@@ -33,7 +33,7 @@ from bench.simulation.models import HEADS, adapted_names, build_model, sharing_w
 from bench.simulation.problem import Problem, Trainer, Values, make_problem
 from bench.simulation.providers import COMPILED, PROVIDERS, TRAINERS, BareBase, providers_of
 from bench.simulation.resident import ResidentLoop, peft_loop
-from fed.models.base_model import _embedded_vit
+from fed.models.base_model import embedded_vit
 from tests.support.notes import note_calls
 
 CPU = torch.device("cpu")
@@ -161,14 +161,11 @@ def test_every_linear_layer_but_the_head_is_adapted(family: str) -> None:
 
 
 def test_the_small_vit_is_the_simulators() -> None:
-    class Data:
-        label_names = tuple("0123456789")
-
     class Config:
         seed = 0
 
     ours = build_model(DIGITS_VIT, CPU, torch.float32).config.to_dict()  # type: ignore[operator]
-    theirs = _embedded_vit(Config(), Data()).config.to_dict()  # type: ignore[arg-type]
+    theirs = embedded_vit(Config(), tuple("0123456789")).config.to_dict()  # type: ignore[arg-type]
     named = {"id2label", "label2id"}
     assert {name: value for name, value in ours.items() if name not in named and value != theirs[name]} == {}
     assert len(ours["id2label"]) == len(theirs["id2label"])

@@ -37,7 +37,19 @@ KEYS = [key for key, _ in configuration.flat(RunConfig().model_dump())] + [
     "data.text_pair",
 ]
 KEYS += ["data.partition_by", "data.test_split", "data.revision", "data.partition_options.alpha", "clients.ranks.4"]
-TABLES = ["model", "data", "clients", "adapter", "train", "server", "hetlora", "measure", "compare"]
+TABLES = [
+    "model",
+    "data",
+    "clients",
+    "adapter",
+    "train",
+    "server",
+    "privacy",
+    "attack",
+    "hetlora",
+    "measure",
+    "compare",
+]
 
 scalars = (
     st.sampled_from(NUMBERS)

@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.flower_app import write_app
-from tests.support.flower_keys import make_certificates, make_key
-from tests.support.flower_network import FlowerNetwork, SuperNode
+from tests.support.flower_control import Control
+from tests.support.flower_keys import make_certificates, make_key, public_pem
+from tests.support.flower_network import WAIT_SECONDS, FlowerNetwork, SuperNode, free_port
+from tests.support.path_proxy import PathProxy
 
 REFUSED = 1  # the exit status of a SuperNode that is not let in
 
@@ -31,7 +34,7 @@ def authenticated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerNe
 
 def refusal(node: SuperNode) -> str:
     """Return what a SuperNode wrote that must have ended because it was refused."""
-    assert node.running.wait(30) == REFUSED, node.running.tail()
+    assert node.running.wait(WAIT_SECONDS) == REFUSED, node.running.tail()
     return node.running.text()
 
 
@@ -84,6 +87,7 @@ def test_a_registered_key_gets_in(authenticated: FlowerNetwork, tmp_path: Path) 
     authenticated.wait_online([node])
     assert authenticated.node_id(node) == node_id
     assert ask_all(authenticated, tmp_path, nodes=1)[node_id]["city"] == "Umeå"
+    authenticated.stop(node)
 
 
 def test_a_key_that_is_removed_is_refused_from_then_on(authenticated: FlowerNetwork, tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_a_key_that_is_removed_is_refused_from_then_on(authenticated: FlowerNetw
     authenticated.wait_online([node])
     authenticated.control.unregister(node_id)
     # The connected node learns it when it next asks for work, and ends as if it had been asked to.
-    assert node.running.wait(30) == 0, node.running.tail()
+    assert node.running.wait(WAIT_SECONDS) == 0, node.running.tail()
     authenticated.start_node(node)
     assert "[code: 2004] Failed to activate SuperNode" in refusal(node)
     assert authenticated.control.nodes()[node_id] == "unregistered"
@@ -115,6 +119,7 @@ def test_a_key_is_in_use_by_one_process_at_a_time(authenticated: FlowerNetwork, 
     authenticated.wait_online([first])
     assert "[code: 2004] Failed to activate SuperNode" in refusal(authenticated.add_node(key=key))
     assert first.running.status is None
+    authenticated.stop(first)
 
 
 def test_a_key_that_was_removed_cannot_be_registered_again(authenticated: FlowerNetwork, tmp_path: Path) -> None:
@@ -123,3 +128,23 @@ def test_a_key_that_was_removed_cannot_be_registered_again(authenticated: Flower
     with pytest.raises(Exception, match="412 Precondition Failed") as refused:
         authenticated.register(key)
     assert "Public key already in use" in refused.value.response.text
+
+
+@pytest.mark.slow
+def test_a_node_needs_no_other_path_than_that_of_the_fleet(authenticated: FlowerNetwork, tmp_path: Path) -> None:
+    """The proxy of the guide lets nodes work, and nobody register keys or start runs through it."""
+    assert authenticated.certificates is not None
+    key = make_key(tmp_path / "keys", "behind")
+    node_id, port = authenticated.register(key), free_port()
+    with PathProxy(port, authenticated.address, authenticated.certificates, "/v1/fleet/") as proxy:
+        node = authenticated.add_node(key=key, superlink=f"127.0.0.1:{port}")
+        authenticated.wait_online([node])
+        assert node_id in ask_all(authenticated, tmp_path, nodes=1)
+        assert proxy.refused == set()
+        assert {"/v1/fleet/pull-messages", "/v1/fleet/push-messages", "/v1/fleet/get-fab"} <= proxy.passed
+
+        behind = Control(f"127.0.0.1:{port}", authenticated.certificates.authority)
+        with pytest.raises(httpx.HTTPStatusError, match="403 Forbidden"):
+            behind.register(public_pem(make_key(tmp_path / "keys", "stranger")))
+        assert proxy.refused == {"/v1/control/register-node"}
+        authenticated.stop(node)

@@ -62,6 +62,35 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert contents(stopped) == contents(whole)
 
 
+def test_a_run_of_more_than_ten_clients_goes_on(tmp_path: Path) -> None:
+    """Clients are keys of a checkpoint's text, in which 10 stands before 2."""
+    config = make_config(clients={"count": 12, "per_round": 12}, rounds=2)
+
+    def play(directory: Path, stop_after: int | None = None, resume: bool = False) -> None:
+        def on_round(row: dict) -> None:
+            if row["round"] == stop_after:
+                raise StoppedError
+
+        simulate(config, make_data(sizes=(5,) * 12), TinyClassifier(), HEAD, directory, on_round, resume=resume)
+
+    with pytest.raises(StoppedError):
+        play(tmp_path / "stopped", stop_after=1)
+    play(tmp_path / "stopped", resume=True)
+    play(tmp_path / "whole")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("method", "folds"), [("fed-plora", False), ("flora", True)])
+def test_only_what_is_folded_is_listed_by_round(method: str, folds: bool, tmp_path: Path) -> None:
+    config = make(method)
+    with suppress(StoppedError):
+        run(config, tmp_path, stop_after=3)
+    facts = json.loads((tmp_path / "checkpoint" / "round-3" / "state.json").read_text())["facts"]
+    assert len(facts["fold_bytes"]) == 3 * folds
+    rows = run(config, tmp_path, resume=True)
+    assert [row["download_bytes"] for row in rows] == [row["download_bytes"] for row in run(config, tmp_path / "whole")]
+
+
 def test_a_finished_run_goes_on_to_more_rounds(tmp_path: Path) -> None:
     short, long = make("flora"), make("flora")
     short.rounds = 2

@@ -78,6 +78,19 @@ def test_a_file_stays_as_long_as_one_of_two_checkpoints_names_it(tmp_path: Path)
     assert names(store) == ["client-0.round-4.safetensors"]
 
 
+def test_a_file_that_is_written_again_for_the_same_round_is_no_other_file(tmp_path: Path) -> None:
+    """A run that goes on plays rounds again, in which another library's rounding may give other values."""
+    store = ClientStore(tmp_path, CPU)
+    store.keep(0, 1, make_kept(1.0))
+    store.checkpointed()
+    store.checkpointed()
+    store.keep(0, 1, make_kept(2.0))
+    store.checkpointed()
+    store.checkpointed()
+    assert names(store) == ["client-0.round-1.safetensors"]
+    assert float(store.read(0, 1).head["head.bias"][0]) == 2.0
+
+
 def test_going_on_leaves_the_files_of_the_checkpoint_alone(tmp_path: Path) -> None:
     store = ClientStore(tmp_path, CPU)
     store.keep(0, 1, make_kept(1.0))

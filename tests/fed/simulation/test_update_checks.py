@@ -21,7 +21,8 @@ from fed.models.shared_model import adapted
 from fed.seeding import ClientRandom
 from fed.simulation.rounds import Federation
 from fed.simulation.simulate import simulate
-from fed.simulation.update_checks import find_fault, growth, state_fault
+from fed.simulation.update_checks import Asked, asked_of, find_fault, growth, state_fault
+from fed.training.local import Job
 from fed.types import Adapter, Client, ClientStart, ClientUpdate, Options, ServerState, TailPenalty
 from tests.support.equality import assert_equal
 from tests.support.tiny_federation import (
@@ -303,6 +304,93 @@ def test_what_is_wrong_is_named(change: dict[str, Any], said: str) -> None:
     update = update_of(0, [[1.0, 2.0]], [[3.0]], 1.0, head={"head.bias": torch.ones(2)})
     assert find_fault(server, start, update) is None
     assert find_fault(server, start, replace(update, **change)) == said
+
+
+NARROW = Asked(steps=3, weight=5.0, least_tokens=30, most_tokens=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 4}, "it says that it took 4 steps; 3 would be right"),
+        ({"weight": 1.0}, "its weight is 1; 5 would be right"),
+        ({"weight": 5.0 + 1e-9}, "its weight is 5; 5 would be right"),
+        ({"tokens": 29}, "it says that it trained on 29 tokens; 30 to 60 would be right"),
+        ({"tokens": 61}, "it says that it trained on 61 tokens; 30 to 60 would be right"),
+        ({"tokens": 45.0}, "it says that it trained on 45.0 tokens; 30 to 60 would be right"),
+        ({"tokens": True}, "it says that it trained on True tokens; 30 to 60 would be right"),
+        ({"positions": 44}, "it says that it computed 44 tokens, padding included; at least 45 would be right"),
+        ({"positions": 10**400}, f"it says that it computed {str(10**400)[:80]} tokens, padding included; at least"),
+        ({"selected": {"m": (0,)}}, "its selection of m is (0); (1) would be right"),
+    ],
+)
+def test_counts_that_cannot_be_are_named(change: dict[str, Any], said: str) -> None:
+    A, B = torch.ones(2, 2), torch.ones(1, 2)
+    start = ClientStart({"m": (A, B)}, {"m": (1,)}, 1.0, "folded")
+    honest = update_of(0, [[1.0, 2.0]], [[3.0]], 5.0, selected={"m": (1,)}, steps=3, tokens=45, positions=50)
+    server = ServerState(Adapter({"m": (A, B)}, 1.0))
+    assert find_fault(server, start, honest, NARROW) is None
+    assert find_fault(server, start, replace(honest, tokens=7, steps=2), None) is None
+    assert find_fault(server, start, replace(honest, **change), NARROW).startswith(said)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+def test_what_a_job_asks_for(weighting: str) -> None:
+    """Texts of 3, 5 and 4 tokens, two of them a step, in six steps."""
+    from fed.data.tables import Sequences, TextTable
+
+    tokens = Sequences.of([[1] * 9, [1] * 3, [1] * 5, [1] * 4])
+    split = Split(TextTable({"input_ids": tokens}, torch.zeros(4, dtype=torch.int64), 0), torch.tensor([1, 2, 3]))
+    job = Job(Client(0, 1, 3), ClientStart({}, {}, 1.0, "folded"), {}, split, 6, 0.1, ClientRandom(0, 1, 0))
+    weight = 3.0 if weighting == "samples" else 1.0
+    train = make_config(train={"batch_size": 2, "weighting": weighting}).train
+    assert asked_of(job, train) == Asked(6, weight, 36, 60)
+    assert asked_of(job, make_config(train={"batch_size": 8, "weighting": weighting}).train).most_tokens == 90
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "rolora"])
+def test_a_factor_that_was_to_be_held_fixed_is_the_start_s(name: str) -> None:
+    server, starts, updates = ROUNDS[name]
+    fixed = "AB".index({"A": "B", "B": "A"}[starts[0].trained])
+    for matrix in updates[0].factors:
+        pair = list(updates[0].factors[matrix])
+        pair[fixed] = pair[fixed].clone()
+        assert find_fault(server, starts[0], replace(updates[0], factors={**updates[0].factors, matrix: pair})) is None
+        pair[fixed][0, 0] += 1e-6 * (1 + pair[fixed][0, 0].abs())
+        fault = find_fault(server, starts[0], replace(updates[0], factors={**updates[0].factors, matrix: tuple(pair)}))
+        assert fault.startswith(f"its {matrix} lora_{'AB'[fixed]} was to be held fixed")
+
+
+@pytest.mark.parametrize("change", [{"steps": 4}, {"weight": 1e6}, {"tokens": 10**9}, {"positions": 0}])
+def test_a_run_leaves_out_what_cannot_be(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(server: ServerState, start: ClientStart, update: ClientUpdate) -> ClientUpdate:
+        return replace(update, **change) if update.client.id == 1 else update
+
+    monkeypatch.setitem(methods.METHODS, "mutated", methods.METHODS["fed-plora"]._replace(finish=finish))
+    config = make_config(method="mutated", rounds=2, clients={"per_round": 4})
+    rows = simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path)
+    assert [row["skipped"] for row in rows] == [[], [1], [1]]
+    assert [len(row["faults"]) for row in rows] == [0, 1, 1]
+    assert rows[-1]["faults"][0].endswith("would be right")
+
+
+def test_a_client_that_sends_next_to_nothing_does_not_make_the_others_seem_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 1 shrinks all that it sends to a millionth, so that every other one grew a million times as much."""
+
+    def finish(server: ServerState, start: ClientStart, update: ClientUpdate) -> ClientUpdate:
+        if update.client.id != 1:
+            return update
+        small = {matrix: (1e-6 * A, 1e-6 * B) for matrix, (A, B) in update.factors.items()}
+        return replace(update, factors=small, head={name: 1e-6 * value for name, value in update.head.items()})
+
+    monkeypatch.setitem(methods.METHODS, "mutated", methods.METHODS["fed-plora"]._replace(finish=finish))
+    config = make_config(method="mutated", rounds=2, clients={"per_round": 4})
+    rows = simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path)
+    assert [row["skipped"] for row in rows] == [[]] * 3
 
 
 def test_updates_without_any_tensor_are_usable_where_there_is_none() -> None:

@@ -93,8 +93,6 @@ def _joined(
     own = versions()
     if why := why_other_version(facts["versions"], own):
         raise FedError(why.replace("it has", "the run's server has").replace("the server", "this machine"))
-    if unknown := sorted(node.keys() - {*OPTIONS}):
-        raise FedError(f"its node config has {unknown[0]!r}; of {', '.join(OPTIONS)} some would be right")
     config = _config(facts["settings"], node)
     base = folder / BASE_FOLDER
     _write_base(content, base)
@@ -126,6 +124,7 @@ def _joined(
         "versions": own,
         "client": client,
         "device": device,
+        "unread": sorted(node.keys() - {*OPTIONS}),  # perhaps another app's, or a slip
         "threads": torch.get_num_threads(),
     }
 

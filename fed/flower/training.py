@@ -135,6 +135,9 @@ class FlowerTraining:
             self.nodes[node.number] = node
             if (other := node.facts["versions"].get("torch")) != versions()["torch"]:
                 self.tell(f"SuperNode {node.number} has torch {printable(str(other))[:40]}: it may round otherwise")
+            if isinstance(unread := node.facts.get("unread"), list) and unread:
+                names = printable(", ".join(map(str, unread)))[:200]
+                self.tell(f"SuperNode {node.number}: a run does not read {names} of its node config")
             return
         if not one.lost and node.number not in self._second:
             self._refused.add(node.number)

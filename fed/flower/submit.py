@@ -117,8 +117,8 @@ def _follow(arguments: list[str], environment: dict[str, str], engine: EngineCon
         )
     if not status.startswith("finished"):
         raise FedError(
-            f"the connection to the SuperLink at {engine.address} broke, which has the run as {status!r}: once flwr list "
-            f"shows that it has ended, python -m fed resume {out} continues"
+            f"the connection to the SuperLink at {engine.address} broke, which has the run as {status!r}: once flwr "
+            f"list shows that it has ended, python -m fed resume {out} continues"
         )
     if status != "finished:completed":
         raise FedError(f"the run ended as {status!r} at the SuperLink; what it said is above")

@@ -123,8 +123,8 @@ def _growth(saved: Mapping[str, Any]) -> str:
         memory, text = per_client(own, "client_bytes"), per_client(own, "text_bytes")
         draw, update, saving = (1e6 * per_client(own, f"{name}_seconds") for name in ("draw", "update", "checkpoint"))
         lines.append(
-            f"{title} adds, between {least:,} and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} bytes "
-            f"to a checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
+            f"{title} adds, between {least:,} and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} "
+            f"bytes to a checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
             f"{saving:.1f} µs of its checkpoint."
         )
     return "\n".join(lines)

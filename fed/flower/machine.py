@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -45,6 +47,8 @@ OPTIONS = (
     "rows",
     "state",
 )
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # the name of a file of the base, which no path is
 
 
 @dataclass
@@ -163,8 +167,8 @@ def _reading(config: RunConfig, base: Path, node: Mapping[str, Any]) -> RunConfi
 def _write_base(content: RecordDict, base: Path) -> None:
     base.mkdir(parents=True)
     for name, value in tensors_of(content.get("base"), "base").items():
-        if Path(name).name != name:
-            raise FedError(f"the run's base has a file {name!r}")
+        if not _FILE.fullmatch(name):
+            raise FedError(f"the run's base has a file {name!r}; a plain name would be right")
         (base / name).write_bytes(value.numpy().tobytes())
 
 
@@ -188,7 +192,10 @@ def _client(config: RunConfig, data: FederatedData, shared: SharedModel, node: M
         raise FedError(f"client {number} has no rows to train on; other data would be right")
     rank = node.get("rank", config.clients.ranks[number % len(config.clients.ranks)])
     if "memory-mib" in node and "rank" not in node:
-        (rank,) = ranks_within([float(node["memory-mib"])], estimate(shared, config, split), shared.rank)
+        budget = node["memory-mib"]
+        if type(budget) not in (int, float) or not 0 < budget < math.inf:
+            raise FedError(f"its node config has memory-mib = {budget!r}; a number of MiB above 0 would be right")
+        (rank,) = ranks_within([float(budget)], estimate(shared, config, split), shared.rank)
     if type(rank) is not int or not 1 <= rank <= shared.rank:
         raise FedError(f"its node config has rank = {rank!r}; an integer from 1 to {shared.rank} would be right")
     return {"id": number, "rank": rank, "rows": len(split), "own_rows": "rows" in node}

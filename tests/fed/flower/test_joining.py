@@ -51,37 +51,43 @@ def test_all_take_part_that_can(tmp_path: Path) -> None:
     assert (row["clients"], row["skipped"], row["late"]) == ([0, 1], [], [])
 
 
-@pytest.mark.parametrize(
-    ("node", "why"),
-    [
-        ({"partition-id": 0, "colour": "red"}, "its node config has 'colour'; of partition-id, .* would be right"),
-        ({"partition-id": 1, HOSTILE: 1}, r"its node config has '\\x1b\[2J\\u202e'"),
-        ({"partition-id": 0, "rank": 3}, "its node config has rank = 3; an integer from 1 to 2 would be right"),
-        ({"partition-id": 0, "rank": 0}, "its node config has rank = 0"),
-        ({"partition-id": 0, "rank": "2"}, "its node config has rank = '2'"),
-        ({"partition-id": 0, "rank": True}, "its node config has rank = True"),
-        ({"partition-id": 0, "memory-mib": 0.001}, "holds 0.001: training one module a matrix takes about"),
-        ({"partition-id": 0, "memory-mib": "much"}, "memory-mib"),
-        ({"partition-id": 2}, "its node config has partition-id = 2; .* an integer from 0 to 1 would be right"),
-        ({"partition-id": -1}, "its node config has partition-id = -1"),
-        ({"partition-id": "0"}, "its node config has partition-id = '0'"),
-        ({}, "its node config has partition-id = None"),
-        ({"partition-id": 1}, "its partition-id is 1, as that of SuperNode 102; each has one of its own"),
-        ({"partition-id": 0, "rows": "rows.csv"}, "its node config has rows, and the run's data are images"),
-        ({"partition-id": 0, "device": "tpu"}, "device"),
-        ({"partition-id": 0, "threads": 0}, "threads"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_node_config_that_cannot_be_is_refused(tmp_path: Path, node: dict[str, Any], why: str) -> None:
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"partition-id": 0, "rank": 3}, "its node config has rank = 3; an integer from 1 to 2 would be right"),
+    ({"partition-id": 0, "rank": 0}, "its node config has rank = 0"),
+    ({"partition-id": 0, "rank": "2"}, "its node config has rank = '2'"),
+    ({"partition-id": 0, "rank": True}, "its node config has rank = True"),
+    ({"partition-id": 0, "memory-mib": 0.001}, "holds 0.001: training one module a matrix takes about"),
+    ({"partition-id": 0, "memory-mib": "much"}, "its node config has memory-mib = 'much'; a number of MiB"),
+    ({"partition-id": 2}, "its node config has partition-id = 2; .* an integer from 0 to 1 would be right"),
+    ({"partition-id": -1}, "its node config has partition-id = -1"),
+    ({"partition-id": "0"}, "its node config has partition-id = '0'"),
+    ({}, "its node config has partition-id = None"),
+    ({"partition-id": 1}, "its partition-id is 1, as that of SuperNode 102; each has one of its own"),
+    ({"partition-id": 0, "rows": "rows.csv"}, "its node config has rows, and the run's data are images"),
+    ({"partition-id": 0, "device": "tpu"}, "device"),
+    ({"partition-id": 0, "threads": -1}, "threads"),
+]
+
+
+def test_node_configs_that_cannot_be_are_refused(tmp_path: Path) -> None:
     told: list[str] = []
-    grid = MemoryGrid([*deployed(2), node], tmp_path)
+    grid = MemoryGrid([*deployed(2), *(node for node, _ in CONFIGS)], tmp_path)
     (_, row) = play(config_of("engine.mode=deployment"), tmp_path / "out", grid, told)
     grid.close()
-    (line,) = refusals(told)
-    assert re.search(rf"^SuperNode 103 does not take part: .*{why}", line), line
-    assert not re.search("[\0-\x1f\u202e]", line)
+    lines = refusals(told)
+    for line, number, (_, why) in zip(lines, range(103, 200), CONFIGS, strict=False):
+        assert re.search(rf"^SuperNode {number} does not take part: .*{why}", line), line
+    assert len(lines) == len(CONFIGS)
     assert (row["clients"], row["skipped"], row["late"]) == ([0, 1], [], [])
+
+
+def test_what_a_run_does_not_read_of_a_node_config_is_named(tmp_path: Path) -> None:
+    told: list[str] = []
+    grid = MemoryGrid([{"partition-id": 0, HOSTILE: 1, "colour": "red"}, {"partition-id": 1}], tmp_path)
+    play(config_of("engine.mode=deployment"), tmp_path / "out", grid, told)
+    grid.close()
+    (line,) = [line for line in told if "does not read" in line]
+    assert line == r"SuperNode 101: a run does not read \x1b[2J\u202e, colour of its node config"
 
 
 def _other_digest(name: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -101,8 +107,8 @@ def _other_version(**changed: Any) -> Callable[[pytest.MonkeyPatch], None]:
 @pytest.mark.parametrize(
     ("patch", "why"),
     [
-        (_other_version(**{"plora-kernels": "0.0.1"}), "the run's server has plora-kernels .*, and this machine 0.0.1"),
-        (_other_version(protocol=0), "the run's server has protocol 1, and this machine 0"),
+        (_other_version(**{"plora-kernels": "0.0.1"}), "it has plora-kernels 0.0.1, and the server "),
+        (_other_version(protocol=0), "it has protocol 0, and the server 1"),
         (_other_digest(BASE), "the base model on this machine differs from what the run's server has"),
         (_other_digest(ROWS), "the rows of the data on this machine differs from what the run's server has"),
         (_other_digest(LABELS), "the labels of the data on this machine differs from what the run's server has"),
@@ -143,45 +149,48 @@ def _client(**changed: Any) -> Callable[[Message], Message]:
     return lambda reply: _facts(client=facts_in(reply.content)["client"] | changed)(reply)
 
 
-@pytest.mark.parametrize(
-    ("garbage", "why"),
-    [
-        (lambda reply: with_content(reply, RecordDict()), "it has no facts"),
-        (lambda reply: with_content(reply, RecordDict({FACTS: ArrayRecord()})), "it has no facts"),
-        (_text("["), "it has no facts"),
-        (_text("[" * 100_000), "it has no facts"),
-        (_text("[]"), "it has no facts"),
-        (_text("{}"), "it has protocol None, and the server 1"),
-        (_text(3), "it has no facts"),
-        (_facts(versions=[1]), "it has protocol None"),
-        (_facts(versions={"protocol": HOSTILE * 1000}), r"it has protocol \\x1b\[2J\\u202e"),
-        (_facts(run="another"), "it has joined another run"),
-        (_facts(run=None), "it has joined another run"),
-        (_facts(refused=[HOSTILE] * 1000), r"\\x1b\[2J"),
-        (_facts(client=None), "it does not say which client it is"),
-        (_facts(client=[0]), "it does not say which client it is"),
-        (_client(id="0"), "it does not say which client it is"),
-        (_client(id=True), "it does not say which client it is"),
-        (_client(rank=2.0), "it does not say which client it is"),
-        (_client(id=-1), "it says that it is client -1 of rank 2 with .* rows, which cannot be"),
-        (_client(rank=3), "client 0 of rank 3 with .* rows, which cannot be"),
-        (_client(rows=0), "with 0 rows, which cannot be"),
-        (_client(rows=10**300), "rows, which cannot be"),
-        (lambda reply: with_error(reply, HOSTILE * 1000), r"its machine failed: \\x1b\[2J"),
-    ],
-)
-def test_an_answer_that_cannot_be_is_refused(tmp_path: Path, garbage: Callable[[Message], Message], why: str) -> None:
+ANSWERS: list[tuple[Callable[[Message], Message], str]] = [
+    (lambda reply: with_content(reply, RecordDict()), "it has no facts"),
+    (lambda reply: with_content(reply, RecordDict({FACTS: ArrayRecord()})), "it has no facts"),
+    (_text("["), "it has no facts"),
+    (_text("[" * 100_000), "it has no facts"),
+    (_text("[]"), "it has no facts"),
+    (_text("{}"), "it has protocol None, and the server 1"),
+    (_text(3), "it has no facts"),
+    (_facts(versions=[1]), "it has protocol None"),
+    (_facts(versions={"protocol": HOSTILE * 1000}), r"it has protocol \\x1b\[2J\\u202e"),
+    (_facts(run="another"), "it has joined another run"),
+    (_facts(run=None), "it has joined another run"),
+    (_facts(refused=[HOSTILE] * 1000), r"\\x1b\[2J"),
+    (_facts(client=None), "it does not say which client it is"),
+    (_facts(client=[0]), "it does not say which client it is"),
+    (_client(id="0"), "it does not say which client it is"),
+    (_client(id=True), "it does not say which client it is"),
+    (_client(rank=2.0), "it does not say which client it is"),
+    (_client(id=-1), "it says that it is client -1 of rank 2 with .* rows, which cannot be"),
+    (_client(rank=3), "client 0 of rank 3 with .* rows, which cannot be"),
+    (_client(rows=0), "with 0 rows, which cannot be"),
+    (_client(rows=10**300), "rows, which cannot be"),
+    (lambda reply: with_error(reply, HOSTILE * 1000), r"its machine failed: \\x1b\[2J"),
+]
+
+
+def test_answers_that_cannot_be_are_refused(tmp_path: Path) -> None:
     told: list[str] = []
-    grid = MemoryGrid([{"partition-id": 0}, *deployed(2)], tmp_path)
-    grid.tamper = lambda number, reply: (
-        [garbage(reply)] if number == 101 and reply.metadata.message_type == JOIN else [reply]
-    )
+    grid = MemoryGrid([*({"partition-id": 0} for _ in ANSWERS), *deployed(2)], tmp_path)
+    spoilt = {101 + place: garbage for place, (garbage, _) in enumerate(ANSWERS)}
+
+    def tamper(number: int, reply: Message) -> list[Message]:
+        return [spoilt[number](reply) if number in spoilt and reply.metadata.message_type == JOIN else reply]
+
+    grid.tamper = tamper
     (_, row) = play(config_of("engine.mode=deployment"), tmp_path / "out", grid, told)
     grid.close()
-    lines = refusals(told)
-    assert lines
-    assert all(re.search(rf"^SuperNode 101 does not take part: .*{why}", line) for line in lines), lines
-    assert not any(re.search("[\0-\x1f\u202e]", line) or len(line) > 1000 for line in lines)
+    for number, (_, why) in zip(spoilt, ANSWERS, strict=True):
+        lines = [line for line in refusals(told) if line.startswith(f"SuperNode {number} ")]
+        assert lines, number
+        assert all(re.search(rf"does not take part: .*{why}", line) for line in lines), (why, lines)
+    assert not any(re.search("[\0-\x1f\u202e]", line) or len(line) > 1000 for line in told)
     assert (row["clients"], row["skipped"], row["late"]) == ([0, 1], [], [])
 
 

@@ -52,12 +52,12 @@ def deployed(count: int = 4) -> list[dict[str, Any]]:
 
 def play(config: RunConfig, out: Path, grid: MemoryGrid | None = None, told: list[str] | None = None) -> list[Row]:
     """Play a run, on a grid if there is one, and return its rows."""
-    told = [] if told is None else told
-    executor = None if grid is None else FlowerTraining(grid, lambda: out, told.append)
+    tell = [].append if told is None else told.append
+    executor = None if grid is None else FlowerTraining(grid, lambda: out, tell)
     with running.limits(config.threads):
         data = federated_data.load(config)
         model = running.make_base(config, data, out / "base")
-        return running.play(config, data, model, out, lambda row: None, told.append, executor=executor)
+        return running.play(config, data, model, out, lambda row: None, tell, executor=executor)
 
 
 def assert_same_run(found: Path, expected: Path, without: set[str] | None = None, tolerance: float = 1e-9) -> None:

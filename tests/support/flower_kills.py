@@ -51,14 +51,15 @@ class KilledRun:
             configs = configs[:2]
         self.network = FlowerNetwork(folder / "network", configs, database=True, poll_seconds=0.2, idle_seconds=0.3)
 
-    def play(self, kinds: list[str]) -> None:
-        """Play the run to its end while processes of these kinds are killed, one after another."""
+    def play(self, kinds: list[str], at_once: int = 1) -> None:
+        """Play the run to its end while processes of these kinds are killed, `at_once` of them after each new round."""
         with self.network:
             address = f"http://{self.network.address}"
             command = self._command("run", "digits", *self._settings, f"engine.mode={self._mode}", "--flower", address)
             try:
-                for kind in kinds:
-                    self._await_rounds(command, self.played + 1)
+                for number, kind in enumerate(kinds):
+                    if number % at_once == 0:
+                        self._await_rounds(command, self.played + 1)
                     time.sleep(self._random.uniform(0, 5))
                     command = self._killed(kind, command)
                 self.told.append(command.wait((self._rounds + 1) * ROUND_SECONDS))
@@ -143,15 +144,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", choices=sorted(SETTINGS))
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--at-once", type=int, default=1, help="how many after each new round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        run = KilledRun(Path(name), options.mode, SETTINGS[options.mode], options.kills + 3, options.seed)
-        run.play(drawn_kinds(options.mode, options.kills, options.seed))
+        rounds = options.kills // options.at_once + 3
+        run = KilledRun(Path(name), options.mode, SETTINGS[options.mode], rounds, options.seed)
+        run.play(drawn_kinds(options.mode, options.kills, options.seed), options.at_once)
         whole = run.play_whole()
         assert_same_run(run.out, whole, OWN if options.mode == "deployment" else None)
         counts = dict(Counter(kill["kind"] for kill in run.kills))
-        facts = {"mode": options.mode, "rounds": options.kills + 3, "same_as_never_killed": True, "killed": counts}
+        facts = {"mode": options.mode, "rounds": rounds, "same_as_never_killed": True, "killed": counts}
         options.out.write_text(json.dumps({**facts, "kills": run.kills}, indent=1) + "\n")
         print(facts)

@@ -34,6 +34,7 @@ from fed.simulation.clients import estimate, ranks_within
 from fed.simulation.inputs import BASE, CALLED, LABELS, TOKENIZER, input_digests
 from fed.simulation.rounds import Federation, first_state
 from fed.simulation.run_directory import BASE as BASE_FOLDER
+from fed.training.cohort import check_cohorts
 from fed.types import Client, ClientResult, RunState
 
 # What a SuperNode's config may say, beside what Flower itself reads.
@@ -116,22 +117,17 @@ def _joined(
             data = replace(data, clients=_at(client["id"], data))
     federation = Federation(config, data, shared, tell)
     if config.execution == "cohort":
-        from fed.training.cohort import check_cohorts
-
         check_cohorts(shared)
     # Beside the run's folder, because a machine that joins again has another one.
     place = Path(str(node["state"])) if "state" in node else folder.parent / "kept"
     kept = KeptStates(place / facts["run"], shared.device)
     first_head = first_state(shared, config).head if config.train.head == "personal" else {}
     machine = Machine(facts["run"], config, federation, kept, stack, {}, first_head)
-    device = str(shared.device)
     return machine, {
         "run": facts["run"],
         "versions": own,
         "client": client,
-        "device": device,
         "unread": sorted(node.keys() - {*OPTIONS}),  # perhaps another app's, or a slip
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -320,12 +321,10 @@ def _engine(flower: str) -> list[str]:
 
 def _flower() -> Any:
     """Return the module that hands runs to Flower; raise FedError if that is not installed."""
-    try:
-        from fed.flower import submit
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "flwr":
-            raise
-        raise FedError("engine.name is 'flower', which needs Flower: pip install 'plora-kernels[flower]'") from None
+    if find_spec("flwr") is None:
+        raise FedError("engine.name is 'flower', which needs Flower: pip install 'plora-kernels[flower]'")
+    from fed.flower import submit
+
     return submit
 
 

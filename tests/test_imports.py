@@ -22,8 +22,8 @@ ORDER = {
     ),
     "bench": (
         "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "scale",
-        "clients", "tune", "device", "report", "audit", "models", "measure", "simulation", "providers", "checks", "harness",
-        "gpu_cases", "cases",
+        "clients", "flower", "tune", "device", "report", "audit", "models", "measure", "simulation", "providers",
+        "checks", "harness", "gpu_cases", "cases",
     ),
 }  # fmt: skip
 # The other packages that each may import.

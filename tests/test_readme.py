@@ -22,6 +22,7 @@ from bench.report.markdown import markers
 from bench.report.model_tables import NOT_MEASURED as NO_MODELS
 from bench.report.model_tables import load_models, model_markdown
 from bench.report.runs import load_run
+from bench.report.scale_tables import projected_markdown, scale_markdown
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown as bench_markdown
 from bench.report.summary_tables import NOT_MEASURED, committed_summary
@@ -30,6 +31,7 @@ from fed import methods
 from fed.config import load
 from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
+from fed.experiments.attack_grid import grid
 from fed.report.tables import markdown_table, summary
 from fed.simulation.run_directory import read
 from tests.bench.saved import saved_run, write_run
@@ -112,6 +114,12 @@ def test_the_benchmark_tables_are_the_committed_results() -> None:
 
 def test_the_table_of_clients_is_the_committed_result() -> None:
     assert text_of(RESULTS / "clients-cpu.md") == clients_markdown(RESULTS / "clients-cpu.json")
+
+
+def test_the_tables_of_costs_are_the_committed_result() -> None:
+    page, results = DOCS / "scale.md", DOCS / "results" / "scale.json"
+    assert between(page, "scale") == scale_markdown(results).strip()
+    assert between(page, "scale-projected") == projected_markdown(results).strip()
 
 
 def test_the_summary_is_made_of_the_committed_results() -> None:
@@ -391,3 +399,23 @@ def test_the_guide_shows_the_faults_that_were_tried_and_none_came_out_wrong() ->
     counts = json.loads(fault_table.COUNTS.read_text(encoding="utf-8"))
     assert between(fault_table.GUIDE, "faults") == fault_table.table(counts)
     assert not any("WRONG" in outcomes for outcomes in counts.values())
+
+
+@pytest.mark.parametrize("name", ["mixed-ranks", "equal-ranks"])
+def test_the_tables_of_attacks_are_the_committed_runs(name: str) -> None:
+    """The page shows the tables of attacks.md, whose command and figures are those of attacks.json."""
+    folder = DOCS / "results" / "attacks" / name
+    found, said = json.loads(text_of(folder / "attacks.json")), text_of(folder / "attacks.md")
+    shown = between(DOCS / "robustness.md", f"attacks-{name}")
+    assert shown == "\n\n".join(part for part in said.split("\n\n") if part.startswith("| "))
+    assert f"fed attacks {found['source']} --seeds {','.join(map(str, found['seeds']))} --set" in said
+    plan = grid(found["source"], found["settings"], found["seeds"])
+    assert [own._asdict() | {"settings": list(own.settings)} for own in plan.defences] == found["defences"]
+    assert {cell.variant.name for cell in plan.cells} == {
+        f"{one['attack']}.{one['defence']}" for one in found["outcomes"]
+    }
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in shown.splitlines()}
+    for one in found["outcomes"]:
+        mean = 100 * sum(one["accuracy"].values()) / len(one["accuracy"])
+        title = {"none": "no attack", "nan": "NaN", "shape": "wrong shape"}.get(one["attack"], one["attack"])
+        assert f"| {mean:.1f} " in lines[title]

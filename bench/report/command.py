@@ -4,8 +4,9 @@
 what the suites save, of layers, of training steps or of whole models, or what `python -m bench.gpu` writes: each has
 its own section between markers, in docs/benchmarks.md, that of its kind or one named as the file is. A document with
 the summary's markers, such as the README, gets the summary of all files beside RESULTS.json. A log of `python -m
-bench.tune` has a table of designs, in docs/kernels.md. Files of `python -m bench.clients` are tabulated too. `--keep`
-adds a run of the suites to the history; `python -m bench.report --history [--png PATH]` shows that.
+bench.tune` has a table of designs, in docs/kernels.md; the file of `python -m bench.scale` has its in docs/scale.md.
+Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m
+bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from bench.report.history import HISTORY, history_markdown, keep, load_history
 from bench.report.markdown import markers, update_document
 from bench.report.model_tables import model_markdown
 from bench.report.runs import Run, load_run, suites_command
+from bench.report.scale_figures import draw_scale
+from bench.report.scale_tables import KIND as SCALE
+from bench.report.scale_tables import load_scale, projected_markdown, scale_markdown
 from bench.report.simulation_tables import simulation_markdown
 from bench.report.suite_tables import markdown
 from bench.report.summary_tables import committed_summary
@@ -97,12 +101,26 @@ def report_clients(given: argparse.Namespace) -> str:
     return clients_markdown(given.results)
 
 
+def report_scale(given: argparse.Namespace) -> str:
+    """Report a file of `python -m bench.scale`; return the tables."""
+    if given.keep:
+        raise ResultsError(f"{given.results} is about the cost model; the history keeps ratios of layers")
+    text, projected = scale_markdown(given.results), projected_markdown(given.results)
+    if given.png:
+        draw_scale(load_scale(given.results), given.png)
+    for document in given.documents:
+        update_document(document, "scale", text, given.png, "The cost model beside what was measured")
+        update_document(document, "scale-projected", projected)
+    return f"{text}\n{projected}\n"
+
+
 def report(given: argparse.Namespace) -> str:
     """Report a results file of any kind; return the table."""
     saved = read_json(given.results, suites_command(given.results))
     if isinstance(saved, list):
         return report_device(given)
-    return report_clients(given) if isinstance(saved, dict) and saved.get("kind") == KIND else report_suites(given)
+    kind = saved.get("kind") if isinstance(saved, dict) else None
+    return {KIND: report_clients, SCALE: report_scale}.get(str(kind), report_suites)(given)
 
 
 def report_history(given: argparse.Namespace) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from bench.harness.records import ResultsError
 from bench.report.markdown import commit_text, markdown_table, versions_text
+from fed.experiments.costs.tables import seconds, sized
+from fed.methods import METHODS
 
 KIND = "scale"
 KIB = 1024
@@ -28,11 +30,33 @@ def scale_markdown(path: Path) -> str:
     saved = load_scale(path)
     try:
         parts = [_conditions(saved), checks_table(saved), lines_table(saved), _keeping(saved), servers_table(saved)]
+        parts += [_growth(saved)]
     except KeyError as error:
         raise ResultsError(
             f"{path} has no {error.args[0]!r}; `python -m bench.scale` of this version saves it"
         ) from None
-    return "\n\n".join([*parts, _growth(saved)]) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def projected_markdown(path: Path) -> str:
+    """Return the table of what the model says of many clients; raise ResultsError if the file lacks a field."""
+    rows = []
+    for one in load_scale(path)["projected"]:
+        rows.append(
+            (
+                one["model"],
+                METHODS[one["method"]].title,
+                f"{one['clients']:,}",
+                f"{one['per_round']:,}",
+                *(sized(one[f"{name}_bytes"], "B") for name in ("round", "updates", "population", "text", "disk")),
+                *(seconds(value) for value in one["train_seconds"]),
+                seconds(one["network_seconds"]),
+                seconds(one["server_seconds"] + one["population_seconds"]),
+            )
+        )
+    titles = ("model", "method", "clients", "a round", "bytes a round", "updates held", "clients, in memory")
+    rest = ("checkpoint's text", "clients, on disk", "training on 1", "on 8", "on 64", "network", "server")
+    return markdown_table((*titles, *rest), rows)
 
 
 def checks_table(saved: Mapping[str, Any]) -> str:
@@ -95,12 +119,12 @@ def _growth(saved: Mapping[str, Any]) -> str:
     lines = []
     for keep, title in ((False, "A client"), (True, "A client that keeps a file")):
         own = [one for one in saved["servers"] if one["keep"] == keep]
-        most = max(one["clients"] for one in own)
+        least, most = (chosen(one["clients"] for one in own) for chosen in (min, max))
         memory, text = per_client(own, "client_bytes"), per_client(own, "text_bytes")
         draw, update, saving = (1e6 * per_client(own, f"{name}_seconds") for name in ("draw", "update", "checkpoint"))
         lines.append(
-            f"{title} adds, between 100 and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} bytes to "
-            f"every checkpoint, and to every round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
+            f"{title} adds, between {least:,} and {most:,} clients, {memory:,.0f} bytes to the process, {text:.1f} "
+            f"bytes to a checkpoint, and to a round {draw:.2f} µs of drawing, {update:.2f} µs for the next state and "
             f"{saving:.1f} µs of its checkpoint."
         )
     return "\n".join(lines)
@@ -110,12 +134,12 @@ def _conditions(saved: Mapping[str, Any]) -> str:
     machine = saved["machine"]
     return (
         f"{machine['device_name']}, one thread; {versions_text(machine['versions'])}; {commit_text(saved['commit'])}, "
-        f"{saved['date'][:10]}. Seconds of lines are the processor's, the medians of three."
+        f"{saved['date'][:10]}. Seconds of training are the processor's, a server's the clock's."
     )
 
 
 def _keeping(saved: Mapping[str, Any]) -> str:
     return (
-        f"The preset `digits` with `{' '.join(saved['settings'])}`; clients that keep files have taken part before, and "
+        f"The preset `digits` with `{' '.join(saved['settings'])}`; clients that keep files took part before, and "
         f"have `{' '.join(saved['keeping'])}`."
     )

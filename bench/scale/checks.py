@@ -26,6 +26,7 @@ from fed.models.weightless import weightless
 from fed.simulation.rounds import Federation
 from fed.training.cohort import train_together
 from fed.training.local import Job, train
+from fed.types import measured
 
 METHODS = ("fed-plora", "flora", "flexlora", "rolora")
 RANKS = ("clients.ranks=[2,4,8,16]",)
@@ -88,7 +89,7 @@ def compare_bytes(size: Size, folder: Path) -> list[Compared]:
                 rows.append(played.row)
         for way in ("upload", "download"):
             said = sum(getattr(one, f"{way}_bytes") for one in predicted)
-            counted = sum(int(row[f"{way}_bytes"]) for row in rows)  # type: ignore[literal-required]
+            counted = sum(measured(row, f"{way}_bytes") for row in rows)
             found.append(Compared(size.name, "bytes", f"{method}, {way}, {config.rounds} rounds", said, counted))
     return found
 
@@ -98,7 +99,7 @@ def compare_training(size: Size, folder: Path) -> list[Compared]:
     found = []
     for unselected in ("folded", "frozen"):
         prepared = prepare(size, folder, [*RANKS, f"adapter.unselected={unselected}"])
-        config, load, model, data = prepared
+        config, load, model, _ = prepared
         with weightless(config, load.labels) as outlined:
             traced, full = trace(outlined, load), config.adapter.rank
             said = {rank: client_memory(config, outlined, load, rank).training_bytes for rank in config.clients.ranks}
@@ -120,7 +121,8 @@ def compare_training(size: Size, folder: Path) -> list[Compared]:
                 beside = _loaded_bytes(shared, rank, factors * full)
                 found.append(Compared(size.name, "memory", case, said[rank] - beside, peak))
             if unselected == "frozen":
-                peak = peak_bytes(lambda: train_together(shared, jobs[:COHORT], config.train), torch.device("cpu"))
+                run = functools.partial(train_together, shared, jobs[:COHORT], config.train)
+                peak = peak_bytes(run, torch.device("cpu"))
                 beside = _loaded_bytes(shared, 0, 0)
                 case = f"a step of {COHORT} clients in a cohort"
                 found.append(Compared(size.name, "memory", case, together - beside, peak))

@@ -41,7 +41,7 @@ class Size:
 SIZES = (
     Size("the embedded ViT", "vit"),
     Size("a small Llama", "llama", width=256, layers=4, length=64, answer=16, batch=8),
-    Size("BERT-base", "bert", width=768, layers=12, length=32, batch=4),
+    Size("BERT-base", "bert", width=768, layers=12, length=64, batch=4),
 )
 
 

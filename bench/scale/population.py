@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-
 from bench.clients import with_past
 from fed.config import load
 from fed.data import federated_data
@@ -32,9 +31,8 @@ SETTINGS = (
     "train.local_steps=1",
     "measure.noise=false",
     "measure.clients=false",
-    "clients.ranks=[16]",
 )
-KEEPING = ("method=fedsa-lora", "train.head=personal")
+KEEPING = ("method=fedsa-lora", "train.head=personal", "clients.ranks=[16]")
 ROUNDS = 3
 
 

@@ -254,6 +254,12 @@ def check_privacy(config: RunConfig) -> None:
         ("train.weighting", config.train.weighting, ("uniform",), "numbers of samples are data"),
         ("train.head", config.train.head, ("train", "freeze"), "the mean of personal heads would be without noise"),
         ("server.aggregation", config.server.aggregation, ("mean",), "the sensitivity of other rules is another"),
+        (
+            "server.max_update_norm",
+            config.server.max_update_norm,
+            (0.0,),
+            "privacy.clip bounds all that a client moves",
+        ),
         ("server.min_updates", config.server.min_updates, (1,), "how many updates are usable depends on data"),
         ("clients.memory_mib", config.clients.memory_mib, ([],), "the ranks that fit depend on clients' rows"),
     )

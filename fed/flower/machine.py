@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -18,6 +19,7 @@ from fed import config as configuration
 from fed.config import RunConfig
 from fed.data import federated_data as datasets
 from fed.data.federated_data import FederatedData
+from fed.data.sources import read_local
 from fed.errors import FedError
 from fed.experiments import run as running
 from fed.flower.answers import Answer, answer_records
@@ -155,7 +157,11 @@ def _reading(config: RunConfig, base: Path, node: Mapping[str, Any]) -> RunConfi
     if config.model.path is None:
         raise FedError("its node config has rows, and the run's data are images; a run of text would be right")
     rows = str(node["rows"])
-    own = {"name": "files", "path": rows, "test_path": rows, "partition": "iid", "partition_by": None, "train_rows": 0}
+    # All rows are to train on, and the server has those to test on; this one, of a copy, only stands in for them.
+    stand_in = base.parent / "test.jsonl"
+    stand_in.write_text(json.dumps(read_local(rows, "rows of its node config").rows[0], default=str), encoding="utf-8")
+    own = {"name": "files", "path": rows, "test_path": str(stand_in), "test_rows": 0, "validation_fraction": 0.0}
+    own |= {"partition": "iid", "partition_by": None, "train_rows": 0, "rows_per_client": 0}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=own),

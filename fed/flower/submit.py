@@ -115,6 +115,11 @@ def _follow(arguments: list[str], environment: dict[str, str], engine: EngineCon
         raise FedError(
             f"the SuperLink at {engine.address} no longer answers; once it does, python -m fed resume {out} continues"
         )
+    if not status.startswith("finished"):
+        raise FedError(
+            f"the connection to the SuperLink at {engine.address} broke, which has the run as {status!r}: once flwr "
+            f"list shows that it has ended, python -m fed resume {out} continues"
+        )
     if status != "finished:completed":
         raise FedError(f"the run ended as {status!r} at the SuperLink; what it said is above")
     return 0

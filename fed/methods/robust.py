@@ -117,20 +117,18 @@ def robust_modules(server: ServerState, updates: Sequence[ClientUpdate], sides: 
     combined = {}
     for matrix, (A, B) in server.adapter.factors.items():
         A, B = A.clone(), B.clone()
-        for module in range(A.shape[0]):
-            rows, weights = [], []
-            for update in updates:
-                if module in update.selected[matrix]:
-                    own_A, own_B = update.factors[matrix]
-                    place = list(update.selected[matrix]).index(module)
-                    rows.append(torch.cat([{"A": own_A[place], "B": own_B[:, place]}[side] for side in sides]))
-                    weights.append(update.weight)
-            if rows:
-                found = _combined(rows, weights, server.options)
-                if "A" in sides:
-                    A[module] = found[: A.shape[1]].to(A.dtype)
-                if "B" in sides:
-                    B[:, module] = found[-B.shape[0] :].to(B.dtype)
+        trained: dict[int, list[tuple[Tensor, float]]] = {}  # for each module, the vectors and weights of Q_j
+        for update in updates:
+            own_A, own_B = update.factors[matrix]
+            for place, module in enumerate(update.selected[matrix]):
+                row = torch.cat([own_A[place] if side == "A" else own_B[:, place] for side in sides])
+                trained.setdefault(module, []).append((row, update.weight))
+        for module, sent in trained.items():
+            found = _combined([row for row, _ in sent], [weight for _, weight in sent], server.options)
+            if "A" in sides:
+                A[module] = found[: A.shape[1]].to(A.dtype)
+            if "B" in sides:
+                B[:, module] = found[-B.shape[0] :].to(B.dtype)
         combined[matrix] = (A, B)
     return combined
 

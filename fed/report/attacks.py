@@ -55,11 +55,11 @@ def _spread(accuracy: Mapping[int, float]) -> str:
 
 def as_markdown(grid: Grid, found: Sequence[Outcome]) -> str:
     """Return the grid as Markdown: command, what all runs share, tables and the picture."""
-    config = grid.cells[0].config
+    config, seeds = grid.cells[0].config, "1 seed" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds"
     words = ["python", "-m", "fed", "attacks", grid.source, "--seeds", ",".join(map(str, grid.seeds))]
     words += ["--set", *grid.settings] if grid.settings else []
     shared = (
-        f"{population(config)}; {config.rounds} rounds of {local_work(config)}; {len(grid.seeds)} seeds. "
+        f"{population(config)}; {config.rounds} rounds of {local_work(config)}; {seeds}. "
         f"{config.attack.share:.0%} of the clients attack, with a factor of {config.attack.factor:g}; the rules are "
         "told that share."
     )

@@ -11,8 +11,8 @@ from fed.types import Row
 # The kinds of reasons, each with what the reasons of it hold (`Row.faults`); the first that fits counts.
 KINDS = (
     ("too few usable in its round", r"^too few updates"),
-    ("late", r"\blate\b|deadline"),
-    ("sent before", r"the update that it sent for"),
+    ("sent before", r"the update that it sent for|was sent before|^its reply cannot be used: it is of"),
+    ("not trained by its machine", r"^its machine could not train it"),
     ("grew too much", r"^it grew "),
     ("would spoil the server's state", r"^with it "),
     ("not finite", r"NaN or infinity|training loss is -?(nan|inf)"),
@@ -22,6 +22,7 @@ KINDS = (
 )
 UNKNOWN = "unknown: the reason was not saved"
 CLIPPED = "clipped and used"
+LATE = "no answer in time"
 
 
 def kind_of(fault: str) -> str:
@@ -39,6 +40,7 @@ def counts(row: Row) -> Counter[str]:
     found = Counter(map(kind_of, faults))
     found[UNKNOWN] += len(skipped) - len(faults)  # of runs of earlier versions
     found[CLIPPED] += len(clipped)
+    found[LATE] += len(row.get("late", []))
     return +found
 
 
@@ -54,20 +56,21 @@ def left_out_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             clients.setdefault(kind, set()).add(client)
     if not updates:
         return []
-    sent = sum(len(row.get("clients", [])) for row in rows)
+    sent = sum(len(row.get("clients", [])) + len(row.get("late", [])) for row in rows)
     lines: list[tuple[str, ...]] = [(f"of {sent} updates", "updates", "rounds", "clients")]
     for kind in ordered(updates):
-        what = kind if kind == CLIPPED else f"left out: {kind}"
+        what = kind if kind in (CLIPPED, LATE) else f"left out: {kind}"
         lines.append((what, str(updates[kind]), str(rounds[kind]), str(len(clients[kind]))))
     return lines
 
 
 def ordered(found: Counter[str]) -> list[str]:
     """Return the kinds that were found in the order of `KINDS`, those that were clipped last."""
-    return [kind for kind in (*(kind for kind, _ in KINDS), UNKNOWN, CLIPPED) if found[kind]]
+    return [kind for kind in (*(kind for kind, _ in KINDS), UNKNOWN, LATE, CLIPPED) if found[kind]]
 
 
 def _named(row: Row) -> list[tuple[str, int]]:
     skipped, faults = row.get("skipped", []), row.get("faults", [])
     kinds = [kind_of(fault) for fault in faults] or [UNKNOWN] * len(skipped)
-    return [*zip(kinds, skipped, strict=True), *((CLIPPED, client) for client in row.get("clipped", []))]
+    others = [(CLIPPED, client) for client in row.get("clipped", [])]
+    return [*zip(kinds, skipped, strict=True), *others, *((LATE, client) for client in row.get("late", []))]

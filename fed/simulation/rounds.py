@@ -303,8 +303,9 @@ class Federation:
         """Aggregate the usable updates if there are enough; say which are left out, and why, and which are clipped."""
         number, server = before.server.round + 1, before.server
         if self.private is not None:  # no update may decide on another's
-            for line in told(trained, 0.0):
-                self.on_event(f"round {number}: {line}")
+            for result in trained:
+                if result.fault is not None:
+                    self.on_event(f"round {number}: client {result.client.id} is left out: {result.fault}")
             following = step(server, self.private.aggregate(server, trained), self.config.server)
             following = replace(following, fold_bytes=(*server.fold_bytes, 0), idle_rounds=0)
             return Aggregated(Candidate(following, None, None), list(trained))

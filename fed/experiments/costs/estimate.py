@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 
 from fed.config import RunConfig
@@ -122,21 +125,19 @@ def costs(config: RunConfig, load: Workload, clients: Sequence[int] = ()) -> Cos
             small, large = (client_memory(config, shared, load, rank).total_bytes for rank in (1, full))
             module = (large - small) // max(1, full - 1) or small
             ranks = ranks_within(budgets, Estimate(small - module, module), full)
-        of_client = [ranks[client % len(ranks)] for client in range(count)]
+        steps_of = _steps_by_rank(config, ranks, load)
         sides = _SIDES.get(config.method, ("AB",))
         again = config.train.gradient_checkpointing
         by_rank = []
-        for rank in sorted(set(of_client)):
-            mine = [client for client, own in enumerate(of_client) if own == rank]
+        for rank, (having, steps) in steps_of.items():
             held = (full if selects else rank) if frozen or config.execution == "cohort" else 0
             step = fmean(step_operations(traced, load, width, rank, held, side, again).total for side in sides)
-            steps = fmean(local_steps(config, Client(client, rank, load.client_rows)) for client in mine)
             folding = fold_operations(layers, full - rank) if selects and not held else 0
             sent = messages.of_client(rank, 1, 0)
             by_rank.append(
                 ClientCost(
                     rank,
-                    len(mine),
+                    having,
                     steps,
                     round(steps * step) + folding,
                     client_memory(config, shared, load, rank),
@@ -144,9 +145,8 @@ def costs(config: RunConfig, load: Workload, clients: Sequence[int] = ()) -> Cos
                     sent.download_bytes,
                 )
             )
-        known = {cost.rank: cost for cost in by_rank}
         per_round = config.clients.per_round
-        in_round = _typical(of_client, per_round)
+        in_round = _typical(steps_of, per_round)
         head = sum(tensor.numel() for tensor in shared.head.values())
         cohort_size = config.clients_per_pass or per_round
         exact = count * config.rounds <= EXACT_DRAWS
@@ -176,14 +176,29 @@ def costs(config: RunConfig, load: Workload, clients: Sequence[int] = ()) -> Cos
             cohort=cohort_bytes(config, shared, load, cohort_size),
             server=server_memory(config, shared, in_round),
             traffic=traffic,
-            train_operations=round(per_round * fmean(known[rank].train_operations for rank in of_client)),
+            train_operations=round(per_round * sum(cost.clients * cost.train_operations for cost in by_rank) / count),
             aggregation_operations=server_operations(config, layers, sum(in_round), per_round * head),
             evaluation_operations=evaluation_operations(traced, load, full),
             populations=tuple(populations),
         )
 
 
-def _typical(of_client: Sequence[int], per_round: int) -> list[int]:
+def _steps_by_rank(config: RunConfig, ranks: Sequence[int], load: Workload) -> dict[int, tuple[int, float]]:
+    """Return the number of clients of each rank, the smallest first, and their mean number of local steps."""
+    count, steps = config.clients.count, max(1, len(config.train.client_steps))
+    cycle = math.lcm(len(ranks), steps)  # after so many clients their ranks and steps come again
+    found: dict[int, list[tuple[int, int]]] = {}
+    for place in range(min(cycle, count)):
+        client = Client(place, ranks[place % len(ranks)], load.client_rows)
+        found.setdefault(client.rank, []).append((-(-(count - place) // cycle), local_steps(config, client)))
+    totals = {rank: (sum(times for times, _ in found[rank]), found[rank]) for rank in sorted(found)}
+    return {
+        rank: (having, sum(times * own for times, own in parts) / having) for rank, (having, parts) in totals.items()
+    }
+
+
+def _typical(steps_of: Mapping[int, tuple[int, float]], per_round: int) -> list[int]:
     """Return the ranks of a round's clients if each rank has its share in it, the largest ones first."""
-    ordered = sorted(of_client, reverse=True)
-    return [ordered[place * len(ordered) // per_round] for place in range(per_round)]
+    ranks = sorted(steps_of, reverse=True)
+    ends = [*accumulate(steps_of[rank][0] for rank in ranks)]
+    return [ranks[bisect_right(ends, place * ends[-1] // per_round)] for place in range(per_round)]

@@ -119,7 +119,9 @@ def seconds(value: float) -> str:
         return f"{1000 * value:.1f} ms"
     if value < 120:
         return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    if value < 7200:
+        return f"{value / 60:.1f} min"
+    return f"{value / 3600:.1f} h" if value < 48 * 3600 else f"{value / 86400:,.0f} days"
 
 
 def notes(costs: Costs, speeds: Speeds | None) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import fmean
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fed import methods
@@ -32,6 +34,14 @@ class Traffic:
     download_bytes: int
 
 
+class _Zeros(ClientRandom):
+    """Random streams of which only the sizes count: FLoRA draws a client's factors from them."""
+
+    def uniform(self, size: int, *purpose: int | str) -> NDArray[np.float64]:
+        """Return `size` zeros, which take no time to draw."""
+        return np.zeros(size)
+
+
 @dataclass(frozen=True)
 class Messages:
     """The bytes of what one client sends and receives, by its rank and by whether it took part in the last round.
@@ -42,6 +52,7 @@ class Messages:
     config: RunConfig
     server: ServerState
     folded: int
+    _known: dict[tuple[int, int, bool], Traffic] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, config: RunConfig, shared: SharedModel) -> Messages:
@@ -57,9 +68,16 @@ class Messages:
 
     def of_client(self, rank: int, number: int, last_round: int) -> Traffic:
         """Return what a client of this rank sends and gets in round `number`, but for what was folded meanwhile."""
+        # RoLoRA sends other factors in even rounds, and to clients that were in the last one.
+        key = rank, number % 2, last_round == number - 1 > 0
+        if key not in self._known:
+            self._known[key] = self._of_client(rank, number, last_round)
+        return self._known[key]
+
+    def _of_client(self, rank: int, number: int, last_round: int) -> Traffic:
         config, server = self.config, replace(self.server, round=number - 1)
         method, client = methods.find(config.method), Client(0, rank, 1, last_round=last_round)
-        start = method.start(server, client, ClientRandom(config.seed, number, 0))
+        start = method.start(server, client, _Zeros(config.seed, number, 0))
         factors = {
             matrix: (A[: len(start.selected[matrix])], B[:, : len(start.selected[matrix])])
             for matrix, (A, B) in start.factors.items()
@@ -88,7 +106,6 @@ def round_traffic(messages: Messages, ranks: Sequence[int], rounds: int) -> list
     """
     config = messages.config
     population = range(config.clients.count)
-    known: dict[tuple[int, int, bool], Traffic] = {}
     last = dict.fromkeys(population, 0)
     folds = [0]  # of the rounds so far, added up
     found = []
@@ -96,12 +113,8 @@ def round_traffic(messages: Messages, ranks: Sequence[int], rounds: int) -> list
         up = down = modules = 0
         for client in drawn(config, population, number):
             rank, before = ranks[client % len(ranks)], last[client]
-            # RoLoRA sends other factors in even rounds, and to clients that were in the last one.
-            key = rank, number % 2, before == number - 1 > 0
-            if key not in known:
-                known[key] = messages.of_client(rank, number, before)
-            missed = folds[-1] - folds[max(before - 1, 0)]
-            up, down = up + known[key].upload_bytes, down + known[key].download_bytes + missed
+            own, missed = messages.of_client(rank, number, before), folds[-1] - folds[max(before - 1, 0)]
+            up, down = up + own.upload_bytes, down + own.download_bytes + missed
             modules += rank
             last[client] = number
         folds.append(folds[-1] + messages.fold_bytes(modules))

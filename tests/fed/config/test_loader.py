@@ -134,6 +134,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, nearest: str, 
         ("clients.ranks=[]", r"clients.ranks is \[\]: it should have at least 1 item"),
         ("clients.ranks=[2,0]", r"clients.ranks\[1\] is 0: it should be greater than or equal to 1"),
         ("clients.ranks=[2,17]", r"clients.ranks is \[2, 17\]: every rank should be at most adapter.rank \(16\)"),
+        ("clients.count=1000001", r"clients.count is 1000001: it should be less than or equal to 1000000"),
         ("clients.per_round=21", r"clients.per_round is 21: it should be at most clients.count \(20\)"),
         ("clients.dirichlet_alpha=some", "clients.dirichlet_alpha is 'some': it should be a valid number or 'iid'"),
         ("method=fedit", r"clients.ranks is \[2, 4, 8, 16\]: FedIT needs every rank equal to adapter.rank \(16\)"),
@@ -165,6 +166,11 @@ def test_fedit_takes_ranks_that_are_all_the_adapters() -> None:
     assert load("digits", overrides).clients.count == 2
     with pytest.raises(FedError, match="FedIT needs every rank equal"):
         load("digits", ["method=fedit", "clients.ranks=[8]"])
+
+
+def test_a_million_clients_may_share_rows() -> None:
+    found = load("digits", ["clients.count=1000000", "clients.per_round=0.01", "clients.ranks={4 = 0.3, 8 = 0.7}"])
+    assert (found.clients.count, found.clients.per_round, len(found.clients.ranks)) == (1_000_000, 10_000, 10)
 
 
 def test_a_path_means_files_without_a_shift() -> None:

@@ -31,7 +31,9 @@ LEFT_OUT = {"skipped": [3, 1], "faults": ["its training loss is nan", "it grew 3
         ("its selection lacks m", "other modules"),
         ("it is the update that it sent for the state after round 3", "sent before"),
         ("too few updates are usable: 1 of 2 that server.min_updates asks for", "too few usable in its round"),
-        ("its answer came late, after server.deadline", "late"),
+        ("its reply cannot be used: it is of round 3, and this is round 4", "sent before"),
+        ("its reply cannot be used: it answers another message of this round, or was sent before", "sent before"),
+        ("its machine could not train it: there is not enough memory", "not trained by its machine"),
         ("its m lora_A is (1, 2); (2, 2) would be right", "malformed"),
     ],
 )
@@ -43,12 +45,13 @@ def test_a_table_counts_updates_rounds_and_clients() -> None:
     rows = [
         make_row(0, clients=[]),
         make_row(1, clients=[0, 1, 3], **LEFT_OUT),
-        make_row(2, clients=[1, 2, 3], skipped=[3], faults=["its h holds NaN or infinity"], clipped=[1, 2]),
+        make_row(2, clients=[1, 2, 3], skipped=[3], faults=["its h holds NaN or infinity"], clipped=[1, 2], late=[5]),
     ]
     assert left_out_table(rows) == [
-        ("of 6 updates", "updates", "rounds", "clients"),
+        ("of 7 updates", "updates", "rounds", "clients"),
         ("left out: grew too much", "1", "1", "1"),
         ("left out: not finite", "2", "2", "1"),
+        ("no answer in time", "1", "1", "1"),
         ("clipped and used", "2", "1", "2"),
     ]
     assert left_out_table([make_row(0), make_row(1)]) == []

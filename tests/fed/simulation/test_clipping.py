@@ -62,6 +62,7 @@ def test_no_module_moves_further_than_the_limit(
         size * torch.nn.functional.normalize(torch.randn(width, generator=generator, dtype=torch.float64), dim=0)
         for size, width in zip(sizes, (3, 2, 3, 2), strict=True)
     )
+    u, v = (a + u) - a, (b + v) - b  # as they are left by rounding
     new_a, new_b, same = clipped((a, b), (a + u, b + v), most)
     rounding = 1e-9 * (1 + (a.norm() * b.norm()).item())
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):

@@ -190,7 +190,7 @@ def test_public_drawing_counts_the_client_that_took_part_most() -> None:
     assert own.spent(0) == {"noise_std": 0.1, "epsilon": 0.0, "delta": 1e-5}
 
 
-@pytest.mark.parametrize("sampling", ["public", "secret"])
+@pytest.mark.parametrize("sampling", ["public", pytest.param("secret", marks=pytest.mark.slow)])
 def test_a_wished_for_epsilon_is_what_its_rounds_spend(sampling: str) -> None:
     wish = {"noise_multiplier": 0.0, "target_epsilon": 6.0, "target_rounds": 5, "sampling": sampling}
     own = private(privacy=wish)
@@ -264,6 +264,7 @@ def test_a_client_that_breaks_costs_no_other_its_place(monkeypatch: pytest.Monke
     said: list[str] = []
     rows = simulate(config, make_data(), TinyClassifier(), HEAD, tmp_path, None, said.append)
     assert [set(row["skipped"]) <= {3} for row in rows] == [True] * 3
+    assert not any("keeps its state" in line for line in said)
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
@@ -291,6 +292,7 @@ def test_private_heads_that_are_frozen_stay(tmp_path: Path) -> None:
         ({"train": {"weighting": "samples"}}, "numbers of samples are data"),
         ({"train": {"head": "personal"}}, "the mean of personal heads would be without noise"),
         ({"server": {"aggregation": "median"}}, "the sensitivity of other rules is another"),
+        ({"server": {"max_update_norm": 0.5}}, "privacy.clip bounds all that a client moves; 0.0 would be right"),
         ({"server": {"min_updates": 2}}, "how many updates are usable depends on data"),
         ({"clients": {"memory_mib": [4.0]}}, "the ranks that fit depend on clients' rows"),
         (

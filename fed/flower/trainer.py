@@ -33,7 +33,7 @@ def main(folder: Path, parent: int) -> None:
     """Answer messages until the process `parent` ends."""
     trainer = Trainer(folder)
     threading.Thread(target=_end_with, args=(parent, trainer), daemon=True).start()
-    with Listener(str(folder / SOCKET), "AF_UNIX", authkey=(folder / KEY).read_bytes()) as listener:
+    with Listener(str(folder / SOCKET), "AF_UNIX", backlog=16, authkey=(folder / KEY).read_bytes()) as listener:
         while True:
             try:
                 with listener.accept() as connection:
@@ -90,17 +90,19 @@ class Trainer:
 
 def _end_with(parent: int, trainer: Trainer) -> None:
     """End this process, and remove its folder, once `parent` has ended or nobody has called for long."""
-    while _is_there(parent) and time.monotonic() - trainer.called < IDLE_SECONDS:
+    began = _began(parent)  # by which a later process of the same number is told from it
+    while began is not None and _began(parent) == began and time.monotonic() - trainer.called < IDLE_SECONDS:
         time.sleep(1)
     shutil.rmtree(trainer._folder, ignore_errors=True)
     os._exit(0)  # the main thread may be in the middle of training, whose result nobody waits for
 
 
-def _is_there(process: int) -> bool:
+def _began(process: int) -> str | None:
+    """Return when a process began, in the system's clock ticks; None if it has ended."""
     with suppress(OSError):
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else fields[18]  # the 22nd field of all, as `man proc` counts them
+    return None
 
 
 if __name__ == "__main__":

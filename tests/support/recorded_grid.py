@@ -105,6 +105,17 @@ class RecordedRound:
             self._joins[number] = RecordDict({FACTS: ConfigRecord({"json": json.dumps(facts)})})
             node.answer = self._answerer(number)  # type: ignore[method-assign]
 
+    def grid_numbers(self) -> list[int]:
+        """Return the numbers of the machines that are sent clients in this round."""
+        numbers: list[int] = []
+
+        def note(number: int, reply: Message) -> list[Message]:
+            numbers.append(number)
+            return [reply]
+
+        self.play(note)
+        return numbers
+
     def _record(self, number: int, reply: Message) -> list[Message]:
         if reply.metadata.message_type == JOIN:
             return [reply]

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from fed import config as configuration
 from fed.config import RunConfig
 from tests.support.hostile import watched
 from tests.support.recorded_grid import Played, RecordedRound, mean_of, named, recorded_round
-from tests.support.reply_mutations import tampered
+from tests.support.reply_mutations import tampered, with_content, with_error
 
 SETTINGS = [
     *("rounds=3", "clients.count=4", "clients.per_round=3", "clients.ranks=[1, 2, 4, 3]", "adapter.rank=4"),
@@ -93,3 +94,67 @@ def test_thousands_of_tampered_replies_change_nothing_else(recorded: RecordedRou
         outcomes["used"] += len(row["clients"]) - len(row["skipped"]) == 3
     assert min(outcomes["used"], outcomes["left out"]) > 300, outcomes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def reason(played: Played, client: int) -> str:
+    """Return why a client's update is left out."""
+    row = played.round.row
+    return row["faults"][row["skipped"].index(client)]
+
+
+@pytest.mark.parametrize("sent", ["earlier", "another's", "another message's"])
+def test_a_reply_to_another_message_is_left_out(recorded: RecordedRound, sent: str) -> None:
+    first = recorded.grid_numbers()[0]
+    replies: dict[int, RecordDict] = {}
+
+    def note(number: int, reply: Message) -> list[Message]:
+        replies[number] = reply.content
+        return [reply]
+
+    recorded.play(note)
+    other = {
+        "earlier": recorded.earlier,
+        "another's": replies[recorded.grid_numbers()[-1]],
+        "another message's": replies[first],
+    }[sent]
+    played = recorded.play(lambda number, reply: [with_content(reply, other) if number == first else reply])
+    check(recorded, played)
+    assert played.round.row["skipped"]
+    why = "it is of round 1, and this is round 2" if sent == "earlier" else "it answers another message of this round"
+    for client in played.round.row["skipped"]:
+        assert reason(played, client).startswith(f"its reply cannot be used: {why}")
+
+
+@pytest.mark.parametrize("order", ["twice", "after an error", "before an error"])
+def test_no_client_counts_twice(recorded: RecordedRound, order: str) -> None:
+    first = recorded.grid_numbers()[0]
+    expected = named(recorded.play().round.state.server)
+    failed: list[int] = []
+
+    def tamper(number: int, reply: Message) -> list[Message]:
+        if number != first or order == "twice":
+            return [reply, reply]
+        if failed:
+            return [reply]
+        failed.append(number)
+        error = with_error(reply, "the machine failed")
+        return [error, reply] if order == "after an error" else [reply, error]
+
+    played = recorded.play(tamper)
+    check(recorded, played)
+    assert played.used == recorded.drawn
+    for name, value in named(played.round.state.server).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_a_reply_that_arrives_rounds_later_is_not_taken(recorded: RecordedRound) -> None:
+    kept: list[Message] = []
+
+    def note(number: int, reply: Message) -> list[Message]:
+        kept.append(reply)
+        return [reply]
+
+    recorded.play(note)
+    played = recorded.play(lambda number, reply: [*kept, reply, *kept])
+    check(recorded, played)
+    assert played.used == recorded.drawn

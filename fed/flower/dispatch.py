@@ -144,8 +144,26 @@ class Post:
     def _answers(self) -> list[Sent]:
         if not self._under_way:
             return []
-        found = [self._answered(reply) for reply in self._grid.pull_messages(list(self._under_way))]
-        return [one for one in found if one is not None]
+        found = [self._answered(reply) for reply in self._pulled(list(self._under_way))]
+        return [one for one in found if one is not None] + self._unreadable()
+
+    def _pulled(self, numbers: Sequence[str]) -> list[Message]:
+        """Return the replies to messages; a reply that Flower cannot unpack is noted, and loses no other one."""
+        try:
+            return list(self._grid.pull_messages(numbers))
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            if _is_of_connection(error):
+                raise
+            if len(numbers) == 1:
+                self._under_way[numbers[0]].fault = f"its reply cannot be unpacked: {printable(str(error))[:400]}"
+                return []
+        return [reply for number in numbers for reply in self._pulled([number])]
+
+    def _unreadable(self) -> list[Sent]:
+        numbers = [number for number, one in self._under_way.items() if one.fault is not None]
+        return [self._under_way.pop(number) for number in numbers]
 
     def _answered(self, reply: Message) -> Sent | None:
         """Return what a reply answers; None if that is answered already or was never asked."""
@@ -166,3 +184,8 @@ class Post:
         for number in late:
             self._under_way[number].fault = "it did not answer in time"
         return [self._under_way.pop(number) for number in late]
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Return whether an error is one of the connection to the SuperLink, and not of a reply."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore")

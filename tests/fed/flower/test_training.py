@@ -78,7 +78,13 @@ def assert_same_run(found: Path, expected: Path, without: set[str] | None = None
             torch.testing.assert_close(own, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Those that keep nothing and fold nothing, that fold, and that keep something on their machines.
+FEW = ("fed-plora", "flora", "fedsa-lora")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in METHODS]
+)
 @pytest.mark.parametrize("mode", ["simulation", "deployment"])
 def test_a_run_over_machines_is_as_one_in_a_process(tmp_path: Path, method: str, mode: str) -> None:
     settings = [*METHODS[method], f"method={method}"]
@@ -104,6 +110,7 @@ def test_a_run_over_machines_is_as_one_in_a_process(tmp_path: Path, method: str,
     ],
     ids=" ".join,
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["simulation", "deployment"])
 def test_settings_mean_the_same_on_machines(tmp_path: Path, settings: Sequence[str], mode: str) -> None:
     play(config_of(*SMALL, *settings), tmp_path / "here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -160,9 +161,8 @@ def test_ctrl_c_stops_the_run_at_the_superlink_and_resume_goes_on(tmp_path: Path
             outcome = command.wait(60)
         assert outcome.status == 130
         assert outcome.err == f"interrupted: the rounds so far are in {out}; python -m fed resume {out} continues\n"
-        runs = network.flwr("list", "network").out
-        assert "stopped" in runs
-        assert "running" not in runs
+        runs = json.loads(network.flwr("list", "network", "--format", "json").out)["runs"]
+        assert [run["status"] for run in runs] == ["finished:stopped"]
         with Process(tmp_path / "command", "resume", str(out), "--no-centralised") as command:
             outcome = command.wait()
         assert outcome.status == 0, f"{outcome}\n{network.tails()}"

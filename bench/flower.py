@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if max(options.nodes) > usable_cores():
         parser.error(f"{max(options.nodes)} SuperNodes need as many cores; there are {usable_cores()}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the processes end as well
     measured = [_measure(count, options) for count in options.nodes]
     first = measured[0]["clients_per_second"]
     for one in measured:

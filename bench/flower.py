@@ -42,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], help="how many SuperNodes, in turn")
     parser.add_argument("--clients", type=int, default=40, help="in a round")
-    parser.add_argument("--steps", type=int, default=120, help="of each client")
+    parser.add_argument("--steps", type=int, default=480, help="of each client")
     parser.add_argument("--rounds", type=int, default=2, help="that count")
     parser.add_argument("--seconds", type=float, default=900.0, help="after which a run has failed")
     options = parser.parse_args(arguments)
     if max(options.nodes) > usable_cores():
         parser.error(f"{max(options.nodes)} SuperNodes need as many cores; there are {usable_cores()}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the processes end as well
     measured = [_measure(count, options) for count in options.nodes]
     first = measured[0]["clients_per_second"]
     for one in measured:

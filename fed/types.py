@@ -151,7 +151,8 @@ class Client:
     `memory` is what its method lets it keep between rounds, empty before its first round. `head` is its own head if
     heads are personal, else empty. `last_round` is the round it last took part in, or 0, and `kept_round` the last one
     with a usable update, after which it kept `memory` and `head`. `gradients` holds a gradient norm for each module,
-    (R,) for every matrix, if modules are selected by gradients.
+    (R,) for every matrix, if modules are selected by gradients. The server does not have the rows of a client with
+    `own_rows`.
     """
 
     id: int
@@ -162,6 +163,7 @@ class Client:
     last_round: int = 0
     kept_round: int = 0
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    own_rows: bool = False
 
 
 @dataclass(frozen=True)

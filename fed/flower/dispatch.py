@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -18,6 +19,9 @@ POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
 NO_ROUND = -1  # the base of a machine is as after no round that the server's was
 # Between two looks which machines are connected: while messages are under way, and while only machines are waited for.
 LOOK_SECONDS, WAIT_SECONDS = 2.0, 1.0
+BUSY_SECONDS = 120.0  # for a SuperLink to answer again that fails, as with a database locked while it is overloaded
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -116,7 +120,7 @@ class Post:
             sent = False
             if ended or now - looked >= (LOOK_SECONDS if self._under_way else WAIT_SECONDS):
                 looked = now
-                connected = set(self._grid.get_node_ids())
+                connected = set(_insisting(self._grid.get_node_ids))
                 ended += self._gone(connected)
                 for one in ended:
                     play.ended(one)
@@ -134,7 +138,7 @@ class Post:
 
     def _push(self, one: Sent) -> bool:
         """Send a message by itself, because it may be large; return whether it was taken."""
-        (number,) = list(self._grid.push_messages([one.message])) or [""]
+        (number,) = list(_insisting(lambda: self._grid.push_messages([one.message]))) or [""]
         if not number:
             one.fault, one.lost = "the SuperLink did not take the message", True
             return False
@@ -150,12 +154,10 @@ class Post:
     def _pulled(self, numbers: Sequence[str]) -> list[Message]:
         """Return the replies to messages; a reply that Flower cannot unpack is noted, and loses no other one."""
         try:
-            return list(self._grid.pull_messages(numbers))
-        except (OSError, MemoryError):
+            return list(_insisting(lambda: self._grid.pull_messages(numbers)))
+        except (OSError, MemoryError, httpx.HTTPError):  # not of a reply
             raise
         except Exception as error:
-            if _is_of_connection(error):
-                raise
             if len(numbers) == 1:
                 self._under_way[numbers[0]].fault = f"its reply cannot be unpacked: {printable(str(error))[:400]}"
                 return []
@@ -186,6 +188,14 @@ class Post:
         return [self._under_way.pop(number) for number in late]
 
 
-def _is_of_connection(error: Exception) -> bool:
-    """Return whether an error is one of the connection to the SuperLink, and not of a reply."""
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore")
+def _insisting(call: Callable[[], T]) -> T:
+    """Return what a call of the SuperLink returns, which is made again while that answers with an error of its own."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return call()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or time.monotonic() > until:
+                raise
+        interruption.check()
+        time.sleep(1)

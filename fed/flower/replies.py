@@ -31,16 +31,12 @@ _LONGEST = 400  # characters of a fault
 
 @dataclass(frozen=True)
 class Asked:
-    """What a message asked of a machine; `nonce` is a random number that the reply to it repeats.
-
-    With `own_rows` the machine trains on rows that the server does not have.
-    """
+    """What a message asked of a machine; `nonce` is a random number that the reply to it repeats."""
 
     run: str
     round: int
     nonce: str
     clients: Sequence[Client]
-    own_rows: bool = False
 
 
 def why_lacking(content: RecordDict) -> str:
@@ -75,7 +71,7 @@ def reply_of(content: RecordDict, asked: Asked, federation: Federation, state: R
     results = []
     for client in asked.clients:
         try:
-            results.append(_result(content, client, asked, federation, state))
+            results.append(_result(content, client, federation, state))
         except RecordError as error:
             results.append(left_out(federation, state, client, str(error)))
     seconds, steps = facts.get("seconds"), sum(local_steps(federation.config, client) for client in asked.clients)
@@ -105,7 +101,7 @@ def _check(facts: Mapping[str, Any], asked: Asked) -> None:
         raise RecordError("it answers another message of this round, or was sent before")
 
 
-def _result(content: RecordDict, client: Client, asked: Asked, federation: Federation, state: RunState) -> ClientResult:
+def _result(content: RecordDict, client: Client, federation: Federation, state: RunState) -> ClientResult:
     """Return the checked result of one client; raise RecordError if its part of the reply is not whole."""
     config, method = federation.config, federation.method
     deployed, device = config.engine.mode == "deployment", federation.shared.device
@@ -121,7 +117,7 @@ def _result(content: RecordDict, client: Client, asked: Asked, federation: Feder
         moved = factor_noise(job.start.factors, ends)
     noise = answer.noise if config.measure.noise else None
     counts = None
-    if asked.own_rows:  # how long they are is not known here
+    if client.own_rows:  # how long they are is not known here
         counts = Counts(job.steps, weight_of(job.client, config.train), 0, MOST_POSITIONS)
     seconds = answer.fold_seconds, answer.train_seconds
     result = federation.checked(state, job, update, noise, moved, *seconds, counts)

@@ -80,9 +80,9 @@ class FlowerTraining:
             return None
         said = begun or sorted((node.facts["client"] for node in self.nodes.values()), key=lambda own: int(own["id"]))
         if begun is None:
-            own = [{name: client[name] for name in ("id", "rank", "rows")} for client in said]
+            own = [{name: client.get(name) for name in ("id", "rank", "rows", "own_rows")} for client in said]
             write_sealed(self._directory() / STATE, {"run": self._key, "clients": own})
-        return tuple(Client(own["id"], own["rank"], own["rows"]) for own in said)
+        return tuple(Client(own["id"], own["rank"], own["rows"], own_rows=own.get("own_rows") is True) for own in said)
 
     def train(self, federation: Federation, state: RunState, clients: Sequence[Client]) -> list[ClientResult]:
         """Train the clients on the machines; return the results of those that answered in time.
@@ -176,8 +176,7 @@ class FlowerTraining:
         keeps, trial = federation.config.engine.mode == "deployment", _is_trial(state)
         base, before = (WHOLE, None) if trial else _base_for(node, state)
         base_round = NO_ROUND if trial else _base_round(state)
-        own_rows = bool(keeps and node.facts["client"].get("own_rows"))
-        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients), own_rows)
+        asked = Asked(self._key, state.server.round + 1, secrets.token_hex(16), list(clients))
         facts = {
             "run": asked.run,
             "round": asked.round,

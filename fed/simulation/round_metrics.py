@@ -161,8 +161,11 @@ class RoundMetrics:
 
         `right` (n,) is True for test rows that the global model classifies correctly; with personal models it is
         overwritten. Returns None if all clients share one model and there are no labels to weight by, because then
-        every client would have the same accuracy, and if no answers are generated in this round.
+        every client would have the same accuracy, if no answers are generated in this round, and if a client's rows are
+        not here.
         """
+        if any(result.client.own_rows for result in results):
+            return None
         personal = self.method.personal or self.config.train.head == "personal"
         wanted = labels_of(self.data.test)
         if wanted is None and not (personal and self.generates(state.server.round)):

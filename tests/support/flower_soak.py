@@ -108,7 +108,7 @@ def draw(samples: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("round")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    files.legend()
+    memory.legend(loc="center right")
     figure.savefig(path, dpi=120)
 
 

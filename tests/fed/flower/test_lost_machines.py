@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import Error, Message
@@ -137,6 +139,27 @@ def resumed(config: Any, out: Path, grid: MemoryGrid) -> Any:
         return running.play(
             config, data, model, out, lambda row: None, lambda line: None, resume=True, executor=executor
         )
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_a_superlink_that_is_overloaded_is_asked_again(tmp_path: Path, status: int) -> None:
+    class Overloaded(MemoryGrid):
+        failures = 1
+
+        def get_node_ids(self) -> list[int]:
+            self.failures -= 1
+            if self.failures == 0:
+                request = httpx.Request("POST", "http://127.0.0.1")
+                raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+            return super().get_node_ids()
+
+    grid = Overloaded([{}], tmp_path)
+    training = FlowerTraining(grid, lambda: tmp_path, lambda line: None)
+    federation: Any = SimpleNamespace(config=config_of(*SMALL, "engine.wait=0"))
+    expected = FedError if status == 500 else httpx.HTTPStatusError
+    grid.nodes.clear()
+    with pytest.raises(expected):
+        training.clients(federation)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -114,7 +115,9 @@ def test_a_superlink_with_a_certificate_that_is_not_trusted_is_named(
 def test_methods_over_supernodes(tmp_path: Path, mode: str, settings: Sequence[str]) -> None:
     with FlowerNetwork(tmp_path / "network", deployed(tmp_path), **QUICK) as network:
         found, expected = play_both(tmp_path, network, settings, f"engine.mode={mode}")
-    assert_same_run(found, expected, OWN if mode == "deployment" else None)
+    # Each machine has cohorts of its own, and a client's part of what a cohort holds depends on the others in it.
+    without = OWN if mode == "deployment" else {"activation_bytes"} if "execution=cohort" in settings else None
+    assert_same_run(found, expected, without)
 
 
 @pytest.mark.slow
@@ -123,7 +126,7 @@ def test_a_run_with_certificates_and_keys(tmp_path: Path) -> None:
         assert network.certificates is not None
         nodes = []
         for number, config in enumerate(deployed(tmp_path)):
-            key = make_key(tmp_path / f"key-{number}")
+            key = make_key(tmp_path, f"key-{number}")
             network.register(key)
             nodes.append(network.add_node(config, key=key))
         network.wait_online(nodes)
@@ -152,15 +155,14 @@ def test_ctrl_c_stops_the_run_at_the_superlink_and_resume_goes_on(tmp_path: Path
     with FlowerNetwork(tmp_path / "network", deployed(tmp_path), **QUICK) as network:
         flower = ("engine.mode=deployment", "--flower", f"http://{network.address}", "--no-centralised")
         with Process(tmp_path / "command", "run", "digits", *settings, "--out", str(out), *flower) as command:
-            begun = command.until(lambda: (out / "rounds.jsonl").exists() and len(rows_of(out)) > 1)
+            begun = command.until(lambda: (out / "rounds.jsonl").exists() and len(rows_of(out)) > 1, 400)
             assert begun, f"{command.wait(1)}\n{network.tails()}"
             command.send(signal.SIGINT)
             outcome = command.wait(60)
         assert outcome.status == 130
         assert outcome.err == f"interrupted: the rounds so far are in {out}; python -m fed resume {out} continues\n"
-        runs = network.flwr("list", "network").out
-        assert "stopped" in runs
-        assert "running" not in runs
+        runs = json.loads(network.flwr("list", "network", "--format", "json").out)["runs"]
+        assert [run["status"] for run in runs] == ["finished:stopped"]
         with Process(tmp_path / "command", "resume", str(out), "--no-centralised") as command:
             outcome = command.wait()
         assert outcome.status == 0, f"{outcome}\n{network.tails()}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.harness.records import ResultsError
 from bench.report.markdown import commit_text, markdown_table, versions_text
-from fed.experiments.costs.tables import seconds, sized
+from fed.experiments.costs.quantities import seconds, sized
 from fed.methods import METHODS
 
 KIND = "scale"

@@ -45,7 +45,10 @@ def test_over_a_quantised_base_modules_are_frozen_unless_another_form_is_asked_f
         ),
         ({"model": {"copy_base": True}}, r"^model.copy_base is true and model.quantize 'nf4'"),
         ({"model": {"quantize": "int4"}}, r"^model.quantize is 'int4': it should be 'none', 'nf4' or 'int8'$"),
-        ({"model": {"dtype": "fp16"}}, r"^model.dtype is 'fp16': it should be 'auto', 'float32', 'bfloat16' or 'float"),
+        (
+            {"model": {"dtype": "fp16"}},
+            r"^model.dtype is 'fp16': it should be 'auto', 'float64', 'float32', 'bfloat16' or 'float",
+        ),
         ({"adapter": {"dtype": "half"}}, r"^adapter.dtype is 'half': it should be 'auto', 'float32', 'bfloat16' or"),
         ({"model": {"matmul_precision": "tf32"}}, r"^model.matmul_precision is 'tf32': it should be 'highest', 'high'"),
         (

@@ -53,6 +53,7 @@ def test_a_client_whose_machine_comes_back_under_another_number_trains_in_the_sa
     assert_same_run(tmp_path / "there", tmp_path / "here", OWN)
 
 
+@pytest.mark.slow
 def test_a_second_supernode_takes_over_when_the_first_is_gone(tmp_path: Path) -> None:
     told: list[str] = []
 
@@ -73,6 +74,7 @@ def test_a_second_supernode_takes_over_when_the_first_is_gone(tmp_path: Path) ->
     assert_same_run(tmp_path / "there", tmp_path / "here", OWN)
 
 
+@pytest.mark.slow
 def test_a_machine_that_stays_away_is_waited_for_once(tmp_path: Path) -> None:
     told: list[str] = []
 
@@ -114,6 +116,7 @@ def test_a_client_that_ends_every_machine_is_given_up(tmp_path: Path, mode: str)
     assert rows[1]["late"] == ([1] if mode == "deployment" else [0, 1, 2, 3])
 
 
+@pytest.mark.slow
 def test_a_deployment_goes_on_without_a_machine_that_is_gone(tmp_path: Path) -> None:
     out, settings = tmp_path / "there", [*SMALL, "clients.per_round=4", "engine.mode=deployment", "engine.wait=3"]
     grid = MemoryGrid(with_states(tmp_path), tmp_path)

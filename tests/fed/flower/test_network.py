@@ -69,6 +69,7 @@ def test_a_process_ends_with_the_test_process(tmp_path: Path) -> None:
     assert until(lambda: not alive(child), 30)
 
 
+@pytest.mark.slow
 def test_a_network_leaves_no_process_when_its_test_fails(tmp_path: Path) -> None:
     pids: list[int] = []
 
@@ -83,6 +84,7 @@ def test_a_network_leaves_no_process_when_its_test_fails(tmp_path: Path) -> None
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_a_node_that_ends_is_an_error_with_its_log(tmp_path: Path) -> None:
     with FlowerNetwork(tmp_path) as network:
         node = network.add_node(trust=["--insecure", "--no-such-option"])

@@ -45,6 +45,7 @@ def play_both(folder: Path, network: FlowerNetwork, settings: Sequence[str], *en
     return folder / "there", folder / "here"
 
 
+@pytest.mark.slow
 def test_a_run_over_three_supernodes_is_as_one_in_a_process(tmp_path: Path) -> None:
     with FlowerNetwork(tmp_path / "network", deployed(tmp_path), **QUICK) as network:
         found, expected = play_both(tmp_path, network, TINY, "engine.mode=deployment")

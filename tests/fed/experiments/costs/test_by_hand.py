@@ -25,7 +25,7 @@ from fed.experiments.costs.compute import (
     step_operations,
 )
 from fed.experiments.costs.memory import client_file_bytes, disk, server_memory
-from fed.experiments.costs.tables import seconds, sized
+from fed.experiments.costs.quantities import seconds, sized
 from fed.experiments.costs.timing import RoundTime, Speeds, most_useful_machines, round_time
 from fed.experiments.costs.workload import Workload, workload
 from fed.models.weightless import outline, weightless

@@ -22,7 +22,8 @@ from tests.support.reply_mutations import tampered, with_content, with_error
 SETTINGS = [
     *("rounds=3", "clients.count=4", "clients.per_round=3", "clients.ranks=[1, 2, 4, 3]", "adapter.rank=4"),
     *("model.dtype=float64", "model.pretrain_steps=5", "data.train_rows=80", "data.test_rows=20", "threads=1"),
-    "engine.wait=5",
+    # A machine that is connected and never answers is waited for without a deadline.
+    *("engine.wait=5", "engine.deadline=2.0"),
     *("train.local_steps=1", "measure.noise=false", "measure.clients=false", "measure.memory=false"),
 ]
 _UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u202e]")

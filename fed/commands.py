@@ -66,8 +66,10 @@ def run(
 ) -> int:
     """Play a whole run: base model, rounds, centralised LoRA if asked for, and report; return the exit status.
 
-    With `make_executor` the clients train elsewhere.
+    With `make_executor` the clients train elsewhere; without one, raises FedError if the configuration says so.
     """
+    if make_executor is None:
+        running.require_local(config)
     trackers.require(config.tracker)
     began, screen = time.perf_counter(), Screen()
     directory = RunDirectory(out, overwrite, screen.warn)

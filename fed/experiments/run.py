@@ -149,6 +149,15 @@ def play(
         )
 
 
+def require_local(config: RunConfig) -> None:
+    """Raise FedError if a run that is to be played by this process alone names other machines for its clients."""
+    if config.engine.name != "local":
+        raise FedError(
+            f"engine.name is {config.engine.name!r}, and this plays runs on one machine; engine.name = 'local', or "
+            "python -m fed run for each run, would be right"
+        )
+
+
 def ended(directory: Path, config: RunConfig) -> bool:
     """Return whether a run is finished and its result is as it was then (`fed.simulation.finished`)."""
     return why_not_finished(directory, config) is None

@@ -256,10 +256,10 @@ def check(
 ) -> set[str]:
     """Check the runs before any is played, and return the messages about their data.
 
-    Raises FedError if a tracker is not installed, or if with the first seed data cannot be loaded or an adapter does
-    not fit its model. Other seeds are not loaded, because they use the same rows. `on_event` receives each message
-    about data and base model once; messages about other seeds' partitions come when their runs are played (event
-    "data").
+    Raises FedError if a tracker is not installed, if clients are to train on other machines, or if with the first seed
+    data cannot be loaded or an adapter does not fit its model. Other seeds are not loaded, because they use the same
+    rows. `on_event` receives each message about data and base model once; messages about other seeds' partitions come
+    when their runs are played (event "data").
     """
     built: dict[str, nn.Module] = {}
     said: set[str] = set()
@@ -271,6 +271,7 @@ def check(
 
     for cell in cells:
         require(cell.config.tracker)
+        running.require_local(cell.config)
         if cell.seed != cells[0].seed:
             continue
         with running.limits(cell.config.threads, cell.config.model.matmul_precision):

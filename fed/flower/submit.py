@@ -57,7 +57,8 @@ def _played(engine: EngineConfig, asked: Mapping[str, Any], out: Path) -> int:
         (home / "config.toml").write_text(tomli_w.dumps(_connections(engine)), encoding="utf-8")
         (app / "pyproject.toml").write_text((APP / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8")
         settings.write_text(tomli_w.dumps(dict(asked)), encoding="utf-8")
-        environment = {"FLWR_TELEMETRY_ENABLED": "0", **os.environ, "FLWR_HOME": str(home)}
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        environment = {**quiet, **os.environ, "FLWR_HOME": str(home)}
         return _follow([str(app), _CONNECTION, "--stream", "--run-config", str(settings)], environment, engine, out)
 
 

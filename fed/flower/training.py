@@ -107,7 +107,7 @@ class FlowerTraining:
         known = self.nodes.keys() | self._refused | self._invited.keys() | self._second.keys()
         new = sorted(set(connected) - known)
         for number in new:
-            message = self._message(self._invitation(federation), number, JOIN)
+            message = Message(self._invitation(federation), number, JOIN, ttl=JOIN_SECONDS, group_id="join")
             self._invited[number] = Sent(Node(number, {}), message, until=time.monotonic() + JOIN_SECONDS)
         return [self._invited[number] for number in new]
 
@@ -168,9 +168,6 @@ class FlowerTraining:
 
     # Rounds.
 
-    def _message(self, content: RecordDict, number: int, kind: str, group: str = "join") -> Message:
-        return Message(content, number, kind, group_id=group)
-
     def write(self, federation: Federation, state: RunState, clients: Sequence[Client], node: Node) -> RoundMessage:
         """Return the message that has clients trained by a machine."""
         keeps, trial = federation.config.engine.mode == "deployment", _is_trial(state)
@@ -194,7 +191,9 @@ class FlowerTraining:
             for own in clients:
                 if tensors := client_tensors(own):
                     content[f"kept-{own.id}"] = arrays_of(tensors)
-        message = self._message(content, node.number, TRAIN, str(asked.round))
+        # After the deadline nobody waits for it, and a machine that comes to it late is not to train for nothing.
+        lasts = federation.config.engine.deadline or None
+        message = Message(content, node.number, TRAIN, ttl=lasts, group_id=str(asked.round))
         return RoundMessage(node, message, asked, base_round)
 
     def results(self, one: RoundMessage, federation: Federation, state: RunState) -> list[ClientResult]:

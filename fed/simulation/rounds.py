@@ -99,7 +99,15 @@ class Federation:
 
     @cached_property
     def population(self) -> tuple[Client, ...]:
-        """All clients before the first round, as the configuration says, or the machines that are clients."""
+        """All clients before the first round, as the configuration says, or the machines that are clients.
+
+        Raises FedError for a deployment without its machines: their ranks, rows and memories are there alone.
+        """
+        if self.executor is None and self.config.engine.mode == "deployment":
+            raise FedError(
+                "engine.mode is 'deployment', and the run would be played on this machine alone; --flower ADDRESS or "
+                "engine.mode = 'simulation' would be right"
+            )
         clients = None if self.executor is None else self.executor.clients(self)
         return populate(self.config, self.data, self.shared, self.method) if clients is None else clients
 

@@ -64,6 +64,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tau": 1e-3,
         "patience": 10,
     },
+    "engine": {"name": "local", "mode": "simulation"},
     "privacy": {
         "clip": 0.0,
         "noise_multiplier": 0.0,

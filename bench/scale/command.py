@@ -25,7 +25,7 @@ from bench.scale.population import KEEPING, SETTINGS, Point, measure
 from bench.scale.projection import project
 
 POINTS = (
-    *(Point(clients) for clients in (1000, 10_000, 100_000)),
+    *(Point(clients) for clients in (100, 1000, 10_000, 100_000)),
     *(Point(clients, keep=True) for clients in (1000, 10_000)),
 )
 SECONDS_EACH = 1800.0

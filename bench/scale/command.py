@@ -37,28 +37,29 @@ def check_in_one_thread(size: Size) -> dict[str, list[dict[str, Any]]]:
     return check(size)
 
 
-def measured(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+def measured(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Return the result of each piece of work, in order; raise ResultsError for one that fails."""
-    found: dict[int, Any] = {}
-    for place, outcome in outcomes(work, items, workers=workers, seconds_each=SECONDS_EACH):
+    found = []
+    for item in items:
+        # `outcomes` gives the next item to the same process, whose memory the one before has grown already.
+        ((_, outcome),) = outcomes(work, [item], workers=1, seconds_each=SECONDS_EACH)
         if outcome.error is not None:
-            raise ResultsError(f"{items[place]} was not measured: {outcome.error}")
-        print(items[place], file=sys.stderr)
-        found[place] = outcome.value
-    return [found[place] for place in range(len(items))]
+            raise ResultsError(f"{item} was not measured: {outcome.error}")
+        print(item, file=sys.stderr)
+        found.append(outcome.value)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description="The cost model against runs.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where scale.json goes")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, which share the cores")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     commit = commit_of(Path.cwd())
     try:
-        checked = measured(check_in_one_thread, SIZES, given.workers)
-        servers = [asdict(server) for server in measured(measure, POINTS, given.workers)]
+        checked = measured(check_in_one_thread, SIZES)
+        servers = [asdict(server) for server in measured(measure, POINTS)]
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -46,7 +46,7 @@ def test_what_clients_keep_is_in_a_checkpoint_s_text() -> None:
 def test_the_command_writes_what_the_report_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "SIZES", (TINY,))
     monkeypatch.setattr(scale, "POINTS", tuple(Point(count, keep) for keep in (False, True) for count in (12, 40)))
-    assert scale.main(["--out", str(tmp_path), "--workers", "2"]) == 0
+    assert scale.main(["--out", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "scale.json").read_text())
     assert saved["projected"] == project(saved["lines"][0], saved["servers"])
     assert "| tiny | bytes of rounds |" in scale_markdown(tmp_path / "scale.json")

@@ -21,6 +21,8 @@ class EngineConfig(Table):
     `mode` says what a SuperNode is. "simulation": a machine, which is sent many of the configured clients at a time.
     "deployment": one client, with its own data; its node config tells rank and rows. A run waits `wait` seconds for at
     least `nodes` of them. In a round a client has `deadline` seconds to answer, 0: as long as its node is connected.
+    A client whose node is lost in a round is sent again `resends` times: to another node, or in a deployment to its
+    own once that is back. A client that ends its machine each time must not end all of them.
     """
 
     name: Literal["local", "flower"] = "local"
@@ -30,6 +32,7 @@ class EngineConfig(Table):
     nodes: Annotated[int, Field(ge=1, le=10_000)] = 1
     wait: CountOrNone = 300
     deadline: NotNegative = 0.0
+    resends: Annotated[int, Field(ge=0, le=1000)] = 1
 
     @field_validator("address")
     @classmethod

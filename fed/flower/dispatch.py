@@ -51,6 +51,7 @@ class Sent:
     content: RecordDict | None = None
     fault: str | None = None
     lost: bool = False  # the machine is gone, or failed without the clients being the reason
+    unreadable: bool = False  # there is a reply, and its content cannot be unpacked
     until: float = field(default=math.inf)
 
     def take(self, reply: Message) -> None:
@@ -159,12 +160,13 @@ class Post:
             raise
         except Exception as error:
             if len(numbers) == 1:
-                self._under_way[numbers[0]].fault = f"its reply cannot be unpacked: {printable(str(error))[:400]}"
+                one = self._under_way[numbers[0]]
+                one.fault, one.unreadable = f"its reply cannot be unpacked: {printable(str(error))[:400]}", True
                 return []
         return [reply for number in numbers for reply in self._pulled([number])]
 
     def _unreadable(self) -> list[Sent]:
-        numbers = [number for number, one in self._under_way.items() if one.fault is not None]
+        numbers = [number for number, one in self._under_way.items() if one.unreadable]
         return [self._under_way.pop(number) for number in numbers]
 
     def _answered(self, reply: Message) -> Sent | None:

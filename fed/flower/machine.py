@@ -23,6 +23,7 @@ from fed.data.sources import read_local
 from fed.errors import FedError
 from fed.experiments import run as running
 from fed.flower.answers import Answer, answer_records
+from fed.flower.bundles import bundled, unbundled
 from fed.flower.kept import KeptStates
 from fed.flower.protocol import versions, why_other_version
 from fed.flower.records import FACTS, facts_of, facts_record, server_of, tensors_of
@@ -212,6 +213,7 @@ def _at(number: int, data: FederatedData) -> tuple[Any, ...]:
 
 def train(machine: Machine, content: RecordDict) -> RecordDict:
     """Train the clients of a message from the server's state in it, and return the reply."""
+    content = unbundled(content)
     facts = facts_of(content)
     if facts["run"] != machine.key:
         return RecordDict({FACTS: facts_record({"lacks": "the run"})})
@@ -238,17 +240,17 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
             client = replace(client, memory=group(tensors, "memory"), head=group(tensors, "head"))
         clients.append(client)
     state = RunState(server, (), ends)
-    records: dict[str, Any] = {}
+    records, kept = RecordDict(), RecordDict()
     for client, result in _results(federation, state, clients):
         if isinstance(result, str):
-            records |= answer_records(client.id, Answer(None, fault=result))
+            records.update(answer_records(client.id, Answer(None, fault=result)))
             continue
         if facts["keeps"] and not facts["trial"]:
             own = ClientState(*federation.state_to_keep(result))
             number, before = server.round + 1, client.kept_round
             since = _goes_back_to(machine.config, server.round)
             record = machine.kept.write(client.id, number, before, since, own)
-            records[f"own-{client.id}.round-{number}.from-{before}"] = record
+            kept[f"own-{client.id}.round-{number}.from-{before}"] = record  # it does not leave the machine
         answer = Answer(
             result.update,
             result.start_noise,
@@ -257,11 +259,11 @@ def train(machine: Machine, content: RecordDict) -> RecordDict:
             result.train_seconds,
             result.client.gradients,
         )
-        records |= answer_records(client.id, answer, result.start.trained)
+        records.update(answer_records(client.id, answer, result.start.trained))
     reply = {name: facts[name] for name in ("run", "round", "nonce")}
     reply["clients"] = [client.id for client in clients]
     reply["seconds"] = time.perf_counter() - began
-    return RecordDict({FACTS: facts_record(reply), **records})
+    return RecordDict({FACTS: facts_record(reply), **bundled(records), **kept})
 
 
 def _goes_back_to(config: RunConfig, played: int) -> int:

@@ -45,7 +45,7 @@ def array_of(value: Tensor) -> Array:
     """Return a tensor, on any device, as an Array."""
     value = value.detach().cpu().contiguous()
     if value.dtype != torch.bfloat16:
-        return Array(np.ascontiguousarray(value.numpy()))
+        return Array(value.numpy())
     bits = Array(value.view(torch.uint16).numpy())
     return Array("bfloat16", bits.shape, bits.stype, bits.data)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fed.errors import printable
 from fed.flower.answers import answer_of, with_fixed
+from fed.flower.bundles import unbundled
 from fed.flower.records import FACTS, RecordError, facts_of
 from fed.seeding import ClientRandom
 from fed.simulation.clients import local_steps
@@ -65,6 +66,7 @@ def reply_of(content: RecordDict, asked: Asked, federation: Federation, state: R
     try:
         facts = facts_of(content, FACTS)
         _check(facts, asked)
+        content = unbundled(content)
     except RecordError as error:
         fault = f"its reply cannot be used: {error}"
         return Reply([left_out(federation, state, client, fault) for client in asked.clients], False, None)

@@ -15,8 +15,9 @@ from fed.flower.dispatch import Node, Sent, divide
 from fed.flower.replies import Asked
 from fed.types import Client, ClientResult
 
-# So often a client is sent in a round: one that ends its machine each time must not end all machines.
-ATTEMPTS = 4
+# From when on a message is slow: after so many times what its machine should need, and at least so many seconds; of a
+# machine that was not measured yet, after so many seconds.
+SLOW_FACTOR, SLOW_SECONDS, UNMEASURED_SECONDS = 4.0, 60.0, 1800.0
 
 
 class RoundMessage(Sent):
@@ -25,6 +26,7 @@ class RoundMessage(Sent):
     def __init__(self, node: Node, message: Message, asked: Asked, base_round: int) -> None:
         super().__init__(node, message)
         self.asked, self.base_round = asked, base_round
+        self.slow_from = math.inf  # in seconds of `time.monotonic`
 
     @property
     def clients(self) -> Sequence[Client]:
@@ -71,7 +73,7 @@ class Machines(Protocol):
 class RoundInPlay:
     """The training of some clients on machines (`fed.flower.dispatch.Play`); `found` are the results by client.
 
-    A client whose machine is lost, or has lost the run, is sent again, up to `ATTEMPTS` times: in a simulation to the
+    A client whose machine is lost, or has lost the run, is sent again `engine.resends` times: in a simulation to the
     machines that are there, in a deployment to its own machine once that is back. It is waited for until the round's
     deadline, and at most `engine.wait` seconds. `absent` holds since when the machine of a client is missing, in
     seconds of `time.monotonic`, from round to round: who has been waited for so long is waited for no more.
@@ -84,8 +86,8 @@ class RoundInPlay:
         self._machines, self._engine, self._absent = machines, engine, absent
         self._deployed = engine.mode == "deployment"
         self._waiting = {client.id: client for client in clients}
-        self._under_way: set[int] = set()
-        self._attempts: Counter[int] = Counter()
+        self._under_way: list[RoundMessage] = []
+        self._sent: Counter[int] = Counter()
         self._since = time.monotonic()  # when the machines were last all that was wanted of a simulation
         self._until = self._since + engine.deadline if engine.deadline else math.inf
 
@@ -97,6 +99,7 @@ class RoundInPlay:
     def looked(self, connected: set[int]) -> list[Sent]:
         """Return invitations for new machines, and messages for the clients whose machines are there."""
         invitations = self._machines.look(connected)
+        self._tell_slow()
         self._give_up()
         return [*invitations, *self._messages()]
 
@@ -105,8 +108,9 @@ class RoundInPlay:
         if not isinstance(one, RoundMessage):
             self._machines.admit(one)
             return
-        self._under_way -= {client.id for client in one.clients}
-        if one.content is not None and not (lacks := self._machines.lacks(one)):
+        self._under_way = [other for other in self._under_way if other is not one]
+        lacks = "" if one.content is None else self._machines.lacks(one)
+        if one.unreadable or (one.content is not None and not lacks):
             for result in self._machines.results(one):
                 self.found.setdefault(result.client.id, result)
             return
@@ -118,14 +122,14 @@ class RoundInPlay:
             return
         self._machines.lose(one.node)
         self._since = time.monotonic()
-        again = [client for client in one.clients if self._attempts[client.id] < ATTEMPTS]
+        again = [client for client in one.clients if self._sent[client.id] <= self._engine.resends]
         self._tell_lost([client for client in one.clients if client not in again], one.fault)
         self._waiting |= {client.id: client for client in again}
         if again:
             where = "once its SuperNode is back" if self._deployed else "elsewhere"
             self._machines.tell(f"{one.fault}; sent again {where}: {_named(again)}")
 
-    def _messages(self) -> list[Sent]:
+    def _messages(self) -> list[RoundMessage]:
         nodes = [self._machines.nodes[number] for number in sorted(self._machines.nodes)]
         clients = list(self._waiting.values())
         dealt: Iterable[tuple[Node, list[Client]]]
@@ -137,16 +141,32 @@ class RoundInPlay:
         else:
             shares = divide([self._machines.steps(client) for client in clients], [node.speed for node in nodes])
             dealt = [(node, [clients[place] for place in own]) for node, own in zip(nodes, shares, strict=True) if own]
-        messages: list[Sent] = []
+        messages: list[RoundMessage] = []
         for node, share in dealt:
             message = self._machines.write(share, node)
             message.until = self._until
+            message.slow_from = time.monotonic() + self._usual_seconds(share, node)
             messages.append(message)
             for client in share:
                 del self._waiting[client.id]
-                self._under_way.add(client.id)
-                self._attempts[client.id] += 1
+                self._sent[client.id] += 1
+        self._under_way += messages
         return messages
+
+    def _usual_seconds(self, clients: Sequence[Client], node: Node) -> float:
+        if not node.speed:
+            return UNMEASURED_SECONDS
+        return max(SLOW_SECONDS, SLOW_FACTOR * sum(map(self._machines.steps, clients)) / node.speed)
+
+    def _tell_slow(self) -> None:
+        """Say once of each message that is slow: its machine may have lost it, which Flower does not always notice."""
+        now = time.monotonic()
+        for one in self._under_way:
+            if now >= one.slow_from:
+                one.slow_from = math.inf
+                bound = "" if self._engine.deadline else ": engine.deadline would bound that"
+                who = f"SuperNode {one.node.number} is slow"
+                self._machines.tell(f"{who}; waiting until it answers or is gone{bound}: {_named(one.clients)}")
 
     def _has_waited(self) -> bool:
         return time.monotonic() - self._since >= self._engine.wait

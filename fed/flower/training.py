@@ -11,6 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fed.errors import FedError, printable
+from fed.flower.bundles import bundled
 from fed.flower.dispatch import NO_ROUND, Node, Post, Sent
 from fed.flower.joining import STATE, invitation, key_of, why_not
 from fed.flower.protocol import JOIN, TRAIN, versions
@@ -26,7 +27,7 @@ from fed.flower.records import (
     facts_record,
     server_records,
 )
-from fed.flower.replies import Asked, reply_of, why_lacking
+from fed.flower.replies import Asked, left_out, reply_of, why_lacking
 from fed.flower.round_in_play import RoundInPlay, RoundMessage
 from fed.sealed import read_sealed, write_sealed
 from fed.simulation.checkpoint import last_round
@@ -193,12 +194,14 @@ class FlowerTraining:
                     content[f"kept-{own.id}"] = arrays_of(tensors)
         # After the deadline nobody waits for it, and a machine that comes to it late is not to train for nothing.
         lasts = federation.config.engine.deadline or None
-        message = Message(content, node.number, TRAIN, ttl=lasts, group_id=str(asked.round))
+        message = Message(bundled(content), node.number, TRAIN, ttl=lasts, group_id=str(asked.round))
         return RoundMessage(node, message, asked, base_round)
 
     def results(self, one: RoundMessage, federation: Federation, state: RunState) -> list[ClientResult]:
         """Return the checked results of a reply, one for each of its clients."""
-        assert one.content is not None
+        if one.content is None:
+            fault = one.fault or "its reply cannot be read"
+            return [left_out(federation, state, client, fault) for client in one.asked.clients]
         reply = reply_of(one.content, one.asked, federation, state)
         if reply.answers:
             one.node.base_round = one.base_round

@@ -11,7 +11,7 @@ from fed.config import EARLIER, PATHS, RunConfig, flat
 # Settings that may change when a run is resumed. Paths may, because inputs are known by their digests.
 _FREE = (
     *("rounds", "threads", "checkpoint_every", "device", "tracker", "server.patience"),
-    *("engine.name", "engine.address", "engine.nodes", "engine.wait", "engine.deadline"),
+    *("engine.name", "engine.address", "engine.nodes", "engine.wait", "engine.deadline", "engine.resends"),
     *PATHS,
 )
 

@@ -29,7 +29,8 @@ KINDS = ("SuperLink", "SuperNode", "trainer", "ClientApp")
 PARTS = {"trainer": "fed.flower.trainer", "ClientApp": "flwr-clientapp"}
 SMALL = [
     *("clients.count=3", "clients.per_round=3", "adapter.rank=4", "model.dtype=float64", "model.pretrain_steps=2"),
-    *("data.train_rows=60", "data.test_rows=20", "threads=1", "train.local_steps=20", "engine.wait=600"),
+    *("data.train_rows=60", "data.test_rows=20", "threads=1", "train.local_steps=20"),
+    *("engine.wait=600", "engine.resends=9"),  # a client's machines may be killed again and again in a round
 ]
 # No round takes longer, a killed SuperNode's minute as a connected one included.
 ROUND_SECONDS = 400.0

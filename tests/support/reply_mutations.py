@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 
+from fed.flower.bundles import bundled
 from fed.flower.records import FACTS
 from tests.support.recorded_grid import copied, facts_in, read_array
 
@@ -56,12 +57,26 @@ def mutate(random: Random, content: RecordDict, earlier: RecordDict) -> RecordDi
     return content
 
 
+def mutated_bundle(random: Random, content: RecordDict) -> RecordDict:
+    """Return a reply with its tensors bundled, if they can be, and the bundle changed."""
+    try:
+        content = bundled(content)
+    except ValueError:
+        return content
+    for _ in range(random.choice((0, 1, 1, 2))):
+        random.choice(_BUNDLE_CHANGES)(random, content, content)
+    return content
+
+
 def tampered(random: Random, reply: Message, earlier: RecordDict) -> list[Message]:
     """Return what comes in place of a reply: mostly one that is changed, sometimes an error, or several."""
     kind = random.random()
     if kind < 0.02:
         return [with_error(reply, "\x1b[31m" * random.randrange(3), random.randrange(10))]
-    changed = with_content(reply, mutate(random, reply.content, earlier))
+    content = mutate(random, reply.content, earlier)
+    if random.random() < 0.5:
+        content = mutated_bundle(random, content)
+    changed = with_content(reply, content)
     if kind < 0.04:
         return [changed, reply]
     if kind < 0.06:
@@ -220,6 +235,39 @@ def _arrays(random: Random, content: RecordDict, earlier: RecordDict) -> None:
             record[name] = Array("float64", (1,), "numpy.ndarray", b"")
 
 
+def _layout(random: Random, content: RecordDict, earlier: RecordDict) -> None:
+    try:
+        layout: dict[str, Any] = json.loads(str(content["layout"]["json"]))
+        title = random.choice(list(layout))
+        tensors = layout[title]
+        name = random.choice(list(tensors))
+        dtype, shape = tensors[name]
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):  # there is none any more, or it is broken
+        return
+    kind = random.randrange(9)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[random.choice((*NAMES, name + "x", name.replace("A/", "B/")))] = tensors.pop(name)
+    elif kind == 2:
+        layout[random.choice((FACTS, "bundle", "layout", "modules-0", "metrics-1", "arrays-9", *NAMES))] = layout[title]
+    elif kind == 3:
+        layout[title] = random.choice(JSON)
+    elif kind == 4:
+        tensors[name] = random.choice((*JSON, [dtype], [shape, dtype], [dtype, shape, 0], [dtype, "x"], [dtype, None]))
+    elif kind == 5:
+        tensors[name] = [random.choice(DTYPES), shape]
+    elif kind == 6:
+        wrong = [*map(list, SHAPES), shape[::-1], [*shape, 1], [1.0, *shape], [True, *shape], ["1"], [None], [10**30]]
+        tensors[name] = [dtype, random.choice(wrong)]
+    elif kind == 7:
+        layout[title] = dict(reversed(tensors.items()))
+    else:
+        tensors["x"] = [dtype, random.choice(([0], [1], [], [2**60, 0]))]
+    text = json.dumps(layout)
+    content["layout"] = ConfigRecord({"json": random.choice((text, text, text, text, text[:-1], "[]", 3))})
+
+
 def _modules(random: Random, content: RecordDict, earlier: RecordDict) -> None:
     records = [record for name, record in content.items() if name.startswith("modules") and record]
     if not records or not isinstance(records[0], ConfigRecord):
@@ -267,4 +315,7 @@ def _metrics(random: Random, content: RecordDict, earlier: RecordDict) -> None:
 _CHANGES: Sequence[Callable[[Random, RecordDict, RecordDict], RecordDict | None]] = (
     *(_drop, _rename, _exchange, _other_kind, _add, _fault, _nothing, _earlier),
     *(_facts, _facts, _arrays, _arrays, _arrays, _arrays, _modules, _modules, _metrics, _metrics, _metrics),
+)
+_BUNDLE_CHANGES: Sequence[Callable[[Random, RecordDict, RecordDict], RecordDict | None]] = (
+    *(_drop, _rename, _exchange, _other_kind, _arrays, _arrays, _layout, _layout, _layout, _layout, _layout),
 )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fed import config as configuration
 from fed.config import RunConfig
+from fed.flower.bundles import bundled
 from tests.support.hostile import watched
 from tests.support.recorded_grid import Played, RecordedRound, mean_of, named, recorded_round
 from tests.support.reply_mutations import tampered, with_content, with_error
@@ -76,6 +77,15 @@ def test_an_honest_round_uses_every_update(recorded: RecordedRound) -> None:
     check(recorded, played)
     assert len(played.used) == 3
     assert played.round.row["skipped"] == played.round.row["late"] == []
+
+
+def test_an_honest_round_is_the_same_with_its_tensors_bundled(recorded: RecordedRound) -> None:
+    expected = named(recorded.play().round.state.server)
+    played = recorded.play(lambda number, reply: [with_content(reply, bundled(reply.content))])
+    check(recorded, played)
+    assert played.used == recorded.drawn
+    for name, value in named(played.round.state.server).items():
+        np.testing.assert_array_equal(value, expected[name])
 
 
 # A seed, because how often a machine is asked again depends on time, and with it how many numbers are drawn.

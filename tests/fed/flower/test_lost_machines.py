@@ -14,9 +14,9 @@ from flwr.app import Error, Message
 
 from fed.errors import FedError
 from fed.experiments import run as running
+from fed.flower import round_in_play
 from fed.flower.kept import KeptStates
 from fed.flower.protocol import TRAIN
-from fed.flower.round_in_play import ATTEMPTS
 from fed.flower.trainer import Trainer
 from fed.flower.training import FlowerTraining
 from fed.simulation.client_store import ClientState
@@ -94,8 +94,8 @@ def test_a_machine_that_stays_away_is_waited_for_once(tmp_path: Path) -> None:
     assert sum("client 2 gave no update: its SuperNode is not connected" in line for line in told) == 3
 
 
-@pytest.mark.parametrize("mode", ["simulation", "deployment"])
-def test_a_client_that_ends_every_machine_is_given_up(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "resends"), [("simulation", None), ("deployment", None), ("simulation", 0)])
+def test_a_client_that_ends_every_machine_is_given_up(tmp_path: Path, mode: str, resends: int | None) -> None:
     told: list[str] = []
     failures = 0
 
@@ -110,9 +110,10 @@ def test_a_client_that_ends_every_machine_is_given_up(tmp_path: Path, mode: str)
 
     grid = MemoryGrid(with_states(tmp_path) if mode == "deployment" else [{}], tmp_path, fail)
     settings = [*SMALL, "rounds=1", "clients.per_round=4", f"engine.mode={mode}"]
+    settings += [] if resends is None else [f"engine.resends={resends}"]
     rows = play(config_of(*settings), tmp_path / "there", grid, told)
     grid.close()
-    assert failures == ATTEMPTS
+    assert failures == 1 + (1 if resends is None else resends)
     assert rows[1]["late"] == ([1] if mode == "deployment" else [0, 1, 2, 3])
 
 
@@ -193,3 +194,34 @@ def test_a_trainer_removes_what_one_before_it_left(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     Trainer(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_machine_that_takes_far_longer_than_before_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    waits = 0
+
+    class Slow(MemoryGrid):
+        """A grid on which the answer to node 102's second message of training is there at the eighth look."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            nonlocal waits
+            slow = [number for number in message_ids if self._is_slow(number)]
+            waits += bool(slow)
+            return super().pull_messages([number for number in message_ids if number not in slow or waits >= 8])
+
+        def _is_slow(self, number: str) -> bool:
+            message = self._waiting.get(number)
+            return message is not None and message.metadata.dst_node_id == 102 and is_of_round(message, 2)
+
+    monkeypatch.setattr(round_in_play, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(round_in_play, "SLOW_FACTOR", 0.0)
+    grid = Slow(with_states(tmp_path), tmp_path)
+    settings = [*SMALL, "rounds=2", "clients.per_round=4", "engine.mode=deployment", "engine.deadline=600"]
+    rows = play(config_of(*settings), tmp_path / "there", grid, told)
+    grid.close()
+    assert [row["late"] for row in rows[1:]] == [[], []]
+    assert [line for line in told if "slow" in line] == [
+        "round 2: SuperNode 102 is slow; waiting until it answers or is gone: client 1"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,25 @@ def test_machines_that_never_answer_are_late_in_every_round(tmp_path: Path) -> N
     grid.close()
     assert [(row["clients"], row["skipped"], row["late"]) for row in rows[1:]] == [([0], [], [1])] * 2
     assert sum("client 1 gave no update: " in line for line in told) == 2
+
+
+class BrokenBytes(MemoryGrid):
+    """A grid on which Flower cannot unpack what node 102 answers after it has joined."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        numbers = list(message_ids)
+        for number in numbers:
+            message = self._waiting.get(number)
+            if message and message.metadata.dst_node_id == 102 and message.metadata.message_type == TRAIN:
+                raise ValueError("Unexpected end of the bytes")
+        return super().pull_messages(numbers)
+
+
+def test_a_reply_that_flower_cannot_unpack_is_left_out_by_name(tmp_path: Path) -> None:
+    told: list[str] = []
+    grid = BrokenBytes(deployed(2), tmp_path)
+    rows = play(config_of("engine.mode=deployment", "rounds=2"), tmp_path / "out", grid, told)
+    grid.close()
+    assert [(row["clients"], row["skipped"], row["late"]) for row in rows[1:]] == [([0, 1], [1], [])] * 2
+    assert [row["faults"] for row in rows[1:]] == [["its reply cannot be unpacked: Unexpected end of the bytes"]] * 2
+    assert sum("client 1 is left out: its reply cannot be unpacked" in line for line in told) == 2

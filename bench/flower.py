@@ -1,9 +1,9 @@
 """Clients a second over Flower, on one SuperNode and on two, each with a core of its own.
 
-`python -m bench.flower --out docs/results/flower` writes `nodes.json`. The SuperLink and the SuperNodes run on
-127.0.0.1, SuperNode i on core i alone. A round's time is that between two rows of the run, so it holds all that a round
-does: messages, training, aggregation, and the checkpoint. The first round, in which the machines load the model's
-code, does not count.
+`python -m bench.flower --out docs/results/flower` writes `nodes.json`, of which `python -m bench.report` makes a table.
+The SuperLink and the SuperNodes run on 127.0.0.1, SuperNode i on core i alone. A round's time is that between two rows
+of the run, so it holds all that a round does: messages, training, aggregation, and the checkpoint. The first round, in
+which the machines load the model's code, does not count.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 
 from bench.harness.machine import commit_of, environment, timestamp, usable_cores
 from bench.harness.records import ResultsError, write_text
+from bench.report.node_tables import NODES
 
 SETTINGS = (
     *("engine.mode=simulation", "clients.ranks=[4, 8, 16, 16]", "data.partition=iid", "data.test_rows=20", "threads=1"),
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         one["ratio"] = round(one["clients_per_second"] / first, 3)
         print(f"{one['nodes']} SuperNodes: {one['clients_per_second']:.3f} clients/s, {one['ratio']:.2f} of the first")
     facts = {
-        "kind": "flower-nodes",
+        "kind": NODES,
         "timestamp": timestamp(),
         "commit": commit_of(Path.cwd()),
         "environment": environment(torch.device("cpu"), threads=1),
@@ -94,13 +95,17 @@ def _measure(count: int, options: argparse.Namespace) -> dict[str, Any]:
             lines = rows.read_text().count("\n") if rows.exists() else 0
             moments += [time.monotonic()] * (lines - len(moments))
             time.sleep(LOOK_SECONDS)
-        late = [json.loads(line).get("late", []) for line in rows.read_text().splitlines()]
-        if any(late):
-            raise ResultsError(f"clients did not answer: {late}")
+        played = [json.loads(line) for line in rows.read_text().splitlines()]
+    if left := [row["round"] for row in played if row.get("late") or row["skipped"]]:
+        raise ResultsError(f"clients gave no usable update in round {left[0]}")
+    counted = played[2:]
     seconds = [round(after - before, 3) for before, after in pairwise(moments[1:])]
     return {
         "nodes": count,
         "round_seconds": seconds,
+        "seconds": median(seconds),
+        "train_seconds": round(median(row["train_seconds"] for row in counted), 3),
+        "bytes": median(row["upload_bytes"] + row["download_bytes"] for row in counted),
         "clients_per_second": round(options.clients / median(seconds), 4),
     }
 

@@ -4,9 +4,9 @@
 what the suites save, of layers, of training steps or of whole models, or what `python -m bench.gpu` writes: each has
 its own section between markers, in docs/benchmarks.md, that of its kind or one named as the file is. A document with
 the summary's markers, such as the README, gets the summary of all files beside RESULTS.json. A log of `python -m
-bench.tune` has a table of designs, in docs/kernels.md; the file of `python -m bench.scale` has its in docs/scale.md.
-Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of the suites to the history; `python -m
-bench.report --history [--png PATH]` shows that.
+bench.tune` has a table of designs, in docs/kernels.md; the files of `python -m bench.scale` and of `python -m
+bench.flower` have theirs in docs/scale.md. Files of `python -m bench.clients` are tabulated too. `--keep` adds a run of
+the suites to the history; `python -m bench.report --history [--png PATH]` shows that.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from bench.report.figures import draw, draw_history, draw_simulation
 from bench.report.history import HISTORY, history_markdown, keep, load_history
 from bench.report.markdown import markers, update_document
 from bench.report.model_tables import model_markdown
+from bench.report.node_tables import NODES, nodes_markdown
 from bench.report.runs import Run, load_run, suites_command
 from bench.report.scale_figures import draw_scale
 from bench.report.scale_tables import KIND as SCALE
@@ -114,13 +115,24 @@ def report_scale(given: argparse.Namespace) -> str:
     return f"{text}\n{projected}\n"
 
 
+def report_nodes(given: argparse.Namespace) -> str:
+    """Report a file of `python -m bench.flower`; return the table."""
+    if given.png or given.keep:
+        raise ResultsError(f"{given.results} is about machines: it has a table, for --document, and nothing else")
+    text = nodes_markdown(given.results)
+    for document in given.documents:
+        update_document(document, NODES, text)
+    return text
+
+
 def report(given: argparse.Namespace) -> str:
     """Report a results file of any kind; return the table."""
     saved = read_json(given.results, suites_command(given.results))
     if isinstance(saved, list):
         return report_device(given)
     kind = saved.get("kind") if isinstance(saved, dict) else None
-    return {KIND: report_clients, SCALE: report_scale}.get(str(kind), report_suites)(given)
+    own = {KIND: report_clients, SCALE: report_scale, NODES: report_nodes}
+    return own.get(str(kind), report_suites)(given)
 
 
 def report_history(given: argparse.Namespace) -> str:

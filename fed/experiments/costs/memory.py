@@ -23,7 +23,7 @@ from fed.training.memory_estimate import cohort_memory
 
 # What every client takes in the server's memory besides its rows' numbers (8 bytes each), drawn or not, and what a
 # client that keeps a file takes more: Python objects, as `python -m bench.scale` measures them.
-CLIENT_BYTES, STORED_BYTES = 1000, 1100
+CLIENT_BYTES, STORED_BYTES = 1200, 1400
 # The same in the text of a checkpoint: the round that a client was in last, and the entry of its file.
 CLIENT_CHARACTERS, STORED_CHARACTERS = 5, 125
 _TENSOR_HEADER = 110  # the characters of a tensor's entry in a safetensors file, but for its name

@@ -52,14 +52,18 @@ def bundled(content: RecordDict) -> RecordDict:
     return others
 
 
-def unbundled(content: RecordDict) -> RecordDict:
+def unbundled(content: RecordDict, most: int | None = None) -> RecordDict:
     """Return a message with an ArrayRecord for each of the layout's; a message without a layout as it is.
 
-    Raises RecordError if the layout is not that of the bundle, to the last number.
+    Raises RecordError if the layout is not that of the bundle, to the last number, or has more than `most` tensors: an
+    empty one costs its sender next to nothing.
     """
     if LAYOUT not in content:
         return content
     layout, bundle = facts_of(content, LAYOUT), content.get(BUNDLE)
+    count = sum(len(tensors) for tensors in layout.values() if isinstance(tensors, dict))
+    if most is not None and count > most:
+        raise RecordError(f"its {LAYOUT} has {count} tensors; at most {most} were asked for")
     if not isinstance(bundle, ArrayRecord):
         raise RecordError(f"it has a {LAYOUT} and no arrays {BUNDLE}")
     flat = {dtype: tensor_of(f"{BUNDLE}/{dtype}", array) for dtype, array in bundle.items()}

@@ -66,7 +66,7 @@ def reply_of(content: RecordDict, asked: Asked, federation: Federation, state: R
     try:
         facts = facts_of(content, FACTS)
         _check(facts, asked)
-        content = unbundled(content)
+        content = unbundled(content, len(asked.clients) * _most_tensors(state))
     except RecordError as error:
         fault = f"its reply cannot be used: {error}"
         return Reply([left_out(federation, state, client, fault) for client in asked.clients], False, None)
@@ -91,6 +91,11 @@ def left_out(federation: Federation, state: RunState, client: Client, fault: str
     job = _job(federation, state, client)
     update = ClientUpdate(job.client, {}, {}, {}, weight=0.0, steps=0, loss=0.0)
     return ClientResult(job.client, job.start, update, job.steps, None, None, None, 0.0, 0.0, _line(fault))
+
+
+def _most_tensors(state: RunState) -> int:
+    """Return how many tensors a client sends at most: A, B and gradient norms of every matrix, and the head."""
+    return 3 * len(state.server.adapter.factors) + len(state.server.head)
 
 
 def _check(facts: Mapping[str, Any], asked: Asked) -> None:

@@ -31,6 +31,7 @@ def test_live_tensors_are_counted_once() -> None:
     assert beside.is_sparse
 
 
+@pytest.mark.slow
 def test_clients_on_disk_cost_their_row_numbers_and_no_more(tmp_path: Path) -> None:
     """40 and 80 clients that each keep a B and a head: tensors in memory grow with the clients, unless kept on disk."""
     few, many, held = (

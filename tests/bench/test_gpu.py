@@ -189,6 +189,7 @@ def test_a_wrong_whole_model_fails_the_command(
     assert statuses["tiny-bert", "fuse-peft"] == "timed"
 
 
+@pytest.mark.slow
 def test_a_gpu_machine_needs_none_of_the_simulator_s_libraries() -> None:
     absent = {"pydantic", "datasets", "flwr", "hypothesis", "ruff", "typer", "rich", "tomli_w", "sklearn", "scipy"}
     for path in (path for name, path in modules().items() if not name.startswith("fed")):

@@ -103,6 +103,7 @@ def hangs_in_a_form(work: Check, *, defaults: bool = False) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_who_really_ran_is_blamed_for_a_death_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_run, "perform", ends_in_inplace)
     run = a_run(tmp_path, workers=1)

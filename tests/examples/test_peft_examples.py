@@ -78,6 +78,7 @@ def test_a_text_that_fills_no_row_is_refused(example: Example, tmp_path: Path) -
             example(name).main(["--text", str(tmp_path / "short.txt")])
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_ends_as_one_that_was_not_stopped_and_as_peft_s(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,9 +79,8 @@ def assert_warpgroup_mma(rows: list[dict]) -> None:
     assert [row for row in chosen if "wgmma" not in row["instructions"]] == []
 
 
-@pytest.mark.parametrize(
-    "targets", [("sm_90", "gfx942"), pytest.param(("sm_80", "sm_100"), marks=pytest.mark.slow)], ids="-".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [("sm_90", "gfx942"), ("sm_80", "sm_100")], ids="-".join)
 def test_the_usual_shape_fits(tmp_path: Path, targets: tuple[str, ...]) -> None:
     rows = audit(tmp_path, "--shapes", "1", "--no-designs", "--targets", *targets)
     assert_fits(rows, targets)

@@ -122,6 +122,13 @@ def test_a_bundle_that_is_none_is_refused() -> None:
         unbundled(content)
 
 
+def test_more_tensors_than_were_asked_for_are_refused_unread() -> None:
+    content = bundled(hand_made())
+    assert list(unbundled(content, 3)["one"]) == ["A", "n"]
+    with pytest.raises(RecordError, match="its layout has 3 tensors; at most 2 were asked for"):
+        unbundled(content, 2)
+
+
 def test_a_tensor_that_the_layout_does_not_know_is_refused() -> None:
     content = bundled(hand_made())
     content["one"] = arrays_of({"B": torch.ones(2)})

@@ -15,6 +15,8 @@ from tests.support.flower_keys import make_certificates, make_key, public_pem
 from tests.support.flower_network import WAIT_SECONDS, FlowerNetwork, SuperNode, free_port
 from tests.support.path_proxy import PathProxy
 
+pytestmark = pytest.mark.slow
+
 REFUSED = 1  # the exit status of a SuperNode that is not let in
 
 
@@ -62,7 +64,6 @@ def test_a_node_that_does_not_know_the_authority_refuses_the_superlink(
     assert encrypted.control.nodes() == before
 
 
-@pytest.mark.slow
 def test_a_node_without_tls_never_gets_in(encrypted: FlowerNetwork) -> None:
     before = encrypted.control.nodes()
     node = encrypted.add_node(trust=["--insecure", "--max-retries", "1"])
@@ -81,7 +82,6 @@ def test_a_command_that_does_not_trust_the_superlink_sees_nothing(encrypted: Flo
     assert "online" not in outcome.out
 
 
-@pytest.mark.slow
 def test_a_registered_key_gets_in(authenticated: FlowerNetwork, tmp_path: Path) -> None:
     key = make_key(tmp_path / "keys", "node")
     node_id = authenticated.register(key)
@@ -92,7 +92,6 @@ def test_a_registered_key_gets_in(authenticated: FlowerNetwork, tmp_path: Path) 
     authenticated.stop(node)
 
 
-@pytest.mark.slow
 def test_a_key_that_is_removed_is_refused_from_then_on(authenticated: FlowerNetwork, tmp_path: Path) -> None:
     key = make_key(tmp_path / "keys", "node")
     node_id = authenticated.register(key)
@@ -115,7 +114,6 @@ def test_a_node_without_a_key_is_refused_where_keys_are_asked_for(authenticated:
     assert "SuperNode authentication is enabled" in refusal(authenticated.add_node())
 
 
-@pytest.mark.slow
 def test_a_key_is_in_use_by_one_process_at_a_time(authenticated: FlowerNetwork, tmp_path: Path) -> None:
     key = make_key(tmp_path, "twice")
     authenticated.register(key)
@@ -126,7 +124,6 @@ def test_a_key_is_in_use_by_one_process_at_a_time(authenticated: FlowerNetwork, 
     authenticated.stop(first)
 
 
-@pytest.mark.slow
 def test_a_key_that_was_removed_cannot_be_registered_again(authenticated: FlowerNetwork, tmp_path: Path) -> None:
     key = make_key(tmp_path, "removed")
     authenticated.control.unregister(authenticated.register(key))
@@ -135,7 +132,6 @@ def test_a_key_that_was_removed_cannot_be_registered_again(authenticated: Flower
     assert "Public key already in use" in refused.value.response.text
 
 
-@pytest.mark.slow
 def test_a_node_needs_no_other_path_than_that_of_the_fleet(authenticated: FlowerNetwork, tmp_path: Path) -> None:
     """The proxy of the guide lets nodes work, and nobody register keys or start runs through it."""
     assert authenticated.certificates is not None

@@ -15,6 +15,7 @@ from fed.flower.records import tensors_of
 from fed.flower.strategy import FederatedRun
 from tests.fed.flower.test_training import SMALL, assert_same_run, config_of, play
 from tests.support.memory_grid import MemoryGrid
+from tests.support.tiers import slow
 
 
 def test_the_strategy_plays_a_whole_run(tmp_path: Path) -> None:
@@ -29,7 +30,7 @@ def test_the_strategy_plays_a_whole_run(tmp_path: Path) -> None:
     assert sorted(result.evaluate_metrics_serverapp) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("method", ["fed-plora", "flora"])
+@pytest.mark.parametrize("method", ["flora", *slow("fed-plora")])
 def test_a_loop_of_flowers_own_gives_the_same_factors(tmp_path: Path, method: str) -> None:
     config = config_of(*SMALL, f"method={method}", "measure.noise=false")
     play(config, tmp_path / "here")

@@ -100,6 +100,7 @@ def test_callers_that_are_none_of_ours_end_nothing(place: Place) -> None:
     assert len(place.trainers) == 1
 
 
+@pytest.mark.slow
 def test_a_trainer_that_was_killed_is_started_anew(place: Place) -> None:
     assert place.lacks() == "the run"
     place.trainers[0].send_signal(signal.SIGKILL)

@@ -44,6 +44,7 @@ def checkpoint(folder: Path, width: int) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's pages")
 @pytest.mark.parametrize(
     ("asked", "most_peak", "most_own"),

@@ -170,6 +170,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], fl
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defence", ["median", "trimmed-mean", "krum"])
 @pytest.mark.parametrize("kind", ["scale", "sign-flip", "label-flip"])
 def test_a_rule_stays_near_the_clean_run(kind: str, defence: str, losses: dict[tuple[str, str], float]) -> None:

@@ -28,6 +28,7 @@ from tests.support.groups import draw_grouped
 from tests.support.notes import note_calls
 from tests.support.numerics import Problem, check, in_form, make_problem, run
 from tests.support.pairwise import pairwise
+from tests.support.tiers import slow
 
 # Rows of TMA's blocks have at least 16 bytes; sizes are small, so that edges fall inside tiles.
 DTYPES = [torch.float16, torch.float32]
@@ -117,7 +118,7 @@ def test_overlapping_tiles_are_within_the_bound(
 
 
 # Twelve tiles: of five programs, two have one tile more than the others, and wait for side tiles.
-@pytest.mark.parametrize("programs", [1, 3, 5])
+@pytest.mark.parametrize("programs", [5, *slow(1, 3)])
 def test_any_number_of_programs_covers_all_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors_of", lambda device: programs)
     for design in PERSISTENT_DESIGNS:
@@ -151,8 +152,8 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
 @pytest.mark.parametrize(
     ("dropout_p", "measured"),
     [
-        *((0.0, False), (0.3, True)),
-        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((0.0, True), (0.3, False))),
+        (0.3, True),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((0.0, True), (0.0, False), (0.3, False))),
     ],
 )
 def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(

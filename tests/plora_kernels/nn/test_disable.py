@@ -15,6 +15,7 @@ import plora_kernels as pk
 from tests.support.adapter_folders import INPUTS, Small, assert_unchanged, saved_by_peft, snapshot
 from tests.support.models import adapted, tiny_llama
 from tests.support.quantized import Linear8bitLt, stand_in
+from tests.support.tiers import slow
 
 TOKENS = torch.arange(24).reshape(2, 12)
 SELECTIONS = [None, ([0, 3], "folded"), ([], "folded"), (list(range(4)), "folded"), ([2], "frozen"), ([], "frozen")]
@@ -25,7 +26,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("select", SELECTIONS, ids=str)
-@pytest.mark.parametrize("original", ["device", "host"])
+@pytest.mark.parametrize("original", ["device", *slow("host")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_base_bit_for_bit(select: tuple | None, original: str, dtype: torch.dtype, each_backend: str) -> None:
     base = tiny_llama().to(dtype)

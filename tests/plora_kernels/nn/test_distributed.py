@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import plora_kernels as pk
+from tests.support.tiers import slow
 
 FORMS = (None, "folded", "frozen")
 
@@ -187,7 +188,7 @@ def in_mixed_precision(rank: int) -> None:
     assert (state["0.weight"].dtype, state["0.lora_A"].dtype) == (torch.bfloat16, torch.float32)
 
 
-WORK = [data_parallel, sharded, pytest.param(in_mixed_precision, marks=pytest.mark.slow)]
+WORK = [data_parallel, *slow(sharded, in_mixed_precision)]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)

@@ -17,6 +17,7 @@ import plora_kernels as pk
 from tests.support.adapter_folders import saved_by_peft
 from tests.support.equality import assert_equal
 from tests.support.models import tiny_bert, tiny_llama
+from tests.support.tiers import slow
 
 ROWS = [{"input_ids": (ids := torch.arange(12) * (row + 3) % 60), "labels": ids} for row in range(8)]
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -86,7 +87,7 @@ def prepared(form: str, selection: tuple | None) -> pk.Injected:
     return handle
 
 
-@pytest.mark.parametrize("make", [AdapterTrainer, whole], ids=["adapter", "whole"])
+@pytest.mark.parametrize("make", [AdapterTrainer, *slow(whole)], ids=["adapter", "whole"])
 @pytest.mark.parametrize(
     ("form", "selection"), [*((form, None) for form in FORMS), *(("dropout", each) for each in SELECTIONS[1:])], ids=str
 )

@@ -23,6 +23,7 @@ import plora_kernels as pk
 from tests.support.architectures import stir
 from tests.support.equality import assert_equal
 from tests.support.models import tiny_llama
+from tests.support.tiers import slow
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(57))]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -147,7 +148,7 @@ def test_preferences_are_optimised_as_with_peft(
 
 
 @pytest.mark.parametrize("selection", [None, ([0, 2], "folded"), ([1], "frozen")], ids=str)
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", *slow("dpo")])
 def test_it_resumes_from_the_adapter(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str, selection: tuple | None
 ) -> None:

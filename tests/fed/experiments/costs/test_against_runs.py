@@ -28,6 +28,7 @@ from fed.models.weightless import weightless
 from fed.simulation.clients import estimate
 from fed.simulation.rounds import Federation
 from fed.training.local import train
+from tests.support.tiers import slow
 
 SMALL = (
     *("clients.count=6", "clients.per_round=3", "rounds=5", "data.rows_per_client=8", "data.test_rows=12"),
@@ -50,7 +51,7 @@ def played(config: RunConfig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-@pytest.mark.parametrize("head", ["train", "personal", "freeze"])
+@pytest.mark.parametrize("head", ["train", *slow("personal", "freeze")])
 def test_the_bytes_of_every_round_are_those_that_the_run_counts(method: str, head: str) -> None:
     config = load("digits", [*SMALL, *settings_of(method), f"train.head={head}"])
     with weightless(config) as shared:
@@ -68,7 +69,7 @@ def test_how_modules_are_selected_costs_no_bytes(selection: str) -> None:
     assert [one.upload_bytes for one in found] == [row["upload_bytes"] for row in played(config)[1:]]
 
 
-@pytest.mark.parametrize("method", ["fed-plora", "flora", "fedex-lora", "rolora", "fedsa-lora"])
+@pytest.mark.parametrize("method", ["rolora", *slow("fed-plora", "flora", "fedex-lora", "fedsa-lora")])
 def test_expected_bytes_are_the_mean_over_seeds(method: str) -> None:
     config = load("digits", [*SMALL, *settings_of(method), "clients.count=12", "rounds=8"])
     with weightless(config) as shared:

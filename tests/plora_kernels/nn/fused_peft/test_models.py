@@ -22,6 +22,7 @@ import plora_kernels as pk
 from tests.plora_kernels.nn.test_distributed import agree, in_two_processes
 from tests.support.architectures import ARCHITECTURES, SIZES, SPECIAL, T5, TOKENS
 from tests.support.peft_layers import assert_as_exact, fused_calls, reasons, stirred
+from tests.support.tiers import slow
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -140,7 +141,7 @@ def trained(name: str, dtype: torch.dtype, fuse: bool) -> tuple[list[float], Any
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_fifty_steps_of_training_have_pefts_losses(name: str, dtype: torch.dtype) -> None:
     theirs, _ = trained(name, dtype, fuse=False)
     ours, model = trained(name, dtype, fuse=True)

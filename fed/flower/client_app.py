@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from flwr.clientapp import ClientApp
 from fed.flower import frames
 from fed.flower.protocol import JOIN, TRAIN
 from fed.flower.trainer import KEY, LOG, SOCKET
+from fed.flower.watch import is_working
 
 START_SECONDS = 120.0  # for Python to start and open the socket
 
@@ -32,16 +35,24 @@ app = ClientApp()
 @app.query()
 def join(message: Message, context: Context) -> Message:
     """Let this machine join a run."""
-    return _handed_over(JOIN, message, context)
+    with _noted(message, context):
+        return _handed_over(JOIN, message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients of a message; what they keep on this machine stays in the context, too."""
-    with_kept(message.content, context)
-    reply = _handed_over(TRAIN, message, context)
-    keep(reply.content, context)
-    return reply
+    with _noted(message, context):
+        with_kept(message.content, context)
+        reply = _handed_over(TRAIN, message, context)
+        keep(reply.content, context)
+        return reply
+
+
+@app.query("working")
+def working(message: Message, context: Context) -> Message:
+    """Say whether this machine works on a message."""
+    return is_working(message, lambda number: _note(context, number).exists())
 
 
 def with_kept(content: RecordDict, context: Context) -> None:
@@ -73,6 +84,21 @@ def _handed_over(kind: str, message: Message, context: Context) -> Message:
     if outcome == "error":
         raise RuntimeError(f"the trainer failed: {facts['reason']}")
     return Message(content, reply_to=message)
+
+
+@contextmanager
+def _noted(message: Message, context: Context) -> Iterator[None]:
+    """Note, in the folder of this SuperNode, that it works on a message."""
+    note = _note(context, message.metadata.message_id)
+    note.touch()
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _note(context: Context, number: str) -> Path:
+    return _folder(context) / f"works-on-{hashlib.blake2b(number.encode(), digest_size=16).hexdigest()}"
 
 
 def _connection(folder: Path) -> Connection:

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fed import interruption
 from fed.errors import printable
+from fed.flower.watch import Watch
 
 POLL_SECONDS = 0.2, 1.0  # between two looks for replies, at first and at most
 NO_ROUND = -1  # the base of a machine is as after no round that the server's was
@@ -106,6 +107,7 @@ class Post:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._under_way: dict[str, Sent] = {}
+        self._watch = Watch(lambda messages: _insisting(lambda: list(grid.push_messages(messages))), self._pulled)
 
     def exchange(self, play: Play) -> None:
         """Send what a play wants sent, and give it what comes of that, until it waits for nothing more.
@@ -122,7 +124,7 @@ class Post:
             if ended or now - looked >= (LOOK_SECONDS if self._under_way else WAIT_SECONDS):
                 looked = now
                 connected = set(_insisting(self._grid.get_node_ids))
-                ended += self._gone(connected)
+                ended += [*self._gone(connected), *self._lost(now)]
                 for one in ended:
                     play.ended(one)
                 for one in play.looked(connected):
@@ -160,8 +162,8 @@ class Post:
             raise
         except Exception as error:
             if len(numbers) == 1:
-                one = self._under_way[numbers[0]]
-                one.fault, one.unreadable = f"its reply cannot be unpacked: {printable(str(error))[:400]}", True
+                if (one := self._under_way.get(numbers[0])) is not None:  # none is of a question of the watch
+                    one.fault, one.unreadable = f"its reply cannot be unpacked: {printable(str(error))[:400]}", True
                 return []
         return [reply for number in numbers for reply in self._pulled([number])]
 
@@ -181,6 +183,12 @@ class Post:
         lost = [number for number, one in self._under_way.items() if one.node.number not in connected]
         for number in lost:
             self._under_way[number].fault, self._under_way[number].lost = "its machine is no longer connected", True
+        return [self._under_way.pop(number) for number in lost]
+
+    def _lost(self, now: float) -> list[Sent]:
+        lost = self._watch.lost({number: one.node.number for number, one in self._under_way.items()}, now)
+        for number in lost:
+            self._under_way[number].fault, self._under_way[number].lost = "its machine has lost the message", True
         return [self._under_way.pop(number) for number in lost]
 
     def _late(self, now: float) -> list[Sent]:

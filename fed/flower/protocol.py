@@ -7,6 +7,8 @@ from typing import Any
 
 PROTOCOL = 1  # changed whenever a message's meaning does
 JOIN, TRAIN = "query", "train"  # the types of messages, among those that Flower knows
+ASK = "query.working"  # whether a machine works on a message: the record `ASK` has MESSAGE, and its reply WORKING
+MESSAGE, WORKING = "message", "working"
 
 
 def versions() -> dict[str, Any]:

@@ -12,8 +12,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fed.flower import client_app, machine
-from fed.flower.protocol import JOIN
+from fed.flower.protocol import ASK, JOIN
 from fed.flower.records import FACTS, facts_record
+from fed.flower.watch import is_working
 
 # Gets a node's number and its reply, and returns the replies to give the server in its place.
 Tamper = Callable[[int, Message], Iterable[Message]]
@@ -31,6 +32,8 @@ class MemoryNode:
 
     def answer(self, message: Message) -> Message:
         """Answer a message as `fed.flower.client_app` and `fed.flower.trainer` do together."""
+        if message.metadata.message_type == ASK:
+            return is_working(message, lambda number: False)
         self.calls += 1
         if message.metadata.message_type == JOIN:
             self.forget()

@@ -1,0 +1,139 @@
+"""Messages that a machine has lost while it counts as connected: it is asked, and what it lost is sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+
+from fed.flower import client_app, watch
+from fed.flower.protocol import ASK, MESSAGE, WORKING
+from fed.flower.watch import Watch, is_working
+from tests.fed.flower.test_lost_machines import FEDSA, is_of_round, with_states
+from tests.fed.flower.test_training import OWN, assert_same_run, config_of, play
+from tests.support.memory_grid import MemoryGrid
+
+
+class Machines:
+    """Machines that answer questions as told: True and False are answers, "error" is one, None is no answer."""
+
+    def __init__(self, grid: MemoryGrid) -> None:
+        self._grid = grid  # for the identities of messages
+        self.says: list[bool | str | None] = []
+        self.asked: list[tuple[int, str]] = []
+
+    def push(self, messages: Sequence[Message]) -> Iterable[str]:
+        self.asked += [(one.metadata.dst_node_id, str(one.content[ASK][MESSAGE])) for one in messages]
+        return self._grid.push_messages(messages)
+
+    def pull(self, numbers: Sequence[str]) -> list[Message]:
+        replies = []
+        for number in numbers:
+            said = self.says.pop(0) if self.says else None
+            question = self._grid._waiting[number]
+            if said == "error":
+                replies.append(Message(Error(code=1, reason="expired"), reply_to=question))
+            elif said == "nothing":
+                replies.append(Message(RecordDict({ASK: ConfigRecord({WORKING: "yes"})}), reply_to=question))
+            elif said is not None:
+                replies.append(is_working(question, lambda number, said=said: bool(said)))
+        return replies
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Machines:
+    return Machines(MemoryGrid([{}], tmp_path))
+
+
+def lost(machines: Machines, says: Sequence[bool | str | None], seconds: float) -> list[tuple[float, list[str]]]:
+    """Look once a second at a message under way, and return when it is found lost."""
+    machines.says = list(says)
+    own = Watch(machines.push, machines.pull)
+    found = [(float(now), own.lost({"m": 101}, float(now))) for now in range(int(seconds))]
+    return [one for one in found if one[1]]
+
+
+def test_a_message_is_lost_once_its_machine_said_so_twice_in_a_row(machines: Machines) -> None:
+    # Asked after 60 s, answered a second later; asked again 60 s after the first question.
+    assert lost(machines, [False, False], 122) == [(121.0, ["m"])]
+    assert machines.asked == [(101, "m"), (101, "m")]
+    assert lost(machines, [False, True, False], 250) == []
+    assert lost(machines, [False, "error", False], 182) == [(181.0, ["m"])]  # an error says nothing either way
+    assert lost(machines, [False, "nothing", False], 182) == [(181.0, ["m"])]
+
+
+def test_a_question_without_an_answer_is_asked_anew(machines: Machines) -> None:
+    lost(machines, [None] * 1000, 60 + 121)
+    assert len(machines.asked) == 2
+
+
+def test_what_takes_hours_is_asked_about_ever_less(machines: Machines) -> None:
+    lost(machines, [True] * 1000, 4 * 3600)
+    assert len(machines.asked) < 60
+    own = Watch(machines.push, machines.pull)
+    assert own.lost({}, 0.0) == []
+
+
+def test_an_answered_message_is_watched_no_more(machines: Machines) -> None:
+    own = Watch(machines.push, machines.pull)
+    machines.says = [False, False]
+    own.lost({"m": 101}, 0.0)
+    own.lost({"m": 101}, 60.0)
+    assert own.lost({}, 61.0) == []
+    assert own.lost({"m": 101}, 62.0) == []
+    assert machines.asked == [(101, "m")]
+
+
+def test_a_client_app_says_what_it_works_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_app, "_folder", lambda context: tmp_path)
+    context, grid = Context(1, 1, {}, RecordDict(), {}), MemoryGrid([{}], tmp_path)  # type: ignore[arg-type]
+    work, question = Message(RecordDict(), 101, "train"), Message(RecordDict(), 101, ASK)
+    grid.push_messages([work, question])
+    said = []
+
+    def ask(number: object) -> None:
+        question.content[ASK] = ConfigRecord({MESSAGE: number})  # type: ignore[dict-item]
+        said.append(client_app.working(question, context).content[ASK][WORKING])
+
+    def train(kind: str, message: Message, context: Context) -> Message:
+        for number in (work.metadata.message_id, "another", "../x", 3):
+            ask(number)
+        raise RuntimeError("the trainer failed")
+
+    monkeypatch.setattr(client_app, "_handed_over", train)
+    with pytest.raises(RuntimeError, match="the trainer failed"):
+        client_app.train(work, context)
+    ask(work.metadata.message_id)
+    assert said == [True, False, False, False, False]
+    assert list(tmp_path.glob("works-on-*")) == []
+
+
+@pytest.mark.parametrize("lost", ["training", "joining"])
+def test_what_a_restarted_machine_has_lost_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    monkeypatch.setattr(watch, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "LEAST_SECONDS", 0.0)
+    told: list[str] = []
+    dropped: list[int] = []
+
+    def drop_once(number: int, reply: Message) -> Iterable[Message]:
+        of_it = is_of_round(reply, 2) if lost == "training" else reply.metadata.group_id == "join"
+        if number == 102 and of_it and not dropped:
+            dropped.append(number)
+            grid.nodes[number].forget()
+            return []
+        return [reply]
+
+    grid = MemoryGrid(with_states(tmp_path), tmp_path, drop_once)
+    play(config_of(*FEDSA, "engine.mode=deployment"), tmp_path / "there", grid, told)
+    grid.close()
+    assert dropped == [102]
+    if lost == "training":
+        assert "round 2: its machine has lost the message; sent again once its SuperNode is back: client 1" in told
+    else:
+        assert "SuperNode 102 does not take part: its machine has lost the message" in told
+    play(config_of(*FEDSA), tmp_path / "here")
+    assert_same_run(tmp_path / "there", tmp_path / "here", OWN)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,8 +16,13 @@ from fed.flower import client_app, watch
 from fed.flower.protocol import ASK, MESSAGE, WORKING
 from fed.flower.watch import Watch, is_working
 from tests.fed.flower.test_lost_machines import FEDSA, is_of_round, with_states
+from tests.fed.flower.test_run import TINY
 from tests.fed.flower.test_training import OWN, assert_same_run, config_of, play
+from tests.support.flower_control import until
+from tests.support.flower_keys import make_key
+from tests.support.flower_network import FlowerNetwork
 from tests.support.memory_grid import MemoryGrid
+from tests.support.processes import Process
 
 
 class Machines:
@@ -136,4 +145,42 @@ def test_what_a_restarted_machine_has_lost_is_sent_again(
     else:
         assert "SuperNode 102 does not take part: its machine has lost the message" in told
     play(config_of(*FEDSA), tmp_path / "here")
+    assert_same_run(tmp_path / "there", tmp_path / "here", OWN)
+
+
+@pytest.mark.slow
+def test_a_node_with_a_key_that_is_back_unseen_gets_its_client_again(tmp_path: Path) -> None:
+    """Three minutes of waiting: for Flower to let the key in again, and for the two answers of the node."""
+    settings = [*TINY, "clients.count=1", "clients.per_round=1", "rounds=1", "clients.ranks=[4]"]
+    settings += ["train.local_steps=2500"]
+    users = Path(tempfile.gettempdir()) / f"plora-fed-{os.getuid()}"
+    with FlowerNetwork(tmp_path / "network", authentication=True, idle_seconds=0.2) as network:
+        assert network.certificates is not None
+        key = make_key(tmp_path, "key")
+        network.register(key)
+        node = network.add_node({"partition-id": 0, "state": str(tmp_path / "state")}, key=key)
+        network.wait_online([node])
+        over = [f"engine.root_certificates={network.certificates.authority}", "engine.mode=deployment"]
+        over += ["--flower", network.address, "--no-centralised", "--out", str(tmp_path / "there")]
+        with Process(tmp_path / "over", "run", "digits", *settings, *over) as there:
+            rows = tmp_path / "there" / "rounds.jsonl"
+            assert there.until(rows.exists, 240), network.tails()
+            assert until(lambda: any(users.glob("*/works-on-*")), 60)
+            network.kill(node.running)
+            time.sleep(45)
+            # So that the server does not see that the node is missing when the minute is over.
+            servers = [pid for pid, command in network.running_processes().items() if "flwr-serverapp" in str(command)]
+            for pid in servers:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                while node.running.status is not None:
+                    network.start_node(node)
+                    until(lambda: node.running.status is not None or network.node_id(node) is not None, 30)
+            finally:
+                for pid in servers:
+                    os.kill(pid, signal.SIGCONT)
+            outcome = there.wait(600)
+        assert outcome.status == 0, f"{outcome}\n{network.tails()}"
+    assert "its machine has lost the message; sent again once its SuperNode is back: client 0" in outcome.out
+    play(config_of(*settings), tmp_path / "here")
     assert_same_run(tmp_path / "there", tmp_path / "here", OWN)

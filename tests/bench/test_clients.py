@@ -51,6 +51,7 @@ def test_a_thousand_clients_of_the_embedded_task_need_the_memory_of_a_hundred(tm
     assert many.tensor_bytes - few.tensor_bytes == 900 * ROW_NUMBERS
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_said(tmp_path: Path) -> None:
     with pytest.raises(
         ResultsError,

@@ -176,6 +176,7 @@ def test_a_wrong_operator_is_found_by_the_checks_and_fails_the_command(
     assert shown.splitlines()[-1].startswith("WRONG check m 37 k 50 n 29 r 5 dtype float32, folds agree")
 
 
+@pytest.mark.slow
 def test_a_wrong_whole_model_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,6 +219,7 @@ def test_only_missing_providers_are_timed_again_and_against_the_base_of_their_lo
     assert new["ratio_to_peft"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_tables_and_every_record_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

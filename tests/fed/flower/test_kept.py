@@ -33,7 +33,9 @@ class Noted(MemoryGrid):
         return super().push_messages(messages)
 
 
-@pytest.mark.parametrize(("mode", "method"), [("deployment", "fedsa-lora"), ("simulation", "flora")])
+@pytest.mark.parametrize(
+    ("mode", "method"), [("deployment", "fedsa-lora"), pytest.param("simulation", "flora", marks=pytest.mark.slow)]
+)
 def test_a_state_that_is_only_tried_leaves_no_trace_on_machines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, method: str
 ) -> None:

@@ -35,6 +35,7 @@ def is_of_round(reply: Message, number: int) -> bool:
     return reply.metadata.message_type == TRAIN and reply.metadata.group_id == str(number)
 
 
+@pytest.mark.slow
 def test_a_client_whose_machine_comes_back_under_another_number_trains_in_the_same_round(tmp_path: Path) -> None:
     told: list[str] = []
 

@@ -51,6 +51,7 @@ def test_processes_of_another_test_are_left_alone(tmp_path: Path) -> None:
         assert alive(started.pid)
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_test_process(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from tests.support.marked_processes import MarkedProcesses\n"

@@ -18,6 +18,7 @@ from tests.support.memory_grid import MemoryGrid
 from tests.support.tiers import slow
 
 
+@pytest.mark.slow
 def test_the_strategy_plays_a_whole_run(tmp_path: Path) -> None:
     config = config_of(*SMALL)
     play(config, tmp_path / "here")

@@ -85,6 +85,7 @@ def test_one_process_answers_all_messages_and_tells_errors(place: Place) -> None
     assert (place.folder / KEY).stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_callers_that_are_none_of_ours_end_nothing(place: Place) -> None:
     assert place.lacks() == "the run"
     path = str(place.folder / SOCKET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,14 +79,17 @@ def assert_same_run(found: Path, expected: Path, without: set[str] | None = None
             torch.testing.assert_close(own, wanted, rtol=tolerance, atol=tolerance)
 
 
-# Those that keep nothing and fold nothing, that fold, and that keep something on their machines.
-FEW = ("fed-plora", "flora", "fedsa-lora")
+# One that folds, and one that keeps something on its machines.
+FEW = ("simulation", "flora"), ("deployment", "fedsa-lora")
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in METHODS]
+    ("mode", "method"),
+    [
+        pytest.param(*each, marks=[] if each in FEW else pytest.mark.slow)
+        for each in itertools.product(("simulation", "deployment"), METHODS)
+    ],
 )
-@pytest.mark.parametrize("mode", ["simulation", "deployment"])
 def test_a_run_over_machines_is_as_one_in_a_process(tmp_path: Path, method: str, mode: str) -> None:
     settings = [*METHODS[method], f"method={method}"]
     play(config_of(*settings), tmp_path / "here")

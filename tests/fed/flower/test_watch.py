@@ -23,6 +23,7 @@ from tests.support.flower_keys import make_key
 from tests.support.flower_network import FlowerNetwork
 from tests.support.memory_grid import MemoryGrid
 from tests.support.processes import Process
+from tests.support.tiers import slow
 
 
 class Machines:
@@ -119,7 +120,7 @@ def test_a_client_app_says_what_it_works_on(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.glob("works-on-*")) == []
 
 
-@pytest.mark.parametrize("lost", ["training", "joining"])
+@pytest.mark.parametrize("lost", ["training", *slow("joining")])
 def test_what_a_restarted_machine_has_lost_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
@@ -181,6 +182,8 @@ def test_a_node_with_a_key_that_is_back_unseen_gets_its_client_again(tmp_path: P
                     os.kill(pid, signal.SIGCONT)
             outcome = there.wait(600)
         assert outcome.status == 0, f"{outcome}\n{network.tails()}"
-    assert "its machine has lost the message; sent again once its SuperNode is back: client 0" in outcome.out, outcome.out
+    assert "its machine has lost the message; sent again once its SuperNode is back: client 0" in outcome.out, (
+        outcome.out
+    )
     play(config_of(*settings), tmp_path / "here")
     assert_same_run(tmp_path / "there", tmp_path / "here", OWN)

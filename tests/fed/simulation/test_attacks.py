@@ -182,6 +182,7 @@ def test_a_rule_stays_near_the_clean_run(kind: str, defence: str, losses: dict[t
         assert losses[kind, defence] < losses[kind, "none"]
 
 
+@pytest.mark.slow
 def test_clipping_bounds_long_steps(losses: dict[tuple[str, str], float]) -> None:
     assert losses["sign-flip", "none"] > losses["start", "none"]
     assert losses["sign-flip", "clipping"] < losses["start", "none"]

@@ -29,6 +29,7 @@ from fed.training.compiled_loss import CompiledLosses
 from fed.training.local import BatchOrder
 from tests.fed.training.test_cohort import alone, assert_same, reading_texts, texts
 from tests.support.models import SIZES, tiny_bert, tiny_distilbert, tiny_llama
+from tests.support.tiers import slow
 from tests.support.tiny_federation import HEAD, TinyClassifier, jobs_of, make_config, make_data
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=9)
@@ -109,7 +110,7 @@ CASES = [
 
 @pytest.mark.usefixtures("eager_parts")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [*slow(0.0), 0.4])
 @pytest.mark.parametrize(("make", "table", "way"), CASES)
 def test_updates_are_those_of_padded_batches(
     make: Any, table: type, way: str, dropout: float, checkpointing: bool, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from tests.support.equality import assert_equal
 from tests.support.groups import draw_grouped
 from tests.support.notes import note_calls
 from tests.support.numerics import DEVICE, Problem, check, in_form, make_problem, run
+from tests.support.tiers import slow
 
 pytestmark = pytest.mark.usefixtures("kernels", "nan_filled")
 
@@ -101,7 +102,9 @@ def test_new_tables_and_forced_blocks_are_looked_at(worked_out: list[str]) -> No
     assert "forward" in taken
 
 
-@pytest.mark.parametrize("design", ["tile", "tile_two_launch", "persistent", "two_launch", "one_launch", "algebra"])
+@pytest.mark.parametrize(
+    "design", ["tile", "tile_two_launch", "algebra", *slow("persistent", "two_launch", "one_launch")]
+)
 def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPatch, worked_out: list[str]) -> None:
     blocks = blocks_of(design, 16)
     real = lookup._chosen
@@ -116,7 +119,7 @@ def test_every_design_may_be_replayed(design: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("share", "unselected"), [(None, "folded"), (0.5, "folded"), (0.5, "frozen")])
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("p", [*slow(0.0), 0.4])
 def test_groups_are_replayed_with_other_bounds(
     share: float | None, unselected: str, p: float, worked_out: list[str]
 ) -> None:

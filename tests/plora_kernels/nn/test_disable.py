@@ -27,7 +27,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("select", SELECTIONS, ids=str)
 @pytest.mark.parametrize("original", ["device", *slow("host")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_it_is_the_base_bit_for_bit(select: tuple | None, original: str, dtype: torch.dtype, each_backend: str) -> None:
     base = tiny_llama().to(dtype)
     expected = logits(base)

@@ -188,7 +188,7 @@ def in_mixed_precision(rank: int) -> None:
     assert (state["0.weight"].dtype, state["0.lora_A"].dtype) == (torch.bfloat16, torch.float32)
 
 
-WORK = [data_parallel, *slow(sharded, in_mixed_precision)]
+WORK = slow(data_parallel, sharded, in_mixed_precision)
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)

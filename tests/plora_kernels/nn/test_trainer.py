@@ -87,9 +87,15 @@ def prepared(form: str, selection: tuple | None) -> pk.Injected:
     return handle
 
 
+CASES = [*((form, None) for form in FORMS), *(("dropout", each) for each in SELECTIONS[1:])]
+FEW = [("plain", None), ("half", None), ("dropout", SELECTIONS[1])]
+
+
 @pytest.mark.parametrize("make", [AdapterTrainer, *slow(whole)], ids=["adapter", "whole"])
 @pytest.mark.parametrize(
-    ("form", "selection"), [*((form, None) for form in FORMS), *(("dropout", each) for each in SELECTIONS[1:])], ids=str
+    ("form", "selection"),
+    [pytest.param(*each, marks=() if each in FEW else pytest.mark.slow) for each in CASES],
+    ids=str,
 )
 def test_it_resumes_as_if_it_had_not_stopped(
     tmp_path: Path, make: Callable[..., Trainer], form: str, selection: tuple | None

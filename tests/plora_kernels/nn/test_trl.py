@@ -129,7 +129,7 @@ def test_supervised_training_is_as_with_peft(tmp_path: Path, tokenizer: PreTrain
     assert set(loaded.peft_config["default"].target_modules) == set(handle.layers)
 
 
-@pytest.mark.parametrize("reference", ["start", "base", "given"])
+@pytest.mark.parametrize("reference", ["start", *slow("base", "given")])
 def test_preferences_are_optimised_as_with_peft(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, reference: str
 ) -> None:
@@ -147,7 +147,7 @@ def test_preferences_are_optimised_as_with_peft(
     assert_trained_alike(handle, ours, model, theirs)
 
 
-@pytest.mark.parametrize("selection", [None, ([0, 2], "folded"), ([1], "frozen")], ids=str)
+@pytest.mark.parametrize("selection", [*slow(None, ([0, 2], "folded")), ([1], "frozen")], ids=str)
 @pytest.mark.parametrize("kind", ["sft", *slow("dpo")])
 def test_it_resumes_from_the_adapter(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str, selection: tuple | None

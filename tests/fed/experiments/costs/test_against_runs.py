@@ -184,6 +184,7 @@ def test_a_classifier_s_memory_is_the_estimate_of_its_run(kind: str, settings: t
     assert found == [need.of(rank) for rank in (2, 5, 16)]
 
 
+@pytest.mark.slow
 def test_a_7b_model_needs_no_weights(tmp_path: Path) -> None:
     architecture = tf.LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32

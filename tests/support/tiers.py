@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+
+
+def mostly_slow(cases: Sequence[Any], count: int) -> list[Any]:
+    """Return cases of one parameter or of several, all but the first `count` marked as slow."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=() if place < count else pytest.mark.slow) for place, case in enumerate(cases)]
 
 
 def slow(*values: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from tests.support.groups import FORMS, draw_grouped, run_each_group
 from tests.support.mixed_precision import check_mixed, widened
 from tests.support.numerics import DEVICE, NAMES, assert_within_bound, check, differentiated, run
 from tests.support.pairwise import pairwise
+from tests.support.tiers import mostly_slow
 
 # Groups' rows, K, N, R: among them groups without rows, at the ends too, and one group alone.
 SHAPES = (
@@ -29,7 +30,7 @@ DTYPES = [torch.float32, torch.float16]
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize(
     ("shape", "selection", "p", "dtype", "bias", "turned"),
-    pairwise(SHAPES, FORMS, [0.0, 0.4], DTYPES, [False, True], [False, True]),
+    mostly_slow(pairwise(SHAPES, FORMS, [0.0, 0.4], DTYPES, [False, True], [False, True]), 25),
     ids=str,
 )
 def test_results_are_within_the_bound(

@@ -20,6 +20,7 @@ from tests.support.numerics import (
     run,
     variance_of_fold,
 )
+from tests.support.tiers import slow
 
 
 def combinations(dtypes: list[torch.dtype], count: int, largest: int, seed: int) -> list[tuple]:
@@ -51,7 +52,11 @@ def problem_of(combination: tuple) -> Problem:
     return make_problem(rows, k, n, rank, dtype, seed=seed, **options)
 
 
-@pytest.mark.parametrize("combination", combinations(TORCH_DTYPES, 160, 257, seed=1), ids=name_of)
+TORCH_CASES = combinations(TORCH_DTYPES, 160, 257, seed=1)
+KERNEL_CASES = combinations(HALF_AND_FULL, 80, 130, seed=2)
+
+
+@pytest.mark.parametrize("combination", [*TORCH_CASES[:100], *slow(*TORCH_CASES[100:])], ids=name_of)
 def test_torch_path_is_within_the_bound(combination: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLORA_BACKEND", "torch")
     check(problem_of(combination))
@@ -67,7 +72,7 @@ def test_float64_is_the_reference_to_rounding(combination: tuple) -> None:
 
 
 @pytest.mark.usefixtures("kernels", "nan_filled")
-@pytest.mark.parametrize("combination", combinations(HALF_AND_FULL, 80, 130, seed=2), ids=name_of)
+@pytest.mark.parametrize("combination", [*KERNEL_CASES[:50], *slow(*KERNEL_CASES[50:])], ids=name_of)
 def test_kernels_are_within_the_bound(combination: tuple) -> None:
     check(problem_of(combination))
 

@@ -107,7 +107,7 @@ class Post:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._under_way: dict[str, Sent] = {}
-        self._watch = Watch(lambda messages: _insisting(lambda: list(grid.push_messages(messages))), self._pulled)
+        self._watch = Watch(self._pushed, self._pulled)
 
     def exchange(self, play: Play) -> None:
         """Send what a play wants sent, and give it what comes of that, until it waits for nothing more.
@@ -141,12 +141,17 @@ class Post:
 
     def _push(self, one: Sent) -> bool:
         """Send a message by itself, because it may be large; return whether it was taken."""
-        (number,) = list(_insisting(lambda: self._grid.push_messages([one.message]))) or [""]
+        number = self._pushed(one.message)
         if not number:
             one.fault, one.lost = "the SuperLink did not take the message", True
             return False
-        self._under_way[str(number)] = one
+        self._under_way[number] = one
         return True
+
+    def _pushed(self, message: Message) -> str:
+        """Return the number under which the SuperLink takes a message, "" if it does not."""
+        (number,) = _insisting(lambda: list(self._grid.push_messages([message]))) or [""]
+        return str(number or "")
 
     def _answers(self) -> list[Sent]:
         if not self._under_way:
@@ -168,8 +173,7 @@ class Post:
         return [reply for number in numbers for reply in self._pulled([number])]
 
     def _unreadable(self) -> list[Sent]:
-        numbers = [number for number, one in self._under_way.items() if one.unreadable]
-        return [self._under_way.pop(number) for number in numbers]
+        return self._ended([number for number, one in self._under_way.items() if one.unreadable])
 
     def _answered(self, reply: Message) -> Sent | None:
         """Return what a reply answers; None if that is answered already or was never asked."""
@@ -180,22 +184,24 @@ class Post:
         return one
 
     def _gone(self, connected: set[int]) -> list[Sent]:
-        lost = [number for number, one in self._under_way.items() if one.node.number not in connected]
-        for number in lost:
-            self._under_way[number].fault, self._under_way[number].lost = "its machine is no longer connected", True
-        return [self._under_way.pop(number) for number in lost]
+        gone = [number for number, one in self._under_way.items() if one.node.number not in connected]
+        return self._ended(gone, "its machine is no longer connected", lost=True)
 
     def _lost(self, now: float) -> list[Sent]:
         lost = self._watch.lost({number: one.node.number for number, one in self._under_way.items()}, now)
-        for number in lost:
-            self._under_way[number].fault, self._under_way[number].lost = "its machine has lost the message", True
-        return [self._under_way.pop(number) for number in lost]
+        return self._ended(lost, "its machine has lost the message", lost=True)
 
     def _late(self, now: float) -> list[Sent]:
-        late = [number for number, one in self._under_way.items() if now >= one.until]
-        for number in late:
-            self._under_way[number].fault = "it did not answer in time"
-        return [self._under_way.pop(number) for number in late]
+        return self._ended(
+            [number for number, one in self._under_way.items() if now >= one.until], "it did not answer in time"
+        )
+
+    def _ended(self, numbers: Iterable[str], fault: str | None = None, lost: bool = False) -> list[Sent]:
+        """Return messages that have no reply that can be read, and from now on wait for none."""
+        ended = [self._under_way.pop(number) for number in numbers]
+        for one in ended:
+            one.fault, one.lost = fault or one.fault, lost
+        return ended
 
 
 def _insisting(call: Callable[[], T]) -> T:

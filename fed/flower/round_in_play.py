@@ -159,7 +159,7 @@ class RoundInPlay:
         return max(SLOW_SECONDS, SLOW_FACTOR * sum(map(self._machines.steps, clients)) / node.speed)
 
     def _tell_slow(self) -> None:
-        """Say once of each message that is slow: its machine may have lost it, which Flower does not always notice."""
+        """Say once of each message that is slow, because a long wait should not be a silent one."""
         now = time.monotonic()
         for one in self._under_way:
             if now >= one.slow_from:

@@ -20,8 +20,8 @@ SHARE = 1 / 8  # of the time that a message took so far, between two questions a
 # So many answers in a row must say that a machine has no such message: its reply may be on the way as one is given.
 ANSWERS = 2
 
-# Pushes messages and returns their numbers; pulls the replies to messages of these numbers that there are.
-Push = Callable[[Sequence[Message]], Iterable[str]]
+# Pushes a message and returns its number, "" if it was not taken; pulls the replies to messages of these numbers.
+Push = Callable[[Message], str]
 Pull = Callable[[Sequence[str]], Iterable[Message]]
 
 
@@ -63,7 +63,7 @@ class Watch:
     def _ask(self, number: str, machine: int, own: _Watched, now: float) -> None:
         content = RecordDict({ASK: ConfigRecord({MESSAGE: number})})
         question = Message(content, machine, ASK, ttl=ANSWER_SECONDS, group_id="ask")
-        (own.question,) = [str(given or "") for given in self._push([question])] or [""]
+        own.question = self._push(question)
         own.until, own.ask_from = now + ANSWER_SECONDS, now + max(LEAST_SECONDS, SHARE * (now - own.since))
 
     def _take_answers(self, now: float) -> None:

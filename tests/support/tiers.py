@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 
-def mostly_slow(cases: Sequence[Any], count: int) -> list[Any]:
-    """Return cases of one parameter or of several, all but the first `count` marked as slow."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+def mostly_slow(cases: Sequence[tuple[Any, ...]], count: int) -> list[Any]:
+    """Return cases of several parameters, all but the first `count` marked as slow."""
     return [pytest.param(*case, marks=() if place < count else pytest.mark.slow) for place, case in enumerate(cases)]
 
 

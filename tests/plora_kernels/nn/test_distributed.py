@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import plora_kernels as pk
-from tests.support.tiers import slow
 
 FORMS = (None, "folded", "frozen")
 
@@ -188,9 +187,7 @@ def in_mixed_precision(rank: int) -> None:
     assert (state["0.weight"].dtype, state["0.lora_A"].dtype) == (torch.bfloat16, torch.float32)
 
 
-WORK = slow(data_parallel, sharded, in_mixed_precision)
-
-
-@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [data_parallel, sharded, in_mixed_precision], ids=lambda work: work.__name__)
 def test_layers_in_two_processes(work: Callable[[int], None], tmp_path: Path) -> None:
     in_two_processes(work, tmp_path)

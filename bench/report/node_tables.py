@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.harness.records import ResultsError
@@ -21,19 +22,20 @@ def nodes_markdown(path: Path) -> str:
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     try:
         machine, measured = saved["environment"], saved["measured"]
+        seconds = [median(one["round_seconds"]) for one in measured]
         alone = measured[0]["train_seconds"] / measured[0]["nodes"]
-        beyond = measured[0]["seconds"] - alone
+        beyond = seconds[0] - alone
         rows = [
             (
                 str(one["nodes"]),
-                f"{one['seconds']:.1f}",
+                f"{own:.1f}",
                 f"{one['train_seconds'] / one['nodes']:.1f}",
                 f"{alone * measured[0]['nodes'] / one['nodes'] + beyond:.1f}",
                 f"{one['bytes'] / 1e6:.1f}",
                 f"{one['clients_per_second']:.3f}",
                 f"{one['ratio']:.2f}",
             )
-            for one in measured
+            for one, own in zip(measured, seconds, strict=True)
         ]
         conditions = (
             f"{machine['cpu_name']}, {machine['cores']} cores; {versions_text(machine['versions'])}; "

@@ -13,6 +13,9 @@ from bench.scale.checks import Line, _line, check
 from bench.scale.models import Size
 from bench.scale.population import Point, measure
 from bench.scale.projection import project
+from fed.experiments.costs.memory import CLIENT_BYTES, STORED_BYTES
+
+ROOT = Path(__file__).parents[2]
 
 TINY = Size("tiny", "llama", width=64, layers=1, length=12, answer=5, batch=3)
 
@@ -51,3 +54,13 @@ def test_the_command_writes_what_the_report_reads(tmp_path: Path, monkeypatch: p
     assert saved["projected"] == project(saved["lines"][0], saved["servers"])
     assert "| tiny | bytes of rounds |" in scale_markdown(tmp_path / "scale.json")
     assert "Llama, 7B" in projected_markdown(tmp_path / "scale.json")
+
+
+@pytest.mark.slow
+def test_the_committed_projection_is_that_of_the_model_and_its_memory_that_of_the_server() -> None:
+    saved = json.loads((ROOT / "docs" / "results" / "scale.json").read_text())
+    assert saved["projected"] == project(saved["lines"][0], saved["servers"])
+    of = {(server["clients"], server["keep"]): server["client_bytes"] for server in saved["servers"]}
+    rows = 8 * 16  # of every client's sixteen rows, by number
+    assert pytest.approx((of[100_000, False] - of[100, False]) / 99_900 - rows, rel=0.1) == CLIENT_BYTES
+    assert pytest.approx((of[10_000, True] - of[1000, True]) / 9000 - rows, rel=0.1) == CLIENT_BYTES + STORED_BYTES

@@ -6,8 +6,10 @@ import functools
 import json
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from bench.report.device_tables import committed_section
 from bench.report.markdown import markers
 from bench.report.model_tables import NOT_MEASURED as NO_MODELS
 from bench.report.model_tables import load_models, model_markdown
+from bench.report.node_tables import NODES, nodes_markdown
 from bench.report.runs import load_run
 from bench.report.scale_tables import projected_markdown, scale_markdown
 from bench.report.simulation_tables import simulation_markdown
@@ -33,6 +36,7 @@ from fed.config.loader import _fields as configuration_keys
 from fed.experiments import plan as plans
 from fed.experiments.attack_grid import grid
 from fed.report.tables import markdown_table, summary
+from fed.simulation.attacks import attackers
 from fed.simulation.run_directory import read
 from tests.bench.saved import saved_run, write_run
 from tests.support import fault_table
@@ -120,6 +124,7 @@ def test_the_tables_of_costs_are_the_committed_result() -> None:
     page, results = DOCS / "scale.md", DOCS / "results" / "scale.json"
     assert between(page, "scale") == scale_markdown(results).strip()
     assert between(page, "scale-projected") == projected_markdown(results).strip()
+    assert between(page, NODES) == nodes_markdown(DOCS / "results" / "flower" / "nodes.json").strip()
 
 
 def test_the_summary_is_made_of_the_committed_results() -> None:
@@ -419,3 +424,36 @@ def test_the_tables_of_attacks_are_the_committed_runs(name: str) -> None:
         mean = 100 * sum(one["accuracy"].values()) / len(one["accuracy"])
         title = {"none": "no attack", "nan": "NaN", "shape": "wrong shape"}.get(one["attack"], one["attack"])
         assert f"| {mean:.1f} " in lines[title]
+
+
+def test_the_page_on_flower_says_what_was_killed_and_how_the_long_run_went() -> None:
+    folder = DOCS / "results" / "flower"
+    page = " ".join(text_of(DOCS / "flower.md").split())
+    runs = json.loads(text_of(folder / "kills.json"))
+    killed: Counter[str] = sum((Counter(run["killed"]) for run in runs), Counter())
+    assert all(run["same_as_never_killed"] for run in runs)
+    assert f"{killed.total()} processes of {['no', 'one', 'two'][len(runs)]} runs" in page
+    assert f"{killed['SuperLink']} SuperLinks, {killed['SuperNode']} SuperNodes, {killed['trainer']} trainers" in page
+    assert f"and {killed['ClientApp']} of Flower's for a message" in page
+    samples = json.loads(text_of(folder / "soak.json"))["samples"]
+    assert samples[-1]["round"] == 1000
+    later = [one for one in samples if 100 <= one["round"] < 1000]
+    for role in ("SuperLink", "ServerApp", "SuperNode", "trainer"):
+        memory, files = ([one[role][name] for one in later] for name in ("rss_mb", "files"))
+        assert max(memory) - memory[0] < 5
+        assert abs(median(files[-20:]) - median(files[:20])) <= 1
+    assert "from round 100 on no process grew by more than 5 MB" in page
+
+
+def test_the_page_on_robustness_says_how_large_the_attackers_ranks_are() -> None:
+    page = " ".join(text_of(DOCS / "robustness.md").split())
+    found = json.loads(text_of(DOCS / "results" / "attacks" / "mixed-ranks" / "attacks.json"))
+    (under,) = [one["accuracy"] for one in found["outcomes"] if (one["attack"], one["defence"]) == ("scale", "median")]
+    shares = []
+    for seed in (1, 0):
+        config = load("digits", [f"seed={seed}", "attack.kind=scale", f"attack.share={found['share']}"])
+        ranks = [config.clients.ranks[client % len(config.clients.ranks)] for client in range(config.clients.count)]
+        shares.append(sum(ranks[client] for client in attackers(config)) / sum(ranks))
+    assert f"{100 * shares[0]:.0f} % of the sum of all, and the median is at {100 * under['1']:.1f} %" in page
+    assert f"with seed 0 it is {100 * shares[1]:.0f} %" in page
+    assert f"and the median is at {100 * under['0']:.1f} %" in page

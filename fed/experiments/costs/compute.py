@@ -27,12 +27,16 @@ FROZEN_MULTIPLE = 16
 
 
 class Adapted(NamedTuple):
-    """An adapted layer as one row of data meets it: `rows` rows of x (rows, K) W (N, K)ᵀ; `d_x`: whether x has a dX."""
+    """An adapted layer as one row of data meets it: `rows` rows of x (rows, K) W (N, K)ᵀ; `d_x`: whether x has a dX.
+
+    `once` further rows are there however many rows of data a batch has, such as a table of relative positions.
+    """
 
     rows: int
     K: int
     N: int
     d_x: bool
+    once: int = 0
 
 
 class Operations(NamedTuple):
@@ -49,7 +53,7 @@ class Operations(NamedTuple):
 
 @dataclass
 class Products(TorchFunctionMode):
-    """Recorder of the products of a forward, for one row of data; adapted layers are recorded as what they are.
+    """Recorder of the products of a forward; adapted layers are recorded as what they are.
 
     `plain` are the operations of all products but those of adapted layers, `layers` the adapted layers.
     """
@@ -129,7 +133,7 @@ class Traced(NamedTuple):
     """The products in the forward of one row of data.
 
     `plain` are those outside of adapted layers and of a language model's output layer, `layers` the adapted layers.
-    `logits` are the operations of an output layer for one token, 0 if there is none or it is adapted: then it is
+    `once` are like `plain`, but of a whole batch, such as the angles of rotary positions. `logits` are the operations of an output layer for one token, 0 if there is none or it is adapted: then it is
     `output`, which runs from the token before the answer on, and again in the backward.
     """
 
@@ -137,6 +141,7 @@ class Traced(NamedTuple):
     layers: tuple[Adapted, ...]
     logits: int = 0
     output: Adapted | None = None
+    once: Operations = Operations(0, 0)
 
 
 def trace(shared: SharedModel, load: Workload) -> Traced:
@@ -144,26 +149,36 @@ def trace(shared: SharedModel, load: Workload) -> Traced:
 
     Raises FedError if the model does not run without them.
     """
+    try:
+        # What a second row adds is the row's own, and the rest is computed once for a batch.
+        (one, _), (two, result) = _run(shared, load, 1), _run(shared, load, 2)
+        layers = tuple(
+            first._replace(rows=second.rows - first.rows, once=2 * first.rows - second.rows)
+            for first, second in zip(one.layers, two.layers, strict=True)
+        )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise FedError(
+            f"{type(shared.model).__name__} does not run on shapes alone, so its work cannot be estimated: {reason}"
+        ) from error
+    plain = Operations(two.forward - one.forward, two.backward - one.backward)
+    once = Operations(one.forward - plain.forward, one.backward - plain.backward)
+    if not load.answer:
+        return Traced(plain, layers, once=once)
+    output: Any = shared.model.get_output_embeddings()  # type: ignore[operator]
+    if output not in shared.handle.layers.values():
+        return Traced(plain, layers, 2 * output.weight.numel(), once=once)
+    own = Adapted(load.answer + 1, output.in_features, output.out_features, result.requires_grad)
+    return Traced(plain, layers, output=own, once=once)
+
+
+def _run(shared: SharedModel, load: Workload, rows: int) -> tuple[Products, Tensor]:
+    """Return the products of the forward of some rows, and what that returns."""
     with ExitStack() as stack:
         products = stack.enter_context(Products())
         for layer in shared.handle.layers.values():
-            hook = layer.register_forward_hook(products.on_layer)
-            stack.callback(hook.remove)
-        try:
-            result = run_forward(shared, load)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise FedError(
-                f"{type(shared.model).__name__} does not run on shapes alone, so its work cannot be estimated: {reason}"
-            ) from error
-    plain = Operations(products.forward, products.backward)
-    if not load.answer:
-        return Traced(plain, tuple(products.layers))
-    output: Any = shared.model.get_output_embeddings()  # type: ignore[operator]
-    if output not in shared.handle.layers.values():
-        return Traced(plain, tuple(products.layers), 2 * output.weight.numel())
-    own = Adapted(load.answer + 1, output.in_features, output.out_features, result.requires_grad)
-    return Traced(plain, tuple(products.layers), output=own)
+            stack.callback(layer.register_forward_hook(products.on_layer).remove)
+        return products, run_forward(shared, load, rows)
 
 
 def step_operations(
@@ -184,21 +199,21 @@ def step_operations(
     """
     modules = max(rank, held)
     trained = -(-rank // FROZEN_MULTIPLE) * FROZEN_MULTIPLE if held else rank
-    forward, backward = traced.plain
+    forward, backward = (samples * each + once for each, once in zip(traced.plain, traced.once, strict=True))
     for layer in traced.layers:
-        own = _of_layer(layer, modules, trained, sides)
+        own = _of_layer(layer, samples, modules, trained, sides)
         forward, backward = forward + own.forward, backward + own.backward
     if again:
         backward += forward
     if traced.output is not None:
-        own = _of_layer(traced.output, modules, trained, sides)
+        own = _of_layer(traced.output, samples, modules, trained, sides)
         forward, backward = forward + own.forward, backward + own.total
-    forward += 2 * traced.logits * load.answer
-    return Operations(samples * forward, samples * backward)
+    return Operations(forward + samples * 2 * traced.logits * load.answer, backward)
 
 
-def _of_layer(layer: Adapted, modules: int, trained: int, sides: str) -> Operations:
-    rows, K, N, d_x = layer
+def _of_layer(layer: Adapted, samples: int, modules: int, trained: int, sides: str) -> Operations:
+    each, K, N, d_x, once = layer
+    rows = samples * each + once
     forward = 2 * rows * (K * N + modules * (K + N))
     backward = forward if d_x else 2 * rows * modules * N * ("A" in sides)
     return Operations(forward, backward + 2 * rows * trained * (K * ("A" in sides) + N * ("B" in sides)))
@@ -214,7 +229,7 @@ def evaluation_operations(traced: Traced, load: Workload, rank: int) -> int:
         return load.test_rows * row
     token = traced.logits
     if traced.output is not None:
-        token = _of_layer(traced.output._replace(rows=1), rank, rank, "AB").forward
+        token = _of_layer(traced.output._replace(rows=1), 1, rank, rank, "AB").forward
     generated = load.generated_rows * (row + load.new_tokens * (row // load.tokens + token))
     return load.test_rows * (row + token * load.answer) + generated
 

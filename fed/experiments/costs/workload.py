@@ -132,18 +132,16 @@ class EqualRows:
         return self
 
 
-def run_forward(shared: SharedModel, load: Workload) -> Tensor:
-    """Run the forward of one row's loss in training mode, of a causal language model up to its last hidden states.
+def run_forward(shared: SharedModel, load: Workload, rows: int) -> Tensor:
+    """Run the forward of a batch's loss in training mode, of a causal language model up to its last hidden states.
 
-    Return the loss (1,), or the hidden states (1, L, H).
+    Return the loss (1,), or the hidden states (rows, L, H).
     """
     model: Any = shared.model
     model.train()
-    if answers := load.answer:
-        tokens = torch.ones(1, load.tokens, dtype=torch.int64)
+    if load.answer:
+        tokens = torch.ones(rows, load.tokens, dtype=torch.int64)
         decoder = model.get_decoder()
         hidden: Tensor = decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)[0]
         return hidden
-    del answers
-    rows = torch.arange(1)
-    return client_losses(model, EqualRows.of(model, load, 1).batch(rows), [1])
+    return client_losses(model, EqualRows.of(model, load, rows).batch(torch.arange(rows)), [rows])

@@ -36,6 +36,7 @@ SMALL = (
 )
 MIXED, EQUAL = "clients.ranks=[2,5,16]", "clients.ranks=[16]"
 LENGTH, ANSWER, WIDTH = 12, 5, 3
+CLASSIFIERS = {"bert": tf.BertForSequenceClassification, "deberta": tf.DebertaV2ForSequenceClassification}
 
 
 def settings_of(method: str) -> list[str]:
@@ -89,6 +90,9 @@ def small_base(kind: str, path: Path) -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "bert":
         architecture: Any = tf.BertConfig(vocab_size=50, max_position_embeddings=32, num_labels=3, **sizes)
+    elif kind == "deberta":
+        positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32}
+        architecture = tf.DebertaV2Config(vocab_size=50, num_labels=3, share_att_key=True, **positions, **sizes)
     elif kind == "vit":
         architecture = tf.ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=3, **sizes)
     elif kind == "gpt2":
@@ -101,7 +105,7 @@ def small_base(kind: str, path: Path) -> None:
 
 def texts(kind: str, rows: int) -> FederatedData:
     tokens = torch.randint(3, 50, (rows, LENGTH)).tolist()
-    if kind == "bert":
+    if kind in CLASSIFIERS:
         table: Any = TextTable({"input_ids": Sequences.of(tokens)}, torch.arange(rows) % 3, 0)
     else:
         tokenizer: Any = SimpleNamespace(pad_token_id=0)
@@ -109,7 +113,7 @@ def texts(kind: str, rows: int) -> FederatedData:
             Sequences.of(tokens), torch.full((rows,), LENGTH - ANSWER), [("x",)] * rows, tokenizer, 4
         )
     own = tuple(Split(table, torch.arange(rows)) for _ in range(4))
-    return FederatedData(own, own[0], None, None, ("a", "b", "c") if kind == "bert" else ())
+    return FederatedData(own, own[0], None, None, ("a", "b", "c") if kind in CLASSIFIERS else ())
 
 
 def prepared(kind: str, path: Path, *settings: str) -> tuple[RunConfig, Workload, Any, FederatedData]:
@@ -120,7 +124,7 @@ def prepared(kind: str, path: Path, *settings: str) -> tuple[RunConfig, Workload
         data = federated_data.load(config)
         return config, workload(config), base_model.build(config, data), data
     small_base(kind, path)
-    task = "classification" if kind == "bert" else "instruction"
+    task = "classification" if kind in CLASSIFIERS else "instruction"
     config = load(
         "digits",
         [
@@ -128,8 +132,8 @@ def prepared(kind: str, path: Path, *settings: str) -> tuple[RunConfig, Workload
             *(f"data.max_length={LENGTH}", "data.max_new_tokens=4", "data.name=files", *shared),
         ],
     )
-    answer = None if kind == "bert" else ANSWER
-    kinds = {"bert": tf.BertForSequenceClassification, "gpt2": tf.GPT2LMHeadModel, "llama": tf.LlamaForCausalLM}
+    answer = None if kind in CLASSIFIERS else ANSWER
+    kinds = {**CLASSIFIERS, "gpt2": tf.GPT2LMHeadModel, "llama": tf.LlamaForCausalLM}
     model = kinds[kind](tf.AutoConfig.from_pretrained(path))
     return config, workload(config, answer=answer, client_rows=WIDTH), model, texts(kind, WIDTH)
 
@@ -145,6 +149,8 @@ RUNS = (
     ("bert", "fed-plora", ()),
     ("bert", "flexlora", ()),
     ("bert", "fed-plora", ("model.attention=eager",)),
+    # Its adapted layers also project a table of relative positions, once for a batch.
+    ("deberta", "fed-plora", ('adapter.target_modules=["query_proj","key_proj"]',)),
     ("llama", "fed-plora", ()),
     ("llama", "fed-plora", ("adapter.unselected=frozen",)),
     ("llama", "fed-plora", ('adapter.target_modules=["down_proj","lm_head"]',)),

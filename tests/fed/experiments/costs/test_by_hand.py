@@ -55,6 +55,13 @@ def test_a_layer_s_step(rank: int, held: int, sides: str, d_x: bool, forward: in
     assert again == (found.forward, found.backward + found.forward)
 
 
+def test_what_a_batch_shares_is_counted_once_however_many_rows_it_has() -> None:
+    """Three rows of data and six rows of a table of positions are 3·5 + 6 rows of x."""
+    traced = Traced(Operations(100, 1000), (LAYER._replace(once=6),), once=Operations(7, 70))
+    forward, gradients = 2 * 21 * (12 + 14), 2 * 21 * 14
+    assert step_operations(traced, IMAGE, 3, rank=2) == (300 + 7 + forward, 3000 + 70 + forward + gradients)
+
+
 def test_an_output_layer_s_step_and_its_evaluation() -> None:
     """Eight tokens of which three are the answer; an output layer of width 5 over 7 tokens: 2·5·7 for each."""
     text = Workload(tokens=8, answer=3, client_rows=1, test_rows=10, generated_rows=4, new_tokens=6)

@@ -11,18 +11,28 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _aten = torch.ops.aten
 
 
-def _attention_of_cpu(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, _with_heads(query, key), _with_heads(query, value)))
 
 
-def _attention_of_cpu_backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, _with_heads(query, key), _with_heads(query, value)))
 
 
-# torch's counter knows the fused attention of GPUs by these formulas, and not that of the CPU.
+def _with_heads(query: Any, shape: Any) -> tuple[int, ...]:
+    """Return the shape (B, H, T, D) of keys or values with the query's heads, several of which may share one of theirs.
+
+    Operations are those of all the query's heads. torch 2.11 counts none where there are fewer of keys.
+    """
+    return (*shape[:-3], query[-3], *shape[-2:])
+
+
+# torch's counter does not know the fused attention of the CPU.
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _SHAPES: dict[Any, Any] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_of_cpu,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_of_cpu_backward,
+    getattr(_aten, f"_scaled_dot_product_{kind}{suffix}"): formula
+    for kind in _FUSED
+    for suffix, formula in (("", _attention), ("_backward", _attention_backward))
 }
 
 

@@ -45,17 +45,27 @@ def find_matmul_blocks(
 ) -> MatmulBlocks:
     """Return the blocks and the design of out = inputs · main, whose side product inputs · down has `width` columns.
 
-    `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, if
-    torch's own matmuls would have to take modules by an index (`indexed`), or if `drop_out` masks the low-rank part of
-    out, the design is one with pointer loads.
+    `op`, the key of the lookup, is "forward" or "input_gradient". If tensor descriptors cannot load the matrices, or if
+    torch's own matmuls would have to take modules by an index (`indexed`), the design is one with pointer loads. If
+    `drop_out` masks the low-rank part of out, it is one whose tiles load the side product.
     """
     shape, aligned = layer_class(op, inputs, main, width)
     wide = has_wide_factors(inputs, down)
     blocks = find_blocks(MatmulBlocks, shape, inputs.device, aligned, wide_factors=wide)
     unfit = blocks.design in PERSISTENT_DESIGNS and not _takes_persistent(inputs, main)
-    if drop_out is not None or unfit or (indexed and blocks.design in ALGEBRA_DESIGNS):
-        return _pointer_blocks(inputs, main, width, drop_out, wide)
-    return blocks
+    if unfit or (blocks.design in ALGEBRA_DESIGNS and (indexed or drop_out is not None)):
+        blocks = _pointer_blocks(inputs, main, width, wide)
+    return blocks if drop_out is None else _masking(blocks, drop_out)
+
+
+def _masking(blocks: MatmulBlocks, dropout: Dropout) -> MatmulBlocks:
+    """Return blocks of a design whose tiles load the side product, as those do that mask the low-rank part.
+
+    More modules at a time would spill: more than 32, or 16 if each has to be looked up among the selected ones.
+    """
+    if blocks.design not in SIDE_FIRST:
+        blocks = replace(blocks, design="two_launch" if blocks.design in PERSISTENT_DESIGNS else "tile_two_launch")
+    return replace(blocks, block_r=min(blocks.block_r, 32 if dropout.selected is None else 16))
 
 
 def adapted_matmul(
@@ -80,7 +90,7 @@ def adapted_matmul(
     `side` has one column per entry of the index, or per module without one, rounded to the inputs' dtype. If `side` is
     given, it is used and returned. Otherwise the returned one has no elements unless `keep_side` is set or the design
     stores it in memory anyway. `drop_in` drops elements of `in` for the side product, `drop_out` elements of the
-    low-rank part of out.
+    low-rank part of out, whose design must be one of SIDE_FIRST then.
     """
     (rows, _), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
@@ -113,7 +123,7 @@ def adapted_matmul(
     if blocks.design in PERSISTENT_DESIGNS:
         persistent_matmul(
             out, side, inputs, main, down, up,
-            bias=bias, index=index, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
+            bias=bias, index=index, dropout=drop_out, scale=scale, side_given=given, keep_side=keep_side, blocks=blocks,
         )  # fmt: skip
     else:
         tile_matmul(
@@ -123,22 +133,12 @@ def adapted_matmul(
     return out, side
 
 
-def _pointer_blocks(
-    inputs: Tensor, main: Tensor, width: int, dropout: Dropout | None, wide_factors: bool
-) -> MatmulBlocks:
-    """Return blocks for pointer loads, used if the blocks found are for another design or for tiles without dropout.
-
-    Under dropout a tile has a second accumulator, for the part that will be masked, which takes as many registers as
-    the first.
-    """
+def _pointer_blocks(inputs: Tensor, main: Tensor, width: int, wide_factors: bool) -> MatmulBlocks:
+    """Return blocks for pointer loads, used if those found are for another design."""
     hardware = lookup.hardware_of(inputs.device)
     shape, aligned = layer_class("forward", inputs, main, width)  # for dX too: its defaults are the same
     blocks = pointer_blocks(shape, hardware, aligned)
-    if wide_factors:
-        blocks = for_wide_factors(blocks, shape, hardware.capability)
-    if dropout is None or (hardware.has_tma and inputs.dtype.itemsize < 4 and dropout.selected is None):
-        return blocks
-    return replace(blocks, block_n=min(blocks.block_n, 64 if inputs.dtype.itemsize < 4 else 32))
+    return for_wide_factors(blocks, shape, hardware.capability) if wide_factors else blocks
 
 
 def _takes_persistent(inputs: Tensor, main: Tensor) -> bool:

@@ -49,37 +49,6 @@ def add_scaled_product(side, up, acc, scale, dtype: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def add_low_rank(
-    acc,
-    low,
-    side,
-    up,
-    modules,
-    scale,
-    keep_scale,
-    selected_ptr,
-    selected_width,
-    dtype: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SELECTED_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return `(acc, low)` with s · side · up added: to `low` the part that dropout will mask, to `acc` the rest.
-
-    side (BLOCK_M, BLOCK_R) fp32, up (BLOCK_R, BLOCK_N), modules (BLOCK_R,), acc and low (BLOCK_M, BLOCK_N) fp32.
-    """
-    if DROPOUT:
-        if SELECTED_BLOCK > 0:
-            chosen = are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :]
-            acc = add_scaled_product(tl.where(chosen, 0.0, side), up, acc, scale, dtype, PRECISION)
-            side = tl.where(chosen, side, 0.0)
-        low = add_scaled_product(side, up, low, scale * keep_scale, dtype, PRECISION)
-    else:
-        acc = add_scaled_product(side, up, acc, scale, dtype, PRECISION)
-    return acc, low
-
-
-@triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Return the tile row and column of an output tile; tiles are ordered in groups of GROUP_M rows.
 
@@ -122,7 +91,65 @@ def keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
+def masked_low_rank(
+    side_base,
+    up_base,
+    index_ptr,
+    seed_ptr,
+    selected_ptr,
+    selected_width,
+    numbers,
+    rows,
+    columns,
+    row_ok,
+    column_ok,
+    first_column,
+    R,
+    end,
+    scale,
+    keep_scale,
+    threshold,
+    stride_ur,
+    stride_uo,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
+    offset_type: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return D'(s · side · up) of a tile, (BLOCK_M, BLOCK_N) fp32: dropped elements are 0, the others times keep_scale.
+
+    With SELECTED_BLOCK, D' applies only to the modules that `selected` names. side (·, R) is loaded; `end` is R, or R
+    rounded up to a multiple of BLOCK_R, which may be constant. numbers (BLOCK_M,) are the rows' numbers in the mask.
+    A matmul that starts with this result needs no other accumulator for what is masked.
+    """
+    low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, end, BLOCK_R):
+        modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
+        side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+        if SELECTED_BLOCK > 0:
+            side = tl.where(are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :], side, 0.0)
+        up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+        u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
+        low = add_scaled_product(side, u, low, scale * keep_scale, dtype, PRECISION)
+    low = tl.where(keep_mask(seed_ptr, numbers, first_column, threshold, BLOCK_N), low, 0.0)
+    if SELECTED_BLOCK > 0:
+        for r0 in range(0, end, BLOCK_R):
+            modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
+            side = load_side(side_base, rows, row_ok, r0, R, stride_sm, BLOCK_R)
+            side = tl.where(are_selected(selected_ptr, selected_width, modules, SELECTED_BLOCK)[None, :], 0.0, side)
+            up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
+            u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)
+            low = add_scaled_product(side, u, low, scale, dtype, PRECISION)
+    return low
+
+
+@triton.jit
 def multiply(
+    acc,
     in_base,
     main_base,
     down_base,
@@ -147,10 +174,10 @@ def multiply(
     SIDE_GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Run the K loop of a tile; return `(acc, side)`: in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R).
+    """Run the K loop of a tile; return acc + in · main (BLOCK_M, BLOCK_N) and in · down (BLOCK_M, BLOCK_R).
 
-    Both are fp32. `down` is in the dtype of `in` or in fp32: its tiles are rounded as they are loaded. Bases point to
-    the tile's first row, first column and first module; rows (BLOCK_M,), columns (BLOCK_N,), depth (BLOCK_K,) and
+    All three are fp32. `down` is in the dtype of `in` or in fp32: its tiles are rounded as they are loaded. Bases point
+    to the tile's first row, first column and first module; rows (BLOCK_M,), columns (BLOCK_N,), depth (BLOCK_K,) and
     modules (BLOCK_R,) are offsets from there, in 32 bits where that suffices, and the masks `*_ok` say which exist.
     With SIDE_GIVEN the side product is not computed, and zeros are returned for it.
     """
@@ -164,7 +191,6 @@ def multiply(
     # advances a loop's pointers once more after it, which does not compile for AMD GPUs.
     down_start = tl.full((), 0, tl.int64)
     in_start, main_start = down_start, down_start
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(0, D_IN, BLOCK_K):
         depth_ok = depth < D_IN - k

@@ -22,11 +22,6 @@ from plora_kernels.tuning.blocks import MatmulBlocks, for_wide_factors, tile
 from plora_kernels.tuning.defaults import pointer_blocks
 from plora_kernels.tuning.lookup import find_blocks
 
-# The largest tile, in elements, if dropout masks the low-rank part of out: that part has a second accumulator, in
-# registers or tensor memory. With a tile twice as large sm_90 spills, and for sm_100 Triton 3.9 compiles a kernel that
-# does nothing.
-MASKED_TILE = 128 * 128
-
 
 def find_grouped_blocks(
     op: str, inputs: Tensor, main: Tensor, down: Tensor, groups: Groups, width: int, drop_out: Dropout | None
@@ -59,8 +54,6 @@ def find_grouped_blocks(
         warps = 4
     if wide and by_number:
         block_k = min(block_k, 64)  # the same register, beside offsets of fp32 factors: sm_100 would spill
-    if drop_out is not None:
-        block_n = min(block_n, MASKED_TILE // block_m)
     return replace(blocks, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
 
 
@@ -90,8 +83,9 @@ def grouped_matmul(
     out = empty((rows, d_out), inputs.dtype, inputs.device)
     blocks = find_grouped_blocks(op, inputs, main, down, groups, width, drop_out)
     # The side product is computed first if otherwise every tile would load `inputs` again, for a second block of
-    # modules, or hash the dropout mask again. One without columns is given too, which saves the tiles a product.
-    given = drop_in is not None or width > blocks.block_r or (width == 0 and main.dim() == 3)
+    # modules, or hash the dropout mask again, and if the tiles mask its product. One without columns is given too,
+    # which saves the tiles a product.
+    given = drop_in is not None or drop_out is not None or width > blocks.block_r or (width == 0 and main.dim() == 3)
     if given:
         side = side_product(inputs, down, index=index, dropout=drop_in, groups=groups)
     else:

@@ -24,10 +24,13 @@ from plora_kernels.kernels.device_functions import (
     add_scaled_product,
     load_modules,
     load_side,
+    masked_low_rank,
     store_side,
     tile_position,
 )
 from plora_kernels.kernels.launch import (
+    Dropout,
+    DropoutArguments,
     cdiv,
     constants,
     dot_precision,
@@ -167,6 +170,11 @@ def persistent_matmul_kernel(
     index_ptr,
     side_ptr,
     workspace_ptr,
+    seed_ptr,
+    selected_ptr,
+    selected_width,
+    drop_threshold,
+    keep_scale,
     M,
     D_IN,
     D_OUT,
@@ -183,6 +191,7 @@ def persistent_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SELECTED_BLOCK: tl.constexpr,
     MAIN_TRANSPOSED: tl.constexpr,
     MODULE_BLOCKS: tl.constexpr,
     SIDE_GIVEN: tl.constexpr,
@@ -200,7 +209,8 @@ def persistent_matmul_kernel(
     side, in MODULE_BLOCKS blocks. side is loaded if SIDE_GIVEN. If SIDE_FIRST, it is computed in this launch by side
     tiles: programs from number `drawing_from` on take these first, the others when they would wait for one. Otherwise
     every tile recomputes it, and the tiles of the first column store it if STORE_SIDE. workspace (1 + row tiles,) int32
-    zeros: the next ticket, then a flag for every side tile.
+    zeros: the next ticket, then a flag for every side tile. Dropout is that of `tile_matmul_kernel`, and needs side
+    given.
     """
     offset_type = tl.int64 if WIDE_OFFSETS else tl.int32
     dtype = in_desc.dtype
@@ -235,6 +245,20 @@ def persistent_matmul_kernel(
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         up_ok = module_ok[:, None] & column_ok[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if seed_ptr is not None:
+            if DEPENDENT:
+                tl.extra.cuda.gdc_wait()
+                if LAUNCHES_DEPENDENTS:
+                    tl.extra.cuda.gdc_launch_dependents()
+            # A loop of constant length takes fewer registers in this case and more, with spills, in all others.
+            CONSTANT: tl.constexpr = MODULE_BLOCKS == 1 and SELECTED_BLOCK == 0
+            acc = masked_low_rank(
+                side_base, up_base, index_ptr, seed_ptr, selected_ptr, selected_width, pid_m * BLOCK_M + rows,
+                rows, columns, row_ok, column_ok, pid_n * BLOCK_N,
+                R, BLOCK_R if CONSTANT and up_ptr.dtype.element_ty == dtype else R,
+                scale, keep_scale, drop_threshold, stride_ur, stride_uo, stride_sm,
+                BLOCK_M, BLOCK_N, BLOCK_R, SELECTED_BLOCK, offset_type, dtype, PRECISION,
+            )  # fmt: skip
         side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k in range(0, D_IN, BLOCK_K):
             a = in_desc.load([pid_m * BLOCK_M, k])  # (BLOCK_M, BLOCK_K)
@@ -248,40 +272,45 @@ def persistent_matmul_kernel(
                 side = tl.dot(a, d.to(a.dtype), side, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) fp32
                 down_base += down_step
 
-        # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither load
-        # the side product nor store anything.
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-            if LAUNCHES_DEPENDENTS:
-                tl.extra.cuda.gdc_launch_dependents()
-        if SIDE_FIRST:
-            while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
-                # Compute side tiles that no program has taken, so that every awaited tile is being computed.
-                if ticket < tiles_m:
-                    ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
+        if seed_ptr is None:
+            # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither
+            # load the side product nor store anything.
+            if DEPENDENT:
+                tl.extra.cuda.gdc_wait()
+                if LAUNCHES_DEPENDENTS:
+                    tl.extra.cuda.gdc_launch_dependents()
+            if SIDE_FIRST:
+                while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
+                    # Compute side tiles that no program has taken, so that every awaited tile is being computed.
                     if ticket < tiles_m:
-                        _make_side_tile(
-                            in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
-                            stride_dd, stride_dr, stride_sm,
-                            BLOCK_M, BLOCK_K, BLOCK_R, offset_type, dtype, PRECISION,
-                        )  # fmt: skip
-        if not SIDE_GIVEN and not SIDE_FIRST:
-            side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
-            if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
-                if pid_n == 0:
-                    store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        else:
-            side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
-        u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
-        acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-        for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):  # constant bounds: one block compiles to no loop
-            acc = _add_modules(
-                acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
-                rows, columns, row_ok, column_ok, D_IN, R, scale,
-                stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
-                BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
-                offset_type, dtype, PRECISION,
-            )  # fmt: skip
+                        ticket = tl.atomic_add(workspace_ptr, 1, sem="relaxed")
+                        if ticket < tiles_m:
+                            _make_side_tile(
+                                in_desc, down_ptr, index_ptr, side_ptr, workspace_ptr, ticket, rows, M, D_IN, R,
+                                stride_dd, stride_dr, stride_sm,
+                                BLOCK_M, BLOCK_K, BLOCK_R, offset_type, dtype, PRECISION,
+                            )  # fmt: skip
+            if not SIDE_GIVEN and not SIDE_FIRST:
+                side = tl.where(
+                    module_ok[None, :], side, 0.0
+                )  # columns without a module hold NaN where `in` is infinite
+                if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
+                    if pid_n == 0:
+                        store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
+            else:
+                side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
+            u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
+            acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
+            for r0 in range(
+                BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R
+            ):  # constant bounds: one block compiles to no loop
+                acc = _add_modules(
+                    acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
+                    rows, columns, row_ok, column_ok, D_IN, R, scale,
+                    stride_dd, stride_dr, stride_ur, stride_uo, stride_sm,
+                    BLOCK_M, BLOCK_K, BLOCK_R, SIDE_GIVEN or SIDE_FIRST, STORE_SIDE,
+                    offset_type, dtype, PRECISION,
+                )  # fmt: skip
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + pid_n * BLOCK_N + tl.arange(0, BLOCK_N), mask=column_ok, other=0.0)  # (BLOCK_N,)
             acc += bias.to(tl.float32)[None, :]
@@ -314,6 +343,7 @@ def persistent_matmul(
     *,
     bias: Tensor | None,
     index: Tensor | None,
+    dropout: Dropout | None,
     scale: float,
     side_given: bool,
     keep_side: bool,
@@ -321,7 +351,8 @@ def persistent_matmul(
 ) -> None:
     """Write out (M, D_OUT) and, if `keep_side` or the design needs it, side (M, W); see `adapted_matmul` for shapes.
 
-    inputs and out must be row-major, main row- or column-major, and all must pass `takes_descriptors`.
+    inputs and out must be row-major, main row- or column-major, and all must pass `takes_descriptors`. Dropout of the
+    low-rank part of out needs the side product given.
     """
     (rows, d_in), d_out = inputs.shape, main.shape[1]
     width = down.shape[1] if index is None else index.shape[0]
@@ -330,6 +361,7 @@ def persistent_matmul(
     makes_side = blocks.design in SIDE_WITHIN and not side_given
     # A side product without columns had no launch, so this one would depend on some other kernel.
     dependent = blocks.dependent and side_given and width > 0 and launches_dependents(inputs.device)
+    dropped = DropoutArguments.of(dropout)
     transposed = main.stride(1) != 1
     matrix = main.t() if transposed else main
     main_block = [blocks.block_n, blocks.block_k] if transposed else [blocks.block_k, blocks.block_n]
@@ -343,6 +375,7 @@ def persistent_matmul(
             *(down, up, None if bias is None else bias.contiguous(), index, side),
             # Allocated for each launch: a buffer kept between launches could lie in the memory pool of a CUDA graph.
             zeros((1 + tiles_m,), torch.int32, inputs.device) if makes_side else None,
+            *(dropped.seed, dropped.selected, dropped.selected_width, dropped.threshold, dropped.keep_scale),
             *(rows, d_in, d_out, width),
             # Programs from this number on have one tile fewer than the others; 0 if the last wave is full.
             tiles_m * tiles_n % programs if blocks.design == "drawn" else 0,
@@ -350,6 +383,7 @@ def persistent_matmul(
             *strides(down, up),
             width,
             **constants(blocks),
+            SELECTED_BLOCK=dropped.selected_block,
             MAIN_TRANSPOSED=transposed,
             MODULE_BLOCKS=cdiv(width, blocks.block_r),
             SIDE_GIVEN=side_given,

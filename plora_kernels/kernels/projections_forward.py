@@ -103,6 +103,7 @@ def projections_forward_kernel(
     modules = tl.arange(0, BLOCK_R).to(offset_type)  # (BLOCK_R,)
     module_ok = modules < R
     acc, side = multiply(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + first_row * stride_xm,
         weight_ptr + first_column * K,
         a_ptr,

@@ -2,8 +2,8 @@
 
 It has one column per module, or per entry of an index buffer; entries −1 are columns without a module, which hold
 zeros. This launch is used where the output tiles do not compute the side product themselves: under dropout, whose mask
-every tile would hash again, and in the designs that start with it. For groups of rows a table gives each tile its group
-and rows.
+every tile would hash again or, in dX, applies to what it adds to the product, and in the designs that start with it. For
+groups of rows a table gives each tile its group and rows.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from plora_kernels.kernels.device_functions import (
-    add_low_rank,
-    keep_mask,
+    add_scaled_product,
     load_modules,
     load_side,
+    masked_low_rank,
     multiply,
     store_side,
     tile_position,
@@ -86,8 +86,9 @@ def tile_matmul_kernel(
     in (M, D_IN), main (D_IN, D_OUT), down (D_IN, R), up (R, D_OUT), bias (D_OUT,), index (R,) int32 or None,
     out (M, D_OUT), side (M, R) = in · down in the dtype of `in`: loaded if SIDE_GIVEN, else computed along with the
     tile. R is the number of columns of side: modules, or entries of the index. Dropout, if there is a seed, masks the
-    low-rank part of out, for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all. Sums run in fp32;
-    the side product is rounded to the inputs' dtype before it is multiplied by `up`.
+    low-rank part of out, for the modules that `selected` names or, if SELECTED_BLOCK is 0, for all; the side product
+    must be given then. Sums run in fp32; the side product is rounded to the inputs' dtype before it is multiplied by
+    `up`.
 
     For groups of rows M is the number of rows of table (M, 4), which `grouped_tiles` makes, and a tile holds rows of
     one group. down, up, index, seed and selected have a leading axis (C,), and so have main and bias if there is a
@@ -122,8 +123,23 @@ def tile_matmul_kernel(
     row_ok, column_ok = rows < end - first, columns < D_OUT - pid_n * BLOCK_N
     first_row, first_column = first.to(tl.int64), (pid_n * BLOCK_N).to(tl.int64)
     modules, module_ok = load_modules(index_ptr, 0, R, BLOCK_R, offset_type)
+    dtype = in_ptr.dtype.element_ty
+    side_base = side_ptr + first_row * stride_sm
 
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if seed_ptr is not None:
+        up_base = up_ptr + first_column * stride_uo
+        if table_ptr is not None:
+            up_base += group.to(tl.int64) * stride_ug
+        acc = masked_low_rank(
+            side_base, up_base, index_ptr, seed_ptr, selected_ptr, selected_width,
+            row_numbers(numbers_ptr, first, number, row_ok, BLOCK_M),
+            rows, columns, row_ok, column_ok, pid_n * BLOCK_N, R, R, scale, keep_scale, drop_threshold,
+            stride_ur, stride_uo, stride_sm,
+            BLOCK_M, BLOCK_N, BLOCK_R, SELECTED_BLOCK, offset_type, dtype, PRECISION,
+        )  # fmt: skip
     acc, side = multiply(
+        acc,
         in_ptr + first_row * stride_im,
         main_ptr + first_column * stride_wo,
         down_ptr,
@@ -131,24 +147,18 @@ def tile_matmul_kernel(
         D_IN, stride_im, stride_id, stride_wd, stride_wo, stride_dd, stride_dr,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_GIVEN, PRECISION,
     )  # fmt: skip
-    dtype = in_ptr.dtype.element_ty
     if table_ptr is not None:  # only here, so that the K loop need not hold the pointer in registers
         up_ptr += group.to(tl.int64) * stride_ug
     up_base = up_ptr + first_column * stride_uo
-    side_base = side_ptr + first_row * stride_sm
-    low = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if not SIDE_GIVEN:
         side = tl.where(module_ok[None, :], side, 0.0)  # columns without a module hold NaN where `in` is infinite
         up_offsets = modules[:, None] * stride_ur + columns[None, :] * stride_uo
         u = tl.load(up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0)  # (BLOCK_R, BLOCK_N)
-        acc, low = add_low_rank(
-            acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
-            dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
-        )  # fmt: skip
+        acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
         if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
             if pid_n == 0:
                 store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
-    if SIDE_GIVEN or table_ptr is None:
+    if seed_ptr is None and (SIDE_GIVEN or table_ptr is None):
         for r0 in range(0 if SIDE_GIVEN else BLOCK_R, R, BLOCK_R):
             modules, module_ok = load_modules(index_ptr, r0, R, BLOCK_R, offset_type)
             if SIDE_GIVEN:
@@ -178,15 +188,7 @@ def tile_matmul_kernel(
             u = tl.load(
                 up_base + up_offsets, mask=module_ok[:, None] & column_ok[None, :], other=0.0
             )  # (BLOCK_R, BLOCK_N)
-            acc, low = add_low_rank(
-                acc, low, side, u, modules, scale, keep_scale, selected_ptr, selected_width,
-                dtype, seed_ptr is not None, SELECTED_BLOCK, PRECISION,
-            )  # fmt: skip
-
-    if seed_ptr is not None:
-        numbers = row_numbers(numbers_ptr, first, number, row_ok, BLOCK_M)  # (BLOCK_M,)
-        keep = keep_mask(seed_ptr, numbers, pid_n * BLOCK_N, drop_threshold, BLOCK_N)
-        acc += tl.where(keep, low, 0.0)
+            acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
     if bias_ptr is not None:
         if stride_wg is not None:
             bias_ptr += group.to(tl.int64) * D_OUT

@@ -133,8 +133,9 @@ class Traced(NamedTuple):
     """The products in the forward of one row of data.
 
     `plain` are those outside of adapted layers and of a language model's output layer, `layers` the adapted layers.
-    `once` are like `plain`, but of a whole batch, such as the angles of rotary positions. `logits` are the operations of an output layer for one token, 0 if there is none or it is adapted: then it is
-    `output`, which runs from the token before the answer on, and again in the backward.
+    `once` are like `plain`, but of a whole batch, such as the angles of rotary positions. `logits` are the operations
+    of an output layer for one token, 0 if there is none or it is adapted: then it is `output`, which runs from the
+    token before the answer on, and again in the backward.
     """
 
     plain: Operations

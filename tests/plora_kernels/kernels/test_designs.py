@@ -144,8 +144,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str | None, persistent: list[str]) -> None:
     options = in_form(form, rank, rank) | {"dropout_p": dropout_p, "seed": rank}
     check(make_problem(200, 64, 528, rank, torch.float16, **options))
-    # With dropout dX masks its low-rank part, in tiles with pointer loads.
-    assert persistent == ["two_launch"] * (1 if dropout_p else 2)
+    assert persistent == ["two_launch"] * 2
 
 
 @pytest.mark.usefixtures("hopper")
@@ -156,7 +155,7 @@ def test_what_a_hopper_takes_by_default(rank: int, dropout_p: float, form: str |
         *(pytest.param(*other, marks=pytest.mark.slow) for other in ((0.0, True), (0.0, False), (0.3, False))),
     ],
 )
-def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
+def test_groups_take_pointer_loads_with_dropout_too(
     dropout_p: float, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches = note_calls(monkeypatch, tile_matmul, "launch", lambda kernel, *rest, **named: (kernel, named))
@@ -165,8 +164,7 @@ def test_groups_take_pointer_loads_and_under_a_mask_no_large_tiles(
         check(draw_grouped((130, 0, 270), 272, 528, 5, torch.float16, dropout_p=dropout_p))
     products = [named for kernel, named in launches if kernel is tile_matmul.tile_matmul_kernel]
     tiles = [named["BLOCK_M"] * named["BLOCK_N"] for named in products]
-    large, small = 128 * 256, 128 * 128
-    assert tiles == ([large, small if dropout_p else large] if measured else [small, small])
+    assert tiles == [128 * 256 if measured else 128 * 128] * 2
 
 
 def test_partial_gradients_are_the_same_bits_every_time() -> None:
@@ -194,14 +192,17 @@ def test_the_side_product_is_kept_if_asked_for_alone(design: str, dropout: tuple
             assert s.shape == ((8, 4) if keep else (0,))
 
 
-def test_dropout_in_dx_takes_blocks_made_for_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = note_calls(monkeypatch, adapted_matmul, "tile_matmul", lambda *tensors, blocks, **options: blocks)
-    problem = make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5)
-    forced = blocks_of("one_launch", 16)
-    with lookup.override_blocks(forced):
-        check(problem)
-    assert [blocks.design for blocks in taken] == ["tile"]
-    assert forced["input_gradient"] not in taken
+@pytest.mark.parametrize("design", DESIGNS)
+def test_dropout_in_dx_takes_designs_whose_tiles_load_the_side_product(
+    design: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    for name in ("tile_matmul", "persistent_matmul"):
+        taken.append(note_calls(monkeypatch, adapted_matmul, name, lambda *tensors, blocks, **options: blocks.design))
+    run_design(design, make_problem(37, 48, 80, 5, torch.float32, dropout_p=0.4, seed=5))
+    by_pointers, by_descriptors = taken
+    persistent = design in PERSISTENT_DESIGNS
+    assert (by_descriptors if persistent else by_pointers)[-1] == ("two_launch" if persistent else "tile_two_launch")
 
 
 SETTINGS = {

@@ -1,9 +1,9 @@
 """The side product: S = D(x) Aᵀ in the forward, dS = dY B in the backward, from one read of the large matrix.
 
 It has one column per module, or per entry of an index buffer; entries −1 are columns without a module, which hold
-zeros. This launch is used where the output tiles do not compute the side product themselves: under dropout, whose mask
-every tile would hash again or, in dX, applies to what it adds to the product, and in the designs that start with it. For
-groups of rows a table gives each tile its group and rows.
+zeros. Designs that start with the side product have this launch, and so has dropout in all of them: otherwise every
+tile would hash the mask again, or, in dX, could not begin with the low-rank part, which the mask applies to. For groups
+of rows a table gives each tile its group and rows.
 """
 
 from __future__ import annotations

@@ -17,13 +17,15 @@ SHARED_INPUTS = (QKV[2], GATE_UP, QKV[1])
 TINY = Projection("tiny", "query", 64, 48)
 TINY_SEVERAL = several("tiny", "q, k, v", 64, 48, 16, 16)
 LINEAR: tuple[Op, ...] = ("forward", "forward_backward")
+# Calls whose kernels `bench.timeline` profiles.
+TIMELINE_CASES = tuple(Case(op, GATE, TABLE_ROWS, 16, "bfloat16") for op in (*LINEAR, "dropout"))
 
 
 def device_cases(device_type: str) -> tuple[Case, ...]:
     """List a device's cases in order of importance, each once; on the CPU a few tiny ones that try everything."""
     if device_type != "cuda":
         return _tiny_cases()
-    found = [Case(op, GATE, TABLE_ROWS, 16, "bfloat16") for op in LINEAR]
+    found = list(TIMELINE_CASES)
     found += [Case("fold", projection, 0, 16, "bfloat16") for projection in TABLE]
     found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for projection in TABLE for op in MIXED_OPS]
     for r in TABLE_RANKS:
@@ -39,8 +41,8 @@ def device_cases(device_type: str) -> tuple[Case, ...]:
 
 
 def _beyond_one_pass() -> list[Case]:
-    """List dropout, projections of one input and the other forms of folds, at the shapes that use them."""
-    found = [Case("dropout", GATE, TABLE_ROWS, 16, "bfloat16")]
+    """List projections of one input and the other forms of folds, at the shapes that use them."""
+    found: list[Case] = []
     for projection in SHARED_INPUTS:
         found += [Case(op, projection, TABLE_ROWS, 16, "bfloat16") for op in ("projections", "projections_forward")]
     found += [Case("projections_forward", SHARED_INPUTS[0], m, 16, "bfloat16") for m in DECODE_ROWS]

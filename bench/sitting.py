@@ -1,15 +1,16 @@
 """Two short runs (sittings) on a GPU that is available for minutes: the most important measurements come first.
 
 `python -m bench.sitting first --out DIR` records the device and its peak rates, compares launches beside each other bit
-by bit with the same ones apart, tunes the most important layer, with every candidate checked against float64 first, and
-times the first cases with these tables and with default blocks: five minutes. `python -m bench.sitting second --out
-DIR` times all the rest and training steps of many clients: seven. The same command continues an interrupted run;
-`--earlier` names the folder of an earlier sitting on another machine.
+by bit with the same ones apart, tunes the most important layer, with every candidate checked against float64 first,
+times the first cases with these tables, profiles when their kernels run, and times them with default blocks: five
+minutes. `python -m bench.sitting second --out DIR` times all the rest and training steps of many clients: seven. The
+same command continues an interrupted run; `--earlier` names the folder of an earlier sitting on another machine.
 
 Every step is a process with a time limit, so that a hang costs only that step; unused time goes to the next one. DIR
 receives <device>.json, <device>-defaults.json, tables/<device>.json (where the steps look blocks up),
-tune/<device>.json, sitting.log with everything printed and sitting.json with the status of every step. Triton's cache,
-in $TRITON_CACHE_DIR, is not cleared. `--device cpu` rehearses both under Triton's interpreter.
+tune/<device>.json, timeline/<device>.json, sitting.log with everything printed and sitting.json with the status of
+every step. Triton's cache, in $TRITON_CACHE_DIR, is not cleared. `--device cpu` rehearses both under Triton's
+interpreter.
 """
 
 import argparse
@@ -43,7 +44,7 @@ TERMINATION_SECONDS = 3.0
 MARGIN_SECONDS = 10.0
 LOG_BYTES = 2 * 2**20
 SHOWN_LINES = 3
-FIRST_CASES = 12
+FIRST_CASES = 13
 EAGER = ("base", "peft", "inplace", "fused-apart", "fused-inplace", "fused")
 # Part of the message of a step that refuses to add to records of other code or versions.
 REFUSED = "--fresh starts over"
@@ -84,7 +85,7 @@ def plan(sitting: str, out: Path, device: str, commit: str | None = None) -> tup
 def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
     cuda = device == "cuda"
     workers = () if cuda else ("--workers", "1")
-    some = (*common, *workers, "--ops", *MAIN_OPS, "--cases", str(FIRST_CASES if cuda else 2))
+    some = (*common, *workers, "--ops", *MAIN_OPS, "dropout", "--cases", str(FIRST_CASES if cuda else 2))
     gate = ("--shapes", "4096x4096", "--ranks", "16", "--classes", "6", "--class-seconds", "6")
     tuned = gate if cuda else ("--classes", "2", "--candidates", "2")
     checks = ("--check-dtypes", "bfloat16", "mixed-bfloat16", "--check-shapes", "gate")
@@ -92,9 +93,10 @@ def _first(common: tuple[str, ...], device: str) -> tuple[Step, ...]:
     return (
         Step("facts", "bench.gpu", (*common, "--no-checks", "--ops", "fold", "--cases", "0"), 20, 32),
         Step("tests", "pytest", _tests(device), 55, 62, budget=False),
-        Step("tuner", "bench.tune", (*common, *workers, *tuned), 60, 80),
+        Step("tuner", "bench.tune", (*common, *workers, *tuned), 60, 72),
         Step("tuned", "bench.gpu", (*some, *checks, *eager), 75, 80),
-        Step("defaults", "bench.gpu", (*some, "--defaults", "--no-checks", "--providers", *EAGER), 35, 38),
+        Step("timeline", "bench.timeline", common, 12, 20),
+        Step("defaults", "bench.gpu", (*some, "--defaults", "--no-checks", "--providers", *EAGER), 25, 26),
     )
 
 
@@ -219,7 +221,7 @@ def _earlier(out: Path, sitting: str) -> list[dict[str, object]]:
 
 def set_aside(out: Path) -> None:
     """Rename records and logs of other code or versions, to which none may be added, to "-before"."""
-    logs = sorted((out / "tune").glob("*.json"))
+    logs = [*sorted((out / "tune").glob("*.json")), *sorted((out / "timeline").glob("*.json"))]
     for path in [*(path for path in sorted(out.glob("*.json")) if path.name != "sitting.json"), *logs]:
         if not path.stem.endswith("-before"):
             path.rename(path.with_name(f"{path.stem}-before.json"))
@@ -227,7 +229,7 @@ def set_aside(out: Path) -> None:
 
 def take_up(earlier: Path, out: Path) -> None:
     """Copy the files of an earlier sitting that are not there yet."""
-    for path in [*earlier.glob("*.json"), *earlier.glob("tables/*.json"), *earlier.glob("tune/*.json")]:
+    for path in [path for folder in (".", "tables", "tune", "timeline") for path in earlier.glob(f"{folder}/*.json")]:
         target = out / path.relative_to(earlier)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,9 @@ ORDER = {
         "data", "config", "methods", "types", "seeding", "locks", "sealed", "files", "interruption", "openmp", "errors",
     ),
     "bench": (
-        "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "scale",
-        "clients", "flower", "tune", "device", "report", "audit", "models", "measure", "simulation", "providers",
-        "checks", "harness", "gpu_cases", "cases",
+        "test_layers", "test_simulation", "test_models", "conftest", "compile_ahead", "sitting", "gpu", "timeline",
+        "scale", "clients", "flower", "tune", "device", "report", "audit", "models", "measure", "simulation",
+        "providers", "checks", "harness", "gpu_cases", "cases",
     ),
 }  # fmt: skip
 # The other packages that each may import.

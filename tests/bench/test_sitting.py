@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, sitting
+from bench import gpu, sitting, timeline
 from bench.device import state
+from bench.gpu_cases import TIMELINE_CASES
 from bench.harness.records import load_records
 from bench.sitting import Step
 from bench.tune import command
 
 ROOT = Path(__file__).parents[2]
+# Libraries that a GPU machine need not have: those of other extras than `bench`.
+ABSENT = ("pydantic", "typer", "tomli_w", "flwr", "flwr_datasets", "datasets", "dp_accounting", "trl")
+PARSERS = {"bench.gpu": gpu.parse, "bench.tune": command.parse, "bench.timeline": timeline.parse}
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -49,16 +53,15 @@ def test_the_plan_fits_its_sitting(name: str, device: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", list(sitting.LIMITS))
 def test_every_step_is_a_command_that_exists(name: str, device: str, tmp_path: Path) -> None:
-    parsers = {"bench.gpu": gpu.parse, "bench.tune": command.parse}
     for step in sitting.plan(name, tmp_path, device):
         if step.module != "pytest":
-            parsed = parsers[step.module]([*step.arguments, "--budget-seconds", "9"])
+            parsed = PARSERS[step.module]([*step.arguments, "--budget-seconds", "9"])
             assert (parsed.out, parsed.device) == (tmp_path, device)
 
 
 def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was_found(tmp_path: Path) -> None:
     steps = {step.name: step for step in sitting.plan("first", tmp_path, "cuda")}
-    assert list(steps) == ["facts", "tests", "tuner", "tuned", "defaults"]
+    assert list(steps) == ["facts", "tests", "tuner", "tuned", "timeline", "defaults"]
     classes = command.choose_classes(command.parse(steps["tuner"].arguments))
     assert [shape.op for shape in classes] == [
         *("side_product", "output_gradient", "factor_gradient", "forward", "input_gradient", "fold")
@@ -66,6 +69,7 @@ def test_the_first_sitting_tunes_the_gate_and_times_it_with_and_without_what_was
     tuned, defaults = (gpu.parse(steps[name].arguments) for name in ("tuned", "defaults"))
     assert gpu.choose_work(tuned).cases == gpu.choose_work(defaults).cases
     assert len(gpu.choose_work(tuned).cases) == sitting.FIRST_CASES
+    assert {*TIMELINE_CASES} <= {*gpu.choose_work(tuned).cases}
     assert (tuned.defaults, defaults.defaults) == (False, True)
     assert {shape.dtype for shape in gpu.choose_work(tuned).first_checks} == {"bfloat16", "mixed-bfloat16"}
     assert gpu.choose_work(tuned).last_checks == []
@@ -85,11 +89,10 @@ def test_a_full_disk_ends_a_sitting_that_says_what_is_left(
 
 
 def test_records_name_the_code_where_there_is_no_git(tmp_path: Path) -> None:
-    parsers = {"bench.gpu": gpu.parse, "bench.tune": command.parse}
     for name in sitting.LIMITS:
         steps = [step for step in sitting.plan(name, tmp_path, "cuda", "0a1b2c3") if step.module != "pytest"]
         assert steps
-        assert {parsers[step.module](step.arguments).commit for step in steps} == {"0a1b2c3"}
+        assert {PARSERS[step.module](step.arguments).commit for step in steps} == {"0a1b2c3"}
 
 
 def test_a_hang_costs_its_share_and_what_is_not_used_goes_to_the_next(tmp_path: Path) -> None:
@@ -136,6 +139,8 @@ def test_an_earlier_sitting_is_taken_up_where_nothing_is_in_its_place(tmp_path: 
     earlier, out = tmp_path / "earlier", tmp_path / "out"
     (earlier / "tables").mkdir(parents=True)
     (earlier / "tables" / "a.json").write_text("table")
+    (earlier / "timeline").mkdir()
+    (earlier / "timeline" / "a.json").write_text("timeline")
     (earlier / "a.json").write_text("old")
     (earlier / "sitting.log").write_text("log")
     out.mkdir()
@@ -143,6 +148,7 @@ def test_an_earlier_sitting_is_taken_up_where_nothing_is_in_its_place(tmp_path: 
     sitting.take_up(earlier, out)
     assert (out / "a.json").read_text() == "new"
     assert (out / "tables" / "a.json").read_text() == "table"
+    assert (out / "timeline" / "a.json").read_text() == "timeline"
     assert not (out / "sitting.log").exists()
 
 
@@ -155,10 +161,14 @@ def test_the_caller_s_kernel_cache_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_both_sittings_go_through_under_the_interpreter(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    done = run("first", "--out", str(first), "--device", "cpu", "--limit-seconds", "600")
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(f"import sys; sys.modules |= dict.fromkeys({ABSENT})")
+    absent = {"PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
+    done = run("first", "--out", str(first), "--device", "cpu", "--limit-seconds", "600", **absent)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = {step["step"]: step["status"] for step in json.loads((first / "sitting.json").read_text())}
-    assert steps == dict.fromkeys(("facts", "tuner", "tuned", "defaults", "tests"), 0)
+    assert steps == dict.fromkeys(("facts", "tests", "tuner", "tuned", "timeline", "defaults"), 0)
     meta, tuned = load_records(first / "cpu.json")
     assert meta["ceilings"]
     table = {record["tables"] for record in tuned}
@@ -166,7 +176,11 @@ def test_both_sittings_go_through_under_the_interpreter(tmp_path: Path) -> None:
     assert None not in table
     assert {record["tables"] for record in load_records(first / "cpu-defaults.json")[1]} == {None}
     assert {record["op"] for record in tuned} == {"check", "forward", "forward_backward"}
-    done = run("second", "--out", str(second), "--device", "cpu", "--earlier", str(first), "--limit-seconds", "900")
+    profiled = load_records(first / "timeline" / "cpu.json")[1]
+    assert [record["provider"] for record in profiled] == ["fused", "inplace"]
+    done = run(
+        "second", "--out", str(second), "--device", "cpu", "--earlier", str(first), "--limit-seconds", "900", **absent
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 left" in (second / "sitting.log").read_text()
     _, everything = load_records(second / "cpu.json")

@@ -91,11 +91,14 @@ def run_forward(index: torch.Tensor | None = None) -> None:
     linear.forward(x, weight, A, B, None, index, 1.0, False, True, 0.0, None)
 
 
-def run_backward(index: torch.Tensor | None = None, frozen: bool = False, need_B: bool = True) -> None:
+def run_backward(
+    index: torch.Tensor | None = None, frozen: bool = False, need_B: bool = True, dropout_p: float = 0.0
+) -> None:
     x, weight, A, B, dy = tensors()
     places = R if index is None or frozen else index.shape[0]
     s = torch.randn(M, places).half()
-    linear.backward(dy, x, weight, A, B, s, index, 1.0, frozen, True, True, need_B, 0.0, None)
+    seed = torch.tensor([5]) if dropout_p else None
+    linear.backward(dy, x, weight, A, B, s, index, 1.0, frozen, True, True, need_B, dropout_p, seed)
 
 
 def test_a_dependent_launch_waits_and_the_one_ahead_lets_it_begin(trace: Trace) -> None:
@@ -129,11 +132,12 @@ def test_without_a_module_there_is_no_launch_to_depend_on(trace: Trace) -> None:
     assert all("launch_pdl" not in named and not named.get("DEPENDENT") for _, named in trace)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("form", ["all", "folded", "frozen"])
-def test_da_begins_beside_dx_with_memory_of_its_own(form: str, trace: Trace) -> None:
+def test_da_begins_beside_dx_with_memory_of_its_own(form: str, dropout_p: float, trace: Trace) -> None:
     index = None if form == "all" else torch.tensor([0, 3, 5, -1], dtype=torch.int32)
     with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
-        run_backward(index, form == "frozen")
+        run_backward(index, form == "frozen", dropout_p=dropout_p)
     names = [name for name, _ in trace]
     place = names.index("persistent_matmul_kernel")
     # No memory of dX's launch may be freed and reused before dA's launch, and no other launch may come between.
@@ -160,9 +164,10 @@ def test_without_db_the_side_product_goes_first_and_da_runs_beside_dx(dependent:
     assert trace.constants("partial_gradient_kernel")["launch_pdl"]
 
 
-def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(trace: Trace) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_ds_beside_dx_leaves_db_to_a_launch_of_its_own(dropout_p: float, trace: Trace) -> None:
     with lookup.override_blocks(forced("two_launch", dependent=True, gradient_beside=True)):
-        run_backward()
+        run_backward(dropout_p=dropout_p)
     sums = ["partial_gradient_kernel"] * 2 + ["reduce_gradient_kernel"] * 2
     assert trace.kernels() == ["side_product_kernel", "persistent_matmul_kernel", *sums]
     # No memory may be taken between launches that run at once: it could be what the first of them still uses.

@@ -151,8 +151,11 @@ def launch_apart(kernel: object, grid: tuple[int, ...], *arguments: object, **na
 
 
 # With five modules the rows of dS are not aligned and are loaded in another way than with sixteen.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("rank", [5, 16])
-def test_launches_side_by_side_give_the_same_bits_every_time(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_side_by_side_give_the_same_bits_every_time(
+    rank: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, k, n = 4096, 1024, 1152
     ways = [
         blocks
@@ -161,7 +164,7 @@ def test_launches_side_by_side_give_the_same_bits_every_time(rank: int, monkeypa
     ]
     if not ways:
         pytest.skip("no launch begins beside another here")
-    problem = make_problem(rows, k, n, rank, torch.bfloat16)
+    problem = make_problem(rows, k, n, rank, torch.bfloat16, dropout_p=dropout_p)
     for blocks in ways:
         with taking("input_gradient", blocks), taking("forward", replace(blocks, gradient_beside=False)):
             for _ in range(30):

@@ -59,7 +59,11 @@ def test_the_command_writes_what_the_report_reads(tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_the_committed_projection_is_that_of_the_model_and_its_memory_that_of_the_server() -> None:
     saved = json.loads((ROOT / "docs" / "results" / "scale.json").read_text())
-    assert saved["projected"] == project(saved["lines"][0], saved["servers"])
+    projected = project(saved["lines"][0], saved["servers"])
+    for found, one in zip(projected, saved["projected"], strict=True):
+        # The angles of rotary positions are a product, which counts, in transformers 5.17 and none in 5.23.
+        about = {name: pytest.approx(value, rel=1e-3) for name, value in one.items() if name.endswith("_seconds")}
+        assert found == one | about
     of = {(server["clients"], server["keep"]): server["client_bytes"] for server in saved["servers"]}
     rows = 8 * 16  # of every client's sixteen rows, by number
     assert pytest.approx((of[100_000, False] - of[100, False]) / 99_900 - rows, rel=0.1) == CLIENT_BYTES

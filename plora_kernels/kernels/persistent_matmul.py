@@ -160,6 +160,14 @@ def _make_side_tile(
 
 
 @triton.jit
+def _wait_for_side(LAUNCHES_DEPENDENTS: tl.constexpr):
+    """Wait for the launch that writes the side product; then let the next launch begin, if it is of this library."""
+    tl.extra.cuda.gdc_wait()
+    if LAUNCHES_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def persistent_matmul_kernel(
     in_desc,
     main_desc,
@@ -247,9 +255,7 @@ def persistent_matmul_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if seed_ptr is not None:
             if DEPENDENT:
-                tl.extra.cuda.gdc_wait()
-                if LAUNCHES_DEPENDENTS:
-                    tl.extra.cuda.gdc_launch_dependents()
+                _wait_for_side(LAUNCHES_DEPENDENTS)
             # A loop of constant length takes fewer registers in this case and more, with spills, in all others.
             CONSTANT: tl.constexpr = MODULE_BLOCKS == 1 and SELECTED_BLOCK == 0
             acc = masked_low_rank(
@@ -276,9 +282,7 @@ def persistent_matmul_kernel(
             # If DEPENDENT, the launch that writes the side product may still run: until gdc_wait this one may neither
             # load the side product nor store anything.
             if DEPENDENT:
-                tl.extra.cuda.gdc_wait()
-                if LAUNCHES_DEPENDENTS:
-                    tl.extra.cuda.gdc_launch_dependents()
+                _wait_for_side(LAUNCHES_DEPENDENTS)
             if SIDE_FIRST:
                 while tl.atomic_add(workspace_ptr + 1 + pid_m, 0, sem="acquire") == 0:
                     # Compute side tiles that no program has taken, so that every awaited tile is being computed.
@@ -291,9 +295,8 @@ def persistent_matmul_kernel(
                                 BLOCK_M, BLOCK_K, BLOCK_R, offset_type, dtype, PRECISION,
                             )  # fmt: skip
             if not SIDE_GIVEN and not SIDE_FIRST:
-                side = tl.where(
-                    module_ok[None, :], side, 0.0
-                )  # columns without a module hold NaN where `in` is infinite
+                # Columns without a module hold NaN where `in` is infinite.
+                side = tl.where(module_ok[None, :], side, 0.0)
                 if STORE_SIDE:  # a constexpr, in its own `if`: Triton does not mix it with a run-time condition
                     if pid_n == 0:
                         store_side(side_base, side.to(dtype), rows, row_ok, 0, R, stride_sm, BLOCK_R)
@@ -301,9 +304,8 @@ def persistent_matmul_kernel(
                 side = load_side(side_base, rows, row_ok, 0, R, stride_sm, BLOCK_R)
             u = tl.load(up_base + up_offsets, mask=up_ok, other=0.0)  # (BLOCK_R, BLOCK_N)
             acc = add_scaled_product(side, u, acc, scale, dtype, PRECISION)  # (BLOCK_M, BLOCK_N) fp32
-            for r0 in range(
-                BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R
-            ):  # constant bounds: one block compiles to no loop
+            # The bounds are constant: one block compiles to no loop.
+            for r0 in range(BLOCK_R, MODULE_BLOCKS * BLOCK_R, BLOCK_R):
                 acc = _add_modules(
                     acc, r0, in_desc, down_ptr, up_base, side_base, index_ptr, pid_m * BLOCK_M, pid_n == 0,
                     rows, columns, row_ok, column_ok, D_IN, R, scale,

@@ -10,7 +10,6 @@ with its launches, from an idle device to an idle device.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,11 +29,10 @@ from bench.harness.machine import (
     default_workers,
     describe,
     device_slug,
-    measure_kernels,
     settle_compilers,
     tables_digest,
 )
-from bench.harness.options import add_device_options, at_least, exit_status, sizes
+from bench.harness.options import add_device_options, at_least, sizes, status_on_device
 from bench.harness.processes import end_on_termination, leave
 from bench.harness.records import MODEL, SIMULATION, case_key, open_records
 from bench.harness.timing import Plan
@@ -171,13 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 1 for a wrong result, 2 for invalid input."""
     settle_compilers()  # so that kernels that were compiled ahead are found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    options = parse(arguments)
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            print("error: there is no CUDA device; --device cpu tries the command out", file=sys.stderr)
-            return 2
-        measure_kernels()
-    return exit_status(measure_device, options)
+    return status_on_device(measure_device, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -111,11 +111,15 @@ def measure(case: Case, device: torch.device, plan: Plan) -> Measurement:
     Raises WrongResultError before anything is timed if one provider's result is wrong. A provider that cannot
     run here is left out, with the cause.
     """
-    problem = make_problem(case, device)
     excluded = Exclusions(device, strict=True)
-    providers = _right(case, problem, _make(case, problem, provider_names(case.op), excluded), excluded)
+    providers = right_providers(case, make_problem(case, device), provider_names(case.op), excluded)
     measured = _time(case, device, plan, providers)
     return replace(measured, not_available={name: cause for name, (_, cause) in excluded.causes.items()})
+
+
+def right_providers(case: Case, problem: Problem, names: Sequence[str], excluded: Exclusions) -> dict[str, Provider]:
+    """Return the providers that can be made and are right against fp64; the causes of the others go to `excluded`."""
+    return _right(case, problem, _make(case, problem, names, excluded), excluded)
 
 
 def _make(case: Case, problem: Problem, names: Sequence[str], excluded: Exclusions) -> dict[str, Provider]:

@@ -2,14 +2,15 @@
 
 `python -m bench.timeline --out DIR` profiles the most important layer (forward alone, then forward and backward, then
 both with LoRA dropout) and writes DIR/timeline/<device>.json: for each kernel its start, from that of the first one on,
-and its duration, in µs and as medians over calls. It prints them with bars. As in `bench.gpu`, the cache is flushed
-before a call, and the device kept busy until the host has launched it. On the CPU operators take the kernels' place.
+and its duration, in µs and as medians over calls. It prints them with bars. As in `bench.gpu`, results are checked
+against float64 first, the cache is flushed before a call, and the device kept busy until the host has launched it. On
+the CPU operators take the kernels' place.
 """
 
 import argparse
 import os
 import statistics
-import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Case, make_problem
 from bench.gpu_cases import TIMELINE_CASES, TINY
-from bench.harness.machine import describe, device_slug, measure_kernels, settle_compilers, tables_digest
-from bench.harness.options import add_device_options, at_least, exit_status
+from bench.harness.machine import RESERVE_SECONDS, describe, device_slug, settle_compilers, tables_digest
+from bench.harness.options import add_device_options, at_least, status_on_device
 from bench.harness.processes import leave
 from bench.harness.records import ResultsError, blank, open_records
 from bench.harness.timing import cache_flush, host_seconds, lead_seconds
-from bench.providers.registry import PROVIDERS, make_provider
+from bench.measure import WRONG, Exclusions, right_providers
+from bench.providers.base import Provider
+from bench.providers.registry import PROVIDERS
 
 OP = "timeline"
 BAR_COLUMNS = 40
@@ -91,9 +94,9 @@ def profiled(run: Callable[[], object], device: torch.device) -> list[Span]:
     return sorted(spans, key=lambda span: span.start_us)
 
 
-def timeline(case: Case, provider: str, device: torch.device, calls: int) -> list[Span]:
+def timeline(provider: Provider, device: torch.device, calls: int) -> list[Span]:
     """Return when the kernels of a provider's call run, of which `calls` are profiled."""
-    step = make_provider(provider, case, make_problem(case, device)).step
+    step = provider.step
     for _ in range(3):  # compile, record, replay
         step.reset()
         step.run()
@@ -127,23 +130,34 @@ def picture(spans: Sequence[Span]) -> str:
 
 
 def profile_device(options: argparse.Namespace) -> int:
-    """Profile every case and provider that has no record yet; return 0."""
+    """Profile every case and provider that has no record yet, as time allows; return 1 if a result was wrong."""
     device = torch.device(options.device)
     path = options.out / "timeline" / f"{device_slug(device)}.json"
     stamp = {"tables": tables_digest()}
     file = open_records(path, describe(device, options.commit), fresh=options.fresh, stamp=stamp)
-    for case, provider in _choose(options):
+    end, left, wrong = options.started + options.budget_seconds - RESERVE_SECONDS, 0, 0
+    for case, name in _choose(options):
         facts: dict[str, Any] = case.facts() | {"op": OP, "form": case.op}
-        if provider in file.of_case(facts):
+        title = f"{case.op} {case.m} {case.projection.k} {case.projection.n} {case.r} {case.dtype}, {name}"
+        if name in file.of_case(facts):
             continue
-        spans = timeline(case, provider, device, options.calls)
+        if time.monotonic() > end:
+            left += 1
+            continue
+        excluded = Exclusions(device)
+        provider = right_providers(case, make_problem(case, device), [name], excluded).get(name)
+        if provider is None:
+            status, cause = excluded.causes[name]
+            wrong += status == WRONG
+            print(f"{status.upper()} {title}: {cause}", flush=True)
+            continue
+        spans = timeline(provider, device, options.calls)
         whole_us = max(span.end_us for span in spans)
         kernels = [asdict(span) for span in spans]
-        file.add([blank(**facts, provider=provider, time_ms=whole_us / 1e3, kernels=kernels, status="profiled")])
-        print(f"{case.op} {case.m} {case.projection.k} {case.projection.n} {case.r} {case.dtype}, {provider}:")
-        print(f"{picture(spans)}\n", flush=True)
-    print(f"{path}: {len(file.records)} records")
-    return 0
+        file.add([blank(**facts, provider=name, time_ms=whole_us / 1e3, kernels=kernels, status="profiled")])
+        print(f"{title}:\n{picture(spans)}\n", flush=True)
+    print(f"{path}: {len(file.records)} records, {wrong} wrong, {left} left")
+    return 1 if wrong else 0
 
 
 def _choose(options: argparse.Namespace) -> list[tuple[Case, str]]:
@@ -157,7 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's settings."""
     parser = argparse.ArgumentParser(prog="python -m bench.timeline", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where timeline/<device>.json goes")
-    add_device_options(parser, seconds=60.0, fresh="start over instead of going on")
+    add_device_options(parser, seconds=60.0, fresh="start over instead of going on", workers=False)
     parser.add_argument("--cases", type=partial(at_least, 1), metavar="N", help="profile only the first N cases")
     parser.add_argument("--providers", nargs="+", default=["fused", "inplace"], choices=PROVIDERS)
     parser.add_argument("--calls", type=partial(at_least, 1), default=12, metavar="N", help="profile N calls each")
@@ -168,13 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status, 2 for invalid input."""
     settle_compilers()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes lines of its own to stderr
-    options = parse(arguments)
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            print("error: there is no CUDA device; --device cpu tries the command out", file=sys.stderr)
-            return 2
-        measure_kernels()
-    return exit_status(profile_device, options)
+    return status_on_device(profile_device, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import timeline
+from bench.checks.correctness import WrongResultError
 from bench.harness.records import ResultsError, load_records
 from bench.timeline import Span, main, median_call, picture, profiled
 
@@ -52,6 +53,8 @@ def test_the_command_goes_on_where_it_was_cut(
 ) -> None:
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--calls", "2", "--providers"]
     assert main([*arguments, "inplace"]) == 0
+    assert main([*arguments, "peft", "--budget-seconds", "0"]) == 0
+    assert "1 records, 0 wrong, 1 left" in capsys.readouterr().out
     monkeypatch.setattr(timeline, "timeline", lambda *given: [Span("again", 0, 1)])
     assert main([*arguments, "inplace", "peft"]) == 0
     _, (first, second) = load_records(tmp_path / "timeline" / "cpu.json")
@@ -64,6 +67,17 @@ def test_the_command_goes_on_where_it_was_cut(
     assert first["time_ms"] == max(one["start_us"] + one["duration_us"] for one in first["kernels"]) / 1e3
     assert [one["kernel"] for one in second["kernels"]] == ["again"]
     assert "forward_backward 32 64 48 4 float32, peft:" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_profiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*given: object) -> None:
+        raise WrongResultError("inplace: y is off")
+
+    monkeypatch.setattr("bench.measure.check", wrong)
+    assert main(["--out", str(tmp_path), "--device", "cpu", "--providers", "inplace"]) == 1
+    assert "WRONG forward_backward 32 64 48 4 float32, inplace: inplace: y is off" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
